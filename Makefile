@@ -1,0 +1,39 @@
+# `make demo` and `make test` are all that a fresh machine needs (Python 3.11+, make, git).
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench clean
+
+help:
+	@echo "make demo   set everything up, build the demo model and bundle, answer three questions over MQTT"
+	@echo "make test   set everything up and run all tests"
+	@echo "make check  formatting, lint and types"
+	@echo "make bench  benchmarks: table and JSON under runs/bench/"
+	@echo "make clean  remove the environment and everything built here (downloads stay in the user cache)"
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "wdmoe needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": run make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[testbed,dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/wdmoe-testbed demo
+
+test: $(READY)
+	$(BIN)/pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/wdmoe-testbed bench
+
+clean:
+	rm -rf $(VENV) .venvs build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

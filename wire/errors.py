@@ -1,0 +1,128 @@
+"""Every failure that a user can cause or meet, each with its own exit code.
+
+    WdmoeError                    1
+    ├── CheckpointError          10   the source checkpoint is missing, broken or not a Mixtral
+    ├── BundleError              11   a bundle is missing, incomplete, tampered with or of another version
+    ├── StorageError             12   a file could not be written (disk full, no permission)
+    ├── DownloadError            13   something that had to be fetched could not be, or has the wrong hash
+    ├── MemoryBudgetError        20   the experts do not fit into this device's memory
+    ├── ProbeError               21   an expert computes something else here than where it was exported
+    ├── DuplicateNodeError       22   another live node uses this id
+    ├── BrokerError              30   the broker can't be reached or was lost
+    │   ├── BrokerAuthError      31   the broker refused user or password
+    │   └── BrokerDelayError     32   round trips show the 40 ms of a missing TCP_NODELAY
+    ├── PlacementError           40   no node holds an expert that the model needs
+    ├── DispatchError            41   a node failed or did not answer before the deadline
+    ├── ContextLengthError       42   the prompt is longer than the model's context
+    └── FrameError               50   bytes that are not a valid frame (counted and dropped, rarely fatal)
+
+Exit code 2 is click's own for a malformed command line; 130 is Ctrl-C.
+"""
+
+
+class WdmoeError(Exception):
+    """Base of all errors of this project: `str(error)` is the one line that the user reads."""
+
+    exit_code = 1
+
+
+class CheckpointError(WdmoeError):
+    """The source checkpoint is missing, broken or not a Mixtral."""
+
+    exit_code = 10
+
+
+class BundleError(WdmoeError):
+    """A bundle is missing, incomplete, tampered with or of another schema version."""
+
+    exit_code = 11
+
+
+class StorageError(WdmoeError):
+    """A file could not be written."""
+
+    exit_code = 12
+
+
+class DownloadError(WdmoeError):
+    """Something that had to be fetched could not be, or has the wrong hash."""
+
+    exit_code = 13
+
+
+class MemoryBudgetError(WdmoeError):
+    """The experts do not fit.
+
+    Attributes:
+        needed_bytes: what the chosen experts would take once loaded.
+        available_bytes: what may be used.
+    """
+
+    exit_code = 20
+
+    def __init__(self, message: str, *, needed_bytes: int, available_bytes: int) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        self.available_bytes = available_bytes
+
+
+class ProbeError(WdmoeError):
+    """An expert computes something else on this device than where it was exported."""
+
+    exit_code = 21
+
+
+class DuplicateNodeError(WdmoeError):
+    """Another live node uses this id."""
+
+    exit_code = 22
+
+
+class BrokerError(WdmoeError):
+    """The broker can't be reached or was lost."""
+
+    exit_code = 30
+
+
+class BrokerAuthError(BrokerError):
+    """The broker refused user or password."""
+
+    exit_code = 31
+
+
+class BrokerDelayError(BrokerError):
+    """Round trips through the broker show the signature of a missing TCP_NODELAY."""
+
+    exit_code = 32
+
+
+class PlacementError(WdmoeError):
+    """No node holds an expert that the model needs."""
+
+    exit_code = 40
+
+
+class DispatchError(WdmoeError):
+    """A node failed or did not answer before the deadline."""
+
+    exit_code = 41
+
+
+class ContextLengthError(WdmoeError):
+    """The prompt is longer than the model's context."""
+
+    exit_code = 42
+
+
+class FrameError(WdmoeError):
+    """Bytes that are not a valid frame.
+
+    Attributes:
+        reason: one of a few fixed words, for counters (`length`, `magic`, `version`, `crc`, …).
+    """
+
+    exit_code = 50
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason

@@ -1,0 +1,88 @@
+"""Names for experts and the selector grammar that the command lines share.
+
+An expert is one SwiGLU feed-forward network of one layer, written `L04:E3`. A selector is one or more
+clauses separated by blanks or semicolons; a clause is `L<set>:E<set>`; a set is `*` or numbers and ranges:
+
+    L*:E3            expert 3 of every layer (the paper's arrangement: one expert index per device)
+    L0-14:E*         all experts of the first fifteen layers
+    L0,2-4:E1 L5:E*  a mixture
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import NamedTuple
+
+_CLAUSE = re.compile(r"L(?P<layers>[\d,*-]+):E(?P<experts>[\d,*-]+)")
+_ITEM = re.compile(r"(\d+)(?:-(\d+))?")
+
+
+class ExpertId(NamedTuple):
+    """Layer and expert index, both counted from 0."""
+
+    layer: int
+    expert: int
+
+    def __str__(self) -> str:
+        return f"L{self.layer:02d}:E{self.expert}"
+
+
+def parse_index_set(text: str, size: int) -> tuple[int, ...]:
+    """Sorted indices named by a set such as `*`, `3` or `0,2-4`.
+
+    Raises:
+        ValueError: not a set, or an index is not below `size`.
+    """
+    if text == "*":
+        return tuple(range(size))
+    chosen: set[int] = set()
+    for item in text.split(","):
+        match = _ITEM.fullmatch(item)
+        if match is None:
+            raise ValueError(f"'{text}' is not a set of numbers: write '*', '3', '0-7' or '0,2-4'")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last:
+            raise ValueError(f"range '{item}' runs backwards: write '{last}-{first}'")
+        if last >= size:
+            raise ValueError(f"index {last} is out of range: there are {size} (0 to {size - 1})")
+        chosen.update(range(first, last + 1))
+    return tuple(sorted(chosen))
+
+
+def parse_selector(text: str, *, layers: int, experts: int) -> tuple[ExpertId, ...]:
+    """Sorted expert ids that a selector names, for a model of `layers` × `experts`.
+
+    Raises:
+        ValueError: the text is not a selector or names something that the model lacks.
+    """
+    chosen: set[ExpertId] = set()
+    for clause in text.replace(";", " ").split():
+        match = _CLAUSE.fullmatch(clause)
+        if match is None:
+            raise ValueError(f"'{clause}' is not an expert selector: write 'L*:E3' or 'L0-14:E0,2'")
+        for layer in parse_index_set(match["layers"], layers):
+            chosen.update(ExpertId(layer, e) for e in parse_index_set(match["experts"], experts))
+    if not chosen:
+        raise ValueError("no expert selected: write for example 'L*:E3'")
+    return tuple(sorted(chosen))
+
+
+def format_selector(ids: Iterable[ExpertId]) -> str:
+    """The shortest selector for these ids that `parse_selector` reads back to the same set."""
+    experts_by_layer: dict[int, set[int]] = defaultdict(set)
+    for layer, expert in ids:
+        experts_by_layer[layer].add(expert)
+    layers_by_experts: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for layer in sorted(experts_by_layer):
+        layers_by_experts[tuple(sorted(experts_by_layer[layer]))].append(layer)
+    return " ".join(f"L{_ranges(ls)}:E{_ranges(es)}" for es, ls in layers_by_experts.items())
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

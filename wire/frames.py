@@ -1,0 +1,333 @@
+"""The binary frames between base station and edge nodes: coding only, no I/O.
+
+A frame is a fixed 48-byte little-endian header and a body whose length follows from the header alone.
+`docs/protocol.md` draws both. Every length is checked against header and limits before a byte of the body
+is used; anything wrong raises `FrameError` with a reason that can be counted.
+"""
+
+import enum
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wire import tensors
+from wire.errors import FrameError
+from wire.tensors import Array, WireDtype
+
+MAGIC = b"WDMo"
+VERSION = 1
+
+MAX_FRAME_BYTES = 2 << 20
+"""No frame is larger. Batches that would be are cut by tokens into several requests (`max_tokens`)."""
+TARGET_FRAME_BYTES = 512 << 10
+"""Where batches are cut: large enough to amortise the header, small enough for TLS and for fair queues."""
+MAX_TOKENS = 1 << 16
+MAX_HIDDEN = 1 << 16
+MAX_MESSAGE_BYTES = 512
+
+# magic, version, kind, dtype, pad, session, request, attempt, layer, tokens, hidden, deadline, experts, status
+_HEADER = struct.Struct("<4sBBBxQQHHIIIHH")
+_CRC = struct.Struct("<I")
+HEADER_BYTES = _HEADER.size + _CRC.size
+_ROW = np.dtype([("expert", "<u2"), ("reserved", "<u2"), ("count", "<u4")])
+_DURATIONS = struct.Struct("<QQQQ")
+
+
+class Kind(enum.IntEnum):
+    """What a frame is."""
+
+    WORK = 1
+    RESULT = 2
+    ERROR = 3
+    PING = 4
+    PONG = 5
+
+
+class Status(enum.IntEnum):
+    """Why a node could not answer a request."""
+
+    OK = 0
+    UNKNOWN_EXPERT = 1
+    WRONG_SHAPE = 2
+    EXPIRED = 3
+    NOT_FINITE = 4
+    INTERNAL = 5
+
+
+class RequestId(NamedTuple):
+    """What makes a reply belong to a request.
+
+    Attributes:
+        session: random 64-bit number of one coordinator process.
+        request: counts up within a session.
+        attempt: 0 for the first try; a repetition keeps `request`, so that answers are idempotent.
+    """
+
+    session: int
+    request: int
+    attempt: int = 0
+
+
+class ExpertSlice(NamedTuple):
+    """Tokens of a frame that go to one expert.
+
+    Attributes:
+        expert: index within the frame's layer.
+        tokens: uint32 [n], rows of the frame's hidden states, each at most once.
+        weights: float32 [n], gate weight of each of these rows.
+    """
+
+    expert: int
+    tokens: NDArray[np.uint32]
+    weights: Array
+
+
+@dataclass(frozen=True, slots=True)
+class WorkFrame:
+    """BS → node: hidden states and which of the node's experts each goes to.
+
+    Attributes:
+        deadline_ms: time after arrival past which the node need not start; 0 for none.
+        hidden: float32 [tokens, hidden].
+        dtype: how `hidden` travels, and the reply with it.
+    """
+
+    id: RequestId
+    layer: int
+    deadline_ms: int
+    experts: Sequence[ExpertSlice]
+    hidden: Array
+    dtype: WireDtype
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDurations:
+    """Where a node spent its time on a request, by its own monotonic clock."""
+
+    queue_ns: int = 0
+    decode_ns: int = 0
+    compute_ns: int = 0
+    encode_ns: int = 0
+
+    @property
+    def total_ns(self) -> int:
+        """Time between a request's arrival at the node and its answer."""
+        return self.queue_ns + self.decode_ns + self.compute_ns + self.encode_ns
+
+
+@dataclass(frozen=True, slots=True)
+class ResultFrame:
+    """Node → BS: per token the sum over the node's experts of gate weight × expert output.
+
+    Attributes:
+        output: float32 [tokens, hidden]; a token that no slice named is zero.
+    """
+
+    id: RequestId
+    layer: int
+    output: Array
+    dtype: WireDtype
+    durations: NodeDurations
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorFrame:
+    """Node → BS: this request can't be answered."""
+
+    id: RequestId
+    layer: int
+    status: Status
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class PingFrame:
+    """BS → node: answer with the same payload at once."""
+
+    id: RequestId
+    payload: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class PongFrame:
+    """Node → BS: answer to a ping."""
+
+    id: RequestId
+    payload: bytes = field(default=b"", repr=False)
+
+
+Frame = WorkFrame | ResultFrame | ErrorFrame | PingFrame | PongFrame
+_E = TypeVar("_E", bound=enum.IntEnum)
+
+
+def max_tokens(hidden: int, dtype: WireDtype) -> int:
+    """Tokens of one WORK frame at which it reaches `TARGET_FRAME_BYTES`; at least 1."""
+    return max(1, TARGET_FRAME_BYTES // (tensors.encoded_bytes(1, hidden, dtype) + 16))
+
+
+def encode(frame: Frame) -> bytes:
+    """The bytes of a frame.
+
+    Raises:
+        FrameError: the frame breaks a limit, so that no receiver would take it.
+    """
+    status, layer, tokens, hidden, deadline_ms, n_experts = Status.OK, 0, 0, 0, 0, 0
+    dtype = WireDtype.FP32
+    body: list[bytes | memoryview]
+    match frame:
+        case WorkFrame():
+            kind, layer, dtype, deadline_ms = Kind.WORK, frame.layer, frame.dtype, frame.deadline_ms
+            tokens, hidden = frame.hidden.shape
+            n_experts = len(frame.experts)
+            rows = np.zeros(n_experts, _ROW)
+            rows["expert"] = [s.expert for s in frame.experts]
+            rows["count"] = [len(s.tokens) for s in frame.experts]
+            body = [rows.tobytes()]
+            body += [s.tokens.astype("<u4", copy=False).tobytes() for s in frame.experts]
+            body += [s.weights.astype("<f4", copy=False).tobytes() for s in frame.experts]
+            body += tensors.encode(frame.hidden, dtype)
+        case ResultFrame():
+            kind, layer, dtype = Kind.RESULT, frame.layer, frame.dtype
+            tokens, hidden = frame.output.shape
+            d = frame.durations
+            body = [
+                _DURATIONS.pack(d.queue_ns, d.decode_ns, d.compute_ns, d.encode_ns),
+                *tensors.encode(frame.output, dtype),
+            ]
+        case ErrorFrame():
+            kind, layer, status = Kind.ERROR, frame.layer, frame.status
+            text = frame.message.encode()[:MAX_MESSAGE_BYTES]
+            tokens, body = len(text), [text]
+        case PingFrame() | PongFrame():
+            kind = Kind.PING if isinstance(frame, PingFrame) else Kind.PONG
+            tokens, body = len(frame.payload), [frame.payload]
+    _check_limits(kind, tokens, hidden)
+    header = _HEADER.pack(
+        MAGIC, VERSION, kind, dtype, frame.id.session, frame.id.request, frame.id.attempt,
+        layer, tokens, hidden, deadline_ms, n_experts, status,
+    )  # fmt: skip
+    crc = zlib.crc32(header)
+    for part in body:
+        crc = zlib.crc32(part, crc)
+    encoded = b"".join([header, _CRC.pack(crc), *body])
+    if len(encoded) > MAX_FRAME_BYTES:
+        raise FrameError("limit", f"frame of {len(encoded)} bytes exceeds {MAX_FRAME_BYTES}")
+    return encoded
+
+
+def decode(data: bytes | bytearray) -> Frame:
+    """The frame in `data`.
+
+    Raises:
+        FrameError: with reason `length`, `magic`, `version`, `kind`, `dtype`, `limit`, `crc`, `table`,
+            `status` or `not-finite`.
+    """
+    if not HEADER_BYTES <= len(data) <= MAX_FRAME_BYTES:
+        raise FrameError("length", f"{len(data)} bytes are not a frame ({HEADER_BYTES} to {MAX_FRAME_BYTES})")
+    (
+        magic,
+        version,
+        kind,
+        dtype,
+        session,
+        request,
+        attempt,
+        layer,
+        tokens,
+        hidden,
+        deadline_ms,
+        n,
+        status,
+    ) = _HEADER.unpack_from(data)
+    if magic != MAGIC:
+        raise FrameError("magic", "this is no WDMoE frame")
+    if version != VERSION:
+        raise FrameError("version", f"frame version {version}, this side speaks {VERSION}")
+    kind = _member(Kind, kind, "kind")
+    dtype = _member(WireDtype, dtype, "dtype")
+    status = _member(Status, status, "status")
+    _check_limits(kind, tokens, hidden)
+    body = memoryview(data)[HEADER_BYTES:]
+    (crc,) = _CRC.unpack_from(data, _HEADER.size)
+    if zlib.crc32(body, zlib.crc32(memoryview(data)[: _HEADER.size])) != crc:
+        raise FrameError("crc", "checksum does not match: bytes were changed on the way")
+    id = RequestId(session, request, attempt)
+    match kind:
+        case Kind.WORK:
+            experts, tensor = _expert_table(body, n, tokens)
+            x = _tensor(tensor, tokens, hidden, dtype)
+            return WorkFrame(id, layer, deadline_ms, experts, x, dtype)
+        case Kind.RESULT:
+            if len(body) < _DURATIONS.size:
+                raise FrameError("length", "result frame ends within its durations")
+            x = _tensor(body[_DURATIONS.size :], tokens, hidden, dtype)
+            return ResultFrame(id, layer, x, dtype, NodeDurations(*_DURATIONS.unpack_from(body)))
+        case Kind.ERROR:
+            _check_body(body, tokens)
+            return ErrorFrame(id, layer, status, bytes(body).decode(errors="replace"))
+        case Kind.PING:
+            _check_body(body, tokens)
+            return PingFrame(id, bytes(body))
+        case Kind.PONG:
+            _check_body(body, tokens)
+            return PongFrame(id, bytes(body))
+
+
+def _member(cls: type[_E], value: int, reason: str) -> _E:
+    try:
+        return cls(value)
+    except ValueError:
+        raise FrameError(reason, f"unknown {reason} {value}") from None
+
+
+def _check_limits(kind: Kind, tokens: int, hidden: int) -> None:
+    if kind in (Kind.WORK, Kind.RESULT):
+        if not (1 <= tokens <= MAX_TOKENS and 1 <= hidden <= MAX_HIDDEN):
+            raise FrameError("limit", f"a tensor of {tokens} × {hidden} is out of limits")
+    elif hidden or (kind is Kind.ERROR and tokens > MAX_MESSAGE_BYTES):
+        raise FrameError("limit", f"a {kind.name} frame can't carry {tokens} × {hidden}")
+
+
+def _check_body(body: memoryview, expected: int) -> None:
+    if len(body) != expected:
+        raise FrameError("length", f"body has {len(body)} bytes, the header promises {expected}")
+
+
+def _tensor(body: memoryview, tokens: int, hidden: int, dtype: WireDtype) -> Array:
+    _check_body(body, tensors.encoded_bytes(tokens, hidden, dtype))
+    x = tensors.decode(body, tokens, hidden, dtype)
+    if not np.isfinite(x).all():
+        raise FrameError("not-finite", "the tensor holds NaN or infinity")
+    return x
+
+
+def _expert_table(body: memoryview, n: int, tokens: int) -> tuple[list[ExpertSlice], memoryview]:
+    table_bytes = n * _ROW.itemsize
+    if len(body) < table_bytes:
+        raise FrameError("length", "work frame ends within its expert table")
+    rows = np.frombuffer(body[:table_bytes], _ROW)
+    counts = rows["count"].astype(np.int64)
+    if n == 0 or (counts > tokens).any() or len(np.unique(rows["expert"])) != n:
+        raise FrameError("table", "the expert table is empty, repeats an expert or counts too many tokens")
+    total = int(counts.sum())
+    end = table_bytes + 8 * total
+    if len(body) < end:
+        raise FrameError("length", "work frame ends within its token lists")
+    index = np.frombuffer(body[table_bytes : table_bytes + 4 * total], "<u4")
+    weight = np.frombuffer(body[table_bytes + 4 * total : end], "<f4")
+    if (index >= tokens).any() or not np.isfinite(weight).all():
+        raise FrameError("table", "a token index is out of range or a gate weight is not finite")
+    bounds = np.concatenate(([0], counts.cumsum()))
+    slices = [
+        ExpertSlice(int(e), index[a:b], weight[a:b])
+        for e, a, b in zip(rows["expert"], bounds[:-1], bounds[1:], strict=True)
+    ]
+    # Adding rows by index needs each row once per expert: a repeated one would be lost silently.
+    if any(len(np.unique(s.tokens)) != len(s.tokens) for s in slices):
+        raise FrameError("table", "a token is listed twice for one expert")
+    return slices, body[end:]

@@ -1,0 +1,103 @@
+"""The status document of a node: retained JSON, and in its shortest form the node's last will."""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from wire.errors import FrameError
+from wire.experts import ExpertId, parse_selector
+from wire.manifest import Dims
+
+SCHEMA = 1
+MAX_STATUS_BYTES = 64 << 10
+
+
+class Holding(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a node serves.
+
+    Attributes:
+        experts: selector (`wire.experts`) of the experts it answers for.
+        model_sha256: `Manifest.model_sha256` of its bundle; the base station's must be equal.
+        quantisation: for people, such as `int4 b32`.
+        resident_bytes: RAM that the experts take.
+    """
+
+    experts: str
+    model_sha256: str
+    dims: Dims
+    quantisation: str
+    resident_bytes: int
+
+
+class Machine(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The device behind a node, for logs."""
+
+    host: str
+    pid: int
+    arch: str
+    cpus: int
+    threads: int
+    ram_bytes: int
+    available_bytes: int
+    wdmoe: str
+    onnxruntime: str
+
+
+class NodeStatus(Struct, frozen=True, kw_only=True):
+    """State of one node. Unknown fields are ignored, so that newer nodes can say more.
+
+    Attributes:
+        boot_id: random per process, tells two processes with one id apart.
+        since_unix_ms: when the process announced itself, by its own clock.
+        reason: why it is offline, for people.
+    """
+
+    schema: int
+    node: str
+    boot_id: str
+    state: Literal["online", "offline"]
+    since_unix_ms: Annotated[int, Meta(ge=0)]
+    reason: str = ""
+    holding: Holding | None = None
+    machine: Machine | None = None
+
+    @property
+    def online(self) -> bool:
+        """Whether the node takes work."""
+        return self.state == "online"
+
+    def expert_ids(self) -> tuple[ExpertId, ...]:
+        """Experts that this node answers for; none when offline."""
+        if not self.online or self.holding is None:
+            return ()
+        dims = self.holding.dims
+        return parse_selector(self.holding.experts, layers=dims.layers, experts=dims.experts)
+
+
+def encode_status(status: NodeStatus) -> bytes:
+    """JSON bytes of a status."""
+    return msgspec.json.encode(status)
+
+
+def decode_status(payload: bytes, node: str) -> NodeStatus:
+    """The status in `payload`, which arrived on the status topic of `node`.
+
+    Raises:
+        FrameError: it is too long, not valid, of another schema, or speaks for another node.
+    """
+    if len(payload) > MAX_STATUS_BYTES:
+        raise FrameError("length", f"status of {len(payload)} bytes exceeds {MAX_STATUS_BYTES}")
+    try:
+        status = msgspec.json.decode(payload, type=NodeStatus)
+    except msgspec.DecodeError as error:
+        raise FrameError("status", f"not a status document: {error}") from None
+    if status.schema != SCHEMA:
+        raise FrameError("version", f"status schema {status.schema}, this side reads {SCHEMA}")
+    if status.node != node:
+        raise FrameError("node", f"status speaks for '{status.node}' on the topic of '{node}'")
+    try:
+        status.expert_ids()
+    except ValueError as error:
+        raise FrameError("status", f"status names impossible experts: {error}") from None
+    return status

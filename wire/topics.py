@@ -1,0 +1,70 @@
+"""MQTT topics of one cluster, and what each carries.
+
+    wdmoe/v1/<cluster>/nodes/<node>/status    node → all   retained JSON (`wire.status`), also the last will
+    wdmoe/v1/<cluster>/nodes/<node>/work      BS → node    frames: WORK, PING
+    wdmoe/v1/<cluster>/results/<node>         node → BS    frames: RESULT, ERROR, PONG
+    wdmoe/v1/<cluster>/control/<client>/echo  client → itself, to measure the broker
+
+The shape makes one broker ACL line per node and direction enough.
+"""
+
+import re
+from typing import NamedTuple
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_STATUS = re.compile(r"wdmoe/v1/(?P<cluster>[^/]+)/nodes/(?P<node>[^/]+)/status")
+_RESULT = re.compile(r"wdmoe/v1/(?P<cluster>[^/]+)/results/(?P<node>[^/]+)")
+
+
+def check_name(kind: str, name: str) -> str:
+    """Return `name` if it can stand in a topic.
+
+    Raises:
+        ValueError: it is empty, too long, or holds `/`, `+`, `#` or other characters with a meaning in MQTT.
+    """
+    if _NAME.fullmatch(name) is None:
+        raise ValueError(
+            f"{kind} '{name}' is not valid: use 1 to 64 letters, digits, '.', '_' or '-', "
+            "the first a letter or digit"
+        )
+    return name
+
+
+class Topics(NamedTuple):
+    """Topic names of one cluster.
+
+    Attributes:
+        cluster: name that keeps several clusters on one broker apart.
+    """
+
+    cluster: str
+
+    @property
+    def _root(self) -> str:
+        return f"wdmoe/v1/{self.cluster}"
+
+    def status(self, node: str) -> str:
+        """Retained status of `node`; `+` for all nodes."""
+        return f"{self._root}/nodes/{node}/status"
+
+    def work(self, node: str) -> str:
+        """Where `node` takes its work from."""
+        return f"{self._root}/nodes/{node}/work"
+
+    def results(self, node: str) -> str:
+        """Where `node` answers; `+` for all nodes."""
+        return f"{self._root}/results/{node}"
+
+    def echo(self, client: str) -> str:
+        """Where `client` sends messages to itself."""
+        return f"{self._root}/control/{client}/echo"
+
+    def node_of_status(self, topic: str) -> str | None:
+        """Node that a status topic of this cluster belongs to, or None for any other topic."""
+        match = _STATUS.fullmatch(topic)
+        return match["node"] if match and match["cluster"] == self.cluster else None
+
+    def node_of_result(self, topic: str) -> str | None:
+        """Node that a results topic of this cluster belongs to, or None for any other topic."""
+        match = _RESULT.fullmatch(topic)
+        return match["node"] if match and match["cluster"] == self.cluster else None
