@@ -7,6 +7,7 @@ is used; anything wrong raises `FrameError` with a reason that can be counted.
 
 import enum
 import struct
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ MAX_TOKENS = 1 << 16
 MAX_HIDDEN = 1 << 16
 MAX_MESSAGE_BYTES = 512
 
-# magic, version, kind, dtype, pad, session, request, attempt, layer, tokens, hidden, deadline, experts, status
+# magic version kind dtype pad session request attempt layer tokens hidden deadline experts status
 _HEADER = struct.Struct("<4sBBBxQQHHIIIHH")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CRC.size
@@ -170,8 +171,12 @@ def max_tokens(hidden: int, dtype: WireDtype) -> int:
     return max(1, TARGET_FRAME_BYTES // (tensors.encoded_bytes(1, hidden, dtype) + 16))
 
 
-def encode(frame: Frame) -> bytes:
+def encode(frame: Frame, *, began_ns: int | None = None) -> bytes:
     """The bytes of a frame.
+
+    Args:
+        began_ns: for results, the `time.perf_counter_ns()` from which `durations.encode_ns` counts; it then
+            replaces the value in `frame`, since only here the conversion's end is known.
 
     Raises:
         FrameError: the frame breaks a limit, so that no receiver would take it.
@@ -194,11 +199,10 @@ def encode(frame: Frame) -> bytes:
         case ResultFrame():
             kind, layer, dtype = Kind.RESULT, frame.layer, frame.dtype
             tokens, hidden = frame.output.shape
+            tensor = tensors.encode(frame.output, dtype)
             d = frame.durations
-            body = [
-                _DURATIONS.pack(d.queue_ns, d.decode_ns, d.compute_ns, d.encode_ns),
-                *tensors.encode(frame.output, dtype),
-            ]
+            encode_ns = d.encode_ns if began_ns is None else time.perf_counter_ns() - began_ns
+            body = [_DURATIONS.pack(d.queue_ns, d.decode_ns, d.compute_ns, encode_ns), *tensor]
         case ErrorFrame():
             kind, layer, status = Kind.ERROR, frame.layer, frame.status
             text = frame.message.encode()[:MAX_MESSAGE_BYTES]

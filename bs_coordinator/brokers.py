@@ -1,0 +1,121 @@
+"""The broker behind `--broker`: one of our own as a child process, or somebody's by URL.
+
+`embedded` is amqtt, pure Python: nothing to install, about 0.5 ms a round trip. `mosquitto` is a private
+mosquitto with a configuration made here. Both listen on loopback only; devices need a broker on the network.
+"""
+
+import contextlib
+import importlib.util
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from wire.broker_url import BrokerAddress, parse_broker_url
+from wire.errors import BrokerError
+
+LOOPBACK = "127.0.0.1"
+PRIVATE_BROKERS = ("embedded", "mosquitto")
+_START_TIMEOUT_S = 20.0
+_STOP_TIMEOUT_S = 5.0
+
+
+@contextmanager
+def open_broker(
+    spec: str, *, port: int = 0, password_file: Path | None = None, ca_file: Path | None = None
+) -> Iterator[BrokerAddress]:
+    """The address to connect to; a child broker lives as long as the context.
+
+    Args:
+        spec: `embedded`, `mosquitto` or an URL.
+        port: for a child broker; 0 for any free one.
+
+    Raises:
+        ValueError: `spec` is none of these.
+        BrokerError: the child does not come up.
+    """
+    if spec not in PRIVATE_BROKERS:
+        yield parse_broker_url(spec, password_file=password_file, ca_file=ca_file)
+        return
+    with tempfile.TemporaryDirectory(prefix="wdmoe-broker-") as folder:
+        port = port or free_port()
+        make_argv = _embedded_argv if spec == "embedded" else _mosquitto_argv
+        log_path = Path(folder) / "broker.log"
+        with log_path.open("wb") as log:
+            child = subprocess.Popen(
+                die_with_parent(make_argv(Path(folder), port)),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C is for us: the broker must outlive the clean good-byes of its clients.
+                start_new_session=True,
+            )
+        try:
+            _wait_until_up(child, port, spec, log_path)
+            yield BrokerAddress(LOOPBACK, port)
+        finally:
+            stop_child(child)
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def die_with_parent(argv: list[str]) -> list[str]:
+    """The command such that the kernel ends it when we die, even by kill -9, where util-linux allows."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "TERM", "--", *argv] if setpriv else argv
+
+
+def stop_child(child: subprocess.Popen[bytes]) -> None:
+    """End a child: politely, then not."""
+    child.terminate()
+    try:
+        child.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def _embedded_argv(folder: Path, port: int) -> list[str]:
+    if importlib.util.find_spec("amqtt") is None:
+        raise BrokerError("--broker embedded needs the package amqtt: pip install 'wdmoe[bs]'")
+    return [sys.executable, "-m", "bs_coordinator.embedded_broker", str(port)]
+
+
+def _mosquitto_argv(folder: Path, port: int) -> list[str]:
+    # Debian puts it into /usr/sbin, which is not on every user's PATH.
+    mosquitto = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
+    if mosquitto is None:
+        raise BrokerError("mosquitto is not installed: 'apt install mosquitto', or use --broker embedded")
+    config = folder / "mosquitto.conf"
+    config.write_text(
+        f"listener {port} {LOOPBACK}\n"
+        "allow_anonymous true\n"
+        "set_tcp_nodelay true\n"
+        "persistence false\n"
+        "max_inflight_messages 0\n"
+        "log_dest stderr\n"
+    )
+    return [mosquitto, "-c", str(config)]
+
+
+def _wait_until_up(child: subprocess.Popen[bytes], port: int, spec: str, log_path: Path) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if child.poll() is not None:
+            lines = log_path.read_text(errors="replace").strip().splitlines() or ["no output"]
+            raise BrokerError(f"the {spec} broker ended at once: {lines[-1]}")
+        with contextlib.suppress(OSError), socket.create_connection((LOOPBACK, port), timeout=1.0):
+            return
+        time.sleep(0.05)
+    raise BrokerError(f"the {spec} broker did not come up on port {port} within {_START_TIMEOUT_S:.0f} s")

@@ -1,0 +1,305 @@
+"""`wdmoe-bs`: generate text, chat, list nodes, run a broker."""
+
+import logging
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from wire import __version__
+from wire.console import run as run_console
+from wire.topics import Topics, check_name
+
+if TYPE_CHECKING:
+    from bs_coordinator.generate import Sequence, TokenEvent
+    from bs_coordinator.sampling import SamplingConfig
+    from bs_coordinator.station import Station
+
+log = logging.getLogger("wdmoe-bs")
+
+_BROKER_HELP = "embedded, mosquitto (both private, loopback only), or mqtt://[user@]host[:port], mqtts://…"
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_network_options = _options(
+    click.option("--bundle", type=click.Path(path_type=Path), required=True, help="From wdmoe-export."),
+    click.option("--broker", default="embedded", show_default=True, help=_BROKER_HELP),
+    click.option("--broker-port", type=click.IntRange(0, 65535), default=0, help="Of a private broker."),
+    click.option("--cluster", default="default", show_default=True, help="As given to the nodes."),
+    click.option("--password-file", type=click.Path(path_type=Path), help="Broker password, mode 600."),
+    click.option("--ca-file", type=click.Path(path_type=Path, exists=True), help="CA to trust for mqtts://."),
+)
+_model_options = _options(
+    click.option("--device", default="cpu", show_default=True, help="Of the trunk: cpu, cuda, cuda:1."),
+    click.option(
+        "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True,
+        help="Of the trunk.",
+    ),
+    click.option(
+        "--wire", type=click.Choice(["fp16", "int8", "fp32"]), default="fp16", show_default=True,
+        help="How hidden states travel.",
+    ),
+    click.option("--policy", default="topk", show_default=True, help="How experts are chosen: topk, top1."),
+    click.option(
+        "--nodes-timeout", type=click.FloatRange(0.0), default=60.0, show_default=True,
+        help="Seconds to wait for the nodes.",
+    ),
+    click.option(
+        "--layer-timeout", type=click.FloatRange(0.1), default=30.0, show_default=True,
+        help="Seconds that one layer may wait for its nodes.",
+    ),
+    click.option("--stats/--no-stats", default=True, help="Numbers under each answer (on stderr)."),
+)  # fmt: skip
+_sampling_options = _options(
+    click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True),
+    click.option(
+        "--temperature", type=click.FloatRange(0.0, 10.0), default=0.0, show_default=True,
+        help="0 always takes the most probable token.",
+    ),
+    click.option("--top-p", type=click.FloatRange(0.0, 1.0, min_open=True), default=1.0, show_default=True),
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+)  # fmt: skip
+
+
+@click.group()
+@click.version_option(__version__)
+def cli() -> None:
+    """The base station: runs a Mixtral's trunk and asks edge nodes for its experts."""
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+@cli.command()
+@_network_options
+@_model_options
+@_sampling_options
+@click.option("--prompt", required=True, help="Or '-' to read it from stdin.")
+@click.option("--system", help="System prompt of a chat model.")
+@click.option("--raw", is_flag=True, help="Continue the prompt as plain text, without the chat template.")
+def generate(
+    prompt: str, system: str | None, raw: bool, max_tokens: int, temperature: float, top_p: float, seed: int,
+    stats: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Answer one prompt; the text streams to stdout."""
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    if not prompt.strip():
+        raise click.UsageError("--prompt is empty")
+    with _station(**options) as station:
+        tokenizer = station.tokenizer
+        if raw or not tokenizer.has_chat_template:
+            ids = tokenizer.encode(prompt)
+        else:
+            ids = tokenizer.encode_chat([*_system(system), {"role": "user", "content": prompt}])
+        config = _sampling(max_tokens, temperature, top_p, seed)
+        _answer(station, station.new_sequence(), ids, config, stats)
+
+
+@cli.command()
+@_network_options
+@_model_options
+@_sampling_options
+@click.option("--system", help="System prompt.")
+def chat(
+    system: str | None,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    stats: bool,
+    **options: Any,
+) -> None:
+    """Talk with the model; an empty line or Ctrl-D ends."""
+    with _station(**options) as station:
+        if not station.tokenizer.has_chat_template:
+            raise click.UsageError("this model has no chat template: use 'wdmoe-bs generate --raw'")
+        sequence, messages = station.new_sequence(), _system(system)
+        config = _sampling(max_tokens, temperature, top_p, seed)
+        while line := _read_line("> ", while_waiting=lambda: station.dispatcher.pump(0.1)):
+            messages.append({"role": "user", "content": line})
+            ids = station.tokenizer.encode_chat(messages)
+            text = _answer(station, sequence, ids, config, stats)
+            messages.append({"role": "assistant", "content": text})
+
+
+@cli.command()
+@_network_options
+def nodes(
+    bundle: Path,
+    broker: str,
+    broker_port: int,
+    cluster: str,
+    password_file: Path | None,
+    ca_file: Path | None,
+) -> None:
+    """List the nodes that are online and the experts that nobody holds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from bs_coordinator.dispatch import Dispatcher
+    from bs_coordinator.fleet import Fleet
+    from wire.manifest import load_manifest
+    from wire.mqtt import MqttTransport
+    from wire.tensors import WireDtype
+
+    manifest = load_manifest(bundle)
+    with _broker(broker, broker_port, password_file, ca_file) as address:
+        transport = MqttTransport(address, f"wdmoe-bs-nodes-{time.time_ns():x}")
+        fleet = Fleet(manifest.dims, manifest.model_sha256)
+        dispatcher = Dispatcher(transport, _topics(cluster), fleet, dtype=WireDtype.FP16, timeout_s=5.0)
+        dispatcher.pump(1.0)
+        transport.close()
+    table = Table("node", "host", "experts", "quantisation", "experts' RAM", "free RAM")
+    for name, status in sorted(fleet.nodes.items()):
+        holding, machine = status.holding, status.machine
+        if holding and machine:
+            ram = f"{holding.resident_bytes / 2**20:.0f} MiB", f"{machine.available_bytes / 2**20:.0f} MiB"
+            table.add_row(name, machine.host, holding.experts, holding.quantisation, *ram)
+    Console().print(table)
+    for name, why in sorted(fleet.ignored.items()):
+        click.echo(f"ignored {name}: {why}")
+    if fleet.missing():
+        click.echo(fleet.describe_missing())
+
+
+@cli.command()
+@click.option("--kind", type=click.Choice(["embedded", "mosquitto"]), default="embedded", show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), default=1883, show_default=True)
+def broker(kind: str, port: int) -> None:
+    """Run a private broker on loopback until Ctrl-C, for trying things out on one machine."""
+    from bs_coordinator.brokers import open_broker
+
+    with open_broker(kind, port=port) as address:
+        click.echo(f"{kind} broker at {address}; Ctrl-C ends it")
+        threading.Event().wait()
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _topics(cluster: str) -> Topics:
+    try:
+        return Topics(check_name("cluster", cluster))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _system(system: str | None) -> list[dict[str, str]]:
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _sampling(max_tokens: int, temperature: float, top_p: float, seed: int) -> "SamplingConfig":
+    from bs_coordinator.sampling import SamplingConfig
+
+    return SamplingConfig(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+
+
+@contextmanager
+def _broker(spec: str, port: int, password_file: Path | None, ca_file: Path | None) -> Iterator[Any]:
+    from bs_coordinator.brokers import PRIVATE_BROKERS, open_broker
+
+    with ExitStack() as stack:
+        try:
+            address = stack.enter_context(
+                open_broker(spec, port=port, password_file=password_file, ca_file=ca_file)
+            )
+        except ValueError as error:
+            raise click.UsageError(f"--broker: {error}") from None
+        if spec in PRIVATE_BROKERS:
+            log.info("broker at %s: start nodes with --broker %s", address, address)
+        yield address
+
+
+@contextmanager
+def _station(
+    *, bundle: Path, broker: str, broker_port: int, cluster: str, password_file: Path | None,
+    ca_file: Path | None, device: str, dtype: Any, wire: str, policy: str, nodes_timeout: float,
+    layer_timeout: float,
+) -> Iterator["Station"]:  # fmt: skip
+    from bs_coordinator.selection import POLICIES
+    from bs_coordinator.station import StationConfig, open_station
+    from wire.manifest import load_manifest
+    from wire.tensors import WireDtype
+
+    if policy not in POLICIES:
+        raise click.UsageError(f"--policy {policy} is unknown: choose from {', '.join(POLICIES)}")
+    config = StationConfig(
+        bundle=bundle,
+        cluster=_topics(cluster).cluster,
+        device=device,
+        dtype=dtype,
+        wire=WireDtype.named(wire),
+        policy=policy,
+        nodes_timeout_s=nodes_timeout,
+        layer_timeout_s=layer_timeout,
+    )
+    load_manifest(bundle)  # a wrong folder should be told before a broker is started
+    with (
+        _broker(broker, broker_port, password_file, ca_file) as address,
+        open_station(config, address, say=lambda line: log.info("waiting: %s", line)) as station,
+    ):
+        slowest = max(station.nodes_ms.values(), default=0.0)
+        log.info(
+            "%d nodes ready; broker round trip %.2f ms, slowest node %.1f ms",
+            len(station.nodes_ms), station.broker_ms, slowest,
+        )  # fmt: skip
+        yield station
+        if station.dispatcher.dropped:
+            counts = ", ".join(f"{why} {n}" for why, n in sorted(station.dispatcher.dropped.items()))
+            log.warning("dropped messages that were no awaited answers: %s", counts)
+
+
+def _answer(
+    station: "Station", sequence: "Sequence", ids: list[int], config: "SamplingConfig", show_stats: bool
+) -> str:
+    from bs_coordinator.stats import one_line, summarise
+
+    events: list[TokenEvent] = []
+    try:
+        for event in sequence.generate(ids, config):
+            events.append(event)
+            click.echo(event.text, nl=False)
+            sys.stdout.flush()
+    finally:
+        click.echo()
+        if events and show_stats:
+            click.echo(one_line(summarise(events)), err=True)
+    return "".join(event.text for event in events)
+
+
+def _read_line(prompt: str, *, while_waiting: Callable[[], None]) -> str:
+    """A line from the terminal, empty at its end; meanwhile the connection is kept alive from this thread."""
+    lines: queue.Queue[str] = queue.Queue()
+
+    def read() -> None:
+        try:
+            lines.put(input(prompt))
+        except EOFError:
+            lines.put("")
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        while_waiting()
+        try:
+            return lines.get_nowait().strip()
+        except queue.Empty:
+            continue
+
+
+def main() -> None:
+    """Console entry."""
+    run_console(cli, "wdmoe-bs")

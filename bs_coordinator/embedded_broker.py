@@ -1,0 +1,29 @@
+"""A pure-Python MQTT broker (amqtt) on loopback, run as a child process: `python -m … PORT`."""
+
+import asyncio
+import logging
+import signal
+import sys
+
+from amqtt.broker import Broker
+
+
+async def serve(port: int) -> None:
+    """Serve until SIGTERM."""
+    config = {
+        "listeners": {"default": {"type": "tcp", "bind": f"127.0.0.1:{port}"}},
+        "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
+    }
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    broker = Broker(config)
+    await broker.start()
+    await stop.wait()
+    await broker.shutdown()
+
+
+if __name__ == "__main__":
+    # amqtt logs every dropped connection as an error; only what ends the broker is of interest here.
+    logging.basicConfig(level=logging.CRITICAL)
+    asyncio.run(serve(int(sys.argv[1])))

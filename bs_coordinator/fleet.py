@@ -1,0 +1,74 @@
+"""Which node holds which expert, as the nodes' status documents tell it: state and questions, no I/O."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+from wire.experts import ExpertId, format_selector
+from wire.manifest import Dims
+from wire.status import NodeStatus
+
+
+class Fleet:
+    """The nodes of a cluster.
+
+    Attributes:
+        ignored: nodes that are online but serve another model, and why.
+    """
+
+    def __init__(self, dims: Dims, model_sha256: str) -> None:
+        self.ignored: dict[str, str] = {}
+        self._dims = dims
+        self._model_sha256 = model_sha256
+        self._nodes: dict[str, NodeStatus] = {}
+        self._holders: Mapping[ExpertId, list[str]] = {}
+
+    def apply(self, status: NodeStatus) -> bool:
+        """Take in a status; True when it makes answers to earlier requests impossible: the node went offline
+        or was restarted."""
+        known = self._nodes.get(status.node)
+        gone = known is not None and (not status.online or status.boot_id != known.boot_id)
+        self.ignored.pop(status.node, None)
+        if status.online and status.holding and status.holding.model_sha256 != self._model_sha256:
+            self.ignored[status.node] = "its experts were cut from another checkpoint"
+        if status.online and status.node not in self.ignored:
+            self._nodes[status.node] = status
+        else:
+            self._nodes.pop(status.node, None)
+        if known is None or gone or known.holding != status.holding:
+            self._holders = self._index()
+        return gone
+
+    @property
+    def nodes(self) -> Mapping[str, NodeStatus]:
+        """Nodes online that serve this model."""
+        return self._nodes
+
+    def holder(self, id: ExpertId) -> str | None:
+        """The node to ask for an expert, or None. Of several holders the one with the fewest experts to
+        serve, then by name, so that the answer depends only on who is online."""
+        holders = self._holders.get(id)
+        return holders[0] if holders else None
+
+    def missing(self) -> list[ExpertId]:
+        """Experts of the model that no node holds."""
+        dims = self._dims
+        every = (ExpertId(layer, e) for layer in range(dims.layers) for e in range(dims.experts))
+        return [id for id in every if id not in self._holders]
+
+    def describe_missing(self) -> str:
+        """One line for people: what is missing, who is there, what to do."""
+        missing = format_selector(self.missing())
+        online = ", ".join(sorted(self._nodes)) or "none"
+        ignored = "".join(f"; ignored {node}: {why}" for node, why in sorted(self.ignored.items()))
+        return (
+            f"no node holds {missing} (online: {online}{ignored}): "
+            f"start 'wdmoe-node … --experts \"{missing}\"' on a device"
+        )
+
+    def _index(self) -> Mapping[ExpertId, list[str]]:
+        holders: dict[ExpertId, list[str]] = defaultdict(list)
+        load = {node: len(status.expert_ids()) for node, status in self._nodes.items()}
+        for node in sorted(self._nodes, key=lambda n: (load[n], n)):
+            for id in self._nodes[node].expert_ids():
+                holders[id].append(node)
+        return holders

@@ -1,0 +1,113 @@
+"""Before the first prompt: is the broker fast, is every expert held, does every node compute?
+
+A heartbeat proves none of it, so each check here sends real traffic.
+"""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from bs_coordinator.dispatch import Dispatcher
+from wire.errors import BrokerDelayError, BrokerError, DispatchError, PlacementError
+from wire.experts import ExpertId
+from wire.manifest import Manifest, decode_probe_output, probe_input
+from wire.transport import Transport
+
+_NAGLE_MS = 30.0
+"""A missing TCP_NODELAY costs at least 40 ms a burst; nothing else costs the same in every single burst."""
+_BURSTS = 6
+_BURST_LENGTH = 3
+_PROBE_ERROR = 0.5
+"""Relative error at which a node's answer is not this model's: quantisation stays below 0.2, another expert's
+output is at about 1.4."""
+
+
+def measure_broker(transport: Transport, topic: str, *, timeout_s: float = 10.0) -> float:
+    """Median round trip of a small message through the broker and back to us, in ms.
+
+    Single messages never meet Nagle's algorithm; of a burst, all but the first wait for an acknowledgement
+    where TCP_NODELAY is missing. Minima are compared, since jitter on a radio link only ever adds.
+
+    Raises:
+        BrokerDelayError: bursts show that wait.
+        BrokerError: an echo did not come back in time.
+    """
+    transport.subscribe(topic)
+    single_ms = [_echo_ms(transport, topic, 1, timeout_s) for _ in range(_BURSTS)]
+    burst_ms = [_echo_ms(transport, topic, _BURST_LENGTH, timeout_s) for _ in range(_BURSTS)]
+    extra_ms = min(burst_ms) - min(single_ms)
+    if extra_ms > _NAGLE_MS:
+        raise BrokerDelayError(
+            f"every burst through the broker takes {extra_ms:.0f} ms longer than one message: it runs "
+            "without TCP_NODELAY; in mosquitto.conf say 'set_tcp_nodelay true' and restart it"
+        )
+    return float(np.median(single_ms))
+
+
+def _echo_ms(transport: Transport, topic: str, count: int, timeout_s: float) -> float:
+    token = time.perf_counter_ns().to_bytes(8, "little")
+    began_ns = time.perf_counter_ns()
+    for i in range(count):
+        transport.publish(topic, token + bytes([i]))
+    deadline = time.monotonic() + timeout_s
+    arrived = 0
+    while arrived < count:
+        message = transport.receive(max(0.0, deadline - time.monotonic()))
+        if message is None:
+            raise BrokerError(f"a message on {topic} did not come back within {timeout_s:g} s: check the ACL")
+        arrived += message.topic == topic and message.payload[:8] == token
+    return (time.perf_counter_ns() - began_ns) / 1e6
+
+
+def wait_for_experts(
+    dispatcher: Dispatcher, *, timeout_s: float, on_wait: Callable[[str], None] | None = None
+) -> None:
+    """Wait until every expert of the model has a holder.
+
+    Args:
+        on_wait: told what is missing, at once and then whenever that changes.
+
+    Raises:
+        PlacementError: some are still missing at the deadline.
+    """
+    deadline = time.monotonic() + timeout_s
+    said = ""
+    dispatcher.pump(0.2)  # retained statuses of nodes that are already there
+    while dispatcher.fleet.missing():
+        line = dispatcher.fleet.describe_missing()
+        if time.monotonic() >= deadline:
+            raise PlacementError(f"after {timeout_s:g} s {line}")
+        if on_wait and line != said:
+            on_wait(line)
+            said = line
+        dispatcher.pump(0.2)
+
+
+def prove_nodes(dispatcher: Dispatcher, manifest: Manifest) -> dict[str, float]:
+    """Send one token to one expert of every node that the placement uses, and check its answer.
+
+    Returns:
+        Round trip in ms by node.
+
+    Raises:
+        DispatchError: a node does not answer, refuses, or answers with something else than this model's.
+    """
+    x = probe_input(manifest.dims.hidden)
+    round_trip_ms: dict[str, float] = {}
+    for entry in manifest.experts:
+        node = dispatcher.fleet.holder(ExpertId(entry.layer, entry.expert))
+        if node is None or node in round_trip_ms:
+            continue
+        gate = np.zeros((1, manifest.dims.experts), np.float32)
+        gate[0, entry.expert] = 1.0
+        output, dispatches = dispatcher.apply(entry.layer, x, gate)
+        expected = decode_probe_output(entry.probe_output, manifest.dims.hidden)
+        error = float(np.linalg.norm(output[0] - expected) / np.linalg.norm(expected))
+        if not error < _PROBE_ERROR:
+            raise DispatchError(
+                f"node '{node}' answers {entry.id} with something else than this model's expert "
+                f"(relative error {error:.2g}): is its bundle the same?"
+            )
+        round_trip_ms[node] = dispatches[0].round_trip_ns / 1e6
+    return round_trip_ms

@@ -1,0 +1,104 @@
+"""What one step of the model cost, by the base station's own clock: the raw material of every latency log."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from wire.frames import NodeDurations
+
+Phase = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchRecord:
+    """One request to one node.
+
+    Attributes:
+        experts: indices of the experts asked for.
+        tokens: rows of hidden states sent.
+        sent_unix_ns: wall clock at sending, to line logs up; durations never come from it.
+        round_trip_ns: from handing the request to the network to reading its answer off the socket.
+        durations: the node's own account.
+        down_bytes: frame towards the node.
+        up_bytes: frame from the node.
+    """
+
+    node: str
+    experts: tuple[int, ...]
+    tokens: int
+    sent_unix_ns: int
+    round_trip_ns: int
+    durations: NodeDurations
+    down_bytes: int
+    up_bytes: int
+
+    @property
+    def network_ns(self) -> int:
+        """Round trip less what the node says it took: link, broker and both MQTT clients."""
+        return max(0, self.round_trip_ns - self.durations.total_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """One layer of one step.
+
+    Attributes:
+        trunk_ns: attention, norms, gate and selection.
+        dispatch_ns: from the chosen experts to their combined output.
+    """
+
+    layer: int
+    trunk_ns: int
+    dispatch_ns: int
+    dispatches: tuple[DispatchRecord, ...] = ()
+
+    @property
+    def critical(self) -> DispatchRecord | None:
+        """The request that the layer waited for longest; None when nothing was dispatched."""
+        return max(self.dispatches, key=lambda d: d.round_trip_ns, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One forward step: the prompt (prefill) or one token (decode).
+
+    Attributes:
+        position: of the step's first token in the sequence.
+        tokens: tokens that went in.
+        head_ns: embedding, final norm, LM head and choice of the token.
+        total_ns: wall time of the step.
+    """
+
+    phase: Phase
+    position: int
+    tokens: int
+    total_ns: int
+    head_ns: int
+    layers: tuple[LayerRecord, ...] = field(repr=False)
+
+    def split_ns(self) -> "TimeSplit":
+        """Where the step's time went along the critical path; the parts add up to `total_ns`."""
+        critical = [c for layer in self.layers if (c := layer.critical)]
+        trunk = self.head_ns + sum(layer.trunk_ns for layer in self.layers)
+        network = sum(c.network_ns for c in critical)
+        compute = sum(c.durations.compute_ns for c in critical)
+        wait = sum(c.durations.queue_ns for c in critical)
+        return TimeSplit(trunk, network, compute, wait, self.total_ns - trunk - network - compute - wait)
+
+
+@dataclass(frozen=True, slots=True)
+class TimeSplit:
+    """A step's time along its critical path, in ns.
+
+    Attributes:
+        trunk: attention, norms, gate, selection and head on the base station.
+        network: links and broker, of the slowest node of each layer.
+        compute: that node's experts.
+        wait: that node's queue.
+        framing: the rest: packing, unpacking and adding up, on both sides.
+    """
+
+    trunk: int
+    network: int
+    compute: int
+    wait: int
+    framing: int

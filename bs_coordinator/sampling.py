@@ -1,0 +1,45 @@
+"""From logits to a token."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingConfig:
+    """How tokens are chosen.
+
+    Attributes:
+        max_tokens: to generate at most.
+        temperature: 0 takes the most probable token.
+        top_p: smallest probability mass to draw from; 1 for all.
+        seed: of the draw; the same seed gives the same tokens.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Sampler:
+    """Chooses tokens by a `SamplingConfig`; holds the state of its random numbers."""
+
+    def __init__(self, config: SamplingConfig) -> None:
+        self._greedy = config.temperature == 0.0
+        self._generator = torch.Generator().manual_seed(config.seed)
+        self._warpers = []
+        if not self._greedy:
+            self._warpers.append(TemperatureLogitsWarper(config.temperature))
+            if config.top_p < 1.0:
+                self._warpers.append(TopPLogitsWarper(config.top_p))
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token id from logits [1, vocab] on the CPU."""
+        if self._greedy:
+            return int(logits.argmax(dim=-1))
+        for warper in self._warpers:
+            logits = warper(None, logits)
+        return int(torch.multinomial(torch.softmax(logits, dim=-1), 1, generator=self._generator))

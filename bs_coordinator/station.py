@@ -1,0 +1,103 @@
+"""Everything of a base station put together and proven ready: used by the command line and by the testbed."""
+
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bs_coordinator.dispatch import Dispatcher
+from bs_coordinator.fleet import Fleet
+from bs_coordinator.generate import Sequence, Tokenizer
+from bs_coordinator.model import DistributedMixtral
+from bs_coordinator.readiness import measure_broker, prove_nodes, wait_for_experts
+from bs_coordinator.selection import POLICIES
+from bs_coordinator.trunk import Trunk, TrunkDtype
+from wire.broker_url import BrokerAddress
+from wire.errors import BundleError
+from wire.manifest import Manifest, load_manifest, verify_file
+from wire.mqtt import MqttTransport
+from wire.tensors import WireDtype
+from wire.topics import Topics
+
+
+@dataclass(frozen=True, slots=True)
+class StationConfig:
+    """How a base station runs.
+
+    Attributes:
+        device: of the trunk, as torch names it.
+        policy: name in `bs_coordinator.selection.POLICIES`.
+        nodes_timeout_s: how long to wait for nodes before giving up.
+        layer_timeout_s: how long one layer may wait for its nodes.
+    """
+
+    bundle: Path
+    cluster: str = "default"
+    device: str = "cpu"
+    dtype: TrunkDtype = "fp32"
+    wire: WireDtype = WireDtype.FP16
+    policy: str = "topk"
+    nodes_timeout_s: float = 60.0
+    layer_timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Station:
+    """A base station that is ready.
+
+    Attributes:
+        broker_ms: median round trip of a small message through the broker.
+        nodes_ms: round trip of one token, by node.
+    """
+
+    manifest: Manifest
+    model: DistributedMixtral
+    tokenizer: Tokenizer
+    dispatcher: Dispatcher
+    broker_ms: float
+    nodes_ms: dict[str, float]
+
+    def new_sequence(self) -> Sequence:
+        """An empty sequence."""
+        return Sequence(self.model, self.tokenizer)
+
+
+@contextmanager
+def open_station(
+    config: StationConfig, address: BrokerAddress, *, say: Callable[[str], None] = lambda line: None
+) -> Iterator[Station]:
+    """Load the trunk, connect, wait for the nodes and prove each with one token.
+
+    Args:
+        say: told what is being waited for.
+
+    Raises:
+        BundleError, BrokerError, PlacementError, DispatchError: see there.
+    """
+    manifest = load_manifest(config.bundle)
+    for file in manifest.trunk:
+        verify_file(config.bundle, file)
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise BundleError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    # The broker first: a wrong address should not cost the time that a trunk takes to load.
+    client_id = f"wdmoe-bs-{secrets.token_hex(4)}"
+    with closing(MqttTransport(address, client_id)) as transport:
+        topics = Topics(config.cluster)
+        broker_ms = measure_broker(transport, topics.echo(client_id))
+        folder = config.bundle / "trunk"
+        trunk = Trunk(folder, device=config.device, dtype=config.dtype)
+        tokenizer = Tokenizer(folder, fallback_eos=trunk.eos_id)
+        dispatcher = Dispatcher(
+            transport,
+            topics,
+            Fleet(manifest.dims, manifest.model_sha256),
+            dtype=config.wire,
+            timeout_s=config.layer_timeout_s,
+        )
+        wait_for_experts(dispatcher, timeout_s=config.nodes_timeout_s, on_wait=say)
+        nodes_ms = prove_nodes(dispatcher, manifest)
+        model = DistributedMixtral(trunk, dispatcher, POLICIES[config.policy](manifest.dims.top_k))
+        yield Station(manifest, model, tokenizer, dispatcher, broker_ms, nodes_ms)

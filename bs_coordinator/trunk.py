@@ -1,0 +1,158 @@
+"""The part of a Mixtral that stays on the base station: embeddings, attention, norms, gates, head, KV cache.
+
+Attention, norms and rotary embedding are transformers' own modules, so that this is the same arithmetic as
+`MixtralForCausalLM`. This module knows neither nodes nor frames.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import MixtralConfig
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.models.mixtral.modeling_mixtral import (
+    MixtralAttention,
+    MixtralRMSNorm,
+    MixtralRotaryEmbedding,
+)
+
+from wire.errors import BundleError
+
+TrunkDtype = Literal["fp32", "bf16", "fp16"]
+_TORCH_DTYPE: dict[TrunkDtype, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+class StepContext:
+    """What all layers of one forward step share: cache, rotary embedding and attention mask."""
+
+    def __init__(self, cache: DynamicCache, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> None:
+        self.cache = cache
+        self.rotary = rotary
+        self.mask = mask
+
+
+class Trunk:
+    """A loaded trunk on one device."""
+
+    def __init__(self, folder: Path, *, device: str = "cpu", dtype: TrunkDtype = "fp32") -> None:
+        """Load `trunk/` of a bundle.
+
+        Raises:
+            BundleError: files are missing or don't fit together.
+        """
+        self.config: Any = _load_config(folder)
+        self.device = torch.device(device)
+        self.dtype = _TORCH_DTYPE[dtype]
+        with torch.device("meta"):
+            self._modules = _TrunkModules(self.config)
+        try:
+            state = load_file(folder / "model.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise BundleError(f"can't read {folder / 'model.safetensors'}: {error}") from None
+        state = {_module_key(key): value.to(self.device, self.dtype) for key, value in state.items()}
+        if self.config.tie_word_embeddings:
+            state["lm_head.weight"] = state["embed_tokens.weight"]
+        try:
+            self._modules.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            raise BundleError(f"{folder} does not hold this model's trunk: {error}") from None
+        self._modules.requires_grad_(False).eval()
+        self._rotary = MixtralRotaryEmbedding(self.config).to(self.device)
+        sliding = getattr(self.config, "sliding_window", None)
+        self._create_mask = create_sliding_window_causal_mask if sliding else create_causal_mask
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self._modules.layers)
+
+    @property
+    def eos_id(self) -> int | None:
+        """End-of-sequence token of the model's config, where it names exactly one."""
+        eos = self.config.eos_token_id
+        return eos if isinstance(eos, int) else None
+
+    def new_cache(self) -> DynamicCache:
+        """An empty KV cache."""
+        return DynamicCache(config=self.config)
+
+    def embed(self, ids: Tensor, cache: DynamicCache) -> tuple[Tensor, StepContext]:
+        """Begin a step with token ids [tokens] that follow what `cache` holds: hidden [1, tokens, hidden]."""
+        hidden = self._modules.embed_tokens(ids.to(self.device)[None])
+        past = cache.get_seq_length()
+        positions = torch.arange(past, past + ids.shape[0], device=self.device)[None]
+        mask = self._create_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=None,
+            past_key_values=cache,
+            position_ids=positions,
+        )
+        return hidden, StepContext(cache, self._rotary(hidden, position_ids=positions), mask)
+
+    def attend(self, layer: int, hidden: Tensor, step: StepContext) -> tuple[Tensor, Tensor, Tensor]:
+        """First half of a layer.
+
+        Args:
+            hidden: [1, tokens, hidden].
+
+        Returns:
+            The residual [1, tokens, hidden], the experts' input [tokens, hidden] and the gate's probabilities
+            [tokens, experts] in fp32.
+        """
+        block: Any = self._modules.layers[layer]
+        attended, _ = block.self_attn(
+            hidden_states=block.input_layernorm(hidden),
+            position_embeddings=step.rotary,
+            attention_mask=step.mask,
+            past_key_values=step.cache,
+        )
+        residual = hidden + attended
+        expert_input = block.post_attention_layernorm(residual)[0]
+        probabilities = torch.softmax(block.gate(expert_input).float(), dim=-1)
+        return residual, expert_input, probabilities
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits in fp32 [tokens, vocab] from [1, tokens, hidden]."""
+        logits: Tensor = self._modules.lm_head(self._modules.norm(hidden))[0].float()
+        return logits
+
+
+class _TrunkBlock(nn.Module):
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = MixtralAttention(config, layer)
+        self.post_attention_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+
+
+class _TrunkModules(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(_TrunkBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+def _module_key(key: str) -> str:
+    return key.removeprefix("model.").replace(".block_sparse_moe.gate.", ".gate.")
+
+
+def _load_config(folder: Path) -> Any:
+    if not (folder / "config.json").is_file():
+        raise BundleError(
+            f"{folder} has no config.json: this bundle holds experts only, use the exporter's own"
+        )
+    config: Any = MixtralConfig.from_pretrained(folder)
+    config._attn_implementation = "sdpa"
+    return config

@@ -1,0 +1,222 @@
+"""The node on the network: announces itself, answers frames, leaves cleanly.
+
+Two processes with one id would answer each other's work and hide each other's death, so a node looks for its
+own id before it announces itself and keeps looking: of two, the one announced first stays.
+"""
+
+import logging
+import os
+import platform
+import random
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import onnxruntime
+import psutil
+
+from edge_node.worker import Worker
+from wire import __version__, status
+from wire.broker_url import BrokerAddress
+from wire.errors import BrokerAuthError, BrokerError, DuplicateNodeError, FrameError
+from wire.mqtt import KEEPALIVE_S, LastWill, MqttTransport
+from wire.status import Holding, Machine, NodeStatus
+from wire.topics import Topics
+from wire.transport import Message, Transport
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 3.0
+"""How often the retained status is renewed: free memory for operators, and proof of life for a second process
+that wants the same id."""
+_CLAIM_S = 0.5
+"""How long a fresh status may take to come back from the broker, when two nodes start at once."""
+_RECONNECT_FIRST_S = 0.5
+_RECONNECT_MOST_S = 30.0
+
+
+class NodeAgent:
+    """One node's life on a broker."""
+
+    def __init__(
+        self,
+        *,
+        node: str,
+        topics: Topics,
+        address: BrokerAddress,
+        worker: Worker,
+        holding: Holding,
+        threads: int,
+    ) -> None:
+        self._node = node
+        self._topics = topics
+        self._address = address
+        self._worker = worker
+        self._holding = holding
+        self._threads = threads
+        self._boot_id = secrets.token_hex(8)
+        self._since_unix_ms = 0
+
+    def run(self, stop: threading.Event, *, on_ready: Callable[[], None] | None = None) -> None:
+        """Serve until `stop` is set. A lost broker is looked for again, with jittered back-off.
+
+        Raises:
+            BrokerError: the broker can't be reached at the first try, or refuses this node.
+            DuplicateNodeError: another live process has this id.
+        """
+        transport = self._connect()
+        if on_ready:
+            on_ready()
+        while True:
+            try:
+                self._serve(transport, stop)
+                self._leave(transport)
+                return
+            except BrokerAuthError:
+                raise
+            except DuplicateNodeError:
+                # The status topic belongs to the other process: leave without touching it.
+                transport.close()
+                raise
+            except BrokerError as error:
+                log.warning("%s; reconnecting", error)
+                transport.close()
+            reconnected = self._reconnect(stop)
+            if reconnected is None:
+                return
+            transport = reconnected
+
+    def _connect(self) -> MqttTransport:
+        will = LastWill(
+            self._topics.status(self._node), status.encode_status(self._status("offline", "connection lost"))
+        )
+        client_id = f"wdmoe-{self._topics.cluster}-{self._node}-{self._boot_id}"
+        transport = MqttTransport(self._address, client_id, will=will)
+        try:
+            transport.subscribe(self._topics.status(self._node), qos=1)
+            self._refuse_if_taken(transport)
+            transport.subscribe(self._topics.work(self._node))
+            self._since_unix_ms = int(time.time() * 1000)
+            self._announce(transport, confirm=True)
+        except (BrokerError, DuplicateNodeError):
+            transport.close()
+            raise
+        return transport
+
+    def _refuse_if_taken(self, transport: Transport) -> None:
+        """Raise if another process with our id is alive: its retained status says online and is renewed."""
+        deadline = time.monotonic() + _CLAIM_S
+        other: NodeStatus | None = None
+        while (remaining := deadline - time.monotonic()) > 0:
+            message = transport.receive(remaining)
+            seen = self._other_status(message) if message else None
+            if seen is None:
+                continue
+            if not seen.online:
+                other, deadline = None, time.monotonic() + _CLAIM_S
+            elif message and not message.retained:
+                raise self._taken(seen)
+            elif other is None:
+                # Retained: alive, or dead for less than the broker's patience. A heartbeat or its will tells.
+                other, deadline = seen, time.monotonic() + 1.5 * KEEPALIVE_S + HEARTBEAT_S
+                log.info("id '%s' was last used on %s; making sure that it is gone", self._node, _where(seen))
+
+    def _serve(self, transport: MqttTransport, stop: threading.Event) -> None:
+        work_topic = self._topics.work(self._node)
+        result_topic = self._topics.results(self._node)
+        next_heartbeat = time.monotonic() + HEARTBEAT_S
+        while not stop.is_set():
+            message = transport.receive(min(0.2, max(0.0, next_heartbeat - time.monotonic())))
+            if message and message.topic == work_topic:
+                if message.retained:
+                    self._worker.counts["dropped:retained"] += 1
+                elif (reply := self._worker.answer(message.payload, message.arrived_ns)) is not None:
+                    transport.publish(result_topic, reply)
+            elif message and (other := self._other_status(message)) and other.online:
+                self._settle(other)
+            if time.monotonic() >= next_heartbeat:
+                self._announce(transport, confirm=False)
+                next_heartbeat = time.monotonic() + HEARTBEAT_S
+
+    def _settle(self, other: NodeStatus) -> None:
+        """Two of us announced themselves at once: the earlier one stays."""
+        if (other.since_unix_ms, other.boot_id) < (self._since_unix_ms, self._boot_id):
+            raise self._taken(other)
+        log.error("another process on %s tries to use our id '%s'", _where(other), self._node)
+
+    def _other_status(self, message: Message) -> NodeStatus | None:
+        """The status in `message` if it is one of another process with our id."""
+        if message.topic != self._topics.status(self._node) or not message.payload:
+            return None
+        try:
+            seen = status.decode_status(message.payload, self._node)
+        except FrameError as error:
+            self._worker.counts[f"dropped:{error.reason}"] += 1
+            return None
+        return seen if seen.boot_id != self._boot_id else None
+
+    def _taken(self, other: NodeStatus) -> DuplicateNodeError:
+        return DuplicateNodeError(
+            f"node id '{self._node}' is in use on {_where(other)}: choose another --id or stop that one"
+        )
+
+    def _announce(self, transport: MqttTransport, *, confirm: bool) -> None:
+        topic, payload = self._topics.status(self._node), status.encode_status(self._status("online"))
+        if confirm:
+            transport.publish_confirmed(topic, payload, retain=True)
+        else:
+            transport.publish(topic, payload, qos=1, retain=True)
+
+    def _leave(self, transport: MqttTransport) -> None:
+        payload = status.encode_status(self._status("offline", "stopped"))
+        transport.publish_confirmed(self._topics.status(self._node), payload, retain=True, timeout_s=2.0)
+        transport.close()
+
+    def _reconnect(self, stop: threading.Event) -> MqttTransport | None:
+        delay_s = _RECONNECT_FIRST_S
+        while not stop.wait(random.uniform(0, delay_s)):  # noqa: S311 - jitter, not a secret
+            try:
+                transport = self._connect()
+            except BrokerAuthError:
+                raise
+            except BrokerError as error:
+                delay_s = min(2 * delay_s, _RECONNECT_MOST_S)
+                log.warning("%s; next try within %.1f s", error, delay_s)
+                continue
+            log.info("connected to %s again", self._address)
+            return transport
+        return None
+
+    def _status(self, state: str, reason: str = "") -> NodeStatus:
+        online = state == "online"
+        return NodeStatus(
+            schema=status.SCHEMA,
+            node=self._node,
+            boot_id=self._boot_id,
+            state="online" if online else "offline",
+            since_unix_ms=self._since_unix_ms,
+            reason=reason,
+            holding=self._holding if online else None,
+            machine=self._machine(),
+        )
+
+    def _machine(self) -> Machine:
+        memory = psutil.virtual_memory()
+        return Machine(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            arch=platform.machine(),
+            cpus=os.cpu_count() or 1,
+            threads=self._threads,
+            ram_bytes=memory.total,
+            available_bytes=memory.available,
+            wdmoe=__version__,
+            onnxruntime=onnxruntime.__version__,
+        )
+
+
+def _where(other: NodeStatus) -> str:
+    machine = other.machine
+    return f"{machine.host} (process {machine.pid})" if machine else "another host"

@@ -1,0 +1,117 @@
+"""`wdmoe-node`: serve experts of a bundle."""
+
+import logging
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from wire import __version__
+from wire.broker_url import parse_broker_url
+from wire.console import run as run_console
+from wire.experts import format_selector, parse_selector
+from wire.topics import Topics, check_name
+
+log = logging.getLogger("wdmoe-node")
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from `1500M`, `2G` or a plain number.
+
+    Raises:
+        ValueError: not a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"'{text}' is not a size: write 800M or 2G")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+@click.command()
+@click.version_option(__version__)
+@click.option("--bundle", type=click.Path(path_type=Path), required=True, help="Folder made by wdmoe-export.")
+@click.option("--broker", required=True, help="mqtt://[user@]host[:port] or mqtts://…")
+@click.option("--id", "node", required=True, help="Name of this node, unique in its cluster.")
+@click.option("--experts", "selector", required=True, help="For example 'L*:E3' or 'L0-14:E0,2 L15:E*'.")
+@click.option("--cluster", default="default", show_default=True, help="Keeps clusters on one broker apart.")
+@click.option("--threads", type=click.IntRange(1, 256), help="Cores to compute with.  [default: all]")
+@click.option("--memory-budget", help="Refuse to take more RAM than this, e.g. 800M or 2G.")
+@click.option("--password-file", type=click.Path(path_type=Path), help="Broker password, file of mode 600.")
+@click.option("--ca-file", type=click.Path(path_type=Path, exists=True), help="CA to trust for mqtts://.")
+def cli(
+    bundle: Path,
+    broker: str,
+    node: str,
+    selector: str,
+    cluster: str,
+    threads: int | None,
+    memory_budget: str | None,
+    password_file: Path | None,
+    ca_file: Path | None,
+) -> None:
+    """Serve experts of BUNDLE to the base station over MQTT."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: Any) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    try:
+        topics = Topics(check_name("cluster", cluster))
+        check_name("node id", node)
+        budget = parse_bytes(memory_budget) if memory_budget else None
+        address = parse_broker_url(broker, password_file=password_file, ca_file=ca_file)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+    from edge_node.agent import NodeAgent
+    from edge_node.memory import check_memory, needed_bytes
+    from edge_node.runtime import ExpertRuntime
+    from edge_node.worker import Worker
+    from wire.manifest import load_manifest
+    from wire.status import Holding
+
+    manifest = load_manifest(bundle)
+    dims = manifest.dims
+    try:
+        ids = parse_selector(selector, layers=dims.layers, experts=dims.experts)
+    except ValueError as error:
+        raise click.UsageError(f"--experts: {error}") from None
+    needed = needed_bytes(manifest.entries(ids), manifest.quantisation.scheme)
+    check_memory(needed, budget=budget)
+    threads = threads or os.cpu_count() or 1
+    began = time.monotonic()
+    runtime = ExpertRuntime(bundle, manifest, ids, threads=threads)
+    log.info("proved %d experts (%s) in %.1f s", len(ids), manifest.quantisation, time.monotonic() - began)
+    worker = Worker(runtime)
+    agent = NodeAgent(
+        node=node,
+        topics=topics,
+        address=address,
+        worker=worker,
+        threads=threads,
+        holding=Holding(
+            experts=format_selector(ids),
+            model_sha256=manifest.model_sha256,
+            dims=dims,
+            quantisation=str(manifest.quantisation),
+            resident_bytes=needed,
+        ),
+    )
+    agent.run(stop, on_ready=lambda: log.info("'%s' serves %s at %s", node, format_selector(ids), address))
+    log.info(
+        "'%s' stopped; %s", node, ", ".join(f"{k} {n}" for k, n in worker.counts.items()) or "no work came"
+    )
+
+
+def main() -> None:
+    """Console entry."""
+    run_console(cli, "wdmoe-node")

@@ -1,0 +1,81 @@
+"""From a work frame to its answer: no I/O, so that it can be tested and replayed without a network."""
+
+import time
+from collections import Counter
+
+import numpy as np
+
+from edge_node.runtime import ExpertRuntime
+from wire import frames
+from wire.errors import FrameError
+from wire.experts import ExpertId
+from wire.frames import ErrorFrame, NodeDurations, PingFrame, PongFrame, ResultFrame, Status, WorkFrame
+
+
+class Worker:
+    """Answers frames with the experts of a runtime.
+
+    Attributes:
+        counts: answered and refused frames and dropped bytes by reason, for logs.
+    """
+
+    def __init__(self, runtime: ExpertRuntime) -> None:
+        self.counts: Counter[str] = Counter()
+        self._runtime = runtime
+        self._hidden = runtime.manifest.dims.hidden
+
+    def answer(self, payload: bytes, arrived_ns: int) -> bytes | None:
+        """The encoded answer to an encoded frame, or None for bytes that deserve none.
+
+        Args:
+            arrived_ns: `time.perf_counter_ns()` when the frame was read off the socket.
+        """
+        begun_ns = time.perf_counter_ns()
+        try:
+            frame = frames.decode(payload)
+        except FrameError as error:
+            self.counts[f"dropped:{error.reason}"] += 1
+            return None
+        match frame:
+            case PingFrame():
+                self.counts["pings"] += 1
+                return frames.encode(PongFrame(frame.id, frame.payload))
+            case WorkFrame():
+                return self._work(frame, arrived_ns, begun_ns)
+            case _:
+                self.counts["dropped:kind"] += 1
+                return None
+
+    def _work(self, frame: WorkFrame, arrived_ns: int, begun_ns: int) -> bytes:
+        queue_ns = begun_ns - arrived_ns
+        if frame.deadline_ms and queue_ns > frame.deadline_ms * 1_000_000:
+            return self._refuse(frame, Status.EXPIRED, f"waited {queue_ns / 1e6:.0f} ms in the queue")
+        if frame.hidden.shape[1] != self._hidden:
+            return self._refuse(
+                frame,
+                Status.WRONG_SHAPE,
+                f"hidden size {frame.hidden.shape[1]}, this model has {self._hidden}",
+            )
+        missing = [s.expert for s in frame.experts if ExpertId(frame.layer, s.expert) not in self._runtime]
+        if missing:
+            return self._refuse(
+                frame, Status.UNKNOWN_EXPERT, f"does not hold {ExpertId(frame.layer, missing[0])}"
+            )
+        decoded_ns = time.perf_counter_ns()
+        output = np.zeros(frame.hidden.shape, np.float32)
+        for slice_ in frame.experts:
+            x = frame.hidden[slice_.tokens]
+            y = self._runtime.run(ExpertId(frame.layer, slice_.expert), x)
+            output[slice_.tokens] += y * slice_.weights[:, None]
+        computed_ns = time.perf_counter_ns()
+        if not np.isfinite(output).all():
+            return self._refuse(frame, Status.NOT_FINITE, "an expert's output is not finite")
+        durations = NodeDurations(queue_ns, decoded_ns - begun_ns, computed_ns - decoded_ns, 0)
+        result = ResultFrame(frame.id, frame.layer, output, frame.dtype, durations)
+        reply = frames.encode(result, began_ns=computed_ns)
+        self.counts["answered"] += 1
+        return reply
+
+    def _refuse(self, frame: WorkFrame, status: Status, why: str) -> bytes:
+        self.counts[f"refused:{status.name.lower()}"] += 1
+        return frames.encode(ErrorFrame(frame.id, frame.layer, status, why))

@@ -1,0 +1,1 @@
+"""The testbed: runs whole systems, measures them, writes the logs. May import every other room."""

@@ -1,0 +1,84 @@
+"""Edge nodes as processes on this machine: real `wdmoe-node` processes, only the devices are missing."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from bs_coordinator.brokers import die_with_parent, stop_child
+from wire.broker_url import BrokerAddress
+from wire.errors import WdmoeError
+
+
+class LocalFleet:
+    """Running node processes, by node id; each writes its log to `<folder>/<id>.log`."""
+
+    def __init__(
+        self, bundle: Path, address: BrokerAddress, folder: Path, *, cluster: str = "default"
+    ) -> None:
+        self._bundle = bundle
+        self._address = address
+        self._folder = folder
+        self._cluster = cluster
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def start(self, node: str, experts: str, *, threads: int = 1) -> None:
+        """Start one node; it is ready when the base station sees it, not when this returns."""
+        argv = [
+            *(sys.executable, "-m", "edge_node", "--bundle", str(self._bundle)),
+            *("--broker", str(self._address), "--id", node, "--experts", experts),
+            *("--cluster", self._cluster, "--threads", str(threads)),
+        ]
+        with self.log_path(node).open("wb") as log:
+            self.processes[node] = subprocess.Popen(
+                die_with_parent(argv),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                # One thread per node is what a shelf of devices has; BLAS must not take every core here.
+                env={**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)},
+            )
+
+    def log_path(self, node: str) -> Path:
+        """Where a node's log goes."""
+        return self._folder / f"{node}.log"
+
+    def check(self) -> None:
+        """Raise if a node has ended by itself.
+
+        Raises:
+            WdmoeError: with the last line of its log.
+        """
+        for node, process in self.processes.items():
+            if process.poll() is not None:
+                lines = self.log_path(node).read_text(errors="replace").strip().splitlines()
+                raise WdmoeError(f"node '{node}' ended: {lines[-1] if lines else 'no output'}")
+
+    def stop(self) -> None:
+        """End all nodes, all at once."""
+        for process in self.processes.values():
+            process.terminate()
+        for process in self.processes.values():
+            stop_child(process)
+
+
+@contextmanager
+def local_fleet(
+    bundle: Path, address: BrokerAddress, folder: Path, experts_by_node: Mapping[str, str]
+) -> Iterator[LocalFleet]:
+    """A fleet that lives as long as the context."""
+    fleet = LocalFleet(bundle, address, folder)
+    try:
+        for node, experts in experts_by_node.items():
+            fleet.start(node, experts)
+        # Most wrong settings end a node within its first moments; better told now than at a timeout.
+        time.sleep(0.2)
+        fleet.check()
+        yield fleet
+    finally:
+        fleet.stop()

@@ -1,0 +1,222 @@
+"""MQTT 3.1.1 over one TCP connection, driven by its owner's thread: no thread hand-off per message.
+
+paho-mqtt does the protocol; this module adds what a latency-bound application needs: TCP_NODELAY, a deadline
+on everything that waits, and errors in the words of `wire.errors`. It knows nothing of frames.
+"""
+
+import collections
+import contextlib
+import logging
+import select
+import socket
+import ssl
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from paho.mqtt.client import Client, MQTTMessage, MQTTv311
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.reasoncodes import ReasonCode
+
+from wire.broker_url import BrokerAddress
+from wire.errors import BrokerAuthError, BrokerError
+from wire.transport import Message
+
+log = logging.getLogger(__name__)
+
+KEEPALIVE_S = 10
+"""A peer that vanishes without closing its socket is declared dead by the broker after 1.5× this."""
+_AUTH_REFUSALS = ("Bad user name or password", "Not authorized")
+_QUEUE_LIMIT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class LastWill:
+    """What the broker publishes, retained and with QoS 1, when this client disappears."""
+
+    topic: str
+    payload: bytes
+
+
+class MqttTransport:
+    """A connected MQTT client (`wire.transport.Transport`).
+
+    Messages that arrive while nobody calls `receive` wait in a queue of bounded length; past it the oldest is
+    dropped and counted in `dropped`, since every request above has a deadline of its own.
+    """
+
+    def __init__(
+        self, address: BrokerAddress, client_id: str, *, will: LastWill | None = None, timeout_s: float = 10.0
+    ) -> None:
+        """Connect and wait for the broker's acknowledgement.
+
+        Raises:
+            BrokerAuthError: user or password refused, or the broker's certificate is not trusted.
+            BrokerError: not reachable within `timeout_s`, or it refuses for another reason.
+        """
+        self.address = address
+        self.dropped = 0
+        self._inbox: collections.deque[Message] = collections.deque()
+        self._connack: ReasonCode | None = None
+        self._subscribed: dict[int, bool] = {}
+        self._client = client = Client(
+            CallbackAPIVersion.VERSION2, client_id=client_id, protocol=MQTTv311, reconnect_on_failure=False
+        )
+        client.connect_timeout = timeout_s
+        client.max_inflight_messages_set(1000)
+        client.max_queued_messages_set(_QUEUE_LIMIT)
+        client.on_message = self._on_message
+        client.on_connect = self._on_connect
+        client.on_subscribe = self._on_subscribe
+        client.on_socket_open = _disable_nagle
+        if address.user:
+            client.username_pw_set(address.user, address.password)
+        if will:
+            client.will_set(will.topic, will.payload, qos=1, retain=True)
+        self._connect(timeout_s)
+
+    def _connect(self, timeout_s: float) -> None:
+        address = self.address
+        try:
+            if address.tls:
+                ca_file = str(address.ca_file) if address.ca_file else None
+                self._client.tls_set(ca_certs=ca_file, tls_version=ssl.PROTOCOL_TLS_CLIENT)
+            self._client.connect(address.host, address.port, keepalive=KEEPALIVE_S)
+        except ssl.SSLError as error:
+            raise BrokerAuthError(f"TLS with {address} failed: {error.reason or error}") from None
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise BrokerError(
+                f"no broker at {address} ({why}): is it running, is the address right?"
+            ) from None
+        deadline = time.monotonic() + timeout_s
+        while self._connack is None:
+            self._step_until(
+                deadline, f"{address} accepted the connection but does not answer as an MQTT broker"
+            )
+        if self._connack.is_failure:
+            reason = str(self._connack)
+            self._client.disconnect()
+            if reason in _AUTH_REFUSALS:
+                raise BrokerAuthError(
+                    f"the broker at {address} refused user '{address.user or 'anonymous'}': check the user "
+                    "in the URL and --password-file"
+                )
+            raise BrokerError(f"the broker at {address} refused the connection: {reason}")
+
+    def subscribe(self, topic_filter: str, *, qos: int = 0, timeout_s: float = 10.0) -> None:
+        """Subscribe and wait for the broker's confirmation.
+
+        Raises:
+            BrokerError: refused (for example by an ACL) or not confirmed within `timeout_s`.
+        """
+        rc, mid = self._client.subscribe(topic_filter, qos)
+        self._check(rc)
+        assert mid is not None  # noqa: S101 - paho returns an id with every success
+        deadline = time.monotonic() + timeout_s
+        while mid not in self._subscribed:
+            self._step_until(deadline, f"{self.address} did not confirm the subscription to {topic_filter}")
+        if not self._subscribed.pop(mid):
+            raise BrokerError(f"the broker refused the subscription to {topic_filter}: check its ACL")
+
+    def publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> None:
+        """Write a message to the socket, or queue what the socket does not take at once.
+
+        Raises:
+            BrokerError: the connection is lost.
+        """
+        self._check(self._client.publish(topic, payload, qos, retain).rc)
+
+    def publish_confirmed(self, topic: str, payload: bytes, *, retain: bool, timeout_s: float = 10.0) -> None:
+        """Publish with QoS 1 and wait for the broker's acknowledgement.
+
+        Raises:
+            BrokerError: the connection is lost, or no acknowledgement within `timeout_s`.
+        """
+        info = self._client.publish(topic, payload, 1, retain)
+        self._check(info.rc)
+        deadline = time.monotonic() + timeout_s
+        while not info.is_published():
+            self._step_until(deadline, f"{self.address} did not acknowledge a message on {topic}")
+
+    def receive(self, timeout_s: float) -> Message | None:
+        """The next message, or None when none came within `timeout_s`.
+
+        Raises:
+            BrokerError: the connection is lost.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self._inbox:
+            remaining = deadline - time.monotonic()
+            self._step(max(0.0, remaining))
+            if remaining <= 0:
+                break
+        return self._inbox.popleft() if self._inbox else None
+
+    def close(self) -> None:
+        """Disconnect cleanly (the last will is not sent); what is still queued gets a second to leave."""
+        with contextlib.suppress(BrokerError):
+            deadline = time.monotonic() + 1.0
+            while self._client.want_write() and time.monotonic() < deadline:
+                self._step(0.05)
+        self._client.disconnect()
+
+    def _step_until(self, deadline: float, what: str) -> None:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise BrokerError(what)
+        self._step(remaining)
+
+    def _step(self, timeout_s: float) -> None:
+        """One turn of the poll loop: wait for the socket, then read, write and keep alive."""
+        client = self._client
+        sock: Any = client.socket()
+        if sock is None:
+            raise self._lost(MQTTErrorCode.MQTT_ERR_NO_CONN)
+        if getattr(sock, "pending", int)():
+            timeout_s = 0.0  # TLS has decrypted bytes that poll() can't see
+        # Wake up often enough to send keep-alives.
+        timeout_s = min(timeout_s, KEEPALIVE_S / 4)
+        poll = select.poll()
+        poll.register(sock, select.POLLIN | (select.POLLOUT if client.want_write() else 0))
+        events = dict(poll.poll(timeout_s * 1000)).get(sock.fileno(), 0)
+        if events & ~select.POLLOUT or getattr(sock, "pending", int)():
+            self._check(client.loop_read())
+        if events & select.POLLOUT:
+            self._check(client.loop_write())
+        self._check(client.loop_misc())
+
+    def _check(self, rc: MQTTErrorCode) -> None:
+        if rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
+            raise BrokerError(f"more than {_QUEUE_LIMIT} messages wait for {self.address}: the link is stuck")
+        if rc != MQTTErrorCode.MQTT_ERR_SUCCESS and (self._connack is None or not self._connack.is_failure):
+            raise self._lost(rc)
+
+    def _lost(self, rc: MQTTErrorCode) -> BrokerError:
+        return BrokerError(f"lost the connection to the broker at {self.address} ({rc.name})")
+
+    def _on_connect(self, client: Client, userdata: Any, flags: Any, reason: ReasonCode, props: Any) -> None:
+        self._connack = reason
+
+    def _on_subscribe(
+        self, client: Client, userdata: Any, mid: int, reasons: list[ReasonCode], props: Any
+    ) -> None:
+        self._subscribed[mid] = not any(r.is_failure for r in reasons)
+
+    def _on_message(self, client: Client, userdata: Any, message: MQTTMessage) -> None:
+        if len(self._inbox) >= _QUEUE_LIMIT:
+            self._inbox.popleft()
+            self.dropped += 1
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            self.dropped += 1
+            return
+        self._inbox.append(
+            Message(topic, bytes(message.payload), time.perf_counter_ns(), bool(message.retain))
+        )
+
+
+def _disable_nagle(client: Client, userdata: Any, sock: Any) -> None:
+    # Without it the kernel holds back a small write until the last one is acknowledged: up to 40 ms.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
