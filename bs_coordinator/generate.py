@@ -8,7 +8,7 @@ from typing import Any, Literal
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
-from bs_coordinator.model import DistributedMixtral
+from bs_coordinator.model import DistributedMixtral, Feed
 from bs_coordinator.records import StepRecord
 from bs_coordinator.sampling import Sampler, SamplingConfig
 from wire.errors import BundleError, ContextLengthError
@@ -121,7 +121,7 @@ class Sequence:
             steps: list[StepRecord] = []
             for start in range(0, len(pending), PREFILL_CHUNK_TOKENS):
                 chunk = pending[start : start + PREFILL_CHUNK_TOKENS]
-                logits, step = self._model.step(chunk, self._cache)
+                (logits,), step = self._model.step([Feed(chunk, self._cache)])
                 self._cached_ids += chunk
                 steps.append(step)
             id = sampler.choose(logits)

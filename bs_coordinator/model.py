@@ -1,6 +1,7 @@
 """One forward step of the distributed model: trunk here, experts wherever they are."""
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -40,6 +41,13 @@ class Experts(Protocol):
         """
 
 
+class Feed(NamedTuple):
+    """One sequence's share of a step: token ids that follow what its cache holds."""
+
+    ids: list[int]
+    cache: DynamicCache
+
+
 class DistributedMixtral:
     """A Mixtral whose experts are elsewhere."""
 
@@ -49,53 +57,61 @@ class DistributedMixtral:
         self._policy = policy
 
     @torch.inference_mode()
-    def step(
-        self, ids: list[int], cache: DynamicCache, *, all_logits: bool = False
-    ) -> tuple[Tensor, StepRecord]:
-        """Run token ids that follow what `cache` holds, and add them to it.
+    def step(self, feeds: Sequence[Feed], *, all_logits: bool = False) -> tuple[list[Tensor], StepRecord]:
+        """Run several sequences one step on, with one round of expert requests per layer for all of them.
 
         Returns:
-            Logits in fp32, [1, vocab] of the last token or [tokens, vocab] with `all_logits`, and what the
-            step cost. On an error the cache is cut back to what it held before.
+            Per sequence logits in fp32 on the CPU, [1, vocab] of its last token or [tokens, vocab] with
+            `all_logits`; and what the step cost. On an error the caches are cut back to what they held.
         """
-        past = cache.get_seq_length()
+        past = [feed.cache.get_seq_length() for feed in feeds]
         try:
-            return self._step(ids, cache, past, all_logits)
+            return self._step(feeds, past[0], all_logits)
         except BaseException:
             # Layers before the failure have already appended their keys and values.
-            cache.crop(past)
+            for feed, length in zip(feeds, past, strict=True):
+                feed.cache.crop(length)
             raise
 
     def _step(
-        self, ids: list[int], cache: DynamicCache, past: int, all_logits: bool
-    ) -> tuple[Tensor, StepRecord]:
+        self, feeds: Sequence[Feed], position: int, all_logits: bool
+    ) -> tuple[list[Tensor], StepRecord]:
         began_ns = time.perf_counter_ns()
-        hidden, context = self.trunk.embed(torch.tensor(ids), cache)
+        begun = [self.trunk.embed(torch.tensor(feed.ids), feed.cache) for feed in feeds]
+        hidden, contexts = [h for h, _ in begun], [c for _, c in begun]
         mark_ns = time.perf_counter_ns()
         head_ns = mark_ns - began_ns
         layers: list[LayerRecord] = []
         for layer in range(self.trunk.layers):
-            residual, expert_input, probabilities = self.trunk.attend(layer, hidden, context)
+            attended = [self.trunk.attend(layer, h, c) for h, c in zip(hidden, contexts, strict=True)]
             # The copies to the host also wait for a GPU, so that the clock below is honest.
-            x = expert_input.float().cpu().numpy()
-            gate = self._policy(probabilities.cpu().numpy())
+            x = _to_host([expert_input for _, expert_input, _ in attended])
+            gate = self._policy(_to_host([probabilities for _, _, probabilities in attended]))
             attended_ns = time.perf_counter_ns()
             combined = self._experts.apply(layer, x, gate)
-            output = torch.from_numpy(combined.output).to(residual.device, residual.dtype)
-            hidden = residual + output[None]
+            outputs = torch.from_numpy(combined.output).to(hidden[0].device, hidden[0].dtype)
+            parts = torch.split(outputs, [len(feed.ids) for feed in feeds])
+            hidden = [residual + part[None] for (residual, _, _), part in zip(attended, parts, strict=True)]
             done_ns = time.perf_counter_ns()
             layers.append(
                 LayerRecord(layer, attended_ns - mark_ns, done_ns - attended_ns, combined.dispatches)
             )
             mark_ns = done_ns
-        logits = self.trunk.head(hidden if all_logits else hidden[:, -1:]).cpu()
+        logits = [self.trunk.head(h if all_logits else h[:, -1:]).cpu() for h in hidden]
         end_ns = time.perf_counter_ns()
+        tokens = sum(len(feed.ids) for feed in feeds)
         record = StepRecord(
-            phase="decode" if len(ids) == 1 else "prefill",
-            position=past,
-            tokens=len(ids),
+            phase="decode" if tokens == len(feeds) else "prefill",
+            position=position,
+            tokens=tokens,
             total_ns=end_ns - began_ns,
             head_ns=head_ns + end_ns - mark_ns,
             layers=tuple(layers),
         )
         return logits, record
+
+
+def _to_host(tensors: list[Tensor]) -> Array:
+    joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    array: Array = joined.float().cpu().numpy()
+    return array

@@ -59,11 +59,11 @@ class LayerRecord:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One forward step: the prompt (prefill) or one token (decode).
+    """One forward step: a piece of a prompt (prefill) or one token per sequence (decode).
 
     Attributes:
-        position: of the step's first token in the sequence.
-        tokens: tokens that went in.
+        position: of the step's first token in its sequence (the first one's, of several).
+        tokens: tokens that went in, of all sequences.
         head_ns: embedding, final norm, LM head and choice of the token.
         total_ns: wall time of the step.
     """

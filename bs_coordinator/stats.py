@@ -71,7 +71,7 @@ def one_line(stats: AnswerStats) -> str:
     """For under an answer."""
     return (
         f"{stats.tokens} tokens · first after {stats.first_token_ms:.0f} ms · then {stats.token_ms:.1f} ms "
-        f"each: trunk {stats.trunk_ms:.1f}, network {stats.network_ms:.1f}, node compute {stats.compute_ms:.1f}, "
-        f"wait {stats.wait_ms:.1f}, framing {stats.framing_ms:.1f} · "
+        f"each: trunk {stats.trunk_ms:.1f}, network {stats.network_ms:.1f}, "
+        f"node compute {stats.compute_ms:.1f}, wait {stats.wait_ms:.1f}, framing {stats.framing_ms:.1f} · "
         f"{stats.down_bytes / 1024:.0f} KiB down, {stats.up_bytes / 1024:.0f} KiB up per token"
     )

@@ -166,10 +166,11 @@ def probe_input(hidden: int, rows: int = 1) -> Array:
     """The input [rows, hidden] that every exported expert is proven on: about unit variance, no library's
     random numbers, so the same on every device and in every version."""
     index = np.arange(rows * hidden, dtype=np.uint64)
-    # 64-bit mix of SplitMix64: integer arithmetic modulo 2⁶⁴, exact everywhere.
+    # SplitMix64 from seed 0 (Steele et al. 2014): integer arithmetic modulo 2⁶⁴, exact everywhere.
     z = (index + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
     uniform = (z >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
     return ((uniform - np.float32(0.5)) * np.float32(12**0.5)).reshape(rows, hidden)
 

@@ -1,0 +1,90 @@
+"""The demo: the whole system on one machine, eight node processes as devices, three questions answered."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bs_coordinator.brokers import open_broker
+from bs_coordinator.generate import TokenEvent
+from bs_coordinator.sampling import SamplingConfig
+from bs_coordinator.station import Station, StationConfig, open_station
+from bs_coordinator.stats import AnswerStats, summarise
+from testbed.demo_assets import demo_bundle
+from testbed.latency_log import LatencyLog
+from testbed.local_fleet import local_fleet
+
+QUESTIONS = (
+    "What is the capital of France?",
+    "Explain in two sentences why leaves are green.",
+    "Write a Python function that returns the larger of two numbers.",
+)
+
+
+def run_demo(
+    *, broker: str, questions: Sequence[str], max_tokens: int, nodes: int, runs: Path, console: Console
+) -> None:
+    """Answer `questions` and print where the time went.
+
+    Args:
+        broker: `embedded`, `mosquitto` or an URL.
+        nodes: processes to share the experts: node k holds experts k, k + nodes, … of every layer.
+        runs: folder under which the latency log and the nodes' logs go.
+    """
+    bundle = demo_bundle("int4", console=console)
+    folder = runs / time.strftime("demo-%Y%m%d-%H%M%S")
+    experts = {f"node{k}": f"L*:E{','.join(map(str, range(k, 8, nodes)))}" for k in range(nodes)}
+    with (
+        open_broker(broker) as address,
+        local_fleet(bundle, address, folder / "nodes", experts),
+        open_station(StationConfig(bundle=bundle), address, say=lambda line: None) as station,
+    ):
+        console.print(
+            f"{len(station.nodes_ms)} nodes are ready; broker round trip {station.broker_ms:.2f} ms, one token "
+            f"through the slowest node {max(station.nodes_ms.values()):.1f} ms\n",
+            style="dim",
+        )
+        with LatencyLog(folder / "latency.csv") as log:
+            answers = [_ask(station, log, i, q, max_tokens, console) for i, q in enumerate(questions)]
+    _print_tables(answers, console)
+    console.print(f"latency log: {folder / 'latency.csv'}", style="dim")
+
+
+def _ask(
+    station: Station, log: LatencyLog, number: int, question: str, max_tokens: int, console: Console
+) -> AnswerStats:
+    console.print(f"[bold]> {question}[/bold]", highlight=False)
+    ids = station.tokenizer.encode_chat([{"role": "user", "content": question}])
+    events: list[TokenEvent] = []
+    for event in station.new_sequence().generate(ids, SamplingConfig(max_tokens=max_tokens)):
+        log.append(number, len(events), event)
+        events.append(event)
+        sys.stdout.write(event.text)
+        sys.stdout.flush()
+    sys.stdout.write("\n\n")
+    return summarise(events)
+
+
+def _print_tables(answers: Sequence[AnswerStats], console: Console) -> None:
+    table = Table(title="per answer; ms per token are means over the decoded tokens")
+    for column in (
+        "answer", "tokens", "first token ms", "ms per token", "trunk", "network", "node compute", "wait",
+        "framing", "KiB down/token", "KiB up/token",
+    ):  # fmt: skip
+        table.add_column(column, justify="right")
+    for i, a in enumerate(answers, 1):
+        parts = (a.first_token_ms, a.token_ms, a.trunk_ms, a.network_ms, a.compute_ms, a.wait_ms, a.framing_ms)
+        table.add_row(
+            str(i), str(a.tokens), *(f"{ms:.1f}" for ms in parts),
+            f"{a.down_bytes / 1024:.1f}", f"{a.up_bytes / 1024:.1f}",
+        )  # fmt: skip
+    console.print(table)
+    shares = Table(title="hidden states that each node computed on")
+    nodes = sorted({node for a in answers for node in a.tokens_by_node})
+    for node in nodes:
+        shares.add_column(node, justify="right")
+    shares.add_row(*(str(sum(a.tokens_by_node.get(node, 0) for a in answers)) for node in nodes))
+    console.print(shares)

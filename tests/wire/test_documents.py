@@ -1,0 +1,175 @@
+"""Selectors, names, statuses, manifests and broker URLs: what is valid comes back, the rest is refused."""
+
+import json
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wire import status
+from wire.broker_url import parse_broker_url, read_secret
+from wire.errors import BrokerAuthError, BundleError, FrameError, StorageError
+from wire.experts import ExpertId, format_selector, parse_selector
+from wire.files import atomic_write
+from wire.manifest import FileEntry, decode_probe_output, encode_probe_output, load_manifest, probe_input
+from wire.status import NodeStatus
+from wire.topics import Topics, check_name
+
+expert_sets = st.sets(st.builds(ExpertId, st.integers(0, 31), st.integers(0, 7)), min_size=1)
+
+
+@given(expert_sets)
+def test_selectors_are_read_back(ids: set[ExpertId]) -> None:
+    assert set(parse_selector(format_selector(ids), layers=32, experts=8)) == ids
+
+
+def test_selector_grammar() -> None:
+    assert parse_selector("L*:E3", layers=2, experts=8) == (ExpertId(0, 3), ExpertId(1, 3))
+    assert len(parse_selector("L0-1:E0,2;L3:E*", layers=4, experts=4)) == 8
+    assert format_selector(parse_selector("L*:E3", layers=30, experts=8)) == "L0-29:E3"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "E3", "L*", "L*:E8", "L30:E0", "L3-1:E0", "L*:E", "L-1:E0", "L1,,2:E0", "l1:e1"]
+)
+def test_bad_selectors_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        parse_selector(text, layers=30, experts=8)
+
+
+@given(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True))
+def test_topics_name_their_node(node: str) -> None:
+    topics = Topics("lab")
+    assert check_name("node", node) == node
+    assert topics.node_of_status(topics.status(node)) == node
+    assert topics.node_of_result(topics.results(node)) == node
+    assert Topics("other").node_of_result(topics.results(node)) is None
+    assert topics.node_of_status(topics.work(node)) is None
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "+", "#", "a b", "-a", "x" * 65, "a\n"])
+def test_names_that_break_topics_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="not valid"):
+        check_name("node", name)
+
+
+def _status(**changes: object) -> bytes:
+    fields: dict[str, object] = {
+        "schema": 1, "node": "n1", "boot_id": "b", "state": "online", "since_unix_ms": 1,
+        "holding": {
+            "experts": "L*:E0", "model_sha256": "0", "quantisation": "int4", "resident_bytes": 1,
+            "dims": {"hidden": 4, "intermediate": 8, "layers": 2, "experts": 2, "top_k": 2, "vocab": 9,
+                     "max_positions": 16},
+        },
+    }  # fmt: skip
+    return json.dumps({**fields, **changes}).encode()
+
+
+def test_status_is_read() -> None:
+    read = status.decode_status(_status(from_the_future=1), "n1")
+    assert read.expert_ids() == (ExpertId(0, 0), ExpertId(1, 0))
+    assert status.decode_status(status.encode_status(read), "n1") == read
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"", b"[]", b"\xff\xfe", b"{}", _status(schema=2), _status(node="n2"), _status(state="happy"),
+        _status(since_unix_ms=-1), _status(holding={}), b"[" * 100_000,
+        _status(holding={**json.loads(_status())["holding"], "experts": "L9:E0"}),
+    ],
+)  # fmt: skip
+def test_bad_statuses_are_refused(payload: bytes) -> None:
+    with pytest.raises(FrameError):
+        status.decode_status(payload, "n1")
+
+
+@given(st.binary(max_size=200))
+def test_status_garbage_is_refused(payload: bytes) -> None:
+    with pytest.raises(FrameError):
+        status.decode_status(payload, "n1")
+
+
+def test_offline_status_holds_nothing() -> None:
+    offline = NodeStatus(schema=1, node="n", boot_id="b", state="offline", since_unix_ms=0)
+    assert offline.expert_ids() == ()
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "", "a/../../b", "a\\b"])
+def test_manifest_paths_stay_in_the_bundle(path: str) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert({"path": path, "bytes": 1, "sha256": "0" * 64}, FileEntry)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 99}', '{"schema": 1}', "null"])
+def test_bad_manifests_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(BundleError):
+        load_manifest(tmp_path)
+
+
+def test_a_folder_without_manifest_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="wdmoe-export bundle"):
+        load_manifest(tmp_path)
+
+
+def test_probe_input_is_the_same_everywhere() -> None:
+    """Its values follow from SplitMix64's published outputs for seed 0 (Steele et al. 2014)."""
+    published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    expected = [((z >> 40) / 2**24 - 0.5) * 12**0.5 for z in published]
+    x = probe_input(4096, rows=2)
+    np.testing.assert_allclose(x[0, :3], expected, rtol=1e-6)
+    assert x.shape == (2, 4096)
+    assert abs(float(x.mean())) < 0.05
+    assert abs(float(x.std()) - 1) < 0.02
+
+
+def test_probe_outputs_are_read_back() -> None:
+    y = probe_input(16)[0]
+    np.testing.assert_allclose(decode_probe_output(encode_probe_output(y), 16), y, rtol=2**-10)
+    for bad in ("!", "AAAA"):
+        with pytest.raises(BundleError):
+            decode_probe_output(bad, 16)
+
+
+def test_broker_urls() -> None:
+    address = parse_broker_url("mqtts://pi%40lab@broker.local")
+    assert (address.host, address.port, address.tls, address.user) == ("broker.local", 8883, True, "pi@lab")
+    assert str(parse_broker_url("mqtt://[::1]:99")) == "mqtt://[::1]:99"
+
+
+@pytest.mark.parametrize(
+    "url", ["", "localhost", "http://h", "mqtt://", "mqtt://h:x", "mqtt://u:secret@h", "mqtt://h/path"]
+)
+def test_bad_broker_urls_are_refused_without_their_password(url: str) -> None:
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        parse_broker_url(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_secrets_must_be_private(tmp_path: Path) -> None:
+    path = tmp_path / "password"
+    path.write_text("hush\n")
+    path.chmod(0o644)
+    with pytest.raises(BrokerAuthError, match="chmod 600"):
+        read_secret(path)
+    path.chmod(0o600)
+    assert read_secret(path) == "hush"
+    address = parse_broker_url("mqtt://u@h", password_file=path)
+    assert "hush" not in f"{address} {address!r}"
+
+
+def test_atomic_write_leaves_all_or_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "file"
+    with atomic_write(target) as file:
+        file.write(b"one")
+    with pytest.raises(RuntimeError), atomic_write(target) as file:  # noqa: PT012
+        file.write(b"two")
+        raise RuntimeError
+    assert target.read_bytes() == b"one"
+    assert list(target.parent.iterdir()) == [target]
+    with pytest.raises(StorageError), atomic_write(target / "under-a-file") as file:
+        file.write(b"three")
