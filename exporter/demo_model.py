@@ -1,0 +1,369 @@
+"""The demo model: a real Mixtral built from a dense SmolLM2 and low-rank expert deltas.
+
+Weights are computed and written one tensor at a time. An expert's sum is formed in fp64 and rounded once to
+bf16: products of bf16 numbers are exact there, so that the result does not depend on the order in which a
+BLAS adds, and the same inputs give the same bytes on every machine. This module does not know where the base
+came from, nor how deltas are stored.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exporter.demo_base import (
+    GGUF_SHA256,
+    Base,
+    Progress,
+    exclusive,
+    fingerprint,
+    locate_base,
+    open_base,
+)
+from exporter.demo_deltas import Deltas
+from exporter.safetensors_file import TensorRef, encode_header
+from wire.console import describe_os_error
+from wire.errors import CheckpointError, StorageError
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT_VERSION = 1
+RECORD_NAME = "wdmoe-demo.json"
+EXPERTS_PER_TOKEN = 2
+MAX_SHARD_BYTES = 500_000_000
+DEFAULT_DELTAS = Path(__file__).resolve().parents[1] / "models" / "smol-mixtral-8x135m"
+
+# Mixtral's name of a projection -> the dense model's.
+_DENSE_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_EXPERT_NAME = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
+_GATE_NAME = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.gate\.weight")
+_BF16_BYTES = 2
+# Tokenizer, configurations and index together, generously.
+_SMALL_FILES_BYTES = 8_000_000
+
+# Tensor name -> shape, in the order in which they are written.
+Shapes = dict[str, tuple[int, ...]]
+
+
+def assemble_demo_model(
+    out: Path,
+    *,
+    base: str | None = None,
+    deltas: Path | None = None,
+    layers: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Build the demo model in `out`, or return at once when it is already there, finished and the same.
+
+    Args:
+        out: the folder to make; an existing one must be empty or hold a demo model, which is replaced.
+        base: the dense model: a folder, a `.gguf` file, a hub id `owner/name`, or None for the default.
+        deltas: the folder with the `delta-*.safetensors`; None means the project's own.
+        layers: keep only the first so many layers (a small model for fast tests); None keeps all.
+        progress: called with a stage's name and the fraction done, 0 to 1 and never falling.
+
+    Returns:
+        `out`, which transformers' `AutoModelForCausalLM` and `AutoTokenizer` can load.
+
+    Raises:
+        CheckpointError: base or deltas are missing, broken or don't belong together.
+        DownloadError: the base could not be fetched or has the wrong hash.
+        StorageError: `out` can't be written, has too little space, or holds something else.
+    """
+    report = progress or (lambda _stage, _fraction: None)
+    target = out.expanduser().resolve()
+    expert_deltas = Deltas(deltas or DEFAULT_DELTAS)
+    kept = expert_deltas.layers if layers is None else layers
+    if not 1 <= kept <= expert_deltas.layers:
+        raise CheckpointError(
+            f"can't keep {kept} layers: the deltas in {expert_deltas.folder} have {expert_deltas.layers}"
+        )
+    # The default base is known by its hash: a finished model is recognised without downloading anything.
+    source = None if base is None else locate_base(base, report)
+    record: dict[str, Any] = {
+        "format": FORMAT_VERSION,
+        "base_sha256": GGUF_SHA256 if source is None else fingerprint(source),
+        "delta_sha256": expert_deltas.sha256(),
+        "layers": kept,
+    }
+    if _is_finished(target, record):
+        report("already there", 1.0)
+        return out
+    _refuse_foreign(target)
+    model = open_base(source or locate_base(None, report))
+    expert_deltas.check_fits(model.shape)
+    with exclusive(target.parent, lambda: report("waiting for another assembly in this folder", 0.0)):
+        if not _is_finished(target, record):
+            with _storage_errors(target):
+                _build(target, model, expert_deltas, kept, record, report)
+    report("done", 1.0)
+    return out
+
+
+class MixtralWeights:
+    """The demo model's tensors by their on-disk names, each computed when asked for."""
+
+    def __init__(self, base: Base, deltas: Deltas, layers: int) -> None:
+        self._base = base
+        self._deltas = deltas
+        self._layers = layers
+        self._dense: tuple[str, torch.Tensor] | None = None
+
+    def groups(self) -> list[Shapes]:
+        """Names and shapes of all tensors, grouped by what stays together in one shard."""
+        shape = self._base.shape
+        hidden = shape.hidden_size
+        vocabulary = (shape.vocab_size, hidden)
+        tail: Shapes = {"model.norm.weight": (hidden,)}
+        if not shape.tied_embeddings:
+            tail["lm_head.weight"] = vocabulary
+        layers = [self._layer_group(f"model.layers.{layer}") for layer in range(self._layers)]
+        return [{"model.embed_tokens.weight": vocabulary}, *layers, tail]
+
+    def _layer_group(self, prefix: str) -> Shapes:
+        shape = self._base.shape
+        hidden, inner = shape.hidden_size, shape.intermediate_size
+        queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        group: Shapes = {
+            f"{prefix}.input_layernorm.weight": (hidden,),
+            f"{prefix}.self_attn.q_proj.weight": (queries, hidden),
+            f"{prefix}.self_attn.k_proj.weight": (keys, hidden),
+            f"{prefix}.self_attn.v_proj.weight": (keys, hidden),
+            f"{prefix}.self_attn.o_proj.weight": (hidden, queries),
+            f"{prefix}.post_attention_layernorm.weight": (hidden,),
+            f"{prefix}.block_sparse_moe.gate.weight": (self._deltas.experts, hidden),
+        }
+        # One projection of all experts in a row, so that its dense weight is dequantised only once.
+        for projection in _DENSE_NAMES:
+            size = (hidden, inner) if projection == "w2" else (inner, hidden)
+            for expert in range(self._deltas.experts):
+                group[f"{prefix}.block_sparse_moe.experts.{expert}.{projection}.weight"] = size
+        return group
+
+    def tensor(self, name: str) -> "torch.Tensor":
+        """One tensor in its source's precision; experts in fp64."""
+        if match := _EXPERT_NAME.fullmatch(name):
+            layer, expert, projection = int(match[1]), int(match[2]), match[3]
+            return self._dense_weight(layer, projection) + self._deltas.delta(layer, expert, projection)
+        if match := _GATE_NAME.fullmatch(name):
+            return self._deltas.gate(int(match[1]))
+        return self._base.tensor(name)
+
+    def _dense_weight(self, layer: int, projection: str) -> "torch.Tensor":
+        name = f"model.layers.{layer}.mlp.{_DENSE_NAMES[projection]}.weight"
+        if self._dense is None or self._dense[0] != name:
+            self._dense = (name, self._base.tensor(name).double())
+        return self._dense[1]
+
+
+def write_safetensors(path: Path, shapes: Shapes, tensors: Iterable["torch.Tensor"]) -> str:
+    """Write bf16 tensors as they come, in the order of `shapes`; returns the file's SHA-256.
+
+    The format wants all offsets in front. They follow from the shapes, so no more than one tensor is in
+    memory, and a full disk is an OSError like any other.
+
+    Raises:
+        CheckpointError: a tensor has another shape than announced, or holds NaN or infinity.
+        OSError: the file could not be written.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+
+        def write(data: Any) -> None:
+            digest.update(data)
+            file.write(data)
+
+        write(encode_header(TensorRef(name, path, "BF16", shape, 0) for name, shape in shapes.items()))
+        for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
+            if tuple(tensor.shape) != shape:
+                raise CheckpointError(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
+            rounded = tensor.to(torch.bfloat16).contiguous()
+            if not bool(torch.isfinite(rounded).all()):
+                raise CheckpointError(f"{name} holds NaN or infinity")
+            write(rounded.view(torch.int16).numpy().data.cast("B"))
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _shards(groups: list[Shapes]) -> dict[str, Shapes]:
+    """Fill files with whole groups up to the size limit; keys are file names."""
+    shards: list[Shapes] = [{}]
+    used = 0
+    for group in groups:
+        size = _size_bytes(group)
+        if used and used + size > MAX_SHARD_BYTES:
+            shards.append({})
+            used = 0
+        shards[-1] |= group
+        used += size
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": s for i, s in enumerate(shards, start=1)}
+
+
+def _size_bytes(shapes: Shapes) -> int:
+    return sum(_BF16_BYTES * math.prod(shape) for shape in shapes.values())
+
+
+def _build(
+    target: Path, base: Base, deltas: Deltas, layers: int, record: dict[str, Any], report: Progress
+) -> None:
+    partial = target.with_name(f".{target.name}.partial")
+    replaced = target.with_name(f".{target.name}.replaced")
+    # The caller holds the parent folder: these can only be what a killed run left.
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+    weights = MixtralWeights(base, deltas, layers)
+    shards = _shards(weights.groups())
+    needed = sum(_size_bytes(shapes) for shapes in shards.values()) + _SMALL_FILES_BYTES
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise StorageError(f"{target} needs {needed / 1e6:.0f} MB, only {free / 1e6:.0f} MB are free there")
+    try:
+        partial.mkdir()
+        report("reading the tokenizer", 0.0)
+        _write_descriptions(partial, base, deltas, layers)
+        hashes = _write_weights(partial, weights, shards, report)
+        files = {
+            file.name: {
+                "bytes": file.stat().st_size,
+                **({"sha256": hashes[file.name]} if file.name in hashes else {}),
+            }
+            for file in sorted(partial.iterdir())
+        }
+        _write_json(partial / RECORD_NAME, {**record, "files": files})
+        if target.exists():
+            target.rename(replaced)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _write_weights(
+    folder: Path, weights: MixtralWeights, shards: dict[str, Shapes], report: Progress
+) -> dict[str, str]:
+    """Write all shards and their index; returns each shard's SHA-256."""
+    total = sum(_size_bytes(shapes) for shapes in shards.values())
+    written = 0
+
+    def values(shapes: Shapes) -> Iterator["torch.Tensor"]:
+        nonlocal written
+        for name, shape in shapes.items():
+            layer = re.match(r"model\.layers\.(\d+)\.", name)
+            report(
+                f"writing layer {layer[1]}" if layer else f"writing {name.split('.')[-2]}", written / total
+            )
+            yield weights.tensor(name)
+            written += _BF16_BYTES * math.prod(shape)
+
+    hashes = {
+        file: write_safetensors(folder / file, shapes, values(shapes)) for file, shapes in shards.items()
+    }
+    weight_map = {name: file for file, shapes in shards.items() for name in shapes}
+    _write_json(
+        folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
+    return hashes
+
+
+def _write_descriptions(folder: Path, base: Base, deltas: Deltas, layers: int) -> None:
+    """Write tokenizer, chat template and configurations."""
+    shape = base.shape
+    tokenizer = base.tokenizer()
+    _write_tokenizer(folder, tokenizer, shape.max_positions)
+    tokens = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
+        for name in ("bos", "eos", "pad")
+        if getattr(tokenizer, f"{name}_token_id") is not None
+    }
+    config = {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "dtype": "bfloat16",
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "num_local_experts": deltas.experts,
+        "num_experts_per_tok": EXPERTS_PER_TOKEN,
+        "hidden_act": "silu",
+        "rms_norm_eps": shape.rms_norm_eps,
+        # Both spellings: readers older than transformers 5 know only the first, and would silently
+        # take Mixtral's own 1e6 without it.
+        "rope_theta": shape.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        "max_position_embeddings": shape.max_positions,
+        "sliding_window": None,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "router_aux_loss_coef": 0.01,
+        "router_jitter_noise": 0.0,
+        "output_router_logits": False,
+        "tie_word_embeddings": shape.tied_embeddings,
+        "use_cache": True,
+        **tokens,
+    }
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", tokens)
+
+
+def _write_tokenizer(folder: Path, tokenizer: Any, max_positions: int) -> None:
+    # Not save_pretrained: a full disk is not an OSError there, and it notes the source's path.
+    (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    special = {name: str(token) for name in names if (token := getattr(tokenizer, name)) is not None}
+    settings = {
+        # The class name that transformers 4 and 5 both know.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_positions,
+        "clean_up_tokenization_spaces": False,
+        **special,
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+    if tokenizer.chat_template:
+        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_finished(target: Path, record: dict[str, Any]) -> bool:
+    """Whether `target` was made from the same inputs and all its files have their size."""
+    try:
+        found = json.loads((target / RECORD_NAME).read_bytes())
+        if any(found.get(key) != value for key, value in record.items()):
+            return False
+        return all((target / name).stat().st_size == file["bytes"] for name, file in found["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _refuse_foreign(target: Path) -> None:
+    """Raise StorageError when building at `target` would destroy something that is not a demo model."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise StorageError(f"{target} is a file: name a folder")
+    if not (target / RECORD_NAME).exists() and any(target.iterdir()):
+        raise StorageError(f"{target} holds something that is not a demo model: name another folder")
+
+
+@contextmanager
+def _storage_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"can't write {target}: {describe_os_error(error)}") from error

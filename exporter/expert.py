@@ -1,0 +1,173 @@
+"""Export of one expert: stream, quantise, write, and measure the result against fp32.
+
+One pass over the source does it all. While a slab of float32 weights is in the cache it is hashed,
+checked, multiplied with the probe rows (the fp32 reference) and encoded.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from exporter.checkpoint import ExpertTensors
+from exporter.encoders import Stored, make_encoder
+from exporter.graph import Layout, build_graph, matrix_shape, plan_layout
+from exporter.probe import PROBE_ROWS, relative_error, run_rows
+from exporter.safetensors_file import TensorReader, TensorRef
+from exporter.slabs import stream_rows
+from wire.errors import CheckpointError
+from wire.experts import ExpertId
+from wire.files import atomic_write
+from wire.manifest import Dims, ExpertEntry, FileEntry, Quantisation, encode_probe_output, probe_input
+from wire.tensors import Array
+
+
+@dataclass(frozen=True)
+class ExpertJob:
+    """Everything that exporting one expert takes; small, so that it can be sent to another process.
+
+    Attributes:
+        out: the bundle folder.
+        threads: for onnxruntime.
+    """
+
+    id: ExpertId
+    tensors: ExpertTensors
+    dims: Dims
+    quantisation: Quantisation
+    out: Path
+    threads: int = 1
+
+
+def expert_paths(expert: ExpertId) -> tuple[str, str]:
+    """Paths of graph and weights inside a bundle."""
+    stem = f"experts/L{expert.layer:02d}/E{expert.expert}"
+    return f"{stem}.onnx", f"{stem}.weights"
+
+
+def export_expert(job: ExpertJob) -> ExpertEntry:
+    """Write graph and weights of one expert and return its manifest entry.
+
+    Both files appear complete or not at all, the weights first.
+
+    Raises:
+        CheckpointError: a weight is not finite, does not fit the scheme, or can't be read.
+        StorageError: a file could not be written.
+        BundleError: onnxruntime can't run what was written.
+    """
+    graph_path, weights_path = expert_paths(job.id)
+    layout = plan_layout(job.dims, job.quantisation)
+    with _writer(job.out, weights_path) as weights:
+        reference, source_sha256 = _write_weights(job, layout, weights)
+    graph = build_graph(job.dims, job.quantisation, layout, Path(weights_path).name)
+    with _writer(job.out, graph_path) as file:
+        file.write(graph)
+    outputs = run_rows(job.out / graph_path, probe_input(job.dims.hidden, PROBE_ROWS), job.threads)
+    return ExpertEntry(
+        layer=job.id.layer,
+        expert=job.id.expert,
+        files=(file.entry(), weights.entry()),
+        probe_output=encode_probe_output(outputs[0]),
+        error=relative_error(outputs, reference),
+        source_sha256=source_sha256,
+    )
+
+
+class HashingWriter:
+    """Sequential writes with a running size and SHA-256."""
+
+    def __init__(self, path: str, file: BinaryIO) -> None:
+        self._path, self._file = path, file
+        self._sha256 = hashlib.sha256()
+        self.position = 0
+
+    def write(self, data: Any) -> None:
+        """Append anything with a buffer, contiguous."""
+        view = memoryview(data).cast("B")
+        self._file.write(view)
+        self._sha256.update(view)
+        self.position += len(view)
+
+    def pad_to(self, position: int) -> None:
+        """Append zeros up to `position`."""
+        self.write(bytes(position - self.position))
+
+    def entry(self) -> FileEntry:
+        """Manifest entry of what was written so far."""
+        return FileEntry(path=self._path, bytes=self.position, sha256=self._sha256.hexdigest())
+
+
+@contextmanager
+def _writer(out: Path, path: str) -> Iterator[HashingWriter]:
+    with atomic_write(out / path) as file:
+        yield HashingWriter(path, file)
+
+
+def _write_weights(job: ExpertJob, layout: Layout, weights: HashingWriter) -> tuple[Array, str]:
+    """Stream all three matrices; returns the fp32 outputs for the probe rows and the source's hash."""
+    source = hashlib.sha256()
+    with TensorReader() as reader:
+
+        def encode(matrix: str, tensor: TensorRef, x: Array) -> Array:
+            return _encode_matrix(job, layout, matrix, tensor, x, weights, reader, source)
+
+        x = probe_input(job.dims.hidden, PROBE_ROWS)
+        gate = encode("w1", job.tensors.w1, x)
+        up = encode("w3", job.tensors.w3, x)
+        output = encode("w2", job.tensors.w2, silu(gate) * up)
+    return output, source.hexdigest()
+
+
+def silu(x: Array) -> Array:
+    """x · sigmoid(x), without overflow."""
+    # tanh saturates where exp would overflow.
+    return np.asarray(x * (np.float32(0.5) * np.tanh(np.float32(0.5) * x) + np.float32(0.5)), np.float32)
+
+
+def _encode_matrix(
+    job: ExpertJob,
+    layout: Layout,
+    matrix: str,
+    tensor: TensorRef,
+    x: Array,
+    weights: HashingWriter,
+    reader: TensorReader,
+    source: Any,
+) -> Array:
+    """Write one matrix's parts; returns x · matrixᵀ in fp32."""
+    rows, columns = matrix_shape(job.dims, matrix)
+    encoder = make_encoder(job.quantisation, rows, columns)
+    first_part, *other_parts = layout.parts[matrix]
+    product = np.empty((len(x), rows), np.float32)
+    weights.pad_to(first_part.offset)
+    pending: list[Stored] = []
+    for first, slab in stream_rows(reader, tensor, source):
+        part = _checked_product(tensor, x, slab)
+        product[:, first : first + len(slab)] = part
+        try:
+            weights.write(encoder.encode(slab))
+        except ValueError as error:
+            raise CheckpointError(f"tensor '{tensor.name}': {error}") from None
+    pending = encoder.finish()
+    # What was streamed is the first part, or a part that only `finish` could give.
+    placed = [first_part, *other_parts][-len(pending) :] if pending else []
+    for where, data in zip(placed, pending, strict=True):
+        weights.pad_to(where.offset)
+        weights.write(data)
+    return product
+
+
+def _checked_product(tensor: TensorRef, x: Array, slab: Array) -> Array:
+    """x · slabᵀ, in passing a proof that all weights are finite."""
+    with np.errstate(all="ignore"):
+        product: Array = x @ slab.T
+    # Any NaN or infinity among the weights makes a whole column non-finite, so nothing else is scanned.
+    if not np.isfinite(product).all():
+        if not np.isfinite(slab).all():
+            raise CheckpointError(f"tensor '{tensor.name}' holds NaN or infinite values: it is damaged")
+        raise CheckpointError(f"tensor '{tensor.name}' holds values so large that fp32 outputs overflow")
+    return product

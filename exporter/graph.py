@@ -1,0 +1,174 @@
+"""The ONNX graph of one expert: y = w2 (silu(w1 x) · w3 x), x and y float32 [tokens, hidden].
+
+Built node by node: no tracing, no exporter, and the same bytes on every run. Weights are external data in
+one file beside the graph, every tensor at a multiple of `ALIGNMENT`, so that runtimes can map it.
+
+How each scheme multiplies:
+
+    int4, int8     com.microsoft MatMulNBits, accuracy level 4 (activations to int8 per block)
+    int8-dynamic   DynamicQuantizeLinear → MatMulInteger → Cast → Mul, which onnxruntime fuses
+    fp32           Gemm with the weights transposed, so that they stay as the checkpoint stores them
+    fp16           the same behind a Cast: fp16 on disk, computed in fp32
+
+int8-dynamic stores signed weights. x86 processors with AVX2 but without VNNI add two u8·s8 products in 16
+bits and can saturate there; ARM and VNNI can't. The scheme is meant for ARM without dot product, where
+signed weights cost nothing; a probe on a saturating machine shows it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from exporter.encoders import Part, matrix_parts
+from wire.manifest import Dims, Quantisation
+
+# The smallest page of the platforms in question; tensors that start on a page map without copying.
+ALIGNMENT = 4096
+# Old enough for the onnxruntime of a Jetson image, new enough for all operators used here.
+OPSET = 17
+IR_VERSION = 8
+# Activations are quantised to int8 per block. Lower levels are several times slower at one token.
+ACCURACY_LEVEL = 4
+
+MATRICES = ("w1", "w3", "w2")
+
+_PROTO_TYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.float16): TensorProto.FLOAT16,
+    np.dtype(np.int8): TensorProto.INT8,
+    np.dtype(np.uint8): TensorProto.UINT8,
+}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A part and where it lies in the weights file."""
+
+    part: Part
+    offset: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The weights file of one expert.
+
+    Attributes:
+        parts: by matrix (`w1`, `w3`, `w2`), in file order.
+        bytes: size of the file.
+    """
+
+    parts: dict[str, tuple[Placed, ...]]
+    bytes: int
+
+
+def matrix_shape(dims: Dims, matrix: str) -> tuple[int, int]:
+    """[outputs, inputs] of `w1`, `w3` or `w2`."""
+    return (dims.hidden, dims.intermediate) if matrix == "w2" else (dims.intermediate, dims.hidden)
+
+
+def plan_layout(dims: Dims, quantisation: Quantisation) -> Layout:
+    """Where every tensor of an expert lies in its weights file; equal for all experts of a bundle."""
+    parts: dict[str, tuple[Placed, ...]] = {}
+    end = 0
+    for matrix in MATRICES:
+        placed = []
+        for part in matrix_parts(quantisation, *matrix_shape(dims, matrix)):
+            offset = -(-end // ALIGNMENT) * ALIGNMENT
+            placed.append(Placed(part, offset))
+            end = offset + part.bytes
+        parts[matrix] = tuple(placed)
+    return Layout(parts, end)
+
+
+def build_graph(dims: Dims, quantisation: Quantisation, layout: Layout, weights_name: str) -> bytes:
+    """The serialised graph whose weights lie in the file `weights_name` beside it."""
+    build = _Builder(quantisation, layout, weights_name)
+    gate = build.matmul("x", "w1", dims)
+    up = build.matmul("x", "w3", dims)
+    build.node("Sigmoid", [gate], "gate_sigmoid")
+    build.node("Mul", [gate, "gate_sigmoid"], "gate_silu")
+    build.node("Mul", ["gate_silu", up], "inner")
+    build.matmul("inner", "w2", dims, output="y")
+    graph = helper.make_graph(
+        build.nodes,
+        "expert",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["tokens", dims.hidden])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["tokens", dims.hidden])],
+        build.initializers,
+    )
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="wdmoe")
+    serialised: bytes = model.SerializeToString(deterministic=True)
+    return serialised
+
+
+class _Builder:
+    def __init__(self, quantisation: Quantisation, layout: Layout, weights_name: str) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self._quantisation = quantisation
+        self._quantised: dict[str, tuple[str, str, str]] = {}
+        for matrix, placed in layout.parts.items():
+            self.initializers += [_external(f"{matrix}.{p.part.suffix}", p, weights_name) for p in placed]
+
+    def node(self, op: str, inputs: list[str], *outputs: str, domain: str = "", **attributes: int) -> None:
+        name = outputs[0]
+        self.nodes.append(helper.make_node(op, inputs, list(outputs), name=name, domain=domain, **attributes))
+
+    def matmul(self, x: str, matrix: str, dims: Dims, *, output: str | None = None) -> str:
+        """Add x · matrixᵀ; returns the name of the result."""
+        output = output or f"{matrix}.out"
+        scheme = self._quantisation.scheme
+        if scheme in ("int4", "int8"):
+            self._block_matmul(x, matrix, output, *matrix_shape(dims, matrix))
+        elif scheme == "int8-dynamic":
+            self._integer_matmul(x, matrix, output)
+        else:
+            weight = f"{matrix}.weight"
+            if scheme == "fp16":
+                self.node("Cast", [weight], f"{matrix}.fp32", to=TensorProto.FLOAT)
+                weight = f"{matrix}.fp32"
+            self.node("Gemm", [x, weight], output, transB=1)
+        return output
+
+    def _block_matmul(self, x: str, matrix: str, output: str, outputs: int, inputs: int) -> None:
+        names = [x, f"{matrix}.weight", f"{matrix}.scales"]
+        if not self._quantisation.symmetric:
+            names.append(f"{matrix}.zero_points")
+        self.node(
+            "MatMulNBits",
+            names,
+            output,
+            domain="com.microsoft",
+            K=inputs,
+            N=outputs,
+            bits=4 if self._quantisation.scheme == "int4" else 8,
+            block_size=self._quantisation.block,
+            accuracy_level=ACCURACY_LEVEL,
+        )
+
+    def _integer_matmul(self, x: str, matrix: str, output: str) -> None:
+        if x not in self._quantised:
+            names = (f"{x}.quantised", f"{x}.scale", f"{x}.zero_point")
+            self.node("DynamicQuantizeLinear", [x], *names)
+            self._quantised[x] = names
+        quantised, scale, zero = self._quantised[x]
+        self.node("MatMulInteger", [quantised, f"{matrix}.weight", zero], f"{matrix}.int32")
+        self.node("Cast", [f"{matrix}.int32"], f"{matrix}.float", to=TensorProto.FLOAT)
+        self.node("Mul", [scale, f"{matrix}.scales"], f"{matrix}.scale")
+        self.node("Mul", [f"{matrix}.float", f"{matrix}.scale"], output)
+
+
+def _external(name: str, placed: Placed, weights_name: str) -> onnx.TensorProto:
+    tensor = TensorProto()
+    tensor.name = name
+    tensor.data_type = _PROTO_TYPES[placed.part.dtype]
+    tensor.dims.extend(placed.part.shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    facts = {"location": weights_name, "offset": placed.offset, "length": placed.part.bytes}
+    for key, value in facts.items():
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, str(value)
+    return tensor

@@ -1,0 +1,81 @@
+"""Running an exported expert in onnxruntime, and how far its outputs may lie from what was stored."""
+
+from pathlib import Path
+
+import numpy as np
+
+from wire.errors import BundleError, ProbeError
+from wire.manifest import ExpertEntry, Quantisation, decode_probe_output, probe_input
+from wire.tensors import Array
+
+# Rows that the output error of an expert is measured on; row 0 is what its manifest entry stores.
+PROBE_ROWS = 8
+
+
+def probe_tolerance(quantisation: Quantisation) -> float:
+    """Largest ‖here − there‖ / ‖there‖ of a probe output between healthy devices.
+
+    Every value covers the rounding of the stored output to fp16 (about 3e-4). Asymmetric block kernels
+    agree between ARM and x86 to 1.5e-4, symmetric ones only to 0.026, because the ARM kernel quantises
+    activations per row instead of per block. With int8-dynamic a difference in the last bit of an
+    activation's scale moves many codes by one.
+    """
+    match quantisation.scheme:
+        case "fp32" | "fp16":
+            return 1e-3
+        case "int4" | "int8":
+            return 0.06 if quantisation.symmetric else 2e-3
+        case "int8-dynamic":
+            return 0.03
+
+
+def run_rows(graph: Path, inputs: Array, threads: int = 1) -> Array:
+    """Outputs [rows, hidden] of an expert's graph file for inputs [rows, hidden], one row per call.
+
+    One by one, because int8-dynamic gives a row another output in another batch.
+
+    Raises:
+        BundleError: onnxruntime can't load or run the graph.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Each buffer is as large as its tensor: an arena would round them up and keep them.
+    options.enable_cpu_mem_arena = False
+    try:
+        session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        outputs: list[Array] = [session.run(["y"], {"x": row[None]})[0][0] for row in inputs]
+    except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen unrelated types
+        raise BundleError(f"onnxruntime can't run {graph}: {error}") from None
+    return np.stack(outputs)
+
+
+def relative_error(found: Array, expected: Array) -> float:
+    """‖found − expected‖ / ‖expected‖ over all values; 0 when both vanish."""
+    scale = float(np.linalg.norm(expected))
+    distance = float(np.linalg.norm(found - expected))
+    if distance == 0.0:
+        return 0.0
+    return distance / scale if scale > 0.0 else float("inf")
+
+
+def check_probe(bundle: Path, entry: ExpertEntry, hidden: int, tolerance: float) -> float:
+    """Relative error of an expert's probe output on this machine.
+
+    Raises:
+        ProbeError: it exceeds `tolerance`.
+        BundleError: the graph can't be loaded or the stored output is malformed.
+    """
+    expected = decode_probe_output(entry.probe_output, hidden)
+    found = run_rows(bundle / entry.files[0].path, probe_input(hidden))[0]
+    error = relative_error(found, expected)
+    # Written so that a NaN fails too.
+    if not error <= tolerance:
+        raise ProbeError(
+            f"expert {entry.id} computes something else here than where it was exported "
+            f"(relative difference {error:.2g}, at most {tolerance:.2g} expected)"
+        )
+    return error

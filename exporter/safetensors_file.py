@@ -1,0 +1,222 @@
+"""Safetensors files as named byte ranges: checked headers, reading by slab, writing by stream.
+
+The format is eight bytes of little-endian header length, a JSON header, then the tensors back to back.
+Our own reader, because every offset must be checked before a byte is used, and because an expert is read
+in slabs of a megabyte instead of being mapped whole.
+"""
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from wire.errors import CheckpointError
+
+# The limit of the reference implementation: a longer header is not a safetensors file.
+MAX_HEADER_BYTES = 100_000_000
+COPY_BYTES = 1 << 20
+
+ITEM_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "I64": 8,
+    "U64": 8,
+    "F64": 8,
+}
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Where one tensor lies.
+
+    Attributes:
+        file: the safetensors file.
+        dtype: as safetensors writes it (`BF16`, `F32`, …).
+        offset: of the first byte, counted from the start of the file.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """A file whose header was found sound.
+
+    Attributes:
+        header_sha256: of the JSON header's bytes.
+    """
+
+    path: Path
+    tensors: dict[str, TensorRef]
+    header_sha256: str
+
+
+def read_header(path: Path) -> SafetensorsFile:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or not safetensors.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            raw = _read_raw_header(file, path, size)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: download the checkpoint again") from None
+    except OSError as error:
+        raise CheckpointError(f"can't read {path}: {error.strerror}") from None
+    try:
+        header = json.loads(raw)
+    except ValueError:
+        raise CheckpointError(f"{path} is not a safetensors file (its header is not JSON)") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} is not a safetensors file (its header is not an object)")
+    header.pop("__metadata__", None)
+    data_start = 8 + len(raw)
+    tensors: dict[str, TensorRef] = {}
+    for name, entry in header.items():
+        tensors[name] = _tensor(path, name, entry, data_start)
+    _check_extents(path, tensors.values(), data_start, size)
+    return SafetensorsFile(path, tensors, hashlib.sha256(raw).hexdigest())
+
+
+def _read_raw_header(file: BinaryIO, path: Path, size: int) -> bytes:
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise CheckpointError(f"{path} is truncated: {size} bytes are no safetensors file, download it again")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path} is not a safetensors file (header of {length} bytes)")
+    raw = file.read(length)
+    if len(raw) < length:
+        raise CheckpointError(f"{path} is truncated inside its header: download it again")
+    return raw
+
+
+def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorRef:
+    try:
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(f"{path}: tensor '{name}' has a malformed header entry") from None
+    if dtype not in ITEM_BYTES:
+        raise CheckpointError(f"{path}: tensor '{name}' has the unknown type {dtype!r}")
+    numbers = (*shape, begin, end)
+    if not all(isinstance(n, int) and n >= 0 for n in numbers):
+        raise CheckpointError(f"{path}: tensor '{name}' has an impossible shape or offset")
+    ref = TensorRef(name, path, dtype, shape, data_start + begin)
+    if end - begin != ref.bytes:
+        raise CheckpointError(
+            f"{path}: tensor '{name}' {list(shape)} {dtype} needs {ref.bytes} bytes, its header gives {end - begin}"
+        )
+    return ref
+
+
+def _check_extents(path: Path, tensors: Iterable[TensorRef], data_start: int, size: int) -> None:
+    end = data_start
+    for tensor in sorted(tensors, key=lambda t: (t.offset, t.bytes)):
+        if tensor.offset != end:
+            raise CheckpointError(f"{path}: tensor '{tensor.name}' overlaps its neighbour or leaves a gap")
+        end += tensor.bytes
+    if size < end:
+        raise CheckpointError(f"{path} is truncated: {size} bytes instead of {end}, download it again")
+    if size > end:
+        raise CheckpointError(f"{path} has {size - end} bytes after its last tensor: it is damaged")
+
+
+class TensorReader:
+    """Reads byte ranges of tensors into given buffers; keeps one file open.
+
+    Use as a context manager.
+    """
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._fd = -1
+
+    def __enter__(self) -> "TensorReader":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._path = -1, None
+
+    def read_into(self, tensor: TensorRef, begin: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of `tensor` from its byte `begin` on.
+
+        Raises:
+            CheckpointError: the file ends too early, or can't be read.
+        """
+        try:
+            if self._path != tensor.file:
+                self._close()
+                self._fd = os.open(tensor.file, os.O_RDONLY)
+                self._path = tensor.file
+            done = 0
+            while done < len(buffer):
+                got = os.preadv(self._fd, [buffer[done:]], tensor.offset + begin + done)
+                if got == 0:
+                    raise CheckpointError(f"{tensor.file} ended while it was read: download it again")
+                done += got
+        except OSError as error:
+            raise CheckpointError(f"can't read {tensor.file}: {error.strerror}") from None
+
+    def chunks(self, tensor: TensorRef) -> Iterator[memoryview]:
+        """The tensor's bytes in order, in one reused buffer of at most `COPY_BYTES`.
+
+        Raises:
+            CheckpointError: as `read_into`.
+        """
+        buffer = memoryview(bytearray(min(COPY_BYTES, tensor.bytes)))
+        for begin in range(0, tensor.bytes, COPY_BYTES):
+            chunk = buffer[: min(COPY_BYTES, tensor.bytes - begin)]
+            self.read_into(tensor, begin, chunk)
+            yield chunk
+
+
+def encode_header(tensors: Iterable[TensorRef]) -> bytes:
+    """Length and JSON header of a new file that holds these tensors in this order.
+
+    The metadata says `format: pt`, which transformers insists on. Padded with blanks so that the data
+    starts at a multiple of eight bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.bytes],
+        }
+        end += tensor.bytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw

@@ -1,0 +1,5 @@
+"""`python -m testbed`: the same as `wdmoe-testbed`."""
+
+from testbed.cli import main
+
+main()

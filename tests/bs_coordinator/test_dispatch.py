@@ -1,0 +1,191 @@
+"""Dispatch without a network: who is asked for what, and which answers count."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bs_coordinator.dispatch import Dispatcher, plan_requests
+from bs_coordinator.fleet import Fleet
+from tests.support import MemoryTransport
+from wire import frames, status
+from wire.errors import DispatchError, PlacementError
+from wire.experts import ExpertId, parse_selector
+from wire.frames import ErrorFrame, NodeDurations, RequestId, ResultFrame, Status, WorkFrame
+from wire.manifest import Dims
+from wire.status import Holding, NodeStatus
+from wire.tensors import Array, WireDtype
+from wire.topics import Topics
+
+DIMS = Dims(hidden=8, intermediate=16, layers=2, experts=4, top_k=2, vocab=10, max_positions=32)
+TOPICS = Topics("test")
+
+
+def _online(node: str, experts: str, *, boot: str = "b0", model: str = "m") -> NodeStatus:
+    return NodeStatus(
+        schema=1,
+        node=node,
+        boot_id=boot,
+        state="online",
+        since_unix_ms=1,
+        holding=Holding(
+            experts=experts, model_sha256=model, dims=DIMS, quantisation="fp32", resident_bytes=1
+        ),
+    )
+
+
+def _offline(node: str) -> NodeStatus:
+    return NodeStatus(schema=1, node=node, boot_id="b0", state="offline", since_unix_ms=1)
+
+
+def _fleet(**experts_by_node: str) -> Fleet:
+    fleet = Fleet(DIMS, "m")
+    for node, experts in experts_by_node.items():
+        fleet.apply(_online(node, experts))
+    return fleet
+
+
+gates = st.lists(
+    st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=4, max_size=4), min_size=1, max_size=12
+).map(lambda rows: np.array(rows, np.float32))
+
+
+@given(gates, st.integers(1, 5))
+def test_a_plan_asks_for_every_chosen_expert_exactly_once(gate: Array, max_tokens: int) -> None:
+    requests = plan_requests(0, gate, _fleet(a="L*:E0,2", b="L*:E1", c="L*:E3"), max_tokens=max_tokens)
+    rebuilt = np.zeros_like(gate)
+    for request in requests:
+        assert 1 <= len(request.rows) <= max_tokens
+        for expert, tokens, weights in request.experts:
+            assert ExpertId(0, expert) in parse_selector(
+                {"a": "L*:E0,2", "b": "L*:E1", "c": "L*:E3"}[request.node], layers=2, experts=4
+            )
+            assert (rebuilt[request.rows[tokens], expert] == 0).all()
+            rebuilt[request.rows[tokens], expert] += weights
+    np.testing.assert_array_equal(rebuilt, gate)
+
+
+def test_an_expert_that_nobody_holds_is_named() -> None:
+    with pytest.raises(PlacementError, match="L0-1:E3"):
+        plan_requests(0, np.eye(4, dtype=np.float32), _fleet(a="L*:E0-2"), max_tokens=8)
+
+
+def test_a_fleet_follows_its_nodes() -> None:
+    fleet = _fleet(a="L*:E0-1", b="L*:E1-3")
+    assert fleet.missing() == []
+    assert fleet.holder(ExpertId(0, 1)) == "a"  # of two holders, the one with less to serve
+    assert fleet.apply(_offline("a")) is True
+    assert fleet.holder(ExpertId(0, 1)) == "b"
+    assert fleet.missing() == [ExpertId(0, 0), ExpertId(1, 0)]
+    assert fleet.apply(_online("b", "L*:E1-3", boot="b1")) is True  # restarted: knows nothing of our requests
+    assert fleet.apply(_online("b", "L*:E1-3", boot="b1")) is False
+    assert fleet.apply(_offline("stranger")) is False
+
+
+def test_a_node_with_another_model_is_ignored_and_named() -> None:
+    fleet = _fleet(a="L*:E0-2")
+    fleet.apply(_online("x", "L*:E3", model="other"))
+    assert fleet.missing() == [ExpertId(0, 3), ExpertId(1, 3)]
+    assert "ignored x" in fleet.describe_missing()
+
+
+class _Network:
+    """Nodes that answer each token with gate weight × expert index + 1, unless told otherwise."""
+
+    def __init__(self, **experts_by_node: str) -> None:
+        self.transport = MemoryTransport(self._react)
+        self.extra: list[tuple[str, bytes]] = []
+        self.mute: set[str] = set()
+        self.dispatcher = Dispatcher(
+            self.transport, TOPICS, Fleet(DIMS, "m"), dtype=WireDtype.FP32, timeout_s=0.2
+        )
+        for node, experts in experts_by_node.items():
+            self.say(_online(node, experts))
+        self.dispatcher.pump(0.01)
+
+    def say(self, document: NodeStatus) -> None:
+        self.transport.put(TOPICS.status(document.node), status.encode_status(document))
+
+    def _react(self, topic: str, payload: bytes) -> Iterable[tuple[str, bytes]]:
+        node = topic.split("/")[4]
+        frame = frames.decode(payload)
+        assert isinstance(frame, WorkFrame)
+        yield from self.extra
+        if node not in self.mute:
+            output = np.zeros(frame.hidden.shape, np.float32)
+            for expert, tokens, weights in frame.experts:
+                output[tokens] += weights[:, None] * (expert + 1)
+            yield TOPICS.results(node), self.result(frame.id, frame.layer, output)
+
+    def result(self, id: RequestId, layer: int, output: Array) -> bytes:
+        return frames.encode(ResultFrame(id, layer, output, WireDtype.FP32, NodeDurations(1, 2, 3, 4)))
+
+    def ask(self, gate: Array) -> Array:
+        output, records = self.dispatcher.apply(0, np.ones((len(gate), 8), np.float32), gate)
+        assert all(r.round_trip_ns > 0 and r.durations == NodeDurations(1, 2, 3, 4) for r in records)
+        return output
+
+
+GATE = np.array([[0.75, 0.25, 0, 0], [0, 0, 0.5, 0.5], [0, 1, 0, 0]], np.float32)
+EXPECTED = np.repeat(GATE @ np.array([[1], [2], [3], [4]], np.float32), 8, axis=1)
+
+
+def test_answers_are_added_up() -> None:
+    np.testing.assert_allclose(_Network(a="L*:E0-1", b="L*:E2-3").ask(GATE), EXPECTED)
+
+
+def test_strange_messages_are_counted_and_change_nothing() -> None:
+    network = _Network(a="L*:E0-1", b="L*:E2-3")
+    ones = np.ones((3, 8), np.float32)
+    stale = network.result(RequestId(1, 2), 0, ones)
+    session = network.dispatcher._session  # a forger on the same broker could overhear it
+    network.extra = [
+        (TOPICS.results("a"), b"garbage"),
+        (TOPICS.results("a"), stale),
+        (TOPICS.results("b"), network.result(RequestId(session, 0), 0, ones)),  # b speaks for a
+        (TOPICS.results("a"), network.result(RequestId(session, 0), 1, ones)),  # another layer
+        (TOPICS.results("a"), network.result(RequestId(session, 0), 0, ones[:1, :4])),  # another shape
+        (TOPICS.results("a"), stale[:20]),
+        (TOPICS.status("a"), b"{"),
+        (TOPICS.status("c"), b""),
+        ("wdmoe/v1/test/results/a/b", b"?"),
+    ]
+    np.testing.assert_allclose(network.ask(GATE), EXPECTED)
+    assert {"length", "not awaited", "wrong shape", "status status"} <= set(network.dispatcher.dropped)
+
+
+def test_an_answer_counts_once() -> None:
+    network = _Network(a="L*:E*")
+    np.testing.assert_allclose(network.ask(GATE), EXPECTED)
+    last = network.dispatcher._next_request - 1
+    replay = network.result(RequestId(network.dispatcher._session, last), 0, np.full((3, 8), 99, np.float32))
+    network.extra = [(TOPICS.results("a"), replay)]
+    np.testing.assert_allclose(network.ask(GATE), EXPECTED)
+
+
+def test_silence_is_named_at_the_deadline() -> None:
+    network = _Network(a="L*:E0-1", b="L*:E2-3")
+    network.mute = {"b"}
+    with pytest.raises(DispatchError, match=r"layer 0 from b within 0.2 s"):
+        network.ask(GATE)
+
+
+def test_a_node_that_leaves_is_named_at_once() -> None:
+    network = _Network(a="L*:E0-1", b="L*:E2-3")
+    network.mute = {"b"}
+    network.extra = [(TOPICS.status("b"), status.encode_status(_offline("b")))]
+    with pytest.raises(DispatchError, match="'b' left while L0:E2-3"):
+        network.ask(GATE)
+
+
+def test_a_refusal_is_passed_on() -> None:
+    network = _Network(a="L*:E*")
+    network.mute = {"a"}
+    refusal = ErrorFrame(
+        RequestId(network.dispatcher._session, 0), 0, Status.UNKNOWN_EXPERT, "does not hold L00:E0"
+    )
+    network.extra = [(TOPICS.results("a"), frames.encode(refusal))]
+    with pytest.raises(DispatchError, match=r"'a' refused.*unknown_expert, does not hold L00:E0"):
+        network.ask(GATE)

@@ -1,0 +1,68 @@
+"""What the tests share: a real broker, the demo model cut to two layers, its bundles, real node processes."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bs_coordinator.brokers import open_broker
+from testbed.demo_assets import demo_model, export_demo_bundle
+from testbed.local_fleet import LocalFleet
+from wire.broker_url import BrokerAddress
+from wire.manifest import Scheme
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def broker() -> Iterator[BrokerAddress]:
+    """An embedded broker in a process of its own."""
+    with open_broker("embedded") as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """The demo model's first two layers, a Hugging Face folder."""
+    return demo_model(layers=2)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Scheme], Path]:
+    """Bundles of the two-layer model, made once per scheme."""
+    made: dict[Scheme, Path] = {}
+
+    def get(scheme: Scheme) -> Path:
+        if scheme not in made:
+            made[scheme] = tmp_path_factory.mktemp("bundles") / scheme
+            export_demo_bundle(tiny_model, made[scheme], scheme)
+        return made[scheme]
+
+    return get
+
+
+@pytest.fixture
+def fleet(
+    broker: BrokerAddress, tiny_bundle: Callable[[Scheme], Path], tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[LocalFleet]:
+    """An empty fleet on the shared broker, in a cluster of the test's own; fp32 unless told otherwise."""
+    scheme: Scheme = getattr(request, "param", "fp32")
+    cluster = f"t-{abs(hash(request.node.nodeid)) % 10**12}"
+    fleet = LocalFleet(tiny_bundle(scheme), broker, tmp_path / "nodes", cluster=cluster)
+    yield fleet
+    fleet.stop()
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    """Run a command of ours in a process of its own, as a user would: `run("bs_coordinator", "generate", …)`."""
+
+    def run(room: str, *args: object, timeout_s: float = 120, **kwargs: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", room, *map(str, args)],
+            capture_output=True, text=True, timeout=timeout_s, check=False, **kwargs,  # type: ignore[call-overload]
+        )  # fmt: skip
+
+    return run
