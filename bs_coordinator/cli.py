@@ -214,9 +214,7 @@ def _broker(spec: str, port: int, password_file: Path | None, ca_file: Path | No
 
     with ExitStack() as stack:
         try:
-            address = stack.enter_context(
-                open_broker(spec, port=port, password_file=password_file, ca_file=ca_file)
-            )
+            address = stack.enter_context(open_broker(spec, port=port, password_file=password_file, ca_file=ca_file))
         except ValueError as error:
             raise click.UsageError(f"--broker: {error}") from None
         if spec in PRIVATE_BROKERS:

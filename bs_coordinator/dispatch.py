@@ -112,9 +112,7 @@ class Dispatcher:
             DispatchError: a node refused, left, or did not answer in time.
             BrokerError: the connection is lost.
         """
-        requests = plan_requests(
-            layer, gate, self.fleet, max_tokens=frames.max_tokens(hidden.shape[1], self._dtype)
-        )
+        requests = plan_requests(layer, gate, self.fleet, max_tokens=frames.max_tokens(hidden.shape[1], self._dtype))
         pending = dict(self._send(layer, hidden, request, i) for i, request in enumerate(requests))
         answers = self._collect(layer, hidden.shape[1], pending)
         output = np.zeros(hidden.shape, np.float32)

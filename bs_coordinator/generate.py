@@ -32,9 +32,7 @@ class Tokenizer:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
-            raise BundleError(
-                f"{folder} has no usable tokenizer: {str(error).partition(chr(10))[0]}"
-            ) from None
+            raise BundleError(f"{folder} has no usable tokenizer: {str(error).partition(chr(10))[0]}") from None
         eos = self._tokenizer.eos_token_id
         self.eos_id: int | None = fallback_eos if eos is None else eos
 
@@ -109,8 +107,7 @@ class Sequence:
             raise ValueError("the prompt is empty")
         if len(prompt) >= self._max_positions:
             raise ContextLengthError(
-                f"the prompt has {len(prompt)} tokens, the model's context is {self._max_positions}: "
-                "shorten it"
+                f"the prompt has {len(prompt)} tokens, the model's context is {self._max_positions}: shorten it"
             )
         return self._generate(prompt, config)
 

@@ -73,9 +73,7 @@ class DistributedMixtral:
                 feed.cache.crop(length)
             raise
 
-    def _step(
-        self, feeds: Sequence[Feed], position: int, all_logits: bool
-    ) -> tuple[list[Tensor], StepRecord]:
+    def _step(self, feeds: Sequence[Feed], position: int, all_logits: bool) -> tuple[list[Tensor], StepRecord]:
         began_ns = time.perf_counter_ns()
         begun = [self.trunk.embed(torch.tensor(feed.ids), feed.cache) for feed in feeds]
         hidden, contexts = [h for h, _ in begun], [c for _, c in begun]
@@ -93,9 +91,7 @@ class DistributedMixtral:
             parts = torch.split(outputs, [len(feed.ids) for feed in feeds])
             hidden = [residual + part[None] for (residual, _, _), part in zip(attended, parts, strict=True)]
             done_ns = time.perf_counter_ns()
-            layers.append(
-                LayerRecord(layer, attended_ns - mark_ns, done_ns - attended_ns, combined.dispatches)
-            )
+            layers.append(LayerRecord(layer, attended_ns - mark_ns, done_ns - attended_ns, combined.dispatches))
             mark_ns = done_ns
         logits = [self.trunk.head(h if all_logits else h[:, -1:]).cpu() for h in hidden]
         end_ns = time.perf_counter_ns()

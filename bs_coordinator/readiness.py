@@ -60,9 +60,7 @@ def _echo_ms(transport: Transport, topic: str, count: int, timeout_s: float) -> 
     return (time.perf_counter_ns() - began_ns) / 1e6
 
 
-def wait_for_experts(
-    dispatcher: Dispatcher, *, timeout_s: float, on_wait: Callable[[str], None] | None = None
-) -> None:
+def wait_for_experts(dispatcher: Dispatcher, *, timeout_s: float, on_wait: Callable[[str], None] | None = None) -> None:
     """Wait until every expert of the model has a holder.
 
     Args:

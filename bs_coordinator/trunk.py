@@ -150,9 +150,7 @@ def _module_key(key: str) -> str:
 
 def _load_config(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
-        raise BundleError(
-            f"{folder} has no config.json: this bundle holds experts only, use the exporter's own"
-        )
+        raise BundleError(f"{folder} has no config.json: this bundle holds experts only, use the exporter's own")
     config: Any = MixtralConfig.from_pretrained(folder)
     config._attn_implementation = "sdpa"
     return config

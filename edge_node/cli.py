@@ -107,9 +107,7 @@ def cli(
         ),
     )
     agent.run(stop, on_ready=lambda: log.info("'%s' serves %s at %s", node, format_selector(ids), address))
-    log.info(
-        "'%s' stopped; %s", node, ", ".join(f"{k} {n}" for k, n in worker.counts.items()) or "no work came"
-    )
+    log.info("'%s' stopped; %s", node, ", ".join(f"{k} {n}" for k, n in worker.counts.items()) or "no work came")
 
 
 def main() -> None:

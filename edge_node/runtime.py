@@ -35,9 +35,7 @@ class ExpertRuntime:
     Not thread-safe: all experts share one input and one output buffer.
     """
 
-    def __init__(
-        self, bundle: Path, manifest: Manifest, ids: Iterable[ExpertId], *, threads: int = 1
-    ) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, ids: Iterable[ExpertId], *, threads: int = 1) -> None:
         """Verify, load and prove the experts.
 
         Raises:

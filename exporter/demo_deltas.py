@@ -30,9 +30,7 @@ class Deltas:
         self.folder = folder
         self._files = sorted(folder.glob("delta-*.safetensors"))
         if not self._files:
-            raise CheckpointError(
-                f"no delta-*.safetensors in {folder}: name the folder that holds them with --deltas"
-            )
+            raise CheckpointError(f"no delta-*.safetensors in {folder}: name the folder that holds them with --deltas")
         self._file_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for file in self._files:
@@ -49,9 +47,7 @@ class Deltas:
     def _shape(self, name: str, dimensions: int) -> tuple[int, ...]:
         shape = self._shapes.get(name, ())
         if len(shape) != dimensions:
-            raise CheckpointError(
-                f"the deltas in {self.folder} lack {name} or it has {len(shape)} dimensions"
-            )
+            raise CheckpointError(f"the deltas in {self.folder} lack {name} or it has {len(shape)} dimensions")
         return shape
 
     def _check_shapes(self) -> None:

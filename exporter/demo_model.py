@@ -213,9 +213,7 @@ def _size_bytes(shapes: Shapes) -> int:
     return sum(_BF16_BYTES * math.prod(shape) for shape in shapes.values())
 
 
-def _build(
-    target: Path, base: Base, deltas: Deltas, layers: int, record: dict[str, Any], report: Progress
-) -> None:
+def _build(target: Path, base: Base, deltas: Deltas, layers: int, record: dict[str, Any], report: Progress) -> None:
     partial = target.with_name(f".{target.name}.partial")
     replaced = target.with_name(f".{target.name}.replaced")
     # The caller holds the parent folder: these can only be what a killed run left.
@@ -259,19 +257,13 @@ def _write_weights(
         nonlocal written
         for name, shape in shapes.items():
             layer = re.match(r"model\.layers\.(\d+)\.", name)
-            report(
-                f"writing layer {layer[1]}" if layer else f"writing {name.split('.')[-2]}", written / total
-            )
+            report(f"writing layer {layer[1]}" if layer else f"writing {name.split('.')[-2]}", written / total)
             yield weights.tensor(name)
             written += _BF16_BYTES * math.prod(shape)
 
-    hashes = {
-        file: write_safetensors(folder / file, shapes, values(shapes)) for file, shapes in shards.items()
-    }
+    hashes = {file: write_safetensors(folder / file, shapes, values(shapes)) for file, shapes in shards.items()}
     weight_map = {name: file for file, shapes in shards.items() for name in shapes}
-    _write_json(
-        folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-    )
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
     return hashes
 
 

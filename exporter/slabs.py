@@ -32,7 +32,7 @@ def stream_rows(reader: TensorReader, tensor: TensorRef, hasher: Any) -> Iterato
     item = ITEM_BYTES[tensor.dtype]
     raw = np.empty(step * columns * item, np.uint8)
     wide = np.empty((step, columns), np.float32)
-    view = memoryview(raw)
+    view = raw.data
     for first in range(0, rows, step):
         count = min(step, rows - first)
         size = count * columns * item

@@ -76,7 +76,15 @@ def _print_tables(answers: Sequence[AnswerStats], console: Console) -> None:
     ):  # fmt: skip
         table.add_column(column, justify="right")
     for i, a in enumerate(answers, 1):
-        parts = (a.first_token_ms, a.token_ms, a.trunk_ms, a.network_ms, a.compute_ms, a.wait_ms, a.framing_ms)
+        parts = (
+            a.first_token_ms,
+            a.token_ms,
+            a.trunk_ms,
+            a.network_ms,
+            a.compute_ms,
+            a.wait_ms,
+            a.framing_ms,
+        )
         table.add_row(
             str(i), str(a.tokens), *(f"{ms:.1f}" for ms in parts),
             f"{a.down_bytes / 1024:.1f}", f"{a.up_bytes / 1024:.1f}",

@@ -49,9 +49,7 @@ def read_items(path: Path, kind: type[T], count: int | None = None) -> list[T]:
         lines = path.read_bytes().splitlines()[:count]
         return [msgspec.json.decode(line, type=kind) for line in lines]
     except FileNotFoundError:
-        raise WdmoeError(
-            f"evaluation data {path} is missing: see docs/measurement.md for its format"
-        ) from None
+        raise WdmoeError(f"evaluation data {path} is missing: see docs/measurement.md for its format") from None
     except msgspec.DecodeError as error:
         raise WdmoeError(f"{path} is not JSON lines of {kind.__name__}: {error}") from None
 
@@ -93,9 +91,7 @@ def losses(
     for batch in _batches(texts, size=4):
         ids = [tokenizer.encode(text)[:tokens] for text in batch]
         logits, _ = model.step([Feed(i, model.trunk.new_cache()) for i in ids], all_logits=True)
-        result += [
-            (-_log_likelihood(scored[:-1], i[1:]), len(i) - 1) for scored, i in zip(logits, ids, strict=True)
-        ]
+        result += [(-_log_likelihood(scored[:-1], i[1:]), len(i) - 1) for scored, i in zip(logits, ids, strict=True)]
     return result
 
 

@@ -16,22 +16,20 @@ from wire.errors import WdmoeError
 class LocalFleet:
     """Running node processes, by node id; each writes its log to `<folder>/<id>.log`."""
 
-    def __init__(
-        self, bundle: Path, address: BrokerAddress, folder: Path, *, cluster: str = "default"
-    ) -> None:
-        self._bundle = bundle
-        self._address = address
+    def __init__(self, bundle: Path, address: BrokerAddress, folder: Path, *, cluster: str = "default") -> None:
+        self.bundle = bundle
+        self.address = address
+        self.cluster = cluster
         self._folder = folder
-        self._cluster = cluster
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, node: str, experts: str, *, threads: int = 1) -> None:
         """Start one node; it is ready when the base station sees it, not when this returns."""
         argv = [
-            *(sys.executable, "-m", "edge_node", "--bundle", str(self._bundle)),
-            *("--broker", str(self._address), "--id", node, "--experts", experts),
-            *("--cluster", self._cluster, "--threads", str(threads)),
+            *(sys.executable, "-m", "edge_node", "--bundle", str(self.bundle)),
+            *("--broker", str(self.address), "--id", node, "--experts", experts),
+            *("--cluster", self.cluster, "--threads", str(threads)),
         ]
         with self.log_path(node).open("wb") as log:
             self.processes[node] = subprocess.Popen(

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,7 +46,10 @@ def tiny_bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> C
 
 @pytest.fixture
 def fleet(
-    broker: BrokerAddress, tiny_bundle: Callable[[Scheme], Path], tmp_path: Path, request: pytest.FixtureRequest
+    broker: BrokerAddress,
+    tiny_bundle: Callable[[Scheme], Path],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> Iterator[LocalFleet]:
     """An empty fleet on the shared broker, in a cluster of the test's own; fp32 unless told otherwise."""
     scheme: Scheme = getattr(request, "param", "fp32")
@@ -57,12 +61,16 @@ def fleet(
 
 @pytest.fixture(scope="session")
 def run() -> Run:
-    """Run a command of ours in a process of its own, as a user would: `run("bs_coordinator", "generate", …)`."""
+    """Run a command of ours in a process of its own, as a user would."""
 
-    def run(room: str, *args: object, timeout_s: float = 120, **kwargs: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", room, *map(str, args)],
-            capture_output=True, text=True, timeout=timeout_s, check=False, **kwargs,  # type: ignore[call-overload]
-        )  # fmt: skip
+    def run(room: str, *args: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-m", room, *map(str, args)]
+        kwargs.setdefault("timeout", 120)
+        if "input" not in kwargs:
+            kwargs["stdin"] = subprocess.DEVNULL
+        done: subprocess.CompletedProcess[str] = subprocess.run(
+            argv, capture_output=True, text=True, check=False, **kwargs
+        )
+        return done
 
     return run

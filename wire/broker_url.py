@@ -35,9 +35,7 @@ class BrokerAddress:
         return f"mqtt{'s' if self.tls else ''}://{user}{host}:{self.port}"
 
 
-def parse_broker_url(
-    url: str, *, password_file: Path | None = None, ca_file: Path | None = None
-) -> BrokerAddress:
+def parse_broker_url(url: str, *, password_file: Path | None = None, ca_file: Path | None = None) -> BrokerAddress:
     """The address in an URL.
 
     Raises:

@@ -87,7 +87,7 @@ class ExpertEntry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         probe_output: base64 of the fp16 output [hidden] for `probe_input(hidden)`, by onnxruntime where
             it was exported.
         error: ‖exported − fp32‖ / ‖fp32‖ of the output for Gaussian inputs.
-        source_sha256: of the source tensors' raw bytes w1, w2, w3.
+        source_sha256: of the source tensors' raw bytes w1, w3, w2, the order in which they are read.
     """
 
     layer: Annotated[int, Meta(ge=0)]

@@ -86,14 +86,10 @@ class MqttTransport:
             raise BrokerAuthError(f"TLS with {address} failed: {error.reason or error}") from None
         except OSError as error:
             why = error.strerror or str(error)
-            raise BrokerError(
-                f"no broker at {address} ({why}): is it running, is the address right?"
-            ) from None
+            raise BrokerError(f"no broker at {address} ({why}): is it running, is the address right?") from None
         deadline = time.monotonic() + timeout_s
         while self._connack is None:
-            self._step_until(
-                deadline, f"{address} accepted the connection but does not answer as an MQTT broker"
-            )
+            self._step_until(deadline, f"{address} accepted the connection but does not answer as an MQTT broker")
         if self._connack.is_failure:
             reason = str(self._connack)
             self._client.disconnect()
@@ -198,9 +194,7 @@ class MqttTransport:
     def _on_connect(self, client: Client, userdata: Any, flags: Any, reason: ReasonCode, props: Any) -> None:
         self._connack = reason
 
-    def _on_subscribe(
-        self, client: Client, userdata: Any, mid: int, reasons: list[ReasonCode], props: Any
-    ) -> None:
+    def _on_subscribe(self, client: Client, userdata: Any, mid: int, reasons: list[ReasonCode], props: Any) -> None:
         self._subscribed[mid] = not any(r.is_failure for r in reasons)
 
     def _on_message(self, client: Client, userdata: Any, message: MQTTMessage) -> None:
@@ -212,9 +206,7 @@ class MqttTransport:
         except UnicodeDecodeError:
             self.dropped += 1
             return
-        self._inbox.append(
-            Message(topic, bytes(message.payload), time.perf_counter_ns(), bool(message.retain))
-        )
+        self._inbox.append(Message(topic, bytes(message.payload), time.perf_counter_ns(), bool(message.retain)))
 
 
 def _disable_nagle(client: Client, userdata: Any, sock: Any) -> None:

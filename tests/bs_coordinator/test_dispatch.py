@@ -30,9 +30,7 @@ def _online(node: str, experts: str, *, boot: str = "b0", model: str = "m") -> N
         boot_id=boot,
         state="online",
         since_unix_ms=1,
-        holding=Holding(
-            experts=experts, model_sha256=model, dims=DIMS, quantisation="fp32", resident_bytes=1
-        ),
+        holding=Holding(experts=experts, model_sha256=model, dims=DIMS, quantisation="fp32", resident_bytes=1),
     )
 
 
@@ -47,9 +45,9 @@ def _fleet(**experts_by_node: str) -> Fleet:
     return fleet
 
 
-gates = st.lists(
-    st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=4, max_size=4), min_size=1, max_size=12
-).map(lambda rows: np.array(rows, np.float32))
+gates = st.lists(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=4, max_size=4), min_size=1, max_size=12).map(
+    lambda rows: np.array(rows, np.float32)
+)
 
 
 @given(gates, st.integers(1, 5))
@@ -98,9 +96,7 @@ class _Network:
         self.transport = MemoryTransport(self._react)
         self.extra: list[tuple[str, bytes]] = []
         self.mute: set[str] = set()
-        self.dispatcher = Dispatcher(
-            self.transport, TOPICS, Fleet(DIMS, "m"), dtype=WireDtype.FP32, timeout_s=0.2
-        )
+        self.dispatcher = Dispatcher(self.transport, TOPICS, Fleet(DIMS, "m"), dtype=WireDtype.FP32, timeout_s=0.2)
         for node, experts in experts_by_node.items():
             self.say(_online(node, experts))
         self.dispatcher.pump(0.01)
@@ -183,9 +179,7 @@ def test_a_node_that_leaves_is_named_at_once() -> None:
 def test_a_refusal_is_passed_on() -> None:
     network = _Network(a="L*:E*")
     network.mute = {"a"}
-    refusal = ErrorFrame(
-        RequestId(network.dispatcher._session, 0), 0, Status.UNKNOWN_EXPERT, "does not hold L00:E0"
-    )
+    refusal = ErrorFrame(RequestId(network.dispatcher._session, 0), 0, Status.UNKNOWN_EXPERT, "does not hold L00:E0")
     network.extra = [(TOPICS.results("a"), frames.encode(refusal))]
     with pytest.raises(DispatchError, match=r"'a' refused.*unknown_expert, does not hold L00:E0"):
         network.ask(GATE)

@@ -11,9 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from bs_coordinator.selection import POLICIES
 from wire.tensors import Array
 
-logits = hnp.arrays(
-    np.float32, st.tuples(st.integers(1, 20), st.just(8)), elements=st.floats(-20, 20, width=32)
-)
+logits = hnp.arrays(np.float32, st.tuples(st.integers(1, 20), st.just(8)), elements=st.floats(-20, 20, width=32))
 
 
 def _softmax(x: Array) -> Array:

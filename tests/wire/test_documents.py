@@ -32,9 +32,7 @@ def test_selector_grammar() -> None:
     assert format_selector(parse_selector("L*:E3", layers=30, experts=8)) == "L0-29:E3"
 
 
-@pytest.mark.parametrize(
-    "text", ["", "E3", "L*", "L*:E8", "L30:E0", "L3-1:E0", "L*:E", "L-1:E0", "L1,,2:E0", "l1:e1"]
-)
+@pytest.mark.parametrize("text", ["", "E3", "L*", "L*:E8", "L30:E0", "L3-1:E0", "L*:E", "L-1:E0", "L1,,2:E0", "l1:e1"])
 def test_bad_selectors_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"\w"):
         parse_selector(text, layers=30, experts=8)

@@ -24,9 +24,7 @@ from wire.frames import (
 )
 from wire.tensors import WireDtype
 
-request_ids = st.builds(
-    RequestId, st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2**16 - 1)
-)
+request_ids = st.builds(RequestId, st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2**16 - 1))
 finite = st.floats(-1000, 1000, width=32)
 
 
@@ -72,9 +70,7 @@ def test_work_comes_back_the_same(frame: WorkFrame) -> None:
     st.sampled_from(WireDtype),
     st.lists(st.integers(0, 2**63), min_size=4, max_size=4),
 )
-def test_results_come_back_the_same(
-    id: RequestId, output: tensors.Array, dtype: WireDtype, ns: list[int]
-) -> None:
+def test_results_come_back_the_same(id: RequestId, output: tensors.Array, dtype: WireDtype, ns: list[int]) -> None:
     back = frames.decode(frames.encode(ResultFrame(id, 3, output, dtype, NodeDurations(*ns))))
     assert isinstance(back, ResultFrame)
     assert (back.id, back.layer, back.durations) == (id, 3, NodeDurations(*ns))
@@ -180,11 +176,7 @@ def test_frames_stay_within_their_target() -> None:
             n = frames.max_tokens(hidden, dtype)
             rows = np.arange(n, dtype=np.uint32)
             everything = [ExpertSlice(e, rows, np.ones(n, np.float32)) for e in range(2)]
-            size = len(
-                frames.encode(
-                    _work(hidden=np.zeros((n, hidden), np.float32), experts=everything, dtype=dtype)
-                )
-            )
+            size = len(frames.encode(_work(hidden=np.zeros((n, hidden), np.float32), experts=everything, dtype=dtype)))
             assert size <= frames.TARGET_FRAME_BYTES + 1024
 
 

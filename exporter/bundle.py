@@ -1,0 +1,224 @@
+"""A checkpoint becomes a bundle: trunk copied, experts by a pool of processes, manifest last.
+
+An export that was interrupted goes on where it stopped: every finished expert leaves a row in a journal,
+and is kept when its files still match. `manifest.json` is written last, so a folder with one is complete.
+"""
+
+import importlib.metadata
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from exporter.checkpoint import Checkpoint, open_checkpoint
+from exporter.expert import ExpertJob, hash_source
+from exporter.graph import plan_layout
+from exporter.journal import (
+    JournalHeader,
+    append_entry,
+    exclusive,
+    is_intact,
+    journal_path,
+    read_journal,
+    remove_temporary_files,
+    start_journal,
+)
+from exporter.probe import probe_tolerance
+from exporter.trunk import copy_trunk, trunk_bytes
+from exporter.workers import export_all
+from wire import __version__
+from wire.errors import BundleError, StorageError
+from wire.experts import ExpertId, format_selector
+from wire.files import atomic_write
+from wire.manifest import (
+    MANIFEST_NAME,
+    SCHEMA,
+    ExpertEntry,
+    FileEntry,
+    Manifest,
+    Quantisation,
+    load_manifest,
+    verify_file,
+)
+
+_TOOLS = ("numpy", "onnx", "onnxruntime")
+# Graphs, journal and manifest: about what they take per expert.
+_EXTRA_BYTES = 16 << 10
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export did.
+
+    Attributes:
+        kept: experts that were already there, complete and undamaged.
+        source_bytes: of the exported experts in the checkpoint.
+    """
+
+    manifest: Manifest
+    kept: int
+    source_bytes: int
+
+    @property
+    def up_to_date(self) -> bool:
+        """Whether there was nothing to do."""
+        return self.kept == len(self.manifest.experts)
+
+
+def export_bundle(
+    checkpoint: Path,
+    out: Path,
+    quantisation: Quantisation,
+    *,
+    layers: Sequence[int] | None = None,
+    experts: Sequence[int] | None = None,
+    jobs: int = 1,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Export the trunk and the chosen experts of a checkpoint.
+
+    Args:
+        layers, experts: which; None for all.
+        jobs: processes.
+        progress: called with the number of finished experts and of all.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged or no Mixtral.
+        BundleError: `out` holds something else, or another export is writing there.
+        StorageError: `out` can't be written or is too small.
+    """
+    source = open_checkpoint(checkpoint)
+    inside = out.resolve()
+    if inside == checkpoint.resolve() or checkpoint.resolve() in inside.parents:
+        raise StorageError(f"{out} lies inside the checkpoint: choose another folder for the bundle")
+    ids = [
+        id
+        for id in sorted(source.experts)
+        if (layers is None or id.layer in layers) and (experts is None or id.expert in experts)
+    ]
+    export = _Export(source, out, quantisation, ids)
+    with export.folder():
+        manifest, kept = export.run(jobs, progress)
+    return ExportResult(manifest, kept, sum(source.experts[id].bytes for id in ids))
+
+
+class _Export:
+    """One export into one folder."""
+
+    def __init__(self, source: Checkpoint, out: Path, quantisation: Quantisation, ids: Sequence[ExpertId]) -> None:
+        self._source, self._out, self._quantisation, self._ids = source, out, quantisation, ids
+        self._done: dict[ExpertId, ExpertEntry] = {}
+        self._header = JournalHeader(
+            source=source.source,
+            quantisation=quantisation,
+            shards=source.shard_stamps((*source.trunk, *(ref for id in ids for ref in source.experts[id]))),
+            version=__version__,
+        )
+
+    @contextmanager
+    def folder(self) -> Iterator[None]:
+        """Make and lock the folder; if nothing was finished in a new one, take it away again."""
+        new = not self._out.exists()
+        if new:
+            self._check_space(len(self._ids))
+        try:
+            self._out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"can't make the folder {self._out}: {error.strerror}") from None
+        try:
+            with exclusive(self._out):
+                try:
+                    yield
+                finally:
+                    remove_temporary_files(self._out)
+        except BaseException:
+            if new and not self._done:
+                shutil.rmtree(self._out, ignore_errors=True)
+            raise
+
+    def run(self, jobs: int, progress: Progress | None) -> tuple[Manifest, int]:
+        """The manifest, and how many experts were there already."""
+        finished = self._finished()
+        if finished is not None:
+            journal_path(self._out).unlink(missing_ok=True)
+            return finished, len(self._ids)
+        todo = [id for id in self._ids if id not in self._done]
+        kept = len(self._ids) - len(todo)
+        self._check_space(len(todo))
+        start_journal(self._out, self._header, self._done)
+        (self._out / MANIFEST_NAME).unlink(missing_ok=True)
+        trunk = tuple(copy_trunk(self._source, self._out))
+        source = self._source
+        work = [ExpertJob(id, source.experts[id], source.dims, self._quantisation, self._out) for id in todo]
+        for entry in export_all(work, jobs):
+            append_entry(self._out, entry)
+            self._done[entry.id] = entry
+            if progress:
+                progress(len(self._done), len(self._ids))
+        manifest = self._manifest(trunk)
+        with atomic_write(self._out / MANIFEST_NAME) as file:
+            file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+        journal_path(self._out).unlink()
+        return manifest, kept
+
+    def _finished(self) -> Manifest | None:
+        """The complete bundle in the folder; None with `_done` filled where there is still something to do."""
+        if not (self._out / MANIFEST_NAME).exists():
+            if not journal_path(self._out).exists() and any(self._out.iterdir()):
+                raise BundleError(f"{self._out} is not empty and no bundle: choose another folder")
+            found = read_journal(self._out, self._header)
+            self._done = {id: found[id] for id in self._ids if id in found}
+            return None
+        manifest = load_manifest(self._out)
+        same = (manifest.source, manifest.quantisation) == (self._source.source, self._quantisation)
+        if not same or [entry.id for entry in manifest.experts] != list(self._ids):
+            held = format_selector(entry.id for entry in manifest.experts)
+            raise BundleError(
+                f"{self._out} already holds another bundle ({manifest.source.name}, {manifest.quantisation}, "
+                f"{held}): choose another folder or remove it"
+            )
+        # Headers don't change when a model is trained on; its weights do, all of them.
+        first = manifest.experts[0]
+        if hash_source(self._source.experts[first.id]) != first.source_sha256:
+            raise BundleError(
+                f"{self._out} was made from other weights than {self._source.folder} holds now: "
+                "choose another folder or remove it"
+            )
+        self._done = {entry.id: entry for entry in manifest.experts if is_intact(self._out, entry)}
+        whole = len(self._done) == len(self._ids) and self._trunk_intact(manifest)
+        return manifest if whole else None
+
+    def _trunk_intact(self, manifest: Manifest) -> bool:
+        try:
+            for file in manifest.trunk:
+                verify_file(self._out, file)
+        except (BundleError, OSError):
+            return False
+        return True
+
+    def _manifest(self, trunk: tuple[FileEntry, ...]) -> Manifest:
+        return Manifest(
+            schema=SCHEMA,
+            source=self._source.source,
+            dims=self._source.dims,
+            quantisation=self._quantisation,
+            probe_tolerance=probe_tolerance(self._quantisation),
+            experts=tuple(self._done[id] for id in self._ids),
+            trunk=trunk,
+            tools={"wdmoe": __version__, **{name: importlib.metadata.version(name) for name in _TOOLS}},
+        )
+
+    def _check_space(self, experts: int) -> None:
+        each = plan_layout(self._source.dims, self._quantisation).bytes + _EXTRA_BYTES
+        needed = experts * each + trunk_bytes(self._source)
+        place = next(p for p in (self._out.absolute(), *self._out.absolute().parents) if p.exists())
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise StorageError(
+                f"{place} has {free / 2**20:.1f} MiB free, the bundle needs {needed / 2**20:.1f} MiB: "
+                "free some space or choose another folder"
+            )

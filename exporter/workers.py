@@ -1,0 +1,141 @@
+"""Exporting experts in several processes that end with the parent, whatever ends it.
+
+The standard library's pool waits for running work when it is left; an expert of a large model takes
+seconds, and Ctrl-C must not. Here the workers are ended at once, and one that dies (out of memory, killed)
+is reported instead of waited for.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+
+from exporter.expert import ExpertJob, export_expert
+from wire.errors import WdmoeError
+from wire.experts import ExpertId
+from wire.manifest import ExpertEntry
+
+_JOIN_S = 5.0
+_PR_SET_PDEATHSIG = 1
+
+
+def export_all(work: Sequence[ExpertJob], processes: int) -> Iterator[ExpertEntry]:
+    """Entries of finished experts, in the order in which they finish.
+
+    With one process the work is done in this one.
+
+    Raises:
+        WdmoeError: what `export_expert` raises, or a worker died.
+    """
+    if processes == 1 or len(work) <= 1:
+        yield from map(export_expert, work)
+        return
+    todo = list(reversed(work))
+    workers: dict[Connection, _Worker] = {}
+    try:
+        for _ in range(min(processes, len(work))):
+            worker = _Worker()
+            workers[worker.pipe] = worker
+            worker.give(todo.pop())
+        while workers:
+            for pipe in wait(list(workers)):
+                worker = workers[pipe]  # type: ignore[index]
+                yield worker.take()
+                if todo:
+                    worker.give(todo.pop())
+                else:
+                    del workers[worker.pipe]
+                    worker.end()
+    finally:
+        for worker in workers.values():
+            worker.end()
+
+
+class _Worker:
+    """One process and our end of its pipe."""
+
+    def __init__(self) -> None:
+        # spawn: a fork would inherit onnxruntime's and BLAS's threads in an undefined state.
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self._busy: ExpertId | None = None
+        self._process: SpawnProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
+        with _child_settings():
+            self._process.start()
+        theirs.close()
+
+    def give(self, job: ExpertJob) -> None:
+        self._busy = job.id
+        with suppress(BrokenPipeError):  # it died: `take` finds out and says so
+            self.pipe.send(job)
+
+    def take(self) -> ExpertEntry:
+        """What the worker made of the last job."""
+        try:
+            answer = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join(_JOIN_S)
+            raise WdmoeError(
+                f"the process that exported expert {self._busy} ended unexpectedly (exit code "
+                f"{self._process.exitcode}, -9 usually means out of memory): try --jobs 1"
+            ) from None
+        if isinstance(answer, ExpertEntry):
+            return answer
+        if isinstance(answer, BaseException):
+            raise answer
+        raise WdmoeError(f"exporting expert {self._busy} failed: {answer}")
+
+    def end(self) -> None:
+        self.pipe.close()
+        self._process.terminate()
+        self._process.join(_JOIN_S)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+@contextmanager
+def _child_settings() -> Iterator[None]:
+    """Settings that a child must have from its first instruction, so it inherits them.
+
+    One BLAS thread, because the processes already share the cores; and no SIGINT, which a terminal sends
+    to the whole group: the parent decides.
+    """
+    before = os.environ.get("OPENBLAS_NUM_THREADS")
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
+    try:
+        yield
+    finally:
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
+        if before is None:
+            del os.environ["OPENBLAS_NUM_THREADS"]
+        else:
+            os.environ["OPENBLAS_NUM_THREADS"] = before
+
+
+def _serve(pipe: Connection) -> None:
+    """What a worker process runs: jobs in, entries or errors out, until the pipe closes."""
+    if sys.platform == "linux":
+        # A parent killed with -9 can't end us; the kernel does.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            job: ExpertJob = pipe.recv()
+            try:
+                answer: object = export_expert(job)
+            except WdmoeError as error:
+                answer = error
+            except Exception as error:  # noqa: BLE001 - reported by the parent
+                traceback.print_exc()
+                answer = f"{type(error).__name__}: {error}"
+            pipe.send(answer)

@@ -1,0 +1,78 @@
+"""`wdmoe-testbed`: demo, quality of the quantisations, benchmarks."""
+
+import os
+from pathlib import Path
+
+import click
+
+from wire import __version__
+from wire.console import run as run_console
+
+_VARIANTS = {
+    "fp32": ("fp32", 0), "fp16": ("fp16", 0), "int8": ("int8", 32), "int8-dynamic": ("int8-dynamic", 0),
+    "int4-b32": ("int4", 32), "int4-b128": ("int4", 128),
+}  # fmt: skip
+
+
+@click.group()
+@click.version_option(__version__)
+def cli() -> None:
+    """Run whole systems and measure them."""
+
+
+@cli.command()
+@click.option("--broker", default="embedded", show_default=True, help="embedded, mosquitto or an URL.")
+@click.option("--nodes", type=click.IntRange(1, 8), default=8, show_default=True, help="Node processes.")
+@click.option("--max-tokens", type=click.IntRange(1), default=80, show_default=True, help="Per answer.")
+@click.option("--question", "questions", multiple=True, help="Instead of the three of the demo; repeatable.")
+@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
+def demo(broker: str, nodes: int, max_tokens: int, questions: tuple[str, ...], runs: Path) -> None:
+    """Build the demo model, start nodes as processes, answer three questions over MQTT."""
+    from rich.console import Console
+
+    from testbed.demo import QUESTIONS, run_demo
+
+    run_demo(
+        broker=broker,
+        questions=questions or QUESTIONS,
+        max_tokens=max_tokens,
+        nodes=nodes,
+        runs=runs,
+        console=Console(),
+    )
+
+
+@cli.command()
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="See docs/measurement.md.")
+@click.option("--items", type=click.IntRange(1), default=300, show_default=True, help="Per task.")
+@click.option("--texts", type=click.IntRange(1), default=3, show_default=True, help="Per domain.")
+@click.option("--tokens", type=click.IntRange(2), default=384, show_default=True, help="Per text.")
+@click.option("--variant", "variants", multiple=True, type=click.Choice(list(_VARIANTS)), help="Repeatable.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/quality.json"), show_default=True)
+def quality(data: Path, items: int, texts: int, tokens: int, variants: tuple[str, ...], out: Path) -> None:
+    """Perplexity and accuracy of the demo model in every quantisation."""
+    from rich.console import Console
+
+    from testbed.demo_assets import demo_bundle
+    from testbed.quality import measure_quality, print_quality, write_quality
+
+    console = Console()
+    rows = []
+    for name in variants or tuple(_VARIANTS):
+        scheme, block = _VARIANTS[name]
+        bundle = demo_bundle(scheme, block=block, console=console)  # type: ignore[arg-type]
+        with console.status(f"evaluating {name}"):
+            rows.append(
+                measure_quality(
+                    bundle, data, items=items, texts_per_domain=texts, tokens=tokens,
+                    threads=os.cpu_count() or 1,
+                )
+            )  # fmt: skip
+        write_quality(rows, out, {"items": items, "texts_per_domain": texts, "tokens": tokens})
+        print_quality(rows[-1:], console)
+    print_quality(rows, console)
+
+
+def main() -> None:
+    """Console entry."""
+    run_console(cli, "wdmoe-testbed")

@@ -1,0 +1,56 @@
+"""The demo model and its bundles, made once and kept in the user's cache folder."""
+
+import os
+from pathlib import Path
+
+import platformdirs
+from rich.console import Console
+
+from exporter.bundle import export_bundle
+from exporter.demo_model import assemble_demo_model
+from exporter.presets import DEFAULT_BLOCK
+from wire.manifest import Quantisation, Scheme
+
+MODEL_NAME = "smol-mixtral-8x135m"
+
+
+def demo_model(*, layers: int | None = None, console: Console | None = None) -> Path:
+    """The demo model's folder, or that of its first `layers` layers."""
+    folder = _cache() / "models" / (MODEL_NAME if layers is None else f"{MODEL_NAME}-{layers}-layers")
+    with (console or Console(quiet=True)).status("demo model") as status:
+        assemble_demo_model(
+            folder, layers=layers, progress=lambda stage, f: status.update(f"demo model: {stage} ({f:.0%})")
+        )
+    return folder
+
+
+def demo_bundle(scheme: Scheme, *, block: int = DEFAULT_BLOCK, console: Console | None = None) -> Path:
+    """A bundle of the whole demo model."""
+    quantisation = demo_quantisation(scheme, block)
+    model = demo_model(console=console)
+    out = _cache() / "bundles" / f"{MODEL_NAME}-{str(quantisation).replace(' ', '-')}"
+    export_demo_bundle(model, out, scheme, block=block, console=console)
+    return out
+
+
+def export_demo_bundle(
+    model: Path, out: Path, scheme: Scheme, *, block: int = DEFAULT_BLOCK, console: Console | None = None
+) -> None:
+    """Export a checkpoint to `out`, or find it there."""
+    with (console or Console(quiet=True)).status(f"{scheme} bundle") as status:
+        export_bundle(
+            model,
+            out,
+            demo_quantisation(scheme, block),
+            jobs=min(4, os.cpu_count() or 1),
+            progress=lambda done, all_: status.update(f"{scheme} bundle: expert {done} of {all_}"),
+        )
+
+
+def demo_quantisation(scheme: Scheme, block: int = DEFAULT_BLOCK) -> Quantisation:
+    """The exporter's defaults for a scheme."""
+    return Quantisation(scheme=scheme, block=block if scheme in ("int4", "int8") else 0)
+
+
+def _cache() -> Path:
+    return Path(platformdirs.user_cache_dir("wdmoe"))

@@ -1,0 +1,120 @@
+"""The distributed model against transformers' own Mixtral: same checkpoint, real broker, real node processes."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bs_coordinator.model import Feed
+from bs_coordinator.sampling import SamplingConfig
+from bs_coordinator.station import Station, StationConfig, open_station
+from testbed.demo_assets import demo_bundle, demo_model
+from testbed.local_fleet import local_fleet
+from wire.broker_url import BrokerAddress
+from wire.manifest import Scheme
+from wire.tensors import WireDtype
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Explain in two sentences why leaves are green.",
+    "Write a Python function that returns the larger of two numbers.",
+    "Tell me a short story about a lighthouse.",
+    "How many minutes are in three hours?",
+    "Name four fruits and their colours.",
+    "What does an operating system do?",
+    "Translate 'good morning' into French.",
+)
+
+
+@contextmanager
+def _station(bundle: Path, address: BrokerAddress, folder: Path, wire: WireDtype) -> Iterator[Station]:
+    experts = {f"n{k}": f"L*:E{k}" for k in range(8)}
+    config = StationConfig(bundle=bundle, wire=wire)
+    with local_fleet(bundle, address, folder, experts), open_station(config, address) as station:
+        yield station
+
+
+def _licence_ids(station: Station, count: int) -> list[int]:
+    """Real text of this repository, `count` tokens of it."""
+    text = (Path(__file__).parents[2] / "LICENSE").read_text()
+    return station.tokenizer.encode(text)[:count]
+
+
+def _compare(model: Path, station: Station, *, positions: int, prompts: int, tokens: int) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    ids = _licence_ids(station, positions)
+    assert len(ids) == positions
+    with torch.inference_mode():
+        expected = reference(torch.tensor([ids])).logits[0]
+    (logits,), _ = station.model.step([Feed(ids, station.model.trunk.new_cache())], all_logits=True)
+    error = float((logits - expected).norm() / expected.norm())
+    assert error <= 1e-4
+    for prompt in PROMPTS[:prompts]:
+        chat = station.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        config = SamplingConfig(max_tokens=tokens)
+        ours = [event.id for event in station.new_sequence().generate(chat, config)]
+        with torch.inference_mode():
+            theirs = reference.generate(
+                torch.tensor([chat]), attention_mask=torch.ones(1, len(chat), dtype=torch.long),
+                max_new_tokens=tokens, do_sample=False,
+            )  # fmt: skip
+        assert ours == theirs[0, len(chat) :].tolist(), prompt
+    del reference
+    gc.collect()
+
+
+def test_two_layers_are_exact(
+    tiny_model: Path, tiny_bundle: Callable[[Scheme], Path], broker: BrokerAddress, tmp_path: Path
+) -> None:
+    with _station(tiny_bundle("fp32"), broker, tmp_path, WireDtype.FP32) as station:
+        _compare(tiny_model, station, positions=300, prompts=3, tokens=24)
+
+
+@pytest.mark.slow
+def test_the_demo_model_is_exact(broker: BrokerAddress, tmp_path: Path) -> None:
+    with _station(demo_bundle("fp32"), broker, tmp_path, WireDtype.FP32) as station:
+        _compare(demo_model(), station, positions=256, prompts=8, tokens=64)
+
+
+def test_a_batch_and_a_reused_cache_change_nothing(
+    tiny_bundle: Callable[[Scheme], Path], broker: BrokerAddress, tmp_path: Path
+) -> None:
+    """Several sequences in one step, and a prompt that continues a cached one, give what each gives alone.
+
+    fp32 sums may group differently, so logits are compared to 1e-5 and tokens exactly.
+    """
+    with _station(tiny_bundle("fp32"), broker, tmp_path, WireDtype.FP32) as station:
+        model, ids = station.model, _licence_ids(station, 60)
+        parts = [ids[:10], ids[10:35], ids[35:]]
+        together, _ = model.step([Feed(part, model.trunk.new_cache()) for part in parts])
+        for part, joint in zip(parts, together, strict=True):
+            (alone,), _ = model.step([Feed(part, model.trunk.new_cache())])
+            assert float((joint - alone).norm() / alone.norm()) < 1e-5
+        config = SamplingConfig(max_tokens=6)
+        sequence = station.new_sequence()
+        list(sequence.generate(ids[:40], config))
+        again = [event.id for event in sequence.generate(ids, config)]
+        fresh = [event.id for event in station.new_sequence().generate(ids, config)]
+        assert again == fresh
+
+
+def test_records_add_up(tiny_bundle: Callable[[Scheme], Path], broker: BrokerAddress, tmp_path: Path) -> None:
+    with _station(tiny_bundle("int4"), broker, tmp_path, WireDtype.INT8) as station:
+        sampled = SamplingConfig(max_tokens=8, temperature=0.8, top_p=0.9, seed=7)
+        runs = [list(station.new_sequence().generate(_licence_ids(station, 20), sampled)) for _ in range(2)]
+    assert [e.id for e in runs[0]] == [e.id for e in runs[1]]
+    for event in runs[0]:
+        for step in event.steps:
+            split = step.split_ns()
+            parts = (split.trunk, split.network, split.compute, split.wait, split.framing)
+            assert sum(parts) == step.total_ns
+            assert min(parts) >= 0
+            assert len(step.layers) == 2
+            for layer in step.layers:
+                # top-2 over eight nodes with one expert per layer each: two rows of work per token.
+                assert sum(d.tokens for d in layer.dispatches) == 2 * step.tokens
+                assert all(0 < d.durations.total_ns <= d.round_trip_ns for d in layer.dispatches)

@@ -1,0 +1,288 @@
+"""What goes wrong, as a user meets it: one clear line, an exit code of its own, no hang, no traceback."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from bs_coordinator.brokers import free_port
+from testbed.local_fleet import LocalFleet
+from tests.conftest import Run
+from wire.broker_url import BrokerAddress
+from wire.manifest import Scheme
+from wire.mqtt import MqttTransport
+from wire.status import decode_status
+from wire.topics import Topics
+
+Bundle = Callable[[Scheme], Path]
+
+
+def _one_line(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """The process ended with `code` and its last line of stderr is the error, with these words in it."""
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert len(lines) == 1, done.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+def _cluster(fleet: LocalFleet) -> list[str]:
+    return ["--broker", str(fleet.address), "--cluster", fleet.cluster]
+
+
+def _generate(run: Run, fleet: LocalFleet, *extra: object) -> subprocess.CompletedProcess[str]:
+    return run(
+        "bs_coordinator", "generate", "--bundle", fleet.bundle, *_cluster(fleet), "--prompt", "Hello",
+        "--max-tokens", 8, *extra,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def full_fleet(fleet: LocalFleet) -> LocalFleet:
+    for k in range(4):
+        fleet.start(f"n{k}", f"L*:E{k},{k + 4}")
+    return fleet
+
+
+def test_text_comes_out(run: Run, full_fleet: LocalFleet) -> None:
+    done = _generate(run, full_fleet)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert "8 tokens" in done.stderr
+    assert _generate(run, full_fleet).stdout == done.stdout
+
+
+def test_nodes_are_listed(run: Run, full_fleet: LocalFleet) -> None:
+    time.sleep(3)
+    done = run("bs_coordinator", "nodes", "--bundle", full_fleet.bundle, *_cluster(full_fleet))
+    assert done.returncode == 0, done.stderr
+    assert all(f"n{k}" in done.stdout for k in range(4))
+
+
+def test_chat_remembers(run: Run, full_fleet: LocalFleet) -> None:
+    done = run(
+        "bs_coordinator", "chat", "--bundle", full_fleet.bundle, *_cluster(full_fleet), "--max-tokens", 4,
+        input="Hello\nAnd again\n\n",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("4 tokens") == 2
+
+
+def test_no_broker(run: Run, tiny_bundle: Bundle) -> None:
+    url = f"mqtt://127.0.0.1:{free_port()}"
+    generate = ("generate", "--bundle", tiny_bundle("fp32"), "--broker", url, "--prompt", "x")
+    _one_line(run("bs_coordinator", *generate), 30, "no broker at", "refused")
+    node = ("--bundle", tiny_bundle("fp32"), "--broker", url, "--id", "a", "--experts", "L0:E0")
+    _one_line(run("edge_node", *node), 30, "no broker at")
+
+
+def test_an_expert_that_no_node_holds(run: Run, fleet: LocalFleet) -> None:
+    fleet.start("n0", "L*:E0-6")
+    _one_line(_generate(run, fleet, "--nodes-timeout", 4), 40, "no node holds L0-1:E7", "online: n0", "wdmoe-node")
+
+
+def test_a_prompt_longer_than_the_context(run: Run, full_fleet: LocalFleet) -> None:
+    done = _generate(run, full_fleet, "--prompt", "word " * 9000)
+    _one_line(done, 42, "context is 8192")
+
+
+def test_two_nodes_with_one_id(run: Run, fleet: LocalFleet) -> None:
+    fleet.start("twin", "L*:E0")
+    _wait_for_status(fleet, "twin", online=True)
+    began = time.monotonic()
+    node = ("--bundle", fleet.bundle, *_cluster(fleet), "--id", "twin", "--experts", "L*:E1")
+    _one_line(run("edge_node", *node), 22, "'twin' is in use", "another --id")
+    assert time.monotonic() - began < 20
+    fleet.check()
+
+
+def test_a_node_that_was_killed_comes_back_under_its_id(fleet: LocalFleet) -> None:
+    fleet.start("phoenix", "L*:E0")
+    _wait_for_status(fleet, "phoenix", online=True)
+    fleet.processes["phoenix"].kill()
+    _wait_for_status(fleet, "phoenix", online=False)
+    fleet.start("phoenix", "L*:E0")
+    _wait_for_status(fleet, "phoenix", online=True)
+
+
+def test_sigterm_says_good_bye(fleet: LocalFleet) -> None:
+    fleet.start("polite", "L*:E0")
+    _wait_for_status(fleet, "polite", online=True)
+    fleet.processes["polite"].terminate()
+    assert fleet.processes["polite"].wait(10) == 0
+    _wait_for_status(fleet, "polite", online=False, reason="stopped")
+
+
+def test_a_node_lost_in_mid_answer(full_fleet: LocalFleet) -> None:
+    argv = [
+        sys.executable, "-m", "bs_coordinator", "generate", "--bundle", str(full_fleet.bundle),
+        *_cluster(full_fleet), "--prompt", "Hello", "--max-tokens", "5000", "--raw",
+    ]  # fmt: skip
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.read(4)
+        full_fleet.processes["n2"].kill()
+        out, err = process.communicate(timeout=60)
+    _one_line(subprocess.CompletedProcess(argv, process.returncode, out, err), process.returncode, "n")
+    assert process.returncode in (40, 41)  # gone while asked, or before it could be asked again
+
+
+def test_ctrl_c_stops_cleanly(full_fleet: LocalFleet) -> None:
+    argv = [
+        sys.executable, "-m", "bs_coordinator", "generate", "--bundle", str(full_fleet.bundle),
+        *_cluster(full_fleet), "--prompt", "Hello", "--max-tokens", "5000", "--raw",
+    ]  # fmt: skip
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.read(4)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    full_fleet.check()
+
+
+def test_garbage_on_every_topic_changes_nothing(run: Run, full_fleet: LocalFleet) -> None:
+    """Noise is counted and dropped by both sides; the answer is the one without noise."""
+    quiet = _generate(run, full_fleet)
+    assert quiet.returncode == 0, quiet.stderr
+    topics = Topics(full_fleet.cluster)
+    names = ["n0", "n1", "n2", "n3", "ghost"]
+    random_bytes = random.Random(1).randbytes
+    with closing(MqttTransport(full_fleet.address, "noise")) as noise:
+        for name in names:
+            noise.publish_confirmed(topics.status(f"ghost-{name}"), b"\x00not json", retain=True)
+        argv = [
+            sys.executable, "-m", "bs_coordinator", "generate", "--bundle", str(full_fleet.bundle),
+            *_cluster(full_fleet), "--prompt", "Hello", "--max-tokens", "8",
+        ]  # fmt: skip
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            while process.poll() is None:
+                for name in names:
+                    noise.publish(topics.work(name), random_bytes(100))
+                    noise.publish(topics.results(name), random_bytes(100))
+                    noise.publish(topics.status(f"ghost-{name}"), random_bytes(50))
+                noise.receive(0.01)
+            out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out == quiet.stdout
+    assert "dropped messages" in err
+    full_fleet.check()
+
+
+def test_a_tampered_expert(run: Run, tiny_bundle: Bundle, broker: BrokerAddress, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle("int4"), bundle)
+    weights = bundle / "experts/L01/E3.weights"
+    data = bytearray(weights.read_bytes())
+    data[1000] ^= 1
+    weights.write_bytes(data)
+    node = ("--bundle", bundle, "--broker", broker, "--id", "t", "--experts", "L*:E3")
+    _one_line(run("edge_node", *node), 11, "E3.weights", "SHA-256")
+    _one_line(run("exporter", "verify", bundle), 11, "E3.weights", "SHA-256")
+
+
+def test_experts_that_do_not_fit(run: Run, tiny_bundle: Bundle, broker: BrokerAddress) -> None:
+    node = ("--bundle", tiny_bundle("fp32"), "--broker", broker, "--id", "m", "--experts", "L*:E*")
+    _one_line(run("edge_node", *node, "--memory-budget", "100M"), 20, "need about", "100 MiB are allowed")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--experts", "E3"], "expert selector"),
+        (["--experts", "L*:E9"], "out of range"),
+        (["--id", "a/b"], "not valid"),
+        (["--broker", "http://x"], "not a broker URL"),
+        (["--broker", "mqtt://u:hush@x"], "--password-file"),
+        (["--memory-budget", "lots"], "not a size"),
+        (["--threads", "0"], "threads"),
+    ],
+)
+def test_wrong_arguments(run: Run, tiny_bundle: Bundle, arguments: list[str], word: str) -> None:
+    good = ["--bundle", tiny_bundle("int4"), "--broker", "mqtt://127.0.0.1", "--id", "a", "--experts", "L0:E0"]
+    done = run("edge_node", *good, *arguments)
+    _one_line(done, 2, word)
+    assert "hush" not in done.stderr
+
+
+def test_a_folder_that_is_no_bundle(run: Run, tmp_path: Path) -> None:
+    _one_line(run("bs_coordinator", "generate", "--bundle", tmp_path, "--prompt", "x"), 11, "wdmoe-export bundle")
+
+
+@pytest.fixture(scope="module")
+def mosquitto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], BrokerAddress]]:
+    """Starts mosquitto with given configuration lines; skips where it is not installed."""
+    binary = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
+    if binary is None:
+        pytest.skip("mosquitto is not installed")
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(lines: str) -> BrokerAddress:
+        port = free_port()
+        config = tmp_path_factory.mktemp("mosquitto") / "mosquitto.conf"
+        config.write_text(f"listener {port} 127.0.0.1\n{lines}")
+        if os.getuid() == 0:
+            config.write_text(config.read_text() + "user root\n")
+        running.append(
+            subprocess.Popen([binary, "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        )
+        time.sleep(1.0)
+        return BrokerAddress("127.0.0.1", port)
+
+    yield start
+    for process in running:
+        process.terminate()
+        process.wait(10)
+
+
+def test_a_broker_without_nodelay_is_refused(
+    run: Run, tiny_bundle: Bundle, mosquitto: Callable[[str], BrokerAddress]
+) -> None:
+    address = mosquitto("allow_anonymous true\n")
+    done = run("bs_coordinator", "generate", "--bundle", tiny_bundle("int4"), "--broker", address, "--prompt", "x")
+    _one_line(done, 32, "TCP_NODELAY", "set_tcp_nodelay true")
+
+
+def test_a_wrong_password(
+    run: Run, tiny_bundle: Bundle, mosquitto: Callable[[str], BrokerAddress], tmp_path: Path
+) -> None:
+    passwords = tmp_path / "passwords"
+    subprocess.run(["mosquitto_passwd", "-b", "-c", passwords, "bs", "right"], check=True, capture_output=True)
+    address = mosquitto(f"allow_anonymous false\nset_tcp_nodelay true\npassword_file {passwords}\n")
+    secret = tmp_path / "secret"
+    secret.write_text("wrong\n")
+    secret.chmod(0o600)
+    url = f"mqtt://bs@{address.host}:{address.port}"
+    generate = ["generate", "--bundle", tiny_bundle("int4"), "--prompt", "x", "--broker", url]
+    _one_line(run("bs_coordinator", *generate, "--password-file", secret), 31, "refused user 'bs'")
+    _one_line(run("bs_coordinator", *generate), 31, "refused user 'bs'")
+    secret.write_text("right\n")
+    right = run("bs_coordinator", *generate, "--password-file", secret, "--nodes-timeout", 0)
+    _one_line(right, 40, "no node holds")
+    node = ["--bundle", tiny_bundle("int4"), "--id", "a", "--experts", "L0:E0", "--broker", url]
+    secret.write_text("wrong\n")
+    _one_line(run("edge_node", *node, "--password-file", secret), 31, "refused user 'bs'")
+
+
+def _wait_for_status(fleet: LocalFleet, node: str, *, online: bool, reason: str = "") -> None:
+    topic = Topics(fleet.cluster).status(node)
+    deadline = time.monotonic() + 30
+    with closing(MqttTransport(fleet.address, f"watch-{time.time_ns()}")) as watch:
+        watch.subscribe(topic, qos=1)
+        while time.monotonic() < deadline:
+            message = watch.receive(0.5)
+            if message and message.payload:
+                status = decode_status(message.payload, node)
+                if status.online is online and reason in status.reason:
+                    return
+    raise AssertionError(f"{node} did not become {'online' if online else 'offline'}")
