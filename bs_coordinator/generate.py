@@ -141,6 +141,6 @@ class Sequence:
         while shared < limit and self._cached_ids[shared] == prompt[shared]:
             shared += 1
         if shared < len(self._cached_ids):
-            self._cache.crop(shared)
+            self._model.trunk.truncate(self._cache, shared)
             del self._cached_ids[shared:]
         return prompt[shared:]

@@ -70,7 +70,7 @@ class DistributedMixtral:
         except BaseException:
             # Layers before the failure have already appended their keys and values.
             for feed, length in zip(feeds, past, strict=True):
-                feed.cache.crop(length)
+                self.trunk.truncate(feed.cache, length)
             raise
 
     def _step(self, feeds: Sequence[Feed], position: int, all_logits: bool) -> tuple[list[Tensor], StepRecord]:

@@ -84,6 +84,14 @@ class Trunk:
         """An empty KV cache."""
         return DynamicCache(config=self.config)
 
+    @staticmethod
+    def truncate(cache: DynamicCache, tokens: int) -> None:
+        """Forget all but the first `tokens` positions; layers that hold fewer keep what they have."""
+        for layer in cache.layers:
+            excess = layer.get_seq_length() - tokens
+            if excess > 0:
+                layer.crop(-excess)
+
     def embed(self, ids: Tensor, cache: DynamicCache) -> tuple[Tensor, StepContext]:
         """Begin a step with token ids [tokens] that follow what `cache` holds: hidden [1, tokens, hidden]."""
         hidden = self._modules.embed_tokens(ids.to(self.device)[None])

@@ -115,6 +115,7 @@ class _Export:
         self._header = JournalHeader(
             source=source.source,
             quantisation=quantisation,
+            experts=format_selector(ids),
             shards=source.shard_stamps((*source.trunk, *(ref for id in ids for ref in source.experts[id]))),
             version=__version__,
         )
@@ -166,12 +167,11 @@ class _Export:
         return manifest, kept
 
     def _finished(self) -> Manifest | None:
-        """The complete bundle in the folder; None with `_done` filled where there is still something to do."""
+        """The complete bundle in the folder; None, with `_done` filled, where something is left to do."""
         if not (self._out / MANIFEST_NAME).exists():
             if not journal_path(self._out).exists() and any(self._out.iterdir()):
                 raise BundleError(f"{self._out} is not empty and no bundle: choose another folder")
-            found = read_journal(self._out, self._header)
-            self._done = {id: found[id] for id in self._ids if id in found}
+            self._done = read_journal(self._out, self._header)
             return None
         manifest = load_manifest(self._out)
         same = (manifest.source, manifest.quantisation) == (self._source.source, self._quantisation)

@@ -120,8 +120,8 @@ def _dims(folder: Path, config: dict[str, Any]) -> Dims:
     if kind != "mixtral":
         architecture = (config.get("architectures") or ["unknown"])[0]
         raise CheckpointError(
-            f"{folder} holds a {architecture} (model_type {kind!r}), not a Mixtral: only model_type 'mixtral' "
-            "can be cut into experts"
+            f"{folder} holds a {architecture} (model_type {kind!r}), not a Mixtral: "
+            "only model_type 'mixtral' can be cut into experts"
         )
     if config.get("quantization_config"):
         raise CheckpointError(f"{folder} is already quantised: give the original bf16, fp16 or fp32 checkpoint")
@@ -149,8 +149,8 @@ def _read_files(folder: Path) -> list[SafetensorsFile]:
     pickles = [p.name for pattern in ("*.bin", "*.bin.index.json", "*.pt", "*.pth") for p in folder.glob(pattern)]
     if pickles:
         raise CheckpointError(
-            f"{folder} holds pickled weights only ({min(pickles)}): load it with transformers and save it with "
-            "save_pretrained(…), which writes safetensors"
+            f"{folder} holds pickled weights only ({min(pickles)}): load it with transformers and save it "
+            "with save_pretrained(…), which writes safetensors"
         )
     raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
 

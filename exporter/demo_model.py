@@ -1,9 +1,9 @@
 """The demo model: a real Mixtral built from a dense SmolLM2 and low-rank expert deltas.
 
 Weights are computed and written one tensor at a time. An expert's sum is formed in fp64 and rounded once to
-bf16: products of bf16 numbers are exact there, so that the result does not depend on the order in which a
-BLAS adds, and the same inputs give the same bytes on every machine. This module does not know where the base
-came from, nor how deltas are stored.
+bf16: products of bf16 numbers are exact there, and the order in which a BLAS adds them matters only some forty
+bits below a bf16 step, so that the same inputs give the same bytes whatever the number of threads.
+This module does not know where the base came from, nor how deltas are stored.
 """
 
 import hashlib

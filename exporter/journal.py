@@ -26,12 +26,14 @@ class JournalHeader(Struct, frozen=True, kw_only=True):
     """First row.
 
     Attributes:
+        experts: selector of all experts that the bundle shall hold.
         shards: size in bytes and modification time in ns of each source file, by name.
         version: of this project, since another one may encode differently.
     """
 
     source: Source
     quantisation: Quantisation
+    experts: str
     shards: dict[str, tuple[int, int]]
     version: str
 
@@ -55,10 +57,11 @@ def read_journal(bundle: Path, header: JournalHeader) -> dict[ExpertId, ExpertEn
         found = msgspec.json.decode(first, type=JournalHeader)
     except msgspec.DecodeError:
         return {}
-    if (found.source, found.quantisation) != (header.source, header.quantisation):
+    wanted = (header.source, header.quantisation, header.experts)
+    if (found.source, found.quantisation, found.experts) != wanted:
         raise BundleError(
-            f"{bundle} holds an unfinished export of another kind ({found.source.name}, {found.quantisation}): "
-            "choose another folder or remove it"
+            f"{bundle} holds another unfinished export ({found.source.name}, {found.quantisation}, "
+            f"{found.experts}): choose another folder or remove it"
         )
     done: dict[ExpertId, ExpertEntry] = {}
     if found == header:

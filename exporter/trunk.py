@@ -1,4 +1,4 @@
-"""The trunk of a bundle: every tensor that is no expert's, with config and tokenizer, as transformers reads it."""
+"""The trunk of a bundle: all that is no expert, with config and tokenizer, as transformers reads it."""
 
 from collections.abc import Iterator
 from pathlib import Path

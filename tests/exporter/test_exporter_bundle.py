@@ -1,0 +1,275 @@
+"""Bundles through the real command: resume, repair, refusal, full disks, Ctrl-C, dying workers."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from exporter.bundle import export_bundle
+from exporter.presets import choose_quantisation
+from tests.conftest import Run
+from tests.exporter.checkpoints import copy_checkpoint, poke
+from wire.errors import BundleError
+from wire.manifest import Quantisation, load_manifest
+
+INT4 = Quantisation(scheme="int4", block=32)
+JOURNAL = "export-state.jsonl"
+W1 = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+
+
+@pytest.fixture
+def running(mixtral: Callable[..., Path], tmp_path: Path) -> Iterator[Callable[[int], subprocess.Popen[str]]]:
+    """`running(jobs)`: an export of many experts to tmp_path/out, caught after a few of them."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(jobs: int) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "exporter", "bundle", mixtral(layers=40), tmp_path / "out"]
+        process = subprocess.Popen(
+            [*map(str, command), "--jobs", str(jobs)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        deadline = time.monotonic() + 60
+        while finished_rows(tmp_path / "out") < 5:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def finished_rows(out: Path) -> int:
+    """Experts in the journal."""
+    try:
+        return (out / JOURNAL).read_bytes().count(b"\n") - 1
+    except FileNotFoundError:
+        return 0
+
+
+def assert_bundle_is_whole(out: Path, source: Path, scratch: Path) -> None:
+    """`out` equals an export that nothing disturbed, file for file."""
+    export_bundle(source, scratch, INT4, jobs=1)
+    assert load_manifest(out) == load_manifest(scratch)
+    for path in (p for folder in (out, scratch) for p in folder.rglob("*") if p.is_file()):
+        assert (out / path.relative_to(out if out in path.parents else scratch)).exists()
+    names = [sorted(str(p.relative_to(f)) for p in f.rglob("*")) for f in (out, scratch)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_resume_after_kill(
+    jobs: int, running: Callable[[int], subprocess.Popen[str]], mixtral: Callable[..., Path], tmp_path: Path,
+    run: Run,
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    process = running(jobs)
+    children = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    psutil.wait_procs(children, timeout=10)
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    assert not (out / "manifest.json").exists()
+    with (out / JOURNAL).open("a") as file:
+        file.write('{"layer": 3, "exp')  # a row cut short
+    (out / "experts/L00/.E0.onnx.1.tmp").write_bytes(b"left behind")
+    kept = finished_rows(out)
+    result = run("exporter", "bundle", mixtral(layers=40), out, "--jobs", jobs)
+    assert result.returncode == 0, result.stderr
+    assert f"kept {kept} experts" in result.stdout
+    assert_bundle_is_whole(out, mixtral(layers=40), tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_interrupt_ends_promptly(jobs: int, running: Callable[[int], subprocess.Popen[str]], tmp_path: Path) -> None:
+    process = running(jobs)
+    children = psutil.Process(process.pid).children(recursive=True)
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=10)
+    assert time.monotonic() - began < 3
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1] == "wdmoe-export: error: interrupted"
+    assert "Traceback" not in stderr
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    assert not (tmp_path / "out/manifest.json").exists()
+    assert not any(child.is_running() for child in children)
+
+
+def test_dead_worker_is_reported(running: Callable[[int], subprocess.Popen[str]], tmp_path: Path) -> None:
+    process = running(2)
+    workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    assert workers
+    workers[0].kill()
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "ended unexpectedly (exit code -9" in stderr.splitlines()[-1]
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_second_export_into_one_folder(
+    running: Callable[[int], subprocess.Popen[str]], mixtral: Callable[..., Path], tmp_path: Path
+) -> None:
+    process = running(1)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(BundleError, match="another export is writing"):
+            export_bundle(mixtral(layers=40), tmp_path / "out", INT4)
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
+def test_up_to_date_and_repair(mixtral: Callable[..., Path], tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "out"
+    assert run("exporter", "bundle", mixtral(), out).returncode == 0
+    again = run("exporter", "bundle", mixtral(), out)
+    assert again.returncode == 0
+    assert "is up to date" in again.stdout
+    weights = out / "experts/L01/E3.weights"
+    weights.write_bytes(weights.read_bytes()[::-1])
+    broken = run("exporter", "verify", out)
+    assert broken.returncode == 11
+    assert "E3.weights does not match its SHA-256" in broken.stderr
+    repaired = run("exporter", "bundle", mixtral(), out)
+    assert repaired.returncode == 0
+    assert "kept 7 experts" in repaired.stdout
+    assert_bundle_is_whole(out, mixtral(), tmp_path / "scratch")
+
+
+def test_verify_and_inspect(mixtral: Callable[..., Path], tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "out"
+    assert run("exporter", "bundle", mixtral(), out, "--layers", "1", "--experts", "0,2").returncode == 0
+    verified = run("exporter", "verify", out)
+    assert verified.returncode == 0, verified.stderr
+    assert "2 experts match" in verified.stdout
+    absent = run("exporter", "verify", out, "--experts", "L0:E*")
+    assert absent.returncode == 11
+    assert "the bundle has no expert L00:E0" in absent.stderr
+    inspected = run("exporter", "inspect", out)
+    assert inspected.returncode == 0
+    assert "L1:E0,2" in inspected.stdout
+
+
+def test_refusals(mixtral: Callable[..., Path], tmp_path: Path, run: Run) -> None:
+    source, out = copy_checkpoint(mixtral(), tmp_path / "checkpoint"), tmp_path / "out"
+    for inside in (source, source / "bundle"):
+        result = run("exporter", "bundle", source, inside)
+        assert result.returncode == 12
+        assert "lies inside the checkpoint" in result.stderr
+    assert run("exporter", "bundle", source, out).returncode == 0
+    before = (out / "manifest.json").read_bytes()
+    other = run("exporter", "bundle", source, out, "--quant", "fp16")
+    assert other.returncode == 11
+    assert "already holds another bundle (checkpoint, int4 b32, L0-1:E0-3)" in other.stderr
+    poke(source / "model.safetensors", W1, b"\x00\x3f")
+    retrained = run("exporter", "bundle", source, out)
+    assert retrained.returncode == 11
+    assert "made from other weights" in retrained.stderr
+    assert (out / "manifest.json").read_bytes() == before
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.txt").write_text("mine")
+    foreign = run("exporter", "bundle", source, full)
+    assert foreign.returncode == 11
+    assert "not empty and no bundle" in foreign.stderr
+    assert [p.name for p in full.iterdir()] == ["thesis.txt"]
+    for result in (other, retrained, foreign):
+        assert result.stderr.count("\n") == 1
+
+
+def test_unfinished_export_of_another_kind(mixtral: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_bundle(mixtral(), out, INT4)
+    (out / "manifest.json").rename(out / "gone")
+    assert not (out / JOURNAL).exists()
+    (out / JOURNAL).write_text("not a journal\n")
+    export_bundle(mixtral(), out, INT4)
+    assert load_manifest(out).quantisation == INT4
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting needs root")
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("this machine allows no mounts")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_too_little_space_is_said_before(mixtral: Callable[..., Path], small_disk: Path, run: Run) -> None:
+    result = run("exporter", "bundle", mixtral(), small_disk / "out", "--quant", "fp32")
+    assert result.returncode == 12
+    assert "0.2 MiB free, the bundle needs 1." in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (small_disk / "out").exists()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_disk_that_fills_up(jobs: int, mixtral: Callable[..., Path], small_disk: Path, tmp_path: Path) -> None:
+    # The space check is told a lie, as when something else fills the disk meanwhile.
+    lie = (
+        "import collections, shutil, sys\n"
+        "if __name__ == '__main__':\n"
+        "    shutil.disk_usage = lambda path: collections.namedtuple('U', 'free')(1 << 60)\n"
+        "    from exporter.cli import main\n"
+        "    main()\n"
+    )
+    script = tmp_path / "lie.py"
+    script.write_text(lie)
+    out = small_disk / "out"
+    result = subprocess.run(
+        [sys.executable, str(script), "bundle", str(mixtral()), str(out), "--quant", "fp32", "--jobs", str(jobs)],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert result.returncode == 12, result.stderr
+    assert "No space left on device" in result.stderr
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if "error" in line]
+    assert len(errors) == 1
+    assert not (out / "manifest.json").exists()
+    assert not list(small_disk.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "int4 b32 (the default"),
+        (("--device", "pi4"), "int8-dynamic for pi4: "),
+        (("--device", "pi5"), "int4 b32 for pi5: "),
+        (("--device", "pi4", "--quant", "int8", "--block", "64"), "int8 b64"),
+    ],
+)
+def test_presets_say_what_they_chose(
+    options: tuple[str, ...], said: str, mixtral: Callable[..., Path], tmp_path: Path, run: Run
+) -> None:
+    result = run("exporter", "bundle", mixtral(), tmp_path / "out", "--layers", "0", *options)
+    assert result.returncode == 0, result.stderr
+    assert f"quantisation: {said}" in result.stdout
+
+
+def test_options_that_do_not_go_together(mixtral: Callable[..., Path], tmp_path: Path, run: Run) -> None:
+    with pytest.raises(ValueError, match="no meaning with --quant fp16"):
+        choose_quantisation(None, "fp16", 32, False)
+    for options in (("--quant", "fp32", "--symmetric"), ("--layers", "9"), ("--experts", "x")):
+        result = run("exporter", "bundle", mixtral(), tmp_path / "out", *options)
+        assert result.returncode == 2, result.stderr
+        assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
