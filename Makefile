@@ -5,13 +5,13 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check clean
 
 help:
 	@echo "make demo   set everything up, build the demo model and bundle, answer three questions over MQTT"
 	@echo "make test   set everything up and run all tests"
 	@echo "make check  formatting, lint and types"
-	@echo "make bench  benchmarks: table and JSON under runs/bench/"
+	@echo "make  benchmarks: table and JSON under runs/bench/"
 	@echo "make clean  remove the environment and everything built here (downloads stay in the user cache)"
 
 $(READY): pyproject.toml constraints.txt
@@ -30,9 +30,6 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-
-bench: $(READY)
-	$(BIN)/wdmoe-testbed bench
 
 clean:
 	rm -rf $(VENV) .venvs build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -60,6 +60,12 @@ def finished_rows(out: Path) -> int:
         return 0
 
 
+def assert_ended(processes: list[psutil.Process]) -> None:
+    """All are gone within seconds; one that nobody waits for may stay a zombie."""
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
 def assert_bundle_is_whole(out: Path, source: Path, scratch: Path) -> None:
     """`out` equals an export that nothing disturbed, file for file."""
     export_bundle(source, scratch, INT4, jobs=1)
@@ -80,8 +86,7 @@ def test_resume_after_kill(
     children = psutil.Process(process.pid).children()
     process.kill()
     process.wait()
-    psutil.wait_procs(children, timeout=10)
-    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    assert_ended(children)
     assert not (out / "manifest.json").exists()
     with (out / JOURNAL).open("a") as file:
         file.write('{"layer": 3, "exp')  # a row cut short
@@ -106,7 +111,7 @@ def test_interrupt_ends_promptly(jobs: int, running: Callable[[int], subprocess.
     assert "Traceback" not in stderr
     assert not list((tmp_path / "out").rglob("*.tmp"))
     assert not (tmp_path / "out/manifest.json").exists()
-    assert not any(child.is_running() for child in children)
+    assert_ended(children)
 
 
 def test_dead_worker_is_reported(running: Callable[[int], subprocess.Popen[str]], tmp_path: Path) -> None:
@@ -217,7 +222,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_too_little_space_is_said_before(mixtral: Callable[..., Path], small_disk: Path, run: Run) -> None:
     result = run("exporter", "bundle", mixtral(), small_disk / "out", "--quant", "fp32")
     assert result.returncode == 12
-    assert "0.2 MiB free, the bundle needs 1." in result.stderr
+    assert "0.2 MiB free, the bundle needs 0.7 MiB" in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (small_disk / "out").exists()
 
