@@ -5,13 +5,14 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test check bench clean
 
 help:
 	@echo "make demo   set everything up, build the demo model and bundle, answer three questions over MQTT"
 	@echo "make test   set everything up and run all tests"
 	@echo "make check  formatting, lint and types"
 	@echo "make  benchmarks: table and JSON under runs/bench/"
+	@echo "make bench  benchmarks: a table, and JSON with raw samples under runs/"
 	@echo "make clean  remove the environment and everything built here (downloads stay in the user cache)"
 
 $(READY): pyproject.toml constraints.txt
@@ -30,6 +31,9 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/wdmoe-testbed bench
 
 clean:
 	rm -rf $(VENV) .venvs build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

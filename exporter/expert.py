@@ -34,6 +34,7 @@ class ExpertJob:
     Attributes:
         out: the bundle folder.
         threads: for onnxruntime.
+        preset: of the optimum backend.
     """
 
     id: ExpertId
@@ -42,6 +43,7 @@ class ExpertJob:
     quantisation: Quantisation
     out: Path
     threads: int = 1
+    preset: str = ""
 
 
 def expert_paths(expert: ExpertId) -> tuple[str, str]:

@@ -35,7 +35,7 @@ def export_all(work: Sequence[ExpertJob], processes: int) -> Iterator[ExpertEntr
         WdmoeError: what `export_expert` raises, or a worker died.
     """
     if processes == 1 or len(work) <= 1:
-        yield from map(export_expert, work)
+        yield from map(_export, work)
         return
     todo = list(reversed(work))
     workers: dict[Connection, _Worker] = {}
@@ -56,6 +56,14 @@ def export_all(work: Sequence[ExpertJob], processes: int) -> Iterator[ExpertEntr
     finally:
         for worker in workers.values():
             worker.end()
+
+
+def _export(job: ExpertJob) -> ExpertEntry:
+    if job.quantisation.backend == "optimum":
+        from exporter.optimum_backend import export_expert_with_optimum
+
+        return export_expert_with_optimum(job)
+    return export_expert(job)
 
 
 class _Worker:
@@ -132,7 +140,7 @@ def _serve(pipe: Connection) -> None:
         while True:
             job: ExpertJob = pipe.recv()
             try:
-                answer: object = export_expert(job)
+                answer: object = _export(job)
             except WdmoeError as error:
                 answer = error
             except Exception as error:  # noqa: BLE001 - reported by the parent

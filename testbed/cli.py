@@ -73,6 +73,19 @@ def quality(data: Path, items: int, texts: int, tokens: int, variants: tuple[str
     print_quality(rows, console)
 
 
+@cli.command()
+@click.option("--broker", default="embedded", show_default=True, help="embedded or mosquitto.")
+@click.option("--samples", type=click.IntRange(10), default=300, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/bench.json"), show_default=True)
+def bench(broker: str, samples: int, out: Path) -> None:
+    """Transport against plain TCP, experts against memory bandwidth."""
+    from rich.console import Console
+
+    from testbed.bench import run_bench
+
+    run_bench(broker=broker, samples=samples, out=out, console=Console())
+
+
 def main() -> None:
     """Console entry."""
     run_console(cli, "wdmoe-testbed")
