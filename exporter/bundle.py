@@ -77,6 +77,7 @@ def export_bundle(
     layers: Sequence[int] | None = None,
     experts: Sequence[int] | None = None,
     jobs: int = 1,
+    preset: str = "",
     progress: Progress | None = None,
 ) -> ExportResult:
     """Export the trunk and the chosen experts of a checkpoint.
@@ -84,6 +85,7 @@ def export_bundle(
     Args:
         layers, experts: which; None for all.
         jobs: processes.
+        preset: of the optimum backend (`quantisation.backend`).
         progress: called with the number of finished experts and of all.
 
     Raises:
@@ -100,7 +102,7 @@ def export_bundle(
         for id in sorted(source.experts)
         if (layers is None or id.layer in layers) and (experts is None or id.expert in experts)
     ]
-    export = _Export(source, out, quantisation, ids)
+    export = _Export(source, out, quantisation, ids, preset)
     with export.folder():
         manifest, kept = export.run(jobs, progress)
     return ExportResult(manifest, kept, sum(source.experts[id].bytes for id in ids))
@@ -109,15 +111,21 @@ def export_bundle(
 class _Export:
     """One export into one folder."""
 
-    def __init__(self, source: Checkpoint, out: Path, quantisation: Quantisation, ids: Sequence[ExpertId]) -> None:
+    def __init__(
+        self, source: Checkpoint, out: Path, quantisation: Quantisation, ids: Sequence[ExpertId], preset: str
+    ) -> None:
         self._source, self._out, self._quantisation, self._ids = source, out, quantisation, ids
+        self._preset = preset
+        self._tools = {"wdmoe": __version__, **{name: importlib.metadata.version(name) for name in _TOOLS}}
+        if quantisation.backend == "optimum":
+            self._tools["optimum-onnx"] = f"{importlib.metadata.version('optimum-onnx')} ({preset})"
         self._done: dict[ExpertId, ExpertEntry] = {}
         self._header = JournalHeader(
             source=source.source,
             quantisation=quantisation,
             experts=format_selector(ids),
             shards=source.shard_stamps((*source.trunk, *(ref for id in ids for ref in source.experts[id]))),
-            version=__version__,
+            tools=self._tools,
         )
 
     @contextmanager
@@ -154,7 +162,10 @@ class _Export:
         (self._out / MANIFEST_NAME).unlink(missing_ok=True)
         trunk = tuple(copy_trunk(self._source, self._out))
         source = self._source
-        work = [ExpertJob(id, source.experts[id], source.dims, self._quantisation, self._out) for id in todo]
+        work = [
+            ExpertJob(id, source.experts[id], source.dims, self._quantisation, self._out, preset=self._preset)
+            for id in todo
+        ]
         for entry in export_all(work, jobs):
             append_entry(self._out, entry)
             self._done[entry.id] = entry
@@ -209,7 +220,7 @@ class _Export:
             probe_tolerance=probe_tolerance(self._quantisation),
             experts=tuple(self._done[id] for id in self._ids),
             trunk=trunk,
-            tools={"wdmoe": __version__, **{name: importlib.metadata.version(name) for name in _TOOLS}},
+            tools=self._tools,
         )
 
     def _check_space(self, experts: int) -> None:

@@ -10,6 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from wire import __version__
 from wire.console import run as run_console
@@ -48,18 +49,34 @@ def demo_model(out: Path, base: str | None, deltas: Path | None, layers: int | N
 @click.option("--block", type=click.Choice(["32", "64", "128"]), help="Weights that share a scale.")
 @click.option("--symmetric", is_flag=True, help="No zero points: smaller, less exact.")
 @click.option("--device", type=click.Choice(["pi4", "pi5", "jetson", "x86"]), help="Choose what suits it.")
+@click.option(
+    "--via",
+    type=click.Choice(["direct", "optimum"]),
+    default="direct",
+    show_default=True,
+    help="Quantiser; optimum makes int8-dynamic and needs an environment of its own.",
+)
 @click.option("--layers", default="*", show_default=True, help="Such as 0-3,7.")
 @click.option("--experts", default="*", show_default=True, help="Such as 0,2.")
 @click.option("--jobs", type=click.IntRange(1, 64), help="Processes.  [default: one per core, at most 4]")
 def bundle(
     checkpoint: Path, out: Path, quant: Any, block: str | None, symmetric: bool, device: Any,
-    layers: str, experts: str, jobs: int | None,
+    via: str, layers: str, experts: str, jobs: int | None,
 ) -> None:  # fmt: skip
     """Export CHECKPOINT's experts and trunk to OUT; goes on where an interrupted export stopped."""
     from exporter.bundle import export_bundle
     from exporter.checkpoint import open_checkpoint
     from exporter.presets import choose_quantisation
 
+    preset = ""
+    if via == "optimum":
+        from exporter.optimum_backend import choose_preset, require_optimum
+
+        require_optimum()
+        preset = choose_preset(device)
+        if quant not in (None, "int8-dynamic"):
+            raise click.UsageError(f"--via optimum makes int8-dynamic only, not {quant}")
+        quant = "int8-dynamic"
     dims = open_checkpoint(checkpoint).dims
     try:
         quantisation, said = choose_quantisation(device, quant, int(block) if block else None, symmetric)
@@ -67,6 +84,9 @@ def bundle(
         chosen_experts = parse_index_set(experts, dims.experts)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
+    if preset:
+        quantisation = msgspec.structs.replace(quantisation, backend="optimum")
+        said = f"{quantisation}, its preset {preset}"
     click.echo(f"quantisation: {said}")
     began = time.monotonic()
     with _progress("experts") as show:
@@ -77,6 +97,7 @@ def bundle(
             layers=chosen_layers,
             experts=chosen_experts,
             jobs=jobs or min(4, os.cpu_count() or 1),
+            preset=preset,
             progress=lambda done, all_: show(f"expert {done} of {all_}", done / all_),
         )
     if result.up_to_date:

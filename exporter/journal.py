@@ -6,6 +6,7 @@ an unfinished bundle and goes away when the manifest is there.
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,14 +29,14 @@ class JournalHeader(Struct, frozen=True, kw_only=True):
     Attributes:
         experts: selector of all experts that the bundle shall hold.
         shards: size in bytes and modification time in ns of each source file, by name.
-        version: of this project, since another one may encode differently.
+        tools: versions of what encodes, since another one may encode differently.
     """
 
     source: Source
     quantisation: Quantisation
     experts: str
     shards: dict[str, tuple[int, int]]
-    version: str
+    tools: dict[str, str]
 
 
 def journal_path(bundle: Path) -> Path:
@@ -44,7 +45,7 @@ def journal_path(bundle: Path) -> Path:
 
 
 def read_journal(bundle: Path, header: JournalHeader) -> dict[ExpertId, ExpertEntry]:
-    """Finished experts whose files still match; none when the source's files or our version changed.
+    """Finished experts whose files still match; none when the source's files or the tools changed.
 
     Raises:
         BundleError: the journal is of an export with other parameters.
@@ -132,4 +133,7 @@ def remove_temporary_files(bundle: Path) -> None:
     """Remove what `atomic_write` leaves behind in a process that is killed."""
     for pattern in (".*.tmp", "trunk/.*.tmp", "experts/*/.*.tmp"):
         for path in bundle.glob(pattern):
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

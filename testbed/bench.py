@@ -28,6 +28,7 @@ from wire.broker_url import BrokerAddress
 from wire.files import atomic_write
 from wire.manifest import Scheme, load_manifest, probe_input
 from wire.mqtt import MqttTransport
+from wire.tensors import Array
 
 WARM_UP = 20
 
@@ -159,7 +160,7 @@ def _experts(samples: int, console: Console) -> list[Row]:
         x = probe_input(manifest.dims.hidden)
         weights = [np.ones(entry.bytes // 8, np.uint64) for entry in entries]
 
-        def compute(runtime: ExpertRuntime = runtime) -> None:
+        def compute(runtime: ExpertRuntime = runtime, x: Array = x) -> None:
             for id in runtime.ids:
                 runtime.run(id, x)
 
