@@ -186,6 +186,7 @@ class _Export:
             return None
         manifest = load_manifest(self._out)
         same = (manifest.source, manifest.quantisation) == (self._source.source, self._quantisation)
+        same &= manifest.tools.get("optimum-onnx") == self._tools.get("optimum-onnx")
         if not same or [entry.id for entry in manifest.experts] != list(self._ids):
             held = format_selector(entry.id for entry in manifest.experts)
             raise BundleError(

@@ -104,8 +104,8 @@ def bundle(
         click.echo(f"{out} is up to date: all files match their hashes")
     elif result.kept:
         click.echo(f"kept {result.kept} experts that were already there and match their hashes")
-    _summary(result.manifest, result.source_bytes)
-    click.echo(f"bundle in {out}, {time.monotonic() - began:.1f} s")
+    _summary(result.manifest, result.source_bytes, time.monotonic() - began)
+    click.echo(f"bundle in {out}")
 
 
 @cli.command()
@@ -152,14 +152,23 @@ def verify(bundle: Path, selector: str) -> None:
     )
 
 
-def _summary(manifest: "Manifest", source_bytes: int | None) -> None:
-    if not manifest.experts:
-        return
+def _summary(manifest: "Manifest", source_bytes: int | None, seconds: float | None = None) -> None:
+    """Print what a bundle holds: one figure per line, so that it reads the same in a log."""
     total = sum(entry.bytes for entry in manifest.experts)
     errors = [entry.error for entry in manifest.experts]
-    compression = f", {source_bytes / total:.1f} times smaller than the checkpoint's" if source_bytes else ""
-    click.echo(f"{len(manifest.experts)} experts, {total / 2**20:.1f} MiB{compression}")
-    click.echo(f"output error against fp32: median {median(errors):.2g}, largest {max(errors):.2g}")
+    rows = [
+        ("experts", f"{len(errors)} as {manifest.quantisation}"),
+        ("bytes", f"{total / 2**20:.1f} MiB"),
+        ("trunk", f"{sum(file.bytes for file in manifest.trunk) / 2**20:.1f} MiB"),
+    ]
+    if source_bytes:
+        rows.append(("in the checkpoint", f"{source_bytes / 2**20:.1f} MiB, {source_bytes / total:.1f} times as large"))
+    worst = max(manifest.experts, key=lambda entry: entry.error)
+    rows.append(("output error", f"median {median(errors):.2g}, largest {worst.error:.2g} ({worst.id}), against fp32"))
+    if seconds is not None:
+        rows.append(("time", f"{seconds:.1f} s"))
+    for name, value in rows:
+        click.echo(f"{name:<18} {value}")
 
 
 @contextmanager
