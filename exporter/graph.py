@@ -12,7 +12,8 @@ How each scheme multiplies:
 
 int8-dynamic stores signed weights. x86 processors with AVX2 but without VNNI add two u8·s8 products in 16
 bits and can saturate there; ARM and VNNI can't. The scheme is meant for ARM without dot product, where
-signed weights cost nothing; a probe on a saturating machine shows it.
+signed weights cost nothing; a probe on a saturating machine shows it. Unsigned weights would be exact
+everywhere, and took 1.1 times as long at one row and 2.3 times at 128 on an x86 core with VNNI.
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,99 @@
+"""Trunk and step against transformers' MixtralForCausalLM, with the reference's own experts; also on a GPU."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from bs_coordinator.model import DistributedMixtral, ExpertOutput, Feed
+from bs_coordinator.selection import POLICIES
+from bs_coordinator.trunk import Trunk, TrunkDtype
+from wire.errors import BundleError, DispatchError
+from wire.tensors import Array
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+class ReferenceExperts:
+    """The experts of a transformers model, in fp32 on the CPU; can fail at a given layer."""
+
+    def __init__(self, model: Any) -> None:
+        self._layers = [layer.mlp.experts.float().cpu() for layer in model.model.layers]
+        self.fail_at: int | None = None
+
+    def apply(self, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
+        if layer == self.fail_at:
+            raise DispatchError("as told")
+        index = torch.arange(gate.shape[1]).expand(gate.shape)
+        with torch.inference_mode():
+            output = self._layers[layer](torch.from_numpy(hidden), index, torch.from_numpy(gate))
+        return ExpertOutput(output.numpy())
+
+
+def _checkpoint(folder: Path, **changes: object) -> Any:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "max_position_embeddings": 256, **changes,
+    }  # fmt: skip
+    model = MixtralForCausalLM(MixtralConfig(**settings)).eval()
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    trunk = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    save_file(trunk, folder / "model.safetensors", {"format": "pt"})
+    return model
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-4), ("bf16", 0.03)])
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"sliding_window": 16}])
+def test_steps_are_transformers_steps(
+    tmp_path: Path, device: str, dtype: TrunkDtype, tolerance: float, changes: dict[str, object]
+) -> None:
+    """bf16 is allowed what rounding to 8 bits of mantissa costs over three layers."""
+    reference = _checkpoint(tmp_path, **changes)
+    ids = torch.randint(0, 128, (40,)).tolist()
+    with torch.inference_mode():
+        expected = reference(torch.tensor([ids])).logits[0]
+    trunk = Trunk(tmp_path, device=device, dtype=dtype)
+    model = DistributedMixtral(trunk, ReferenceExperts(reference), POLICIES["topk"](2))
+    cache = trunk.new_cache()
+    pieces = [ids[:20], ids[20:33], *([i] for i in ids[33:])]
+    logits = torch.cat([model.step([Feed(piece, cache)], all_logits=True)[0][0] for piece in pieces])
+    assert float((logits - expected).norm() / expected.norm()) <= tolerance
+
+
+def test_a_failed_step_leaves_the_cache_as_it_was(tmp_path: Path) -> None:
+    reference = _checkpoint(tmp_path)
+    trunk, experts = Trunk(tmp_path), ReferenceExperts(reference)
+    model = DistributedMixtral(trunk, experts, POLICIES["topk"](2))
+    cache = trunk.new_cache()
+    model.step([Feed([1, 2, 3], cache)])
+    for layer in (0, 1, 2):
+        experts.fail_at = layer
+        with pytest.raises(DispatchError):
+            model.step([Feed([4, 5], cache)])
+        assert [kept.get_seq_length() for kept in cache.layers] == [3, 3, 3]
+    experts.fail_at = None
+    (after,), _ = model.step([Feed([4, 5], cache)])
+    (fresh,), _ = model.step([Feed([1, 2, 3, 4, 5], trunk.new_cache())])
+    np.testing.assert_allclose(after.numpy(), fresh.numpy(), atol=1e-5)
+
+
+def test_a_trunk_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"config\.json"):
+        Trunk(tmp_path)
+    _checkpoint(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BundleError, match=r"norm\.weight"):
+        Trunk(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(BundleError, match="can't read"):
+        Trunk(tmp_path)
