@@ -22,9 +22,12 @@ _shared_pool_threads: int | None = None
 
 
 def share_thread_pool(threads: int) -> None:
-    """Give all sessions of this process one pool. The first call decides: onnxruntime allows only one."""
+    """Give all sessions of this process one pool. The first call decides: onnxruntime allows only one.
+
+    A single thread needs none, and without one other code in this process may use sessions as it likes.
+    """
     global _shared_pool_threads
-    if _shared_pool_threads is None:
+    if _shared_pool_threads is None and threads > 1:
         ort.set_global_thread_pool_sizes(threads, 1)
         _shared_pool_threads = threads
 
@@ -103,7 +106,8 @@ class _BoundExpert:
 
     def __init__(self, model: Path, hidden: int) -> None:
         options = ort.SessionOptions()
-        options.use_per_session_threads = False
+        options.use_per_session_threads = _shared_pool_threads is None
+        options.intra_op_num_threads = 0 if _shared_pool_threads else 1
         # Activations are one small buffer: an arena per session would only keep memory.
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
