@@ -1,5 +1,6 @@
 """What the tests share: a real broker, the demo model cut to two layers, its bundles, real node processes."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +20,9 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def broker() -> Iterator[BrokerAddress]:
-    """An embedded broker in a process of its own."""
-    with open_broker("embedded") as address:
+    """A broker in a process of its own: mosquitto, as in the field, where it is installed."""
+    installed = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
+    with open_broker("mosquitto" if installed else "embedded") as address:
         yield address
 
 

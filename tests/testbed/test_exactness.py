@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from bs_coordinator.brokers import open_broker
 from bs_coordinator.model import Feed
 from bs_coordinator.sampling import SamplingConfig
 from bs_coordinator.station import Station, StationConfig, open_station
@@ -67,10 +68,11 @@ def _compare(model: Path, station: Station, *, positions: int, prompts: int, tok
     gc.collect()
 
 
-def test_two_layers_are_exact(
-    tiny_model: Path, tiny_bundle: Callable[[Scheme], Path], broker: BrokerAddress, tmp_path: Path
-) -> None:
-    with _station(tiny_bundle("fp32"), broker, tmp_path, WireDtype.FP32) as station:
+def test_two_layers_are_exact(tiny_model: Path, tiny_bundle: Callable[[Scheme], Path], tmp_path: Path) -> None:
+    with (
+        open_broker("embedded") as embedded,
+        _station(tiny_bundle("fp32"), embedded, tmp_path, WireDtype.FP32) as station,
+    ):
         _compare(tiny_model, station, positions=300, prompts=3, tokens=24)
 
 
