@@ -24,6 +24,7 @@ from exporter.safetensors_file import read_header
 from wire.console import describe_os_error
 from wire.errors import CheckpointError, DownloadError, StorageError
 from wire.files import atomic_write
+from wire.manifest import sha256_file
 
 if TYPE_CHECKING:
     import torch
@@ -139,8 +140,7 @@ def sha256_of(path: Path) -> str:
         CheckpointError: the file can't be read.
     """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_file(path)
     except OSError as error:
         raise CheckpointError(f"can't read {path}: {describe_os_error(error)}") from error
 

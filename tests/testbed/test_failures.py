@@ -46,6 +46,14 @@ def _generate(run: Run, fleet: LocalFleet, *extra: object) -> subprocess.Complet
     )  # fmt: skip
 
 
+def _endless_argv(fleet: LocalFleet) -> list[str]:
+    """An answer long enough to be interrupted."""
+    return [
+        sys.executable, "-m", "bs_coordinator", "generate", "--bundle", str(fleet.bundle),
+        *_cluster(fleet), "--prompt", "Hello", "--max-tokens", "5000", "--raw",
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def full_fleet(fleet: LocalFleet) -> LocalFleet:
     for k in range(4):
@@ -125,10 +133,7 @@ def test_sigterm_says_good_bye(fleet: LocalFleet) -> None:
 
 
 def test_a_node_lost_in_mid_answer(full_fleet: LocalFleet) -> None:
-    argv = [
-        sys.executable, "-m", "bs_coordinator", "generate", "--bundle", str(full_fleet.bundle),
-        *_cluster(full_fleet), "--prompt", "Hello", "--max-tokens", "5000", "--raw",
-    ]  # fmt: skip
+    argv = _endless_argv(full_fleet)
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.read(4)
@@ -139,10 +144,7 @@ def test_a_node_lost_in_mid_answer(full_fleet: LocalFleet) -> None:
 
 
 def test_ctrl_c_stops_cleanly(full_fleet: LocalFleet) -> None:
-    argv = [
-        sys.executable, "-m", "bs_coordinator", "generate", "--bundle", str(full_fleet.bundle),
-        *_cluster(full_fleet), "--prompt", "Hello", "--max-tokens", "5000", "--raw",
-    ]  # fmt: skip
+    argv = _endless_argv(full_fleet)
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.read(4)
