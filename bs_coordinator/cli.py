@@ -54,7 +54,10 @@ _model_options = _options(
         "--wire", type=click.Choice(["fp16", "int8", "fp32"]), default="fp16", show_default=True,
         help="How hidden states travel.",
     ),
-    click.option("--policy", default="topk", show_default=True, help="How experts are chosen: topk, top1."),
+    click.option(
+        "--policy", default="topk", show_default=True,
+        help="How experts are chosen: name or name:option=value,… (docs/policies.md).",
+    ),
     click.option(
         "--nodes-timeout", type=click.FloatRange(0.0), default=60.0, show_default=True,
         help="Seconds to wait for the nodes.",
@@ -228,13 +231,16 @@ def _station(
     ca_file: Path | None, device: str, dtype: Any, wire: str, policy: str, nodes_timeout: float,
     layer_timeout: float,
 ) -> Iterator["Station"]:  # fmt: skip
-    from bs_coordinator.selection import POLICIES
+    from bs_coordinator.selection import parse_policy
     from bs_coordinator.station import StationConfig, open_station
     from wire.manifest import load_manifest
     from wire.tensors import WireDtype
 
-    if policy not in POLICIES:
-        raise click.UsageError(f"--policy {policy} is unknown: choose from {', '.join(POLICIES)}")
+    manifest = load_manifest(bundle)  # a wrong folder or policy should be told before a broker is started
+    try:
+        parse_policy(policy, top_k=manifest.dims.top_k)
+    except ValueError as error:
+        raise click.UsageError(f"--policy: {error}") from None
     config = StationConfig(
         bundle=bundle,
         cluster=_topics(cluster).cluster,
@@ -245,7 +251,6 @@ def _station(
         nodes_timeout_s=nodes_timeout,
         layer_timeout_s=layer_timeout,
     )
-    load_manifest(bundle)  # a wrong folder should be told before a broker is started
     with (
         _broker(broker, broker_port, password_file, ca_file) as address,
         open_station(config, address, say=lambda line: log.info("waiting: %s", line)) as station,

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bs_coordinator.fleet import Fleet
+from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.model import ExpertOutput
 from bs_coordinator.records import DispatchRecord
 from wire import frames, status
@@ -120,6 +121,10 @@ class Dispatcher:
         for i, request in enumerate(requests):
             output[request.rows] += answers[i][0]
         return ExpertOutput(output, tuple(answers[i][1] for i in range(len(requests))))
+
+    def forecast(self, layer: int) -> LayerForecast:
+        """See `Experts.forecast`."""
+        return LayerForecast.even(layer, self.fleet.dims.experts)
 
     def pump(self, timeout_s: float) -> None:
         """Take in status messages while nothing is asked; keeps the connection alive."""

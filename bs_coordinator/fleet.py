@@ -12,12 +12,13 @@ class Fleet:
     """The nodes of a cluster.
 
     Attributes:
+        dims: of the model.
         ignored: nodes that are online but serve another model, and why.
     """
 
     def __init__(self, dims: Dims, model_sha256: str) -> None:
         self.ignored: dict[str, str] = {}
-        self._dims = dims
+        self.dims = dims
         self._model_sha256 = model_sha256
         self._nodes: dict[str, NodeStatus] = {}
         self._holders: Mapping[ExpertId, list[str]] = {}
@@ -51,7 +52,7 @@ class Fleet:
 
     def missing(self) -> list[ExpertId]:
         """Experts of the model that no node holds."""
-        dims = self._dims
+        dims = self.dims
         every = (ExpertId(layer, e) for layer in range(dims.layers) for e in range(dims.experts))
         return [id for id in every if id not in self._holders]
 

@@ -4,10 +4,12 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.records import DispatchRecord, LayerRecord, StepRecord
 from bs_coordinator.selection import Policy
 from bs_coordinator.trunk import Trunk
@@ -40,6 +42,9 @@ class Experts(Protocol):
             WdmoeError: an expert could not be had.
         """
 
+    def forecast(self, layer: int) -> LayerForecast:
+        """What asking for this layer's experts is predicted to cost now."""
+
 
 class Feed(NamedTuple):
     """One sequence's share of a step: token ids that follow what its cache holds."""
@@ -49,12 +54,16 @@ class Feed(NamedTuple):
 
 
 class DistributedMixtral:
-    """A Mixtral whose experts are elsewhere."""
+    """A Mixtral whose experts are elsewhere.
+
+    Attributes:
+        policy: how experts are chosen; may be replaced between steps.
+    """
 
     def __init__(self, trunk: Trunk, experts: Experts, policy: Policy) -> None:
         self.trunk = trunk
         self._experts = experts
-        self._policy = policy
+        self.policy = policy
 
     @torch.inference_mode()
     def step(self, feeds: Sequence[Feed], *, all_logits: bool = False) -> tuple[list[Tensor], StepRecord]:
@@ -84,14 +93,23 @@ class DistributedMixtral:
             attended = [self.trunk.attend(layer, h, c) for h, c in zip(hidden, contexts, strict=True)]
             # The copies to the host also wait for a GPU, so that the clock below is honest.
             x = _to_host([expert_input for _, expert_input, _ in attended])
-            gate = self._policy(_to_host([probabilities for _, _, probabilities in attended]))
+            probabilities = _to_host([p for _, _, p in attended])
+            gate = self.policy.select(probabilities, self._experts.forecast(layer))
             attended_ns = time.perf_counter_ns()
             combined = self._experts.apply(layer, x, gate)
             outputs = torch.from_numpy(combined.output).to(hidden[0].device, hidden[0].dtype)
             parts = torch.split(outputs, [len(feed.ids) for feed in feeds])
             hidden = [residual + part[None] for (residual, _, _), part in zip(attended, parts, strict=True)]
             done_ns = time.perf_counter_ns()
-            layers.append(LayerRecord(layer, attended_ns - mark_ns, done_ns - attended_ns, combined.dispatches))
+            layers.append(
+                LayerRecord(
+                    layer=layer,
+                    trunk_ns=attended_ns - mark_ns,
+                    dispatch_ns=done_ns - attended_ns,
+                    pairs=int(np.count_nonzero(gate)),
+                    dispatches=combined.dispatches,
+                )
+            )
             mark_ns = done_ns
         logits = [self.trunk.head(h if all_logits else h[:, -1:]).cpu() for h in hidden]
         end_ns = time.perf_counter_ns()

@@ -44,11 +44,13 @@ class LayerRecord:
     Attributes:
         trunk_ns: attention, norms, gate and selection.
         dispatch_ns: from the chosen experts to their combined output.
+        pairs: (token, expert) pairs that the policy asked for.
     """
 
     layer: int
     trunk_ns: int
     dispatch_ns: int
+    pairs: int
     dispatches: tuple[DispatchRecord, ...] = ()
 
     @property

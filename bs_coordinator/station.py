@@ -13,7 +13,7 @@ from bs_coordinator.fleet import Fleet
 from bs_coordinator.generate import Sequence, Tokenizer
 from bs_coordinator.model import DistributedMixtral
 from bs_coordinator.readiness import measure_broker, prove_nodes, wait_for_experts
-from bs_coordinator.selection import POLICIES
+from bs_coordinator.selection import parse_policy
 from bs_coordinator.trunk import Trunk, TrunkDtype
 from wire.broker_url import BrokerAddress
 from wire.errors import BundleError
@@ -29,7 +29,7 @@ class StationConfig:
 
     Attributes:
         device: of the trunk, as torch names it.
-        policy: name in `bs_coordinator.selection.POLICIES`.
+        policy: name and options, as `bs_coordinator.selection.parse_policy` reads them.
         nodes_timeout_s: how long to wait for nodes before giving up.
         layer_timeout_s: how long one layer may wait for its nodes.
     """
@@ -75,9 +75,11 @@ def open_station(
         say: told what is being waited for.
 
     Raises:
+        ValueError: the policy is unknown or its options are wrong.
         BundleError, BrokerError, PlacementError, DispatchError: see there.
     """
     manifest = load_manifest(config.bundle)
+    policy = parse_policy(config.policy, top_k=manifest.dims.top_k)
     for file in manifest.trunk:
         verify_file(config.bundle, file)
     if config.device.startswith("cuda") and not torch.cuda.is_available():
@@ -99,5 +101,5 @@ def open_station(
         )
         wait_for_experts(dispatcher, timeout_s=config.nodes_timeout_s, on_wait=say)
         nodes_ms = prove_nodes(dispatcher, manifest)
-        model = DistributedMixtral(trunk, dispatcher, POLICIES[config.policy](manifest.dims.top_k))
+        model = DistributedMixtral(trunk, dispatcher, policy)
         yield Station(manifest, model, tokenizer, dispatcher, broker_ms, nodes_ms)

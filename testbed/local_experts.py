@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.model import ExpertOutput
 from edge_node.runtime import ExpertRuntime
 from wire.experts import ExpertId
@@ -19,6 +20,7 @@ class LocalExperts:
 
     def __init__(self, bundle: Path, *, threads: int) -> None:
         manifest = load_manifest(bundle)
+        self._experts = manifest.dims.experts
         self._runtime = ExpertRuntime(bundle, manifest, [e.id for e in manifest.experts], threads=threads)
 
     def apply(self, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
@@ -29,3 +31,7 @@ class LocalExperts:
             y = self._runtime.run(ExpertId(layer, expert), hidden[rows])
             output[rows] += y * gate[rows, expert, None]
         return ExpertOutput(output)
+
+    def forecast(self, layer: int) -> LayerForecast:
+        """All experts cost the same here."""
+        return LayerForecast.even(layer, self._experts)

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from bs_coordinator.generate import Tokenizer
 from bs_coordinator.model import DistributedMixtral
-from bs_coordinator.selection import POLICIES
+from bs_coordinator.selection import TopK
 from bs_coordinator.trunk import Trunk
 from testbed.evaluation import (
     ChoiceItem,
@@ -77,7 +77,7 @@ def measure_quality(
     manifest = load_manifest(bundle)
     tokenizer = Tokenizer(bundle / "trunk")
     experts = LocalExperts(bundle, threads=threads)
-    model = DistributedMixtral(Trunk(bundle / "trunk"), experts, POLICIES["topk"](manifest.dims.top_k))
+    model = DistributedMixtral(Trunk(bundle / "trunk"), experts, TopK(manifest.dims.top_k))
     accuracy: dict[str, Accuracy] = {}
     for task, file in TASKS.items():
         questions = read_items(data / file, ChoiceItem, items)

@@ -1,6 +1,9 @@
 """Policies against transformers' own router, and their promises for any input."""
 
+import re
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,9 +11,11 @@ from hypothesis.extra import numpy as hnp
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from bs_coordinator.selection import POLICIES
+from bs_coordinator.forecast import LayerForecast
+from bs_coordinator.selection import POLICY_NAMES, TopK, parse_policy
 from wire.tensors import Array
 
+EVEN = LayerForecast.even(0, 8)
 logits = hnp.arrays(np.float32, st.tuples(st.integers(1, 20), st.just(8)), elements=st.floats(-20, 20, width=32))
 
 
@@ -30,14 +35,14 @@ def test_topk_is_mixtrals_own_router() -> None:
         router_logits, scores, indices = router(hidden)
         expected = torch.zeros(100, 8).scatter_(1, indices, scores)
         probabilities = torch.softmax(router_logits, dim=-1).numpy()
-    np.testing.assert_allclose(POLICIES["topk"](2)(probabilities), expected.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(TopK(2).select(probabilities, EVEN), expected.numpy(), rtol=1e-6)
 
 
-@given(logits, st.sampled_from(sorted(POLICIES)), st.integers(1, 8))
+@given(logits, st.sampled_from(POLICY_NAMES), st.integers(1, 8))
 def test_every_policy_keeps_its_promises(x: Array, name: str, k: int) -> None:
     probabilities = _softmax(x)
     before = probabilities.copy()
-    weights = POLICIES[name](k)(probabilities)
+    weights = parse_policy(name, top_k=k).select(probabilities, EVEN)
     assert weights.dtype == np.float32
     assert weights.shape == probabilities.shape
     assert (weights >= 0).all()
@@ -47,3 +52,22 @@ def test_every_policy_keeps_its_promises(x: Array, name: str, k: int) -> None:
     best = probabilities.max(axis=1)
     assert ((weights > 0) & (probabilities == best[:, None])).any(axis=1).all()
     np.testing.assert_array_equal(probabilities, before)
+
+
+def test_options_are_read_from_text() -> None:
+    assert parse_policy("topk:k=3", top_k=2) == TopK(3)
+    assert parse_policy("topk", top_k=2) == TopK(2)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("best", "policy 'best' is unknown: choose from topk"),
+        ("topk:q=3", "has no option 'q=3': it knows k="),
+        ("topk:k", "has no option 'k'"),
+        ("topk:k=two", "policy 'topk:k=two': Expected `int`"),
+    ],
+)
+def test_bad_policies_are_one_clear_line(text: str, says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        parse_policy(text, top_k=2)

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.model import DistributedMixtral, ExpertOutput, Feed
-from bs_coordinator.selection import POLICIES
+from bs_coordinator.selection import TopK
 from bs_coordinator.trunk import Trunk, TrunkDtype
 from wire.errors import BundleError, DispatchError
 from wire.tensors import Array
@@ -32,6 +33,9 @@ class ReferenceExperts:
         with torch.inference_mode():
             output = self._layers[layer](torch.from_numpy(hidden), index, torch.from_numpy(gate))
         return ExpertOutput(output.numpy())
+
+    def forecast(self, layer: int) -> LayerForecast:
+        return LayerForecast.even(layer, len(self._layers[layer].gate_up_proj))
 
 
 def _checkpoint(folder: Path, **changes: object) -> Any:
@@ -61,7 +65,7 @@ def test_steps_are_transformers_steps(
     with torch.inference_mode():
         expected = reference(torch.tensor([ids])).logits[0]
     trunk = Trunk(tmp_path, device=device, dtype=dtype)
-    model = DistributedMixtral(trunk, ReferenceExperts(reference), POLICIES["topk"](2))
+    model = DistributedMixtral(trunk, ReferenceExperts(reference), TopK(2))
     cache = trunk.new_cache()
     pieces = [ids[:20], ids[20:33], *([i] for i in ids[33:])]
     logits = torch.cat([model.step([Feed(piece, cache)], all_logits=True)[0][0] for piece in pieces])
@@ -71,7 +75,7 @@ def test_steps_are_transformers_steps(
 def test_a_failed_step_leaves_the_cache_as_it_was(tmp_path: Path) -> None:
     reference = _checkpoint(tmp_path)
     trunk, experts = Trunk(tmp_path), ReferenceExperts(reference)
-    model = DistributedMixtral(trunk, experts, POLICIES["topk"](2))
+    model = DistributedMixtral(trunk, experts, TopK(2))
     cache = trunk.new_cache()
     model.step([Feed([1, 2, 3], cache)])
     for layer in (0, 1, 2):

@@ -1,0 +1,21 @@
+"""What a selection policy is."""
+
+from typing import Protocol
+
+from bs_coordinator.forecast import LayerForecast
+from wire.tensors import Array
+
+
+class Policy(Protocol):
+    """Which experts each token is sent to. Pure: the same arguments give the same answer."""
+
+    def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
+        """Gate weights of one layer.
+
+        Args:
+            probabilities: float32 [tokens, experts], the gate's softmax over all experts.
+            forecast: predicted costs of this layer's experts.
+
+        Returns:
+            float32 [tokens, experts], zero for an expert that is not asked; each token asks at least one.
+        """

@@ -1,0 +1,29 @@
+"""Mixtral's own routing, blind to links."""
+
+import numpy as np
+from msgspec import Struct
+
+from bs_coordinator.forecast import LayerForecast
+from wire.tensors import Array
+
+
+class TopK(Struct, frozen=True, forbid_unknown_fields=True):
+    """The `k` most probable experts, weights renormalised over them.
+
+    Source: "Mixtral of Experts", arXiv 2401.04088, section 2.1.
+    """
+
+    k: int
+
+    def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
+        """See `Policy.select`."""
+        return top_weights(probabilities, self.k)
+
+
+def top_weights(probabilities: Array, k: int) -> Array:
+    """The k largest of each row, scaled so that they add up to 1; zero elsewhere. float32 [tokens, experts]."""
+    chosen = np.argpartition(-probabilities, k - 1, axis=1)[:, :k]
+    weights = np.zeros_like(probabilities)
+    np.put_along_axis(weights, chosen, np.take_along_axis(probabilities, chosen, axis=1), axis=1)
+    weights /= weights.sum(axis=1, keepdims=True)
+    return weights
