@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from edge_node.memory import return_freed_memory
 from wire.errors import BundleError, ProbeError
 from wire.experts import ExpertId
 from wire.manifest import Manifest, decode_probe_output, probe_input, verify_file
@@ -60,6 +61,7 @@ class ExpertRuntime:
             self._experts[entry.id] = _BoundExpert(bundle / entry.files[0].path, self._hidden)
             output = self.run(entry.id, expected_input)[0]
             self._prove(entry.id, output, decode_probe_output(entry.probe_output, self._hidden))
+            return_freed_memory()
 
     @property
     def ids(self) -> Sequence[ExpertId]:
