@@ -4,8 +4,18 @@ import asyncio
 import logging
 import signal
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 from amqtt.broker import Broker
+
+
+class _Subscriptions(dict[str, Any]):
+    """amqtt walks over its subscriptions, awaiting at each, whenever a client connects; a client that subscribes
+    meanwhile would end the first one's connection ("dictionary changed size during iteration")."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(super().__iter__()))
 
 
 async def serve(port: int) -> None:
@@ -18,6 +28,7 @@ async def serve(port: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     broker = Broker(config)
+    broker._subscriptions = _Subscriptions()  # amqtt offers no other place
     await broker.start()
     await stop.wait()
     await broker.shutdown()
