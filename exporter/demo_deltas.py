@@ -30,7 +30,10 @@ class Deltas:
         self.folder = folder
         self._files = sorted(folder.glob("delta-*.safetensors"))
         if not self._files:
-            raise CheckpointError(f"no delta-*.safetensors in {folder}: name the folder that holds them with --deltas")
+            raise CheckpointError(
+                f"no delta-*.safetensors in {folder}: install from a clone with 'pip install -e', or name the clone's "
+                "models/smol-mixtral-8x135m with --deltas"
+            )
         self._file_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for file in self._files:
