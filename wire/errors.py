@@ -14,7 +14,11 @@
     ├── PlacementError           40   no node holds an expert that the model needs
     ├── DispatchError            41   a node failed or did not answer before the deadline
     ├── ContextLengthError       42   the prompt is longer than the model's context
-    └── FrameError               50   bytes that are not a valid frame (counted and dropped, rarely fatal)
+    ├── FrameError               50   bytes that are not a valid frame (counted and dropped, rarely fatal)
+    ├── PlanError                60   an experiment's plan is wrong
+    ├── RunDirectoryError        61   a run directory is missing, in use, or not one
+    ├── PreflightError           62   this machine or its nodes can't run a plan
+    └── FailedCellsError         63   a run went to its end, but some of its cells failed
 
 Exit code 2 is click's own for a malformed command line; 130 is Ctrl-C.
 """
@@ -126,3 +130,27 @@ class FrameError(WdmoeError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class PlanError(WdmoeError):
+    """An experiment's plan is wrong."""
+
+    exit_code = 60
+
+
+class RunDirectoryError(WdmoeError):
+    """A run directory is missing, in use, or not one."""
+
+    exit_code = 61
+
+
+class PreflightError(WdmoeError):
+    """This machine or its nodes can't run a plan."""
+
+    exit_code = 62
+
+
+class FailedCellsError(WdmoeError):
+    """A run went to its end, but some of its cells failed."""
+
+    exit_code = 63

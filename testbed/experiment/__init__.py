@@ -1,0 +1,1 @@
+"""Experiments: a plan becomes cells, cells become files, files become a report. `docs/experiments.md`."""

@@ -1,0 +1,327 @@
+"""What an experiment is: a plan as users write it, and the cells that it stands for. Pure but for reading files.
+
+A cell is one combination of repetition, bundle, link profile, workload and policy. Policies are the arms that a
+report compares, so they take turns within each block of otherwise equal cells, in an order drawn from the seed.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from bs_coordinator.selection import parse_policy
+from testbed.experiment.prompts import PROMPTS
+from wire.errors import PlanError
+from wire.topics import check_name
+
+Count = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0)]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+Where = Literal["distributed", "in-process"]
+DEFAULT_PROFILE = "default"
+"""Of a network that has only one."""
+
+
+class Broker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A broker that is already running.
+
+    Attributes:
+        password_file: read when connecting; only its path is kept.
+    """
+
+    broker: str
+    cluster: str = "default"
+    password_file: str | None = None
+    ca_file: str | None = None
+
+
+class Network(Struct, frozen=True, forbid_unknown_fields=True):
+    """A network beyond this machine's loopback; exactly one is set.
+
+    Attributes:
+        emulated: file with the description of the links between node processes.
+        external: broker of nodes that are already running, usually physical ones.
+    """
+
+    emulated: str | None = None
+    external: Broker | None = None
+
+
+class Generate(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="generate"):
+    """Answers to prompts; what latency is measured on.
+
+    Attributes:
+        prompts: texts, or how many of the built-in ones.
+        prompts_per_cell: a repetition takes this many, the next one those that follow; all when not set.
+        seed: of the draw of tokens; each repetition adds its number.
+        repetitions: instead of the plan's.
+    """
+
+    name: Name = "generate"
+    prompts: Annotated[tuple[str, ...], Meta(min_length=1)] | Annotated[int, Meta(ge=1, le=len(PROMPTS))] = 4
+    prompts_per_cell: Count | None = None
+    max_tokens: Count = 32
+    temperature: Annotated[float, Meta(ge=0, le=10)] = 0.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    seed: int = 0
+    repetitions: Count | None = None
+
+    @property
+    def where(self) -> Where:
+        """Latency can only be measured on nodes."""
+        return "distributed"
+
+    def prompts_of(self, repetition: int) -> list[tuple[int, str]]:
+        """The prompts of one cell, each with its number in the workload."""
+        texts = PROMPTS[: self.prompts] if isinstance(self.prompts, int) else self.prompts
+        numbered = list(enumerate(texts))
+        if self.prompts_per_cell is None:
+            return numbered
+        start = repetition * self.prompts_per_cell
+        return [numbered[(start + i) % len(texts)] for i in range(min(self.prompts_per_cell, len(texts)))]
+
+
+class Choice(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="choice"):
+    """Multiple choice; what accuracy is measured on.
+
+    Attributes:
+        dataset: JSON lines (`testbed.evaluation.ChoiceItem`); relative to `--data`, else to the plan.
+        items: how many, or [first, one past the last].
+        batch: items per forward step.
+        where: on the nodes, or all experts in this process with the nodes' costs as they were measured.
+    """
+
+    dataset: str
+    name: Name = "choice"
+    items: Count | tuple[Annotated[int, Meta(ge=0)], Count] = 100
+    batch: Annotated[int, Meta(ge=1, le=16)] = 8
+    where: Where = "distributed"
+    repetitions: Count | None = None
+
+
+class Perplexity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="perplexity"):
+    """Loss on texts.
+
+    Attributes:
+        texts: texts, or how many of each domain of `dataset`.
+        dataset: JSON lines (`testbed.evaluation.DomainText`), where `texts` is a number.
+        tokens: of each text at most, from its beginning.
+    """
+
+    name: Name = "perplexity"
+    texts: Annotated[tuple[str, ...], Meta(min_length=1)] | Count = 2
+    dataset: str | None = None
+    tokens: Annotated[int, Meta(ge=2)] = 256
+    where: Where = "distributed"
+    repetitions: Count | None = None
+
+
+Workload = Generate | Choice | Perplexity
+
+
+class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An experiment.
+
+    Attributes:
+        bundles: quantisations of the demo model (`int4`, `int4-b128`, `fp32`, …) or folders from `wdmoe-export`.
+        nodes: node id to expert selector, or a number of nodes that share every layer's experts evenly.
+        profiles: link profiles of the network, by name.
+        seed: of the order of the arms and of all bootstrap intervals.
+        warm_up_tokens: generated before every cell and marked; links and caches settle meanwhile.
+        settle_s: pause after a change of the link profile.
+        shared_air: predict with all links on one channel; the network's own description where not set.
+        baseline: the policy that others are compared with; `topk` where the plan has it, else the first.
+        wire: how hidden states travel.
+        attempts: how often a cell is tried before it counts as failed.
+        sample_s: seconds between two samples of clocks and links.
+    """
+
+    name: Name
+    network: Literal["localhost"] | Network = "localhost"
+    bundles: Annotated[tuple[str, ...], Meta(min_length=1)] = ("int4",)
+    nodes: Count | Annotated[dict[str, str], Meta(min_length=1)] = 8
+    node_threads: Count = 1
+    policies: Annotated[tuple[str, ...], Meta(min_length=1)]
+    profiles: tuple[Name, ...] = ()
+    workloads: Annotated[tuple[Workload, ...], Meta(min_length=1)]
+    repetitions: Count = 1
+    seed: int = 0
+    warm_up_tokens: Annotated[int, Meta(ge=0)] = 4
+    settle_s: Annotated[float, Meta(ge=0)] = 0.5
+    shared_air: bool | None = None
+    baseline: str | None = None
+    broker: Literal["auto", "mosquitto", "embedded"] = "auto"
+    wire: Literal["fp16", "int8", "fp32"] = "fp16"
+    attempts: Count = 2
+    layer_timeout_s: Seconds = 30.0
+    nodes_timeout_s: Seconds = 120.0
+    cell_timeout_s: Seconds = 900.0
+    sample_s: Seconds = 1.0
+
+    @property
+    def emulated(self) -> str | None:
+        """File of the emulated network, if the plan has one."""
+        return None if isinstance(self.network, str) else self.network.emulated
+
+    @property
+    def external(self) -> Broker | None:
+        """Broker of nodes that are already running, if the plan uses such."""
+        return None if isinstance(self.network, str) else self.network.external
+
+    @property
+    def profile_names(self) -> tuple[str, ...]:
+        """At least one."""
+        return self.profiles or (DEFAULT_PROFILE,)
+
+    @property
+    def baseline_policy(self) -> str:
+        """What other policies are compared with."""
+        return self.baseline or ("topk" if "topk" in self.policies else self.policies[0])
+
+    def workload(self, name: str) -> Workload:
+        """The workload of that name."""
+        return next(w for w in self.workloads if w.name == name)
+
+    def node_experts(self, experts: int) -> dict[str, str]:
+        """Node id to expert selector; of `n` nodes node k holds experts k, k + n, … of every layer."""
+        if isinstance(self.nodes, dict):
+            return self.nodes
+        return {f"node{k}": f"L*:E{','.join(map(str, range(k, experts, self.nodes)))}" for k in range(self.nodes)}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One combination that is measured in one go.
+
+    Attributes:
+        workload: its name in the plan.
+    """
+
+    repetition: int
+    bundle: str
+    profile: str
+    workload: str
+    policy: str
+
+    @property
+    def id(self) -> str:
+        """Stable: depends on the coordinates only."""
+        coordinates = [self.repetition, self.bundle, self.profile, self.workload, self.policy]
+        return hashlib.sha256(json.dumps(coordinates).encode()).hexdigest()[:12]
+
+    def __str__(self) -> str:
+        return f"#{self.repetition} {Path(self.bundle).name} {self.profile} {self.workload} {self.policy}"
+
+
+def read_plan(path: Path, *, data: Path | None = None) -> Plan:
+    """Read and check a plan; paths in it become absolute.
+
+    Args:
+        data: folder of the data sets.
+
+    Raises:
+        PlanError: with the field that is wrong.
+    """
+    try:
+        plan = msgspec.yaml.decode(path.read_bytes(), type=Plan)
+    except OSError as error:
+        raise PlanError(f"can't read the plan {path}: {error.strerror}") from None
+    except msgspec.DecodeError as error:
+        raise PlanError(f"{path}: {error}") from None
+    try:
+        check_plan(plan)
+        return _with_paths(plan, path.parent, data)
+    except ValueError as error:
+        raise PlanError(f"{path}: {error}") from None
+
+
+def check_plan(plan: Plan, *, top_k: int = 2) -> None:
+    """Refuse what the types allow and nobody can mean.
+
+    Raises:
+        ValueError: with the field that is wrong.
+    """
+    if not isinstance(plan.network, str) and (plan.network.emulated is None) == (plan.network.external is None):
+        raise ValueError("network: say localhost, {emulated: FILE} or {external: {broker: URL}}")
+    if plan.profiles and plan.emulated is None:
+        raise ValueError("profiles: only an emulated network has link profiles")
+    if plan.external is not None and len(plan.bundles) > 1:
+        raise ValueError("bundles: running nodes hold one bundle, name that one")
+    for i, policy in enumerate(plan.policies):
+        try:
+            parse_policy(policy, top_k=top_k)
+        except ValueError as error:
+            raise ValueError(f"policies[{i}]: {error}") from None
+    names = tuple(w.name for w in plan.workloads)
+    for field, values in (
+        ("policies", plan.policies), ("bundles", plan.bundles), ("profiles", plan.profiles), ("workloads", names),
+    ):  # fmt: skip
+        if twice := sorted({v for v in values if values.count(v) > 1}):
+            raise ValueError(f"{field}: '{twice[0]}' is there twice")
+    if plan.baseline is not None and plan.baseline not in plan.policies:
+        raise ValueError(f"baseline: '{plan.baseline}' is none of the policies")
+    if isinstance(plan.nodes, dict):
+        for node in plan.nodes:
+            check_name("node", node)
+    for i, workload in enumerate(plan.workloads):
+        if (
+            isinstance(workload, Choice)
+            and isinstance(workload.items, tuple)
+            and workload.items[0] >= workload.items[1]
+        ):
+            raise ValueError(f"workloads[{i}].items: the range {list(workload.items)} is empty")
+        if isinstance(workload, Perplexity) and (workload.dataset is None) == isinstance(workload.texts, int):
+            raise ValueError(f"workloads[{i}]: perplexity needs either a list of texts, or a number and a dataset")
+
+
+def expand(plan: Plan) -> list[Cell]:
+    """All cells in the order of running.
+
+    Cells in this process come after those on nodes of the same repetition and bundle, whose measured costs they
+    use.
+    """
+    return [cell for block in blocks(plan) for cell in block]
+
+
+def blocks(plan: Plan) -> Iterator[list[Cell]]:
+    """Groups of cells that differ in their policy only, each in an order of its own."""
+    for repetition in range(max(w.repetitions or plan.repetitions for w in plan.workloads)):
+        for bundle in plan.bundles:
+            for where in ("distributed", "in-process"):
+                for profile in plan.profile_names:
+                    for workload in plan.workloads:
+                        if workload.where == where and repetition < (workload.repetitions or plan.repetitions):
+                            yield _block(plan, Cell(repetition, bundle, profile, workload.name, ""))
+
+
+def _block(plan: Plan, cell: Cell) -> list[Cell]:
+    policies = list(plan.policies)
+    random.Random(f"{plan.seed} {cell.id}").shuffle(policies)  # noqa: S311 (an order, not a secret)
+    return [Cell(cell.repetition, cell.bundle, cell.profile, cell.workload, policy) for policy in policies]
+
+
+def _with_paths(plan: Plan, base: Path, data: Path | None) -> Plan:
+    def beside(path: str, folder: Path = base) -> str:
+        return str((folder / Path(path).expanduser()).resolve())
+
+    network = plan.network
+    if plan.emulated is not None:
+        network = Network(emulated=beside(plan.emulated))
+    elif plan.external is not None:
+        broker = plan.external
+        files = {f: beside(path) for f in ("password_file", "ca_file") if (path := getattr(broker, f)) is not None}
+        network = Network(external=msgspec.structs.replace(broker, **files))
+    workloads = tuple(
+        msgspec.structs.replace(w, dataset=beside(w.dataset, data or base))
+        if isinstance(w, Choice | Perplexity) and w.dataset is not None
+        else w
+        for w in plan.workloads
+    )
+    bundles = tuple(beside(b) if "/" in b else b for b in plan.bundles)
+    return msgspec.structs.replace(plan, network=network, workloads=workloads, bundles=bundles)

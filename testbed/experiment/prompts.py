@@ -1,0 +1,28 @@
+"""The built-in prompts: short requests of many kinds, in a fixed order, so that "the first n" means the same."""
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Explain in two sentences why leaves are green.",
+    "Write a Python function that returns the larger of two numbers.",
+    "Tell me a short story about a lighthouse.",
+    "How many minutes are in three hours?",
+    "Name four fruits and their colours.",
+    "What does an operating system do?",
+    "Describe how bread is made.",
+    "What is the difference between weather and climate?",
+    "Write a polite email that moves a meeting to Friday.",
+    "Why do ships float?",
+    "Give me three tips for learning a language.",
+    "What does the word 'resilient' mean?",
+    "Explain what a prime number is, with an example.",
+    "Write a SQL query that counts the rows of a table called users.",
+    "What happens when water freezes?",
+    "Describe a walk through a forest in autumn.",
+    "How does a bicycle stay upright?",
+    "What is 15 percent of 80? Show the steps.",
+    "Write a haiku about rain.",
+    "What are the planets of the solar system?",
+    "Explain how a battery works to a child.",
+    "What is a good breakfast before a long hike?",
+    "Write a shell command that lists the five largest files of a folder.",
+)
