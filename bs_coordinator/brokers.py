@@ -92,9 +92,14 @@ def _embedded_argv(folder: Path, port: int) -> list[str]:
     return [sys.executable, "-m", "bs_coordinator.embedded_broker", str(port)]
 
 
-def _mosquitto_argv(folder: Path, port: int) -> list[str]:
+def mosquitto_path() -> str | None:
+    """Where mosquitto is, if it is installed."""
     # Debian puts it into /usr/sbin, which is not on every user's PATH.
-    mosquitto = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
+    return shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
+
+
+def _mosquitto_argv(folder: Path, port: int) -> list[str]:
+    mosquitto = mosquitto_path()
     if mosquitto is None:
         raise BrokerError("mosquitto is not installed: 'apt install mosquitto', or use --broker embedded")
     config = folder / "mosquitto.conf"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from testbed.experiment import commands
 from wire import __version__
 from wire.console import run as run_console
 
@@ -84,6 +85,9 @@ def bench(broker: str, samples: int, out: Path) -> None:
     from testbed.bench import run_bench
 
     run_bench(broker=broker, samples=samples, out=out, console=Console())
+
+
+commands.register(cli)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,8 +24,12 @@ class LocalFleet:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
-    def start(self, node: str, experts: str, *, threads: int = 1) -> None:
-        """Start one node; it is ready when the base station sees it, not when this returns."""
+    def start(self, node: str, experts: str, *, threads: int = 1, prefix: Sequence[str] = ()) -> None:
+        """Start one node; it is ready when the base station sees it, not when this returns.
+
+        Args:
+            prefix: put before the command, for example to run it in a network namespace.
+        """
         argv = [
             *(sys.executable, "-m", "edge_node", "--bundle", str(self.bundle)),
             *("--broker", str(self.address), "--id", node, "--experts", experts),
@@ -33,7 +37,7 @@ class LocalFleet:
         ]
         with self.log_path(node).open("wb") as log:
             self.processes[node] = subprocess.Popen(
-                die_with_parent(argv),
+                [*prefix, *die_with_parent(argv)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -67,13 +71,23 @@ class LocalFleet:
 
 @contextmanager
 def local_fleet(
-    bundle: Path, address: BrokerAddress, folder: Path, experts_by_node: Mapping[str, str]
+    bundle: Path,
+    address: BrokerAddress,
+    folder: Path,
+    experts_by_node: Mapping[str, str],
+    *,
+    threads: int = 1,
+    prefixes: Mapping[str, Sequence[str]] | None = None,
 ) -> Iterator[LocalFleet]:
-    """A fleet that lives as long as the context."""
+    """A fleet that lives as long as the context.
+
+    Args:
+        prefixes: by node, see `LocalFleet.start`.
+    """
     fleet = LocalFleet(bundle, address, folder)
     try:
         for node, experts in experts_by_node.items():
-            fleet.start(node, experts)
+            fleet.start(node, experts, threads=threads, prefix=(prefixes or {}).get(node, ()))
         # Most wrong settings end a node within its first moments; better told now than at a timeout.
         time.sleep(0.2)
         fleet.check()

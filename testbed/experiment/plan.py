@@ -21,6 +21,8 @@ from wire.errors import PlanError
 from wire.topics import check_name
 
 Count = Annotated[int, Meta(ge=1)]
+Range = Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=2, max_length=2)]
+"""First, one past the last. Not a fixed-length tuple: msgspec 0.22 crashes on those when garbage is collected."""
 Seconds = Annotated[float, Meta(gt=0)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Where = Literal["distributed", "in-process"]
@@ -99,7 +101,7 @@ class Choice(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_
 
     dataset: str
     name: Name = "choice"
-    items: Count | tuple[Annotated[int, Meta(ge=0)], Count] = 100
+    items: Count | Range = 100
     batch: Annotated[int, Meta(ge=1, le=16)] = 8
     where: Where = "distributed"
     repetitions: Count | None = None

@@ -1,0 +1,124 @@
+"""Collects what a cell measures. On the hot path it only keeps references; rows are made after the measuring."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from bs_coordinator.records import StepRecord
+from testbed.experiment.tables import SCHEMAS, table
+
+Row = tuple[object, ...]
+Sampler = Callable[[], Sequence[Row]]
+
+
+class _Token(NamedTuple):
+    answer: int
+    token: int
+    warm_up: bool
+    token_id: int | None
+    steps: tuple[StepRecord, ...]
+    ended_unix_ns: int
+    ended_monotonic_ns: int
+    log_ns: int
+
+
+class Recorder:
+    """One cell's rows.
+
+    Attributes:
+        log_ns: time that recording took so far, sampling included.
+        tokens: recorded so far, the warm-up's included.
+    """
+
+    def __init__(self, *, top_k: int, sample_s: float, links: Sampler = lambda: ()) -> None:
+        """Begin a cell.
+
+        Args:
+            top_k: experts per token and layer that a policy would ask for if it dropped none.
+            sample_s: seconds between two samples of clocks and links.
+            links: gives rows of `link_samples` without their two clock columns.
+        """
+        self.log_ns = 0
+        self._top_k = top_k
+        self._sample_ns = int(sample_s * 1e9)
+        self._links = links
+        self._tokens: list[_Token] = []
+        self._rows: dict[str, list[Row]] = {name: [] for name in SCHEMAS}
+        self._next_sample_ns = 0
+
+    @property
+    def tokens(self) -> int:
+        """See the class."""
+        return len(self._tokens)
+
+    def token(
+        self, answer: int, token: int, steps: tuple[StepRecord, ...], *, id: int | None = None, warm_up: bool = False
+    ) -> None:
+        """Keep one token, or one step of several sequences."""
+        began_ns = time.perf_counter_ns()
+        ended_ns = time.monotonic_ns()
+        if ended_ns >= self._next_sample_ns:
+            self._next_sample_ns = ended_ns + self._sample_ns
+            self.sample()
+        log_ns = time.perf_counter_ns() - began_ns
+        self._tokens.append(_Token(answer, token, warm_up, id, steps, time.time_ns(), ended_ns, log_ns))
+        self.log_ns += time.perf_counter_ns() - began_ns
+
+    def sample(self) -> None:
+        """Read clocks and links now."""
+        now = time.time_ns(), time.monotonic_ns()
+        self._rows["clocks"].append((*now, None, None, None))
+        self._rows["link_samples"] += [(*now, *row) for row in self._links()]
+
+    def add(self, name: str, row: Row) -> None:
+        """Add one row to a table that is not made of steps."""
+        self._rows[name].append(row)
+
+    def tables(self) -> dict[str, pa.Table]:
+        """All tables that have rows."""
+        made: dict[str, list[Row]] = {
+            **self._rows,
+            "tokens": [self._token_row(t) for t in self._tokens],
+            "layers": [row for t in self._tokens for row in _layer_rows(t)],
+            "latency": [row for t in self._tokens for row in _latency_rows(t)],
+        }
+        return {name: table(name, rows) for name, rows in made.items() if rows}
+
+    def _token_row(self, t: _Token) -> Row:
+        splits = [step.split_ns() for step in t.steps]
+        layers = [layer for step in t.steps for layer in step.layers]
+        dispatches = [d for layer in layers for d in layer.dispatches]
+        total_ns = sum(step.total_ns for step in t.steps)
+        step_tokens = sum(step.tokens for step in t.steps)
+        return (
+            *(t.answer, t.token, t.warm_up, t.token_id, t.steps[-1].phase, step_tokens),
+            *(t.ended_unix_ns - total_ns, t.ended_monotonic_ns - total_ns, total_ns),
+            *(sum(s.trunk for s in splits), sum(s.network for s in splits), sum(s.compute for s in splits)),
+            *(sum(s.wait for s in splits), sum(s.framing for s in splits)),
+            sum(layer.pairs for layer in layers),
+            sum(step.tokens * len(step.layers) for step in t.steps) * self._top_k,
+            *(sum(d.down_bytes for d in dispatches), sum(d.up_bytes for d in dispatches), t.log_ns),
+        )
+
+
+def _layer_rows(t: _Token) -> Iterator[Row]:
+    for number, step in enumerate(t.steps):
+        for layer in step.layers:
+            slowest = layer.critical.node if layer.critical else None
+            costs = layer.trunk_ns, layer.dispatch_ns, layer.pairs
+            yield t.answer, t.token, t.warm_up, number, layer.layer, *costs, slowest, None
+
+
+def _latency_rows(t: _Token) -> Iterator[Row]:
+    for step in t.steps:
+        for layer in step.layers:
+            for d in layer.dispatches:
+                yield (
+                    *(t.answer, t.token, t.warm_up, step.phase, step.position, step.tokens),
+                    *(layer.layer, layer.trunk_ns, layer.dispatch_ns),
+                    *(d.node, " ".join(map(str, d.experts)), d.tokens, d.sent_unix_ns, d.round_trip_ns, d.network_ns),
+                    *(d.durations.queue_ns, d.durations.decode_ns, d.durations.compute_ns, d.durations.encode_ns),
+                    *(d.down_bytes, d.up_bytes, None),
+                )

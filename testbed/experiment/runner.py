@@ -1,0 +1,185 @@
+"""Runs the cells of a run's folder that are not complete yet, one after the other.
+
+A cell that fails is recorded with its error, tried again on a freshly started system, and counted as failed when
+its attempts are spent; the run goes on. Every wait below has a deadline.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from bs_coordinator.selection import parse_policy
+from testbed.experiment.networks import Network
+from testbed.experiment.plan import Cell
+from testbed.experiment.recorder import Recorder
+from testbed.experiment.rundir import Marker, RunDir
+from testbed.experiment.site import Site, distributed_site, in_process_site
+from testbed.experiment.workloads import run_workload, warm_up
+from wire.errors import StorageError, WdmoeError
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        failed: cells that are still not complete.
+    """
+
+    done: int
+    failed: int
+
+
+def execute(run: RunDir, network: Network, *, say: Say = lambda line: None) -> Outcome:
+    """Run what is left of a run; the caller holds its lock.
+
+    Raises:
+        StorageError: the run's folder can't be written any more.
+        KeyboardInterrupt: after it was recorded.
+    """
+    cells = run.cells()
+    _record_start(run, sum(not run.is_complete(cell) for cell in cells))
+    failed = 0
+    with _Sites(run, network, say) as sites:
+        try:
+            for number, cell in enumerate(cells, 1):
+                if run.is_complete(cell):
+                    continue
+                say(f"{number}/{len(cells)} {cell}")
+                failed += not _run_with_retries(run, sites, cell, say)
+        except KeyboardInterrupt:
+            run.event("run_interrupted")
+            raise
+    run.event("run_finished", failed=failed)
+    return Outcome(len(cells) - failed, failed)
+
+
+def _record_start(run: RunDir, left: int) -> None:
+    events = run.events()
+    if events:
+        gap_s = (time.time_ns() - events[-1]["unix_ns"]) / 1e9
+        run.event("run_resumed", gap_s=gap_s, after=events[-1]["event"], left=left, lost=run.discard_unfinished())
+    else:
+        run.event("run_started", left=left)
+
+
+def _run_with_retries(run: RunDir, sites: "_Sites", cell: Cell, say: Say) -> bool:
+    for attempt in range(1, run.plan.attempts + 1):
+        run.event("cell_started", cell=cell.id, attempt=attempt, what=str(cell))
+        try:
+            marker = _run_cell(run, sites, cell, attempt)
+        except StorageError:
+            raise
+        except (WdmoeError, OSError, ValueError) as error:
+            run.event("cell_failed", cell=cell.id, attempt=attempt, error=_one_line(error), kind=type(error).__name__)
+            say(f"   failed: {_one_line(error)}")
+            sites.close()
+        else:
+            run.event("cell_finished", cell=cell.id, attempt=attempt, seconds=marker.seconds)
+            return True
+    run.event("cell_given_up", cell=cell.id)
+    return False
+
+
+def _run_cell(run: RunDir, sites: "_Sites", cell: Cell, attempt: int) -> Marker:
+    plan, workload = run.plan, run.plan.workload(cell.workload)
+    bundle = run.manifest.bundle(cell.bundle)
+    policy = parse_policy(cell.policy, top_k=bundle.top_k)
+    site = sites.get(cell, workload.where)
+    recorder = Recorder(top_k=bundle.top_k, sample_s=plan.sample_s, links=sites.link_rows)
+    site.model.policy = policy
+    site.model.deadline = time.monotonic() + plan.cell_timeout_s
+    started_unix_ns, began = time.time_ns(), time.monotonic()
+    if site.station:
+        warm_up(site, plan.warm_up_tokens, recorder)
+    run_workload(site, workload, cell, recorder)
+    recorder.sample()
+    seconds = time.monotonic() - began
+    tables = recorder.tables()
+    marker = Marker(
+        id=cell.id,
+        cell=cell,
+        where=workload.where,
+        attempt=attempt,
+        started_unix_ns=started_unix_ns,
+        seconds=seconds,
+        rows={name: table.num_rows for name, table in tables.items()},
+        log_ns=recorder.log_ns,
+        tokens=recorder.tokens,
+        write_ns=0,
+    )
+    run.commit(cell, tables, marker)
+    return marker
+
+
+class _Sites:
+    """The system that is running now, if any: started when a cell needs it, ended when one needs another."""
+
+    def __init__(self, run: RunDir, network: Network, say: Say) -> None:
+        self._run, self._network, self._say = run, network, say
+        self._stack = ExitStack()
+        self._open: tuple[tuple[str, str], Site] | None = None
+        self._profile: str | None = None
+        self._started = 0
+
+    def __enter__(self) -> "_Sites":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def get(self, cell: Cell, where: str) -> Site:
+        """The site for a cell, with its link profile."""
+        wanted = (cell.bundle, where)
+        if self._open is None or self._open[0] != wanted:
+            self.close()
+            if where == "distributed":
+                self._switch(cell.profile)
+            self._open = wanted, self._start(cell, where)
+        site = self._open[1]
+        if where == "distributed" and self._switch(cell.profile):
+            site.pump(self._run.plan.settle_s)
+        return site
+
+    def close(self) -> None:
+        """End it."""
+        self._open = None
+        self._stack.close()
+
+    def link_rows(self) -> list[tuple[object, ...]]:
+        """The links as configured, for `Recorder`."""
+        return [(node, "truth", quantity, value) for node, quantity, value in self._network.truth()]
+
+    def _start(self, cell: Cell, where: str) -> Site:
+        bundle = self._run.manifest.bundle(cell.bundle)
+        began = time.monotonic()
+        if where == "in-process":
+            site = in_process_site(bundle)
+        else:
+            self._started += 1
+            folder = self._run.path / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{self._started}"
+            site = self._stack.enter_context(
+                distributed_site(
+                    self._run.plan, bundle, self._network, folder, broker=self._run.manifest.broker, say=self._say
+                )
+            )
+        ready: dict[str, object] = {"bundle": bundle.name, "where": where, "seconds": time.monotonic() - began}
+        if site.station:
+            ready |= {"broker_ms": site.station.broker_ms, "nodes_ms": site.station.nodes_ms}
+        self._run.event("site_ready", **ready)
+        return site
+
+    def _switch(self, profile: str) -> bool:
+        if profile == self._profile:
+            return False
+        self._network.set_profile(profile)
+        self._run.event("profile_switched", profile=profile, before=self._profile)
+        self._profile = profile
+        return True
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

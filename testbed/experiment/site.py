@@ -1,0 +1,124 @@
+"""A running system for cells: broker, nodes, base station; or the model with all experts in this process."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from bs_coordinator.brokers import mosquitto_path, open_broker
+from bs_coordinator.generate import Tokenizer
+from bs_coordinator.model import DistributedMixtral, Experts, Feed
+from bs_coordinator.records import StepRecord
+from bs_coordinator.selection import Policy, TopK
+from bs_coordinator.station import Station, StationConfig, open_station
+from bs_coordinator.trunk import Trunk
+from testbed.experiment.networks import Network
+from testbed.experiment.plan import Plan
+from testbed.experiment.rundir import BundleFacts
+from testbed.local_experts import LocalExperts
+from testbed.local_fleet import local_fleet
+from wire.errors import WdmoeError
+from wire.tensors import WireDtype
+
+
+class ObservedMixtral(DistributedMixtral):
+    """A model that shows every step's record to somebody, and stops at a deadline.
+
+    Attributes:
+        observe: called after each step.
+        deadline: on the monotonic clock, in seconds.
+    """
+
+    def __init__(self, trunk: Trunk, experts: Experts, policy: Policy) -> None:
+        super().__init__(trunk, experts, policy)
+        self.observe: Callable[[StepRecord], None] = lambda record: None
+        self.deadline = float("inf")
+
+    def step(self, feeds: Sequence[Feed], *, all_logits: bool = False) -> tuple[list[Tensor], StepRecord]:
+        """See `DistributedMixtral.step`.
+
+        Raises:
+            WdmoeError: the deadline has passed.
+        """
+        if time.monotonic() > self.deadline:
+            raise WdmoeError("the cell's time is up (cell_timeout_s)")
+        logits, record = super().step(feeds, all_logits=all_logits)
+        self.observe(record)
+        return logits, record
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where cells run.
+
+    Attributes:
+        station: None in this process.
+    """
+
+    model: ObservedMixtral
+    tokenizer: Tokenizer
+    station: Station | None
+
+    def pump(self, seconds: float) -> None:
+        """Let time pass and keep the connection alive."""
+        if self.station:
+            self.station.dispatcher.pump(seconds)
+
+
+@contextmanager
+def distributed_site(
+    plan: Plan, bundle: BundleFacts, network: Network, folder: Path, *, broker: str, say: Callable[[str], None]
+) -> Iterator[Site]:
+    """Start what the plan does not find running, and prove it ready.
+
+    Args:
+        folder: for the nodes' logs.
+        broker: `mosquitto`, `embedded` or an URL.
+
+    Raises:
+        WdmoeError: something does not come up.
+    """
+    outside = plan.external
+    config = StationConfig(
+        bundle=Path(bundle.path),
+        cluster=outside.cluster if outside else "default",
+        wire=WireDtype.named(plan.wire),
+        nodes_timeout_s=plan.nodes_timeout_s,
+        layer_timeout_s=plan.layer_timeout_s,
+    )
+    with ExitStack() as stack:
+        if outside:
+            password_file, ca_file = (Path(p) if p else None for p in (outside.password_file, outside.ca_file))
+            address = stack.enter_context(open_broker(outside.broker, password_file=password_file, ca_file=ca_file))
+        else:
+            address = stack.enter_context(open_broker(broker))
+            nodes = plan.node_experts(bundle.experts)
+            prefixes = {node: network.prefix(node) for node in nodes}
+            stack.enter_context(
+                local_fleet(config.bundle, address, folder, nodes, prefixes=prefixes, threads=plan.node_threads)
+            )
+        station = stack.enter_context(open_station(config, address, say=say))
+        model = ObservedMixtral(station.model.trunk, station.dispatcher, station.model.policy)
+        yield Site(model, station.tokenizer, station)
+
+
+def in_process_site(bundle: BundleFacts) -> Site:
+    """The same model without nodes."""
+    folder = Path(bundle.path)
+    trunk = Trunk(folder / "trunk")
+    experts = LocalExperts(folder, threads=os.cpu_count() or 1)
+    model = ObservedMixtral(trunk, experts, TopK(bundle.top_k))
+    return Site(model, Tokenizer(folder / "trunk", fallback_eos=trunk.eos_id), None)
+
+
+def broker_of(plan: Plan) -> str:
+    """What `broker: auto` means on this machine."""
+    if plan.external:
+        return plan.external.broker
+    if plan.broker == "auto":
+        return "mosquitto" if mosquitto_path() else "embedded"
+    return plan.broker

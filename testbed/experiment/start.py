@@ -1,0 +1,127 @@
+"""From a plan to a run's folder, and from a folder to a running executor."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from testbed.demo_assets import demo_bundle
+from testbed.experiment import facts
+from testbed.experiment.networks import Loopback
+from testbed.experiment.plan import Choice, Perplexity, Plan, check_plan, expand
+from testbed.experiment.rundir import SCHEMA, BundleFacts, RunDir, RunManifest
+from testbed.experiment.runner import Outcome, Say, execute
+from testbed.experiment.site import broker_of
+from wire.errors import PlanError
+from wire.manifest import MANIFEST_NAME, Scheme, load_manifest, sha256_file
+
+SCHEMES: tuple[Scheme, ...] = ("int4", "int8", "int8-dynamic", "fp16", "fp32")
+
+
+def create_run(plan: Plan, out: Path, *, console: Console) -> RunDir:
+    """Make bundles ready and write the manifest.
+
+    Raises:
+        PlanError: a bundle or data set of the plan is missing.
+        RunDirectoryError: `out` is not empty.
+    """
+    bundles = [bundle_facts(name, console=console) for name in plan.bundles]
+    for bundle in bundles:
+        check_policies(plan, bundle)
+    datasets = {w.dataset for w in plan.workloads if isinstance(w, Choice | Perplexity) and w.dataset is not None}
+    if missing := sorted(path for path in datasets if not Path(path).is_file()):
+        raise PlanError(f"data set {missing[0]} is missing: say --data DIR, see docs/experiments.md")
+    commit, dirty = facts.commit()
+    manifest = RunManifest(
+        schema=SCHEMA,
+        name=plan.name,
+        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        commit=commit,
+        dirty=dirty,
+        argv=facts.argv(),
+        plan=plan,
+        cells=len(expand(plan)),
+        broker=broker_of(plan),
+        bundles=bundles,
+        datasets={path: sha256_file(Path(path)) for path in sorted(datasets)},
+        network=Path(plan.emulated).read_text() if plan.emulated else "",
+        versions=facts.versions(),
+        machine=facts.machine(),
+        power=facts.power(),
+        wifi=facts.wifi(),
+    )
+    return RunDir.create(out, manifest)
+
+
+def check_policies(plan: Plan, bundle: BundleFacts) -> None:
+    """Check the plan again, now that the model is known.
+
+    Raises:
+        PlanError: a policy does not suit the model.
+    """
+    try:
+        check_plan(plan, top_k=bundle.top_k)
+    except ValueError as error:
+        raise PlanError(f"{plan.name}: {error}") from None
+
+
+def bundle_facts(name: str, *, console: Console) -> BundleFacts:
+    """What a bundle of a plan is; the demo model's are made where they are missing.
+
+    Raises:
+        PlanError: there is no such bundle.
+        BundleError: its folder is damaged.
+    """
+    path = bundle_path(name, console=console)
+    manifest = load_manifest(path)
+    return BundleFacts(
+        name=name,
+        path=str(path),
+        model_sha256=manifest.model_sha256,
+        manifest_sha256=sha256_file(path / MANIFEST_NAME),
+        quantisation=str(manifest.quantisation),
+        layers=manifest.dims.layers,
+        experts=manifest.dims.experts,
+        top_k=manifest.dims.top_k,
+    )
+
+
+def bundle_path(name: str, *, console: Console) -> Path:
+    """The folder of a bundle of a plan."""
+    if "/" in name:
+        return Path(name)
+    scheme, _, block = name.rpartition("-b") if "-b" in name else (name, "", "")
+    for known in SCHEMES:
+        if scheme == known and (not block or block.isdigit()):
+            return (
+                demo_bundle(known, block=int(block), console=console) if block else demo_bundle(known, console=console)
+            )
+    raise PlanError(f"bundles: '{name}' is neither a folder (with a /) nor one of {', '.join(SCHEMES)}, …-b128")
+
+
+def run_cells(run: RunDir, *, lock_fd: int | None = None, say: Say) -> Outcome:
+    """Run what is left, holding the folder's lock.
+
+    Raises:
+        RunDirectoryError: somebody else runs it.
+    """
+    with run.lock(lock_fd), _sigterm_interrupts():
+        return execute(run, Loopback(), say=say)
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does: with its events written and its children ended."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
