@@ -79,7 +79,7 @@ def open_station(
         BundleError, BrokerError, PlacementError, DispatchError: see there.
     """
     manifest = load_manifest(config.bundle)
-    policy = parse_policy(config.policy, top_k=manifest.dims.top_k)
+    policy = parse_policy(config.policy, top_k=manifest.dims.top_k, model_sha256=manifest.model_sha256)
     for file in manifest.trunk:
         verify_file(config.bundle, file)
     if config.device.startswith("cuda") and not torch.cuda.is_available():

@@ -1,10 +1,15 @@
 """Mixtral's own routing, blind to links."""
 
+from typing import Annotated
+
 import numpy as np
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from bs_coordinator.forecast import LayerForecast
 from wire.tensors import Array
+
+Experts = Annotated[int, Meta(ge=1)]
+"""How many experts a token asks; a model with fewer has all of them asked."""
 
 
 class TopK(Struct, frozen=True, forbid_unknown_fields=True):
@@ -13,7 +18,7 @@ class TopK(Struct, frozen=True, forbid_unknown_fields=True):
     Source: "Mixtral of Experts", arXiv 2401.04088, section 2.1.
     """
 
-    k: int
+    k: Experts
 
     def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
         """See `Policy.select`."""
@@ -22,6 +27,7 @@ class TopK(Struct, frozen=True, forbid_unknown_fields=True):
 
 def top_weights(probabilities: Array, k: int) -> Array:
     """The k largest of each row, scaled so that they add up to 1; zero elsewhere. float32 [tokens, experts]."""
+    k = min(k, probabilities.shape[1])
     chosen = np.argpartition(-probabilities, k - 1, axis=1)[:, :k]
     weights = np.zeros_like(probabilities)
     np.put_along_axis(weights, chosen, np.take_along_axis(probabilities, chosen, axis=1), axis=1)

@@ -1,6 +1,7 @@
-"""Policies against transformers' own router, and their promises for any input."""
+"""Top-k against transformers' own router, what every policy promises for any input, and policies as text."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +13,42 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from bs_coordinator.forecast import LayerForecast
-from bs_coordinator.selection import POLICY_NAMES, TopK, parse_policy
+from bs_coordinator.selection import POLICY_NAMES, Policy, TopK, parse_policy
+from bs_coordinator.selection.bottleneck import Bottleneck
+from bs_coordinator.selection.demand import predicted_s
+from bs_coordinator.selection.differences import DifferenceDocument, write_differences
+from bs_coordinator.selection.similar import Similar
+from bs_coordinator.selection.wdmoe import Wdmoe
 from wire.tensors import Array
 
 EVEN = LayerForecast.even(0, 8)
 logits = hnp.arrays(np.float32, st.tuples(st.integers(1, 20), st.just(8)), elements=st.floats(-20, 20, width=32))
+MODEL = "0" * 64
+
+
+@st.composite
+def forecasts(draw: st.DrawFn) -> LayerForecast:
+    """Any placement of eight experts on up to eight nodes, any speeds."""
+    nodes = draw(st.integers(1, 8))
+    holder = draw(hnp.arrays(np.intp, 8, elements=st.integers(0, nodes - 1)))
+    cost = hnp.arrays(np.float64, nodes, elements=st.floats(1e-6, 0.1))
+    return LayerForecast(0, holder, draw(cost), draw(cost), draw(cost), draw(cost), draw(st.booleans()))
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Differences of the experts of a one-layer model, with a comma-free path."""
+    path = tmp_path_factory.mktemp("differences") / "table.json"
+    values = np.random.default_rng(0).uniform(0.05, 1.5, (1, 8, 8)).round(3).tolist()
+    document = DifferenceDocument(
+        schema=1, model_sha256=MODEL, text_sha256=MODEL, tokens=1, rows=[[1] * 8], differences=values
+    )
+    write_differences(document, path)
+    return path
+
+
+def _policy(name: str, k: int, table: Path) -> Policy:
+    return parse_policy(f"{name}:table={table}" if name == "similar" else name, top_k=k)
 
 
 def _softmax(x: Array) -> Array:
@@ -38,25 +70,50 @@ def test_topk_is_mixtrals_own_router() -> None:
     np.testing.assert_allclose(TopK(2).select(probabilities, EVEN), expected.numpy(), rtol=1e-6)
 
 
-@given(logits, st.sampled_from(POLICY_NAMES), st.integers(1, 8))
-def test_every_policy_keeps_its_promises(x: Array, name: str, k: int) -> None:
+@given(logits, st.sampled_from(POLICY_NAMES), st.integers(1, 8), st.one_of(st.just(EVEN), forecasts()))
+def test_every_policy_keeps_its_promises(table: Path, x: Array, name: str, k: int, forecast: LayerForecast) -> None:
+    k = min(k, 3) if name == "similar" else k
     probabilities = _softmax(x)
     before = probabilities.copy()
-    weights = parse_policy(name, top_k=k).select(probabilities, EVEN)
+    policy = _policy(name, k, table)
+    weights = policy.select(probabilities, forecast)
     assert weights.dtype == np.float32
     assert weights.shape == probabilities.shape
     assert (weights >= 0).all()
     np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-5)
     assert ((weights > 0).sum(axis=1) <= (1 if name == "top1" else k)).all()
-    # The most probable expert is always asked.
-    best = probabilities.max(axis=1)
-    assert ((weights > 0) & (probabilities == best[:, None])).any(axis=1).all()
     np.testing.assert_array_equal(probabilities, before)
+    np.testing.assert_array_equal(policy.select(probabilities, forecast), weights)
+    best = probabilities.max(axis=1)
+    kept = ((weights > 0) & (probabilities == best[:, None])).any(axis=1)
+    if name in ("topk", "top1", "wdmoe") or (name in ("bottleneck", "capacity") and k <= 2):
+        assert kept.all()
+    # Nothing is predicted to take longer than Mixtral's own choice.
+    top = TopK(k).select(probabilities, forecast)
+    assert predicted_s(weights > 0, forecast) <= predicted_s(top > 0, forecast) * (1 + 1e-9)
 
 
-def test_options_are_read_from_text() -> None:
+@given(logits, st.sampled_from(POLICY_NAMES[2:]))
+def test_one_token_on_even_links_is_top_2_or_less(table: Path, x: Array, name: str) -> None:
+    """There is nothing to gain; only wdmoe drops all the same, where the gate is peaked."""
+    probabilities = _softmax(x[:1])
+    weights = _policy(name, 2, table).select(probabilities, EVEN)
+    top = TopK(2).select(probabilities, EVEN)
+    if name == "wdmoe":
+        assert (top[weights > 0] > 0).all()
+    else:
+        assert weights.sum() == pytest.approx(1)
+        assert top[weights > 0].sum() == pytest.approx(1, abs=1e-6)
+
+
+def test_options_are_read_from_text(table: Path) -> None:
     assert parse_policy("topk:k=3", top_k=2) == TopK(3)
     assert parse_policy("topk", top_k=2) == TopK(2)
+    assert parse_policy("wdmoe:renormalise=false,gain=1.5", top_k=2) == Wdmoe(2, renormalise=False, gain=1.5)
+    assert parse_policy("bottleneck:move=true,factor=2", top_k=2) == Bottleneck(2, move=True, factor=2)
+    similar = parse_policy(f"similar:table={table},budget=0.1", top_k=2, model_sha256=MODEL)
+    assert isinstance(similar, Similar)
+    assert similar.table.values.shape == (1, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -66,8 +123,44 @@ def test_options_are_read_from_text() -> None:
         ("topk:q=3", "has no option 'q=3': it knows k="),
         ("topk:k", "has no option 'k'"),
         ("topk:k=two", "policy 'topk:k=two': Expected `int`"),
+        ("topk:k=0", "Expected `int` >= 1"),
+        ("wdmoe:start=0.9,stop=0.5", "start=0.9 is above stop=0.5"),
+        ("wdmoe:step=0", "Expected `float` > 0.0"),
+        ("wdmoe:step=1e-9", "step=1e-09 is too small"),
+        ("wdmoe:gain=nan", "gain"),
+        ("bottleneck:factor=0.5", "Expected `float` >= 1.0"),
+        ("bottleneck:move=maybe", "Expected `bool`"),
+        ("capacity:slack=0", "Expected `float` >= 1.0"),
+        ("subset:share=1.1", "Expected `float` <= 1.0"),
+        ("similar", "missing required field `table`"),
+        ("similar:table=/nowhere/t.json", "can't read /nowhere/t.json: No such file or directory"),
+        ("similar:table=/,budget=0.1", "can't read /: Is a directory"),
     ],
 )
 def test_bad_policies_are_one_clear_line(text: str, says: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(says)):
+    with pytest.raises(ValueError, match=re.escape(says)) as caught:
         parse_policy(text, top_k=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_of_another_model_is_refused(table: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is for another model .*measure its table again"):
+        parse_policy(f"similar:table={table}", top_k=2, model_sha256="1" * 64)
+    broken = tmp_path / "broken.json"
+    for text, says in (
+        ("{}", "missing required field"),
+        ("no", "is not a table"),
+        (table.read_text().replace('"schema":1', '"schema":2'), "has schema 2, this version reads 1"),
+        (table.read_text().replace('"differences":[[[', '"differences":[[[7],['), r"not \[layers\]"),
+    ):
+        broken.write_text(text)
+        with pytest.raises(ValueError, match=says):
+            parse_policy(f"similar:table={broken}", top_k=2)
+
+
+def test_a_policy_with_too_many_plans_says_so(table: Path) -> None:
+    probabilities = np.full((1, 64), 1 / 64, np.float32)
+    with pytest.raises(ValueError, match="k=4 of 64 experts are more than 4096 plans"):
+        parse_policy("subset", top_k=4).select(probabilities, LayerForecast.even(0, 64))
+    with pytest.raises(ValueError, match="does not fit layer 0 of 64 experts"):
+        parse_policy(f"similar:table={table}", top_k=2).select(probabilities, LayerForecast.even(0, 64))

@@ -1,0 +1,91 @@
+"""Relieve the node that the layer waits for: its weakest tokens are dropped, or moved to another node."""
+
+from typing import Annotated
+
+import numpy as np
+from msgspec import Meta, Struct
+from numpy.typing import NDArray
+
+from bs_coordinator.forecast import LayerForecast
+from bs_coordinator.selection.demand import Chosen, demand, node_map, place, weights_of
+from bs_coordinator.selection.topk import Experts, top_weights
+from wire.tensors import Array
+
+
+class Bottleneck(Struct, frozen=True, forbid_unknown_fields=True):
+    """While the slowest node takes more than `factor` times as long as the next, take tokens from it.
+
+    The tokens to which it matters least go first, as many as bring the node down to that factor. The layer's
+    predicted time never rises above top-k's: a round that does not lower it is not done.
+
+    Source: reconstructed from the testbed of arXiv 2411.06681; docs/policies.md says what is ours.
+
+    Attributes:
+        k: experts per token before anything is dropped.
+        factor: of the next slowest node's time.
+        limit: a token stays where it has at least this share of its weight. Up to 0.5 and with `k` 2, its most
+            probable expert is never touched.
+        move: a token that is taken from a node asks its next-best expert elsewhere, if that node has the time.
+        worth: a round must lower the layer's time by more than this share.
+    """
+
+    k: Experts
+    factor: Annotated[float, Meta(ge=1)] = 1.1
+    limit: Annotated[float, Meta(ge=0, le=1)] = 0.5
+    move: bool = True
+    worth: Annotated[float, Meta(ge=0, lt=1)] = 0.02
+
+    def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
+        """See `Policy.select`."""
+        on_node = node_map(forecast)
+        weights = top_weights(probabilities, self.k)
+        asked = demand(weights > 0, on_node)
+        layer_s = forecast.layer_s(*asked)
+        # Each round lowers the layer's time; the bound only keeps the worst case short.
+        for _ in range(2 * on_node.shape[1]):
+            chosen = self._relieve(probabilities, weights, on_node, asked, forecast)
+            if chosen is None:
+                break
+            asked = demand(chosen, on_node)
+            relieved_s = forecast.layer_s(*asked)
+            if relieved_s >= layer_s * (1 - self.worth):
+                break
+            layer_s, weights = relieved_s, weights_of(probabilities, chosen)
+        return weights
+
+    def _relieve(
+        self,
+        probabilities: Array,
+        weights: Array,
+        on_node: Array,
+        asked: tuple[NDArray[np.int64], NDArray[np.int64]],
+        forecast: LayerForecast,
+    ) -> Chosen | None:
+        """bool [tokens, experts] after one round, or None if nothing exceeds the factor or nothing may go."""
+        rows, experts = asked
+        time_s = forecast.node_s(rows, experts)
+        slowest = int(time_s.argmax())
+        next_s = float(np.delete(time_s, slowest).max(initial=0.0))
+        target_s = self.factor * next_s
+        if time_s[slowest] <= target_s or next_s == 0:
+            return None
+        chosen = weights > 0
+        here = forecast.holder == slowest
+        share = weights @ on_node[:, slowest]
+        candidates = np.flatnonzero((share > 0) & (share < self.limit) & chosen[:, ~here].any(axis=1))
+        if not len(candidates):
+            return None
+        row_s = forecast.row_air_s + forecast.row_compute_s
+        excess = np.ceil((time_s[slowest] - target_s) / max(row_s[slowest], 1e-12))
+        candidates = candidates[np.argsort(share[candidates], kind="stable")][: int(min(excess, len(candidates)))]
+        moved = np.full(len(candidates), -1, np.intp)
+        if self.move:
+            # What another node can take on and still be done by the target; one more expert is assumed.
+            ready_s = forecast.fixed_s + (experts + 1) * forecast.expert_s + rows * row_s
+            room = np.floor((target_s - ready_s) / np.maximum(row_s, 1e-12) + 1e-9)
+            wanted = np.where(chosen[candidates] | here, np.float32(0), probabilities[candidates])
+            # Those that would lose most choose first.
+            moved = place(wanted[::-1], forecast.holder, np.minimum(room, len(candidates)).astype(np.int64))[0][::-1]
+        chosen[np.ix_(candidates, here)] = False
+        chosen[candidates[moved >= 0], moved[moved >= 0]] = True
+        return chosen

@@ -1,0 +1,80 @@
+"""What a choice of experts asks of the nodes, and the weights that follow from it: shared by the policies."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bs_coordinator.forecast import LayerForecast
+from wire.tensors import Array
+
+Chosen = NDArray[np.bool_]
+Counts = NDArray[np.int64]
+
+
+def node_map(forecast: LayerForecast) -> Array:
+    """float32 [experts, nodes], 1 where a node holds an expert; as a factor it sums experts by node."""
+    return np.equal.outer(forecast.holder, np.arange(len(forecast.fixed_s))).astype(np.float32)
+
+
+def demand(chosen: Chosen, on_node: Array) -> tuple[Counts, Counts]:
+    """Rows and distinct experts that each node is asked for, int64 [nodes] each, as `LayerForecast.node_s` takes them.
+
+    A token that asks several experts of one node is one row of the request.
+
+    Args:
+        chosen: bool [tokens, experts].
+        on_node: from `node_map`.
+    """
+    rows = np.count_nonzero(chosen.astype(np.float32) @ on_node, axis=0)
+    experts = chosen.any(axis=0).astype(np.float32) @ on_node
+    return np.asarray(rows, np.int64), experts.astype(np.int64)
+
+
+def predicted_s(chosen: Chosen, forecast: LayerForecast) -> float:
+    """Predicted time of the layer if these experts are asked. `chosen` is bool [tokens, experts]."""
+    return forecast.layer_s(*demand(chosen, node_map(forecast)))
+
+
+def weights_of(probabilities: Array, chosen: Chosen) -> Array:
+    """The chosen experts' probabilities, scaled so that each row adds up to 1; zero elsewhere."""
+    weights = np.where(chosen, probabilities, np.float32(0))
+    weights /= weights.sum(axis=1, keepdims=True)
+    return weights
+
+
+def no_slower(weights: Array, fallback: Array, forecast: LayerForecast) -> Array:
+    """`weights`, unless the layer is predicted to take longer with them than with `fallback`."""
+    on_node = node_map(forecast)
+    slower = forecast.layer_s(*demand(weights > 0, on_node)) > forecast.layer_s(*demand(fallback > 0, on_node))
+    return fallback if slower else weights
+
+
+def place(
+    preference: Array, holder: NDArray[np.intp], room: NDArray[np.int64]
+) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
+    """Give each applicant the expert it prefers among those whose nodes have room; earlier applicants first.
+
+    Args:
+        preference: float32 [applicants, experts], zero where an expert is out of the question.
+        holder: intp [experts], each expert's node.
+        room: int64 [nodes], rows that each node may still take.
+
+    Returns:
+        intp [applicants], an expert or -1; and the room that is left.
+    """
+    placed = np.full(len(preference), -1, np.intp)
+    room = np.maximum(room, 0)
+    waiting = np.arange(len(preference))
+    nodes = np.arange(len(room))
+    while len(waiting):
+        open_ = preference[waiting] * (room > 0)[holder]
+        best = open_.argmax(axis=1)
+        possible = open_.max(axis=1) > 0
+        waiting, best = waiting[possible], best[possible]
+        asks = holder[best][:, None] == nodes
+        turn = (asks.cumsum(axis=0) * asks).sum(axis=1)
+        served = turn <= room[holder[best]]
+        placed[waiting[served]] = best[served]
+        room = room - asks[served].sum(axis=0)
+        # Whoever is left met a node that is full now, so each round closes a node or serves all.
+        waiting = waiting[~served]
+    return placed, room

@@ -1,0 +1,71 @@
+"""Slow experts are replaced by similar ones, or skipped, within a budget for the error that this makes."""
+
+from typing import Annotated
+
+import numpy as np
+from msgspec import Meta, Struct
+
+from bs_coordinator.forecast import LayerForecast
+from bs_coordinator.selection.demand import no_slower
+from bs_coordinator.selection.differences import DifferenceTable
+from bs_coordinator.selection.plans import choose_plans, substitutions
+from bs_coordinator.selection.topk import Experts, top_weights
+from wire.tensors import Array
+
+
+class Similar(Struct, frozen=True, forbid_unknown_fields=True):
+    """Of all ways to replace or skip a token's top-k experts with Σ error ≤ `budget`, the fastest one.
+
+    Replacing expert a by b counts as a's weight × their difference, skipping a as its weight. b works with a's
+    weight, for it stands in for a. Of equally fast ways the one with the least error is taken. The layer's predicted
+    time never rises above top-k's: where it would, top-k is used.
+
+    Source: after SiftMoE, arXiv 2603.23888, which minimises energy; docs/policies.md says what is ours.
+
+    Attributes:
+        table: from a file that `wdmoe-testbed differences` wrote.
+        k: experts per token before anything is replaced.
+        budget: error per token; below 1, so that no token can skip all its experts.
+    """
+
+    table: DifferenceTable
+    k: Experts
+    budget: Annotated[float, Meta(ge=0, lt=1)] = 0.3
+
+    @property
+    def model_sha256(self) -> str:
+        """The only model that this policy is for."""
+        return self.table.model_sha256
+
+    def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
+        """See `Policy.select`.
+
+        Raises:
+            ValueError: the table has no such layer or number of experts, or the model too many experts for this `k`.
+        """
+        tokens, experts = probabilities.shape
+        if forecast.layer >= len(self.table.values) or self.table.values.shape[1] != experts:
+            raise ValueError(
+                f"the table of expert differences does not fit layer {forecast.layer} of {experts} experts"
+            )
+        k = min(self.k, experts)
+        plans = substitutions(experts, k)
+        weights = top_weights(probabilities, k)
+        places = np.argsort(-weights, axis=1, kind="stable")[:, :k]
+        share = np.take_along_axis(weights, places, axis=1)
+        # Last column: nobody.
+        difference = np.ones((experts, experts + 1), np.float32)
+        difference[:, :-1] = self.table.values[forecast.layer]
+        np.fill_diagonal(difference, 0)
+        error = np.zeros((tokens, len(plans)), np.float32)
+        for i in range(k):
+            error += (share[:, i, None] * difference[places[:, i]])[:, plans[:, i]]
+        members = np.zeros((len(plans), experts + 1), np.bool_)
+        members[np.arange(len(plans))[:, None], plans] = True
+        chosen = plans[choose_plans(members[:, :-1], error <= self.budget, -error, forecast)]
+        changed = np.zeros((tokens, experts + 1), np.float32)
+        for i in range(k):
+            changed[np.arange(tokens), chosen[:, i]] += share[:, i]
+        changed = changed[:, :-1]
+        changed /= changed.sum(axis=1, keepdims=True)
+        return no_slower(changed, weights, forecast)

@@ -1,0 +1,92 @@
+"""The WDMoE papers' training-free rule: tokens whose gate does not lean on slow experts give up their weakest one."""
+
+from typing import Annotated
+
+import numpy as np
+from msgspec import Meta, Struct
+
+from bs_coordinator.forecast import Float, LayerForecast
+from bs_coordinator.selection.demand import weights_of
+from bs_coordinator.selection.topk import Experts, top_weights
+from wire.tensors import Array
+
+MAX_STEPS = 1000
+_TINY_S = 1e-9
+
+
+class Wdmoe(Struct, frozen=True, forbid_unknown_fields=True):
+    """Drop the weakest expert of every token with cos(gate, times) ≤ θ; θ rises until the batch has gained enough.
+
+    What is gained is the weight-to-latency ratio, the mean of weight ÷ time over all (token, expert) pairs asked.
+
+    Source: reconstructed from arXiv 2405.03131 and 2411.06681; docs/policies.md says what is ours.
+
+    Attributes:
+        k: experts per token before anything is dropped.
+        start: first θ.
+        step: by how much θ rises.
+        stop: last θ.
+        gain: enough is a ratio above `gain` times that of top-k.
+        renormalise: scale a token's remaining weights to add up to 1; otherwise what was dropped is missing.
+    """
+
+    k: Experts
+    start: Annotated[float, Meta(ge=0, le=1)] = 0.5
+    step: Annotated[float, Meta(gt=0, le=1)] = 0.02
+    stop: Annotated[float, Meta(ge=0, le=1)] = 0.9
+    gain: Annotated[float, Meta(ge=0)] = 1.15
+    renormalise: bool = True
+
+    def __post_init__(self) -> None:
+        if self.start > self.stop:
+            raise ValueError(f"start={self.start:g} is above stop={self.stop:g}")
+        if self.stop - self.start > MAX_STEPS * self.step:
+            raise ValueError(f"step={self.step:g} is too small: at most {MAX_STEPS} lead from start to stop")
+
+    def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
+        """See `Policy.select`."""
+        weights = top_weights(probabilities, self.k)
+        chosen = weights > 0
+        time_s = np.maximum(forecast.one_row_s, _TINY_S)
+        weakest = np.where(chosen, weights, np.inf).argmin(axis=1)
+        token = np.flatnonzero(np.count_nonzero(chosen, axis=1) > 1)
+        likeness = cosine(probabilities, time_s)[token]
+        lost = (weights[token, weakest[token]] / time_s[weakest[token]]).astype(np.float64)
+        theta = self._theta(likeness, lost, total=float((weights / time_s).sum()), pairs=int(chosen.sum()))
+        dropped = token[likeness <= theta]
+        chosen[dropped, weakest[dropped]] = False
+        return weights_of(probabilities, chosen) if self.renormalise else np.where(chosen, weights, np.float32(0))
+
+    def _theta(self, likeness: Float, lost: Float, *, total: float, pairs: int) -> float:
+        """The θ at which the search ends.
+
+        Every θ starts from top-k again, so that all of them can be seen at once: the tokens that a θ reaches are
+        those before it in the order of their likeness.
+
+        Args:
+            likeness: float64 [n], of the tokens that can drop an expert.
+            lost: float64 [n], weight ÷ time of the pair that each of them would drop.
+            total: sum of weight ÷ time over the pairs of top-k, whose number is `pairs`.
+        """
+        thetas = self.start + self.step * np.arange(int((self.stop - self.start) / self.step + 1e-9) + 1)
+        order = np.argsort(likeness, kind="stable")
+        reached = np.searchsorted(likeness[order], thetas, side="right")
+        lost_sum = np.concatenate([[0.0], np.cumsum(lost[order])])[reached]
+        ratio = (total - lost_sum) / (pairs - reached) / (total / pairs)
+        enough = np.flatnonzero(ratio > self.gain)
+        return float(thetas[enough[0] if len(enough) else -1])
+
+
+def cosine(probabilities: Array, time_s: Float) -> Float:
+    """Cosine between each token's gate and the experts' times, float64 [tokens], from 0 to 1.
+
+    Low where the probability lies on fast experts, so that the weakest chosen one is likely slow and a drop saves
+    time; with equal times it tells how flat the gate is.
+
+    Args:
+        probabilities: float32 [tokens, experts], over all experts.
+        time_s: float64 [experts], above 0.
+    """
+    p = probabilities.astype(np.float64)
+    likeness: Float = p @ time_s / (np.sqrt(np.einsum("te,te->t", p, p)) * np.sqrt(time_s @ time_s))
+    return likeness
