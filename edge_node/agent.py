@@ -126,7 +126,9 @@ class NodeAgent:
     def _serve(self, transport: MqttTransport, stop: threading.Event) -> None:
         work_topic = self._topics.work(self._node)
         result_topic = self._topics.results(self._node)
+        status_topic = self._topics.status(self._node)
         next_heartbeat = time.monotonic() + HEARTBEAT_S
+        seen_by_others = False
         while not stop.is_set():
             message = transport.receive(min(0.2, max(0.0, next_heartbeat - time.monotonic())))
             if message and message.topic == work_topic:
@@ -136,7 +138,15 @@ class NodeAgent:
                     transport.publish(result_topic, reply)
             elif message and (other := self._other_status(message)) and other.online:
                 self._settle(other)
+            elif message and message.topic == status_topic and self._boot_id.encode() in message.payload:
+                seen_by_others = True
             if time.monotonic() >= next_heartbeat:
+                if not seen_by_others:
+                    # A broker's access list drops what it does not allow without a word.
+                    raise BrokerAuthError(
+                        f"the broker at {self._address} does not pass on {status_topic}: does its access list allow "
+                        f"user '{self._address.user}' to be node '{self._node}'?"
+                    )
                 self._announce(transport, confirm=False)
                 next_heartbeat = time.monotonic() + HEARTBEAT_S
 

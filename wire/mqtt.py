@@ -11,6 +11,7 @@ import select
 import socket
 import ssl
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +135,20 @@ class MqttTransport:
         deadline = time.monotonic() + timeout_s
         while not info.is_published():
             self._step_until(deadline, f"{self.address} did not acknowledge a message on {topic}")
+
+    @contextlib.contextmanager
+    def in_one_segment(self) -> Iterator[None]:
+        """What is published meanwhile leaves together, where the kernel can hold it back (Linux)."""
+        sock: Any = self._client.socket()
+        cork = getattr(socket, "TCP_CORK", None)
+        if sock is None or cork is None:
+            yield
+            return
+        sock.setsockopt(socket.IPPROTO_TCP, cork, 1)
+        try:
+            yield
+        finally:
+            sock.setsockopt(socket.IPPROTO_TCP, cork, 0)
 
     def receive(self, timeout_s: float) -> Message | None:
         """The next message, or None when none came within `timeout_s`.

@@ -278,6 +278,21 @@ def test_a_wrong_password(
     _one_line(run("edge_node", *node, "--password-file", secret), 31, "refused user 'bs'")
 
 
+def test_an_access_list_that_forbids_the_node(
+    run: Run, tiny_bundle: Bundle, mosquitto: Callable[[str], BrokerAddress], tmp_path: Path
+) -> None:
+    passwords, rules, secret = tmp_path / "passwords", tmp_path / "acl", tmp_path / "secret"
+    subprocess.run(["mosquitto_passwd", "-b", "-c", passwords, "pi1", "right"], check=True, capture_output=True)
+    rules.write_text("pattern readwrite wdmoe/v1/default/nodes/%u/status\n")
+    secret.write_text("right\n")
+    secret.chmod(0o600)
+    address = mosquitto(f"allow_anonymous false\npassword_file {passwords}\nacl_file {rules}\n")
+    node = ("--bundle", tiny_bundle("int4"), "--experts", "L0:E0", "--password-file", secret)
+    url = f"mqtt://pi1@{address.host}:{address.port}"
+    done = run("edge_node", *node, "--broker", url, "--id", "pi2")
+    _one_line(done, 31, "does not pass on wdmoe/v1/default/nodes/pi2/status", "user 'pi1'", "node 'pi2'")
+
+
 def _wait_for_status(fleet: LocalFleet, node: str, *, online: bool, reason: str = "") -> None:
     topic = Topics(fleet.cluster).status(node)
     deadline = time.monotonic() + 30
