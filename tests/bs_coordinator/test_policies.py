@@ -31,8 +31,9 @@ def exact_layers(draw: st.DrawFn, max_tokens: int = 40) -> tuple[Array, LayerFor
     nodes = draw(st.integers(1, EXPERTS))
     fine = draw(st.sampled_from([4, 64, 1000]))
     probabilities = (rng.integers(1, fine + 1, (tokens, EXPERTS)) / 4096).astype(np.float32)
-    cost = rng.integers(1, fine + 1, (4, nodes)) / 65536
-    return probabilities, LayerForecast(0, rng.integers(0, nodes, EXPERTS), *cost, shared_air=draw(st.booleans()))
+    a, b, c, d = rng.integers(1, fine + 1, (4, nodes)) / 65536
+    holder = rng.integers(0, nodes, EXPERTS)
+    return probabilities, LayerForecast(0, holder, a, b, c, d, shared_air=draw(st.booleans()))
 
 
 def _top(row: Array, k: int) -> list[int]:
@@ -50,9 +51,9 @@ def test_wdmoe_is_the_rule_token_by_token(
 
     def ratio(asked: list[dict[int, float]]) -> float:
         pairs = [w / times[e] for token in asked for e, w in token.items()]
-        return sum(pairs) / len(pairs)
+        return float(sum(pairs) / len(pairs))
 
-    before = [{e: float(top[t, e]) for e in np.flatnonzero(top[t])} for t in range(len(top))]
+    before = [{e: float(row[e]) for e in np.flatnonzero(row).tolist()} for row in top]
     steps = 0
     while True:
         theta = 0.55 + 0.07 * steps
@@ -165,7 +166,8 @@ def test_similar_spends_its_budget_on_time(
 def test_a_replacement_works_with_the_weight_of_what_it_replaces() -> None:
     values = np.full((1, 4, 4), 0.9, np.float32)
     values[0, 1, 2] = 0.1  # expert 2 can stand in for 1
-    slow = LayerForecast(0, np.arange(4), *(np.array([1.0, 9.0, 1.0, 9.0]) for _ in range(4)))
+    cost = np.array([1.0, 9.0, 1.0, 9.0])
+    slow = LayerForecast(0, np.arange(4), cost, cost, cost, cost)
     p = np.array([[0.5, 0.3, 0.05, 0.15]], np.float32)
     replaced = Similar(DifferenceTable("", values), 2, 0.05).select(p, slow)
     np.testing.assert_allclose(replaced, [[0.625, 0, 0.375, 0]])
@@ -289,7 +291,8 @@ def test_placing_is_first_come_first_served(seed: int, applicants: int) -> None:
 
 
 def test_demand_counts_a_token_once_per_node() -> None:
-    forecast = LayerForecast(0, np.array([0, 0, 1, 2]), *(np.ones(3) for _ in range(4)))
+    cost = np.ones(3)
+    forecast = LayerForecast(0, np.array([0, 0, 1, 2]), cost, cost, cost, cost)
     chosen = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 0]], np.bool_)
     rows, experts = demand(chosen, node_map(forecast))
     assert rows.tolist() == [2, 2, 0]
