@@ -105,6 +105,8 @@ def _mosquitto_argv(folder: Path, port: int) -> list[str]:
     config = folder / "mosquitto.conf"
     config.write_text(
         f"listener {port} {LOOPBACK}\n"
+        # Started by root it would change its user, and a change of user undoes `die_with_parent`.
+        "user root\n"
         "allow_anonymous true\n"
         "set_tcp_nodelay true\n"
         "persistence false\n"

@@ -60,7 +60,11 @@ def cli(
     stop = threading.Event()
 
     def on_signal(number: int, frame: Any) -> None:
-        stop.set()
+        # `set` takes a lock that the interrupted `wait`, or the handler of a signal just before, may hold.
+        # Signals do come in bursts: a dying parent's threads each send one.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=stop.set, daemon=True).start()
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
