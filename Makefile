@@ -11,7 +11,6 @@ help:
 	@echo "make demo   set everything up, build the demo model and bundle, answer three questions over MQTT"
 	@echo "make test   set everything up and run all tests"
 	@echo "make check  formatting, lint and types"
-	@echo "make  benchmarks: table and JSON under runs/bench/"
 	@echo "make bench  benchmarks: a table, and JSON with raw samples under runs/"
 	@echo "make clean  remove the environment and everything built here (downloads stay in the user cache)"
 

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.records import DispatchRecord, LayerRecord, StepRecord
 from bs_coordinator.selection import Policy
-from bs_coordinator.trunk import Trunk
+from bs_coordinator.trunk import Packing, Trunk
 from wire.tensors import Array
 
 
@@ -47,10 +47,17 @@ class Experts(Protocol):
 
 
 class Feed(NamedTuple):
-    """One sequence's share of a step: token ids that follow what its cache holds."""
+    """One sequence's share of a step: token ids that follow what its cache holds.
+
+    Attributes:
+        packing: where it is several sequences after all.
+        rows: the tokens whose logits are wanted, instead of the last one's.
+    """
 
     ids: list[int]
     cache: DynamicCache
+    packing: Packing | None = None
+    rows: list[int] | None = None
 
 
 class DistributedMixtral:
@@ -70,8 +77,9 @@ class DistributedMixtral:
         """Run several sequences one step on, with one round of expert requests per layer for all of them.
 
         Returns:
-            Per sequence logits in fp32 on the CPU, [1, vocab] of its last token or [tokens, vocab] with
-            `all_logits`; and what the step cost. On an error the caches are cut back to what they held.
+            Per feed logits in fp32 on the CPU, [1, vocab] of its last token, [tokens, vocab] with `all_logits`, or
+            [rows, vocab] of the rows that it names; and what the step cost. On an error the caches are cut back to
+            what they held.
         """
         past = [feed.cache.get_seq_length() for feed in feeds]
         try:
@@ -84,7 +92,7 @@ class DistributedMixtral:
 
     def _step(self, feeds: Sequence[Feed], position: int, all_logits: bool) -> tuple[list[Tensor], StepRecord]:
         began_ns = time.perf_counter_ns()
-        begun = [self.trunk.embed(torch.tensor(feed.ids), feed.cache) for feed in feeds]
+        begun = [self.trunk.embed(torch.tensor(feed.ids), feed.cache, feed.packing) for feed in feeds]
         hidden, contexts = [h for h, _ in begun], [c for _, c in begun]
         mark_ns = time.perf_counter_ns()
         head_ns = mark_ns - began_ns
@@ -111,7 +119,9 @@ class DistributedMixtral:
                 )
             )
             mark_ns = done_ns
-        logits = [self.trunk.head(h if all_logits else h[:, -1:]).cpu() for h in hidden]
+        # One product for all sequences: the head's weights are the largest in the trunk and are read once.
+        wanted = [h if all_logits else h[:, feed.rows or [-1]] for h, feed in zip(hidden, feeds, strict=True)]
+        logits = list(torch.split(self.trunk.head(torch.cat(wanted, dim=1)).cpu(), [h.shape[1] for h in wanted]))
         end_ns = time.perf_counter_ns()
         tokens = sum(len(feed.ids) for feed in feeds)
         record = StepRecord(

@@ -5,7 +5,7 @@ Attention, norms and rotary embedding are transformers' own modules, so that thi
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +28,19 @@ _TORCH_DTYPE: dict[TrunkDtype, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+
+
+class Packing(NamedTuple):
+    """Several sequences in one: many short ones take far fewer and larger products this way.
+
+    Attributes:
+        positions: int64 [tokens], of each token within its own sequence.
+        visible: bool [tokens, past + tokens], what each token attends to: all that came before it in its sequence,
+            and itself.
+    """
+
+    positions: Tensor
+    visible: Tensor
 
 
 class StepContext:
@@ -92,9 +105,22 @@ class Trunk:
             if excess > 0:
                 layer.crop(-excess)
 
-    def embed(self, ids: Tensor, cache: DynamicCache) -> tuple[Tensor, StepContext]:
-        """Begin a step with token ids [tokens] that follow what `cache` holds: hidden [1, tokens, hidden]."""
+    def embed(self, ids: Tensor, cache: DynamicCache, packing: Packing | None = None) -> tuple[Tensor, StepContext]:
+        """Begin a step with token ids [tokens] that follow what `cache` holds: hidden [1, tokens, hidden].
+
+        Args:
+            packing: where the ids are several sequences.
+
+        Raises:
+            BundleError: several sequences, but the model's attention has a sliding window.
+        """
         hidden = self._modules.embed_tokens(ids.to(self.device)[None])
+        if packing is not None:
+            if getattr(self.config, "sliding_window", None):
+                raise BundleError("sequences can't be packed for this model: its attention has a sliding window")
+            positions = packing.positions.to(self.device)[None]
+            mask = packing.visible.to(self.device)[None, None]
+            return hidden, StepContext(cache, self._rotary(hidden, position_ids=positions), mask)
         past = cache.get_seq_length()
         positions = torch.arange(past, past + ids.shape[0], device=self.device)[None]
         mask = self._create_mask(

@@ -5,7 +5,6 @@ highest summed log-probability (`acc`). Items are JSON lines with `question`, `c
 perplexity have `domain` and `text`.
 """
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from bs_coordinator.generate import Tokenizer
 from bs_coordinator.model import DistributedMixtral, Feed
+from bs_coordinator.trunk import Packing
 from wire.errors import WdmoeError
 
 _BATCH_ITEMS = 16
@@ -54,29 +54,66 @@ def read_items(path: Path, kind: type[T], count: int | None = None) -> list[T]:
         raise WdmoeError(f"{path} is not JSON lines of {kind.__name__}: {error}") from None
 
 
-def choose(model: DistributedMixtral, tokenizer: Tokenizer, items: Sequence[ChoiceItem]) -> list[int]:
-    """The model's choice for each item."""
+def choose(
+    model: DistributedMixtral, tokenizer: Tokenizer, items: Sequence[ChoiceItem], *, batch: int = _BATCH_ITEMS
+) -> list[int]:
+    """The model's choice for each item.
+
+    Args:
+        batch: items per forward step.
+    """
     chosen: list[int] = []
-    for batch in _batches(items):
-        prompts = [tokenizer.encode(f"Question: {item.question}\nAnswer:") for item in batch]
-        feeds = [Feed(prompt, model.trunk.new_cache()) for prompt in prompts]
-        logits, _ = model.step(feeds)
-        # Every choice continues its own copy of its question's cache.
-        choice_ids = [[tokenizer.encode(f" {choice}") for choice in item.choices] for item in batch]
-        flat = [
-            Feed(ids, copy.deepcopy(feed.cache))
-            for feed, choices in zip(feeds, choice_ids, strict=True)
-            for ids in choices
-        ]
-        continued, _ = model.step(flat, all_logits=True)
-        scores = iter(continued)
-        for last, choices in zip(logits, choice_ids, strict=True):
-            sums = [
-                _log_likelihood(torch.cat([last, scored[:-1]]), ids)
-                for ids, scored in zip(choices, scores, strict=False)
-            ]
-            chosen.append(max(range(len(sums)), key=sums.__getitem__))
+    for some in _batches(items, size=batch):
+        prompts = [tokenizer.encode(f"Question: {item.question}\nAnswer:") for item in some]
+        choices = [(i, tokenizer.encode(f" {choice}")) for i, item in enumerate(some) for choice in item.choices]
+        scores = _score(model, prompts, choices)
+        by_item: list[list[float]] = [[] for _ in some]
+        for (i, _), score in zip(choices, scores, strict=True):
+            by_item[i].append(score)
+        chosen += [max(range(len(sums)), key=sums.__getitem__) for sums in by_item]
     return chosen
+
+
+def _score(
+    model: DistributedMixtral, prompts: Sequence[list[int]], choices: Sequence[tuple[int, list[int]]]
+) -> list[float]:
+    """Log-likelihood of each choice after its prompt, in two steps for all of them.
+
+    Args:
+        choices: which prompt, and the token ids that follow it.
+    """
+    cache = model.trunk.new_cache()
+    owner = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor([len(p) for p in prompts]))
+    ends = [sum(len(p) for p in prompts[: i + 1]) - 1 for i in range(len(prompts))]
+    packing = Packing(_positions([len(p) for p in prompts]), _own_past(owner))
+    (first,), _ = model.step([Feed([id for p in prompts for id in p], cache, packing, ends)])
+    # The prompt predicts a choice's first token, and each token the next: nobody needs to see the last.
+    seen = [ids[:-1] for _, ids in choices]
+    lengths = [len(ids) for ids in seen]
+    rest = torch.empty((0, first.shape[1]))
+    if sum(lengths):
+        which = torch.repeat_interleave(torch.arange(len(choices)), torch.tensor(lengths))
+        prompt = torch.tensor([i for i, _ in choices])[which]
+        starts = torch.tensor([len(p) for p in prompts])[prompt]
+        visible = torch.cat([prompt[:, None] == owner[None], _own_past(which)], dim=1)
+        ids = [id for ids in seen for id in ids]
+        feed = Feed(ids, cache, Packing(starts + _positions(lengths), visible), list(range(len(ids))))
+        (rest,), _ = model.step([feed])
+    continued = torch.split(rest, lengths)
+    return [
+        _log_likelihood(torch.cat([first[i, None], following]), ids)
+        for (i, ids), following in zip(choices, continued, strict=True)
+    ]
+
+
+def _positions(lengths: Sequence[int]) -> Tensor:
+    """0, 1, … for each of several sequences one after the other, int64."""
+    return torch.cat([torch.arange(n) for n in lengths])
+
+
+def _own_past(owner: Tensor) -> Tensor:
+    """bool [tokens, tokens]: whether a token comes after or is another one of the same sequence."""
+    return (owner[:, None] == owner[None]).tril()
 
 
 def losses(
