@@ -14,8 +14,25 @@ _DATA = click.option("--data", type=click.Path(path_type=Path), help="Folder of 
 
 def register(group: click.Group) -> None:
     """Add the commands to `wdmoe-testbed`."""
-    for command in (run, resume):
+    for command in (plan, run, resume, status):
         group.add_command(command)
+
+
+@click.command()
+@_PLAN
+@_DATA
+@click.option("--dry-run", is_flag=True, help="List every cell.")
+def plan(plan_path: Path, data: Path | None, dry_run: bool) -> None:
+    """Check a plan and say what it comes to; runs nothing."""
+    from testbed.experiment.estimate import describe
+    from testbed.experiment.plan import expand, read_plan
+
+    read = read_plan(plan_path, data=data)
+    if dry_run:
+        for cell in expand(read):
+            click.echo(f"{cell.id}  {cell}")
+    for line in describe(read):
+        click.echo(line)
 
 
 @click.command()
@@ -41,6 +58,17 @@ def run(plan_path: Path, data: Path | None, out: Path | None) -> None:
 def resume(folder: Path) -> None:
     """Go on with a run that was interrupted; cells that failed are tried again."""
     _run(folder)
+
+
+@click.command()
+@_RUN
+def status(folder: Path) -> None:
+    """Say how far a run is and what failed."""
+    from testbed.experiment.rundir import RunDir
+    from testbed.experiment.status import lines, status_of
+
+    for line in lines(status_of(RunDir(folder))):
+        click.echo(line)
 
 
 def _run(folder: Path) -> None:

@@ -106,6 +106,16 @@ class Choice(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_
     where: Where = "distributed"
     repetitions: Count | None = None
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """First item, one past the last."""
+        return (0, self.items) if isinstance(self.items, int) else (self.items[0], self.items[1])
+
+    @property
+    def count(self) -> int:
+        """Items in all."""
+        return self.span[1] - self.span[0]
+
 
 class Perplexity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="perplexity"):
     """Loss on texts.
@@ -277,7 +287,7 @@ def check_plan(plan: Plan, *, top_k: int = 2) -> None:
             and isinstance(workload.items, tuple)
             and workload.items[0] >= workload.items[1]
         ):
-            raise ValueError(f"workloads[{i}].items: the range {list(workload.items)} is empty")
+            raise ValueError(f"workloads[{i}].items: the range {list(workload.span)} is empty")
         if isinstance(workload, Perplexity) and (workload.dataset is None) == isinstance(workload.texts, int):
             raise ValueError(f"workloads[{i}]: perplexity needs either a list of texts, or a number and a dataset")
 

@@ -80,7 +80,7 @@ def token_sha256(ids: list[int]) -> str:
 
 
 def _choose(site: Site, workload: Choice, recorder: Recorder) -> None:
-    first, end = workload.items if isinstance(workload.items, tuple) else (0, workload.items)
+    first, end = workload.span
     items = read_items(Path(workload.dataset), ChoiceItem, end)[first:]
     if len(items) < end - first:
         raise PlanError(f"{workload.dataset} has {first + len(items)} items, workload '{workload.name}' wants {end}")

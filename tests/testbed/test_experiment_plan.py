@@ -1,0 +1,146 @@
+"""Plans and statistics: what is decided before and after a run, without running anything."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from testbed.experiment.estimate import describe, estimate
+from testbed.experiment.plan import Generate, Perplexity, Plan, blocks, expand, read_plan
+from tests.conftest import Run
+from wire.errors import PlanError
+
+POLICIES = ("topk", "top1", "topk:k=3", "topk:k=4")
+
+
+def _plans() -> st.SearchStrategy[Plan]:
+    workloads = st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, unique=True).flatmap(
+        lambda names: st.tuples(
+            *(
+                st.one_of(
+                    st.builds(Generate, name=st.just(n), repetitions=st.one_of(st.none(), st.integers(1, 3))),
+                    st.builds(
+                        Perplexity, name=st.just(n), texts=st.just(("x",)),
+                        where=st.sampled_from(["distributed", "in-process"]),
+                    ),
+                )
+                for n in names
+            )
+        )
+    )  # fmt: skip
+    return st.builds(
+        Plan,
+        name=st.just("p"),
+        policies=st.lists(st.sampled_from(POLICIES), min_size=1, unique=True).map(tuple),
+        bundles=st.sampled_from([("int4",), ("int4", "int8")]),
+        profiles=st.sampled_from([(), ("fast",), ("fast", "slow")]),
+        workloads=workloads,
+        repetitions=st.integers(1, 4),
+        seed=st.integers(0, 10),
+    )
+
+
+@given(_plans())
+def test_every_cell_comes_once_and_arms_take_turns(plan: Plan) -> None:
+    cells = expand(plan)
+    assert cells == expand(plan)
+    assert len({cell.id for cell in cells}) == len(cells)
+    expected = {
+        (r, b, p, w.name, policy)
+        for w in plan.workloads
+        for r in range(w.repetitions or plan.repetitions)
+        for b in plan.bundles
+        for p in plan.profile_names
+        for policy in plan.policies
+    }
+    assert {(c.repetition, c.bundle, c.profile, c.workload, c.policy) for c in cells} == expected
+    assert len(cells) == len(expected)
+    for block in blocks(plan):
+        assert Counter(c.policy for c in block) == Counter(plan.policies)
+        assert len({(c.repetition, c.bundle, c.profile, c.workload) for c in block}) == 1
+    # In this process only after the nodes' costs are known.
+    for repetition in range(plan.repetitions):
+        for bundle in plan.bundles:
+            where = [plan.workload(c.workload).where for c in cells if (c.repetition, c.bundle) == (repetition, bundle)]
+            assert where == sorted(where)
+
+
+def test_the_order_of_arms_depends_on_the_seed() -> None:
+    def order(seed: int) -> list[str]:
+        plan = Plan(name="p", policies=POLICIES, workloads=(Generate(),), repetitions=5, seed=seed)
+        return [cell.policy for cell in expand(plan)]
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+    assert len({tuple(order(1)[i : i + 4]) for i in range(0, 20, 4)}) > 1
+
+
+def test_prompts_of_later_repetitions_follow() -> None:
+    workload = Generate(prompts=("a", "b", "c"), prompts_per_cell=2)
+    assert [workload.prompts_of(r) for r in range(2)] == [[(0, "a"), (1, "b")], [(2, "c"), (0, "a")]]
+    assert len(Generate(prompts=5).prompts_of(3)) == 5
+
+
+GOOD = {"name": "x", "policies": "[topk]", "workloads": "[{kind: generate}]"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"policies": "[nope]"}, ("policies[0]", "unknown")),
+        ({"policies": "[topk, topk]"}, ("policies", "twice")),
+        ({"policies": "['topk:k=x']"}, ("policies[0]",)),
+        ({"policies": "[]"}, ("$.policies",)),
+        ({"repetitions": "0"}, ("$.repetitions",)),
+        ({"repeat": "3"}, ("unknown field `repeat`",)),
+        ({"network": "{}"}, ("network", "emulated")),
+        ({"network": "{external: {}}"}, ("$.network.external", "broker")),
+        ({"profiles": "[slow]"}, ("profiles", "emulated")),
+        ({"baseline": "top1"}, ("baseline",)),
+        ({"nodes": "{a/b: 'L*:E*'}"}, ("node",)),
+        ({"workloads": "[{kind: choice}]"}, ("$.workloads[0]", "dataset")),
+        ({"workloads": "[{kind: choice, dataset: x, items: [5, 5]}]"}, ("workloads[0].items", "empty")),
+        ({"workloads": "[{kind: perplexity, texts: 3}]"}, ("workloads[0]", "dataset")),
+        ({"workloads": "[{kind: generate}, {kind: generate}]"}, ("workloads", "twice")),
+        ({"workloads": "[{kind: sing}]"}, ("$.workloads[0]", "sing")),
+        ({"name": "../x"}, ("$.name",)),
+    ],
+)
+def test_a_wrong_plan_is_refused_with_its_field(change: dict[str, str], words: tuple[str, ...], tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text("\n".join(f"{key}: {value}" for key, value in {**GOOD, **change}.items()))
+    with pytest.raises(PlanError) as caught:
+        read_plan(path)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_paths_are_found_beside_the_plan_and_data(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text("name: x\npolicies: [topk]\nbundles: [./b]\nworkloads: [{kind: choice, dataset: q.jsonl}]\n")
+    plan = read_plan(path, data=tmp_path / "data")
+    assert plan.bundles == (str(tmp_path / "b"),)
+    (workload,) = plan.workloads
+    assert not isinstance(workload, Generate)
+    assert workload.dataset == str(tmp_path / "data/q.jsonl")
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "testbed/experiment/plans").glob("*.yaml")))
+def test_the_plans_of_the_project_are_valid(path: Path) -> None:
+    plan = read_plan(path)
+    assert estimate(plan).cells == len(expand(plan))
+    assert describe(plan)
+
+
+def test_plan_as_a_command(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text("\n".join(f"{key}: {value}" for key, value in GOOD.items()))
+    done = run("testbed", "plan", path, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert len([line for line in done.stdout.splitlines() if "generate topk" in line]) == 1
+    missing = run("testbed", "plan", tmp_path / "none.yaml")
+    assert missing.returncode == 60
+    assert "none.yaml" in missing.stderr
+    assert "Traceback" not in missing.stderr

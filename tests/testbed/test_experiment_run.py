@@ -1,0 +1,234 @@
+"""Runs of real cells over a real broker and node processes, killed and resumed."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from testbed.experiment.rundir import RunDir
+from tests.conftest import Run
+from wire.errors import RunDirectoryError
+from wire.manifest import Scheme
+
+Bundle = Callable[[Scheme], Path]
+PLAN = """
+name: tiny
+bundles: [{bundle}]
+nodes: 2
+policies: [topk, top1]
+repetitions: {repetitions}
+warm_up_tokens: 2
+nodes_timeout_s: 20
+workloads:
+  - {{kind: generate, prompts: [Hello, What is rain?], max_tokens: {tokens}}}
+"""
+CHOICE = """
+  - {kind: choice, dataset: items.jsonl, items: 4, batch: 2, repetitions: 1}
+  - {kind: perplexity, texts: [The cat sat on the mat., One two three four five.], repetitions: 1}
+  - {kind: choice, name: choice-here, dataset: items.jsonl, items: 4, where: in-process, repetitions: 1}
+"""
+ITEMS = [{"question": f"What is {i}?", "choices": ["a number", "a bird"], "label": 0} for i in range(4)]
+
+
+def _write_plan(folder: Path, bundle: Path, *, repetitions: int = 2, tokens: int = 4, more: str = "") -> Path:
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
+    path = folder / "plan.yaml"
+    path.write_text(PLAN.format(bundle=bundle, repetitions=repetitions, tokens=tokens) + more)
+    return path
+
+
+def _events(run_dir: RunDir, name: str) -> list[dict[str, Any]]:
+    return [event for event in run_dir.events() if event["event"] == name]
+
+
+def _rows(run_dir: RunDir, table: str) -> list[dict[str, Any]]:
+    """Of all complete cells."""
+    rows = []
+    for cell in run_dir.cells():
+        path = run_dir.cell_path(cell) / f"{table}.parquet"
+        if path.exists():
+            rows += [{**row, "cell": cell} for row in pq.read_table(path).to_pylist()]
+    return rows
+
+
+@pytest.fixture(scope="module")
+def finished(run: Run, tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A small run of every workload."""
+    folder = tmp_path_factory.mktemp("finished")
+    plan = _write_plan(folder, tiny_bundle("int4"), more=CHOICE)
+    done = run("testbed", "run", plan, "--out", folder / "run")
+    assert done.returncode == 0, done.stderr
+    return RunDir(folder / "run")
+
+
+def test_cells_are_complete_and_their_rows_add_up(finished: RunDir) -> None:
+    cells = finished.cells()
+    assert len(cells) == 2 * 2 + 3 * 2
+    for cell in cells:
+        marker = finished.marker(cell)
+        assert marker.cell == cell
+        assert marker.rows == {
+            name: pq.read_metadata(finished.cell_path(cell) / f"{name}.parquet").num_rows for name in marker.rows
+        }
+        assert 0 < marker.log_ns / marker.tokens < 1e6
+    for token in _rows(finished, "tokens"):
+        parts = sum(token[f"{part}_ns"] for part in ("trunk", "network", "compute", "wait", "framing"))
+        assert parts == token["total_ns"]
+        pairs = {"topk": 1.0, "top1": 0.5}[token["cell"].policy]
+        assert token["pairs"] == pairs * token["full_pairs"]
+        assert token["warm_up"] == (token["answer"] < 0)
+    latency = [r for r in _rows(finished, "latency") if r["cell"].workload == "generate"]
+    assert {r["node"] for r in latency} == {"node0", "node1"}
+
+
+def test_equal_cells_give_equal_answers(finished: RunDir) -> None:
+    """Greedy answers depend on prompt and policy only; their hashes prove it."""
+    hashes: dict[tuple[str, int], set[str]] = {}
+    for answer in _rows(finished, "answers"):
+        hashes.setdefault((answer["cell"].policy, answer["prompt"]), set()).add(answer["token_sha256"])
+    assert len(hashes) == 2 * 3  # two prompts and the warm-up's
+    assert all(len(some) == 1 for some in hashes.values())
+
+
+def test_accuracy_is_the_same_on_nodes_and_in_this_process(finished: RunDir) -> None:
+    chosen = {(r["cell"].workload, r["cell"].policy, r["item"]): r["chosen"] for r in _rows(finished, "choices")}
+    assert len(chosen) == 2 * 2 * 4
+    same = [
+        chosen["choice", policy, i] == chosen["choice-here", policy, i] for policy in ("topk", "top1") for i in range(4)
+    ]
+    assert sum(same) >= 7  # hidden states travel in fp16, which may turn a near tie
+    losses = _rows(finished, "losses")
+    assert len(losses) == 4
+    assert all(0 < row["loss_nats"] / row["tokens"] < 20 for row in losses)
+
+
+def test_the_manifest_says_what_was_run(finished: RunDir) -> None:
+    manifest = finished.manifest
+    assert manifest.bundles[0].quantisation == "int4 b32"
+    assert len(manifest.bundles[0].model_sha256) == 64
+    assert manifest.argv[1] == "run"
+    assert {"python", "torch", "onnxruntime"} <= manifest.versions.keys()
+    assert manifest.machine["cpus"] >= 1
+    assert [len(sha) for sha in manifest.datasets.values()] == [64]
+
+
+def test_kill_in_mid_run_then_resume(run: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    plan = _write_plan(tmp_path, tiny_bundle("int4"), repetitions=4, tokens=16)
+    folder = tmp_path / "run"
+    argv = [sys.executable, "-m", "testbed", "run", str(plan), "--out", str(folder)]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL) as process:
+        try:
+            _wait_for_cells(folder, 2)
+            children = psutil.Process(process.pid).children(recursive=True)
+        finally:
+            process.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    killed = RunDir(folder)
+    before = {c.id: _digest(killed.cell_path(c)) for c in killed.cells() if killed.is_complete(c)}
+    assert 2 <= len(before) < 8
+    # What a crash in the middle of writing leaves behind.
+    (folder / "cells" / ".half").mkdir()
+    with (folder / "events.jsonl").open("a") as file:
+        file.write('{"event": "cell_fi')
+    assert "stopped" in run("testbed", "status", folder).stdout
+
+    done = run("testbed", "resume", folder)
+    assert done.returncode == 0, done.stderr
+    resumed = RunDir(folder)
+    cells = resumed.cells()
+    assert all(resumed.is_complete(cell) for cell in cells)
+    assert {id: _digest(folder / "cells" / id) for id in before} == before
+    assert {path.name for path in (folder / "cells").iterdir()} == {cell.id for cell in cells}
+    (event,) = _events(resumed, "run_resumed")
+    assert 0 < event["gap_s"] < 60
+    assert event["left"] == len(cells) - len(before)
+    finished = [e["cell"] for e in _events(resumed, "cell_finished")]
+    assert len(finished) == len(set(finished))
+    # The token log holds every answer of every cell once.
+    answers = [(a["cell"].id, a["answer"]) for a in _rows(resumed, "answers")]
+    assert len(answers) == len(set(answers)) == 8 * 3
+    tokens = [(t["cell"].id, t["answer"], t["token"]) for t in _rows(resumed, "tokens")]
+    assert len(tokens) == len(set(tokens)) == sum(a["tokens"] for a in _rows(resumed, "answers"))
+    again = run("testbed", "resume", folder)
+    assert again.returncode == 0
+    assert "8 cells are complete" in again.stdout
+
+
+def test_one_runner_per_folder(run: Run, finished: RunDir) -> None:
+    with finished.lock():
+        other = run("testbed", "resume", finished.path)
+        assert other.returncode == 61
+        assert "another process" in other.stderr
+        assert "10 of 10 cells complete, running" in run("testbed", "status", finished.path).stdout
+    assert not finished.is_running()
+
+
+def _wait_for_cells(folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("cells/*/cell.json"))) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _digest(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_failures_are_counted_and_the_run_goes_on(run: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    plan = _write_plan(tmp_path, tiny_bundle("int4"), repetitions=1, more=CHOICE)
+    (tmp_path / "items.jsonl").write_text("not json\n")
+    done = run("testbed", "run", plan, "--out", tmp_path / "run")
+    assert done.returncode == 63
+    assert "4 of 8 cells failed" in done.stderr
+    assert "Traceback" not in done.stderr
+    run_dir = RunDir(tmp_path / "run")
+    failed = _events(run_dir, "cell_failed")
+    assert len(failed) == 2 * 4
+    assert all("items.jsonl" in event["error"] for event in failed)
+    assert len(_events(run_dir, "cell_given_up")) == 4
+    assert "8 failed attempts, 4 cells" in run("testbed", "status", tmp_path / "run").stdout
+
+
+def test_sigterm_ends_a_run_cleanly(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    plan = _write_plan(tmp_path, tiny_bundle("int4"), repetitions=50, tokens=30)
+    folder = tmp_path / "run"
+    argv = [sys.executable, "-m", "testbed", "run", str(plan), "--out", str(folder)]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            _wait_for_cells(folder, 1)
+            children = psutil.Process(process.pid).children(recursive=True)
+        finally:
+            process.terminate()
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    assert not psutil.wait_procs(children, timeout=5)[1]
+    assert RunDir(folder).events()[-1]["event"] == "run_interrupted"
+
+
+def test_folders_that_cannot_be_used(run: Run, tiny_bundle: Bundle, finished: RunDir, tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match="not a run's folder"):
+        RunDir(tmp_path)
+    plan = _write_plan(tmp_path, tiny_bundle("int4"))
+    taken = run("testbed", "run", plan, "--out", finished.path)
+    assert taken.returncode == 61
+    assert "not empty" in taken.stderr
+    copy = tmp_path / "copy"
+    shutil.copytree(finished.path, copy)
+    (copy / "manifest.json").write_text("{}")
+    with pytest.raises(RunDirectoryError, match="damaged"):
+        RunDir(copy)
+    no_bundle = _write_plan(tmp_path, tmp_path / "nowhere")
+    assert run("testbed", "run", no_bundle, "--out", tmp_path / "run").returncode == 11
+    odd = _write_plan(tmp_path, Path("int5"))
+    assert run("testbed", "run", odd, "--out", tmp_path / "run").returncode == 60
