@@ -197,7 +197,4 @@ def _progress(what: str) -> Iterator[Callable[[str, float], None]]:
 
 def main() -> None:
     """Console entry."""
-    # The matrix products of an export are too small to share; BLAS threads would only spin against each
-    # other. Must be set before numpy is loaded.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     run_console(cli, "wdmoe-export")

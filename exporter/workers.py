@@ -7,7 +7,6 @@ is reported instead of waited for.
 
 import ctypes
 import multiprocessing
-import os
 import signal
 import sys
 import threading
@@ -75,7 +74,7 @@ class _Worker:
         self.pipe, theirs = context.Pipe()
         self._busy: ExpertId | None = None
         self._process: SpawnProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
-        with _child_settings():
+        with _sigint_ignored():
             self._process.start()
         theirs.close()
 
@@ -110,25 +109,16 @@ class _Worker:
 
 
 @contextmanager
-def _child_settings() -> Iterator[None]:
-    """Settings that a child must have from its first instruction, so it inherits them.
-
-    One BLAS thread, because the processes already share the cores; and no SIGINT, which a terminal sends
-    to the whole group: the parent decides.
-    """
-    before = os.environ.get("OPENBLAS_NUM_THREADS")
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    in_main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
+def _sigint_ignored() -> Iterator[None]:
+    """Children inherit this: a terminal sends SIGINT to the whole group, and the parent decides."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        if in_main:
-            signal.signal(signal.SIGINT, handler)
-        if before is None:
-            del os.environ["OPENBLAS_NUM_THREADS"]
-        else:
-            os.environ["OPENBLAS_NUM_THREADS"] = before
+        signal.signal(signal.SIGINT, handler)
 
 
 def _serve(pipe: Connection) -> None:

@@ -69,12 +69,15 @@ def _ask(
 
 
 def _print_tables(answers: Sequence[AnswerStats], console: Console) -> None:
-    table = Table(title="per answer; ms per token are means over the decoded tokens")
+    table = Table(
+        title="per answer; ms and KiB after the first token are means per decoded token", pad_edge=False, padding=(0, 0)
+    )
+    # Two short words at most above each number: the table must fit into 80 columns.
     for column in (
-        "answer", "tokens", "first token ms", "ms per token", "trunk", "network", "node compute", "wait",
-        "framing", "KiB down/token", "KiB up/token",
+        "answer", "tokens", "first\ntoken", "per\ntoken", "trunk", "net-\nwork", "node\ncomp.", "node\nwait",
+        "fram-\ning", "KiB\ndown", "KiB\nup",
     ):  # fmt: skip
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for i, a in enumerate(answers, 1):
         parts = (
             a.first_token_ms,
