@@ -18,7 +18,10 @@
     ├── PlanError                60   an experiment's plan is wrong
     ├── RunDirectoryError        61   a run directory is missing, in use, or not one
     ├── PreflightError           62   this machine or its nodes can't run a plan
-    └── FailedCellsError         63   a run went to its end, but some of its cells failed
+    ├── FailedCellsError         63   a run went to its end, but some of its cells failed
+    ├── PrivilegeError           64   emulated networks need rights that this process lacks
+    ├── NetworkSpecError         65   the description of an emulated network is wrong
+    └── NetworkError             66   an emulated network is not up, or not what was configured
 
 Exit code 2 is click's own for a malformed command line; 130 is Ctrl-C.
 """
@@ -154,3 +157,21 @@ class FailedCellsError(WdmoeError):
     """A run went to its end, but some of its cells failed."""
 
     exit_code = 63
+
+
+class PrivilegeError(WdmoeError):
+    """Emulated networks need rights that this process lacks."""
+
+    exit_code = 64
+
+
+class NetworkSpecError(WdmoeError):
+    """The description of an emulated network is wrong."""
+
+    exit_code = 65
+
+
+class NetworkError(WdmoeError):
+    """An emulated network is not up, does not come up, or is not what was configured."""
+
+    exit_code = 66
