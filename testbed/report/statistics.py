@@ -18,6 +18,8 @@ Draw = NDArray[np.intp]
 """intp [..., units]: indices of drawn units."""
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+LEAST_UNITS = 5
+"""Fewer draw the same few samples again and again: an interval would only look like one."""
 _CERTAINTY = 0.99865
 _CELLS_PER_BLOCK = 4_000_000
 """Of the one matrix that grows with draws × values."""
@@ -178,7 +180,7 @@ def _interval(statistic: Callable[[Draw], Float], units: int, seed: int, resampl
 def _bootstrap(
     statistic: Callable[..., Float], units: tuple[int, ...], seed: int, resamples: int
 ) -> tuple[float | None, float | None]:
-    if min(units) < 2:
+    if min(units) < LEAST_UNITS:
         return None, None
 
     def along_last(*draws: NDArray[np.float64], axis: int) -> Float:

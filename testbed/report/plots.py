@@ -1,0 +1,303 @@
+"""Plots of a run, each as PNG and SVG beside the CSV that it was drawn from.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart, and lines differ in their dashes too.
+"""
+
+import csv
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+from testbed.experiment.plan import Choice, Generate
+from testbed.report.analysis import Analysis, Arm
+from testbed.report.document import Figure
+from testbed.report.links import LinkSeries, link_series
+from testbed.report.metrics import PARTS
+from testbed.report.statistics import Interval
+from testbed.report.summary import ArmResult, Summary
+
+COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+DASHES = ("-", "--", ":", "-.")
+MARKERS = "osD^vPX*<>"
+NODES_DRAWN = 8
+"""Link plots of more nodes can't be read."""
+_STYLE: Any = {
+    "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "svg.hashsalt": "wdmoe",
+    "figure.dpi": 110,
+}  # fmt: skip
+Row = tuple[object, ...]
+
+
+def draw_plots(analysis: Analysis, summary: Summary, folder: Path) -> dict[str, list[Figure]]:
+    """Draw all plots that the run has data for, into `folder`/plots; by kind."""
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(_STYLE):
+        return {
+            "latency": [*_ecdf(analysis, folder), *_breakdown(summary, folder)],
+            "front": _fronts(analysis, summary, folder),
+            "links": _links(analysis, folder),
+            "requests": _heat_map(analysis, folder),
+        }
+
+
+def _ecdf(analysis: Analysis, folder: Path) -> list[Figure]:
+    plan = analysis.run.plan
+    panels: dict[str, list[tuple[str, np.ndarray[Any, Any]]]] = {}
+    rows: list[Row] = []
+    for arm, workloads in analysis.units.items():
+        for name, units in workloads.items():
+            if isinstance(plan.workload(name), Generate) and len(units.steps):
+                ms = np.sort(np.concatenate(units.steps.token_ns())) / 1e6
+                panels.setdefault(_panel(analysis, arm, name), []).append((arm.policy, ms))
+                rows += [(*arm, name, t, (i + 1) / len(ms)) for i, t in enumerate(ms)]
+    panels = {title: [(p, ms) for p, ms in lines if len(ms)] for title, lines in panels.items()}
+    if not any(panels.values()):
+        return []
+    figure, axes = _grid(len(panels))
+    longest = max(float(np.quantile(ms, 0.995)) for lines in panels.values() for _, ms in lines)
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        for policy, ms in sorted(lines, key=lambda line: plan.policies.index(line[0])):
+            axis.ecdf(ms, **_line(plan.policies, policy))
+        axis.set(title=title, xlabel="time per token, ms", ylabel="share of tokens", xlim=(0, longest * 1.03))
+    _legend(figure, axes)
+    header = ("bundle", "profile", "policy", "workload", "token_ms", "share")
+    caption = (
+        "Share of generated tokens that took at most so long. The first token of each answer is left out; the axis ends "
+        "before the slowest half percent."
+    )
+    return [_save(figure, folder, "latency-ecdf", header, rows, caption)]
+
+
+def _breakdown(summary: Summary, folder: Path) -> list[Figure]:
+    panels: dict[str, list[tuple[str, list[float]]]] = {}
+    rows: list[Row] = []
+    for arm in summary.arms:
+        for name, result in arm.workloads.items():
+            parts = [result.metrics[f"{part}_ms"].value for part in PARTS if f"{part}_ms" in result.metrics]
+            if len(parts) == len(PARTS):
+                panels.setdefault(_panel_of(summary, arm, name), []).append((arm.policy, parts))
+                rows.append((arm.bundle, arm.profile, arm.policy, name, *parts))
+    if not panels:
+        return []
+    bars = max(map(len, panels.values()))
+    figure, axes = _grid(len(panels), height=1.1 + 0.42 * bars)
+    for axis, (title, arms) in zip(axes, panels.items(), strict=True):
+        left = np.zeros(len(arms))
+        for part, colour in zip(PARTS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999"), strict=True):
+            width = np.array([parts[PARTS.index(part)] for _, parts in arms])
+            label = {"compute": "node compute", "wait": "node queue"}.get(part, part)
+            axis.barh(range(len(arms)), width, left=left, color=colour, label=label, edgecolor="white", linewidth=0.5)
+            left += width
+        axis.set_yticks(range(len(arms)), [_wrap(policy, 22) for policy, _ in arms])
+        axis.invert_yaxis()
+        axis.set(title=title, xlabel="mean time per token, ms")
+        axis.grid(visible=False, axis="y")
+    _legend(figure, axes)
+    header = ("bundle", "profile", "policy", "workload", *(f"{part}_ms" for part in PARTS))
+    caption = (
+        "Where a token's time goes along its critical path: trunk on the base station; of each layer's slowest "
+        "request the network, the node's compute and its queue; framing is the rest."
+    )
+    return [_save(figure, folder, "breakdown", header, rows, caption)]
+
+
+def _fronts(analysis: Analysis, summary: Summary, folder: Path) -> list[Figure]:
+    choices = [w.name for w in analysis.run.plan.workloads if isinstance(w, Choice)]
+    figures = []
+    for metric in ("token_ms", "layer_wait_ms"):
+        panels: dict[str, list[tuple[str, Interval, Interval]]] = {}
+        rows: list[Row] = []
+        for arm in summary.arms:
+            cost = next(
+                (r.metrics[metric] for r in arm.workloads.values() if r.kind == "generate" and metric in r.metrics),
+                None,
+            )
+            for name in choices:
+                right = arm.workloads[name].metrics.get("accuracy")
+                if cost and right:
+                    panels.setdefault(_panel_of(summary, arm, name), []).append((arm.policy, cost, right))
+                    rows.append((arm.bundle, arm.profile, arm.policy, name, *_ends(cost), *_ends(right)))
+        if panels:
+            figures.append(_front(analysis, folder, metric, panels, rows))
+    return figures
+
+
+def _front(
+    analysis: Analysis,
+    folder: Path,
+    metric: str,
+    panels: dict[str, list[tuple[str, Interval, Interval]]],
+    rows: list[Row],
+) -> Figure:
+    figure, axes = _grid(len(panels))
+    policies = analysis.run.plan.policies
+    what = {"token_ms": "mean time per token, ms", "layer_wait_ms": "mean layer wait, ms"}[metric]
+    for axis, (title, points) in zip(axes, panels.items(), strict=True):
+        for policy, cost, right in points:
+            style = _line(policies, policy)
+            axis.errorbar(
+                cost.value, 100 * right.value, xerr=_bars(cost, 1), yerr=_bars(right, 100), capsize=2, elinewidth=0.8,
+                marker=MARKERS[policies.index(policy) % len(MARKERS)], markersize=6, linestyle="",
+                color=style["color"], label=style["label"],
+            )  # fmt: skip
+        axis.set(title=title, xlabel=what, ylabel="accuracy, %")
+    _legend(figure, axes)
+    header = ("bundle", "profile", "policy", "workload", metric, "low", "high", "accuracy", "low", "high")
+    caption = (
+        f"Accuracy against {what.removesuffix(', ms')} when generating, with 95 % intervals; up and to the left is "
+        "better."
+    )
+    return _save(figure, folder, f"front-{metric.removesuffix('_ms').replace('_', '-')}", header, rows, caption)
+
+
+def _links(analysis: Analysis, folder: Path) -> list[Figure]:
+    figures = []
+    for profile in analysis.run.plan.profile_names:
+        tables = [t for t in analysis.links if t.num_rows and t["profile"][0].as_py() == profile]
+        series = link_series(tables)
+        if series:
+            figures.append(_links_of(profile, series, folder))
+    return figures
+
+
+def _links_of(profile: str, series: Sequence[LinkSeries], folder: Path) -> Figure:
+    nodes = sorted({s.node for s in series})[:NODES_DRAWN]
+    quantities = sorted({s.quantity for s in series})
+    figure = Canvas(figsize=(3.4 * len(quantities) + 0.6, 1.5 * len(nodes) + 1.0), layout="constrained")
+    axes = figure.subplots(len(nodes), len(quantities), squeeze=False, sharex=True, sharey="col")
+    rows: list[Row] = []
+    for s in series:
+        rows += [(profile, s.node, s.quantity, "truth", t, v) for t, v in zip(s.truth_s, s.truth, strict=True)]
+        rows += [(profile, s.node, s.quantity, "estimate", t, v) for t, v in zip(s.estimate_s, s.estimate, strict=True)]
+        if s.node in nodes:
+            axis = axes[nodes.index(s.node)][quantities.index(s.quantity)]
+            axis.step(s.truth_s, s.truth, where="post", color=COLOURS[0], linewidth=2.4, alpha=0.45, label="configured")
+            axis.plot(
+                s.estimate_s, s.estimate, color=COLOURS[4], linewidth=1.0, marker=".", markersize=2.5, label="estimate"
+            )
+            if s.std is not None:
+                low, high = np.maximum(0, s.estimate - 2 * s.std), s.estimate + 2 * s.std
+                axis.fill_between(s.estimate_s, low, high, color=COLOURS[4], alpha=0.15, linewidth=0)
+    top = {
+        q: max((float(np.max([*s.truth, *s.estimate])) for s in series if s.quantity == q), default=1.0)
+        for q in quantities
+    }
+    for column, quantity in enumerate(quantities):
+        axes[0][column].set_title(_quantity(quantity))
+        axes[0][column].set_ylim(0, top[quantity] * 1.15 or 1.0)
+        axes[-1][column].set_xlabel("time since the run's first sample, s")
+    for row, node in enumerate(nodes):
+        axes[row][0].set_ylabel(node)
+    _legend(figure, axes.flatten().tolist())
+    hidden = len({s.node for s in series}) - len(nodes)
+    caption = (
+        f"Profile {profile}: links as they were configured and as they were estimated, with two standard deviations."
+    )
+    if hidden:
+        caption += f" The first {len(nodes)} nodes; the CSV has {hidden} more."
+    header = ("profile", "node", "quantity", "kind", "time_s", "value")
+    return _save(figure, folder, f"links-{profile}", header, rows, caption)
+
+
+def _heat_map(analysis: Analysis, folder: Path) -> list[Figure]:
+    counts = {p: analysis.requests[p] for p in analysis.run.plan.policies if analysis.requests.get(p)}
+    if not counts:
+        return []
+    nodes = sorted({node for counter in counts.values() for _, node in counter}, key=lambda n: (len(n), n))
+    experts = max(expert for counter in counts.values() for expert, _ in counter) + 1
+    figure, axes = _grid(len(counts), width=1.6 + 0.42 * len(nodes), height=1.5 + 0.26 * experts)
+    most = max(max(counter.values()) for counter in counts.values())
+    rows: list[Row] = []
+    image = None
+    for axis, (policy, counter) in zip(axes, counts.items(), strict=True):
+        grid = np.array([[counter[e, node] for node in nodes] for e in range(experts)], float)
+        rows += [(policy, e, node, counter[e, node]) for e in range(experts) for node in nodes]
+        image = axis.imshow(np.where(grid > 0, grid, np.nan), cmap="cividis", vmin=0, vmax=most, aspect="auto")
+        axis.set_xticks(range(len(nodes)), nodes, rotation=45, ha="right")
+        axis.set_yticks(range(experts))
+        axis.set(title=_wrap(policy, 30), ylabel="expert")
+        axis.grid(visible=False)
+    assert image is not None  # noqa: S101 (there is a policy)
+    figure.colorbar(image, ax=axes, label="requests", shrink=0.9)
+    caption = "How many requests asked a node for an expert index, over all layers; white is none."
+    return [_save(figure, folder, "requests", ("policy", "expert", "node", "requests"), rows, caption)]
+
+
+def _panel(analysis: Analysis, arm: Arm, workload: str) -> str:
+    plan = analysis.run.plan
+    named = [
+        Path(arm.bundle).name if len(plan.bundles) > 1 else "", arm.profile if len(plan.profile_names) > 1 else "",
+        workload,
+    ]  # fmt: skip
+    return ", ".join(filter(None, named))
+
+
+def _panel_of(summary: Summary, arm: ArmResult, workload: str) -> str:
+    several = [len({getattr(a, field) for a in summary.arms}) > 1 for field in ("bundle", "profile")]
+    named = [Path(arm.bundle).name if several[0] else "", arm.profile if several[1] else "", workload]
+    return ", ".join(filter(None, named))
+
+
+def _grid(count: int, *, width: float = 3.9, height: float = 3.0) -> tuple[Canvas, list[Axes]]:
+    columns = min(3, count)
+    lines = -(-count // columns)
+    figure = Canvas(figsize=(max(4.8, width * columns), height * lines + 0.7), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
+    for spare in axes[count:]:
+        spare.remove()
+    return figure, axes[:count]
+
+
+def _line(policies: Sequence[str], policy: str) -> dict[str, Any]:
+    i = policies.index(policy)
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)], "label": _wrap(policy, 40)}
+
+
+def _legend(figure: Canvas, axes: Sequence[Axes]) -> None:
+    """One for all panels, below them."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if not found:
+        return
+    longest = max(max(map(len, label.splitlines())) for label in found)
+    columns = max(1, min(len(found), int(figure.get_size_inches()[0] * 13 / (longest + 7))))
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _wrap(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text.replace(",", ", "), width)) or text
+
+
+def _quantity(name: str) -> str:
+    """`down_mbps` as people write it."""
+    known = {"down_mbps": "down-link, Mbit/s", "up_mbps": "up-link, Mbit/s", "rtt_ms": "round trip, ms"}
+    return known.get(name, name.replace("_", " "))
+
+
+def _ends(interval: Interval) -> tuple[object, ...]:
+    return interval.value, interval.low, interval.high
+
+
+def _bars(interval: Interval, scale: float) -> list[list[float]] | None:
+    if interval.low is None or interval.high is None:
+        return None
+    return [[scale * (interval.value - interval.low)], [scale * (interval.high - interval.value)]]
+
+
+def _save(figure: Canvas, folder: Path, name: str, header: Row, rows: Sequence[Row], caption: str) -> Figure:
+    path = folder / "plots" / name
+    figure.savefig(path.with_suffix(".png"))
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+    return Figure(f"plots/{name}.png", caption)

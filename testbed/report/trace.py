@@ -1,0 +1,166 @@
+"""A run in the Chrome trace event format: opens in Perfetto and chrome://tracing.
+
+One process per cell, each beginning at zero so that policies can be compared side by side. Thread 0 holds the base
+station's tokens, in them the layers, in those trunk and dispatch; the threads after it hold each node's requests, in
+them the node's own durations.
+
+The log has durations of layers, and moments of requests only: a step's layers follow each other without a gap,
+shifted so that no request leaves before its layer's dispatch begins. A node's work is drawn in the middle of its
+round trip, because nobody knows how the network's share divides between there and back.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from testbed.report.cells import CellRows
+
+Event = dict[str, Any]
+TOKENS_PER_CELL = 4
+_WORK = ("queue", "decode", "compute", "encode")
+
+
+class Trace:
+    """The trace of a run, cell by cell.
+
+    Attributes:
+        events: so far.
+    """
+
+    def __init__(self, tokens: int = TOKENS_PER_CELL) -> None:
+        """Of each cell the first `tokens` tokens after the warm-up are kept, so that viewers can open the file."""
+        self.events: list[Event] = []
+        self._tokens = tokens
+        self._cells = 0
+
+    def add(self, rows: CellRows) -> None:
+        """Append one cell."""
+        self._cells += 1
+        pid = self._cells
+        tokens = rows.table("tokens")
+        tokens = tokens.filter(pa.compute.invert(tokens["warm_up"])).slice(0, self._tokens).to_pylist()
+        if not tokens:
+            return
+        wanted = {(t["answer"], t["token"]) for t in tokens}
+        layers = _by_token(rows.table("layers"), wanted)
+        requests = _by_token(rows.table("latency"), wanted)
+        self._name("process_name", pid, 0, f"{rows.cell}")
+        self._name("thread_name", pid, 0, "base station")
+        begun = len(self.events)
+        lanes: dict[str, list[int]] = {}
+        thread_ids: dict[tuple[str, int], int] = {}
+        free_ns = 0
+        for token in tokens:
+            key = token["answer"], token["token"]
+            free_ns = self._token(pid, token, layers.get(key, []), requests.get(key, []), free_ns)
+            for request in requests.get(key, []):
+                lane = _lane(lanes.setdefault(request["node"], []), request)
+                tid = thread_ids.setdefault((request["node"], lane), len(thread_ids) + 1)
+                self._request(pid, tid, request)
+        _begin_at_zero(self.events[begun:])
+        for (node, lane), tid in thread_ids.items():
+            self._name("thread_name", pid, tid, node if lane == 0 else f"{node} ({lane + 1})")
+
+    def encode(self) -> bytes:
+        """The file."""
+        document = {
+            "traceEvents": self.events,
+            "displayTimeUnit": "ms",
+            "otherData": {"tokens_per_cell": f"the first {self._tokens}", "clock": "base station"},
+        }
+        return json.dumps(document, separators=(",", ":")).encode()
+
+    def _token(self, pid: int, token: Event, layers: list[Event], requests: list[Event], free_ns: int) -> int:
+        """One token's spans; when the next may begin."""
+        sent_ns: dict[int, list[int]] = {}
+        for request in requests:
+            sent_ns.setdefault(request["layer"], []).append(request["sent_unix_ns"])
+        begin_ns = max(free_ns, _begin_ns(token["began_unix_ns"], layers, sent_ns))
+        chain_ns = sum(layer["trunk_ns"] + layer["dispatch_ns"] for layer in layers)
+        total_ns = max(token["total_ns"], chain_ns)
+        args = {k: token[k] for k in ("answer", "token", "token_id", "phase", "step_tokens", "pairs", "full_pairs")}
+        self._span(pid, 0, f"token {token['token']}", "token", begin_ns, total_ns, args)
+        at_ns = begin_ns
+        for layer in layers:
+            args = {"pairs": layer["pairs"], "slowest": layer["slowest"], "predicted_us": _us(layer["predicted_ns"])}
+            both_ns = layer["trunk_ns"] + layer["dispatch_ns"]
+            self._span(pid, 0, f"layer {layer['layer']}", "layer", at_ns, both_ns, args)
+            self._span(pid, 0, "trunk", "trunk", at_ns, layer["trunk_ns"])
+            self._span(pid, 0, "dispatch", "dispatch", at_ns + layer["trunk_ns"], layer["dispatch_ns"])
+            at_ns += both_ns
+        if total_ns > chain_ns:
+            self._span(pid, 0, "embedding and head", "trunk", at_ns, total_ns - chain_ns)
+        return int(begin_ns + total_ns)
+
+    def _request(self, pid: int, tid: int, request: Event) -> None:
+        args = {k: request[k] for k in ("layer", "experts", "tokens", "down_bytes", "up_bytes")}
+        args |= {"predicted_us": _us(request["predicted_ns"])}
+        sent_ns, took_ns = request["sent_unix_ns"], request["round_trip_ns"]
+        self._span(
+            pid, tid, f"layer {request['layer']}: experts {request['experts']}", "request", sent_ns, took_ns, args
+        )
+        at_ns = sent_ns + request["network_ns"] // 2
+        for work in _WORK:
+            work_ns = min(request[f"node_{work}_ns"], sent_ns + took_ns - at_ns)
+            if work_ns > 0:
+                self._span(pid, tid, work, "node", at_ns, work_ns)
+                at_ns += work_ns
+
+    def _span(self, pid: int, tid: int, name: str, kind: str, at_ns: int, ns: int, args: Event | None = None) -> None:
+        event = {"name": name, "cat": kind, "ph": "X", "ts": at_ns, "dur": ns, "pid": pid, "tid": tid}
+        if args:
+            event["args"] = {k: v for k, v in args.items() if v is not None}
+        self.events.append(event)
+
+    def _name(self, kind: str, pid: int, tid: int, name: str) -> None:
+        self.events.append({"name": kind, "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}})
+
+
+def _begin_at_zero(events: list[Event]) -> None:
+    """From wall time in ns to µs since the first of these events, as the format wants them."""
+    first_ns = min(event["ts"] for event in events)
+    for event in events:
+        event["ts"], event["dur"] = _us(event["ts"] - first_ns), _us(event["dur"])
+
+
+def _begin_ns(began_ns: int, layers: list[Event], sent_ns: dict[int, list[int]]) -> int:
+    """When a token's layers begin: as late as lets every request leave after its layer's dispatch began."""
+    latest: list[int] = []
+    upto_ns = 0
+    repeated = len({layer["layer"] for layer in layers}) < len(layers)
+    for layer in layers:
+        if layer["layer"] in sent_ns and not (repeated and latest):
+            latest.append(min(sent_ns[layer["layer"]]) - upto_ns - layer["trunk_ns"])
+        upto_ns += layer["trunk_ns"] + layer["dispatch_ns"]
+    return min(latest, default=began_ns)
+
+
+def _by_token(table: pa.Table, wanted: set[tuple[int, int]]) -> dict[tuple[int, int], list[Event]]:
+    found: dict[tuple[int, int], list[Event]] = {}
+    for row in _rows(table, wanted):
+        found.setdefault((row["answer"], row["token"]), []).append(row)
+    return found
+
+
+def _rows(table: pa.Table, wanted: set[tuple[int, int]]) -> Iterator[Event]:
+    answers = pa.array(sorted({answer for answer, _ in wanted}))
+    for row in table.filter(pa.compute.is_in(table["answer"], value_set=answers)).to_pylist():
+        if (row["answer"], row["token"]) in wanted:
+            yield row
+
+
+def _lane(free_ns: list[int], request: Event) -> int:
+    """The first lane of a node that is free when the request leaves: spans of one lane must not overlap."""
+    end_ns = request["sent_unix_ns"] + request["round_trip_ns"]
+    for lane, free in enumerate(free_ns):
+        if free <= request["sent_unix_ns"]:
+            free_ns[lane] = end_ns
+            return lane
+    free_ns.append(end_ns)
+    return len(free_ns) - 1
+
+
+def _us(ns: int | None) -> float | None:
+    return None if ns is None else ns / 1e3

@@ -1,0 +1,69 @@
+"""Everything that `wdmoe-testbed report` leaves in a run's folder."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from testbed.experiment.rundir import RunDir
+from testbed.report.analysis import analyse
+from testbed.report.cells import CellRows
+from testbed.report.contents import contents
+from testbed.report.document import html, markdown
+from testbed.report.merge import Merger
+from testbed.report.plots import draw_plots
+from testbed.report.statistics import RESAMPLES
+from testbed.report.summary import Summary, encode, summarise
+from testbed.report.trace import TOKENS_PER_CELL, Trace
+from wire.console import describe_os_error
+from wire.errors import RunDirectoryError, StorageError
+
+PAGE = "report.html"
+
+
+def write_report(run: RunDir, *, resamples: int = RESAMPLES, trace_tokens: int = TOKENS_PER_CELL) -> Summary:
+    """Write merged tables, summary, plots, trace and report; equal cells give equal files.
+
+    All is made in a folder beside and moved when it is complete, the page last: who finds a page finds all.
+
+    Raises:
+        RunDirectoryError: no cell is complete yet, or one is damaged.
+        StorageError: the folder can't be written.
+    """
+    try:
+        made = Path(tempfile.mkdtemp(prefix=".report-", dir=run.path))
+        try:
+            summary = _make(run, made, resamples, trace_tokens)
+            _move(made, run.path)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(f"can't write the report of {run.path}: {describe_os_error(error)}") from error
+    return summary
+
+
+def _make(run: RunDir, folder: Path, resamples: int, trace_tokens: int) -> Summary:
+    trace = Trace(trace_tokens)
+    with Merger(run, folder) as merger:
+
+        def also(rows: CellRows) -> None:
+            merger.add(rows)
+            trace.add(rows)
+
+        analysis = analyse(run, also=also)
+        merger.add_events()
+    if not analysis.complete:
+        raise RunDirectoryError(f"{run.path} has no complete cell yet: nothing to report")
+    summary = summarise(analysis, resamples=resamples)
+    figures = draw_plots(analysis, summary, folder)
+    document = contents(run, summary, figures)
+    (folder / "trace.json").write_bytes(trace.encode())
+    (folder / "summary.json").write_bytes(encode(summary))
+    (folder / "report.md").write_text(markdown(document))
+    (folder / PAGE).write_text(html(document, folder))
+    return summary
+
+
+def _move(made: Path, target: Path) -> None:
+    shutil.rmtree(target / "plots", ignore_errors=True)
+    for path in sorted(made.iterdir(), key=lambda path: path.name == PAGE):
+        path.replace(target / path.name)
