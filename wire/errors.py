@@ -21,7 +21,8 @@
     ├── FailedCellsError         63   a run went to its end, but some of its cells failed
     ├── PrivilegeError           64   emulated networks need rights that this process lacks
     ├── NetworkSpecError         65   the description of an emulated network is wrong
-    └── NetworkError             66   an emulated network is not up, or not what was configured
+    ├── NetworkError             66   an emulated network is not up, or not what was configured
+    └── SimulationError          67   a radio setting or a routing trace can't be used
 
 Exit code 2 is click's own for a malformed command line; 130 is Ctrl-C.
 """
@@ -175,3 +176,9 @@ class NetworkError(WdmoeError):
     """An emulated network is not up, does not come up, or is not what was configured."""
 
     exit_code = 66
+
+
+class SimulationError(WdmoeError):
+    """A radio setting or a routing trace can't be used."""
+
+    exit_code = 67
