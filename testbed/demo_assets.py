@@ -26,11 +26,16 @@ def demo_model(*, layers: int | None = None, console: Console | None = None) -> 
 
 def demo_bundle(scheme: Scheme, *, block: int = DEFAULT_BLOCK, console: Console | None = None) -> Path:
     """A bundle of the whole demo model."""
-    quantisation = demo_quantisation(scheme, block)
     model = demo_model(console=console)
-    out = _cache() / "bundles" / f"{MODEL_NAME}-{str(quantisation).replace(' ', '-')}"
+    out = demo_bundle_path(scheme, block=block)
     export_demo_bundle(model, out, scheme, block=block, console=console)
     return out
+
+
+def demo_bundle_path(scheme: Scheme, *, block: int = DEFAULT_BLOCK) -> Path:
+    """Where `demo_bundle` keeps it, made or not."""
+    quantisation = demo_quantisation(scheme, block)
+    return _cache() / "bundles" / f"{MODEL_NAME}-{str(quantisation).replace(' ', '-')}"
 
 
 def export_demo_bundle(

@@ -9,6 +9,7 @@ from types import FrameType
 
 from rich.console import Console
 
+from exporter.presets import DEFAULT_BLOCK
 from testbed.demo_assets import demo_bundle
 from testbed.experiment import facts
 from testbed.experiment.networks import Loopback
@@ -94,12 +95,20 @@ def bundle_path(name: str, *, console: Console) -> Path:
     """The folder of a bundle of a plan."""
     if "/" in name:
         return Path(name)
+    scheme, block = demo_scheme(name)
+    return demo_bundle(scheme, block=block, console=console)
+
+
+def demo_scheme(name: str) -> tuple[Scheme, int]:
+    """Scheme and block of a bundle of the demo model, as plans name it.
+
+    Raises:
+        PlanError: it is no such name.
+    """
     scheme, _, block = name.rpartition("-b") if "-b" in name else (name, "", "")
     for known in SCHEMES:
         if scheme == known and (not block or block.isdigit()):
-            return (
-                demo_bundle(known, block=int(block), console=console) if block else demo_bundle(known, console=console)
-            )
+            return known, int(block) if block else DEFAULT_BLOCK
     raise PlanError(f"bundles: '{name}' is neither a folder (with a /) nor one of {', '.join(SCHEMES)}, …-b128")
 
 
