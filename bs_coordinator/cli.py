@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,13 @@ import click
 
 from wire import __version__
 from wire.console import run as run_console
+from wire.errors import PlacementError
 from wire.topics import Topics, check_name
 
 if TYPE_CHECKING:
+    from bs_coordinator.dispatch import Dispatcher
     from bs_coordinator.generate import Sequence, TokenEvent
+    from bs_coordinator.links import LinkSample, NodeEstimate
     from bs_coordinator.sampling import SamplingConfig
     from bs_coordinator.station import Station
 
@@ -66,6 +69,8 @@ _model_options = _options(
         "--layer-timeout", type=click.FloatRange(0.1), default=30.0, show_default=True,
         help="Seconds that one layer may wait for its nodes.",
     ),
+    click.option("--shared-air", is_flag=True, help="All nodes are on one Wi-Fi channel: air times add up."),
+    click.option("--link-log", type=click.Path(path_type=Path), help="Append link samples here ('replay' reads them)."),
     click.option("--stats/--no-stats", default=True, help="Numbers under each answer (on stderr)."),
 )  # fmt: skip
 _sampling_options = _options(
@@ -152,19 +157,8 @@ def nodes(
     from rich.console import Console
     from rich.table import Table
 
-    from bs_coordinator.dispatch import Dispatcher
-    from bs_coordinator.fleet import Fleet
-    from wire.manifest import load_manifest
-    from wire.mqtt import MqttTransport
-    from wire.tensors import WireDtype
-
-    manifest = load_manifest(bundle)
-    with _broker(broker, broker_port, password_file, ca_file) as address:
-        transport = MqttTransport(address, f"wdmoe-bs-nodes-{time.time_ns():x}")
-        fleet = Fleet(manifest.dims, manifest.model_sha256)
-        dispatcher = Dispatcher(transport, _topics(cluster), fleet, dtype=WireDtype.FP16, timeout_s=5.0)
-        dispatcher.pump(1.0)
-        transport.close()
+    with _fleet(bundle, broker, broker_port, cluster, password_file, ca_file) as dispatcher:
+        fleet = dispatcher.fleet
     table = Table("node", "host", "experts", "quantisation", "experts' RAM", "free RAM")
     for name, status in sorted(fleet.nodes.items()):
         holding, machine = status.holding, status.machine
@@ -176,6 +170,46 @@ def nodes(
         click.echo(f"ignored {name}: {why}")
     if fleet.missing():
         click.echo(fleet.describe_missing())
+
+
+@cli.command()
+@_network_options
+@click.option("--seconds", type=click.FloatRange(0.5, 3600), default=5.0, show_default=True, help="Of probing.")
+@click.option("--link-log", type=click.Path(path_type=Path), help="Append link samples here ('replay' reads them).")
+def links(
+    bundle: Path, broker: str, broker_port: int, cluster: str, password_file: Path | None, ca_file: Path | None,
+    seconds: float, link_log: Path | None,
+) -> None:  # fmt: skip
+    """Probe the idle links of all nodes and say what they can do."""
+    from bs_coordinator.links.log import link_log as open_log
+    from bs_coordinator.links.log import no_log
+
+    with ExitStack() as stack:
+        log = stack.enter_context(open_log(link_log)) if link_log else no_log
+        dispatcher = stack.enter_context(
+            _fleet(bundle, broker, broker_port, cluster, password_file, ca_file, link_log=log)
+        )
+        if not dispatcher.fleet.nodes:
+            raise PlacementError("no node is online")
+        dispatcher.measure_links(seconds)
+        _print_links(dispatcher.links.estimates(time.perf_counter()))
+
+
+@cli.command()
+@click.argument("log_path", metavar="LOG", type=click.Path(path_type=Path))
+@click.option("--shared-air", is_flag=True, help="As it was recorded.")
+def replay(log_path: Path, shared_air: bool) -> None:
+    """Estimate links again from the samples of a --link-log, and say how well each next one was foretold."""
+    from bs_coordinator.links.log import read_link_log
+    from bs_coordinator.links.replay import replay as replay_samples
+
+    replayed = replay_samples(read_link_log(log_path), shared_air=shared_air)
+    _print_links([node.estimate for node in replayed])
+    for node in replayed:
+        click.echo(
+            f"{node.estimate.node}: {node.samples} samples; link's part of each next request off by "
+            f"{100 * node.error:.1f} % (median), {100 * node.error_p90:.1f} % (90th percentile)"
+        )
 
 
 @cli.command()
@@ -226,10 +260,68 @@ def _broker(spec: str, port: int, password_file: Path | None, ca_file: Path | No
 
 
 @contextmanager
+def _fleet(
+    bundle: Path, broker: str, broker_port: int, cluster: str, password_file: Path | None, ca_file: Path | None,
+    *, link_log: "Callable[[LinkSample], None] | None" = None,
+) -> Iterator["Dispatcher"]:  # fmt: skip
+    """Whoever is online, without a model."""
+    from bs_coordinator.dispatch import Dispatcher
+    from bs_coordinator.fleet import Fleet
+    from bs_coordinator.links import LinkMonitor
+    from bs_coordinator.links.log import no_log
+    from wire.manifest import load_manifest
+    from wire.mqtt import MqttTransport
+    from wire.tensors import WireDtype
+
+    manifest = load_manifest(bundle)
+    with (
+        _broker(broker, broker_port, password_file, ca_file) as address,
+        closing(MqttTransport(address, f"wdmoe-bs-look-{time.time_ns():x}")) as transport,
+    ):
+        fleet = Fleet(manifest.dims, manifest.model_sha256)
+        links = LinkMonitor(log=link_log or no_log)
+        dispatcher = Dispatcher(transport, _topics(cluster), fleet, dtype=WireDtype.FP16, timeout_s=5.0, links=links)
+        dispatcher.pump(1.0)
+        yield dispatcher
+
+
+def _print_links(estimates: "list[NodeEstimate]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="links: estimate ± one standard deviation")
+    for column in (
+        "node", "RTT\nms", "down\nMbit/s", "up\nMbit/s", "jitter\nms", "samples", "ms per\nrequest", "ms per\nexpert",
+    ):  # fmt: skip
+        table.add_column(column, justify="left" if column == "node" else "right")
+    for node in estimates:
+        link = node.link
+        known = node.requests > 0
+        table.add_row(
+            node.node + (" (stale)" if node.stale else ""),
+            f"{1e3 * link.rtt_s:.2f}±{1e3 * link.rtt_std_s:.2f}",
+            _rate(link.down_mbps, link.down_std_mbps),
+            _rate(link.up_mbps, link.up_std_mbps),
+            f"{1e3 * link.noise_s:.2f}",
+            str(link.samples),
+            f"{1e3 * node.fixed_s:.2f}" if known else "–",
+            f"{1e3 * (node.expert_s + node.row_s):.2f}" if known else "–",
+        )
+    Console().print(table)
+
+
+def _rate(mbps: float, std_mbps: float) -> str:
+    if std_mbps < 0.5 * mbps:
+        return f"{mbps:.1f}±{std_mbps:.1f}"
+    # So fast that our messages take no time that could be told from the round trip.
+    return f"> {mbps / (1 + 2 * std_mbps / mbps):.0f}"
+
+
+@contextmanager
 def _station(
     *, bundle: Path, broker: str, broker_port: int, cluster: str, password_file: Path | None,
     ca_file: Path | None, device: str, dtype: Any, wire: str, policy: str, nodes_timeout: float,
-    layer_timeout: float,
+    layer_timeout: float, shared_air: bool, link_log: Path | None,
 ) -> Iterator["Station"]:  # fmt: skip
     from bs_coordinator.selection import parse_policy
     from bs_coordinator.station import StationConfig, open_station
@@ -250,6 +342,8 @@ def _station(
         policy=policy,
         nodes_timeout_s=nodes_timeout,
         layer_timeout_s=layer_timeout,
+        shared_air=shared_air,
+        link_log=link_log,
     )
     with (
         _broker(broker, broker_port, password_file, ca_file) as address,

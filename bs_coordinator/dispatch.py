@@ -7,7 +7,7 @@ matched by session, request and node; whatever else arrives is counted and dropp
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -15,15 +15,19 @@ from numpy.typing import NDArray
 
 from bs_coordinator.fleet import Fleet
 from bs_coordinator.forecast import LayerForecast
+from bs_coordinator.links import LinkMonitor, LinkSample
 from bs_coordinator.model import ExpertOutput
 from bs_coordinator.records import DispatchRecord
-from wire import frames, status
+from wire import frames, status, tensors
 from wire.errors import DispatchError, FrameError, PlacementError
 from wire.experts import ExpertId, format_selector
-from wire.frames import ErrorFrame, ExpertSlice, RequestId, ResultFrame, WorkFrame
+from wire.frames import ErrorFrame, ExpertSlice, PingFrame, PongFrame, RequestId, ResultFrame, WorkFrame
+from wire.status import SocketFacts
 from wire.tensors import Array, WireDtype
 from wire.topics import Topics
 from wire.transport import Message, Transport
+
+_PING_TIMEOUT_S = 10.0
 
 
 class Request(NamedTuple):
@@ -76,6 +80,24 @@ class _Pending(NamedTuple):
     sent_ns: int
     sent_unix_ns: int
     down_bytes: int
+    predicted_ns: int
+
+
+class _Ping(NamedTuple):
+    node: str
+    sent_ns: int
+    down_bytes: int
+    expires: float
+
+
+class _Answer(NamedTuple):
+    output: Array
+    record: DispatchRecord
+    sample: LinkSample
+
+
+def _no_facts() -> Mapping[str, SocketFacts]:
+    return {}
 
 
 class Dispatcher:
@@ -83,17 +105,28 @@ class Dispatcher:
 
     Attributes:
         dropped: messages that were not an awaited answer, by reason.
+        links: what is known of the nodes and their links.
     """
 
     def __init__(
-        self, transport: Transport, topics: Topics, fleet: Fleet, *, dtype: WireDtype, timeout_s: float
+        self,
+        transport: Transport,
+        topics: Topics,
+        fleet: Fleet,
+        *,
+        dtype: WireDtype,
+        timeout_s: float,
+        links: LinkMonitor | None = None,
+        broker_sockets: Callable[[], Mapping[str, SocketFacts]] = _no_facts,
     ) -> None:
         """Subscribe to status and results.
 
         Args:
             dtype: how hidden states travel.
             timeout_s: how long one layer may wait for its nodes.
+            broker_sockets: gives new facts of the broker's connections to its clients, by the clients' endpoints.
         """
+        self.links = links or LinkMonitor()
         self.fleet = fleet
         self.dropped: Counter[str] = Counter()
         self._transport = transport
@@ -102,6 +135,10 @@ class Dispatcher:
         self._timeout_s = timeout_s
         self._session = secrets.randbits(64)
         self._next_request = 0
+        self._broker_sockets = broker_sockets
+        self._pings: dict[RequestId, _Ping] = {}
+        self._holders: list[NDArray[np.intp]] = []
+        self._holder_names: list[str] = []
         transport.subscribe(topics.status("+"), qos=1)
         transport.subscribe(topics.results("+"))
 
@@ -116,15 +153,51 @@ class Dispatcher:
         requests = plan_requests(layer, gate, self.fleet, max_tokens=frames.max_tokens(hidden.shape[1], self._dtype))
         pending = dict(self._send(layer, hidden, request, i) for i, request in enumerate(requests))
         answers = self._collect(layer, hidden.shape[1], pending)
+        self.links.observe([answers[i].sample for i in range(len(requests))])
+        self.probe()
         output = np.zeros(hidden.shape, np.float32)
         # Added in the order of asking, not of arrival: floating-point sums depend on it.
         for i, request in enumerate(requests):
-            output[request.rows] += answers[i][0]
-        return ExpertOutput(output, tuple(answers[i][1] for i in range(len(requests))))
+            output[request.rows] += answers[i].output
+        return ExpertOutput(output, tuple(answers[i].record for i in range(len(requests))))
 
     def forecast(self, layer: int) -> LayerForecast:
         """See `Experts.forecast`."""
-        return LayerForecast.even(layer, self.fleet.dims.experts)
+        if not self._holders:
+            self._index_holders()
+        dims = self.fleet.dims
+        row_bytes = tensors.encoded_bytes(1, dims.hidden, self._dtype)
+        return self.links.forecast(
+            layer,
+            self._holder_names,
+            self._holders[layer],
+            now_s=time.perf_counter(),
+            frame_bytes=(frames.HEADER_BYTES, frames.RESULT_BYTES),
+            row_bytes=(row_bytes + frames.ROW_BYTES, row_bytes),
+        )
+
+    def probe(self) -> None:
+        """Send the probe that is due, if any; its answer is taken in whenever it comes. Cheap when none is."""
+        now_s = time.perf_counter()
+        for endpoint, facts in self._broker_sockets().items():
+            if (node := self.fleet.node_at(endpoint)) is not None:
+                self.links.anchor(node, facts, towards_node=True, time_s=now_s)
+        probe = self.links.next_probe(self.fleet.nodes, now_s)
+        if probe is None:
+            return
+        for id in [id for id, ping in self._pings.items() if ping.expires < now_s]:
+            del self._pings[id]
+        id = self._new_id()
+        payload = frames.encode(PingFrame(id, bytes(probe.down_bytes), probe.up_bytes))
+        self._pings[id] = _Ping(probe.node, time.perf_counter_ns(), len(payload), now_s + _PING_TIMEOUT_S)
+        self._transport.publish(self._topics.work(probe.node), payload)
+
+    def measure_links(self, seconds: float) -> None:
+        """Probe idle links for a while."""
+        deadline = time.monotonic() + seconds
+        while (remaining := deadline - time.monotonic()) > 0:
+            self.probe()
+            self.pump(min(remaining, 0.01))
 
     def pump(self, timeout_s: float) -> None:
         """Take in status messages while nothing is asked; keeps the connection alive."""
@@ -133,10 +206,24 @@ class Dispatcher:
             message = self._transport.receive(remaining)
             if message:
                 self._absorb(message)
+                self._answer(message)
 
-    def _send(self, layer: int, hidden: Array, request: Request, order: int) -> tuple[RequestId, _Pending]:
+    def _new_id(self) -> RequestId:
         id = RequestId(self._session, self._next_request)
         self._next_request += 1
+        return id
+
+    def _index_holders(self) -> None:
+        """Which node each expert would be asked of; an expert that nobody holds counts as the first node's, and
+        asking for it fails with the right words."""
+        dims = self.fleet.dims
+        holders = [[self.fleet.holder(ExpertId(layer, e)) for e in range(dims.experts)] for layer in range(dims.layers)]
+        self._holder_names = sorted({name for row in holders for name in row if name is not None}) or [""]
+        index = {name: i for i, name in enumerate(self._holder_names)}
+        self._holders = [np.array([index.get(name or "", 0) for name in row], np.intp) for row in holders]
+
+    def _send(self, layer: int, hidden: Array, request: Request, order: int) -> tuple[RequestId, _Pending]:
+        id = self._new_id()
         frame = WorkFrame(
             id=id,
             layer=layer,
@@ -146,14 +233,20 @@ class Dispatcher:
             dtype=self._dtype,
         )
         payload = frames.encode(frame)
-        pending = _Pending(request, order, time.perf_counter_ns(), time.time_ns(), len(payload))
+        predicted_s = self.links.predict_s(
+            request.node,
+            down_bytes=len(payload),
+            up_bytes=frames.RESULT_BYTES + tensors.encoded_bytes(len(request.rows), hidden.shape[1], self._dtype),
+            experts=len(request.experts),
+            rows=sum(len(s.tokens) for s in request.experts),
+        )
+        predicted_ns = int(1e9 * predicted_s)
+        pending = _Pending(request, order, time.perf_counter_ns(), time.time_ns(), len(payload), predicted_ns)
         self._transport.publish(self._topics.work(request.node), payload)
         return id, pending
 
-    def _collect(
-        self, layer: int, hidden_size: int, pending: dict[RequestId, _Pending]
-    ) -> dict[int, tuple[Array, DispatchRecord]]:
-        answers: dict[int, tuple[Array, DispatchRecord]] = {}
+    def _collect(self, layer: int, hidden_size: int, pending: dict[RequestId, _Pending]) -> dict[int, _Answer]:
+        answers: dict[int, _Answer] = {}
         deadline = time.monotonic() + self._timeout_s
         while pending:
             remaining = deadline - time.monotonic()
@@ -184,7 +277,9 @@ class Dispatcher:
                 self.dropped["wrong shape"] += 1
                 continue
             del pending[frame.id]
-            answers[awaited.order] = frame.output, _record(awaited, frame, message)
+            answers[awaited.order] = _Answer(
+                frame.output, _record(awaited, frame, message), _sample(awaited, frame, message)
+            )
         return answers
 
     def _answer(self, message: Message) -> ResultFrame | ErrorFrame | None:
@@ -197,8 +292,27 @@ class Dispatcher:
             return None
         if isinstance(frame, ResultFrame | ErrorFrame):
             return frame
-        self.dropped["kind"] += 1
+        if isinstance(frame, PongFrame):
+            self._take_pong(frame, message)
+        else:
+            self.dropped["kind"] += 1
         return None
+
+    def _take_pong(self, frame: PongFrame, message: Message) -> None:
+        ping = self._pings.get(frame.id)
+        if ping is None or message.topic != self._topics.results(ping.node):
+            self.dropped["not awaited"] += 1
+            return
+        del self._pings[frame.id]
+        sample = LinkSample(
+            time_s=message.arrived_ns / 1e9,
+            node=ping.node,
+            down_bytes=ping.down_bytes,
+            up_bytes=len(message.payload),
+            round_trip_s=(message.arrived_ns - ping.sent_ns) / 1e9,
+            node_s=frame.durations.total_ns / 1e9,
+        )
+        self.links.observe([sample])
 
     def _absorb(self, message: Message) -> str | None:
         """Take in a status message; the node's name if it can no longer answer what it was asked."""
@@ -206,10 +320,14 @@ class Dispatcher:
         if node is None or not message.payload:  # an empty payload clears a retained message
             return None
         try:
-            gone = self.fleet.apply(status.decode_status(message.payload, node))
+            document = status.decode_status(message.payload, node)
         except FrameError as error:
             self.dropped[f"status {error.reason}"] += 1
             return None
+        gone = self.fleet.apply(document)
+        self._holders = []
+        if document.uplink is not None and document.online:
+            self.links.anchor(node, document.uplink, towards_node=False, time_s=time.perf_counter())
         return node if gone else None
 
 
@@ -228,4 +346,19 @@ def _record(pending: _Pending, frame: ResultFrame, message: Message) -> Dispatch
         durations=frame.durations,
         down_bytes=pending.down_bytes,
         up_bytes=len(message.payload),
+        predicted_ns=pending.predicted_ns,
+    )
+
+
+def _sample(pending: _Pending, frame: ResultFrame, message: Message) -> LinkSample:
+    request = pending.request
+    return LinkSample(
+        time_s=message.arrived_ns / 1e9,
+        node=request.node,
+        down_bytes=pending.down_bytes,
+        up_bytes=len(message.payload),
+        round_trip_s=(message.arrived_ns - pending.sent_ns) / 1e9,
+        node_s=frame.durations.total_ns / 1e9,
+        experts=len(request.experts),
+        rows=sum(len(s.tokens) for s in request.experts),
     )

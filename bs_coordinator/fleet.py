@@ -50,6 +50,10 @@ class Fleet:
         holders = self._holders.get(id)
         return holders[0] if holders else None
 
+    def node_at(self, endpoint: str) -> str | None:
+        """The node whose connection to the broker comes from there, as far as it says."""
+        return next((n for n, s in self._nodes.items() if s.uplink and s.uplink.endpoint == endpoint), None)
+
     def missing(self) -> list[ExpertId]:
         """Experts of the model that no node holds."""
         dims = self.dims

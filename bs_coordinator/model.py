@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.records import DispatchRecord, LayerRecord, StepRecord
 from bs_coordinator.selection import Policy
+from bs_coordinator.selection.demand import predicted_s
 from bs_coordinator.trunk import Packing, Trunk
 from wire.tensors import Array
 
@@ -102,7 +103,8 @@ class DistributedMixtral:
             # The copies to the host also wait for a GPU, so that the clock below is honest.
             x = _to_host([expert_input for _, expert_input, _ in attended])
             probabilities = _to_host([p for _, _, p in attended])
-            gate = self.policy.select(probabilities, self._experts.forecast(layer))
+            forecast = self._experts.forecast(layer)
+            gate = self.policy.select(probabilities, forecast)
             attended_ns = time.perf_counter_ns()
             combined = self._experts.apply(layer, x, gate)
             outputs = torch.from_numpy(combined.output).to(hidden[0].device, hidden[0].dtype)
@@ -115,6 +117,7 @@ class DistributedMixtral:
                     trunk_ns=attended_ns - mark_ns,
                     dispatch_ns=done_ns - attended_ns,
                     pairs=int(np.count_nonzero(gate)),
+                    predicted_ns=int(1e9 * predicted_s(gate > 0, forecast)),
                     dispatches=combined.dispatches,
                 )
             )

@@ -20,6 +20,7 @@ class DispatchRecord:
         durations: the node's own account.
         down_bytes: frame towards the node.
         up_bytes: frame from the node.
+        predicted_ns: the round trip that was expected at sending, alone on the air.
     """
 
     node: str
@@ -30,6 +31,7 @@ class DispatchRecord:
     durations: NodeDurations
     down_bytes: int
     up_bytes: int
+    predicted_ns: int
 
     @property
     def network_ns(self) -> int:
@@ -45,12 +47,14 @@ class LayerRecord:
         trunk_ns: attention, norms, gate and selection.
         dispatch_ns: from the chosen experts to their combined output.
         pairs: (token, expert) pairs that the policy asked for.
+        predicted_ns: what the layer's forecast gave for the slowest node.
     """
 
     layer: int
     trunk_ns: int
     dispatch_ns: int
     pairs: int
+    predicted_ns: int
     dispatches: tuple[DispatchRecord, ...] = ()
 
     @property

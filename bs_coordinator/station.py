@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,9 @@ import torch
 from bs_coordinator.dispatch import Dispatcher
 from bs_coordinator.fleet import Fleet
 from bs_coordinator.generate import Sequence, Tokenizer
+from bs_coordinator.links import LinkMonitor
+from bs_coordinator.links.broker_sockets import BrokerSockets, is_local
+from bs_coordinator.links.log import link_log, no_log
 from bs_coordinator.model import DistributedMixtral
 from bs_coordinator.readiness import measure_broker, prove_nodes, wait_for_experts
 from bs_coordinator.selection import parse_policy
@@ -22,6 +25,9 @@ from wire.mqtt import MqttTransport
 from wire.tensors import WireDtype
 from wire.topics import Topics
 
+_FIRST_LOOK_S = 1.0
+"""How long idle links are probed before the first prompt; by then each node has had several sizes."""
+
 
 @dataclass(frozen=True, slots=True)
 class StationConfig:
@@ -32,6 +38,8 @@ class StationConfig:
         policy: name and options, as `bs_coordinator.selection.parse_policy` reads them.
         nodes_timeout_s: how long to wait for nodes before giving up.
         layer_timeout_s: how long one layer may wait for its nodes.
+        shared_air: all links share one half-duplex Wi-Fi channel.
+        link_log: file that every link sample is appended to, for replay.
     """
 
     bundle: Path
@@ -42,6 +50,8 @@ class StationConfig:
     policy: str = "topk"
     nodes_timeout_s: float = 60.0
     layer_timeout_s: float = 30.0
+    shared_air: bool = False
+    link_log: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,20 +96,28 @@ def open_station(
         raise BundleError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
     # The broker first: a wrong address should not cost the time that a trunk takes to load.
     client_id = f"wdmoe-bs-{secrets.token_hex(4)}"
-    with closing(MqttTransport(address, client_id)) as transport:
+    with ExitStack() as stack:
+        transport = stack.enter_context(closing(MqttTransport(address, client_id)))
         topics = Topics(config.cluster)
         broker_ms = measure_broker(transport, topics.echo(client_id))
         folder = config.bundle / "trunk"
         trunk = Trunk(folder, device=config.device, dtype=config.dtype)
         tokenizer = Tokenizer(folder, fallback_eos=trunk.eos_id)
+        log = stack.enter_context(link_log(config.link_log)) if config.link_log else no_log
+        sockets = BrokerSockets()
+        if is_local(address.host):
+            stack.enter_context(sockets.watching(address.port))
         dispatcher = Dispatcher(
             transport,
             topics,
             Fleet(manifest.dims, manifest.model_sha256),
             dtype=config.wire,
             timeout_s=config.layer_timeout_s,
+            links=LinkMonitor(shared_air=config.shared_air, log=log),
+            broker_sockets=sockets.take,
         )
         wait_for_experts(dispatcher, timeout_s=config.nodes_timeout_s, on_wait=say)
         nodes_ms = prove_nodes(dispatcher, manifest)
+        dispatcher.measure_links(_FIRST_LOOK_S)
         model = DistributedMixtral(trunk, dispatcher, policy)
         yield Station(manifest, model, tokenizer, dispatcher, broker_ms, nodes_ms)

@@ -22,7 +22,7 @@ from wire import __version__, status
 from wire.broker_url import BrokerAddress
 from wire.errors import BrokerAuthError, BrokerError, DuplicateNodeError, FrameError
 from wire.mqtt import KEEPALIVE_S, LastWill, MqttTransport
-from wire.status import Holding, Machine, NodeStatus
+from wire.status import Holding, Machine, NodeStatus, SocketFacts
 from wire.topics import Topics
 from wire.transport import Message, Transport
 
@@ -173,7 +173,8 @@ class NodeAgent:
         )
 
     def _announce(self, transport: MqttTransport, *, confirm: bool) -> None:
-        topic, payload = self._topics.status(self._node), status.encode_status(self._status("online"))
+        topic = self._topics.status(self._node)
+        payload = status.encode_status(self._status("online", uplink=transport.socket_facts()))
         if confirm:
             transport.publish_confirmed(topic, payload, retain=True)
         else:
@@ -199,7 +200,7 @@ class NodeAgent:
             return transport
         return None
 
-    def _status(self, state: str, reason: str = "") -> NodeStatus:
+    def _status(self, state: str, reason: str = "", uplink: SocketFacts | None = None) -> NodeStatus:
         online = state == "online"
         return NodeStatus(
             schema=status.SCHEMA,
@@ -210,6 +211,7 @@ class NodeAgent:
             reason=reason,
             holding=self._holding if online else None,
             machine=self._machine(),
+            uplink=uplink,
         )
 
     def _machine(self) -> Machine:

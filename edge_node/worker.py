@@ -39,7 +39,8 @@ class Worker:
         match frame:
             case PingFrame():
                 self.counts["pings"] += 1
-                return frames.encode(PongFrame(frame.id, frame.payload))
+                durations = NodeDurations(queue_ns=begun_ns - arrived_ns, decode_ns=time.perf_counter_ns() - begun_ns)
+                return frames.encode(PongFrame(frame.id, bytes(frame.reply_bytes), durations))
             case WorkFrame():
                 return self._work(frame, arrived_ns, begun_ns)
             case _:

@@ -30,6 +30,7 @@ TARGET_FRAME_BYTES = 512 << 10
 MAX_TOKENS = 1 << 16
 MAX_HIDDEN = 1 << 16
 MAX_MESSAGE_BYTES = 512
+MAX_PING_BYTES = 64 << 10
 
 # magic version kind dtype pad session request attempt layer tokens hidden deadline experts status
 _HEADER = struct.Struct("<4sBBBxQQHHIIIHH")
@@ -37,6 +38,10 @@ _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CRC.size
 _ROW = np.dtype([("expert", "<u2"), ("reserved", "<u2"), ("count", "<u4")])
 _DURATIONS = struct.Struct("<QQQQ")
+RESULT_BYTES = HEADER_BYTES + _DURATIONS.size
+"""Of a result without its tensor."""
+ROW_BYTES = 8
+"""Of a hidden state in a request's expert table: index and weight."""
 
 
 class Kind(enum.IntEnum):
@@ -148,10 +153,11 @@ class ErrorFrame:
 
 @dataclass(frozen=True, slots=True)
 class PingFrame:
-    """BS → node: answer with the same payload at once."""
+    """BS → node: answer at once with `reply_bytes` bytes. Sizes of both directions differ to tell their rates apart."""
 
     id: RequestId
     payload: bytes = field(default=b"", repr=False)
+    reply_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +166,7 @@ class PongFrame:
 
     id: RequestId
     payload: bytes = field(default=b"", repr=False)
+    durations: NodeDurations = NodeDurations()
 
 
 Frame = WorkFrame | ResultFrame | ErrorFrame | PingFrame | PongFrame
@@ -207,9 +214,13 @@ def encode(frame: Frame, *, began_ns: int | None = None) -> bytes:
             kind, layer, status = Kind.ERROR, frame.layer, frame.status
             text = frame.message.encode()[:MAX_MESSAGE_BYTES]
             tokens, body = len(text), [text]
-        case PingFrame() | PongFrame():
-            kind = Kind.PING if isinstance(frame, PingFrame) else Kind.PONG
-            tokens, body = len(frame.payload), [frame.payload]
+        case PingFrame():
+            kind = Kind.PING
+            tokens, hidden, body = len(frame.payload), frame.reply_bytes, [frame.payload]
+        case PongFrame():
+            kind, d = Kind.PONG, frame.durations
+            tokens = len(frame.payload)
+            body = [_DURATIONS.pack(d.queue_ns, d.decode_ns, d.compute_ns, d.encode_ns), frame.payload]
     _check_limits(kind, tokens, hidden)
     header = _HEADER.pack(
         MAGIC, VERSION, kind, dtype, frame.id.session, frame.id.request, frame.id.attempt,
@@ -276,10 +287,11 @@ def decode(data: bytes | bytearray) -> Frame:
             return ErrorFrame(id, layer, status, bytes(body).decode(errors="replace"))
         case Kind.PING:
             _check_body(body, tokens)
-            return PingFrame(id, bytes(body))
+            return PingFrame(id, bytes(body), hidden)
         case Kind.PONG:
-            _check_body(body, tokens)
-            return PongFrame(id, bytes(body))
+            _check_body(body, _DURATIONS.size + tokens)
+            durations = NodeDurations(*_DURATIONS.unpack_from(body))
+            return PongFrame(id, bytes(body[_DURATIONS.size :]), durations)
 
 
 def _member(cls: type[_E], value: int, reason: str) -> _E:
@@ -293,8 +305,10 @@ def _check_limits(kind: Kind, tokens: int, hidden: int) -> None:
     if kind in (Kind.WORK, Kind.RESULT):
         if not (1 <= tokens <= MAX_TOKENS and 1 <= hidden <= MAX_HIDDEN):
             raise FrameError("limit", f"a tensor of {tokens} × {hidden} is out of limits")
-    elif hidden or (kind is Kind.ERROR and tokens > MAX_MESSAGE_BYTES):
-        raise FrameError("limit", f"a {kind.name} frame can't carry {tokens} × {hidden}")
+    elif tokens > (MAX_MESSAGE_BYTES if kind is Kind.ERROR else MAX_PING_BYTES):
+        raise FrameError("limit", f"a {kind.name} frame can't carry {tokens} bytes")
+    elif hidden > (MAX_PING_BYTES if kind is Kind.PING else 0):
+        raise FrameError("limit", f"a {kind.name} frame can't ask for {hidden} bytes")
 
 
 def _check_body(body: memoryview, expected: int) -> None:

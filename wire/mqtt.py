@@ -21,6 +21,8 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from wire.broker_url import BrokerAddress
 from wire.errors import BrokerAuthError, BrokerError
+from wire.status import SocketFacts
+from wire.tcp_info import read_socket_facts
 from wire.transport import Message
 
 log = logging.getLogger(__name__)
@@ -163,6 +165,11 @@ class MqttTransport:
             if remaining <= 0:
                 break
         return self._inbox.popleft() if self._inbox else None
+
+    def socket_facts(self) -> SocketFacts | None:
+        """The kernel's account of our connection to the broker; None where there is none."""
+        sock: Any = self._client.socket()
+        return read_socket_facts(sock) if sock is not None else None
 
     def close(self) -> None:
         """Disconnect cleanly (the last will is not sent); what is still queued gets a second to leave."""

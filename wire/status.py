@@ -44,6 +44,22 @@ class Machine(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     onnxruntime: str
 
 
+class SocketFacts(Struct, frozen=True, kw_only=True):
+    """The kernel's account of one TCP connection, of the direction in which its owner sends.
+
+    Attributes:
+        endpoint: the owner's own address and port, by which the other end knows the connection.
+        min_rtt_us: smallest round trip; 0 or 2³²−1 if none was measured yet.
+        delivery_bytes_per_s: rate of what was acknowledged most recently.
+        app_limited: the owner had nothing more to send, so the link may be faster than that.
+    """
+
+    endpoint: str
+    min_rtt_us: Annotated[int, Meta(ge=0)]
+    delivery_bytes_per_s: Annotated[int, Meta(ge=0)]
+    app_limited: bool
+
+
 class NodeStatus(Struct, frozen=True, kw_only=True):
     """State of one node. Unknown fields are ignored, so that newer nodes can say more.
 
@@ -51,6 +67,7 @@ class NodeStatus(Struct, frozen=True, kw_only=True):
         boot_id: random per process, tells two processes with one id apart.
         since_unix_ms: when the process announced itself, by its own clock.
         reason: why it is offline, for people.
+        uplink: its connection to the broker, where the kernel tells.
     """
 
     schema: int
@@ -61,6 +78,7 @@ class NodeStatus(Struct, frozen=True, kw_only=True):
     reason: str = ""
     holding: Holding | None = None
     machine: Machine | None = None
+    uplink: SocketFacts | None = None
 
     @property
     def online(self) -> bool:

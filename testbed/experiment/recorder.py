@@ -108,7 +108,7 @@ def _layer_rows(t: _Token) -> Iterator[Row]:
         for layer in step.layers:
             slowest = layer.critical.node if layer.critical else None
             costs = layer.trunk_ns, layer.dispatch_ns, layer.pairs
-            yield t.answer, t.token, t.warm_up, number, layer.layer, *costs, slowest, None
+            yield t.answer, t.token, t.warm_up, number, layer.layer, *costs, slowest, layer.predicted_ns
 
 
 def _latency_rows(t: _Token) -> Iterator[Row]:
@@ -120,5 +120,5 @@ def _latency_rows(t: _Token) -> Iterator[Row]:
                     *(layer.layer, layer.trunk_ns, layer.dispatch_ns),
                     *(d.node, " ".join(map(str, d.experts)), d.tokens, d.sent_unix_ns, d.round_trip_ns, d.network_ns),
                     *(d.durations.queue_ns, d.durations.decode_ns, d.durations.compute_ns, d.durations.encode_ns),
-                    *(d.down_bytes, d.up_bytes, None),
+                    *(d.down_bytes, d.up_bytes, d.predicted_ns),
                 )

@@ -13,7 +13,7 @@ from tests.support import MemoryTransport
 from wire import frames, status
 from wire.errors import DispatchError, PlacementError
 from wire.experts import ExpertId, parse_selector
-from wire.frames import ErrorFrame, NodeDurations, RequestId, ResultFrame, Status, WorkFrame
+from wire.frames import ErrorFrame, NodeDurations, PingFrame, PongFrame, RequestId, ResultFrame, Status, WorkFrame
 from wire.manifest import Dims
 from wire.status import Holding, NodeStatus
 from wire.tensors import Array, WireDtype
@@ -107,6 +107,9 @@ class _Network:
     def _react(self, topic: str, payload: bytes) -> Iterable[tuple[str, bytes]]:
         node = topic.split("/")[4]
         frame = frames.decode(payload)
+        if isinstance(frame, PingFrame):
+            yield TOPICS.results(node), frames.encode(PongFrame(frame.id, bytes(frame.reply_bytes)))
+            return
         assert isinstance(frame, WorkFrame)
         yield from self.extra
         if node not in self.mute:

@@ -100,9 +100,14 @@ def test_refusals_have_a_reason(runtime: ExpertRuntime, frame: WorkFrame, waited
 
 def test_pings_are_answered_and_noise_is_not(runtime: ExpertRuntime) -> None:
     worker = Worker(runtime)
-    pong = worker.answer(frames.encode(PingFrame(RequestId(1, 2), b"xyz")), 0)
+    pong = worker.answer(
+        frames.encode(PingFrame(RequestId(1, 2), b"xyz", reply_bytes=5)), time.perf_counter_ns() - 10**7
+    )
     assert pong is not None
-    assert frames.decode(pong) == PongFrame(RequestId(1, 2), b"xyz")
+    answer = frames.decode(pong)
+    assert isinstance(answer, PongFrame)
+    assert (answer.id, answer.payload) == (RequestId(1, 2), bytes(5))
+    assert answer.durations.queue_ns >= 10**7
     result = ResultFrame(RequestId(1, 2), 0, np.ones((1, 4), np.float32), WireDtype.FP32, NodeDurations())
     for noise in (b"", b"\0" * 100, frames.encode(result)):
         assert worker.answer(noise, 0) is None

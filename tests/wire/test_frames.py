@@ -91,11 +91,26 @@ def _assert_close(got: tensors.Array, sent: tensors.Array, dtype: WireDtype) -> 
             assert (np.abs(got - sent) <= step * 0.5001 + 1e-38).all()
 
 
-@given(request_ids, st.binary(max_size=100), st.sampled_from(Status), st.text(max_size=100))
-def test_small_frames_come_back_the_same(id: RequestId, payload: bytes, status: Status, text: str) -> None:
-    for frame in (PingFrame(id, payload), PongFrame(id, payload)):
+@given(request_ids, st.binary(max_size=100), st.integers(0, 2**63), st.sampled_from(Status), st.text(max_size=100))
+def test_small_frames_come_back_the_same(id: RequestId, payload: bytes, number: int, status: Status, text: str) -> None:
+    ping = PingFrame(id, payload, number % (frames.MAX_PING_BYTES + 1))
+    for frame in (ping, PongFrame(id, payload, NodeDurations(number, 1, 2, number))):
         assert frames.decode(frames.encode(frame)) == frame
     assert frames.decode(frames.encode(ErrorFrame(id, 7, status, text))) == ErrorFrame(id, 7, status, text)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        PingFrame(RequestId(1, 2), bytes(frames.MAX_PING_BYTES + 1)),
+        PingFrame(RequestId(1, 2), reply_bytes=frames.MAX_PING_BYTES + 1),
+        PongFrame(RequestId(1, 2), bytes(frames.MAX_PING_BYTES + 1)),
+    ],
+    ids=["long ping", "greedy ping", "long pong"],
+)
+def test_pings_are_bounded(frame: PingFrame | PongFrame) -> None:
+    with pytest.raises(FrameError, match="can't"):
+        frames.encode(frame)
 
 
 @given(work_frames(), st.data())

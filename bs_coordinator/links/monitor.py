@@ -1,0 +1,234 @@
+"""All links and nodes of a fleet: what is known, what to expect, and what should be probed next.
+
+Pure: times come with the samples and the questions, so that a recorded log can be replayed.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bs_coordinator.forecast import LayerForecast
+from bs_coordinator.links.compute import ComputeEstimator
+from bs_coordinator.links.estimator import LinkEstimate, LinkEstimator, LinkSample
+from wire.status import SocketFacts
+
+PROBE_EVERY_S = 0.25
+"""Between two probes of the fleet, while nothing is wrong."""
+_HURRIED_EVERY_S = 0.02
+_HURRIED_PROBES = 6
+"""After a jump: only other sizes tell whether the round trip or a rate has changed."""
+_LOST_S = 2.0
+"""A probe without an answer for this long is forgotten, and another may be sent."""
+_PROBE_AIR_S = 0.004
+_LEAST_PROBE_BYTES = 1 << 10
+_MOST_PROBE_BYTES = 12 << 10
+"""Fits into the first window of a TCP connection, so that slow start does not look like a slow link."""
+_UNSURE_RTT = 0.3
+_MOST_CONTENTION = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A ping that would teach most: payload bytes there and back."""
+
+    node: str
+    down_bytes: int
+    up_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeEstimate:
+    """What is believed of a node.
+
+    Attributes:
+        link: see there.
+        fixed_s, expert_s, row_s: the node's own time, per request, distinct expert and row.
+        requests: that these stand on.
+        stale: it has been silent for too long, so that it is not trusted to be faster than the typical node.
+    """
+
+    node: str
+    link: LinkEstimate
+    fixed_s: float
+    expert_s: float
+    row_s: float
+    requests: int
+    stale: bool
+
+
+class _Node:
+    __slots__ = ("compute", "hurry", "link", "next_kind", "probed_s")
+
+    def __init__(self) -> None:
+        self.link = LinkEstimator()
+        self.compute = ComputeEstimator()
+        self.probed_s = -math.inf
+        self.hurry = _HURRIED_PROBES
+        self.next_kind = 0
+
+
+class LinkMonitor:
+    """The estimates of all nodes."""
+
+    def __init__(self, *, shared_air: bool = False, log: Callable[[LinkSample], None] = lambda sample: None) -> None:
+        """Begin without knowledge.
+
+        Args:
+            shared_air: all links share one half-duplex channel, so that air times add up.
+            log: told every sample, for replay.
+        """
+        self.shared_air = shared_air
+        self._log = log
+        self._nodes: dict[str, _Node] = {}
+        self._outstanding: dict[str, float] = {}
+        self._last_probe_s = -math.inf
+
+    def observe(self, samples: Sequence[LinkSample]) -> None:
+        """Take in what one layer's requests took, in the order in which they were sent; or one probe."""
+        if self.shared_air and len(samples) > 1:
+            samples = self._with_contention(samples)
+        for sample in samples:
+            self._log(sample)
+            node = self._node(sample.node)
+            alarms = node.link.alarms
+            node.link.observe(sample)
+            if node.link.alarms > alarms:
+                node.hurry = _HURRIED_PROBES
+            if sample.rows:
+                node.compute.observe(sample.time_s, experts=sample.experts, rows=sample.rows, node_s=sample.node_s)
+            else:
+                self._outstanding.pop(sample.node, None)
+
+    def anchor(self, node: str, facts: SocketFacts, *, towards_node: bool, time_s: float) -> None:
+        """Take in the kernel's account of one direction, see `LinkEstimator.anchor`."""
+        self._node(node).link.anchor(facts, towards_node=towards_node, time_s=time_s)
+
+    def predict_s(self, node: str, *, down_bytes: int, up_bytes: int, experts: int, rows: int) -> float:
+        """Predicted round trip of a request, alone on the air."""
+        link_s = self.link_s(node, down_bytes=down_bytes, up_bytes=up_bytes)
+        return link_s + self._node(node).compute.predict_s(experts, rows)
+
+    def link_s(self, node: str, *, down_bytes: int, up_bytes: int) -> float:
+        """The link's part of it."""
+        return self._node(node).link.predict_s(down_bytes, up_bytes)[0]
+
+    def next_probe(self, nodes: Iterable[str], now_s: float) -> Probe | None:
+        """The probe to send now, if any: first nodes that are stale, then those whose link has jumped or is unsure.
+
+        Asking takes the probe as sent.
+        """
+        known = [(name, self._node(name)) for name in nodes]
+        since_s = now_s - self._last_probe_s
+        hurried = any(node.hurry for _, node in known)
+        if since_s < (_HURRIED_EVERY_S if hurried else PROBE_EVERY_S):
+            return None
+        candidates = [
+            (urgency, node.probed_s, name)
+            for name, node in known
+            if now_s - self._outstanding.get(name, -math.inf) > _LOST_S and (urgency := self._urgency(node, now_s))
+        ]
+        if not candidates:
+            return None
+        name = min(candidates)[2]
+        node = self._nodes[name]
+        node.probed_s = self._last_probe_s = self._outstanding[name] = now_s
+        node.hurry = max(0, node.hurry - 1)
+        return self._probe(name, node)
+
+    def forecast(
+        self,
+        layer: int,
+        nodes: Sequence[str],
+        holder: NDArray[np.intp],
+        *,
+        now_s: float,
+        frame_bytes: tuple[int, int],
+        row_bytes: tuple[int, int],
+    ) -> LayerForecast:
+        """What asking a layer's experts is predicted to cost.
+
+        Args:
+            nodes: names, in the order that `holder` counts in.
+            holder: intp [experts], see `LayerForecast`.
+            frame_bytes: of an empty request and an empty answer.
+            row_bytes: that one row adds to the request and to the answer.
+        """
+        values = np.empty((4, len(nodes)))
+        stale = np.zeros(len(nodes), np.bool_)
+        for i, name in enumerate(nodes):
+            known = self._node(name)
+            link, compute = known.link, known.compute
+            down, up = link.down_s_per_byte, link.up_s_per_byte
+            values[0, i] = link.rtt_s + compute.fixed_s + frame_bytes[0] * down + frame_bytes[1] * up
+            values[1, i] = compute.expert_s
+            values[2, i] = row_bytes[0] * down + row_bytes[1] * up
+            values[3, i] = compute.row_s
+            stale[i] = link.stale(now_s)
+        if stale.any():
+            trusted = values[:, ~stale] if not stale.all() else values
+            values[:, stale] = np.maximum(values[:, stale], np.median(trusted, axis=1)[:, None])
+        fixed_s, expert_s, row_air_s, row_compute_s = values
+        return LayerForecast(layer, holder, fixed_s, expert_s, row_air_s, row_compute_s, self.shared_air)
+
+    def estimates(self, now_s: float) -> list[NodeEstimate]:
+        """All nodes, by name, as unsure as they are by now."""
+        result = []
+        for name, node in sorted(self._nodes.items()):
+            node.link.advance(now_s)
+            result.append(
+                NodeEstimate(
+                    node=name,
+                    link=node.link.estimate(),
+                    fixed_s=node.compute.fixed_s,
+                    expert_s=node.compute.expert_s,
+                    row_s=node.compute.row_s,
+                    requests=node.compute.samples,
+                    stale=node.link.stale(now_s),
+                )
+            )
+        return result
+
+    def _node(self, name: str) -> _Node:
+        known = self._nodes.get(name)
+        if known is None:
+            known = self._nodes[name] = _Node()
+        return known
+
+    def _urgency(self, node: _Node, now_s: float) -> int:
+        """0: nothing to ask; else the smaller, the sooner."""
+        if node.link.stale(now_s):
+            return 1
+        if node.hurry:
+            return 2
+        return 3 if node.link.unsure_of_rates() or node.link.relative_std()[0] > _UNSURE_RTT else 0
+
+    def _probe(self, name: str, node: _Node) -> Probe:
+        """Sizes take turns: they differ from each other and from the work, which is what tells the states apart."""
+        link = node.link
+        kind, node.next_kind = node.next_kind, (node.next_kind + 1) % 3
+        if kind == 0:
+            return Probe(name, _probe_bytes(link.down_s_per_byte), 0)
+        return Probe(name, 0, _probe_bytes(link.up_s_per_byte)) if kind == 1 else Probe(name, 0, 0)
+
+    def _with_contention(self, samples: Sequence[LinkSample]) -> list[LinkSample]:
+        """Others' frames that were presumably on the air first: requests sent before, answers that arrived before."""
+        result = []
+        for i, sample in enumerate(samples):
+            before_s = 0.0
+            for j, other in enumerate(samples):
+                link = self._node(other.node).link
+                if j < i:
+                    before_s += other.down_bytes * link.down_s_per_byte
+                if j != i and other.time_s <= sample.time_s:
+                    before_s += other.up_bytes * link.up_s_per_byte
+            # Some of the time must remain the link's own: the others' estimates may be wrong.
+            most_s = _MOST_CONTENTION * (sample.round_trip_s - sample.node_s)
+            result.append(replace(sample, contention_s=max(0.0, min(before_s, most_s))))
+        return result
+
+
+def _probe_bytes(s_per_byte: float) -> int:
+    return int(min(max(_PROBE_AIR_S / s_per_byte, _LEAST_PROBE_BYTES), _MOST_PROBE_BYTES))

@@ -1,0 +1,297 @@
+"""Estimators against links whose truth is known, in simulated time."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bs_coordinator.forecast import LayerForecast
+from bs_coordinator.links import LinkMonitor, LinkSample, NodeEstimate, Probe
+from bs_coordinator.links.broker_sockets import parse_ss
+from bs_coordinator.links.log import link_log, read_link_log
+from bs_coordinator.links.replay import replay
+from wire.errors import StorageError
+from wire.status import SocketFacts
+
+WORK = 1216, 1232
+"""Bytes there and back of one fp16 hidden state of 576."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """The truth about one link, and the distribution of its disturbances."""
+
+    rtt_ms: float
+    down_mbps: float
+    up_mbps: float
+    jitter_ms: float = 0.1
+    loss: float = 0.0
+
+    def network_s(self, down_bytes: int, up_bytes: int, rng: np.random.Generator) -> float:
+        transfer_ms = 8e-3 * (down_bytes / self.down_mbps + up_bytes / self.up_mbps)
+        lost_ms = 210.0 if rng.random() < self.loss else 0.0
+        return 1e-3 * (self.rtt_ms + transfer_ms + self.jitter_ms * abs(rng.normal()) + lost_ms)
+
+    def expected_s(self, down_bytes: int, up_bytes: int) -> float:
+        return 1e-3 * (
+            self.rtt_ms + 8e-3 * (down_bytes / self.down_mbps + up_bytes / self.up_mbps) + 0.8 * self.jitter_ms
+        )
+
+
+class World:
+    """One base station that asks its nodes layer after layer and probes in between, in simulated time."""
+
+    def __init__(self, links: dict[str, Link], seed: int = 0, monitor: LinkMonitor | None = None) -> None:
+        self.links = links
+        self.rng = np.random.default_rng(seed)
+        self.now_s = 100.0
+        self.monitor = monitor or LinkMonitor()
+        self.errors: list[float] = []
+        self.probes: list[Probe] = []
+
+    def layer(self, nodes: Sequence[str], sizes: tuple[int, int] = WORK, rows: int = 1) -> None:
+        samples = []
+        for node in nodes:
+            link = self.links[node]
+            predicted_s = self.monitor.link_s(node, down_bytes=sizes[0], up_bytes=sizes[1])
+            self.errors.append(predicted_s / link.expected_s(*sizes) - 1)
+            node_s = 1e-3 * (0.2 + 0.5 + 0.1 * rows)
+            took_s = node_s + link.network_s(*sizes, self.rng)
+            samples.append(LinkSample(self.now_s + took_s, node, *sizes, took_s, node_s, experts=1, rows=rows))
+        self.now_s = max(s.time_s for s in samples) + 2e-3
+        self.monitor.observe(samples)
+        self.probe()
+
+    def probe(self) -> None:
+        probe = self.monitor.next_probe(self.links, self.now_s)
+        if probe:
+            self.probes.append(probe)
+            sizes = 48 + probe.down_bytes, 80 + probe.up_bytes
+            took_s = self.links[probe.node].network_s(*sizes, self.rng)
+            self.monitor.observe([LinkSample(self.now_s + took_s, probe.node, *sizes, took_s + 1e-4, 1e-4)])
+
+    def idle(self, seconds: float) -> None:
+        end_s = self.now_s + seconds
+        while self.now_s < end_s:
+            self.now_s += 0.01
+            self.probe()
+
+    def estimate(self, node: str) -> NodeEstimate:
+        return next(e for e in self.monitor.estimates(self.now_s) if e.node == node)
+
+
+MIXED = {"a": Link(4, 20, 10), "b": Link(8, 50, 25), "c": Link(14, 100, 80)}
+
+
+def _median_error(errors: Sequence[float]) -> float:
+    return float(np.median(np.abs(errors)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_links_become_known_from_one_message_size_and_probes(seed: int) -> None:
+    world = World(MIXED, seed)
+    world.idle(1.0)
+    for _ in range(300):
+        world.layer("abc")
+    assert _median_error(world.errors[-300:]) < 0.05
+    for node, truth in MIXED.items():
+        link = world.estimate(node).link
+        assert link.rtt_s == pytest.approx(1e-3 * truth.rtt_ms, rel=0.15)
+        assert link.down_mbps == pytest.approx(truth.down_mbps, rel=0.15)
+        assert link.up_mbps == pytest.approx(truth.up_mbps, rel=0.15)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_step_is_followed_within_64_messages(seed: int) -> None:
+    world = World({"a": Link(4, 50, 50)}, seed)
+    world.idle(1.0)
+    for _ in range(200):
+        world.layer("a")
+    world.links["a"] = Link(4, 20, 20)
+    for _ in range(64):
+        world.layer("a")
+    assert _median_error(world.errors[-16:]) < 0.1
+    link = world.estimate("a").link
+    assert link.down_mbps == pytest.approx(20, rel=0.15)
+    assert link.up_mbps == pytest.approx(20, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("disturbed", "most"),
+    [({"jitter_ms": 2.0}, 0.10), ({"loss": 0.01}, 0.05), ({"jitter_ms": 1.0, "loss": 0.05}, 0.20)],
+)
+def test_disturbances_do_not_drag_the_estimate(disturbed: dict[str, float], most: float) -> None:
+    world = World({n: replace(link, **disturbed) for n, link in MIXED.items()}, seed=1)
+    world.idle(1.0)
+    for _ in range(400):
+        world.layer("abc")
+    assert _median_error(world.errors[-600:]) < most
+
+
+def test_silence_makes_unsure_and_the_silent_node_is_probed_first() -> None:
+    world = World(MIXED)
+    world.idle(1.0)
+    for _ in range(100):
+        world.layer("abc")
+    sure = world.estimate("a").link
+    world.now_s += 60
+    forecast = _forecast(world)
+    monitor = world.monitor
+    silent = world.estimate("a")
+    assert silent.stale
+    assert silent.link.rtt_std_s > 2 * sure.rtt_std_s
+    probe = monitor.next_probe(["a", "b", "c"], world.now_s)
+    assert probe is not None
+    world.layer("bc")
+    trusted = _forecast(world)
+    # What is known of the others is fresh now; a silent node is not believed to be better than the typical one.
+    assert trusted.fixed_s[0] >= np.median(trusted.fixed_s[1:]) > 0
+    assert (forecast.fixed_s > 0).all()
+
+
+def test_a_probe_without_an_answer_is_not_repeated_at_once() -> None:
+    monitor = LinkMonitor()
+    sent = [monitor.next_probe(["dead"], 100 + 0.01 * i) for i in range(400)]
+    # 4 s, and one per two seconds at most.
+    assert 1 <= sum(p is not None for p in sent) <= 3
+
+
+def test_probes_stay_a_small_share_of_an_idle_link() -> None:
+    world = World({"a": Link(4, 20, 20)})
+    world.idle(10.0)
+    world.probes.clear()
+    world.idle(20.0)
+    sent_bytes = sum(p.down_bytes + p.up_bytes + 128 for p in world.probes)
+    assert sent_bytes * 8 / 20 / 20e6 < 0.02
+
+
+def test_compute_time_is_learnt_from_sizes() -> None:
+    world = World({"a": Link(4, 50, 50)})
+    for rows in [1, 1, 4, 1, 1, 16, 1, 1, 64] * 20:
+        world.layer("a", (64 + 1160 * rows, 80 + 1152 * rows), rows)
+    monitor = world.monitor
+    for rows in (1, 16, 64):
+        whole_s = monitor.predict_s("a", down_bytes=100, up_bytes=100, experts=1, rows=rows)
+        link_s = monitor.link_s("a", down_bytes=100, up_bytes=100)
+        assert whole_s - link_s == pytest.approx(1e-3 * (0.7 + 0.1 * rows), rel=0.05)
+
+
+def test_shared_air_is_not_taken_for_slow_links() -> None:
+    """Three equal links on one channel: each answer waits for frames of the others, none of them is slow."""
+    truth = Link(2, 20, 20, jitter_ms=0.05)
+    world = World(dict.fromkeys("abc", truth), monitor=LinkMonitor(shared_air=True))
+    world.idle(2.0)
+    sizes = 6000, 6000
+    air_s = 8e-6 * sizes[0] / 20
+    for _ in range(200):
+        samples = []
+        for i, node in enumerate("abc"):
+            # Requests one after the other, then answers one after the other: the last one ends at six air times.
+            took_s = 1e-3 * (truth.rtt_ms + abs(world.rng.normal(0, 0.05))) + (4 + i) * air_s
+            samples.append(LinkSample(world.now_s + took_s, node, *sizes, took_s + 1e-3, 1e-3, experts=1, rows=5))
+        world.now_s += 0.05
+        world.monitor.observe(samples)
+        world.probe()
+    for node in "abc":
+        assert world.estimate(node).link.down_mbps > 10
+
+
+def _forecast(world: World) -> LayerForecast:
+    return world.monitor.forecast(
+        0, list("abc"), np.array([0, 1, 2]), now_s=world.now_s, frame_bytes=(48, 80), row_bytes=(1160, 1152)
+    )
+
+
+def test_the_forecast_is_the_sum_that_the_estimates_stand_for() -> None:
+    world = World(MIXED)
+    world.idle(1.0)
+    for _ in range(200):
+        world.layer("abc")
+    forecast = _forecast(world)
+    for i, node in enumerate("abc"):
+        rows = np.zeros(3, np.int64)
+        rows[i] = 7
+        alone_s = world.monitor.predict_s(node, down_bytes=48 + 7 * 1160, up_bytes=80 + 7 * 1152, experts=1, rows=7)
+        assert forecast.layer_s(rows, (rows > 0).astype(np.int64)) == pytest.approx(alone_s, rel=1e-6)
+
+
+def test_facts_of_the_kernel_bound_and_seed_the_estimate() -> None:
+    monitor = LinkMonitor()
+    facts = SocketFacts(endpoint="h:1", min_rtt_us=20_000, delivery_bytes_per_s=1_250_000, app_limited=False)
+    for towards_node in (True, False):
+        monitor.anchor("a", facts, towards_node=towards_node, time_s=1.0)
+    (estimate,) = monitor.estimates(1.0)
+    assert estimate.link.rtt_s == pytest.approx(0.0204, rel=0.25)
+    assert estimate.link.down_mbps == pytest.approx(10, rel=0.25)
+    assert estimate.link.up_mbps == pytest.approx(10, rel=0.25)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from("ab"),
+            st.integers(0, 1 << 20),
+            st.integers(0, 1 << 20),
+            st.floats(allow_nan=True, allow_infinity=True),
+            st.floats(allow_nan=True, allow_infinity=True),
+            st.integers(0, 64),
+        ),
+        max_size=60,
+    )
+)
+def test_whatever_arrives_estimates_stay_possible(raw: list[tuple[str, int, int, float, float, int]]) -> None:
+    monitor = LinkMonitor()
+    for i, (node, down, up, round_trip_s, node_s, rows) in enumerate(raw):
+        monitor.observe([LinkSample(float(i), node, down, up, round_trip_s, node_s, experts=min(rows, 2), rows=rows)])
+        predicted_s = monitor.predict_s(node, down_bytes=1000, up_bytes=1000, experts=1, rows=1)
+        assert 0 < predicted_s < math.inf
+    for estimate in monitor.estimates(float(len(raw))):
+        link = estimate.link
+        for value in (link.rtt_s, link.rtt_std_s, link.down_mbps, link.up_mbps, link.noise_s, estimate.row_s):
+            assert 0 < value < math.inf
+
+
+def test_a_log_replays_to_the_same_estimates(tmp_path: Path) -> None:
+    path = tmp_path / "links.jsonl"
+    with link_log(path) as log:
+        world = World(MIXED, monitor=LinkMonitor(log=log))
+        world.idle(1.0)
+        for _ in range(50):
+            world.layer("abc")
+    path.write_bytes(path.read_bytes() + b'{"time_s":1')  # cut off by a crash
+    replayed = replay(read_link_log(path))
+    last_s = max(s.time_s for s in read_link_log(path))
+    assert [r.estimate for r in replayed] == world.monitor.estimates(last_s)
+    assert all(r.error < 0.05 for r in replayed)
+
+
+@pytest.mark.parametrize("line", [b"no json\n", b'{"time_s": 1}\n', b"[]\n"])
+def test_a_damaged_log_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "links.jsonl"
+    path.write_bytes(line)
+    with pytest.raises(StorageError, match=r"links\.jsonl, line 1"):
+        list(read_link_log(path))
+
+
+SS = (
+    "ESTAB 0 0 10.0.0.1:1883 10.0.0.2:40001 cubic rtt:4.1/0.2 minrtt:3.907 delivery_rate 41000000bps app_limited\n"
+    "ESTAB 0 0 [::ffff:10.0.0.1]:1883 [::ffff:10.0.0.3]:40002 cubic minrtt:8 delivery_rate 8000000bps\n"
+    "ESTAB 0 0 10.0.0.1:1883 10.0.0.4:40003 cubic rtt:4.1/0.2\n"
+    "garbage\n"
+)
+
+
+def test_the_output_of_ss_is_understood() -> None:
+    assert parse_ss(SS) == {
+        "10.0.0.2:40001": SocketFacts(
+            endpoint="10.0.0.2:40001", min_rtt_us=3907, delivery_bytes_per_s=5_125_000, app_limited=True
+        ),
+        "10.0.0.3:40002": SocketFacts(
+            endpoint="10.0.0.3:40002", min_rtt_us=8000, delivery_bytes_per_s=1_000_000, app_limited=False
+        ),
+    }
