@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from testbed.experiment import commands
+from testbed.network import commands as network_commands
 from wire import __version__
 from wire.console import run as run_console
 
@@ -88,6 +89,7 @@ def bench(broker: str, samples: int, out: Path) -> None:
 
 
 commands.register(cli)
+network_commands.register(cli)
 
 
 def main() -> None:

@@ -1,0 +1,143 @@
+"""`wdmoe-testbed net`: emulated networks. Heavy imports wait until a command needs them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from wire.errors import NetworkError
+
+if TYPE_CHECKING:
+    from testbed.network.control import NetworkStatus
+
+_NAME = click.option("--name", help="Which network; needed where several are up.")
+
+
+def register(group: click.Group) -> None:
+    """Add the commands to `wdmoe-testbed`."""
+    group.add_command(net)
+
+
+@click.group()
+def net() -> None:
+    """Emulated Wi-Fi: base station and nodes as network namespaces (Linux, as root)."""
+
+
+@net.command()
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--profile", help="Instead of the first one.")
+def up(spec: Path, profile: str | None) -> None:
+    """Bring a network up; it stays until `down`."""
+    from testbed.network.emulated import down as take_down
+    from testbed.network.emulated import up as bring_up
+
+    network = bring_up(spec)
+    if profile is not None:
+        try:
+            network.set_profile(profile)
+        except NetworkError:
+            take_down(network.spec.name)
+            raise
+    click.echo(
+        f"network '{network.spec.name}' is up: base station {network.bs_address}, {len(network.nodes)} nodes, profile "
+        f"{network.status().profile}; a shell on a node: {' '.join(network.prefix(network.nodes[0]))} bash"
+    )
+
+
+@net.command()
+@click.option("--name", help="Only this network; else all.")
+def down(name: str | None) -> None:
+    """Take networks down and remove everything of them, also after a crash."""
+    from testbed.network.emulated import down as take_down
+    from testbed.network.emulated import leftovers
+    from testbed.network.namespaces import check_privileges
+
+    check_privileges()
+    found = leftovers()
+    if name is not None and name not in found:
+        raise NetworkError(f"there is no network '{name}'")
+    for network in [name] if name is not None else found:
+        take_down(network)
+        click.echo(f"network '{network}' is down")
+    if not found:
+        click.echo("no network is up")
+
+
+@net.command()
+@_NAME
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def status(name: str | None, as_json: bool) -> None:
+    """The links as they are now, what they carried, and how the relay keeps up."""
+    import msgspec
+
+    from testbed.network.emulated import attach_by_name
+
+    answer = attach_by_name(name).status()
+    if as_json:
+        click.echo(msgspec.json.encode(answer))
+    else:
+        _print(answer)
+
+
+@net.command("set")
+@_NAME
+@click.argument("profile")
+def set_(name: str | None, profile: str) -> None:
+    """Start a profile from its beginning."""
+    from testbed.network.emulated import attach_by_name
+
+    attach_by_name(name).set_profile(profile)
+    click.echo(f"profile {profile}")
+
+
+@net.command()
+@_NAME
+@click.option("--profile", "profiles", multiple=True, help="Repeatable; else the one that is set.")
+@click.option("--all-profiles", is_flag=True, help="Every profile of the network.")
+@click.option("--node", "nodes", multiple=True, help="Repeatable; else all.")
+@click.option("--at", "at_s", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Second of a profile.")
+@click.option("--seconds", type=click.FloatRange(1, 60), default=2.0, show_default=True, help="Per rate.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also as JSON.")
+def check(
+    name: str | None,
+    profiles: tuple[str, ...],
+    all_profiles: bool,
+    nodes: tuple[str, ...],
+    at_s: float,
+    seconds: float,
+    out: Path | None,
+) -> None:
+    """Compare the links with what iperf3 and ping measure; the profile stands still meanwhile."""
+    from testbed.network.check import check_network
+    from testbed.network.emulated import attach_by_name
+
+    network = attach_by_name(name)
+    chosen = tuple(network.spec.profiles) if all_profiles else profiles
+    check_network(network, profiles=chosen, nodes=nodes or network.nodes, at_s=at_s, seconds=seconds, out=out)
+
+
+def _print(status: "NetworkStatus") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    air = "one shared channel" if status.shared_air else "dedicated links"
+    held = ", held" if status.held else ""
+    table = Table(title=f"{status.name}: profile {status.profile} at {status.at_s:.1f} s{held}, {air}")
+    for column in ("node", "address", "Mbit/s down", "up", "delay ms", "jitter ms", "loss %", "MB down", "up"):
+        table.add_column(column, justify="left" if column in ("node", "address") else "right")
+    for column in ("dropped", "lost", "queue ms"):
+        table.add_column(column, justify="right")
+    for node in status.nodes:
+        link, both = node.link, (node.down, node.up)
+        table.add_row(
+            node.node, node.address, f"{link.down_mbps:.4g}", f"{link.up_mbps:.4g}", f"{link.delay_ms:.3g}",
+            f"{link.jitter_ms:.3g}", f"{link.loss_percent:.3g}", *(f"{way.sent_bytes / 1e6:.1f}" for way in both),
+            str(sum(way.dropped_frames for way in both)), str(sum(way.lost_frames for way in both)),
+            "/".join(f"{way.waiting_ms:.0f}" for way in both),
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    console.print(
+        f"relay: process {status.pid}, {status.cpu_percent:.0f} % of a core, worst delay of its own "
+        f"{status.late_ms:.2f} ms in the last second"
+    )

@@ -1,0 +1,207 @@
+"""The control socket of a running network: one JSON line asks, one JSON line answers.
+
+It is a Unix socket, so that it can be reached from inside every network namespace, and only by its owner.
+"""
+
+import contextlib
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from testbed.network.spec import Link
+from wire.errors import NetworkError, PrivilegeError
+
+MAX_REQUEST_BYTES = 4096
+MAX_REPLY_BYTES = 1 << 20
+_MAX_CLIENTS = 16
+_CLIENT_S = 2.0
+
+
+class SetProfile(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag="set"):
+    """Start a profile from its beginning."""
+
+    profile: str
+
+
+class Hold(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag="hold"):
+    """Stand still at a moment of the profile; None starts it again."""
+
+    at_s: float | None = None
+
+
+class GetStatus(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag="status"):
+    """Ask only."""
+
+
+Request = SetProfile | Hold | GetStatus
+
+
+class Counters(Struct, frozen=True):
+    """One direction of one link since the network came up.
+
+    Attributes:
+        sent_bytes: with Ethernet headers, that reached the other end.
+        dropped_frames: the queue was full.
+        lost_frames: lost on the air.
+        waiting_frames: in the queue now.
+        waiting_ms: what they take at the link's rate.
+    """
+
+    sent_frames: int
+    sent_bytes: int
+    dropped_frames: int
+    lost_frames: int
+    waiting_frames: int
+    waiting_ms: float
+
+
+class NodeStatus(Struct, frozen=True):
+    """One node's link now."""
+
+    node: str
+    address: str
+    link: Link
+    down: Counters
+    up: Counters
+
+
+class NetworkStatus(Struct, frozen=True, kw_only=True):
+    """A running network.
+
+    Attributes:
+        at_s: since the profile was set, or the moment at which it is held.
+        late_ms: the worst delay of the relay itself within the last second; it adds to the links' delays.
+        cpu_percent: what the relay took of one core within the last second.
+    """
+
+    name: str
+    pid: int
+    spec_sha256: str
+    profile: str
+    shared_air: bool
+    at_s: float
+    held: bool
+    late_ms: float
+    cpu_percent: float
+    nodes: list[NodeStatus]
+
+
+class Refusal(Struct, frozen=True):
+    """The answer to what can't be done."""
+
+    error: str
+
+
+class ControlServer:
+    """The relay's end; never blocks.
+
+    Args:
+        path: of the socket, must not exist.
+        answer: from a request to its reply; `ValueError` is told to the client.
+    """
+
+    def __init__(self, path: Path, answer: Callable[[Request], NetworkStatus]) -> None:
+        self._answer = answer
+        self._clients: dict[int, tuple[socket.socket, bytearray, float]] = {}
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self._listener.bind(str(path))
+        path.chmod(0o600)
+        self._listener.listen(_MAX_CLIENTS)
+
+    def filenos(self) -> list[int]:
+        """What to wait for."""
+        return [self._listener.fileno(), *self._clients]
+
+    def handle(self, fileno: int) -> None:
+        """Something happened on one of `filenos`."""
+        if fileno == self._listener.fileno():
+            self._accept()
+        elif fileno in self._clients:
+            client, received, _ = self._clients[fileno]
+            with contextlib.suppress(BlockingIOError):
+                received += self._receive(client)
+                if b"\n" in received:
+                    self._reply(client, bytes(received).partition(b"\n")[0])
+                    self._drop(fileno)
+                elif len(received) > MAX_REQUEST_BYTES or not received:
+                    self._drop(fileno)
+
+    def drop_late(self) -> None:
+        """Close connections whose request does not come."""
+        for fileno, (_, _, deadline) in list(self._clients.items()):
+            if time.monotonic() > deadline:
+                self._drop(fileno)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            client, _ = self._listener.accept()
+            client.setblocking(False)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_REPLY_BYTES)
+            if len(self._clients) >= _MAX_CLIENTS:
+                client.close()
+            else:
+                self._clients[client.fileno()] = client, bytearray(), time.monotonic() + _CLIENT_S
+
+    def _receive(self, client: socket.socket) -> bytes:
+        try:
+            return client.recv(MAX_REQUEST_BYTES + 1)
+        except ConnectionError:
+            return b""
+
+    def _reply(self, client: socket.socket, line: bytes) -> None:
+        reply: NetworkStatus | Refusal
+        try:
+            reply = self._answer(msgspec.json.decode(line, type=Request))
+        except (msgspec.DecodeError, ValueError) as error:
+            reply = Refusal(str(error))
+        # A client that does not read is not waited for: frames are.
+        with contextlib.suppress(OSError):
+            client.send(msgspec.json.encode(reply) + b"\n")
+
+    def _drop(self, fileno: int) -> None:
+        self._clients.pop(fileno)[0].close()
+
+
+def ask(path: Path, request: Request, *, timeout_s: float = 5.0) -> NetworkStatus:
+    """Ask a running network.
+
+    Raises:
+        PrivilegeError: it belongs to somebody else.
+        NetworkError: it does not answer, or refuses.
+    """
+    deadline = time.monotonic() + timeout_s
+    received = bytearray()
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.settimeout(timeout_s)
+            client.connect(str(path))
+            client.sendall(msgspec.json.encode(request) + b"\n")
+            while b"\n" not in received and len(received) <= MAX_REPLY_BYTES:
+                client.settimeout(max(0.001, deadline - time.monotonic()))
+                part = client.recv(1 << 16)
+                if not part:
+                    break
+                received += part
+    except PermissionError:
+        raise PrivilegeError(f"only the owner of the emulated network may use {path}: run as root") from None
+    except OSError as error:
+        raise NetworkError(
+            f"the emulated network does not answer on {path} ({error}): 'wdmoe-testbed net down' cleans up"
+        ) from None
+    return _decode(bytes(received), path)
+
+
+def _decode(received: bytes, path: Path) -> NetworkStatus:
+    line, end, _ = received.partition(b"\n")
+    try:
+        if not end:
+            raise NetworkError(f"the emulated network broke off its answer on {path}")
+        if b'"error"' in line[:16]:
+            raise NetworkError(msgspec.json.decode(line, type=Refusal).error)
+        return msgspec.json.decode(line, type=NetworkStatus)
+    except msgspec.DecodeError as error:
+        raise NetworkError(f"the emulated network gives an answer that can't be read: {error}") from None

@@ -1,0 +1,167 @@
+"""The process behind an emulated network: `python -m testbed.network.daemon NAME READY_FD`. Started by `up`.
+
+It makes the namespaces and TAPs, tells through READY_FD that it is ready or what is wrong, and relays until SIGTERM.
+Whatever way it ends, its TAPs end with it; `down` removes what else is left.
+"""
+
+import gc
+import hashlib
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+
+from testbed.network import namespaces
+from testbed.network.control import ControlServer, Counters, Hold, NetworkStatus, NodeStatus, Request, SetProfile
+from testbed.network.model import MTU_BYTES, AirModel
+from testbed.network.relay import Relay, mac
+from testbed.network.spec import NetworkSpec, read_spec
+from testbed.network.state import State
+from testbed.network.timeline import Timeline
+from wire.errors import WdmoeError
+
+BASE_STATION = "bs"
+READY = "ready"
+
+_TICK_S = 0.05
+"""Between two looks at the timeline: a ramp's steps."""
+_HEALTH_S = 1.0
+
+
+class Daemon:
+    """A running network, single-threaded.
+
+    Args:
+        state: with the description in it.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._spec = spec = read_spec(state.spec)
+        self._spec_sha256 = hashlib.sha256(state.spec.read_bytes()).hexdigest()
+        self._model = AirModel(len(spec.node_ids), queue_s=spec.queue_ms / 1e3, seed=spec.seed)
+        self._relay = Relay(_open_taps(spec), self._model)
+        self._control = ControlServer(state.control, self._answer)
+        self._truth = os.open(state.truth, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        now = time.monotonic()
+        self._timeline = Timeline(spec, now)
+        self._late_s = self._cpu_share = 0.0
+        self._health_at, self._health_cpu_s = now, time.process_time()
+        self._configure(now)
+
+    def run(self) -> None:
+        """Relay for ever; signals end it."""
+        tick = time.monotonic()
+        while True:
+            for fileno in self._relay.wait(tick, self._control.filenos()):
+                self._control.handle(fileno)
+            now = time.monotonic()
+            if now >= tick:
+                tick = now + _TICK_S
+                if self._timeline.advance(now):
+                    self._configure(now)
+                self._control.drop_late()
+                self._note_health(now)
+
+    def _configure(self, now: float) -> None:
+        links = self._timeline.links
+        self._model.configure(
+            now, [links[node] for node in self._spec.node_ids], shared_air=self._timeline.profile.shared_air
+        )
+        wall = time.time()
+        lines = [
+            msgspec.json.encode(
+                {"time": wall, "node": node, "profile": self._timeline.profile_name, **msgspec.structs.asdict(link)}
+            )
+            for node, link in self._timeline.to_record(now).items()
+        ]
+        if lines:
+            os.write(self._truth, b"\n".join(lines) + b"\n")
+
+    def _note_health(self, now: float) -> None:
+        passed_s = now - self._health_at
+        if passed_s >= _HEALTH_S:
+            cpu_s = time.process_time()
+            self._cpu_share = (cpu_s - self._health_cpu_s) / passed_s
+            self._late_s = self._relay.take_worst_late_s()
+            self._health_at, self._health_cpu_s = now, cpu_s
+
+    def _answer(self, request: Request) -> NetworkStatus:
+        now = time.monotonic()
+        if isinstance(request, SetProfile):
+            self._timeline.set_profile(request.profile, now)
+            self._configure(now)
+        elif isinstance(request, Hold):
+            self._timeline.hold(request.at_s, now)
+            self._configure(now)
+        down, up = (
+            [Counters(**one) for one in of_nodes]  # type: ignore[arg-type]
+            for of_nodes in self._model.counters().values()
+        )
+        return NetworkStatus(
+            name=self._spec.name,
+            pid=os.getpid(),
+            spec_sha256=self._spec_sha256,
+            profile=self._timeline.profile_name,
+            shared_air=self._timeline.profile.shared_air,
+            at_s=self._timeline.at_s(now),
+            held=self._timeline.held_s is not None,
+            late_ms=self._late_s * 1e3,
+            cpu_percent=self._cpu_share * 100,
+            nodes=[
+                NodeStatus(node, self._spec.address(k + 1), self._timeline.links[node], down[k], up[k])
+                for k, node in enumerate(self._spec.node_ids)
+            ],
+        )
+
+
+def _open_taps(spec: NetworkSpec) -> list[int]:
+    taps = []
+    for index, host in enumerate((BASE_STATION, *spec.node_ids)):
+        name = namespaces.namespace(spec.name, host)
+        namespaces.create(name)
+        taps.append(
+            namespaces.open_tap(name, spec.address(index), spec.network.prefixlen, mac(index), mtu_bytes=MTU_BYTES)
+        )
+    return taps
+
+
+def _come_first() -> None:
+    """Ask not to wait for a core behind what is measured; where that is not allowed, it goes without."""
+    with suppress(PermissionError):
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    # Nothing below makes cycles; a collection would only hold up frames.
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+def main() -> None:
+    """Entry of the process."""
+    name, ready_fd = sys.argv[1], int(sys.argv[2])
+    state = State(name)
+    state.write_pid()
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.chdir(Path("/"))
+    with os.fdopen(ready_fd, "w") as ready:
+        try:
+            daemon = Daemon(state)
+        except WdmoeError as error:
+            ready.write(str(error))
+            raise SystemExit(1) from None
+        _come_first()
+        ready.write(READY)
+    daemon.run()
+
+
+if __name__ == "__main__":
+    main()

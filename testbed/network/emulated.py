@@ -1,0 +1,286 @@
+"""Bring emulated networks up and down, and use a running one."""
+
+import hashlib
+import os
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from testbed.network import namespaces, state
+from testbed.network.control import GetStatus, Hold, NetworkStatus, Request, SetProfile, ask
+from testbed.network.daemon import BASE_STATION, READY
+from testbed.network.spec import NetworkSpec, read_spec
+from testbed.network.state import State
+from wire.errors import NetworkError, PrivilegeError
+
+_READY_S = 20.0
+_STOP_S = 5.0
+
+
+class EmulatedNetwork:
+    """A network that is up.
+
+    Attributes:
+        spec: its description.
+        truth_path: JSON lines: time, node, profile and the link's quantities, one line per change.
+    """
+
+    def __init__(self, spec: NetworkSpec) -> None:
+        self.spec = spec
+        self._state = State(spec.name)
+        self.truth_path = self._state.truth
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """All node ids."""
+        return self.spec.node_ids
+
+    @property
+    def bs_address(self) -> str:
+        """The base station's IPv4 address, as nodes see it."""
+        return self.spec.address(0)
+
+    def node_address(self, node: str) -> str:
+        """A node's IPv4 address.
+
+        Raises:
+            NetworkError: there is no such node.
+        """
+        return self.spec.address(1 + self._index(node))
+
+    def bs_prefix(self) -> list[str]:
+        """What to put before a command so that it runs on the base station."""
+        return _enter(self.spec.name, BASE_STATION)
+
+    def prefix(self, node: str) -> list[str]:
+        """What to put before a command so that it runs on `node`.
+
+        Raises:
+            NetworkError: there is no such node.
+        """
+        return _enter(self.spec.name, self.nodes[self._index(node)])
+
+    def set_profile(self, name: str) -> None:
+        """Start a profile from its beginning.
+
+        Raises:
+            NetworkError: there is none of that name, or the network does not answer.
+        """
+        self.ask(SetProfile(name))
+
+    def hold(self, at_s: float | None) -> None:
+        """Stand still at a moment of the profile; None starts it again from its beginning.
+
+        Raises:
+            NetworkError: the network does not answer.
+        """
+        self.ask(Hold(at_s))
+
+    def truth(self) -> list[tuple[str, str, float]]:
+        """The links as they are configured now: node, quantity with its unit, value.
+
+        Raises:
+            NetworkError: the network does not answer.
+        """
+        return [
+            (node.node, quantity, value)
+            for node in self.status().nodes
+            for quantity, value in msgspec.structs.asdict(node.link).items()
+        ]
+
+    def status(self) -> NetworkStatus:
+        """Links, counters and the relay's own load.
+
+        Raises:
+            NetworkError: the network does not answer.
+        """
+        return self.ask(GetStatus())
+
+    def ask(self, request: Request) -> NetworkStatus:
+        """Ask the relay.
+
+        Raises:
+            NetworkError: it does not answer, or refuses.
+        """
+        return ask(self._state.control, request)
+
+    def _index(self, node: str) -> int:
+        if node not in self.nodes:
+            raise NetworkError(f"the network '{self.spec.name}' has no node '{node}', only {', '.join(self.nodes)}")
+        return self.nodes.index(node)
+
+
+def up(spec_path: Path) -> EmulatedNetwork:
+    """Bring a network up, after removing what a crashed one of the same name left.
+
+    Raises:
+        NetworkSpecError: the description is wrong.
+        PrivilegeError: this process may not.
+        NetworkError: one of that name is up, or it does not come up.
+    """
+    spec = read_spec(spec_path)
+    namespaces.check_privileges()
+    if shutil.which("setsid") is None or shutil.which("nsenter") is None:
+        raise NetworkError("emulated networks need setsid and nsenter: install util-linux")
+    with state.locked(spec.name) as files:
+        if files.relay() is not None:
+            raise NetworkError(f"the network '{spec.name}' is already up: 'wdmoe-testbed net down' first")
+        _clean(spec.name, files)
+        files.folder.mkdir(mode=0o700)
+        files.spec.write_bytes(spec_path.read_bytes())
+        try:
+            _start(spec.name, files)
+        except BaseException:
+            _clean(spec.name, files)
+            raise
+    return EmulatedNetwork(spec)
+
+
+def attach(spec_path: Path) -> EmulatedNetwork:
+    """Use a network that is up, from a process in any of its namespaces or outside.
+
+    Raises:
+        NetworkSpecError: the description is wrong.
+        PrivilegeError: it belongs to root, and this process does not.
+        NetworkError: it is not up, or was brought up with another description.
+    """
+    network = EmulatedNetwork(read_spec(spec_path))
+    _check_up(network.spec.name)
+    if network.status().spec_sha256 != hashlib.sha256(spec_path.read_bytes()).hexdigest():
+        raise NetworkError(
+            f"the network '{network.spec.name}' was brought up with another description than {spec_path}: "
+            "'wdmoe-testbed net down' first"
+        )
+    return network
+
+
+def attach_by_name(name: str | None) -> EmulatedNetwork:
+    """Use the network of that name, or the only one.
+
+    Raises:
+        PrivilegeError: it belongs to root, and this process does not.
+        NetworkError: it is not up, or there are several.
+    """
+    if name is None:
+        name = only_name(sorted(set(state.known())))
+    _check_up(name)
+    return EmulatedNetwork(read_spec(State(name).spec))
+
+
+def only_name(names: list[str]) -> str:
+    """The network that is meant when none is named.
+
+    Raises:
+        NetworkError: there is none, or not one.
+    """
+    if not names:
+        raise NetworkError("no emulated network is up: 'wdmoe-testbed net up SPEC' brings one up")
+    if len(names) > 1:
+        raise NetworkError(f"several networks are up, say --name: {', '.join(names)}")
+    return names[0]
+
+
+def leftovers() -> list[str]:
+    """Networks that are up, or of which a crash left something.
+
+    Raises:
+        PrivilegeError: they belong to root, and this process does not.
+    """
+    return sorted({*state.known(), *namespaces.existing()})
+
+
+def down(name: str) -> None:
+    """End a network and remove everything of it; also what a crash left.
+
+    Raises:
+        PrivilegeError: this process may not.
+        NetworkError: its relay does not end.
+    """
+    namespaces.check_privileges()
+    with state.locked(name) as files:
+        _clean(name, files)
+
+
+@contextmanager
+def emulated(spec_path: Path) -> Iterator[EmulatedNetwork]:
+    """A network that lives as long as the context.
+
+    Raises:
+        NetworkSpecError: the description is wrong.
+        PrivilegeError: this process may not.
+        NetworkError: one of that name is up, or it does not come up.
+    """
+    network = up(spec_path)
+    try:
+        yield network
+    finally:
+        down(network.spec.name)
+
+
+def _enter(network: str, host: str) -> list[str]:
+    return ["nsenter", f"--net={namespaces.FOLDER / namespaces.namespace(network, host)}", "--"]
+
+
+def _check_up(name: str) -> None:
+    if name not in state.known():
+        raise NetworkError(f"the network '{name}' is not up: 'wdmoe-testbed net up SPEC' brings it up")
+    if State(name).relay() is None:
+        raise NetworkError(f"the network '{name}' has crashed: 'wdmoe-testbed net down' cleans up")
+
+
+def _start(name: str, files: State) -> None:
+    told, tell = os.pipe()
+    try:
+        try:
+            with files.log.open("ab") as log:
+                # setsid --fork: init becomes its parent, nobody has to wait for it.
+                subprocess.run(
+                    ["setsid", "--fork", sys.executable, "-m", "testbed.network.daemon", name, str(tell)],
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(tell,), timeout=_READY_S, check=True,
+                )  # fmt: skip
+        finally:
+            os.close(tell)
+        answer = _read_all(told, _READY_S)
+    finally:
+        os.close(told)
+    if answer != READY:
+        lines = files.log.read_text(errors="replace").strip().splitlines()
+        raise NetworkError(f"the network '{name}' does not come up: {answer or (lines[-1] if lines else 'no output')}")
+
+
+def _read_all(fileno: int, timeout_s: float) -> str:
+    """What comes until the other end is closed, or nothing if that takes too long."""
+    deadline = time.monotonic() + timeout_s
+    received = b""
+    while select.select([fileno], (), (), max(0.0, deadline - time.monotonic()))[0]:
+        part = os.read(fileno, 4096)
+        if not part:
+            return received.decode(errors="replace")
+        received += part
+    return ""
+
+
+def _clean(name: str, files: State) -> None:
+    process = files.relay()
+    if process is not None:
+        try:
+            process.terminate()
+            if psutil.wait_procs([process], timeout=_STOP_S)[1]:
+                process.kill()
+                if psutil.wait_procs([process], timeout=_STOP_S)[1]:
+                    raise NetworkError(f"the relay of the network '{name}' (process {process.pid}) does not end")
+        except psutil.AccessDenied:
+            raise PrivilegeError(f"the network '{name}' belongs to somebody else: run as root") from None
+        except psutil.NoSuchProcess:
+            pass
+    for namespace in namespaces.existing().get(name, []):
+        namespaces.remove(namespace)
+    files.remove()

@@ -1,0 +1,135 @@
+"""Network namespaces and TAP interfaces, as far as emulated networks need them. Linux, as root.
+
+Only namespaces whose names begin with our prefix are ever made or removed, and interfaces only inside these. A TAP
+is not persistent: it vanishes with the file that its relay holds open, however that process ends.
+"""
+
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pyroute2 import IPRoute, NetlinkError, netns
+
+from wire.errors import NetworkError, PrivilegeError
+
+FOLDER = Path("/run/netns")
+PREFIX = "wdmoe"
+INTERFACE = "wifi0"
+
+_TUN = Path("/dev/net/tun")
+_TUNSETIFF = 0x400454CA
+_IFF_TAP, _IFF_NO_PI = 0x0002, 0x1000
+_CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21
+
+
+def check_privileges() -> None:
+    """Refuse early, with what is missing.
+
+    Raises:
+        PrivilegeError: this process can't make namespaces or TAPs.
+    """
+    lacks = [
+        name
+        for name, bit in (("CAP_NET_ADMIN", _CAP_NET_ADMIN), ("CAP_SYS_ADMIN", _CAP_SYS_ADMIN))
+        if not _effective_capabilities() >> bit & 1
+    ]
+    if not _TUN.exists() or not os.access(_TUN, os.R_OK | os.W_OK):
+        lacks.append(str(_TUN))
+    if lacks:
+        raise PrivilegeError(
+            f"emulated networks need root, here {' and '.join(lacks)} is missing: run as root, or use plans with "
+            "'network: localhost'"
+        )
+
+
+def _effective_capabilities() -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:"))
+
+
+def namespace(network: str, host: str) -> str:
+    """The name of a host's namespace; network names have no hyphen, so that it is unique."""
+    return f"{PREFIX}-{network}-{host}"
+
+
+def existing() -> dict[str, list[str]]:
+    """All our namespaces by network, left over or in use."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(netns.listnetns(str(FOLDER))):
+        prefix, _, rest = name.partition("-")
+        network, _, host = rest.partition("-")
+        if prefix == PREFIX and network and host:
+            found.setdefault(network, []).append(name)
+    return found
+
+
+def create(name: str) -> None:
+    """Make a namespace with loopback up and without IPv6, whose neighbour chatter would only blur measurements.
+
+    Raises:
+        NetworkError: the kernel refuses.
+    """
+    try:
+        netns.create(name)
+    except OSError as error:
+        raise NetworkError(f"can't make the network namespace {name}: {error.strerror or error}") from None
+    with inside(name):
+        switch = Path("/proc/sys/net/ipv6/conf/all/disable_ipv6")
+        if switch.exists():
+            switch.write_text("1")
+        with IPRoute() as route:
+            route.link("set", index=1, state="up")
+
+
+def remove(name: str) -> None:
+    """Remove a namespace of ours; processes in it keep running, cut off from the network.
+
+    Raises:
+        NetworkError: the kernel refuses.
+    """
+    if not name.startswith(f"{PREFIX}-"):
+        raise ValueError(f"{name} is not ours")
+    try:
+        netns.remove(str(FOLDER / name))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise NetworkError(f"can't remove the network namespace {name}: {error.strerror}") from None
+
+
+@contextmanager
+def inside(name: str) -> Iterator[None]:
+    """Run the body in a namespace. For single-threaded callers: it moves the calling thread."""
+    home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        netns.setns(str(FOLDER / name), flags=0)
+        try:
+            yield
+        finally:
+            netns.setns(home)
+    finally:
+        os.close(home)
+
+
+def open_tap(name: str, address: str, prefix_bits: int, mac: str, *, mtu_bytes: int) -> int:
+    """Make a TAP in a namespace and bring it up; closing the descriptor removes it.
+
+    Raises:
+        NetworkError: the kernel refuses.
+    """
+    with inside(name):
+        tap = os.open(_TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22x", INTERFACE.encode(), _IFF_TAP | _IFF_NO_PI))
+            with IPRoute() as route:
+                index = route.link_lookup(ifname=INTERFACE)[0]
+                route.link("set", index=index, address=mac, mtu=mtu_bytes)
+                route.addr("add", index=index, address=address, prefixlen=prefix_bits)
+                route.link("set", index=index, state="up")
+        except (OSError, NetlinkError) as error:
+            os.close(tap)
+            raise NetworkError(f"can't make a TAP in {name}: {error}") from None
+    return tap

@@ -1,0 +1,102 @@
+"""Frames from TAP to TAP, through the link model. The only part that touches frames and the clock.
+
+One thread, one loop: it must not be late, so everything in it is bounded and nothing blocks but the wait for the
+next frame or the next delivery.
+"""
+
+import contextlib
+import os
+import select
+import time
+from collections.abc import Sequence
+
+from testbed.network.model import ETHERNET_BYTES, MTU_BYTES, AirModel, Direction
+
+_FRAME_BYTES = ETHERNET_BYTES + MTU_BYTES + 4
+_BATCH = 64
+"""Frames read from one TAP before others get their turn."""
+_BASE_STATION = 0
+_BROADCAST_BIT = 1
+
+
+def mac(index: int) -> str:
+    """Locally administered: 0 is the base station, k + 1 is node k."""
+    return f"02:57:44:4d:00:{index:02x}"
+
+
+class Relay:
+    """Carries frames between the base station's TAP and the nodes'.
+
+    Args:
+        taps: non-blocking descriptors, the base station's first.
+
+    Attributes:
+        refused_frames: that their receiver's kernel did not take.
+    """
+
+    def __init__(self, taps: Sequence[int], model: AirModel) -> None:
+        self._taps = list(taps)
+        self._model = model
+        self._index = {tap: index for index, tap in enumerate(taps)}
+        self._by_mac = {bytes.fromhex(mac(index).replace(":", "")): index for index in range(len(taps))}
+        self._worst_late_s = 0.0
+        self.refused_frames = 0
+
+    def wait(self, until: float, others: Sequence[int]) -> list[int]:
+        """Wait for frames or the next delivery, and carry frames.
+
+        Args:
+            until: on the monotonic clock; returns then at the latest.
+            others: descriptors to wait for besides.
+
+        Returns:
+            Those of `others` that can be read.
+        """
+        pause_s = min(until, self._model.wake_at()) - time.monotonic()
+        ready, _, _ = select.select([*self._taps, *others], (), (), max(0.0, pause_s))
+        self._deliver()
+        for fileno in ready:
+            if fileno in self._index:
+                self._read(fileno)
+        # What was just read may already be due: frames over an empty link without delay.
+        self._deliver()
+        return [fileno for fileno in ready if fileno not in self._index]
+
+    def take_worst_late_s(self) -> float:
+        """How late the latest of all deliveries was since the last call."""
+        worst_s, self._worst_late_s = self._worst_late_s, 0.0
+        return worst_s
+
+    def _deliver(self) -> None:
+        now = time.monotonic()
+        late_s = now - self._model.wake_at()
+        if late_s < 0:
+            return
+        self._worst_late_s = max(self._worst_late_s, late_s)
+        for node, direction, frame in self._model.due(now):
+            receiver = node + 1 if direction is Direction.DOWN else _BASE_STATION
+            try:
+                os.write(self._taps[receiver], frame)
+            except OSError:
+                # The interface was taken down, or its kernel is out of memory. On the air that is a lost frame.
+                self.refused_frames += 1
+
+    def _read(self, tap: int) -> None:
+        index = self._index[tap]
+        now = time.monotonic()
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(_BATCH):
+                frame = os.read(tap, _FRAME_BYTES)
+                receivers = self._receivers(index, frame)
+                for receiver in receivers:
+                    if index == _BASE_STATION:
+                        self._model.offer(now, receiver - 1, Direction.DOWN, frame)
+                    else:
+                        self._model.offer(now, index - 1, Direction.UP, frame)
+
+    def _receivers(self, sender: int, frame: bytes) -> Sequence[int]:
+        """Broadcasts go to everybody on the other side; nodes don't hear each other."""
+        if frame[0] & _BROADCAST_BIT:
+            return range(1, len(self._taps)) if sender == _BASE_STATION else (_BASE_STATION,)
+        receiver = self._by_mac.get(frame[:6], sender)
+        return (receiver,) if (receiver == _BASE_STATION) != (sender == _BASE_STATION) else ()
