@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from wire.errors import FailedCellsError
+from wire.errors import FailedCellsError, PreflightError
 
 _PLAN = click.argument("plan_path", metavar="PLAN", type=click.Path(path_type=Path))
 _RUN = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
@@ -14,7 +14,7 @@ _DATA = click.option("--data", type=click.Path(path_type=Path), help="Folder of 
 
 def register(group: click.Group) -> None:
     """Add the commands to `wdmoe-testbed`."""
-    for command in (plan, run, resume, status):
+    for command in (plan, preflight, run, resume, status, report, compare):
         group.add_command(command)
 
 
@@ -69,6 +69,62 @@ def status(folder: Path) -> None:
 
     for line in lines(status_of(RunDir(folder))):
         click.echo(line)
+
+
+@click.command()
+@_PLAN
+@_DATA
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), help="Where the run's folder would be.")
+def preflight(plan_path: Path, data: Path | None, out: Path) -> None:
+    """Check whether a plan can be run here and now; changes nothing."""
+    from rich.console import Console
+
+    from testbed.experiment.plan import read_plan
+    from testbed.report.preflight import preflight as ask
+    from testbed.report.preflight import print_checks
+
+    checks = ask(read_plan(plan_path, data=data), out=out)
+    print_checks(checks, Console())
+    if failed := [check for check in checks if check.level == "fail"]:
+        raise PreflightError(
+            f"{len(failed)} of {len(checks)} checks failed, the first: {failed[0].name}: {failed[0].detail}"
+        )
+
+
+@click.command()
+@_RUN
+@click.option("--resamples", type=click.IntRange(100), default=2000, show_default=True, help="Of each interval.")
+@click.option("--trace-tokens", type=click.IntRange(1), default=4, show_default=True, help="Of each cell in the trace.")
+def report(folder: Path, resamples: int, trace_tokens: int) -> None:
+    """Write merged tables, summary, plots, trace and report into a run's folder."""
+    from testbed.experiment.rundir import RunDir
+    from testbed.report.contents import warnings
+    from testbed.report.write import PAGE, write_report
+
+    summary = write_report(RunDir(folder), resamples=resamples, trace_tokens=trace_tokens)
+    for warning in warnings(summary):
+        click.echo(warning)
+    click.echo(f"{summary.complete_cells} of {summary.planned_cells} cells: {folder / PAGE}")
+
+
+@click.command()
+@click.argument("folders", metavar="RUN RUN…", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--resamples", type=click.IntRange(100), default=2000, show_default=True, help="Of each interval.")
+def compare(folders: tuple[Path, ...], resamples: int) -> None:
+    """Compare runs with the first one, policy by policy, in markdown."""
+    from testbed.experiment.rundir import RunDir
+    from testbed.report.compare import compare_runs
+    from testbed.report.document import table_markdown
+
+    if len(folders) < 2:
+        raise click.UsageError("name at least two runs")
+    notes, tables = compare_runs([RunDir(folder) for folder in folders], resamples=resamples)
+    for number, folder in enumerate(folders, 1):
+        click.echo(f"run {number}: {folder}")
+    for note in notes or ["no differences in code, plan, bundles, data, machine or versions"]:
+        click.echo(f"- {note}")
+    for title, table in tables:
+        click.echo(f"\n{title}\n\n{table_markdown(table)}")
 
 
 def _run(folder: Path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jinja2
 
-
 _WIDEST = 48
 """Wider cells of a markdown table are not lined up."""
 

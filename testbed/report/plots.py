@@ -29,7 +29,7 @@ NODES_DRAWN = 8
 """Link plots of more nodes can't be read."""
 _STYLE: Any = {
     "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "svg.hashsalt": "wdmoe",
-    "figure.dpi": 110,
+    "figure.dpi": 120,
 }  # fmt: skip
 Row = tuple[object, ...]
 
@@ -68,8 +68,8 @@ def _ecdf(analysis: Analysis, folder: Path) -> list[Figure]:
     _legend(figure, axes)
     header = ("bundle", "profile", "policy", "workload", "token_ms", "share")
     caption = (
-        "Share of generated tokens that took at most so long. The first token of each answer is left out; the axis ends "
-        "before the slowest half percent."
+        "Share of generated tokens that took at most so long. The first token of each answer is left out; the axis "
+        "ends before the slowest half percent."
     )
     return [_save(figure, folder, "latency-ecdf", header, rows, caption)]
 
@@ -168,14 +168,15 @@ def _links(analysis: Analysis, folder: Path) -> list[Figure]:
 
 def _links_of(profile: str, series: Sequence[LinkSeries], folder: Path) -> Figure:
     nodes = sorted({s.node for s in series})[:NODES_DRAWN]
-    quantities = sorted({s.quantity for s in series})
+    # A network has more quantities than anybody estimates; the CSV has them all.
+    quantities = sorted({s.quantity for s in series if len(s.estimate)} or {s.quantity for s in series})
     figure = Canvas(figsize=(3.4 * len(quantities) + 0.6, 1.5 * len(nodes) + 1.0), layout="constrained")
     axes = figure.subplots(len(nodes), len(quantities), squeeze=False, sharex=True, sharey="col")
     rows: list[Row] = []
     for s in series:
         rows += [(profile, s.node, s.quantity, "truth", t, v) for t, v in zip(s.truth_s, s.truth, strict=True)]
         rows += [(profile, s.node, s.quantity, "estimate", t, v) for t, v in zip(s.estimate_s, s.estimate, strict=True)]
-        if s.node in nodes:
+        if s.node in nodes and s.quantity in quantities:
             axis = axes[nodes.index(s.node)][quantities.index(s.quantity)]
             axis.step(s.truth_s, s.truth, where="post", color=COLOURS[0], linewidth=2.4, alpha=0.45, label="configured")
             axis.plot(

@@ -151,22 +151,23 @@ def ratio(measure: Measure, baseline: Measure, *, seed: int, resamples: int = RE
     return _interval(over, measure.units, seed, resamples)
 
 
-def unpaired_ratio(measure: Measure, baseline: Measure, *, seed: int, resamples: int = RESAMPLES) -> Interval | None:
-    """Measure over baseline of two runs, whose units are drawn apart."""
-    first = measure.units
+def between_runs(
+    measure: Measure, first: Measure, *, subtract: bool, seed: int, resamples: int = RESAMPLES
+) -> Interval | None:
+    """Measure over, or less, that of another run; the units of two runs are drawn apart."""
 
-    def over(mine: Draw, theirs: Draw) -> Float:
+    def against(mine: Draw, theirs: Draw) -> Float:
         with np.errstate(divide="ignore", invalid="ignore"):
-            value: Float = measure.of(mine) / baseline.of(theirs)
+            a, b = measure.of(mine), first.of(theirs)
+            value: Float = a - b if subtract else a / b
         return value
 
-    if not first or not baseline.units:
-        return None
-    value = float(over(np.arange(first), np.arange(baseline.units)))
+    counts = measure.units, first.units
+    value = float(against(*map(np.arange, counts))) if all(counts) else float("nan")
     if not np.isfinite(value):
         return None
-    low, high = _bootstrap(over, (first, baseline.units), seed, resamples)
-    return Interval(value, low, high, min(first, baseline.units))
+    low, high = _bootstrap(against, counts, seed, resamples)
+    return Interval(value, low, high, min(counts))
 
 
 def _interval(statistic: Callable[[Draw], Float], units: int, seed: int, resamples: int) -> Interval | None:

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from testbed.experiment.plan import Choice, Generate
+from testbed.experiment.plan import Choice, Generate, Workload
 from testbed.experiment.rundir import RunDir
 from testbed.report.analysis import Analysis, Arm, WorkloadUnits
 from testbed.report.links import LinkError, link_errors
@@ -117,6 +117,11 @@ class Summary(Struct, frozen=True, kw_only=True):
     without_result: dict[str, str]
 
 
+def kind_of(workload: Workload) -> str:
+    """As plans write it."""
+    return "generate" if isinstance(workload, Generate) else "choice" if isinstance(workload, Choice) else "perplexity"
+
+
 def metrics_of(units: WorkloadUnits, kind: str, where: str) -> list[tuple[Metric, Units]]:
     """Which metrics an arm can have on a workload, each with the units it is made of."""
     steps = [*STEP_METRICS]
@@ -201,7 +206,7 @@ def _workload(
     analysis: Analysis, name: str, units: WorkloadUnits, baseline: WorkloadUnits | None, planned: int, resamples: int
 ) -> WorkloadResult:
     workload, seed = analysis.run.plan.workload(name), analysis.run.plan.seed
-    kind = "generate" if isinstance(workload, Generate) else "choice" if isinstance(workload, Choice) else "perplexity"
+    kind = kind_of(workload)
     metrics: dict[str, Interval] = {}
     against: dict[str, Against] = {}
     theirs = dict(metrics_of(baseline, kind, workload.where)) if baseline else {}
@@ -212,12 +217,12 @@ def _workload(
                 against[metric.name] = compared
     gained = lost = None
     if baseline:
-        mine, other = _paired(units.steps, baseline.steps)
+        mine, other = paired(units.steps, baseline.steps)
         if kind == "generate" and len(mine):
             same = measured(same_tokens(mine, other), seed=seed, resamples=resamples)
             metrics |= {SAME_TOKENS.name: same} if same else {}
         if kind == "choice":
-            mine, other = _paired(units.items, baseline.items)
+            mine, other = paired(units.items, baseline.items)
             change = mine.sum("right") / mine.sum("items") - other.sum("right") / other.sum("items")
             gained, lost = int((change > 0).sum()), int((change < 0).sum())
     return WorkloadResult(
@@ -233,7 +238,7 @@ def _workload(
 
 
 def _compare(metric: Metric, units: Units, baseline: Units, seed: int, resamples: int) -> Against | None:
-    mine, theirs = (metric.make(some) for some in _paired(units, baseline))
+    mine, theirs = (metric.make(some) for some in paired(units, baseline))
     if mine is None or theirs is None:
         return None
     return Against(
@@ -242,7 +247,8 @@ def _compare(metric: Metric, units: Units, baseline: Units, seed: int, resamples
     )
 
 
-def _paired(units: Units, baseline: Units) -> tuple[Units, Units]:
+def paired(units: Units, baseline: Units) -> tuple[Units, Units]:
+    """The units that both have, in one order."""
     keys = sorted({*units.keys} & {*baseline.keys})
     return units.only(keys), baseline.only(keys)
 

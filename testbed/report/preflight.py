@@ -1,0 +1,293 @@
+"""Can this machine run a plan now? Every question is asked before anything is measured; nothing is changed."""
+
+import os
+import secrets
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bs_coordinator.brokers import mosquitto_path, open_broker
+from bs_coordinator.dispatch import Dispatcher
+from bs_coordinator.fleet import Fleet
+from bs_coordinator.readiness import measure_broker
+from bs_coordinator.selection import parse_policy
+from testbed.demo_assets import demo_bundle_path
+from testbed.evaluation import ChoiceItem, DomainText, read_items
+from testbed.experiment import facts
+from testbed.experiment.estimate import estimate
+from testbed.experiment.plan import Broker, Choice, Perplexity, Plan, check_plan
+from testbed.experiment.start import demo_scheme
+from wire.errors import WdmoeError
+from wire.experts import ExpertId, format_selector, parse_selector
+from wire.manifest import MANIFEST_NAME, Manifest, load_manifest, sha256_file
+from wire.mqtt import MqttTransport
+from wire.tensors import WireDtype
+from wire.topics import Topics
+
+Level = Literal["pass", "warn", "fail"]
+_STEP_BYTES = 60_000
+"""Of one token of the demo model in all tables, Parquet and CSV: 30 layers × about two requests."""
+_SPARE_BYTES = 512 << 20
+_NODE_RAM_BYTES = 120 << 20
+"""A node process without its experts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One question and its answer."""
+
+    name: str
+    level: Level
+    detail: str
+
+
+def preflight(plan: Plan, *, out: Path) -> list[Check]:
+    """Ask everything.
+
+    Args:
+        out: where the run's folder would be made.
+    """
+    checks: list[Check] = []
+    manifests = dict(_bundles(plan, checks))
+    checks += [
+        _asked(f"data {workload.name}", _data, workload)
+        for workload in plan.workloads
+        if isinstance(workload, Choice | Perplexity) and workload.dataset is not None
+    ]
+    checks += _network(plan)
+    for name, manifest in manifests.items():
+        if plan.external:
+            checks += _outside(plan, plan.external, manifest)
+        else:
+            checks.append(_asked(f"placement {name}", _placement, plan, manifest))
+            checks.append(_ram(name, plan, manifest))
+    checks += [_disk(plan, out), _clock(plan), _governor(), _load(), _code()]
+    return checks
+
+
+def _asked(name: str, question: Callable[..., tuple[Level, str]], *about: object) -> Check:
+    """The answer; an error of ours is one as well."""
+    try:
+        level, detail = question(*about)
+    except (WdmoeError, OSError, ValueError) as error:
+        level, detail = "fail", " ".join(str(error).split())
+    return Check(name, level, detail)
+
+
+def _bundles(plan: Plan, checks: list[Check]) -> Iterator[tuple[str, Manifest]]:
+    for name in plan.bundles:
+        manifests: list[Manifest] = []
+        checks.append(_asked(f"bundle {Path(name).name}", _bundle, plan, name, manifests))
+        yield from ((Path(name).name, manifest) for manifest in manifests)
+
+
+def _bundle(plan: Plan, name: str, found: list[Manifest]) -> tuple[Level, str]:
+    if "/" in name:
+        folder = Path(name)
+    else:
+        scheme, block = demo_scheme(name)
+        folder = demo_bundle_path(scheme, block=block)
+        if not (folder / MANIFEST_NAME).exists():
+            return "warn", "not there yet: 'run' makes it, which takes minutes and may download about 100 MB"
+    manifest = load_manifest(folder)
+    files = [*manifest.trunk]
+    if plan.external is None:
+        files += [file for expert in manifest.experts for file in expert.files]
+    for file in files:
+        path = folder / file.path
+        if not path.is_file() or path.stat().st_size != file.bytes:
+            return "fail", f"{path} is missing or has another size: export the bundle again"
+    check_plan(plan, top_k=manifest.dims.top_k)
+    for policy in plan.policies:
+        parse_policy(policy, top_k=manifest.dims.top_k, model_sha256=manifest.model_sha256)
+    found.append(manifest)
+    return "pass", f"{manifest.quantisation}, model {manifest.model_sha256[:12]}, in {folder}"
+
+
+def _data(workload: Choice | Perplexity) -> tuple[Level, str]:
+    path = Path(workload.dataset or "")
+    if isinstance(workload, Choice):
+        count = len(read_items(path, ChoiceItem))
+        if count < workload.span[1]:
+            return "fail", f"{path} has {count} items, the plan wants {workload.span[1]}"
+    else:
+        count = len(read_items(path, DomainText))
+    return "pass", f"{count} items, SHA-256 {sha256_file(path)[:12]}…"
+
+
+def _network(plan: Plan) -> list[Check]:
+    if outside := plan.external:
+        return [_asked("broker", _broker, outside)]
+    checks = [_own_broker(plan)]
+    if plan.emulated:
+        checks.append(_asked("privileges", _privileges))
+        checks.append(_asked("network", _emulated, plan, Path(plan.emulated)))
+    return checks
+
+
+def _own_broker(plan: Plan) -> Check:
+    installed = mosquitto_path()
+    if plan.broker == "embedded":
+        return Check("broker", "pass", "embedded")
+    if installed:
+        return Check("broker", "pass", f"mosquitto, {installed}")
+    if plan.broker == "mosquitto":
+        return Check("broker", "fail", "mosquitto is not installed: 'apt install mosquitto'")
+    return Check("broker", "warn", "mosquitto is not installed; the embedded one adds about 0.4 ms to a round trip")
+
+
+def _privileges() -> tuple[Level, str]:
+    from testbed.network.namespaces import check_privileges
+
+    check_privileges()
+    return "pass", "namespaces and TAP devices can be made"
+
+
+def _emulated(plan: Plan, path: Path) -> tuple[Level, str]:
+    from testbed.network.spec import read_spec
+
+    spec = read_spec(path)
+    if unknown := sorted(set(plan.profiles) - set(spec.profiles)):
+        return "fail", f"{path} has no profile '{unknown[0]}', only {', '.join(spec.profiles)}"
+    if unknown := sorted(set(plan.node_experts(1)) - set(spec.node_ids)):
+        return "fail", f"{path} has no node '{unknown[0]}', only {', '.join(spec.node_ids)}"
+    return "pass", f"{len(spec.node_ids)} nodes, profiles {', '.join(plan.profiles or spec.profiles)}"
+
+
+def _broker(broker: Broker) -> tuple[Level, str]:
+    with _connected(broker) as transport:
+        round_trip_ms = measure_broker(transport, Topics(broker.cluster).echo(f"preflight-{secrets.token_hex(4)}"))
+    return "pass", f"{broker.broker} answers in {round_trip_ms:.2f} ms, with TCP_NODELAY"
+
+
+@contextmanager
+def _connected(broker: Broker) -> Iterator[MqttTransport]:
+    password_file, ca_file = (Path(p) if p else None for p in (broker.password_file, broker.ca_file))
+    client_id = f"wdmoe-preflight-{secrets.token_hex(4)}"
+    with (
+        open_broker(broker.broker, password_file=password_file, ca_file=ca_file) as address,
+        closing(MqttTransport(address, client_id)) as transport,
+    ):
+        yield transport
+
+
+def _outside(plan: Plan, broker: Broker, manifest: Manifest) -> list[Check]:
+    """Nodes that are running already."""
+    try:
+        with _connected(broker) as transport:
+            fleet = Fleet(manifest.dims, manifest.model_sha256)
+            Dispatcher(transport, Topics(broker.cluster), fleet, dtype=WireDtype.FP16, timeout_s=5.0).pump(1.0)
+    except WdmoeError as error:
+        return [Check("nodes", "fail", str(error))]
+    checks = [Check(f"node {node}", "warn", f"ignored: {why}") for node, why in sorted(fleet.ignored.items())]
+    for node, status in sorted(fleet.nodes.items()):
+        holding, machine = status.holding, status.machine
+        level: Level = "pass" if holding and holding.quantisation == str(manifest.quantisation) else "warn"
+        text = f"{holding.experts}, {holding.quantisation}" if holding else "holds nothing"
+        checks.append(Check(f"node {node}", level, f"{text}; {machine.host}, {machine.arch}" if machine else text))
+    named = plan.nodes if isinstance(plan.nodes, dict) else {}
+    checks += [Check(f"node {node}", "fail", "is not online") for node in sorted(set(named) - set(fleet.nodes))]
+    if fleet.missing():
+        checks.append(Check("placement", "fail", fleet.describe_missing()))
+    else:
+        checks.append(Check("placement", "pass", "every expert has a holder"))
+    return checks
+
+
+def _placement(plan: Plan, manifest: Manifest) -> tuple[Level, str]:
+    dims = manifest.dims
+    held: set[ExpertId] = set()
+    for node, selector in plan.node_experts(dims.experts).items():
+        try:
+            held |= set(parse_selector(selector, layers=dims.layers, experts=dims.experts))
+        except ValueError as error:
+            return "fail", f"nodes.{node}: {error}"
+    missing = {ExpertId(layer, e) for layer in range(dims.layers) for e in range(dims.experts)} - held
+    if missing:
+        return "fail", f"nodes: nobody holds {format_selector(sorted(missing))}"
+    return "pass", f"{len(plan.node_experts(dims.experts))} nodes hold all {len(held)} experts"
+
+
+def _ram(name: str, plan: Plan, manifest: Manifest) -> Check:
+    dims = manifest.dims
+    size = {entry.id: entry.bytes for entry in manifest.experts}
+    try:
+        nodes = plan.node_experts(dims.experts).values()
+        held = [id for text in nodes for id in parse_selector(text, layers=dims.layers, experts=dims.experts)]
+    except ValueError:
+        held = []
+    needed = sum(size.get(id, 0) for id in held) + len(plan.node_experts(dims.experts)) * _NODE_RAM_BYTES
+    needed += 2 * sum(file.bytes for file in manifest.trunk)
+    free = psutil.virtual_memory().available
+    level: Level = "fail" if needed > free else "warn" if needed > 0.8 * free else "pass"
+    return Check(f"RAM {name}", level, f"about {needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free")
+
+
+def _disk(plan: Plan, out: Path) -> Check:
+    expected = estimate(plan)
+    steps = expected.tokens + expected.items + expected.texts
+    needed = _SPARE_BYTES + steps * _STEP_BYTES
+    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    level: Level = "fail" if free < _SPARE_BYTES else "warn" if free < needed else "pass"
+    return Check("disk", level, f"about {needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free at {place}")
+
+
+def _clock(plan: Plan) -> Check:
+    """Durations are one clock's; only lining logs of several machines up needs them to agree."""
+    level: Level = "warn" if plan.external else "pass"
+    why = "logs of several machines can't be lined up" if plan.external else "one machine, one clock"
+    try:
+        argv = ["timedatectl", "show", "-p", "NTPSynchronized", "--value"]
+        said = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=5).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        said = ""
+    if said == "yes":
+        return Check("clock", "pass", "synchronised")
+    return Check("clock", level, f"{'not synchronised' if said == 'no' else 'synchronisation unknown'}; {why}")
+
+
+def _governor() -> Check:
+    power = facts.power()
+    if power.get("throttled", "0x0") != "0x0":
+        return Check("CPU", "warn", f"throttled now or since boot ({power['throttled']}): cooling or power supply")
+    governors = power.get("governors")
+    if not governors:
+        return Check("CPU", "pass", "this machine shows no frequency governor")
+    if governors == ["performance"]:
+        return Check("CPU", "pass", "governor performance")
+    hint = "'cpupower frequency-set -g performance' makes times steadier"
+    return Check("CPU", "warn", f"governor {', '.join(governors)}: {hint}")
+
+
+def _load() -> Check:
+    load, cpus = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    level: Level = "warn" if load > 0.5 * cpus else "pass"
+    return Check(
+        "load", level, f"{load:.1f} on {cpus} CPUs" + (": others' work will be measured too" * (level != "pass"))
+    )
+
+
+def _code() -> Check:
+    commit, dirty = facts.commit()
+    if dirty:
+        return Check("code", "warn", f"differs from its commit {commit[:12]}: numbers can't be reproduced from it")
+    return Check("code", "pass", f"commit {commit[:12]}")
+
+
+def print_checks(checks: list[Check], console: Console) -> None:
+    """One row per check."""
+    colours = {"pass": "green", "warn": "yellow", "fail": "red"}
+    table = Table("", "check", "result", show_edge=False)
+    for check in checks:
+        table.add_row(f"[{colours[check.level]}]{check.level}[/]", escape(check.name), escape(check.detail))
+    console.print(table)
