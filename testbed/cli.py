@@ -7,6 +7,7 @@ import click
 
 from testbed.experiment import commands
 from testbed.network import commands as network_commands
+from testbed.radio import commands as radio_commands
 from wire import __version__
 from wire.console import run as run_console
 
@@ -90,6 +91,7 @@ def bench(broker: str, samples: int, out: Path) -> None:
 
 commands.register(cli)
 network_commands.register(cli)
+radio_commands.register(cli)
 
 
 def main() -> None:

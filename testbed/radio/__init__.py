@@ -1,0 +1,1 @@
+"""The papers' analytic setting: routing of a real model, replayed over simulated radio links."""

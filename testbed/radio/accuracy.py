@@ -1,0 +1,90 @@
+"""How good the model's answers are while a policy sees the simulated links: the cost of what it drops."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bs_coordinator.forecast import LayerForecast
+from bs_coordinator.generate import Tokenizer
+from bs_coordinator.model import DistributedMixtral, ExpertOutput, Experts
+from bs_coordinator.selection import Policy
+from bs_coordinator.trunk import Trunk
+from testbed.evaluation import ChoiceItem, choose, read_items
+from testbed.local_experts import LocalExperts
+from testbed.quality import TASKS
+from testbed.radio.setting import Cell
+from wire.tensors import Array
+
+
+class SimulatedLinks:
+    """`bs_coordinator.model.Experts` that forecasts a draw of a cell; its answers come from other experts.
+
+    Attributes:
+        draw: whose links are forecast.
+        pairs: (token, expert) pairs that were asked so far.
+        tokens: hidden states that were sent so far, over all layers.
+    """
+
+    def __init__(self, experts: Experts, cell: Cell) -> None:
+        self._experts = experts
+        self._cell = cell
+        self.draw = 0
+        self.pairs = 0
+        self.tokens = 0
+
+    def apply(self, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
+        """See `Experts.apply`."""
+        self.pairs += int(np.count_nonzero(gate))
+        self.tokens += len(gate)
+        return self._experts.apply(layer, hidden, gate)
+
+    def forecast(self, layer: int) -> LayerForecast:
+        """See `Experts.forecast`."""
+        return self._cell.forecast(self.draw, layer)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answers:
+    """What a policy made of the evaluation data.
+
+    Attributes:
+        right: bool [items] by task, whether each item was answered right.
+        asked: (token, expert) pairs per token and layer.
+    """
+
+    right: dict[str, NDArray[np.bool_]]
+    asked: float
+
+
+def evaluate(
+    bundle: Path, data: Path, cell: Cell, policies: Sequence[Policy], *, items: int, batch: int, threads: int
+) -> list[Answers]:
+    """Evaluate a bundle's model in this process under each policy, all on the same items and draws.
+
+    Args:
+        data: folder with the files of `TASKS`.
+        items: of each task, from its beginning.
+        batch: items per forward step, which share a channel draw as they share the policy's decision.
+
+    Raises:
+        WdmoeError: the bundle or the data can't be used.
+    """
+    tokenizer = Tokenizer(bundle / "trunk")
+    trunk, experts = Trunk(bundle / "trunk"), LocalExperts(bundle, threads=threads)
+    questions = {task: read_items(data / file, ChoiceItem, items) for task, file in TASKS.items()}
+    answers = []
+    for policy in policies:
+        links = SimulatedLinks(experts, cell)
+        model = DistributedMixtral(trunk, links, policy)
+        right = {}
+        for task, all_ in questions.items():
+            chosen: list[int] = []
+            for start in range(0, len(all_), batch):
+                links.draw = start // batch % cell.draws
+                chosen += choose(model, tokenizer, all_[start : start + batch], batch=batch)
+            right[task] = np.array([c == item.label for c, item in zip(chosen, all_, strict=True)])
+        answers.append(Answers(right, links.pairs / links.tokens))
+    return answers

@@ -1,0 +1,71 @@
+"""Routing traces replayed over channel draws: what each policy asks of the devices, and how long they take.
+
+Each draw is one channel and one batch of tokens: a whole prompt (prefill) or a single token of one (decode).
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from bs_coordinator.bandwidth import Float, allocate_common, allocate_layer, layer_seconds
+from bs_coordinator.selection import Policy
+from testbed.radio.setting import Cell
+from testbed.radio.traces import RoutingTrace
+from wire.errors import SimulationError
+from wire.tensors import Array
+
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+Allocation = Literal["uniform", "optimal", "per-layer"]
+ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "optimal", "per-layer")
+"""Equal shares; the best shares for all layers of a batch together, as in the papers; the best for each layer."""
+
+
+def batches(trace: RoutingTrace, phase: Phase, draws: int, seed: int) -> list[Array]:
+    """What each draw sends, float32 [tokens, layers, experts] each.
+
+    Prompts take turns; decoding sends one token of the prompt, drawn from the seed.
+    """
+    prompts = [trace.prompts[draw % len(trace.prompts)] for draw in range(draws)]
+    if phase == "prefill":
+        return prompts
+    at = np.random.default_rng(seed).random(draws)
+    return [prompt[int(x * len(prompt))][None] for prompt, x in zip(prompts, at, strict=True)]
+
+
+def replay(policy: Policy, batches: Sequence[Array], cell: Cell) -> Float:
+    """Hidden states that each device is asked for, float64 [draws, layers, devices]; draw d sends batch d.
+
+    Raises:
+        SimulationError: the cell has another number of devices than the model experts.
+    """
+    devices = len(cell.row_compute_s)
+    if batches[0].shape[2] != devices:
+        raise SimulationError(
+            f"the setting has {devices} devices, the model {batches[0].shape[2]} experts per layer: "
+            "each device must hold one expert"
+        )
+    rows = np.empty((len(batches), batches[0].shape[1], devices))
+    for draw, batch in enumerate(batches):
+        for layer in range(batch.shape[1]):
+            gate = policy.select(np.ascontiguousarray(batch[:, layer]), cell.forecast(draw, layer))
+            rows[draw, layer] = np.count_nonzero(gate, axis=0)
+    return rows
+
+
+def batch_seconds(cell: Cell, rows: Float, allocation: Allocation) -> Float:
+    """Time that each draw's batch waits for devices, summed over layers; float64 [draws].
+
+    Args:
+        rows: from `replay`.
+    """
+    compute_s = rows * cell.row_compute_s
+    if allocation == "per-layer":
+        bandwidth = allocate_layer(cell.links.each_layer(), rows, compute_s, cell.total_hz)
+    elif allocation == "optimal":
+        bandwidth = allocate_common(cell.links, rows, compute_s, cell.total_hz)[:, None]
+    else:
+        bandwidth = np.full_like(rows, cell.total_hz / rows.shape[-1])
+    seconds: Float = layer_seconds(cell.links.each_layer(), bandwidth, rows, compute_s).sum(axis=-1)
+    return seconds

@@ -1,0 +1,146 @@
+"""What a radio simulation assumes: where devices are, how they transmit, how fast they compute.
+
+The model is that of arXiv 2405.03131 and 2411.06681; docs/simulation.md says which numbers are ours.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+from numpy.typing import NDArray
+
+from bs_coordinator.bandwidth import Float, ShannonLinks
+from bs_coordinator.forecast import LayerForecast
+from wire.errors import SimulationError
+
+Positive = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=1)]
+_SILU_FLOPS = 7
+"""Per value of x / (1 + exp(-x)), with an exponential counted as four."""
+
+
+class Device(Struct, frozen=True, forbid_unknown_fields=True):
+    """One device, which holds the expert of its number in every layer.
+
+    Attributes:
+        x_m, y_m: position; the base station is at the origin.
+        flops: floating-point operations per second that it reaches.
+    """
+
+    x_m: float
+    y_m: float
+    flops: Positive
+
+    @property
+    def distance_m(self) -> float:
+        """From the base station; closer than 1 m the path loss is no longer meant to hold."""
+        return max(1.0, float(np.hypot(self.x_m, self.y_m)))
+
+
+_DEVICES = tuple(
+    Device(x_m, y_m, flops)
+    for x_m, y_m, flops in (
+        (40, 30, 2e12), (-60, 80, 1e12), (90, -120, 2e12), (-160, -120, 1e12),
+        (150, 200, 2e12), (-240, 180, 1e12), (280, -210, 2e12), (-240, -320, 1e12),
+    )
+)  # fmt: skip
+
+
+class Setting(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One radio cell.
+
+    Attributes:
+        devices: by default eight, 50 to 400 m from the base station.
+        bandwidth_hz: of the whole channel, to be shared.
+        carrier_ghz: carrier frequency.
+        loss_1m_db: path loss at 1 m and 1 GHz.
+        loss_exponent: power of the distance; 2 is free space, 3.19 street canyons without line of sight
+            (3GPP TR 38.901, optional model of UMi).
+        fading: `rayleigh` draws each link's power from an exponential distribution, `none` leaves the path loss.
+        noise_dbm_hz: noise power density.
+        bs_power_w: transmit power towards each device.
+        device_power_w: transmit power of each device.
+        value_bits: bits per value of a hidden state on the air.
+        hidden, intermediate: an expert's dimensions; by default those of the traced model.
+    """
+
+    devices: Annotated[tuple[Device, ...], Meta(min_length=1)] = _DEVICES
+    bandwidth_hz: Positive = 100e6
+    carrier_ghz: Positive = 3.5
+    loss_1m_db: float = 32.4
+    loss_exponent: Positive = 2.0
+    fading: Literal["rayleigh", "none"] = "rayleigh"
+    noise_dbm_hz: float = -174.0
+    bs_power_w: Positive = 10.0
+    device_power_w: Positive = 0.2
+    value_bits: Positive = 16
+    hidden: Count | None = None
+    intermediate: Count | None = None
+
+    def path_gain(self) -> Float:
+        """Share of a signal's power that arrives on average, float64 [devices]."""
+        distance_m = np.array([device.distance_m for device in self.devices])
+        loss_db = self.loss_1m_db + 20 * np.log10(self.carrier_ghz) + 10 * self.loss_exponent * np.log10(distance_m)
+        gain: Float = 10 ** (-loss_db / 10)
+        return gain
+
+
+def read_setting(path: Path) -> Setting:
+    """Read a setting from YAML; what it leaves out has its default.
+
+    Raises:
+        SimulationError: the file is missing or not a setting.
+    """
+    try:
+        return msgspec.yaml.decode(path.read_bytes(), type=Setting)
+    except OSError as error:
+        raise SimulationError(f"radio setting {path}: {error.strerror}") from None
+    except msgspec.DecodeError as error:
+        raise SimulationError(f"radio setting {path}: {error}") from None
+
+
+def expert_flops(hidden: int, intermediate: int) -> int:
+    """Operations of one SwiGLU expert on one hidden state.
+
+    Three matrix products (4·m·m_h for w1 and w3, 2·m_h·m for w2), SiLU, and the product of the two branches.
+    """
+    return 6 * hidden * intermediate + (_SILU_FLOPS + 1) * intermediate
+
+
+class Cell:
+    """A setting's links and devices over many channel draws.
+
+    Attributes:
+        links: of all draws, [draws, devices].
+        total_hz: the channel's bandwidth.
+        row_compute_s: float64 [devices], one hidden state through one expert.
+    """
+
+    def __init__(self, setting: Setting, *, hidden: int, intermediate: int, draws: int, seed: int) -> None:
+        hidden, intermediate = setting.hidden or hidden, setting.intermediate or intermediate
+        shape = (draws, len(setting.devices))
+        rng = np.random.default_rng(seed)
+        down, up = rng.exponential(size=(2, *shape)) if setting.fading == "rayleigh" else np.ones((2, *shape))
+        per_noise = setting.path_gain() / (1e-3 * 10 ** (setting.noise_dbm_hz / 10))
+        self.links = ShannonLinks(
+            row_bits=hidden * setting.value_bits,
+            down_hz=setting.bs_power_w * per_noise * down,
+            up_hz=setting.device_power_w * per_noise * up,
+        )
+        self.total_hz = setting.bandwidth_hz
+        self.row_compute_s: Float = expert_flops(hidden, intermediate) / np.array([d.flops for d in setting.devices])
+        self._uniform_row_s = self.links.row_time(np.full(shape, self.total_hz / shape[1])).seconds
+
+    @property
+    def draws(self) -> int:
+        """Number of channel draws."""
+        return len(self._uniform_row_s)
+
+    def forecast(self, draw: int, layer: int) -> LayerForecast:
+        """What a base station that knows its links predicts before bandwidth is allocated: equal shares."""
+        devices = len(self.row_compute_s)
+        nothing = np.zeros(devices)
+        holder: NDArray[np.intp] = np.arange(devices)
+        return LayerForecast(layer, holder, nothing, nothing, self._uniform_row_s[draw], self.row_compute_s)

@@ -1,0 +1,171 @@
+"""Routing traces: the gate's probabilities of a real model on real text, recorded once and replayed often."""
+
+import hashlib
+import io
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from bs_coordinator.forecast import LayerForecast
+from bs_coordinator.generate import Tokenizer
+from bs_coordinator.model import DistributedMixtral, Feed
+from bs_coordinator.selection import Policy, TopK
+from bs_coordinator.trunk import Trunk
+from testbed.evaluation import ChoiceItem, DomainText, read_items
+from testbed.local_experts import LocalExperts
+from testbed.quality import DOMAINS, TASKS
+from wire.errors import SimulationError
+from wire.files import atomic_write
+from wire.manifest import load_manifest
+from wire.tensors import Array
+
+
+class TraceFacts(Struct, frozen=True, kw_only=True):
+    """Where a trace comes from.
+
+    Attributes:
+        model_sha256: `Manifest.model_sha256`.
+        hidden, intermediate, top_k: of the model.
+        data_sha256: of the files that the texts were taken from, by name.
+        commit: of this project, when the trace was recorded.
+    """
+
+    model_sha256: str
+    quantisation: str
+    hidden: int
+    intermediate: int
+    top_k: int
+    data_sha256: dict[str, str]
+    commit: str
+
+
+class RoutingTrace:
+    """What a model's gates said.
+
+    Attributes:
+        prompts: one float32 [tokens, layers, experts] per prompt: softmax over all experts, under top-k routing.
+    """
+
+    def __init__(self, prompts: Sequence[Array], facts: TraceFacts) -> None:
+        self.prompts = list(prompts)
+        self.facts = facts
+
+    @property
+    def layers(self) -> int:
+        """Layers of the model."""
+        return int(self.prompts[0].shape[1])
+
+    @property
+    def experts(self) -> int:
+        """Experts per layer."""
+        return int(self.prompts[0].shape[2])
+
+
+class _Recorder:
+    """A policy that chooses like another one and keeps what it is shown."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self.shown: list[Array] = []
+
+    def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
+        """See `Policy.select`."""
+        self.shown.append(probabilities)
+        return self._policy.select(probabilities, forecast)
+
+
+def trace_prompts(model: DistributedMixtral, policy: Policy, prompts: Sequence[Sequence[int]]) -> list[Array]:
+    """The gates' probabilities for each prompt, float32 [tokens, layers, experts].
+
+    Attention looks back only, so that these are also what the gates say when the same tokens come one by one.
+
+    Args:
+        policy: what the model routes with meanwhile.
+        prompts: token ids.
+    """
+    traces = []
+    for ids in prompts:
+        recorder = _Recorder(policy)
+        model.policy = recorder
+        model.step([Feed(list(ids), model.trunk.new_cache())])
+        traces.append(np.stack(recorder.shown, axis=1))
+    return traces
+
+
+def record_trace(
+    bundle: Path, data: Path, *, items: int, texts: int, tokens: int, threads: int, commit: str
+) -> RoutingTrace:
+    """Run a bundle's model in this process on evaluation data.
+
+    Args:
+        data: folder as for `wdmoe-testbed quality`.
+        items: questions of each task, from its beginning, as they are asked in an evaluation.
+        texts: of the domains' file, spread evenly over it.
+        tokens: of each prompt, at most.
+
+    Raises:
+        WdmoeError: the bundle or the data can't be used.
+    """
+    manifest = load_manifest(bundle)
+    tokenizer = Tokenizer(bundle / "trunk")
+    policy = TopK(manifest.dims.top_k)
+    model = DistributedMixtral(Trunk(bundle / "trunk"), LocalExperts(bundle, threads=threads), policy)
+    prompts = [
+        f"Question: {item.question}\nAnswer:"
+        for file in TASKS.values()
+        for item in read_items(data / file, ChoiceItem, items)
+    ]
+    files = list(TASKS.values()) if items else []
+    if texts:
+        all_texts = read_items(data / DOMAINS, DomainText)
+        prompts += [all_texts[i].text for i in np.linspace(0, len(all_texts) - 1, texts).astype(int)]
+        files.append(DOMAINS)
+    traces = trace_prompts(model, policy, [tokenizer.encode(prompt)[:tokens] for prompt in prompts])
+    facts = TraceFacts(
+        model_sha256=manifest.model_sha256,
+        quantisation=str(manifest.quantisation),
+        hidden=manifest.dims.hidden,
+        intermediate=manifest.dims.intermediate,
+        top_k=manifest.dims.top_k,
+        data_sha256={file: hashlib.sha256((data / file).read_bytes()).hexdigest() for file in files},
+        commit=commit,
+    )
+    return RoutingTrace(traces, facts)
+
+
+def write_trace(trace: RoutingTrace, path: Path) -> None:
+    """As an npz file: `probabilities` float32 [tokens, layers, experts], `tokens` of each prompt, `facts` as JSON."""
+    with atomic_write(path) as file:
+        np.savez_compressed(
+            file,
+            probabilities=np.concatenate(trace.prompts),
+            tokens=np.array([len(prompt) for prompt in trace.prompts], np.int64),
+            facts=np.frombuffer(msgspec.json.encode(trace.facts), np.uint8),
+        )
+
+
+def read_trace(path: Path) -> RoutingTrace:
+    """Read a trace and check it.
+
+    Raises:
+        SimulationError: the file is missing or not a trace.
+    """
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            probabilities: Array = file["probabilities"]
+            tokens: NDArray[np.int64] = file["tokens"]
+            facts = msgspec.json.decode(file["facts"].tobytes(), type=TraceFacts)
+    except OSError as error:
+        raise SimulationError(f"routing trace {path}: {error.strerror or error}") from None
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, msgspec.DecodeError) as error:
+        raise SimulationError(f"{path} is not a routing trace: {error}") from None
+    fits = probabilities.dtype == np.float32 and probabilities.ndim == 3 and tokens.dtype == np.int64
+    fits = fits and tokens.ndim == 1 and len(tokens) > 0 and bool((tokens > 0).all())
+    if not fits or tokens.sum() != len(probabilities) or not np.isfinite(probabilities).all():
+        raise SimulationError(f"{path} is not a routing trace: its arrays do not fit together")
+    return RoutingTrace(np.split(probabilities, np.cumsum(tokens)[:-1]), facts)
