@@ -27,12 +27,13 @@ _STOP_TIMEOUT_S = 5.0
 
 @contextmanager
 def open_broker(
-    spec: str, *, port: int = 0, password_file: Path | None = None, ca_file: Path | None = None
+    spec: str, *, host: str = LOOPBACK, port: int = 0, password_file: Path | None = None, ca_file: Path | None = None
 ) -> Iterator[BrokerAddress]:
     """The address to connect to; a child broker lives as long as the context.
 
     Args:
         spec: `embedded`, `mosquitto` or an URL.
+        host: address that a child broker listens on.
         port: for a child broker; 0 for any free one.
 
     Raises:
@@ -43,12 +44,12 @@ def open_broker(
         yield parse_broker_url(spec, password_file=password_file, ca_file=ca_file)
         return
     with tempfile.TemporaryDirectory(prefix="wdmoe-broker-") as folder:
-        port = port or free_port()
+        port = port or free_port(host)
         make_argv = _embedded_argv if spec == "embedded" else _mosquitto_argv
         log_path = Path(folder) / "broker.log"
         with log_path.open("wb") as log:
             child = subprocess.Popen(
-                die_with_parent(make_argv(Path(folder), port)),
+                die_with_parent(make_argv(Path(folder), host, port)),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -56,16 +57,16 @@ def open_broker(
                 start_new_session=True,
             )
         try:
-            _wait_until_up(child, port, spec, log_path)
-            yield BrokerAddress(LOOPBACK, port)
+            _wait_until_up(child, (host, port), spec, log_path)
+            yield BrokerAddress(host, port)
         finally:
             stop_child(child)
 
 
-def free_port() -> int:
-    """A TCP port on loopback that nobody listens on just now."""
+def free_port(host: str = LOOPBACK) -> int:
+    """A TCP port of an address of this host that nobody listens on just now."""
     with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
+        probe.bind((host, 0))
         port: int = probe.getsockname()[1]
         return port
 
@@ -86,10 +87,10 @@ def stop_child(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-def _embedded_argv(folder: Path, port: int) -> list[str]:
+def _embedded_argv(folder: Path, host: str, port: int) -> list[str]:
     if importlib.util.find_spec("amqtt") is None:
         raise BrokerError("--broker embedded needs the package amqtt: pip install 'wdmoe[bs]'")
-    return [sys.executable, "-m", "bs_coordinator.embedded_broker", str(port)]
+    return [sys.executable, "-m", "bs_coordinator.embedded_broker", host, str(port)]
 
 
 def mosquitto_path() -> str | None:
@@ -98,13 +99,13 @@ def mosquitto_path() -> str | None:
     return shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
 
 
-def _mosquitto_argv(folder: Path, port: int) -> list[str]:
+def _mosquitto_argv(folder: Path, host: str, port: int) -> list[str]:
     mosquitto = mosquitto_path()
     if mosquitto is None:
         raise BrokerError("mosquitto is not installed: 'apt install mosquitto', or use --broker embedded")
     config = folder / "mosquitto.conf"
     config.write_text(
-        f"listener {port} {LOOPBACK}\n"
+        f"listener {port} {host}\n"
         # Started by root it would change its user, and a change of user undoes `die_with_parent`.
         "user root\n"
         "allow_anonymous true\n"
@@ -116,13 +117,13 @@ def _mosquitto_argv(folder: Path, port: int) -> list[str]:
     return [mosquitto, "-c", str(config)]
 
 
-def _wait_until_up(child: subprocess.Popen[bytes], port: int, spec: str, log_path: Path) -> None:
+def _wait_until_up(child: subprocess.Popen[bytes], address: tuple[str, int], spec: str, log_path: Path) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline:
         if child.poll() is not None:
             lines = log_path.read_text(errors="replace").strip().splitlines() or ["no output"]
             raise BrokerError(f"the {spec} broker ended at once: {lines[-1]}")
-        with contextlib.suppress(OSError), socket.create_connection((LOOPBACK, port), timeout=1.0):
+        with contextlib.suppress(OSError), socket.create_connection(address, timeout=1.0):
             return
         time.sleep(0.05)
-    raise BrokerError(f"the {spec} broker did not come up on port {port} within {_START_TIMEOUT_S:.0f} s")
+    raise BrokerError(f"the {spec} broker did not come up on port {address[1]} within {_START_TIMEOUT_S:.0f} s")

@@ -7,7 +7,7 @@ matched by session, request and node; whatever else arrives is counted and dropp
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -160,6 +160,13 @@ class Dispatcher:
         for i, request in enumerate(requests):
             output[request.rows] += answers[i].output
         return ExpertOutput(output, tuple(answers[i].record for i in range(len(requests))))
+
+    @property
+    def holder_names(self) -> Sequence[str]:
+        """The nodes that experts are asked of, in the order of a forecast's nodes."""
+        if not self._holders:
+            self._index_holders()
+        return self._holder_names
 
     def forecast(self, layer: int) -> LayerForecast:
         """See `Experts.forecast`."""

@@ -1,4 +1,4 @@
-"""A pure-Python MQTT broker (amqtt) on loopback, run as a child process: `python -m … PORT`."""
+"""A pure-Python MQTT broker (amqtt), run as a child process: `python -m … ADDRESS PORT`."""
 
 import asyncio
 import logging
@@ -18,10 +18,10 @@ class _Subscriptions(dict[str, Any]):
         return iter(tuple(super().__iter__()))
 
 
-async def serve(port: int) -> None:
+async def serve(host: str, port: int) -> None:
     """Serve until SIGTERM."""
     config = {
-        "listeners": {"default": {"type": "tcp", "bind": f"127.0.0.1:{port}"}},
+        "listeners": {"default": {"type": "tcp", "bind": f"{host}:{port}"}},
         "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
     }
     stop = asyncio.Event()
@@ -37,4 +37,4 @@ async def serve(port: int) -> None:
 if __name__ == "__main__":
     # amqtt logs every dropped connection as an error; only what ends the broker is of interest here.
     logging.basicConfig(level=logging.CRITICAL)
-    asyncio.run(serve(int(sys.argv[1])))
+    asyncio.run(serve(sys.argv[1], int(sys.argv[2])))

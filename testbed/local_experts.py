@@ -3,6 +3,7 @@
 For long evaluations, where the question is the answers' quality and not the time they take.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,28 +11,47 @@ import numpy as np
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.model import ExpertOutput
 from edge_node.runtime import ExpertRuntime
+from wire import tensors
 from wire.experts import ExpertId
 from wire.manifest import load_manifest
-from wire.tensors import Array
+from wire.tensors import Array, WireDtype
 
 
 class LocalExperts:
-    """`bs_coordinator.model.Experts` without nodes."""
+    """`bs_coordinator.model.Experts` without nodes.
 
-    def __init__(self, bundle: Path, *, threads: int) -> None:
+    Attributes:
+        forecasts: what asking for a layer is to be taken to cost; all experts alike when None.
+    """
+
+    def __init__(self, bundle: Path, *, threads: int, wire: WireDtype = WireDtype.FP32) -> None:
+        """Load all experts.
+
+        Args:
+            wire: what hidden states would travel as; they are rounded as if they did.
+        """
         manifest = load_manifest(bundle)
+        self.forecasts: Callable[[int], LayerForecast] | None = None
         self._experts = manifest.dims.experts
+        self._wire = wire
         self._runtime = ExpertRuntime(bundle, manifest, [e.id for e in manifest.experts], threads=threads)
 
     def apply(self, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
         """See `Experts.apply`."""
+        hidden = self._travelled(hidden)
         output = np.zeros(hidden.shape, np.float32)
         for expert in np.flatnonzero(gate.any(axis=0)).tolist():
             rows = np.flatnonzero(gate[:, expert])
             y = self._runtime.run(ExpertId(layer, expert), hidden[rows])
-            output[rows] += y * gate[rows, expert, None]
+            output[rows] += self._travelled(y * gate[rows, expert, None])
         return ExpertOutput(output)
 
     def forecast(self, layer: int) -> LayerForecast:
-        """All experts cost the same here."""
-        return LayerForecast.even(layer, self._experts)
+        """See `Experts.forecast`."""
+        return self.forecasts(layer) if self.forecasts else LayerForecast.even(layer, self._experts)
+
+    def _travelled(self, x: Array) -> Array:
+        if self._wire is WireDtype.FP32:
+            return x
+        encoded = b"".join(tensors.encode(x, self._wire))
+        return tensors.decode(memoryview(encoded), len(x), x.shape[1], self._wire)

@@ -3,7 +3,6 @@
 manifest.json   what was to be run, on what: written once
 events.jsonl    what happened, one line each, in order
 cells/<id>/     the rows of one cell; complete if it is there at all, `cell.json` says so
-forecasts/      nodes' costs that cells in this process were given
 lock            held by the process that runs
 summary.json, report.*, *.parquet, plots/   made from the above by `report`
 """
@@ -93,6 +92,9 @@ class Marker(Struct, frozen=True, kw_only=True):
         log_ns: spent on logging while tokens were measured.
         tokens: that `log_ns` belongs to.
         write_ns: from rows to files, after measuring.
+        nodes: that were asked, of a cell on nodes.
+        holders: [layers][experts], which of `nodes` each expert was asked of.
+        shared_air: whether forecasts assumed one channel for all links.
     """
 
     id: str
@@ -105,7 +107,9 @@ class Marker(Struct, frozen=True, kw_only=True):
     log_ns: int
     tokens: int
     write_ns: int
-    forecast: list[dict[str, Any]] = []
+    nodes: list[str] = []
+    holders: list[list[int]] = []
+    shared_air: bool = False
 
 
 class RunDir:
@@ -143,21 +147,18 @@ class RunDir:
         return cls(path)
 
     @contextmanager
-    def lock(self, inherited_fd: int | None = None) -> Iterator[int]:
-        """Be the only one who runs this folder; gives the lock's descriptor, for a child that shall hold it too.
+    def lock(self) -> Iterator[None]:
+        """Be the only one who runs this folder.
 
         Raises:
-            RunDirectoryError: another process holds it.
+            RunDirectoryError: another process is.
         """
-        if inherited_fd is not None:
-            yield inherited_fd
-            return
         with (self.path / "lock").open("a+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunDirectoryError(f"{self.path} is being run by another process") from None
-            yield file.fileno()
+            yield
 
     def is_running(self) -> bool:
         """Whether a process holds the lock."""

@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from bs_coordinator.selection import parse_policy
+from testbed.experiment.costs import TRUTH, LinkRow, estimate_rows, forecast_rows, measured_costs
 from testbed.experiment.networks import Network
 from testbed.experiment.plan import Cell
 from testbed.experiment.recorder import Recorder
@@ -89,6 +91,11 @@ def _run_cell(run: RunDir, sites: "_Sites", cell: Cell, attempt: int) -> Marker:
     bundle = run.manifest.bundle(cell.bundle)
     policy = parse_policy(cell.policy, top_k=bundle.top_k)
     site = sites.get(cell, workload.where)
+    if site.local:
+        costs = measured_costs(run, cell)
+        site.local.forecasts = costs.forecast if costs else None
+        if costs is None:
+            run.event("no_measured_costs", cell=cell.id)
     recorder = Recorder(top_k=bundle.top_k, sample_s=plan.sample_s, links=sites.link_rows)
     site.model.policy = policy
     site.model.deadline = time.monotonic() + plan.cell_timeout_s
@@ -110,9 +117,22 @@ def _run_cell(run: RunDir, sites: "_Sites", cell: Cell, attempt: int) -> Marker:
         log_ns=recorder.log_ns,
         tokens=recorder.tokens,
         write_ns=0,
+        **_placement(site),
     )
     run.commit(cell, tables, marker)
     return marker
+
+
+def _placement(site: Site) -> dict[str, Any]:
+    if site.station is None:
+        return {}
+    dispatcher = site.station.dispatcher
+    forecasts = [dispatcher.forecast(layer) for layer in range(dispatcher.fleet.dims.layers)]
+    return {
+        "nodes": list(dispatcher.holder_names),
+        "holders": [forecast.holder.tolist() for forecast in forecasts],
+        "shared_air": dispatcher.links.shared_air,
+    }
 
 
 class _Sites:
@@ -122,7 +142,6 @@ class _Sites:
         self._run, self._network, self._say = run, network, say
         self._stack = ExitStack()
         self._open: tuple[tuple[str, str], Site] | None = None
-        self._profile: str | None = None
         self._started = 0
 
     def __enter__(self) -> "_Sites":
@@ -132,16 +151,20 @@ class _Sites:
         self.close()
 
     def get(self, cell: Cell, where: str) -> Site:
-        """The site for a cell, with its link profile."""
+        """The site for a cell; on nodes its link profile begins now, so that every arm meets the same links."""
         wanted = (cell.bundle, where)
         if self._open is None or self._open[0] != wanted:
             self.close()
             if where == "distributed":
-                self._switch(cell.profile)
+                self._network.set_profile(cell.profile)
             self._open = wanted, self._start(cell, where)
         site = self._open[1]
-        if where == "distributed" and self._switch(cell.profile):
-            site.pump(self._run.plan.settle_s)
+        if where == "distributed":
+            self._network.set_profile(cell.profile)
+            asked = self._run.plan.shared_air
+            site.settle(
+                self._run.plan.settle_s, shared_air=self._network.shared_air(cell.profile) if asked is None else asked
+            )
         return site
 
     def close(self) -> None:
@@ -149,15 +172,21 @@ class _Sites:
         self._open = None
         self._stack.close()
 
-    def link_rows(self) -> list[tuple[object, ...]]:
-        """The links as configured, for `Recorder`."""
-        return [(node, "truth", quantity, value) for node, quantity, value in self._network.truth()]
+    def link_rows(self) -> list[LinkRow]:
+        """Links as configured, as estimated and as forecast, for `Recorder`."""
+        rows: list[LinkRow] = [(node, TRUTH, quantity, value) for node, quantity, value in self._network.truth()]
+        station = self._open[1].station if self._open else None
+        if station:
+            dispatcher = station.dispatcher
+            rows += estimate_rows(dispatcher.links.estimates(time.perf_counter()))
+            rows += forecast_rows(dispatcher.holder_names, dispatcher.forecast(0))
+        return rows
 
     def _start(self, cell: Cell, where: str) -> Site:
         bundle = self._run.manifest.bundle(cell.bundle)
         began = time.monotonic()
         if where == "in-process":
-            site = in_process_site(bundle)
+            site = in_process_site(self._run.plan, bundle)
         else:
             self._started += 1
             folder = self._run.path / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{self._started}"
@@ -171,14 +200,6 @@ class _Sites:
             ready |= {"broker_ms": site.station.broker_ms, "nodes_ms": site.station.nodes_ms}
         self._run.event("site_ready", **ready)
         return site
-
-    def _switch(self, profile: str) -> bool:
-        if profile == self._profile:
-            return False
-        self._network.set_profile(profile)
-        self._run.event("profile_switched", profile=profile, before=self._profile)
-        self._profile = profile
-        return True
 
 
 def _one_line(error: Exception) -> str:

@@ -57,16 +57,19 @@ class Site:
 
     Attributes:
         station: None in this process.
+        local: the experts in this process, None on nodes.
     """
 
     model: ObservedMixtral
     tokenizer: Tokenizer
     station: Station | None
+    local: LocalExperts | None = None
 
-    def pump(self, seconds: float) -> None:
-        """Let time pass and keep the connection alive."""
+    def settle(self, seconds: float, *, shared_air: bool) -> None:
+        """After a change of the links: let time pass and measure them again."""
         if self.station:
-            self.station.dispatcher.pump(seconds)
+            self.station.dispatcher.links.shared_air = shared_air
+            self.station.dispatcher.measure_links(seconds)
 
 
 @contextmanager
@@ -95,7 +98,7 @@ def distributed_site(
             password_file, ca_file = (Path(p) if p else None for p in (outside.password_file, outside.ca_file))
             address = stack.enter_context(open_broker(outside.broker, password_file=password_file, ca_file=ca_file))
         else:
-            address = stack.enter_context(open_broker(broker))
+            address = stack.enter_context(open_broker(broker, host=network.address))
             nodes = plan.node_experts(bundle.experts)
             prefixes = {node: network.prefix(node) for node in nodes}
             stack.enter_context(
@@ -106,13 +109,13 @@ def distributed_site(
         yield Site(model, station.tokenizer, station)
 
 
-def in_process_site(bundle: BundleFacts) -> Site:
+def in_process_site(plan: Plan, bundle: BundleFacts) -> Site:
     """The same model without nodes."""
     folder = Path(bundle.path)
     trunk = Trunk(folder / "trunk")
-    experts = LocalExperts(folder, threads=os.cpu_count() or 1)
+    experts = LocalExperts(folder, threads=os.cpu_count() or 1, wire=WireDtype.named(plan.wire))
     model = ObservedMixtral(trunk, experts, TopK(bundle.top_k))
-    return Site(model, Tokenizer(folder / "trunk", fallback_eos=trunk.eos_id), None)
+    return Site(model, Tokenizer(folder / "trunk", fallback_eos=trunk.eos_id), None, experts)
 
 
 def broker_of(plan: Plan) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 from exporter.presets import DEFAULT_BLOCK
 from testbed.demo_assets import demo_bundle
 from testbed.experiment import facts
-from testbed.experiment.networks import Loopback
+from testbed.experiment.networks import check_network, open_network
 from testbed.experiment.plan import Choice, Perplexity, Plan, check_plan, expand
 from testbed.experiment.rundir import SCHEMA, BundleFacts, RunDir, RunManifest
 from testbed.experiment.runner import Outcome, Say, execute
@@ -33,6 +33,7 @@ def create_run(plan: Plan, out: Path, *, console: Console) -> RunDir:
     bundles = [bundle_facts(name, console=console) for name in plan.bundles]
     for bundle in bundles:
         check_policies(plan, bundle)
+        check_network(plan, bundle.experts)
     datasets = {w.dataset for w in plan.workloads if isinstance(w, Choice | Perplexity) and w.dataset is not None}
     if missing := sorted(path for path in datasets if not Path(path).is_file()):
         raise PlanError(f"data set {missing[0]} is missing: say --data DIR, see docs/experiments.md")
@@ -112,14 +113,15 @@ def demo_scheme(name: str) -> tuple[Scheme, int]:
     raise PlanError(f"bundles: '{name}' is neither a folder (with a /) nor one of {', '.join(SCHEMES)}, …-b128")
 
 
-def run_cells(run: RunDir, *, lock_fd: int | None = None, say: Say) -> Outcome:
+def run_cells(run: RunDir, *, say: Say) -> Outcome:
     """Run what is left, holding the folder's lock.
 
     Raises:
         RunDirectoryError: somebody else runs it.
+        NetworkError, PrivilegeError: the plan's network does not come up.
     """
-    with run.lock(lock_fd), _sigterm_interrupts():
-        return execute(run, Loopback(), say=say)
+    with run.lock(), _sigterm_interrupts(), open_network(run.plan) as network:
+        return execute(run, network, say=say)
 
 
 @contextmanager
