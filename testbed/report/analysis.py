@@ -54,7 +54,7 @@ class Analysis:
         complete: cells that were read.
         units: by arm and workload.
         requests: by policy, how many requests asked a node for an expert, keyed (expert, node).
-        links: `link_samples` with their cell's profile and policy, in the order of measuring.
+        links: the cells' `link_samples`, each with its profile.
     """
 
     run: RunDir
@@ -96,9 +96,7 @@ def _take(analysis: Analysis, rows: CellRows) -> None:
     analysis.requests[cell.policy].update(_requests(rows.table("latency")))
     if "link_samples" in rows.tables:
         links = rows.tables["link_samples"]
-        for name in ("profile", "policy"):
-            links = links.append_column(name, pa.repeat(getattr(cell, name), links.num_rows))
-        analysis.links.append(links)
+        analysis.links.append(links.append_column("profile", pa.repeat(cell.profile, links.num_rows)))
     logger = analysis.logger
     logger.log_ns += rows.marker.log_ns
     logger.tokens += rows.marker.tokens

@@ -31,81 +31,122 @@ class LinkError(Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True)
-class LinkSeries:
-    """One quantity of one node's link over time.
+class Samples:
+    """One quantity over time.
 
     Attributes:
-        truth_s, estimate_s: seconds since the run's first sample.
+        s: float64 [n], seconds of measuring: cells follow each other without the pauses between them.
+        value: float64 [n], NaN between two cells, so that no line is drawn there.
+    """
+
+    s: Float
+    value: Float
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSeries:
+    """One quantity of one node's link over some cells.
+
+    Attributes:
+        at_estimate: the configured value at each estimate, NaN where there is none.
         std: of the estimates, where they say so.
     """
 
     node: str
     quantity: str
-    truth_s: Float
-    truth: Float
-    estimate_s: Float
-    estimate: Float
+    truth: Samples
+    estimate: Samples
+    at_estimate: Float
     std: Float | None
 
 
-def link_errors(tables: Sequence[pa.Table]) -> list[LinkError]:
+def link_errors(cells: Sequence[pa.Table]) -> list[LinkError]:
     """By profile, node and quantity; only what has both a truth and an estimate."""
     errors = []
-    joined = pa.concat_tables(tables, promote_options="permissive") if tables else None
-    profiles = joined["profile"].unique().to_pylist() if joined is not None else []
-    for profile in profiles:
-        assert joined is not None  # noqa: S101 (there are profiles)
-        rows = joined.filter(pa.compute.equal(joined["profile"], profile))
-        for series in link_series([rows]):
-            truth = truth_at(series)
-            known = np.isfinite(truth) & (truth > 0)
+    for profile in dict.fromkeys(profile_of(cell) for cell in cells):
+        for series in link_series([cell for cell in cells if profile_of(cell) == profile]):
+            truth, estimate = series.at_estimate, series.estimate.value
+            known = np.isfinite(truth) & np.isfinite(estimate) & (truth > 0)
             if known.any():
-                off = np.abs(series.estimate[known] - truth[known]) / truth[known]
                 errors.append(
                     LinkError(
                         profile=profile,
                         node=series.node,
                         quantity=series.quantity,
                         truth=float(np.median(truth[known])),
-                        error_share=float(np.median(off)),
+                        error_share=float(np.median(np.abs(estimate - truth)[known] / truth[known])),
                         samples=int(known.sum()),
                     )
                 )
     return errors
 
 
-def link_series(tables: Sequence[pa.Table]) -> list[LinkSeries]:
-    """All series of some samples, by node and quantity."""
-    if not tables:
-        return []
-    rows = pa.concat_tables(tables, promote_options="permissive").sort_by("monotonic_ns")
-    first_ns = pa.compute.min(rows["unix_ns"]).as_py()
-    return list(_series(rows, first_ns))
+def profile_of(cell: pa.Table) -> str:
+    """A cell's link profile."""
+    return str(cell["profile"][0].as_py())
 
 
-def truth_at(series: LinkSeries) -> Float:
-    """The configured value at each estimate: the latest sample of it, NaN before the first."""
-    at = np.searchsorted(series.truth_s, series.estimate_s, side="right") - 1
-    return np.where(at >= 0, series.truth[np.maximum(at, 0)], np.nan) if len(series.truth) else np.full(len(at), np.nan)
+def link_series(cells: Sequence[pa.Table]) -> list[LinkSeries]:
+    """All series of some cells' samples, by node and quantity.
+
+    Args:
+        cells: each with at least one row of `link_samples`.
+    """
+    found: dict[tuple[str, str, str], list[Samples]] = {}
+    begin_s = 0.0
+    for number, cell in enumerate(cells):
+        # Wall time in ns does not fit into a float.
+        at_s = numbers(cell.append_column("s", _since_first(cell)), "s") / 1e9 + begin_s
+        value = numbers(cell, "value")
+        labels = zip(*(cell[name].to_pylist() for name in ("node", "quantity", "kind")), strict=True)
+        rows: dict[tuple[str, str, str], list[int]] = {}
+        for row, label in enumerate(labels):
+            rows.setdefault(label, []).append(row)
+        for label, of in rows.items():
+            parts = found.setdefault(label, [_NONE] * (len(cells)))
+            parts[number] = Samples(at_s[of], value[of])
+        begin_s = float(at_s.max()) + _PAUSE_S
+    return list(_series(found))
 
 
-def _series(rows: pa.Table, first_ns: int) -> Iterator[LinkSeries]:
-    quantities = sorted(set(rows["quantity"].to_pylist()))
-    for node in sorted(set(rows["node"].to_pylist())):
-        of_node = rows.filter(pa.compute.equal(rows["node"], node))
-        for quantity in quantities:
-            if STD in quantity:
-                continue
-            truth_s, truth = _values(of_node, "truth", quantity, first_ns)
-            estimate_s, estimate = _values(of_node, "estimate", quantity, first_ns)
-            name, _, unit = quantity.rpartition("_")
-            _, std = _values(of_node, "estimate", f"{name}{STD}_{unit}", first_ns)
-            if len(truth) or len(estimate):
-                known = std if len(std) == len(estimate) else None
-                yield LinkSeries(node, quantity, truth_s, truth, estimate_s, estimate, known)
+def _since_first(cell: pa.Table) -> pa.ChunkedArray:
+    return pa.compute.subtract(cell["unix_ns"], pa.compute.min(cell["unix_ns"]))
 
 
-def _values(rows: pa.Table, kind: str, quantity: str, first_ns: int) -> tuple[Float, Float]:
-    both = pa.compute.and_(pa.compute.equal(rows["kind"], kind), pa.compute.equal(rows["quantity"], quantity))
-    some = rows.filter(both)
-    return (numbers(some, "unix_ns") - first_ns) / 1e9, numbers(some, "value")
+def _series(found: dict[tuple[str, str, str], list[Samples]]) -> Iterator[LinkSeries]:
+    order = dict.fromkeys((node, quantity) for node, quantity, _ in sorted(found) if STD not in quantity)
+    for node, quantity in order:
+        name, _, unit = quantity.rpartition("_")
+        truth, estimate, std = (
+            found.get((node, of, kind), [])
+            for of, kind in ((quantity, "truth"), (quantity, "estimate"), (f"{name}{STD}_{unit}", "estimate"))
+        )
+        known = _latest(truth, estimate)
+        stds, estimates = _joined(std).value, _joined(estimate)
+        yield LinkSeries(
+            node, quantity, _joined(truth), estimates, known, stds if len(stds) == len(estimates.value) else None
+        )
+
+
+def _latest(truth: Sequence[Samples], estimate: Sequence[Samples]) -> Float:
+    """What was configured last before each estimate of the same cell, joined as these."""
+    found = []
+    for known, wanted in zip(truth or [_NONE] * len(estimate), estimate, strict=False):
+        if len(known.s) and len(wanted.s):
+            at = np.searchsorted(known.s, wanted.s, side="right") - 1
+            found.append(Samples(wanted.s, np.where(at >= 0, known.value[at], np.nan)))
+        else:
+            found.append(Samples(wanted.s, np.full(len(wanted.s), np.nan)))
+    return _joined(found).value
+
+
+def _joined(parts: Sequence[Samples]) -> Samples:
+    """Cells after each other, a NaN after each."""
+    kept = [part for part in parts if len(part.s)]
+    s = [np.append(part.s, part.s[-1]) for part in kept]
+    value = [np.append(part.value, np.nan) for part in kept]
+    return Samples(np.concatenate([np.empty(0), *s]), np.concatenate([np.empty(0), *value]))
+
+
+_PAUSE_S = 1.0
+_NONE = Samples(np.empty(0), np.empty(0))

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure as Canvas
 from testbed.experiment.plan import Choice, Generate
 from testbed.report.analysis import Analysis, Arm
 from testbed.report.document import Figure
-from testbed.report.links import LinkSeries, link_series
+from testbed.report.links import LinkSeries, link_series, profile_of
 from testbed.report.metrics import PARTS
 from testbed.report.statistics import Interval
 from testbed.report.summary import ArmResult, Summary
@@ -94,7 +94,7 @@ def _breakdown(summary: Summary, folder: Path) -> list[Figure]:
             label = {"compute": "node compute", "wait": "node queue"}.get(part, part)
             axis.barh(range(len(arms)), width, left=left, color=colour, label=label, edgecolor="white", linewidth=0.5)
             left += width
-        axis.set_yticks(range(len(arms)), [_wrap(policy, 22) for policy, _ in arms])
+        axis.set_yticks(range(len(arms)), [_wrap(policy, 24) for policy, _ in arms])
         axis.invert_yaxis()
         axis.set(title=title, xlabel="mean time per token, ms")
         axis.grid(visible=False, axis="y")
@@ -135,7 +135,8 @@ def _front(
     panels: dict[str, list[tuple[str, Interval, Interval]]],
     rows: list[Row],
 ) -> Figure:
-    figure, axes = _grid(len(panels))
+    choices = sum(isinstance(w, Choice) for w in analysis.run.plan.workloads)
+    figure, axes = _grid(len(panels), columns=choices if choices > 1 else 3)
     policies = analysis.run.plan.policies
     what = {"token_ms": "mean time per token, ms", "layer_wait_ms": "mean layer wait, ms"}[metric]
     for axis, (title, points) in zip(axes, panels.items(), strict=True):
@@ -159,51 +160,55 @@ def _front(
 def _links(analysis: Analysis, folder: Path) -> list[Figure]:
     figures = []
     for profile in analysis.run.plan.profile_names:
-        tables = [t for t in analysis.links if t.num_rows and t["profile"][0].as_py() == profile]
-        series = link_series(tables)
+        series = link_series([cell for cell in analysis.links if profile_of(cell) == profile])
         if series:
             figures.append(_links_of(profile, series, folder))
     return figures
 
 
 def _links_of(profile: str, series: Sequence[LinkSeries], folder: Path) -> Figure:
-    nodes = sorted({s.node for s in series})[:NODES_DRAWN]
+    all_nodes = sorted({s.node for s in series}, key=lambda n: (len(n), n))
+    nodes = all_nodes[:NODES_DRAWN]
     # A network has more quantities than anybody estimates; the CSV has them all.
-    quantities = sorted({s.quantity for s in series if len(s.estimate)} or {s.quantity for s in series})
+    quantities = sorted({s.quantity for s in series if len(s.estimate.s)} or {s.quantity for s in series})
     figure = Canvas(figsize=(3.4 * len(quantities) + 0.6, 1.5 * len(nodes) + 1.0), layout="constrained")
-    axes = figure.subplots(len(nodes), len(quantities), squeeze=False, sharex=True, sharey="col")
+    axes = figure.subplots(len(nodes), len(quantities), squeeze=False, sharex=True)
     rows: list[Row] = []
     for s in series:
-        rows += [(profile, s.node, s.quantity, "truth", t, v) for t, v in zip(s.truth_s, s.truth, strict=True)]
-        rows += [(profile, s.node, s.quantity, "estimate", t, v) for t, v in zip(s.estimate_s, s.estimate, strict=True)]
+        for kind, samples in (("truth", s.truth), ("estimate", s.estimate)):
+            drawn = zip(samples.s, samples.value, strict=True)
+            rows += [(profile, s.node, s.quantity, kind, t, v) for t, v in drawn if np.isfinite(v)]
         if s.node in nodes and s.quantity in quantities:
-            axis = axes[nodes.index(s.node)][quantities.index(s.quantity)]
-            axis.step(s.truth_s, s.truth, where="post", color=COLOURS[0], linewidth=2.4, alpha=0.45, label="configured")
-            axis.plot(
-                s.estimate_s, s.estimate, color=COLOURS[4], linewidth=1.0, marker=".", markersize=2.5, label="estimate"
-            )
-            if s.std is not None:
-                low, high = np.maximum(0, s.estimate - 2 * s.std), s.estimate + 2 * s.std
-                axis.fill_between(s.estimate_s, low, high, color=COLOURS[4], alpha=0.15, linewidth=0)
-    top = {
-        q: max((float(np.max([*s.truth, *s.estimate])) for s in series if s.quantity == q), default=1.0)
-        for q in quantities
-    }
+            _link(axes[nodes.index(s.node)][quantities.index(s.quantity)], s)
     for column, quantity in enumerate(quantities):
         axes[0][column].set_title(_quantity(quantity))
-        axes[0][column].set_ylim(0, top[quantity] * 1.15 or 1.0)
-        axes[-1][column].set_xlabel("time since the run's first sample, s")
+        axes[-1][column].set_xlabel("time in cells of this profile, s")
     for row, node in enumerate(nodes):
         axes[row][0].set_ylabel(node)
     _legend(figure, axes.flatten().tolist())
-    hidden = len({s.node for s in series}) - len(nodes)
     caption = (
-        f"Profile {profile}: links as they were configured and as they were estimated, with two standard deviations."
+        f"Profile {profile}: links as they were configured and as they were estimated, with two standard deviations; "
+        "pauses between cells are left out."
     )
-    if hidden:
+    if hidden := len(all_nodes) - len(nodes):
         caption += f" The first {len(nodes)} nodes; the CSV has {hidden} more."
     header = ("profile", "node", "quantity", "kind", "time_s", "value")
     return _save(figure, folder, f"links-{profile}", header, rows, caption)
+
+
+def _link(axis: Axes, s: LinkSeries) -> None:
+    axis.step(
+        s.truth.s, s.truth.value, where="post", color=COLOURS[0], linewidth=1.5, label="configured", zorder=3
+    )  # fmt: skip
+    marker = "." if len(s.estimate.s) < 100 else ""
+    axis.plot(
+        s.estimate.s, s.estimate.value, color=COLOURS[4], linewidth=0.9, marker=marker, markersize=3, label="estimate"
+    )  # fmt: skip
+    if s.std is not None:
+        low, high = np.maximum(0, s.estimate.value - 2 * s.std), s.estimate.value + 2 * s.std
+        axis.fill_between(s.estimate.s, low, high, color=COLOURS[4], alpha=0.15, linewidth=0)
+    seen = np.concatenate([s.truth.value, s.estimate.value])
+    axis.set_ylim(0, 1.25 * float(np.nanmax(seen)) or 1.0)
 
 
 def _heat_map(analysis: Analysis, folder: Path) -> list[Figure]:
@@ -245,8 +250,8 @@ def _panel_of(summary: Summary, arm: ArmResult, workload: str) -> str:
     return ", ".join(filter(None, named))
 
 
-def _grid(count: int, *, width: float = 3.9, height: float = 3.0) -> tuple[Canvas, list[Axes]]:
-    columns = min(3, count)
+def _grid(count: int, *, columns: int = 3, width: float = 3.9, height: float = 3.0) -> tuple[Canvas, list[Axes]]:
+    columns = min(columns, 3, count)
     lines = -(-count // columns)
     figure = Canvas(figsize=(max(4.8, width * columns), height * lines + 0.7), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
@@ -274,7 +279,7 @@ def _legend(figure: Canvas, axes: Sequence[Axes]) -> None:
 
 
 def _wrap(text: str, width: int) -> str:
-    return "\n".join(textwrap.wrap(text.replace(",", ", "), width)) or text
+    return "\n".join(textwrap.wrap(text.replace(",", ", "), width, break_long_words=False)) or text
 
 
 def _quantity(name: str) -> str:
