@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from testbed.experiment.plan import Generate
 from testbed.experiment.rundir import RunDir
@@ -106,7 +107,7 @@ def _take(analysis: Analysis, rows: CellRows) -> None:
 
 def _requests(latency: pa.Table) -> Counter[tuple[int, str]]:
     counts: Counter[tuple[int, str]] = Counter()
-    warm = latency.filter(pa.compute.invert(latency["warm_up"])).select(["node", "experts"])
+    warm = latency.filter(pc.invert(latency["warm_up"])).select(["node", "experts"])
     for row in warm.group_by(["node", "experts"]).aggregate([([], "count_all")]).to_pylist():
         for expert in row["experts"].split():
             counts[int(expert), row["node"]] += row["count_all"]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from msgspec import Struct
 
 from testbed.report.cells import numbers
@@ -110,7 +111,7 @@ def link_series(cells: Sequence[pa.Table]) -> list[LinkSeries]:
 
 
 def _since_first(cell: pa.Table) -> pa.ChunkedArray:
-    return pa.compute.subtract(cell["unix_ns"], pa.compute.min(cell["unix_ns"]))
+    return pc.subtract(cell["unix_ns"], pc.min(cell["unix_ns"]))
 
 
 def _series(found: dict[tuple[str, str, str], list[Samples]]) -> Iterator[LinkSeries]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from testbed.report.cells import CellRows
 
@@ -40,7 +41,7 @@ class Trace:
         self._cells += 1
         pid = self._cells
         tokens = rows.table("tokens")
-        tokens = tokens.filter(pa.compute.invert(tokens["warm_up"])).slice(0, self._tokens).to_pylist()
+        tokens = tokens.filter(pc.invert(tokens["warm_up"])).slice(0, self._tokens).to_pylist()
         if not tokens:
             return
         wanted = {(t["answer"], t["token"]) for t in tokens}
@@ -146,7 +147,7 @@ def _by_token(table: pa.Table, wanted: set[tuple[int, int]]) -> dict[tuple[int, 
 
 def _rows(table: pa.Table, wanted: set[tuple[int, int]]) -> Iterator[Event]:
     answers = pa.array(sorted({answer for answer, _ in wanted}))
-    for row in table.filter(pa.compute.is_in(table["answer"], value_set=answers)).to_pylist():
+    for row in table.filter(pc.is_in(table["answer"], value_set=answers)).to_pylist():
         if (row["answer"], row["token"]) in wanted:
             yield row
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from testbed.experiment.plan import Generate
@@ -93,7 +94,7 @@ def step_units(rows: CellRows) -> list[tuple[Key, Unit]]:
     generated = isinstance(rows.workload, Generate)
     tokens, layers, latency = (_measured(rows.table(name), generated) for name in ("tokens", "layers", "latency"))
     answers = rows.table("answers")
-    answers = answers.filter(pa.compute.invert(answers["warm_up"]))
+    answers = answers.filter(pc.invert(answers["warm_up"]))
     ids = np.unique(numbers(answers if generated else tokens, "answer")).astype(int)
     count = len(ids)
 
@@ -141,13 +142,13 @@ def item_units(rows: CellRows) -> list[tuple[Key, Unit]]:
 
 
 def _warm(table: pa.Table) -> pa.Table:
-    return table.filter(pa.compute.invert(table["warm_up"]))
+    return table.filter(pc.invert(table["warm_up"]))
 
 
 def _measured(table: pa.Table, generated: bool) -> pa.Table:
     table = _warm(table)
     # An answer's first token stands for its whole prompt, and has a figure of its own.
-    return table.filter(pa.compute.greater(table["token"], 0)) if generated else table
+    return table.filter(pc.greater(table["token"], 0)) if generated else table
 
 
 def _split(table: pa.Table, ids: NDArray[np.int_], values: Float) -> list[Float]:
