@@ -77,6 +77,25 @@ def quality(data: Path, items: int, texts: int, tokens: int, variants: tuple[str
 
 
 @cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("text", type=click.Path(path_type=Path))
+@click.option("--tokens", type=click.IntRange(64), default=2048, show_default=True, help="Of the text.")
+@click.option("--chunk", type=click.IntRange(2), default=256, show_default=True, help="Tokens per context.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("differences.json"), show_default=True)
+def differences(bundle: Path, text: Path, tokens: int, chunk: int, out: Path) -> None:
+    """Measure on TEXT how much the experts of BUNDLE differ, for the policy 'similar'."""
+    from bs_coordinator.selection.differences import write_differences
+    from testbed.differences import measure_differences
+
+    document = measure_differences(
+        bundle, text, tokens=tokens, chunk=chunk, threads=os.cpu_count() or 1,
+        progress=lambda done: click.echo(f"{done} of {tokens} tokens", err=True),
+    )  # fmt: skip
+    write_differences(document, out)
+    click.echo(f"table of expert differences in {out}: --policy similar:table={out}")
+
+
+@cli.command()
 @click.option("--broker", default="embedded", show_default=True, help="embedded or mosquitto.")
 @click.option("--samples", type=click.IntRange(10), default=300, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/bench.json"), show_default=True)
