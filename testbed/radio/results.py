@@ -53,16 +53,55 @@ class Accuracy:
     dropped: float
 
 
-def compare_latency(
-    trace: RoutingTrace,
-    cell: Cell,
-    policies: Sequence[str],
-    *,
-    seed: int,
-    phases: Iterable[Phase] = PHASES,
-    allocations: Iterable[Allocation] = ALLOCATIONS,
-) -> list[Latency]:
-    """Replay a trace under each policy with each allocation, all on the same draws.
+class Arena:
+    """Batches of one phase, on which policies with allocations are compared, and how top-k does on them."""
+
+    def __init__(self, trace: RoutingTrace, cell: Cell, phase: Phase, *, seed: int) -> None:
+        self._facts = trace.facts
+        self._cell = cell
+        self._phase = phase
+        self._seed = seed
+        self._sent = batches(trace, phase, cell.draws, seed)
+        self._tokens = np.array([len(batch) for batch in self._sent], np.float64)
+        vanilla = replay(parse_policy(VANILLA, top_k=trace.facts.top_k), self._sent, cell)
+        self._pairs = vanilla.sum()
+        self._vanilla = self._time(vanilla, "uniform")
+
+    def latencies(self, policy: str, allocations: Iterable[Allocation] = ALLOCATIONS) -> list[Latency]:
+        """One per allocation.
+
+        Args:
+            policy: as `parse_policy` takes it.
+
+        Raises:
+            ValueError: the policy is unknown.
+        """
+        parsed = parse_policy(policy, top_k=self._facts.top_k, model_sha256=self._facts.model_sha256)
+        rows = replay(parsed, self._sent, self._cell)
+        found = []
+        for allocation in allocations:
+            time_ms = self._time(rows, allocation)
+            left = _present(ratio(time_ms, self._vanilla, seed=self._seed))
+            low, high = (None if x is None else 1 - x for x in (left.high, left.low))
+            found.append(
+                Latency(
+                    phase=self._phase,
+                    policy=policy,
+                    allocation=allocation,
+                    mean_ms=_present(measured(time_ms, seed=self._seed)),
+                    median_ms=float(np.median(time_ms.part / time_ms.whole) * time_ms.scale),
+                    saved=Interval(1 - left.value, low, high, left.units),
+                    dropped=float(1 - rows.sum() / self._pairs),
+                )
+            )
+        return found
+
+    def _time(self, rows: Float, allocation: Allocation) -> Ratio:
+        return Ratio(batch_seconds(self._cell, rows, allocation), self._tokens, 1e3)
+
+
+def compare_latency(trace: RoutingTrace, cell: Cell, policies: Sequence[str], *, seed: int) -> list[Latency]:
+    """Replay a trace in each phase under each policy with each allocation, all on the same draws.
 
     Args:
         policies: as `parse_policy` takes them.
@@ -72,29 +111,8 @@ def compare_latency(
         SimulationError: the trace does not fit the cell.
         ValueError: a policy is unknown.
     """
-    found = []
-    top_k = trace.facts.top_k
-    for phase in phases:
-        sent = batches(trace, phase, cell.draws, seed)
-        tokens = np.array([len(batch) for batch in sent], np.float64)
-        vanilla_rows = replay(parse_policy(VANILLA, top_k=top_k), sent, cell)
-        vanilla = _per_token_ms(cell, vanilla_rows, "uniform", tokens)
-        for policy in policies:
-            rows = replay(parse_policy(policy, top_k=top_k, model_sha256=trace.facts.model_sha256), sent, cell)
-            for allocation in allocations:
-                time_ms = _per_token_ms(cell, rows, allocation, tokens)
-                found.append(
-                    Latency(
-                        phase=phase,
-                        policy=policy,
-                        allocation=allocation,
-                        mean_ms=_present(measured(time_ms, seed=seed)),
-                        median_ms=float(np.median(time_ms.part / tokens) * time_ms.scale),
-                        saved=_saved(_present(ratio(time_ms, vanilla, seed=seed))),
-                        dropped=float(1 - rows.sum() / vanilla_rows.sum()),
-                    )
-                )
-    return found
+    arenas = [Arena(trace, cell, phase, seed=seed) for phase in PHASES]
+    return [row for arena in arenas for policy in policies for row in arena.latencies(policy)]
 
 
 def compare_accuracy(
@@ -122,15 +140,6 @@ def compare_accuracy(
                 )
             )
     return rows
-
-
-def _per_token_ms(cell: Cell, rows: Float, allocation: Allocation, tokens: Float) -> Ratio:
-    return Ratio(batch_seconds(cell, rows, allocation), tokens, 1e3)
-
-
-def _saved(left: Interval) -> Interval:
-    low, high = (None if x is None else 1 - x for x in (left.high, left.low))
-    return Interval(1 - left.value, low, high, left.units)
 
 
 def _present(interval: Interval | None) -> Interval:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from bs_coordinator.selection.wdmoe import Wdmoe
 from testbed.radio.replay import Allocation
-from testbed.radio.results import Latency, compare_latency
+from testbed.radio.results import Arena, Latency
 from testbed.radio.setting import Cell
 from testbed.radio.traces import RoutingTrace
 
@@ -38,9 +38,9 @@ def sweep(
     gains: Sequence[float] = GAINS,
 ) -> Iterator[Point]:
     """Replay prompts (prefill) for all combinations, and for fixed thresholds; other constants have their defaults."""
+    arena = Arena(trace, cell, "prefill", seed=seed)
     last = Wdmoe(trace.facts.top_k).stop
     for gain in (*gains, None):
         for theta in thetas:
             policy = f"wdmoe:start={theta:g},stop={max(theta, last) if gain else theta:g},gain={gain or 1:g}"
-            rows = compare_latency(trace, cell, [policy], seed=seed, phases=("prefill",), allocations=_ALLOCATIONS)
-            yield Point(theta, gain, tuple(rows))
+            yield Point(theta, gain, tuple(arena.latencies(policy, _ALLOCATIONS)))
