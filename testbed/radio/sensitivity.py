@@ -9,7 +9,8 @@ from testbed.radio.results import Arena, Latency
 from testbed.radio.setting import Cell
 from testbed.radio.traces import RoutingTrace
 
-THETAS = (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+THETAS = (0.3, 0.4, 0.5, 0.6, 0.64, 0.7, 0.76, 0.82, 0.86, 0.9, 0.95, 1.0)
+"""Up to the rule's last θ in whole steps of it: from others the search would end just below."""
 GAINS = (1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0)
 _ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "optimal")
 

@@ -12,7 +12,7 @@ import msgspec
 from bs_coordinator.selection import parse_policy
 from testbed.experiment import facts
 from testbed.radio.replay import PHASES
-from testbed.radio.results import VANILLA, accuracy_table, compare_accuracy, compare_latency, latency_table
+from testbed.radio.results import VANILLA, Accuracy, accuracy_table, compare_accuracy, compare_latency, latency_table
 from testbed.radio.sensitivity import sweep
 from testbed.radio.setting import Cell, Setting
 from testbed.radio.traces import RoutingTrace, read_trace
@@ -50,7 +50,7 @@ class Simulation:
     evaluation: Evaluation | None = None
 
     def run(self, folder: Path, *, say: Callable[[str], None]) -> None:
-        """Simulate, and write tables, plots and `simulation.json` into `folder`.
+        """Simulate, and write tables, plots and `simulation.json` into `folder`, part by part.
 
         Args:
             say: told each table as soon as it is there.
@@ -65,37 +65,36 @@ class Simulation:
         policies = list(dict.fromkeys((VANILLA, *self.policies)))
         cell = self._cell(trace, self.draws)
         document = self._facts(trace)
-        tables = []
+        tables: list[str] = []
 
-        def tell(table: str) -> None:
-            say(table)
-            tables.append(table)
+        def keep(part: str, rows: Sequence[Any], *texts: str) -> None:
+            document[part] = [asdict(row) for row in rows]
+            for text in texts:
+                say(text)
+            tables.extend(texts)
+            _write(folder / "simulation.md", "\n".join(tables))
+            _write(folder / "simulation.json", json.dumps(document, indent=1))
 
         latencies = compare_latency(trace, cell, policies, seed=self.seed)
-        for phase in PHASES:
-            tell(f"### {phase.capitalize()}\n\n{latency_table(latencies, phase)}\n")
-        document["latency"] = [asdict(row) for row in latencies]
         plots.draw_latency(latencies, folder)
+        keep("latency", latencies, *(f"### {p.capitalize()}\n\n{latency_table(latencies, p)}\n" for p in PHASES))
         if self.sweep_draws:
             points = list(sweep(trace, self._cell(trace, self.sweep_draws), seed=self.seed))
-            document["sensitivity"] = [asdict(point) for point in points]
             plots.draw_sensitivity(points, folder)
+            keep("sensitivity", points)
             say(f"{folder / 'sensitivity.png'}: {len(points)} combinations of θ and γ")
         if self.evaluation:
-            document["accuracy"], table = self._evaluate(trace, cell, policies)
-            tell(f"### Accuracy\n\n{table}\n")
-        _write(folder / "simulation.md", "\n".join(tables))
-        _write(folder / "simulation.json", json.dumps(document, indent=1))
+            accuracies = self._evaluate(trace, cell, policies, self.evaluation)
+            keep("accuracy", accuracies, f"### Accuracy\n\n{accuracy_table(accuracies)}\n")
 
     def _cell(self, trace: RoutingTrace, draws: int) -> Cell:
         dims = trace.facts
         return Cell(self.setting, hidden=dims.hidden, intermediate=dims.intermediate, draws=draws, seed=self.seed)
 
-    def _evaluate(self, trace: RoutingTrace, cell: Cell, policies: Sequence[str]) -> tuple[list[Any], str]:
+    def _evaluate(self, trace: RoutingTrace, cell: Cell, policies: Sequence[str], plan: Evaluation) -> list[Accuracy]:
         from testbed.radio.accuracy import evaluate
 
-        assert self.evaluation  # noqa: S101 (the caller has looked)
-        plan, top_k = self.evaluation, trace.facts.top_k
+        top_k = trace.facts.top_k
         sha256 = load_manifest(plan.bundle).model_sha256
         if sha256 != trace.facts.model_sha256:
             raise SimulationError(
@@ -105,13 +104,12 @@ class Simulation:
         answers = evaluate(
             plan.bundle, plan.data, cell, parsed, items=plan.items, batch=plan.batch, threads=plan.threads
         )
-        rows = compare_accuracy(
+        return compare_accuracy(
             {policy: answer.right for policy, answer in zip(policies, answers, strict=True)},
             {policy: answer.asked for policy, answer in zip(policies, answers, strict=True)},
             top_k,
             seed=self.seed,
         )
-        return [asdict(row) for row in rows], accuracy_table(rows)
 
     def _facts(self, trace: RoutingTrace) -> dict[str, Any]:
         commit, changed = facts.commit()
