@@ -5,10 +5,12 @@ station's tokens, in them the layers, in those trunk and dispatch; the threads a
 them the node's own durations.
 
 The log has durations of layers, and moments of requests only: a step's layers follow each other without a gap,
-shifted so that no request leaves before its layer's dispatch begins. A node's work is drawn in the middle of its
-round trip, because nobody knows how the network's share divides between there and back.
+shifted so that no request leaves before its layer's dispatch begins. Embedding and head lie in the gaps between
+tokens. A node's work is drawn in the middle of its round trip, because nobody knows how the network's share divides
+between there and back.
 """
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -75,25 +77,31 @@ class Trace:
 
     def _token(self, pid: int, token: Event, layers: list[Event], requests: list[Event], free_ns: int) -> int:
         """One token's spans; when the next may begin."""
-        sent_ns: dict[int, list[int]] = {}
-        for request in requests:
-            sent_ns.setdefault(request["layer"], []).append(request["sent_unix_ns"])
-        begin_ns = max(free_ns, _begin_ns(token["began_unix_ns"], layers, sent_ns))
-        chain_ns = sum(layer["trunk_ns"] + layer["dispatch_ns"] for layer in layers)
-        total_ns = max(token["total_ns"], chain_ns)
-        args = {k: token[k] for k in ("answer", "token", "token_id", "phase", "step_tokens", "pairs", "full_pairs")}
-        self._span(pid, 0, f"token {token['token']}", "token", begin_ns, total_ns, args)
-        at_ns = begin_ns
-        for layer in layers:
-            args = {"pairs": layer["pairs"], "slowest": layer["slowest"], "predicted_us": _us(layer["predicted_ns"])}
-            both_ns = layer["trunk_ns"] + layer["dispatch_ns"]
-            self._span(pid, 0, f"layer {layer['layer']}", "layer", at_ns, both_ns, args)
-            self._span(pid, 0, "trunk", "trunk", at_ns, layer["trunk_ns"])
-            self._span(pid, 0, "dispatch", "dispatch", at_ns + layer["trunk_ns"], layer["dispatch_ns"])
-            at_ns += both_ns
-        if total_ns > chain_ns:
-            self._span(pid, 0, "embedding and head", "trunk", at_ns, total_ns - chain_ns)
-        return int(begin_ns + total_ns)
+        steps = [[*some] for _, some in itertools.groupby(layers, key=lambda layer: layer["step"])]
+        sent = [[*some] for _, some in itertools.groupby(requests, key=lambda request: request["position"])]
+        begin_ns = None
+        for number, step in enumerate(steps):
+            # A step without requests (everything in this process) follows the one before.
+            first_ns = _begin_ns(step, sent[number]) if number < len(sent) else token["began_unix_ns"]
+            at_ns = max(free_ns, first_ns)
+            begin_ns = at_ns if begin_ns is None else begin_ns
+            for layer in step:
+                at_ns = self._layer(pid, layer, at_ns)
+            free_ns = at_ns
+        if begin_ns is not None:
+            args = {k: token[k] for k in ("answer", "token", "token_id", "phase", "step_tokens", "pairs", "full_pairs")}
+            args["total_us"] = _us(token["total_ns"])
+            self._span(pid, 0, f"token {token['token']}", "token", begin_ns, free_ns - begin_ns, args)
+        return free_ns
+
+    def _layer(self, pid: int, layer: Event, at_ns: int) -> int:
+        """One layer's spans; when the next begins."""
+        args = {"pairs": layer["pairs"], "slowest": layer["slowest"], "predicted_us": _us(layer["predicted_ns"])}
+        trunk_ns, dispatch_ns = int(layer["trunk_ns"]), int(layer["dispatch_ns"])
+        self._span(pid, 0, f"layer {layer['layer']}", "layer", at_ns, trunk_ns + dispatch_ns, args)
+        self._span(pid, 0, "trunk", "trunk", at_ns, trunk_ns)
+        self._span(pid, 0, "dispatch", "dispatch", at_ns + trunk_ns, dispatch_ns)
+        return at_ns + trunk_ns + dispatch_ns
 
     def _request(self, pid: int, tid: int, request: Event) -> None:
         args = {k: request[k] for k in ("layer", "experts", "tokens", "down_bytes", "up_bytes")}
@@ -126,16 +134,18 @@ def _begin_at_zero(events: list[Event]) -> None:
         event["ts"], event["dur"] = _us(event["ts"] - first_ns), _us(event["dur"])
 
 
-def _begin_ns(began_ns: int, layers: list[Event], sent_ns: dict[int, list[int]]) -> int:
-    """When a token's layers begin: as late as lets every request leave after its layer's dispatch began."""
-    latest: list[int] = []
-    upto_ns = 0
-    repeated = len({layer["layer"] for layer in layers}) < len(layers)
+def _begin_ns(layers: list[Event], requests: list[Event]) -> int:
+    """When a step's layers begin: as late as lets every request leave after its layer's dispatch began."""
+    sent_ns: dict[int, int] = {}
+    for request in requests:
+        layer, at_ns = request["layer"], request["sent_unix_ns"]
+        sent_ns[layer] = min(at_ns, sent_ns.get(layer, at_ns))
+    latest, upto_ns = [], 0
     for layer in layers:
-        if layer["layer"] in sent_ns and not (repeated and latest):
-            latest.append(min(sent_ns[layer["layer"]]) - upto_ns - layer["trunk_ns"])
+        if layer["layer"] in sent_ns:
+            latest.append(sent_ns[layer["layer"]] - upto_ns - layer["trunk_ns"])
         upto_ns += layer["trunk_ns"] + layer["dispatch_ns"]
-    return min(latest, default=began_ns)
+    return int(min(latest))
 
 
 def _by_token(table: pa.Table, wanted: set[tuple[int, int]]) -> dict[tuple[int, int], list[Event]]:

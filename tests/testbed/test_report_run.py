@@ -1,0 +1,383 @@
+"""Reports of a real small run: their numbers are recomputed here from the cells' own files."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from testbed.experiment.rundir import RunDir
+from testbed.experiment.tables import COORDINATES, SCHEMAS
+from testbed.local_fleet import LocalFleet
+from tests.conftest import Run
+from wire.manifest import Scheme
+
+Bundle = Callable[[Scheme], Path]
+PROMPTS = 3
+PLAN = f"""
+name: tiny
+bundles: [BUNDLE]
+nodes: 2
+policies: [top1, topk]
+repetitions: 2
+warm_up_tokens: 2
+nodes_timeout_s: 20
+workloads:
+  - {{kind: generate, prompts: {PROMPTS}, max_tokens: 5}}
+  - {{kind: choice, dataset: items.jsonl, items: 6, batch: 2, repetitions: 1}}
+  - {{kind: choice, name: choice-here, dataset: items.jsonl, items: 6, where: in-process, repetitions: 1}}
+  - {{kind: perplexity, texts: [Rain falls., One two three., Hello there., A b c d., The end is near.], repetitions: 1}}
+"""
+ITEMS = [{"question": f"What is {i}?", "choices": ["a number", "a bird"], "label": i % 2} for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def plan_path(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reported")
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
+    (folder / "plan.yaml").write_text(PLAN.replace("BUNDLE", str(tiny_bundle("int4"))))
+    return folder / "plan.yaml"
+
+
+@pytest.fixture(scope="module")
+def reported(run: Run, plan_path: Path) -> RunDir:
+    """A small run of every workload, with its report."""
+    folder = plan_path.parent / "run"
+    done = run("testbed", "run", plan_path, "--out", folder)
+    assert done.returncode == 0, done.stderr
+    done = run("testbed", "report", folder)
+    assert done.returncode == 0, done.stderr
+    assert "10 of 10 cells" in done.stdout
+    return RunDir(folder)
+
+
+@pytest.fixture
+def copy(reported: RunDir, tmp_path: Path) -> RunDir:
+    """A copy that a test may damage."""
+    shutil.copytree(reported.path, tmp_path / "run")
+    return RunDir(tmp_path / "run")
+
+
+def _rows(run_dir: RunDir, table: str, **cell: object) -> list[dict[str, Any]]:
+    """Rows of the cells with these coordinates, without the warm-up."""
+    rows = []
+    for c in run_dir.cells():
+        path = run_dir.cell_path(c) / f"{table}.parquet"
+        if path.exists() and all(getattr(c, name) == value for name, value in cell.items()):
+            rows += [{**row, "repetition": c.repetition} for row in pq.read_table(path).to_pylist()]
+    return [row for row in rows if not row.get("warm_up")]
+
+
+def _summary(run_dir: RunDir) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((run_dir.path / "summary.json").read_text())
+    return loaded
+
+
+def _result(run_dir: RunDir, policy: str, workload: str) -> dict[str, Any]:
+    (arm,) = [arm for arm in _summary(run_dir)["arms"] if arm["policy"] == policy]
+    result: dict[str, Any] = arm["workloads"][workload]
+    return result
+
+
+def test_times_and_bytes_are_those_of_the_rows(reported: RunDir) -> None:
+    for policy in ("topk", "top1"):
+        tokens = [t for t in _rows(reported, "tokens", workload="generate", policy=policy) if t["token"] > 0]
+        layers = [r for r in _rows(reported, "layers", workload="generate", policy=policy) if r["token"] > 0]
+        found = _result(reported, policy, "generate")["metrics"]
+        total_ms = np.array([t["total_ns"] / 1e6 for t in tokens])
+        assert found["token_ms"]["value"] == pytest.approx(total_ms.mean())
+        assert found["token_median_ms"]["value"] == pytest.approx(np.quantile(total_ms, 0.5, method="inverted_cdf"))
+        assert "token_p95_ms" not in found  # 2 × 3 × 4 tokens are too few
+        assert found["layer_wait_ms"]["value"] == pytest.approx(np.mean([r["dispatch_ns"] / 1e6 for r in layers]))
+        moved = np.mean([t["down_bytes"] + t["up_bytes"] for t in tokens])
+        assert found["bytes_per_token"]["value"] == pytest.approx(moved)
+        parts = sum(found[f"{part}_ms"]["value"] for part in ("trunk", "network", "compute", "wait", "framing"))
+        assert parts == pytest.approx(found["token_ms"]["value"])
+        assert found["dropped_share"]["value"] == {"topk": 0.0, "top1": 0.5}[policy]
+        first = [a["first_token_ns"] / 1e6 for a in _rows(reported, "answers", workload="generate", policy=policy)]
+        assert found["first_token_ms"]["value"] == pytest.approx(np.mean(first))
+        assert found["token_ms"]["units"] == 2 * PROMPTS
+        assert found["token_ms"]["low"] < found["token_ms"]["value"] < found["token_ms"]["high"]
+
+
+def test_accuracy_and_perplexity_are_those_of_the_items(reported: RunDir) -> None:
+    for workload in ("choice", "choice-here"):
+        right: dict[str, dict[int, bool]] = defaultdict(dict)
+        for policy in ("topk", "top1"):
+            for row in _rows(reported, "choices", workload=workload, policy=policy):
+                right[policy][row["item"]] = row["right"]
+            found = _result(reported, policy, workload)["metrics"]["accuracy"]
+            assert found["value"] == pytest.approx(np.mean(list(right[policy].values())))
+            assert found["units"] == len(ITEMS)
+        change = [int(right["top1"][i]) - int(right["topk"][i]) for i in range(len(ITEMS))]
+        result = _result(reported, "top1", workload)
+        assert result["against_baseline"]["accuracy"]["difference"]["value"] == pytest.approx(np.mean(change))
+        assert (result["items_gained"], result["items_lost"]) == (change.count(1), change.count(-1))
+    assert "layer_wait_ms" in _result(reported, "topk", "choice")["metrics"]
+    assert "layer_wait_ms" not in _result(reported, "topk", "choice-here")["metrics"]
+    losses = _rows(reported, "losses", policy="top1")
+    expected = np.exp(sum(r["loss_nats"] for r in losses) / sum(r["tokens"] for r in losses))
+    assert _result(reported, "top1", "perplexity")["metrics"]["perplexity"]["value"] == pytest.approx(expected)
+
+
+def test_policies_are_paired_by_prompt_and_repetition(reported: RunDir) -> None:
+    ids: dict[tuple[str, int, int], list[int]] = defaultdict(list)
+    spent: dict[tuple[str, int, int], list[float]] = defaultdict(list)
+    for policy in ("topk", "top1"):
+        for t in _rows(reported, "tokens", workload="generate", policy=policy):
+            key = policy, t["repetition"], t["answer"]
+            ids[key].append(t["token_id"])
+            if t["token"] > 0:
+                spent[key].append(t["total_ns"] / 1e6)
+    keys = sorted((r, a) for policy, r, a in ids if policy == "topk")
+    assert len(keys) == 2 * PROMPTS
+    rng = np.random.default_rng(7)
+    ratios = []
+    for _ in range(2000):
+        drawn = [keys[i] for i in rng.integers(0, len(keys), len(keys))]
+        mine, base = (np.concatenate([spent[p, r, a] for r, a in drawn]) for p in ("top1", "topk"))
+        ratios.append(mine.mean() / base.mean())
+    result = _result(reported, "top1", "generate")
+    found = result["against_baseline"]["token_ms"]["ratio"]
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=0.15 * (high - low))
+    same = total = 0
+    for r, a in keys:
+        mine_ids, base_ids = ids["top1", r, a], ids["topk", r, a]
+        while same < 10**6 and mine_ids and base_ids and mine_ids[0] == base_ids[0]:
+            same, total = same + 1, total + 1
+            mine_ids, base_ids = mine_ids[1:], base_ids[1:]
+        total += max(len(mine_ids), len(base_ids))
+    assert result["metrics"]["same_tokens_share"]["value"] == pytest.approx(same / total)
+    assert _result(reported, "topk", "generate")["against_baseline"] == {}
+
+
+def test_merged_tables_hold_every_row_once_with_its_coordinates(reported: RunDir) -> None:
+    for name, schema in SCHEMAS.items():
+        cells = [(c, reported.cell_path(c) / f"{name}.parquet") for c in reported.cells()]
+        expected = {c.id: pq.read_metadata(path).num_rows for c, path in cells if path.exists()}
+        if not expected:
+            assert not (reported.path / f"{name}.parquet").exists()
+            continue
+        merged = pq.read_table(reported.path / f"{name}.parquet")
+        assert merged.column_names == [*COORDINATES, *schema.names]
+        counts: dict[str, int] = defaultdict(int)
+        for cell in merged["cell"].to_pylist():
+            counts[cell] += 1
+        assert counts == expected
+        with (reported.path / f"{name}.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == merged.num_rows
+        assert [row["cell"] for row in rows] == merged["cell"].to_pylist()
+    with (reported.path / "latency.csv").open(newline="") as file:
+        assert {row["policy"] for row in csv.DictReader(file)} == {"topk", "top1"}
+
+
+class _Page(HTMLParser):
+    """Everything in a page that a browser would go and fetch, and its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.images = 0
+        self.text = ""
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "srcset", "data", "poster", "action", "background"):
+                self.references.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_stands_alone(reported: RunDir) -> None:
+    html = (reported.path / "report.html").read_text()
+    page = _Page()
+    page.feed(html)
+    assert {reference.partition(",")[0] for reference in page.references} == {"data:image/png;base64"}
+    plots = {path.name for path in (reported.path / "plots").glob("*.png")}
+    assert plots - {"links-default.png"} == {
+        "latency-ecdf.png", "breakdown.png", "front-token.png", "front-layer-wait.png", "requests.png"
+    }  # fmt: skip
+    assert len(page.references) == len(plots)
+    assert not {"script", "link", "iframe", "object"} & {*page.tags}
+    assert "@import" not in html
+    assert "url(" not in html
+    assert "Incomplete" not in page.text
+    for plot in plots:
+        assert (reported.path / "plots" / plot).with_suffix(".csv").read_text().count("\n") > 2
+        assert (reported.path / "plots" / plot).read_bytes().startswith(b"\x89PNG")
+    value = _result(reported, "top1", "generate")["metrics"]["token_ms"]["value"]
+    for text in (page.text, (reported.path / "report.md").read_text()):
+        assert f"{value:.1f} (" in text
+        assert "No attempt at a cell failed." in text
+
+
+def test_the_trace_is_in_the_format_and_its_spans_nest(reported: RunDir) -> None:
+    trace = json.loads((reported.path / "trace.json").read_text())
+    names: dict[tuple[int, int], str] = {}
+    spans: dict[tuple[int, int], list[tuple[float, float, str]]] = defaultdict(list)
+    for event in trace["traceEvents"]:
+        where = event["pid"], event["tid"]
+        assert event["ph"] in ("X", "M")
+        if event["ph"] == "X":
+            assert event["ts"] >= 0
+            assert event["dur"] >= 0
+            spans[where].append((event["ts"], event["ts"] + event["dur"], event["cat"]))
+        elif event["name"] == "thread_name":
+            names[where] = event["args"]["name"]
+    assert spans.keys() == names.keys()
+    assert len({pid for pid, _ in names}) == len(reported.cells())
+    for thread in spans.values():
+        open_until: list[float] = []
+        for begin, end, _ in sorted(thread, key=lambda span: (span[0], -span[1])):
+            while open_until and open_until[-1] <= begin + 1e-6:
+                open_until.pop()
+            assert not open_until or end <= open_until[-1] + 1e-3
+            open_until.append(end)
+    for (pid, tid), thread in spans.items():
+        dispatches = [span for span in spans[pid, 0] if span[2] == "dispatch"]
+        for begin, end, kind in thread:
+            if kind == "request":
+                assert tid > 0
+                # Two clocks of one machine: wall time for moments, a steady one for durations.
+                assert any(d[0] - 100 <= begin and end <= d[1] + 100 for d in dispatches)
+    tokens = [span for thread in spans.values() for span in thread if span[2] == "token"]
+    assert 0 < len(tokens) <= 4 * len(reported.cells())
+
+
+def test_equal_cells_give_an_equal_report(run: Run, copy: RunDir, reported: RunDir) -> None:
+    assert run("testbed", "report", copy.path).returncode == 0
+    made = sorted(path.relative_to(copy.path) for path in copy.path.rglob("*") if "cells" not in path.parts)
+    assert made == sorted(
+        path.relative_to(reported.path) for path in reported.path.rglob("*") if "cells" not in path.parts
+    )
+    for path in made:
+        if (copy.path / path).is_file():
+            assert (copy.path / path).read_bytes() == (reported.path / path).read_bytes(), path
+
+
+def test_a_run_that_is_not_complete_says_so_first(run: Run, copy: RunDir) -> None:
+    lost = next(cell for cell in copy.cells() if (cell.workload, cell.policy) == ("generate", "top1"))
+    shutil.rmtree(copy.cell_path(lost))
+    copy.event("cell_failed", cell=lost.id, attempt=1, error="node 'node1' <left> | early", kind="DispatchError")
+    copy.event("run_resumed", gap_s=61.0, after="cell_failed", left=1, lost=1)
+    done = run("testbed", "report", copy.path)
+    assert done.returncode == 0, done.stderr
+    assert "9 of 10 cells" in done.stdout
+    summary = _summary(copy)
+    assert summary["complete"] is False
+    assert list(summary["without_result"]) == [lost.id]
+    assert [gap["gap_s"] for gap in summary["gaps"]] == [61.0]
+    assert pq.read_table(copy.path / "failures.parquet")["kind"].to_pylist() == ["DispatchError"]
+    page = _Page()
+    page.feed((copy.path / "report.html").read_text())
+    begin = page.text.index("Incomplete: 9 of 10 cells")
+    assert begin < page.text.index("What was run")
+    assert "node 'node1' <left> | early" in page.text
+    markdown = (copy.path / "report.md").read_text()
+    assert markdown.splitlines()[2].startswith("> **Incomplete: 9 of 10")
+    # Only what both policies have is compared.
+    against = _result(copy, "top1", "generate")["against_baseline"]["token_ms"]
+    assert against["difference"]["units"] == PROMPTS
+
+
+def test_what_cannot_be_reported_ends_in_one_line(run: Run, copy: RunDir, tmp_path: Path) -> None:
+    cell = copy.cells()[0]
+    page = (copy.path / "report.html").read_bytes()
+    damaged = copy.cell_path(cell) / "tokens.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    done = run("testbed", "report", copy.path)
+    assert done.returncode == 61
+    assert done.stderr.count("\n") == 1
+    assert str(damaged) in done.stderr
+    assert "resume" in done.stderr
+    assert (copy.path / "report.html").read_bytes() == page
+    assert not list(copy.path.glob(".report-*"))
+    (copy.cell_path(cell) / "cell.json").write_text("{")
+    assert run("testbed", "report", copy.path).returncode == 61
+    shutil.rmtree(copy.path / "cells")
+    nothing = run("testbed", "report", copy.path)
+    assert nothing.returncode == 61
+    assert "no complete cell" in nothing.stderr
+    assert run("testbed", "report", tmp_path).returncode == 61
+
+
+def test_compare_says_what_differed_and_pairs_equal_items(run: Run, reported: RunDir, copy: RunDir) -> None:
+    manifest = json.loads((copy.path / "manifest.json").read_text())
+    manifest["commit"] = "f" * 40
+    manifest["plan"]["wire"] = "int8"
+    manifest["machine"]["cpu"] = "another CPU"
+    (copy.path / "manifest.json").write_text(json.dumps(manifest))
+    done = run("testbed", "compare", reported.path, copy.path)
+    assert done.returncode == 0, done.stderr
+    assert "code commit: ffffffffffff" in done.stdout
+    assert "plan wire: int8 instead of fp16" in done.stdout
+    assert "machine cpu: another CPU instead of" in done.stdout
+    tables = done.stdout.split("\n\n")
+    accuracy = tables[tables.index("choice: accuracy, %") + 1].splitlines()
+    assert [line.split("|")[3].strip() for line in accuracy[2:]] == ["topk", "top1"]
+    assert all(line.split("|")[-2].strip() == "0.0 (0.0 – 0.0)" for line in accuracy[2:])
+    times = tables[tables.index("generate: mean ms/token") + 1].splitlines()
+    assert all(line.split("|")[-2].strip().startswith("× 1.00 (0.") for line in times[2:])
+    value = _result(reported, "topk", "generate")["metrics"]["token_ms"]["value"]
+    assert f"{value:.1f} (" in times[2]
+    same = run("testbed", "compare", reported.path, reported.path)
+    assert "no differences" in same.stdout
+    assert run("testbed", "compare", reported.path).returncode == 2
+
+
+def test_preflight_says_what_a_plan_lacks(run: Run, plan_path: Path, tmp_path: Path) -> None:
+    wide = {**os.environ, "COLUMNS": "300"}
+    fine = run("testbed", "preflight", plan_path, "--out", tmp_path, env=wide)
+    assert fine.returncode == 0, fine.stderr
+    assert "2 nodes hold all 16 experts" in fine.stdout
+    text = plan_path.read_text().replace("items: 6", "items: 7").replace("nodes: 2", "nodes: {pi1: 'L*:E0-6'}")
+    shutil.copy(plan_path.parent / "items.jsonl", tmp_path)
+    (tmp_path / "plan.yaml").write_text(text)
+    bad = run("testbed", "preflight", tmp_path / "plan.yaml", env=wide)
+    assert bad.returncode == 62
+    assert bad.stderr.count("\n") == 1
+    assert "items.jsonl has 6 items, the plan wants 7" in bad.stdout
+    assert "nobody holds L0-1:E7" in bad.stdout
+    assert bad.stdout.count("fail") == 3
+
+
+def test_preflight_asks_running_nodes(run: Run, fleet: LocalFleet, tmp_path: Path) -> None:
+    plan_path = tmp_path / "plan.yaml"
+    plan_path.write_text(
+        f"{{name: outside, network: {{external: {{broker: '{fleet.address}', cluster: {fleet.cluster}}}}}, "
+        f"bundles: [{fleet.bundle}], nodes: {{pi1: '', pi2: ''}}, policies: [topk], workloads: [{{kind: generate}}]}}"
+    )
+
+    def ask_until(text: str) -> subprocess.CompletedProcess[str]:
+        deadline = time.monotonic() + 40
+        while True:
+            done = run("testbed", "preflight", plan_path, "--out", tmp_path, env={**os.environ, "COLUMNS": "300"})
+            if text in done.stdout:
+                return done
+            assert time.monotonic() < deadline, done.stdout
+
+    fleet.start("pi1", "L*:E0-3")
+    half = ask_until("L0-1:E0-3, fp32")
+    assert half.returncode == 62
+    assert "with TCP_NODELAY" in half.stdout
+    assert "no node holds L0-1:E4-7" in half.stdout
+    assert "node pi2: is not online" in half.stderr
+    fleet.start("pi2", "L*:E4-7")
+    assert ask_until("every expert has a holder").returncode == 0
+    plan_path.write_text(plan_path.read_text().replace(str(fleet.address), "mqtt://127.0.0.1:1"))
+    assert "127.0.0.1" in run("testbed", "preflight", plan_path).stderr
