@@ -1,6 +1,5 @@
 """One simulation from its inputs to its folder of results."""
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ import msgspec
 
 from bs_coordinator.selection import parse_policy
 from testbed.experiment import facts
+from testbed.quality import TASKS
 from testbed.radio.replay import PHASES
 from testbed.radio.results import VANILLA, Accuracy, accuracy_table, compare_accuracy, compare_latency, latency_table
 from testbed.radio.sensitivity import sweep
@@ -18,7 +18,7 @@ from testbed.radio.setting import Cell, Setting
 from testbed.radio.traces import RoutingTrace, read_trace
 from wire.errors import SimulationError
 from wire.files import atomic_write
-from wire.manifest import load_manifest
+from wire.manifest import load_manifest, sha256_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,15 @@ class Evaluation:
     items: int
     batch: int
     threads: int
+
+    def facts(self) -> dict[str, Any]:
+        """What it depends on."""
+        return {
+            "quantisation": str(load_manifest(self.bundle).quantisation),
+            "data_sha256": {file: sha256_file(self.data / file) for file in TASKS.values()},
+            "items": self.items,
+            "batch": self.batch,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +133,12 @@ class Simulation:
             "sweep_draws": self.sweep_draws,
             "setting": msgspec.to_builtins(self.setting),
             "trace": {
-                "sha256": hashlib.sha256(self.trace_path.read_bytes()).hexdigest(),
+                "sha256": sha256_file(self.trace_path),
                 "prompts": len(trace.prompts),
                 "tokens": sum(map(len, trace.prompts)),
                 **msgspec.to_builtins(trace.facts),
             },
-            "evaluation": evaluation and {"items": evaluation.items, "batch": evaluation.batch},
+            "evaluation": evaluation and evaluation.facts(),
         }
 
 

@@ -1,6 +1,5 @@
 """Routing traces: the gate's probabilities of a real model on real text, recorded once and replayed often."""
 
-import hashlib
 import io
 import zipfile
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from testbed.local_experts import LocalExperts
 from testbed.quality import DOMAINS, TASKS
 from wire.errors import SimulationError
 from wire.files import atomic_write
-from wire.manifest import load_manifest
+from wire.manifest import load_manifest, sha256_file
 from wire.tensors import Array
 
 
@@ -132,7 +131,7 @@ def record_trace(
         hidden=manifest.dims.hidden,
         intermediate=manifest.dims.intermediate,
         top_k=manifest.dims.top_k,
-        data_sha256={file: hashlib.sha256((data / file).read_bytes()).hexdigest() for file in files},
+        data_sha256={file: sha256_file(data / file) for file in files},
         commit=commit,
     )
     return RoutingTrace(traces, facts)
