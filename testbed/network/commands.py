@@ -117,24 +117,30 @@ def check(
 
 
 def _print(status: "NetworkStatus") -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     air = "one shared channel" if status.shared_air else "dedicated links"
     held = ", held" if status.held else ""
-    table = Table(title=f"{status.name}: profile {status.profile} at {status.at_s:.1f} s{held}, {air}")
-    for column in ("node", "address", "Mbit/s down", "up", "delay ms", "jitter ms", "loss %", "MB down", "up"):
-        table.add_column(column, justify="left" if column in ("node", "address") else "right")
-    for column in ("dropped", "lost", "queue ms"):
+    table = Table(title=f"{status.name}: {status.profile} at {status.at_s:.1f} s{held}, {air}", box=box.SIMPLE)
+    table.add_column("node")
+    table.add_column("address")
+    for column in ("Mbit/s", "ms ±", "loss %", "MB", "drop+lost", "queue ms"):
         table.add_column(column, justify="right")
     for node in status.nodes:
         link, both = node.link, (node.down, node.up)
         table.add_row(
-            node.node, node.address, f"{link.down_mbps:.4g}", f"{link.up_mbps:.4g}", f"{link.delay_ms:.3g}",
-            f"{link.jitter_ms:.3g}", f"{link.loss_percent:.3g}", *(f"{way.sent_bytes / 1e6:.1f}" for way in both),
-            str(sum(way.dropped_frames for way in both)), str(sum(way.lost_frames for way in both)),
+            node.node,
+            node.address,
+            f"{link.down_mbps:.4g}/{link.up_mbps:.4g}",
+            f"{link.delay_ms:.3g} {link.jitter_ms:.2g}",
+            f"{link.loss_percent:.3g}",
+            "/".join(f"{way.sent_bytes / 1e6:.1f}" for way in both),
+            "/".join(f"{way.dropped_frames}+{way.lost_frames}" for way in both),
             "/".join(f"{way.waiting_ms:.0f}" for way in both),
-        )  # fmt: skip
+        )
+    table.caption = "a/b: down/up"
     console = Console()
     console.print(table)
     console.print(

@@ -232,8 +232,11 @@ def _enter(network: str, host: str) -> list[str]:
 def _check_up(name: str) -> None:
     if name not in state.known():
         raise NetworkError(f"the network '{name}' is not up: 'wdmoe-testbed net up SPEC' brings it up")
-    if State(name).relay() is None:
-        raise NetworkError(f"the network '{name}' has crashed: 'wdmoe-testbed net down' cleans up")
+    files = State(name)
+    if files.relay() is None:
+        raise NetworkError(
+            f"the network '{name}' has crashed ({_last_words(files)}): 'wdmoe-testbed net down' cleans up"
+        )
 
 
 def _start(name: str, files: State) -> None:
@@ -252,8 +255,15 @@ def _start(name: str, files: State) -> None:
     finally:
         os.close(told)
     if answer != READY:
+        raise NetworkError(f"the network '{name}' does not come up: {answer or _last_words(files)}")
+
+
+def _last_words(files: State) -> str:
+    try:
         lines = files.log.read_text(errors="replace").strip().splitlines()
-        raise NetworkError(f"the network '{name}' does not come up: {answer or (lines[-1] if lines else 'no output')}")
+    except FileNotFoundError:
+        lines = []
+    return lines[-1] if lines else "its relay said nothing"
 
 
 def _read_all(fileno: int, timeout_s: float) -> str:

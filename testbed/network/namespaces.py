@@ -37,10 +37,10 @@ def check_privileges() -> None:
         if not _effective_capabilities() >> bit & 1
     ]
     if not _TUN.exists() or not os.access(_TUN, os.R_OK | os.W_OK):
-        lacks.append(str(_TUN))
+        lacks.append(f"access to {_TUN}")
     if lacks:
         raise PrivilegeError(
-            f"emulated networks need root, here {' and '.join(lacks)} is missing: run as root, or use plans with "
+            f"emulated networks need root, this process lacks {', '.join(lacks)}: run as root, or use plans with "
             "'network: localhost'"
         )
 
