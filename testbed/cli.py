@@ -95,6 +95,22 @@ def differences(bundle: Path, text: Path, tokens: int, chunk: int, out: Path) ->
     click.echo(f"table of expert differences in {out}: --policy similar:table={out}")
 
 
+@cli.command("link-accuracy")
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--profile", "profiles", multiple=True, help="Repeatable; else all.")
+@click.option("--seconds", type=click.FloatRange(5), default=25.0, show_default=True, help="Of messages, each profile.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/link-accuracy.json"), show_default=True)
+def link_accuracy(spec: Path, profiles: tuple[str, ...], seconds: float, out: Path) -> None:
+    """Compare estimates of emulated links with what they are, with iperf3 and with the next messages."""
+    from rich.console import Console
+
+    from testbed.demo_assets import demo_bundle
+    from testbed.link_accuracy import measure_accuracy
+
+    console = Console()
+    measure_accuracy(spec, demo_bundle("int4", console=console), profiles, seconds=seconds, out=out, console=console)
+
+
 @cli.command()
 @click.option("--broker", default="embedded", show_default=True, help="embedded or mosquitto.")
 @click.option("--samples", type=click.IntRange(10), default=300, show_default=True)

@@ -1,9 +1,10 @@
 """One node's link, estimated from what it did to our messages.
 
 A message of `down` bytes to a node and its answer of `up` bytes take, less the node's own time,
-`rtt + down / R_down + up / R_up`. The state (rtt, 1/R_down, 1/R_up) is tracked by a robust Kalman filter. As
-long as all messages have one size the three can't be told apart: small probes of other sizes and the kernel's
-account of the sockets (`anchor`) do that. Everything is in payload bytes, so rates are goodput.
+`rtt + down / R_down + up / R_up`, and for work `handling` more: what both sides spend around a request without
+accounting for it, such as waking up. The state (rtt, 1/R_down, 1/R_up, handling) is tracked by a robust Kalman
+filter. As long as all messages have one size the four can't be told apart: small probes of other sizes and the
+kernel's account of the sockets (`anchor`) do that. Everything is in payload bytes, so rates are goodput.
 
 Pure: time comes with the samples, so that recorded traces can be replayed.
 """
@@ -15,10 +16,10 @@ from bs_coordinator.links.kalman import RobustFilter
 from wire.status import SocketFacts
 
 # The filter's units are ms and ms per 1000 bytes, so that all states are about 1: 8 Mbit/s is 1 ms per 1000 bytes.
-_PRIOR = (5.0, 0.16, 0.16)
-_PRIOR_STD = (20.0, 0.5, 0.5)
-_FLOOR = (0.01, 8e-5, 8e-5)
-_DRIFT = (0.02, 0.02, 0.02)
+_PRIOR = (5.0, 0.16, 0.16, 0.2)
+_PRIOR_STD = (20.0, 0.5, 0.5, 0.5)
+_FLOOR = (0.01, 8e-5, 8e-5, 1e-3)
+_DRIFT = (0.02, 0.02, 0.02, 0.05)
 _FIRST_NOISE = 0.3
 _LEAST_NOISE = 0.02
 _TRANSFER_ERROR = 0.06
@@ -30,6 +31,7 @@ _PLAUSIBLE_S = 600.0
 _RTT_ABOVE_TCP_MS = 0.4
 """What broker and clients add to the kernel's smallest round trip; the anchor allows as much again either way."""
 _RTT_ANCHOR_ERROR = 0.25
+_SEEDED = 3
 _RATE_ANCHOR_ERROR = 0.25
 _RATE_BOUND_SLACK = 1.3
 """The kernel's rate of a short burst may lie above what the link sustains."""
@@ -121,7 +123,7 @@ class LinkEstimator:
             return False
         self.advance(sample.time_s)
         self._sampled_s = max(self._sampled_s, sample.time_s)
-        h = (1.0, sample.down_bytes / 1e3, sample.up_bytes / 1e3)
+        h = _h(sample.down_bytes, sample.up_bytes, work=sample.rows > 0)
         z = 1e3 * network_s
         filter = self._filter
         if filter.count == 0:
@@ -140,8 +142,10 @@ class LinkEstimator:
         filter = self._filter
         rtt_ms = 1e-3 * facts.min_rtt_us
         if 0 < rtt_ms < 1e3 * _PLAUSIBLE_S:
+            # The smallest of the last minutes: a bound, and only before the first messages more than that.
             filter.bound(0, least=max(_FLOOR[0], 0.9 * rtt_ms))
-            filter.anchor(0, rtt_ms + _RTT_ABOVE_TCP_MS, _RTT_ABOVE_TCP_MS + _RTT_ANCHOR_ERROR * rtt_ms)
+            if filter.count < _SEEDED:
+                filter.anchor(0, rtt_ms + _RTT_ABOVE_TCP_MS, _RTT_ABOVE_TCP_MS + _RTT_ANCHOR_ERROR * rtt_ms)
         mbps = 8e-6 * facts.delivery_bytes_per_s
         if not _LEAST_INFORMATIVE_MBPS < mbps < 8 / _FLOOR[1]:
             return
@@ -153,8 +157,8 @@ class LinkEstimator:
             filter.anchor(state, 8 / mbps, _RATE_ANCHOR_ERROR * 8 / mbps)
 
     def predict_s(self, down_bytes: float, up_bytes: float) -> tuple[float, float]:
-        """Mean and standard deviation of a round trip, without the node's own time."""
-        h = (1.0, down_bytes / 1e3, up_bytes / 1e3)
+        """Mean and standard deviation of a work message's round trip, without the node's own time."""
+        h = _h(down_bytes, up_bytes, work=True)
         mean, var = self._filter.predict(h)
         return 1e-3 * mean, 1e-3 * math.sqrt(var + self._filter.noise**2 + self._model_std(h) ** 2)
 
@@ -178,6 +182,11 @@ class LinkEstimator:
     def rtt_s(self) -> float:
         """Round trip of an empty message."""
         return 1e-3 * self._filter.x[0]
+
+    @property
+    def handling_s(self) -> float:
+        """What a request takes beyond that and beyond the node's own account."""
+        return 1e-3 * self._filter.x[3]
 
     @property
     def down_s_per_byte(self) -> float:
@@ -234,6 +243,10 @@ class LinkEstimator:
             noise_s=self.noise_s,
         )
 
-    def _model_std(self, h: tuple[float, float, float]) -> float:
+    def _model_std(self, h: tuple[float, float, float, float]) -> float:
         x = self._filter.x
         return _TRANSFER_ERROR * (h[1] * x[1] + h[2] * x[2])
+
+
+def _h(down_bytes: float, up_bytes: float, *, work: bool) -> tuple[float, float, float, float]:
+    return 1.0, down_bytes / 1e3, up_bytes / 1e3, 1.0 if work else 0.0

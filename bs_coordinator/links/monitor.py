@@ -18,7 +18,7 @@ from wire.status import SocketFacts
 PROBE_EVERY_S = 0.25
 """Between two probes of the fleet, while nothing is wrong."""
 _HURRIED_EVERY_S = 0.02
-_HURRIED_PROBES = 6
+_HURRIED_PROBES = 9
 """After a jump: only other sizes tell whether the round trip or a rate has changed."""
 _LOST_S = 2.0
 """A probe without an answer for this long is forgotten, and another may be sent."""
@@ -162,7 +162,7 @@ class LinkMonitor:
             known = self._node(name)
             link, compute = known.link, known.compute
             down, up = link.down_s_per_byte, link.up_s_per_byte
-            values[0, i] = link.rtt_s + compute.fixed_s + frame_bytes[0] * down + frame_bytes[1] * up
+            values[0, i] = link.rtt_s + link.handling_s + compute.fixed_s + frame_bytes[0] * down + frame_bytes[1] * up
             values[1, i] = compute.expert_s
             values[2, i] = row_bytes[0] * down + row_bytes[1] * up
             values[3, i] = compute.row_s
