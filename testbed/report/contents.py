@@ -42,6 +42,11 @@ def warnings(summary: Summary) -> list[str]:
             "these; policies that miss cells are compared on what both have."
         )
     found += [f"No result: {line}" for line in summary.without_result.values()]
+    if summary.without_costs:
+        found.append(
+            f"{len(summary.without_costs)} cells in one process found no costs measured on nodes: policies that look at "
+            "links saw equal ones there."
+        )
     if summary.dirty:
         found.append("The code differed from its commit: numbers can't be reproduced from the commit alone.")
     return found

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from msgspec import Struct
 
+from testbed.experiment.costs import ESTIMATE, TRUTH
 from testbed.report.cells import numbers
 from testbed.report.statistics import Float
 
@@ -115,12 +116,14 @@ def _since_first(cell: pa.Table) -> pa.ChunkedArray:
 
 
 def _series(found: dict[tuple[str, str, str], list[Samples]]) -> Iterator[LinkSeries]:
-    order = dict.fromkeys((node, quantity) for node, quantity, _ in sorted(found) if STD not in quantity)
+    order = dict.fromkeys(
+        (node, quantity) for node, quantity, kind in sorted(found) if kind in (TRUTH, ESTIMATE) and STD not in quantity
+    )
     for node, quantity in order:
         name, _, unit = quantity.rpartition("_")
         truth, estimate, std = (
             found.get((node, of, kind), [])
-            for of, kind in ((quantity, "truth"), (quantity, "estimate"), (f"{name}{STD}_{unit}", "estimate"))
+            for of, kind in ((quantity, TRUTH), (quantity, ESTIMATE), (f"{name}{STD}_{unit}", ESTIMATE))
         )
         known = _latest(truth, estimate)
         stds, estimates = _joined(std).value, _joined(estimate)

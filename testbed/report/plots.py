@@ -25,6 +25,7 @@ from testbed.report.summary import ArmResult, Summary
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "osD^vPX*<>"
+LINK_QUANTITIES = {"down_mbps": "down-link, Mbit/s", "up_mbps": "up-link, Mbit/s", "rtt_ms": "round trip, ms"}
 NODES_DRAWN = 8
 """Link plots of more nodes can't be read."""
 _STYLE: Any = {
@@ -161,7 +162,7 @@ def _links(analysis: Analysis, folder: Path) -> list[Figure]:
     figures = []
     for profile in analysis.run.plan.profile_names:
         series = link_series([cell for cell in analysis.links if profile_of(cell) == profile])
-        if series:
+        if any(s.quantity in LINK_QUANTITIES for s in series):
             figures.append(_links_of(profile, series, folder))
     return figures
 
@@ -169,8 +170,8 @@ def _links(analysis: Analysis, folder: Path) -> list[Figure]:
 def _links_of(profile: str, series: Sequence[LinkSeries], folder: Path) -> Figure:
     all_nodes = sorted({s.node for s in series}, key=lambda n: (len(n), n))
     nodes = all_nodes[:NODES_DRAWN]
-    # A network has more quantities than anybody estimates; the CSV has them all.
-    quantities = sorted({s.quantity for s in series if len(s.estimate.s)} or {s.quantity for s in series})
+    # The CSV has all quantities, these are the ones that estimates and networks have in common.
+    quantities = [q for q in LINK_QUANTITIES if any(s.quantity == q for s in series)]
     figure = Canvas(figsize=(3.4 * len(quantities) + 0.6, 1.5 * len(nodes) + 1.0), layout="constrained")
     axes = figure.subplots(len(nodes), len(quantities), squeeze=False, sharex=True)
     rows: list[Row] = []
@@ -181,15 +182,13 @@ def _links_of(profile: str, series: Sequence[LinkSeries], folder: Path) -> Figur
         if s.node in nodes and s.quantity in quantities:
             _link(axes[nodes.index(s.node)][quantities.index(s.quantity)], s)
     for column, quantity in enumerate(quantities):
-        axes[0][column].set_title(_quantity(quantity))
+        axes[0][column].set_title(LINK_QUANTITIES[quantity])
         axes[-1][column].set_xlabel("time in cells of this profile, s")
     for row, node in enumerate(nodes):
         axes[row][0].set_ylabel(node)
     _legend(figure, axes.flatten().tolist())
-    caption = (
-        f"Profile {profile}: links as they were configured and as they were estimated, with two standard deviations; "
-        "pauses between cells are left out."
-    )
+    what = "as they were configured and as they were estimated" if any(len(s.truth.s) for s in series) else "estimated"
+    caption = f"Profile {profile}: links {what}, with two standard deviations; pauses between cells are left out."
     if hidden := len(all_nodes) - len(nodes):
         caption += f" The first {len(nodes)} nodes; the CSV has {hidden} more."
     header = ("profile", "node", "quantity", "kind", "time_s", "value")
@@ -280,12 +279,6 @@ def _legend(figure: Canvas, axes: Sequence[Axes]) -> None:
 
 def _wrap(text: str, width: int) -> str:
     return "\n".join(textwrap.wrap(text.replace(",", ", "), width, break_long_words=False)) or text
-
-
-def _quantity(name: str) -> str:
-    """`down_mbps` as people write it."""
-    known = {"down_mbps": "down-link, Mbit/s", "up_mbps": "up-link, Mbit/s", "rtt_ms": "round trip, ms"}
-    return known.get(name, name.replace("_", " "))
 
 
 def _ends(interval: Interval) -> tuple[object, ...]:

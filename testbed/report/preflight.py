@@ -24,6 +24,7 @@ from testbed.demo_assets import demo_bundle_path
 from testbed.evaluation import ChoiceItem, DomainText, read_items
 from testbed.experiment import facts
 from testbed.experiment.estimate import estimate
+from testbed.experiment.networks import check_network
 from testbed.experiment.plan import Broker, Choice, Perplexity, Plan, check_plan
 from testbed.experiment.start import demo_scheme
 from wire.errors import WdmoeError
@@ -69,6 +70,8 @@ def preflight(plan: Plan, *, out: Path) -> list[Check]:
             checks += _outside(plan, plan.external, manifest)
         else:
             checks.append(_asked(f"placement {name}", _placement, plan, manifest))
+            if plan.emulated:
+                checks.append(_asked("network", _emulated, plan, manifest.dims.experts))
             checks.append(_ram(name, plan, manifest))
     checks += [_disk(plan, out), _clock(plan), _governor(), _load(), _code()]
     return checks
@@ -130,7 +133,6 @@ def _network(plan: Plan) -> list[Check]:
     checks = [_own_broker(plan)]
     if plan.emulated:
         checks.append(_asked("privileges", _privileges))
-        checks.append(_asked("network", _emulated, plan, Path(plan.emulated)))
     return checks
 
 
@@ -152,15 +154,9 @@ def _privileges() -> tuple[Level, str]:
     return "pass", "namespaces and TAP devices can be made"
 
 
-def _emulated(plan: Plan, path: Path) -> tuple[Level, str]:
-    from testbed.network.spec import read_spec
-
-    spec = read_spec(path)
-    if unknown := sorted(set(plan.profiles) - set(spec.profiles)):
-        return "fail", f"{path} has no profile '{unknown[0]}', only {', '.join(spec.profiles)}"
-    if unknown := sorted(set(plan.node_experts(1)) - set(spec.node_ids)):
-        return "fail", f"{path} has no node '{unknown[0]}', only {', '.join(spec.node_ids)}"
-    return "pass", f"{len(spec.node_ids)} nodes, profiles {', '.join(plan.profiles or spec.profiles)}"
+def _emulated(plan: Plan, experts: int) -> tuple[Level, str]:
+    check_network(plan, experts)
+    return "pass", f"{plan.emulated} has the plan's nodes and profiles"
 
 
 def _broker(broker: Broker) -> tuple[Level, str]:

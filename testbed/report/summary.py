@@ -96,6 +96,7 @@ class Summary(Struct, frozen=True, kw_only=True):
         failures: failed attempts, in order.
         gaps: pauses of the runner.
         without_result: cells that failed and are still missing, with their last error.
+        without_costs: cells in this process that found no measured costs: their policies saw equal nodes.
         method: how the intervals were made.
     """
 
@@ -115,6 +116,7 @@ class Summary(Struct, frozen=True, kw_only=True):
     failures: list[dict[str, Any]]
     gaps: list[dict[str, Any]]
     without_result: dict[str, str]
+    without_costs: list[str]
 
 
 def kind_of(workload: Workload) -> str:
@@ -164,6 +166,7 @@ def summarise(analysis: Analysis, *, resamples: int = RESAMPLES) -> Summary:
         failures=failures,
         gaps=gaps,
         without_result={f["cell"]: f"{f['what']}: {f['error']}" for f in failures if f["cell"] in missing},
+        without_costs=_without_costs(run),
     )
 
 
@@ -251,6 +254,12 @@ def paired(units: Units, baseline: Units) -> tuple[Units, Units]:
     """The units that both have, in one order."""
     keys = sorted({*units.keys} & {*baseline.keys})
     return units.only(keys), baseline.only(keys)
+
+
+def _without_costs(run: RunDir) -> list[str]:
+    names = {cell.id: str(cell) for cell in run.cells() if run.is_complete(cell)}
+    started = [event["cell"] for event in run.events() if event["event"] == "no_measured_costs"]
+    return [names[cell] for cell in dict.fromkeys(started) if cell in names]
 
 
 def _logger(analysis: Analysis) -> LoggerCost | None:
