@@ -44,8 +44,8 @@ def warnings(summary: Summary) -> list[str]:
     found += [f"No result: {line}" for line in summary.without_result.values()]
     if summary.without_costs:
         found.append(
-            f"{len(summary.without_costs)} cells in one process found no costs measured on nodes: policies that look at "
-            "links saw equal ones there."
+            f"{len(summary.without_costs)} cells in one process found no costs measured on nodes: policies that look "
+            "at links saw equal ones there."
         )
     if summary.dirty:
         found.append("The code differed from its commit: numbers can't be reproduced from the commit alone.")
