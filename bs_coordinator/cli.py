@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bs_coordinator.shape_command import shape
 from wire import __version__
 from wire.console import run as run_console
 from wire.errors import PlacementError
@@ -222,6 +223,9 @@ def broker(kind: str, port: int) -> None:
     with open_broker(kind, port=port) as address:
         click.echo(f"{kind} broker at {address}; Ctrl-C ends it")
         threading.Event().wait()
+
+
+cli.add_command(shape)
 
 
 def _interrupt(number: int, frame: Any) -> None:

@@ -14,6 +14,7 @@
     ├── PlacementError           40   no node holds an expert that the model needs
     ├── DispatchError            41   a node failed or did not answer before the deadline
     ├── ContextLengthError       42   the prompt is longer than the model's context
+    ├── ShapingError             43   the down-link can't be shaped as asked
     ├── FrameError               50   bytes that are not a valid frame (counted and dropped, rarely fatal)
     ├── PlanError                60   an experiment's plan is wrong
     ├── RunDirectoryError        61   a run directory is missing, in use, or not one
@@ -120,6 +121,12 @@ class ContextLengthError(WdmoeError):
     """The prompt is longer than the model's context."""
 
     exit_code = 42
+
+
+class ShapingError(WdmoeError):
+    """The down-link can't be shaped as asked."""
+
+    exit_code = 43
 
 
 class FrameError(WdmoeError):

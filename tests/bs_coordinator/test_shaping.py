@@ -1,0 +1,132 @@
+"""Shares of the down-link: what they come to, and that the kernel does it, in a network namespace of the test's own."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from bs_coordinator.shaping import NodeLink, shape_commands, time_shares
+from wire.errors import ShapingError
+
+SLOW, FAST = "10.77.0.2", "10.77.0.3"
+
+
+def test_all_nodes_have_their_rows_at_the_same_time() -> None:
+    links = [NodeLink(SLOW, 20, 3), NodeLink(FAST, 100, 5), NodeLink("fd00::1", 50, 2)]
+    shares = time_shares(links)
+    assert shares.sum() == pytest.approx(1)
+    times = [link.rows / (share * link.mbps) for link, share in zip(links, shares, strict=True)]
+    assert times == pytest.approx([times[0]] * 3)
+
+
+def test_an_address_must_be_one() -> None:
+    with pytest.raises(ShapingError, match="'pi1' is not an IP address"):
+        shape_commands("eth0", [NodeLink("pi1", 20, 1)])
+
+
+@pytest.fixture
+def namespace() -> Iterator[str]:
+    """A namespace with one interface, `bs0`, whose other end answers for both nodes."""
+    if os.geteuid() != 0 or not shutil.which("tc") or not shutil.which("ip"):
+        pytest.skip("needs root and iproute2")
+    name = f"wdmoe-test-{uuid.uuid4().hex[:8]}"
+    if subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode:
+        pytest.skip("this kernel or container has no network namespaces")
+    try:
+        for command in (
+            "ip link add bs0 type veth peer name nodes0",
+            "ip addr add 10.77.0.1/24 dev bs0",
+            "ip link set bs0 up",
+            "ip link set nodes0 up",
+            f"ip neigh add {SLOW} lladdr 02:00:00:00:00:02 dev bs0",
+            f"ip neigh add {FAST} lladdr 02:00:00:00:00:03 dev bs0",
+        ):
+            _inside(name, *command.split())
+        yield name
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+def _inside(namespace: str, *command: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        ["ip", "netns", "exec", namespace, *command], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert not ok or done.returncode == 0, done.stderr
+    return done
+
+
+def _shape(namespace: str, *options: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
+    return _inside(namespace, sys.executable, "-m", "bs_coordinator", "shape", *options, ok=ok)
+
+
+_SEND = """
+import socket, sys
+sockets = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in sys.argv[1:]]
+for s in sockets:
+    s.setblocking(False)
+while True:
+    for s, address in zip(sockets, sys.argv[1:]):
+        try:
+            s.sendto(bytes(1400), (address, 9))
+        except BlockingIOError:
+            pass
+"""
+
+
+def _sent_mbps(namespace: str, *addresses: str) -> dict[str, float]:
+    """Rates at which each class of the interface lets go what is sent to both addresses as fast as possible."""
+
+    def sent() -> dict[str, int]:
+        shown = _inside(namespace, "tc", "-s", "class", "show", "dev", "bs0").stdout
+        return {handle: int(count) for handle, count in re.findall(r"class htb (\S+) [^\n]*\n Sent (\d+) bytes", shown)}
+
+    sender = subprocess.Popen(["ip", "netns", "exec", namespace, sys.executable, "-c", _SEND, *addresses])
+    try:
+        time.sleep(1)
+        before, began_s = sent(), time.monotonic()
+        time.sleep(2)
+        after, took_s = sent(), time.monotonic() - began_s
+    finally:
+        sender.terminate()
+        sender.wait(10)
+    return {handle: 8e-6 * (after[handle] - before[handle]) / took_s for handle in after}
+
+
+def test_nodes_get_their_shares_and_borrow(namespace: str) -> None:
+    # Equal rows: the time is shared 5 : 1, so that both links carry 100 · 20 / 120 Mbit/s.
+    said = _shape(namespace, "bs0", "--link", f"{SLOW}=20", "--link", f"{FAST}=100").stdout
+    assert said.splitlines() == [
+        f"{SLOW}: 83.3% of the time, 16.67 of 20 Mbit/s",
+        f"{FAST}: 16.7% of the time, 16.67 of 100 Mbit/s",
+    ]
+    alone = _sent_mbps(namespace, SLOW)
+    assert alone["1:10"] == pytest.approx(20, rel=0.25)
+    assert alone["1:11"] == 0
+    # The root's 100 Mbit/s leave the fast link room to borrow, but the slow one keeps what it was promised.
+    together = _sent_mbps(namespace, SLOW, FAST)
+    assert together["1:10"] == pytest.approx(18, rel=0.25)
+    assert together["1:11"] > 30
+    # Once more, with other numbers, replaces what was there.
+    _shape(namespace, "bs0", "--link", f"{SLOW}=20", "--link", f"{FAST}=20", "--rows", f"{SLOW}=3")
+    shown = _inside(namespace, "tc", "class", "show", "dev", "bs0").stdout
+    rates = re.findall(r"class htb (\S+) .*?rate (\S+) ceil (\S+)", shown)
+    assert sorted(rates) == [("1:1", "20Mbit", "20Mbit"), ("1:10", "15Mbit", "20Mbit"), ("1:11", "5Mbit", "20Mbit")]
+    _shape(namespace, "bs0", "--off")
+    assert "htb" not in _inside(namespace, "tc", "qdisc", "show", "dev", "bs0").stdout
+    _shape(namespace, "bs0", "--off")
+
+
+def test_failures_end_in_one_line_and_leave_nothing(namespace: str) -> None:
+    missing = _shape(namespace, "eth7", "--link", f"{SLOW}=20", ok=False)
+    assert missing.returncode == ShapingError.exit_code
+    assert "eth7" in missing.stderr
+    assert len(missing.stderr.splitlines()) == 1
+    for options in (["bs0"], ["bs0", "--off", "--link", f"{SLOW}=2"], ["bs0", "--link", f"{SLOW}=0"]):
+        assert _shape(namespace, *options, ok=False).returncode == 2
+    assert "htb" not in _inside(namespace, "tc", "qdisc", "show", "dev", "bs0").stdout
