@@ -1,6 +1,7 @@
-"""The process behind an emulated network: `python -m testbed.network.daemon NAME READY_FD`. Started by `up`.
+"""The process behind an emulated network: `python -m testbed.network.daemon NAME READY_FD [OWNER]`. Started by `up`.
 
-It makes the namespaces and TAPs, tells through READY_FD that it is ready or what is wrong, and relays until SIGTERM.
+It makes the namespaces and TAPs, tells through READY_FD that it is ready or what is wrong, and relays until SIGTERM,
+or until the process OWNER has ended, however it ended.
 Whatever way it ends, its TAPs end with it; `down` removes what else is left.
 """
 
@@ -38,9 +39,11 @@ class Daemon:
 
     Args:
         state: with the description in it.
+        owner: process with which the network ends; None if it stays.
     """
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, owner: int | None) -> None:
+        self._owner = [os.pidfd_open(owner)] if owner is not None else []
         self._spec = spec = read_spec(state.spec)
         self._spec_sha256 = hashlib.sha256(state.spec.read_bytes()).hexdigest()
         self._model = AirModel(len(spec.node_ids), queue_s=spec.queue_ms / 1e3, seed=spec.seed)
@@ -54,10 +57,12 @@ class Daemon:
         self._configure(now)
 
     def run(self) -> None:
-        """Relay for ever; signals end it."""
+        """Relay until a signal, or until the owner has ended."""
         tick = time.monotonic()
         while True:
-            for fileno in self._relay.wait(tick, self._control.filenos()):
+            for fileno in self._relay.wait(tick, [*self._control.filenos(), *self._owner]):
+                if fileno in self._owner:
+                    return
                 self._control.handle(fileno)
             now = time.monotonic()
             if now >= tick:
@@ -146,16 +151,16 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Entry of the process."""
-    name, ready_fd = sys.argv[1], int(sys.argv[2])
+    name, ready_fd, *owner = sys.argv[1:]
     state = State(name)
     state.write_pid()
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.chdir(Path("/"))
-    with os.fdopen(ready_fd, "w") as ready:
+    with os.fdopen(int(ready_fd), "w") as ready:
         try:
-            daemon = Daemon(state)
-        except WdmoeError as error:
+            daemon = Daemon(state, int(owner[0]) if owner else None)
+        except (WdmoeError, ProcessLookupError) as error:
             ready.write(str(error))
             raise SystemExit(1) from None
         _come_first()

@@ -118,8 +118,11 @@ class EmulatedNetwork:
         return self.nodes.index(node)
 
 
-def up(spec_path: Path) -> EmulatedNetwork:
+def up(spec_path: Path, *, owned: bool = False) -> EmulatedNetwork:
     """Bring a network up, after removing what a crashed one of the same name left.
+
+    Args:
+        owned: it ends with this process, even if that is killed.
 
     Raises:
         NetworkSpecError: the description is wrong.
@@ -137,7 +140,7 @@ def up(spec_path: Path) -> EmulatedNetwork:
         files.folder.mkdir(mode=0o700)
         files.spec.write_bytes(spec_path.read_bytes())
         try:
-            _start(spec.name, files)
+            _start(spec.name, files, owned=owned)
         except BaseException:
             _clean(spec.name, files)
             raise
@@ -218,7 +221,7 @@ def emulated(spec_path: Path) -> Iterator[EmulatedNetwork]:
         PrivilegeError: this process may not.
         NetworkError: one of that name is up, or it does not come up.
     """
-    network = up(spec_path)
+    network = up(spec_path, owned=True)
     try:
         yield network
     finally:
@@ -239,14 +242,15 @@ def _check_up(name: str) -> None:
         )
 
 
-def _start(name: str, files: State) -> None:
+def _start(name: str, files: State, *, owned: bool) -> None:
+    owner = [str(os.getpid())] if owned else []
     told, tell = os.pipe()
     try:
         try:
             with files.log.open("ab") as log:
                 # setsid --fork: init becomes its parent, nobody has to wait for it.
                 subprocess.run(
-                    ["setsid", "--fork", sys.executable, "-m", "testbed.network.daemon", name, str(tell)],
+                    ["setsid", "--fork", sys.executable, "-m", "testbed.network.daemon", name, str(tell), *owner],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(tell,), timeout=_READY_S, check=True,
                 )  # fmt: skip
         finally:
