@@ -13,6 +13,7 @@ from testbed.report.statistics import LEAST_UNITS, Interval
 from testbed.report.summary import Against, ArmResult, Summary, WorkloadResult
 
 NOTHING = "–"
+_NO_CELL = "No cell of it is complete yet."
 _QUALITY = ("accuracy", "perplexity", "dropped_share", "layer_wait_ms", "predicted_layer_wait_ms")
 _SENT = ("dropped_share", "requests_per_layer", "bytes_per_token", "predicted_layer_wait_ms", "prediction_error")
 _COMPARED = ("token_ms", "token_p95_ms", "layer_wait_ms", "bytes_per_token")
@@ -95,6 +96,9 @@ def _generation(summary: Summary, figures: Sequence[Figure]) -> list[Section]:
     sections = []
     for name in _workloads(summary, "generate"):
         results = _results(summary, name)
+        if not any(result.cells for _, result in results):
+            sections.append(Section(f"Latency: {name}", [_NO_CELL]))
+            continue
         blocks: list[str | Table | Figure] = [
             "Of generated tokens after each answer's first, on the base station's clock. Layer wait is the time from "
             "chosen experts to their sum.",
@@ -117,6 +121,9 @@ def _quality(summary: Summary, figures: Sequence[Figure]) -> list[Section]:
     for kind, title in (("choice", "Accuracy"), ("perplexity", "Perplexity")):
         for name in _workloads(summary, kind):
             results = _results(summary, name)
+            if not any(result.cells for _, result in results):
+                sections.append(Section(f"{title}: {name}", [_NO_CELL]))
+                continue
             table = _metric_table(summary, results, [METRICS[m] for m in _QUALITY])
             rows = []
             for arm, result in results:

@@ -28,6 +28,8 @@ MARKERS = "osD^vPX*<>"
 LINK_QUANTITIES = {"down_mbps": "down-link, Mbit/s", "up_mbps": "up-link, Mbit/s", "rtt_ms": "round trip, ms"}
 NODES_DRAWN = 8
 """Link plots of more nodes can't be read."""
+_USUAL = 0.97
+"""Share of estimates that the axes of link plots make room for."""
 _STYLE: Any = {
     "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "svg.hashsalt": "wdmoe",
     "figure.dpi": 120,
@@ -186,9 +188,13 @@ def _links_of(profile: str, series: Sequence[LinkSeries], folder: Path) -> Figur
         axes[-1][column].set_xlabel("time in cells of this profile, s")
     for row, node in enumerate(nodes):
         axes[row][0].set_ylabel(node)
+    figure.align_ylabels(axes[:, 0])
     _legend(figure, axes.flatten().tolist())
     what = "as they were configured and as they were estimated" if any(len(s.truth.s) for s in series) else "estimated"
-    caption = f"Profile {profile}: links {what}, with two standard deviations; pauses between cells are left out."
+    caption = (
+        f"Profile {profile}: links {what}, with two standard deviations. Pauses between cells are left out, and axes "
+        f"end above {100 * _USUAL:.0f} % of the estimates."
+    )
     if hidden := len(all_nodes) - len(nodes):
         caption += f" The first {len(nodes)} nodes; the CSV has {hidden} more."
     header = ("profile", "node", "quantity", "kind", "time_s", "value")
@@ -206,8 +212,10 @@ def _link(axis: Axes, s: LinkSeries) -> None:
     if s.std is not None:
         low, high = np.maximum(0, s.estimate.value - 2 * s.std), s.estimate.value + 2 * s.std
         axis.fill_between(s.estimate.s, low, high, color=COLOURS[4], alpha=0.15, linewidth=0)
-    seen = np.concatenate([s.truth.value, s.estimate.value])
-    axis.set_ylim(0, 1.25 * float(np.nanmax(seen)) or 1.0)
+    # The first estimates of a young link may be anything; they must not flatten what follows.
+    seen = s.estimate.value[np.isfinite(s.estimate.value)]
+    usual = float(np.quantile(seen, _USUAL)) if len(seen) else 0.0
+    axis.set_ylim(0, 1.3 * max(usual, float(np.nanmax(s.truth.value)) if len(s.truth.value) else 0.0) or 1.0)
 
 
 def _heat_map(analysis: Analysis, folder: Path) -> list[Figure]:
