@@ -54,16 +54,7 @@ class ComputeEstimator:
         return self._filter.count
 
     @property
-    def fixed_s(self) -> float:
-        """Of every request: queue, decoding, encoding."""
-        return 1e-3 * self._filter.x[0]
-
-    @property
-    def expert_s(self) -> float:
-        """Of every distinct expert."""
-        return 1e-3 * self._filter.x[1]
-
-    @property
-    def row_s(self) -> float:
-        """Of every row."""
-        return 1e-3 * self._filter.x[2]
+    def costs_s(self) -> tuple[float, float, float]:
+        """Of every request (queue, decoding, encoding), of every distinct expert, of every row."""
+        fixed_ms, expert_ms, row_ms = self._filter.x
+        return 1e-3 * fixed_ms, 1e-3 * expert_ms, 1e-3 * row_ms

@@ -184,9 +184,10 @@ class LinkEstimator:
         return 1e-3 * self._filter.x[0]
 
     @property
-    def handling_s(self) -> float:
-        """What a request takes beyond that and beyond the node's own account."""
-        return 1e-3 * self._filter.x[3]
+    def costs_s(self) -> tuple[float, float, float]:
+        """Of a request: without bytes, per byte towards the node, per byte from it."""
+        rtt_ms, down_ms, up_ms, handling_ms = self._filter.x
+        return 1e-3 * (rtt_ms + handling_ms), 1e-6 * down_ms, 1e-6 * up_ms
 
     @property
     def down_s_per_byte(self) -> float:

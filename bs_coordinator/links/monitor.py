@@ -156,20 +156,19 @@ class LinkMonitor:
             frame_bytes: of an empty request and an empty answer.
             row_bytes: that one row adds to the request and to the answer.
         """
-        values = np.empty((4, len(nodes)))
-        stale = np.zeros(len(nodes), np.bool_)
-        for i, name in enumerate(nodes):
+        costs, stale = [], []
+        for name in nodes:
             known = self._node(name)
-            link, compute = known.link, known.compute
-            down, up = link.down_s_per_byte, link.up_s_per_byte
-            values[0, i] = link.rtt_s + link.handling_s + compute.fixed_s + frame_bytes[0] * down + frame_bytes[1] * up
-            values[1, i] = compute.expert_s
-            values[2, i] = row_bytes[0] * down + row_bytes[1] * up
-            values[3, i] = compute.row_s
-            stale[i] = link.stale(now_s)
-        if stale.any():
-            trusted = values[:, ~stale] if not stale.all() else values
-            values[:, stale] = np.maximum(values[:, stale], np.median(trusted, axis=1)[:, None])
+            fixed_s, expert_s, row_s = known.compute.costs_s
+            link_s, down_s, up_s = known.link.costs_s
+            link_s += frame_bytes[0] * down_s + frame_bytes[1] * up_s
+            costs.append((link_s + fixed_s, expert_s, row_bytes[0] * down_s + row_bytes[1] * up_s, row_s))
+            stale.append(known.link.stale(now_s))
+        values = np.array(costs).T
+        if any(stale):
+            silent = np.array(stale)
+            trusted = values if silent.all() else values[:, ~silent]
+            values[:, silent] = np.maximum(values[:, silent], np.median(trusted, axis=1)[:, None])
         fixed_s, expert_s, row_air_s, row_compute_s = values
         return LayerForecast(layer, holder, fixed_s, expert_s, row_air_s, row_compute_s, self.shared_air)
 
@@ -178,13 +177,14 @@ class LinkMonitor:
         result = []
         for name, node in sorted(self._nodes.items()):
             node.link.advance(now_s)
+            fixed_s, expert_s, row_s = node.compute.costs_s
             result.append(
                 NodeEstimate(
                     node=name,
                     link=node.link.estimate(),
-                    fixed_s=node.compute.fixed_s,
-                    expert_s=node.compute.expert_s,
-                    row_s=node.compute.row_s,
+                    fixed_s=fixed_s,
+                    expert_s=expert_s,
+                    row_s=row_s,
                     requests=node.compute.samples,
                     stale=node.link.stale(now_s),
                 )
