@@ -3,6 +3,8 @@
 Every message has the same size, which is the hardest case: only probes tell the round trip from the rates.
 """
 
+import math
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -35,7 +37,7 @@ from wire.topics import Topics
 
 _TRUNK_S = 0.003
 """Between two messages, as the base station's own work is."""
-_WARM_UP = 16
+_WARM_UP = 64
 """Messages of each node before its predictions count."""
 _NEIGHBOURS = 8
 _FOLLOWED = 0.15
@@ -54,8 +56,8 @@ class ProfileAccuracy(Struct, frozen=True, kw_only=True):
         down_error, up_error: median over nodes and time of |estimated − configured| / configured goodput.
         iperf_node: the node whose links were also measured with iperf3, at the end.
         iperf_down_error, iperf_up_error: |estimated − iperf3| / iperf3.
-        step_messages: after a step of the links, messages on each link until the estimated goodput was within 15 % of
-            the new one; the worst link. None without a step, −1 if never.
+        step_messages: after a step of the links, messages on each link until the estimated goodput of both directions
+            was within 15 % of the new one; −1 for never. Empty without a step.
     """
 
     profile: str
@@ -68,7 +70,7 @@ class ProfileAccuracy(Struct, frozen=True, kw_only=True):
     iperf_node: str
     iperf_down_error: float
     iperf_up_error: float
-    step_messages: int | None
+    step_messages: list[int]
 
 
 class _Trace:
@@ -200,7 +202,7 @@ def _summary(
         iperf_node=node,
         iperf_down_error=abs(estimate.down_mbps / iperf.down.measured_mbps - 1),
         iperf_up_error=abs(estimate.up_mbps / iperf.up.measured_mbps - 1),
-        step_messages=None if not steps else -1 if -1 in steps else max(steps),
+        step_messages=steps,
     )
 
 
@@ -208,13 +210,14 @@ def _print(results: Sequence[ProfileAccuracy], console: Console) -> None:
     table = Table(title="errors of estimates, medians in %")
     for column in (
         "profile", "mes-\nsages", "round\ntrip", "each\none", "their\nspread", "down", "up", "iperf3\ndown",
-        "iperf3\nup", "step\nafter",
+        "iperf3\nup", "step,\nmessages",
     ):  # fmt: skip
         table.add_column(column, justify="left" if column == "profile" else "right")
     for r in results:
         shares = (
             r.error, r.single_error, r.spread, r.down_error, r.up_error, r.iperf_down_error, r.iperf_up_error,
         )  # fmt: skip
-        step = "–" if r.step_messages is None else "never" if r.step_messages < 0 else str(r.step_messages)
+        followed = [count if count >= 0 else math.inf for count in r.step_messages]
+        step = f"{statistics.median(followed):.0f}" if followed else "–"
         table.add_row(r.profile, str(r.messages), *(f"{100 * share:.1f}" for share in shares), step)
     console.print(table)

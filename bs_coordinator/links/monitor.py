@@ -15,7 +15,7 @@ from bs_coordinator.links.compute import ComputeEstimator
 from bs_coordinator.links.estimator import LinkEstimate, LinkEstimator, LinkSample
 from wire.status import SocketFacts
 
-PROBE_EVERY_S = 0.25
+PROBE_EVERY_S = 0.1
 """Between two probes of the fleet, while nothing is wrong."""
 _HURRIED_EVERY_S = 0.02
 _HURRIED_PROBES = 9
