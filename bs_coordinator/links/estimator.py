@@ -98,12 +98,14 @@ class LinkEstimator:
 
     Attributes:
         rejected: samples that can't be true (negative, not finite), taken in by no one.
+        surprise: how far the last sample was from what was expected, in standard deviations.
     """
 
-    __slots__ = ("_filter", "_sampled_s", "_time_s", "rejected")
+    __slots__ = ("_filter", "_sampled_s", "_time_s", "rejected", "surprise")
 
     def __init__(self) -> None:
         self.rejected = 0
+        self.surprise = 0.0
         self._time_s = self._sampled_s = -math.inf
         self._filter = RobustFilter(
             _PRIOR, _PRIOR_STD, drift=_DRIFT, floor=_FLOOR, noise=_FIRST_NOISE, least_noise=_LEAST_NOISE
@@ -129,7 +131,7 @@ class LinkEstimator:
         if filter.count == 0:
             filter.noise = max(_FIRST_NOISE, 0.1 * z)
         # How long others' frames were in the way is itself a guess.
-        filter.update(h, z, extra_std=self._model_std(h) + 0.5e3 * sample.contention_s)
+        self.surprise = filter.update(h, z, extra_std=self._model_std(h) + 0.5e3 * sample.contention_s)
         return True
 
     def anchor(self, facts: SocketFacts, *, towards_node: bool, time_s: float) -> None:
@@ -167,6 +169,10 @@ class LinkEstimator:
         if self._time_s > -math.inf:
             self._filter.advance(now_s - self._time_s)
         self._time_s = max(self._time_s, now_s)
+
+    def doubt(self) -> None:
+        """Somebody has reason to think that the link has jumped: be unsure of it."""
+        self._filter.alarm()
 
     @property
     def samples(self) -> int:

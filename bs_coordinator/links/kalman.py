@@ -144,11 +144,13 @@ class RobustFilter:
             self._condition(i, most)
             self._keep_floors()
 
-    def inflate(self, relative: float) -> None:
-        """Make every state at least this uncertain; correlations are forgotten."""
+    def alarm(self) -> None:
+        """The state has jumped: every component becomes unsure, correlations are forgotten."""
+        self._high = self._low = 0.0
+        self.alarms += 1
         n = len(self.x)
         self._p = [
-            [max(self._p[i][i], (relative * self.x[i]) ** 2) if i == j else 0.0 for j in range(n)] for i in range(n)
+            [max(self._p[i][i], (_JUMP * self.x[i]) ** 2) if i == j else 0.0 for j in range(n)] for i in range(n)
         ]
 
     def _correct(self, ph: list[float], innovation: float, total: float) -> None:
@@ -195,6 +197,4 @@ class RobustFilter:
         self._high = max(0.0, self._high + step - _ALLOWANCE)
         self._low = max(0.0, self._low - step - _ALLOWANCE)
         if max(self._high, self._low) > _ALARM:
-            self._high = self._low = 0.0
-            self.alarms += 1
-            self.inflate(_JUMP)
+            self.alarm()

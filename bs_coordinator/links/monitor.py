@@ -20,6 +20,9 @@ PROBE_EVERY_S = 0.1
 _HURRIED_EVERY_S = 0.02
 _HURRIED_PROBES = 9
 """After a jump: only other sizes tell whether the round trip or a rate has changed."""
+_SURPRISE = 3.5
+_SURPRISES = 2
+_CHECKING_PROBES = 3
 _LOST_S = 2.0
 """A probe without an answer for this long is forgotten, and another may be sent."""
 _PROBE_AIR_S = 0.004
@@ -60,7 +63,7 @@ class NodeEstimate:
 
 
 class _Node:
-    __slots__ = ("compute", "hurry", "link", "next_kind", "probed_s")
+    __slots__ = ("compute", "hurry", "link", "next_kind", "probed_s", "suspicion")
 
     def __init__(self) -> None:
         self.link = LinkEstimator()
@@ -68,6 +71,7 @@ class _Node:
         self.probed_s = -math.inf
         self.hurry = _HURRIED_PROBES
         self.next_kind = 0
+        self.suspicion = 0
 
 
 class LinkMonitor:
@@ -95,6 +99,8 @@ class LinkMonitor:
             node = self._node(sample.node)
             alarms = node.link.alarms
             node.link.observe(sample)
+            if not sample.rows:
+                self._suspect(node, sample)
             if node.link.alarms > alarms:
                 node.hurry = _HURRIED_PROBES
             if sample.rows:
@@ -196,6 +202,20 @@ class LinkMonitor:
         if known is None:
             known = self._nodes[name] = _Node()
         return known
+
+    def _suspect(self, node: _Node, sample: LinkSample) -> None:
+        """Small work hardly shows a change of the rates, large probes do. One may have met a retransmission; a second
+        one tells."""
+        if max(sample.down_bytes, sample.up_bytes) < _LEAST_PROBE_BYTES:
+            return
+        if abs(node.link.surprise) < _SURPRISE:
+            node.suspicion = 0
+            return
+        node.suspicion += 1
+        node.hurry = max(node.hurry, _CHECKING_PROBES)
+        if node.suspicion == _SURPRISES:
+            node.suspicion = 0
+            node.link.doubt()
 
     def _urgency(self, node: _Node, now_s: float) -> int:
         """0: nothing to ask; else the smaller, the sooner."""

@@ -121,6 +121,24 @@ def test_a_step_is_followed_within_64_messages(seed: int) -> None:
     assert link.up_mbps == pytest.approx(20, rel=0.15)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_whole_fleet_is_followed_although_work_hardly_shows_it(seed: int) -> None:
+    """A step of the rates adds 0.6 ms to a round trip of 4.4 ms with 0.4 ms of jitter."""
+    names = [f"n{i}" for i in range(8)]
+    world = World(dict.fromkeys(names, Link(4, 50, 50, jitter_ms=0.4)), seed)
+    world.idle(2.0)
+    for _ in range(400):
+        world.layer(world.rng.choice(names, 2, replace=False).tolist())
+    world.links = dict.fromkeys(names, Link(4, 20, 20, jitter_ms=0.4))
+    for _ in range(64 * 4):  # 64 messages on each link
+        world.layer(world.rng.choice(names, 2, replace=False).tolist())
+    off = [
+        max(abs(world.estimate(n).link.down_mbps / 20 - 1), abs(world.estimate(n).link.up_mbps / 20 - 1)) for n in names
+    ]
+    assert np.median(off) < 0.15
+    assert max(off) < 0.35
+
+
 @pytest.mark.parametrize(
     ("disturbed", "most"),
     [({"jitter_ms": 2.0}, 0.10), ({"loss": 0.01}, 0.05), ({"jitter_ms": 1.0, "loss": 0.05}, 0.20)],
