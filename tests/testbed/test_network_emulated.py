@@ -1,0 +1,337 @@
+"""Real emulated networks: namespaces, TAPs, iperf3, ping. They need root; what others see is tested too."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from testbed.network.control import ask
+from testbed.network.emulated import EmulatedNetwork, attach, emulated
+from testbed.network.namespaces import check_privileges, existing
+from testbed.network.state import State
+from tests.conftest import Run
+from wire.errors import NetworkError, PrivilegeError
+
+NAME = f"t{os.getpid()}"
+SPEC = f"""
+name: {NAME}
+nodes: 3
+profiles:
+  calm:
+    default: {{down_mbps: 40, up_mbps: 20, delay_ms: 3}}
+  shared:
+    shared_air: true
+    default: {{down_mbps: 40, up_mbps: 40, delay_ms: 3}}
+  lossy:
+    default: {{down_mbps: 30, up_mbps: 30, delay_ms: 1, jitter_ms: 1, loss_percent: 3}}
+  moving:
+    default: {{down_mbps: 40, up_mbps: 40, delay_ms: 1}}
+    events:
+      - {{at_s: 0.5, nodes: [node0], set: {{down_mbps: 10}}}}
+      - {{at_s: 0.5, for_s: 2.5, nodes: [node1], ramp_to: {{up_mbps: 15, delay_ms: 11}}}}
+"""
+
+
+def _why_not() -> str:
+    try:
+        check_privileges()
+    except PrivilegeError as error:
+        return str(error)
+    return next((f"{tool} is not installed" for tool in ("iperf3", "ping", "ip") if shutil.which(tool) is None), "")
+
+
+needs_root = pytest.mark.skipif(bool(_why_not()), reason=_why_not())
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Iterator[Path]:
+    """The description of a network that is taken down whatever a test does."""
+    path = tmp_path / "net.yaml"
+    path.write_text(SPEC)
+    yield path
+    subprocess.run([sys.executable, "-m", "testbed", "net", "down", "--name", NAME], capture_output=True, check=False)
+
+
+def _interfaces() -> object:
+    links = json.loads(subprocess.run(["ip", "-j", "link"], capture_output=True, check=True).stdout)
+    return [{key: link[key] for key in ("ifname", "mtu", "operstate", "address")} for link in links]
+
+
+def _goodputs(network: EmulatedNetwork, nodes: list[str], *, reverse: bool = False) -> list[float]:
+    """Mbit/s of iperf3 between the base station and these nodes at the same time."""
+
+    def one(node: str) -> float:
+        argv = [
+            "iperf3",
+            "--json",
+            "-c",
+            network.node_address(node),
+            "-t",
+            "2",
+            "-O",
+            "0.5",
+            "--connect-timeout",
+            "500",
+        ]
+        deadline = time.monotonic() + 15
+        with subprocess.Popen([*network.prefix(node), "iperf3", "-s", "-1"], stdout=subprocess.DEVNULL) as server:
+            while time.monotonic() < deadline:
+                client = subprocess.run(
+                    [*network.bs_prefix(), *argv, *(["-R"] if reverse else [])], capture_output=True, check=False
+                )
+                report = json.loads(client.stdout)
+                if "error" not in report:
+                    return float(report["end"]["sum_received"]["bits_per_second"]) / 1e6
+                time.sleep(0.1)
+            server.kill()
+        raise AssertionError(report)
+
+    with ThreadPoolExecutor(len(nodes)) as pool:
+        return list(pool.map(one, nodes))
+
+
+@needs_root
+def test_iperf3_and_ping_see_what_is_configured(run: Run, spec: Path, tmp_path: Path) -> None:
+    assert run("testbed", "net", "up", spec).returncode == 0
+    out = tmp_path / "check.json"
+    done = run(
+        "testbed", "net", "check", "--name", NAME, "--node", "node2", "--profile", "calm", "--profile", "lossy",
+        "--profile", "shared", "--out", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["profile"]: row for row in json.loads(out.read_text())}
+    assert set(rows) == {"calm", "lossy", "shared"}
+    assert rows["calm"]["down"]["measured_mbps"] == pytest.approx(40, rel=0.08)
+    assert rows["calm"]["up"]["measured_mbps"] == pytest.approx(20, rel=0.08)
+    assert rows["calm"]["measured_rtt_ms"] == pytest.approx(6, abs=0.7)
+    # A round trip is lost when either way is: 5.9 % of 200, four standard deviations.
+    assert rows["lossy"]["lost_percent"] == pytest.approx(5.9, abs=6.7)
+    assert rows["lossy"]["lost_percent"] > 0
+
+
+@needs_root
+def test_check_finds_a_link_that_is_not_what_is_configured(run: Run, spec: Path) -> None:
+    with emulated(spec) as network:
+        shaper = ["tc", "qdisc", "add", "dev", "wifi0", "root", "tbf"]
+        shaped = subprocess.run(
+            [*network.prefix("node0"), *shaper, "rate", "5mbit", "burst", "10kb", "latency", "50ms"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if shaped.returncode:
+            pytest.skip(f"this kernel has no tbf: {shaped.stderr}")
+        done = run("testbed", "net", "check", "--name", NAME, "--node", "node0")
+    assert done.returncode == NetworkError.exit_code
+    assert "1 of 1 links differ by more than 8% or 0.7 ms from what is configured (calm node0)" in done.stderr
+
+
+@needs_root
+def test_air_times_add_up_on_shared_air_only(spec: Path) -> None:
+    with emulated(spec) as network:
+        network.set_profile("shared")
+        shared = _goodputs(network, ["node0", "node1"])
+        network.set_profile("calm")
+        dedicated = _goodputs(network, ["node0", "node1"])
+    # Acknowledgements take air as well: 2 to 4 %.
+    assert 40 * 0.9 < sum(shared) < 40 * 1.02
+    assert shared[0] == pytest.approx(shared[1], rel=0.2)
+    assert dedicated == pytest.approx([40, 40], rel=0.08)
+
+
+@needs_root
+def test_nodes_reach_the_base_station_and_nobody_else(spec: Path) -> None:
+    def pings(prefix: list[str], address: str) -> bool:
+        argv = ["ping", "-n", "-q", "-c", "2", "-i", "0.1", "-W", "1", address]
+        return subprocess.run([*prefix, *argv], capture_output=True, check=False).returncode == 0
+
+    with emulated(spec) as network:
+        assert pings(network.prefix("node0"), network.bs_address)
+        assert pings(network.bs_prefix(), network.node_address("node2"))
+        assert not pings(network.prefix("node0"), network.node_address("node1"))
+        full = [*network.bs_prefix(), "ping", "-n", "-q", "-c", "2", "-s", "4000", network.node_address("node0")]
+        assert subprocess.run(full, capture_output=True, check=False).returncode == 0
+        arp = subprocess.run([*network.bs_prefix(), "ip", "neigh"], capture_output=True, text=True, check=True).stdout
+        assert re.search(r"10\.77\.0\.2 dev wifi0 lladdr 02:57:44:4d:00:01", arp)
+
+
+@needs_root
+def test_profiles_move_links_and_the_truth_is_written(spec: Path) -> None:
+    with emulated(spec) as network:
+        began = time.time()
+        network.set_profile("moving")
+        time.sleep(1.7)
+        now = {(node, quantity): value for node, quantity, value in network.truth()}
+        time.sleep(2.0)
+        lines = [json.loads(line) for line in network.truth_path.read_text().splitlines()]
+        last = {(node, quantity): value for node, quantity, value in network.truth()}
+    assert now["node0", "down_mbps"] == 10
+    assert now["node0", "up_mbps"] == 40
+    assert 15 < now["node1", "up_mbps"] < 40
+    # Rate and delay move together: 25 Mbit/s down while 10 ms up.
+    assert (40 - now["node1", "up_mbps"]) / 25 == pytest.approx((now["node1", "delay_ms"] - 1) / 10)
+    assert (last["node1", "up_mbps"], last["node1", "delay_ms"]) == (15, 11)
+    assert set(lines[0]) == {
+        "time", "node", "profile", "down_mbps", "up_mbps", "delay_ms", "jitter_ms", "loss_percent",
+    }  # fmt: skip
+    moving = [line for line in lines if line["profile"] == "moving"]
+    step = [line for line in moving if line["node"] == "node0" and line["down_mbps"] == 10]
+    assert [line["time"] - began for line in step] == pytest.approx([0.5], abs=0.3)
+    ramp = [line["up_mbps"] for line in moving if line["node"] == "node1"]
+    assert ramp == sorted(ramp, reverse=True)
+    assert ramp[0] == 40
+    assert ramp[-1] == 15
+    assert 4 <= len(ramp) <= 6
+
+
+@needs_root
+def test_kill_9_leaves_nothing_that_up_or_down_can_not_clean(run: Run, spec: Path) -> None:
+    before = _interfaces()
+    foreign = f"other-{NAME}"
+    subprocess.run(["ip", "netns", "add", foreign], check=True)
+    try:
+        for cleaner in ("up", "down"):
+            assert run("testbed", "net", "up", spec).returncode == 0
+            assert len(existing()[NAME]) == 4
+            relay = State(NAME).relay()
+            assert relay is not None
+            relay.send_signal(signal.SIGKILL)
+            psutil.wait_procs([relay], timeout=5)
+            crashed = run("testbed", "net", "status", "--name", NAME)
+            assert crashed.returncode == NetworkError.exit_code
+            assert f"'{NAME}' has crashed" in crashed.stderr
+            if cleaner == "up":
+                assert run("testbed", "net", "up", spec).returncode == 0
+                with_new_relay = run("testbed", "net", "status", "--name", NAME, "--json")
+                assert json.loads(with_new_relay.stdout)["pid"] != relay.pid
+            assert run("testbed", "net", "down", "--name", NAME).returncode == 0
+            assert NAME not in existing()
+            assert not State(NAME).folder.exists()
+        names = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
+        assert foreign in names
+        assert _interfaces() == before
+    finally:
+        subprocess.run(["ip", "netns", "del", foreign], check=True)
+
+
+@needs_root
+def test_a_recycled_process_number_is_not_killed(run: Run, spec: Path) -> None:
+    assert run("testbed", "net", "up", spec).returncode == 0
+    relay = State(NAME).relay()
+    assert relay is not None
+    relay.send_signal(signal.SIGKILL)
+    psutil.wait_procs([relay], timeout=5)
+    with subprocess.Popen(["sleep", "60"]) as bystander:
+        pid_file = State(NAME).folder / "relay.pid"
+        noted = json.loads(pid_file.read_bytes())
+        pid_file.write_text(json.dumps({**noted, "pid": bystander.pid}))
+        assert run("testbed", "net", "down", "--name", NAME).returncode == 0
+        assert bystander.poll() is None
+        bystander.kill()
+
+
+@needs_root
+def test_a_running_network_is_shared_by_processes_in_its_namespaces(run: Run, spec: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from testbed.network.emulated import attach\n"
+        "network = attach(Path(sys.argv[1])); network.set_profile('shared'); print(len(network.truth()))"
+    )
+    with emulated(spec) as network:
+        again = run("testbed", "net", "up", spec)
+        assert again.returncode == NetworkError.exit_code
+        assert "already up" in again.stderr
+        for prefix in (network.bs_prefix(), network.prefix("node1")):
+            done = subprocess.run(
+                [*prefix, sys.executable, "-c", script, str(spec)], capture_output=True, text=True, check=False
+            )
+            assert (done.stdout, done.stderr) == ("15\n", "")
+        assert network.status().profile == "shared"
+        other = tmp_path / "other.yaml"
+        other.write_text(SPEC.replace("delay_ms: 3", "delay_ms: 4"))
+        with pytest.raises(NetworkError, match="another description"):
+            attach(other)
+        with pytest.raises(NetworkError, match="no profile 'x', only calm, shared"):
+            network.set_profile("x")
+        with pytest.raises(NetworkError, match="no node 'x', only node0"):
+            network.prefix("x")
+        listed = run("testbed", "net", "status", "--name", NAME)
+        assert "shared" in listed.stdout
+        assert network.node_address("node2") in listed.stdout
+    with pytest.raises(NetworkError, match="is not up"):
+        attach(spec)
+
+
+@needs_root
+def test_the_control_socket_bears_clients_that_misbehave(spec: Path) -> None:
+    @contextlib.contextmanager
+    def connected(path: Path) -> Iterator[socket.socket]:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(5)
+            client.connect(str(path))
+            yield client
+
+    with emulated(spec) as network:
+        path = State(NAME).control
+        assert path.stat().st_mode & 0o777 == 0o600
+        for garbage in (b"\n", b"[]\n", b'{"do": "format"}\n', b'{"do": "set", "profile": 3}\n', b"\xff\x00\n"):
+            with connected(path) as client:
+                client.sendall(garbage)
+                assert "error" in json.loads(client.recv(4096))
+        with connected(path) as client, contextlib.suppress(ConnectionError):
+            client.sendall(b"x" * 100_000)
+            assert client.recv(4096) == b""
+        with contextlib.ExitStack() as stack:
+            for _ in range(40):
+                stack.enter_context(connected(path))
+            # They take all places, until their time is up.
+            deadline = time.monotonic() + 10
+            while True:
+                try:
+                    assert network.status().profile == "calm"
+                    break
+                except NetworkError:
+                    assert time.monotonic() < deadline, "the relay does not answer any more"
+                    time.sleep(0.1)
+
+
+def test_asking_a_network_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    from testbed.network.control import GetStatus
+
+    with pytest.raises(NetworkError, match="does not answer"):
+        ask(tmp_path / "control.sock", GetStatus(), timeout_s=1)
+
+
+@pytest.mark.parametrize("command", [("up", "testbed/network/specs/wifi.yaml"), ("down",)])
+def test_without_root_there_is_one_line_and_the_way_out(command: tuple[str, ...]) -> None:
+    nobody: list[str] = []
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("setpriv is not installed: this test can't become somebody else")
+        nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    argv = [*nobody, sys.executable, "-m", "testbed", "net", *command]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if "Permission denied" in done.stderr:
+        pytest.skip("the environment belongs to root: nobody else can run it")
+    assert done.returncode == PrivilegeError.exit_code
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("wdmoe-testbed: error: emulated networks need root, this process lacks CAP_NET_ADMIN")
+    assert "'network: localhost'" in done.stderr
+
+
+def test_the_command_names_a_wrong_description(run: Run, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("name: t\nprofiles: {p: {default: {rate: 1}}}\n")
+    done = run("testbed", "net", "up", wrong)
+    assert done.returncode == 65
+    assert done.stderr.count("\n") == 1
+    assert "unknown field `rate`" in done.stderr
