@@ -8,6 +8,7 @@ import msgspec
 
 from testbed.experiment.rundir import RunDir
 from testbed.report.document import Document, Figure, Section, Table
+from testbed.report.labels import policy_label
 from testbed.report.metrics import METRICS, PART_METRICS, SAME_TOKENS, TOKEN_METRICS, Metric
 from testbed.report.statistics import LEAST_UNITS, Interval
 from testbed.report.summary import Against, ArmResult, Summary, WorkloadResult
@@ -87,8 +88,11 @@ def _about(run: RunDir, summary: Summary) -> Section:
     text = (
         f"{summary.complete_cells} of {summary.planned_cells} cells, {len(run.plan.policies)} policies over {kind}, "
         f"broker {manifest.broker}, begun {summary.created}, commit {summary.commit[:12]}. Policies are compared with "
-        f"{summary.baseline}. Intervals hold 95 %; how they are made is said under Method."
+        f"{_label(summary, summary.baseline)}. Intervals hold 95 %; how they are made is said under Method."
     )
+    shortened = [policy for policy in dict.fromkeys(run.plan.policies) if _label(summary, policy) != policy]
+    if shortened:
+        text += " Options: " + ", ".join(f"`{policy}`" for policy in shortened) + "."
     return Section("What was run", [text])
 
 
@@ -103,7 +107,7 @@ def _generation(summary: Summary, figures: Sequence[Figure]) -> list[Section]:
             "Of generated tokens after each answer's first, on the base station's clock. Layer wait is the time from "
             "chosen experts to their sum.",
             _metric_table(summary, results, [*TOKEN_METRICS, METRICS["layer_wait_ms"]]),
-            f"Against {summary.baseline}, paired by prompt and repetition:",
+            f"Against {_label(summary, summary.baseline)}, paired by prompt and repetition:",
             _against_table(summary, results),
             "What was sent; dropped are pairs of token and expert that the policy left out:",
             _metric_table(summary, results, [*(METRICS[m] for m in _SENT), SAME_TOKENS]),
@@ -132,10 +136,14 @@ def _quality(summary: Summary, figures: Sequence[Figure]) -> list[Section]:
             where = "on the nodes" if results[0][1].where == "distributed" else "in one process, with all experts"
             blocks: list[str | Table | Figure] = [f"Evaluated {where}.", table]
             if rows:
-                changes = ["difference, points", "right only here", f"right only with {summary.baseline}"]
+                changes = [
+                    "difference, points",
+                    "right only here",
+                    f"right only with {_label(summary, summary.baseline)}",
+                ]
                 header = changes if kind == "choice" else ["ratio"]
                 blocks += [
-                    f"Against {summary.baseline}, item by item:",
+                    f"Against {_label(summary, summary.baseline)}, item by item:",
                     Table([*_label_names(summary), *header], rows, _label_count(summary)),
                 ]
             sections.append(Section(f"{title}: {name}", blocks))
@@ -269,8 +277,12 @@ def _label_names(summary: Summary) -> list[str]:
 
 
 def _labels(summary: Summary, arm: ArmResult) -> list[str]:
-    values = {"bundle": Path(arm.bundle).name, "profile": arm.profile, "policy": arm.policy}
+    values = {"bundle": Path(arm.bundle).name, "profile": arm.profile, "policy": _label(summary, arm.policy)}
     return [values[name] for name in _label_names(summary)]
+
+
+def _label(summary: Summary, policy: str) -> str:
+    return policy_label(policy, (arm.policy for arm in summary.arms))
 
 
 def _label_count(summary: Summary) -> int:

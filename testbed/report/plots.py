@@ -17,6 +17,7 @@ from matplotlib.figure import Figure as Canvas
 from testbed.experiment.plan import Choice, Generate
 from testbed.report.analysis import Analysis, Arm
 from testbed.report.document import Figure
+from testbed.report.labels import policy_label
 from testbed.report.links import LinkSeries, link_series, profile_of
 from testbed.report.metrics import PARTS
 from testbed.report.statistics import Interval
@@ -89,6 +90,7 @@ def _breakdown(summary: Summary, folder: Path) -> list[Figure]:
     if not panels:
         return []
     bars = max(map(len, panels.values()))
+    every = [arm.policy for arm in summary.arms]
     figure, axes = _grid(len(panels), height=1.1 + 0.42 * bars)
     for axis, (title, arms) in zip(axes, panels.items(), strict=True):
         left = np.zeros(len(arms))
@@ -97,7 +99,7 @@ def _breakdown(summary: Summary, folder: Path) -> list[Figure]:
             label = {"compute": "node compute", "wait": "node queue"}.get(part, part)
             axis.barh(range(len(arms)), width, left=left, color=colour, label=label, edgecolor="white", linewidth=0.5)
             left += width
-        axis.set_yticks(range(len(arms)), [_wrap(policy, 24) for policy, _ in arms])
+        axis.set_yticks(range(len(arms)), [_wrap(policy_label(p, every), 24) for p, _ in arms])
         axis.invert_yaxis()
         axis.set(title=title, xlabel="mean time per token, ms")
         axis.grid(visible=False, axis="y")
@@ -234,7 +236,7 @@ def _heat_map(analysis: Analysis, folder: Path) -> list[Figure]:
         image = axis.imshow(np.where(grid > 0, grid, np.nan), cmap="cividis", vmin=0, vmax=most, aspect="auto")
         axis.set_xticks(range(len(nodes)), nodes, rotation=45, ha="right")
         axis.set_yticks(range(experts))
-        axis.set(title=_wrap(policy, 30), ylabel="expert")
+        axis.set(title=_wrap(policy_label(policy, counts), 30), ylabel="expert")
         axis.grid(visible=False)
     assert image is not None  # noqa: S101 (there is a policy)
     figure.colorbar(image, ax=axes, label="requests", shrink=0.9)
@@ -269,7 +271,11 @@ def _grid(count: int, *, columns: int = 3, width: float = 3.9, height: float = 3
 
 def _line(policies: Sequence[str], policy: str) -> dict[str, Any]:
     i = policies.index(policy)
-    return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)], "label": _wrap(policy, 40)}
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "linestyle": DASHES[i % len(DASHES)],
+        "label": _wrap(policy_label(policy, policies), 40),
+    }
 
 
 def _legend(figure: Canvas, axes: Sequence[Axes]) -> None:

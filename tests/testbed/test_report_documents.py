@@ -7,6 +7,7 @@ import msgspec
 
 from testbed.experiment.plan import Broker, Choice, Generate, Network, Perplexity, Plan
 from testbed.experiment.tables import COORDINATES, SCHEMAS
+from testbed.report.labels import policy_label
 from testbed.report.merge import FAILURES, GAPS
 from testbed.report.metrics import METRICS, SAME_TOKENS
 
@@ -22,3 +23,8 @@ def test_every_column_and_metric_is_documented() -> None:
 def test_every_field_of_a_plan_is_documented() -> None:
     kinds = (Plan, Network, Broker, Generate, Choice, Perplexity)
     assert not {field.name for kind in kinds for field in msgspec.structs.fields(kind)} - NAMED
+
+
+def test_policies_are_called_by_name_where_that_is_enough() -> None:
+    policies = ["topk", "similar:table=models/differences.json", "subset:share=0.5", "subset:share=0.7", "subset"]
+    assert [policy_label(policy, policies) for policy in policies] == ["topk", "similar", *policies[2:]]
