@@ -1,99 +1,44 @@
 """Experts on the nodes: a layer's chosen experts become one request per node, their answers one output.
 
-Planning is pure (`plan_requests`); `Dispatcher` does the I/O. Every wait has a deadline, every answer is
-matched by session, request and node; whatever else arrives is counted and dropped.
+Every wait has a deadline, every answer is matched by session, request and node; whatever else arrives is counted and
+dropped. A request that fails or is overdue goes to other holders of its experts; where there are none, the experts
+are reported as lost.
 """
 
+import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bs_coordinator.fleet import Fleet
 from bs_coordinator.forecast import LayerForecast
+from bs_coordinator.health import QUARANTINE_S, Health
+from bs_coordinator.holders import Holders
 from bs_coordinator.links import LinkMonitor, LinkSample
+from bs_coordinator.links.prober import Prober
 from bs_coordinator.model import ExpertOutput
 from bs_coordinator.records import DispatchRecord
+from bs_coordinator.requests import Request, chosen_experts, plan_requests
+from bs_coordinator.round import Answer, Part, Round, Sent
 from wire import frames, status, tensors
-from wire.errors import DispatchError, FrameError, PlacementError
+from wire.errors import DispatchError, ExpertsLostError, FrameError, PlacementError
 from wire.experts import ExpertId, format_selector
-from wire.frames import ErrorFrame, ExpertSlice, PingFrame, PongFrame, RequestId, ResultFrame, WorkFrame
+from wire.frames import ErrorFrame, PingFrame, PongFrame, RequestId, ResultFrame, Status, WorkFrame
 from wire.status import SocketFacts
 from wire.tensors import Array, WireDtype
 from wire.topics import Topics
 from wire.transport import Message, Transport
 
-_PING_TIMEOUT_S = 10.0
+log = logging.getLogger(__name__)
 
-
-class Request(NamedTuple):
-    """What one frame to one node will hold.
-
-    Attributes:
-        rows: int64 [n], which rows of the layer's hidden states it carries.
-        experts: slices whose token indices count within `rows`.
-    """
-
-    node: str
-    rows: NDArray[np.int64]
-    experts: tuple[ExpertSlice, ...]
-
-
-def plan_requests(layer: int, gate: Array, fleet: Fleet, *, max_tokens: int) -> list[Request]:
-    """Split a layer's work over nodes, and what is too large for one frame into several.
-
-    Args:
-        gate: float32 [tokens, experts], zero where an expert is not chosen.
-
-    Raises:
-        PlacementError: no node holds a chosen expert.
-    """
-    experts_of: dict[str, list[int]] = {}
-    for expert in np.flatnonzero(gate.any(axis=0)).tolist():
-        node = fleet.holder(ExpertId(layer, expert))
-        if node is None:
-            raise PlacementError(fleet.describe_missing())
-        experts_of.setdefault(node, []).append(expert)
-    requests = []
-    for node, experts in sorted(experts_of.items()):
-        rows = np.flatnonzero(gate[:, experts].any(axis=1))
-        for start in range(0, len(rows), max_tokens):
-            part = rows[start : start + max_tokens]
-            requests.append(Request(node, part, tuple(_slices(gate[part], experts))))
-    return requests
-
-
-def _slices(gate: Array, experts: Iterable[int]) -> Iterable[ExpertSlice]:
-    for expert in experts:
-        tokens = np.flatnonzero(gate[:, expert])
-        if len(tokens):
-            yield ExpertSlice(expert, tokens.astype(np.uint32), gate[tokens, expert])
-
-
-class _Pending(NamedTuple):
-    request: Request
-    order: int
-    sent_ns: int
-    sent_unix_ns: int
-    down_bytes: int
-    predicted_ns: int
-
-
-class _Ping(NamedTuple):
-    node: str
-    sent_ns: int
-    down_bytes: int
-    expires: float
-
-
-class _Answer(NamedTuple):
-    output: Array
-    record: DispatchRecord
-    sample: LinkSample
+_PATIENCE = 4.0
+_GRACE_S = 0.3
+"""A request is overdue after `_PATIENCE` times its predicted time and this: enough for a retransmission."""
+_FAMILIAR = 8
+"""Requests that a node must have answered before its predictions are deadlines."""
 
 
 def _no_facts() -> Mapping[str, SocketFacts]:
@@ -106,6 +51,7 @@ class Dispatcher:
     Attributes:
         dropped: messages that were not an awaited answer, by reason.
         links: what is known of the nodes and their links.
+        health: which nodes are left out.
     """
 
     def __init__(
@@ -116,6 +62,7 @@ class Dispatcher:
         *,
         dtype: WireDtype,
         timeout_s: float,
+        last_holder_s: float | None = None,
         links: LinkMonitor | None = None,
         broker_sockets: Callable[[], Mapping[str, SocketFacts]] = _no_facts,
     ) -> None:
@@ -124,21 +71,31 @@ class Dispatcher:
         Args:
             dtype: how hidden states travel.
             timeout_s: how long one layer may wait for its nodes.
+            last_holder_s: how long an overdue request is awaited whose experts nobody else holds, before they are
+                reported as lost; `timeout_s` if None.
             broker_sockets: gives new facts of the broker's connections to its clients, by the clients' endpoints.
         """
         self.links = links or LinkMonitor()
+        self.health = Health()
         self.fleet = fleet
         self.dropped: Counter[str] = Counter()
         self._transport = transport
         self._topics = topics
         self._dtype = dtype
         self._timeout_s = timeout_s
+        self._last_holder_s = timeout_s if last_holder_s is None else min(last_holder_s, timeout_s)
         self._session = secrets.randbits(64)
         self._next_request = 0
         self._broker_sockets = broker_sockets
-        self._pings: dict[RequestId, _Ping] = {}
-        self._holders: list[NDArray[np.intp]] = []
-        self._holder_names: list[str] = []
+        self._row_bytes = tensors.encoded_bytes(1, fleet.dims.hidden, dtype)
+        self._holders = Holders(
+            fleet,
+            self.health,
+            self.links,
+            message_bytes=frames.HEADER_BYTES + self._row_bytes,
+            last_resort=last_holder_s is None,
+        )
+        self._prober = Prober(self.links, self.health, self._send_ping, self._new_id)
         transport.subscribe(topics.status("+"), qos=1)
         transport.subscribe(topics.results("+"))
 
@@ -146,58 +103,52 @@ class Dispatcher:
         """Ask the nodes and add up their answers (see `Experts.apply`).
 
         Raises:
-            PlacementError: no node holds a chosen expert.
-            DispatchError: a node refused, left, or did not answer in time.
+            PlacementError: no node online holds a chosen expert.
+            ExpertsLostError: all holders of a chosen expert failed or are left out.
+            DispatchError: the layer took longer than it may.
             BrokerError: the connection is lost.
         """
-        requests = plan_requests(layer, gate, self.fleet, max_tokens=frames.max_tokens(hidden.shape[1], self._dtype))
-        pending = dict(self._send(layer, hidden, request, i) for i, request in enumerate(requests))
-        answers = self._collect(layer, hidden.shape[1], pending)
-        self.links.observe([answers[i].sample for i in range(len(requests))])
-        self.probe()
-        output = np.zeros(hidden.shape, np.float32)
-        # Added in the order of asking, not of arrival: floating-point sums depend on it.
-        for i, request in enumerate(requests):
-            output[request.rows] += answers[i].output
-        return ExpertOutput(output, tuple(answers[i].record for i in range(len(requests))))
+        self._holders.refresh(time.perf_counter())
+        holder = {expert: self._holder(layer, expert) for expert in chosen_experts(gate)}
+        return self._run(layer, hidden, plan_requests(gate, holder, max_tokens=self._max_tokens(hidden)))
+
+    def ask(self, node: str, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
+        """The same of one node, whatever else is known of it.
+
+        Raises:
+            ExpertsLostError, DispatchError, BrokerError: as `apply`.
+        """
+        holder = dict.fromkeys(chosen_experts(gate), node)
+        requests = plan_requests(gate, holder, max_tokens=self._max_tokens(hidden))
+        return self._run(layer, hidden, requests, hand_on=False)
 
     @property
     def holder_names(self) -> Sequence[str]:
         """The nodes that experts are asked of, in the order of a forecast's nodes."""
-        if not self._holders:
-            self._index_holders()
-        return self._holder_names
+        self._holders.refresh(time.perf_counter())
+        return self._holders.names
 
     def forecast(self, layer: int) -> LayerForecast:
         """See `Experts.forecast`."""
-        if not self._holders:
-            self._index_holders()
-        dims = self.fleet.dims
-        row_bytes = tensors.encoded_bytes(1, dims.hidden, self._dtype)
+        now_s = time.perf_counter()
+        self._holders.refresh(now_s)
         return self.links.forecast(
             layer,
-            self._holder_names,
-            self._holders[layer],
-            now_s=time.perf_counter(),
+            self._holders.names,
+            self._holders.index(layer),
+            available=self._holders.available(layer),
+            now_s=now_s,
             frame_bytes=(frames.HEADER_BYTES, frames.RESULT_BYTES),
-            row_bytes=(row_bytes + frames.ROW_BYTES, row_bytes),
+            row_bytes=(self._row_bytes + frames.ROW_BYTES, self._row_bytes),
         )
 
     def probe(self) -> None:
-        """Send the probe that is due, if any; its answer is taken in whenever it comes. Cheap when none is."""
+        """Send the probes that are due, if any; answers are taken in whenever they come. Cheap when none is."""
         now_s = time.perf_counter()
         for endpoint, facts in self._broker_sockets().items():
             if (node := self.fleet.node_at(endpoint)) is not None:
                 self.links.anchor(node, facts, towards_node=True, time_s=now_s)
-        probe = self.links.next_probe(self.fleet.nodes, now_s)
-        if probe is None:
-            return
-        for id in [id for id, ping in self._pings.items() if ping.expires < now_s]:
-            del self._pings[id]
-        id = self._new_id()
-        payload = frames.encode(PingFrame(id, bytes(probe.down_bytes), probe.up_bytes))
-        self._pings[id] = _Ping(probe.node, time.perf_counter_ns(), len(payload), now_s + _PING_TIMEOUT_S)
-        self._transport.publish(self._topics.work(probe.node), payload)
+        self._prober.probe(self.fleet.nodes, now_s)
 
     def measure_links(self, seconds: float) -> None:
         """Probe idle links for a while."""
@@ -215,82 +166,162 @@ class Dispatcher:
                 self._absorb(message)
                 self._answer(message)
 
+    def _holder(self, layer: int, expert: int) -> str:
+        node = self._holders.node(layer, expert)
+        if node is not None:
+            return node
+        id = ExpertId(layer, expert)
+        online = self.fleet.holders(id)
+        if not online:
+            raise PlacementError(self.fleet.describe_missing())
+        reasons = ", ".join(f"'{n}' ({self.health.why(n)})" for n in online)
+        raise ExpertsLostError(f"{format_selector([id])} can't be had: left out for now: {reasons}")
+
+    def _run(self, layer: int, hidden: Array, requests: Sequence[Request], *, hand_on: bool = True) -> ExpertOutput:
+        round = Round(layer, hidden, requests, hand_on=hand_on)
+        for part in round.parts:
+            self._send(round, part)
+        self._collect(round)
+        answered = [(part, answer) for top in round.parts for part in top.answered() if (answer := part.answer)]
+        self.links.observe([answer.sample for _, answer in answered])
+        self.probe()
+        output = np.zeros(hidden.shape, np.float32)
+        # Added in the order of asking, not of arrival: floating-point sums depend on it.
+        for part, answer in answered:
+            output[part.request.rows] += answer.output
+        return ExpertOutput(output, tuple(answer.record for _, answer in answered))
+
+    def _max_tokens(self, hidden: Array) -> int:
+        return frames.max_tokens(hidden.shape[1], self._dtype)
+
     def _new_id(self) -> RequestId:
         id = RequestId(self._session, self._next_request)
         self._next_request += 1
         return id
 
-    def _index_holders(self) -> None:
-        """Which node each expert would be asked of; an expert that nobody holds counts as the first node's, and
-        asking for it fails with the right words."""
-        dims = self.fleet.dims
-        holders = [[self.fleet.holder(ExpertId(layer, e)) for e in range(dims.experts)] for layer in range(dims.layers)]
-        self._holder_names = sorted({name for row in holders for name in row if name is not None}) or [""]
-        index = {name: i for i, name in enumerate(self._holder_names)}
-        self._holders = [np.array([index.get(name or "", 0) for name in row], np.intp) for row in holders]
+    def _send_ping(self, node: str, frame: PingFrame) -> tuple[int, int]:
+        payload = frames.encode(frame)
+        sent_ns = time.perf_counter_ns()
+        self._transport.publish(self._topics.work(node), payload)
+        return len(payload), sent_ns
 
-    def _send(self, layer: int, hidden: Array, request: Request, order: int) -> tuple[RequestId, _Pending]:
-        id = self._new_id()
+    def _send(self, round: Round, part: Part) -> None:
+        request = part.request
         frame = WorkFrame(
-            id=id,
-            layer=layer,
+            id=self._new_id(),
+            layer=round.layer,
             deadline_ms=int(self._timeout_s * 1000),
             experts=request.experts,
-            hidden=hidden[request.rows],
+            hidden=round.hidden[request.rows],
             dtype=self._dtype,
         )
         payload = frames.encode(frame)
+        rows = sum(len(s.tokens) for s in request.experts)
         predicted_s = self.links.predict_s(
             request.node,
             down_bytes=len(payload),
-            up_bytes=frames.RESULT_BYTES + tensors.encoded_bytes(len(request.rows), hidden.shape[1], self._dtype),
+            up_bytes=frames.RESULT_BYTES + len(request.rows) * self._row_bytes,
             experts=len(request.experts),
-            rows=sum(len(s.tokens) for s in request.experts),
+            rows=rows,
         )
-        predicted_ns = int(1e9 * predicted_s)
-        pending = _Pending(request, order, time.perf_counter_ns(), time.time_ns(), len(payload), predicted_ns)
+        patience_s = self._patience_s(request.node, rows, predicted_s)
+        sent = Sent(
+            frame.id,
+            time.perf_counter_ns(),
+            time.time_ns(),
+            len(payload),
+            int(1e9 * predicted_s),
+            time.monotonic() + patience_s,
+        )
+        round.sent(part, sent)
         self._transport.publish(self._topics.work(request.node), payload)
-        return id, pending
 
-    def _collect(self, layer: int, hidden_size: int, pending: dict[RequestId, _Pending]) -> dict[int, _Answer]:
-        answers: dict[int, _Answer] = {}
-        deadline = time.monotonic() + self._timeout_s
-        while pending:
-            remaining = deadline - time.monotonic()
-            message = self._transport.receive(remaining) if remaining > 0 else None
-            if message is None:
-                late = {p.request.node for p in pending.values()}
+    def _patience_s(self, node: str, rows: int, predicted_s: float) -> float:
+        """How long to wait for an answer before others are asked."""
+        requests, most_rows = self.links.experience(node)
+        if requests < _FAMILIAR:
+            return self._timeout_s
+        return (_PATIENCE if rows <= most_rows else _PATIENCE**2) * predicted_s + _GRACE_S
+
+    def _collect(self, round: Round) -> None:
+        began = time.monotonic()
+        deadline = began + self._timeout_s
+        while not round.done:
+            now = time.monotonic()
+            if now >= deadline:
+                late = ", ".join(sorted({part.request.node for part in round.open() if not part.failed}))
+                for part in round.open():
+                    self.health.failed(part.request.node, time.perf_counter(), "did not answer in time")
                 raise DispatchError(
-                    f"no answer for layer {layer} from {', '.join(sorted(late))} within {self._timeout_s:g} s"
+                    f"no answer for layer {round.layer} from {late} within {self._timeout_s:g} s"
                     ": is the device overloaded or its link down? (--layer-timeout)"
                 )
+            for part in round.overdue(now):
+                self._overdue(round, part)
+            message = self._transport.receive(max(0.0, min(deadline, round.next_overdue_s()) - now))
+            if message is None:
+                continue
             gone = self._absorb(message)
-            for p in pending.values():
-                if p.request.node == gone:
-                    raise DispatchError(f"node '{gone}' left while {_experts(layer, p)} was asked of it")
+            for part in round.open():
+                if part.request.node == gone and not part.failed:
+                    why = f"node '{gone}' left while {_experts(round, part)} was asked of it"
+                    self._failed(round, part, why)
             frame = self._answer(message)
-            if frame is None:
-                continue
-            awaited = pending.get(frame.id)
-            if awaited is None or message.topic != self._topics.results(awaited.request.node):
-                self.dropped["not awaited"] += 1
-                continue
-            if isinstance(frame, ErrorFrame):
-                raise DispatchError(
-                    f"node '{awaited.request.node}' refused {_experts(layer, awaited)}: "
-                    f"{frame.status.name.lower()}, {frame.message}"
-                )
-            if frame.layer != layer or frame.output.shape != (len(awaited.request.rows), hidden_size):
-                self.dropped["wrong shape"] += 1
-                continue
-            del pending[frame.id]
-            answers[awaited.order] = _Answer(
-                frame.output, _record(awaited, frame, message), _sample(awaited, frame, message)
-            )
-        return answers
+            if frame is not None:
+                self._take(round, frame, message)
+
+    def _take(self, round: Round, frame: ResultFrame | ErrorFrame, message: Message) -> None:
+        part = round.awaited(frame.id)
+        if part is None or message.topic != self._topics.results(part.request.node):
+            self.dropped["not awaited"] += 1
+            return
+        node = part.request.node
+        if isinstance(frame, ErrorFrame):
+            why = f"node '{node}' refused {_experts(round, part)}: {frame.status.name.lower()}, {frame.message}"
+            pause_s = QUARANTINE_S if frame.status is Status.NOT_FINITE else 0.0
+            self.health.failed(node, time.perf_counter(), why, least_pause_s=pause_s)
+            self._failed(round, part, why)
+            return
+        if frame.layer != round.layer or frame.output.shape != (len(part.request.rows), round.hidden.shape[1]):
+            self.dropped["wrong shape"] += 1
+            return
+        round.settle(part, Answer(frame.output, _record(part, frame, message), _sample(part, frame, message)))
+
+    def _overdue(self, round: Round, part: Part) -> None:
+        """Ask others; where there are none, wait for as long as the last holder is given."""
+        assert part.sent is not None  # noqa: S101 - only what was sent can be overdue
+        node = part.request.node
+        waited_s = (time.perf_counter_ns() - part.sent.sent_ns) / 1e9
+        why = f"node '{node}' did not answer {_experts(round, part)} within {waited_s:.2f} s"
+        if self._hand_on(round, part):
+            self.health.failed(node, time.perf_counter(), why)
+            return
+        if self._last_holder_s < self._timeout_s and waited_s >= self._last_holder_s:
+            self.health.failed(node, time.perf_counter(), why)
+            self._failed(round, part, why)
+        left_s = max(0.0, self._last_holder_s - waited_s) if self._last_holder_s < self._timeout_s else float("inf")
+        part.sent = part.sent._replace(overdue_s=time.monotonic() + left_s)
+
+    def _failed(self, round: Round, part: Part, why: str) -> None:
+        """There will be no answer from this node."""
+        part.failed = why
+        if part.heirs or self._hand_on(round, part):
+            return
+        raise ExpertsLostError(why)
+
+    def _hand_on(self, round: Round, part: Part) -> bool:
+        experts = [s.expert for s in part.request.experts]
+        holder = self._holders.others(round.layer, experts, part.asked) if round.hand_on else None
+        if holder is None:
+            return False
+        gate = part.request.gate(len(round.hidden), self.fleet.dims.experts)
+        for heir in part.hand_on(plan_requests(gate, holder, max_tokens=self._max_tokens(round.hidden))):
+            self._send(round, heir)
+        return True
 
     def _answer(self, message: Message) -> ResultFrame | ErrorFrame | None:
-        if self._topics.node_of_result(message.topic) is None:
+        node = self._topics.node_of_result(message.topic)
+        if node is None:
             return None
         try:
             frame = frames.decode(message.payload)
@@ -299,27 +330,11 @@ class Dispatcher:
             return None
         if isinstance(frame, ResultFrame | ErrorFrame):
             return frame
-        if isinstance(frame, PongFrame):
-            self._take_pong(frame, message)
-        else:
+        if not isinstance(frame, PongFrame):
             self.dropped["kind"] += 1
-        return None
-
-    def _take_pong(self, frame: PongFrame, message: Message) -> None:
-        ping = self._pings.get(frame.id)
-        if ping is None or message.topic != self._topics.results(ping.node):
+        elif not self._prober.take(frame, node, message):
             self.dropped["not awaited"] += 1
-            return
-        del self._pings[frame.id]
-        sample = LinkSample(
-            time_s=message.arrived_ns / 1e9,
-            node=ping.node,
-            down_bytes=ping.down_bytes,
-            up_bytes=len(message.payload),
-            round_trip_s=(message.arrived_ns - ping.sent_ns) / 1e9,
-            node_s=frame.durations.total_ns / 1e9,
-        )
-        self.links.observe([sample])
+        return None
 
     def _absorb(self, message: Message) -> str | None:
         """Take in a status message; the node's name if it can no longer answer what it was asked."""
@@ -332,40 +347,42 @@ class Dispatcher:
             self.dropped[f"status {error.reason}"] += 1
             return None
         gone = self.fleet.apply(document)
-        self._holders = []
+        if gone:
+            self.health.forget(node)
         if document.uplink is not None and document.online:
             self.links.anchor(node, document.uplink, towards_node=False, time_s=time.perf_counter())
         return node if gone else None
 
 
-def _experts(layer: int, pending: _Pending) -> str:
-    return format_selector(ExpertId(layer, s.expert) for s in pending.request.experts)
+def _experts(round: Round, part: Part) -> str:
+    return format_selector(ExpertId(round.layer, s.expert) for s in part.request.experts)
 
 
-def _record(pending: _Pending, frame: ResultFrame, message: Message) -> DispatchRecord:
-    request = pending.request
+def _record(part: Part, frame: ResultFrame, message: Message) -> DispatchRecord:
+    request, sent = part.request, part.sent
+    assert sent is not None  # noqa: S101 - its answer was awaited
     return DispatchRecord(
         node=request.node,
         experts=tuple(s.expert for s in request.experts),
         tokens=len(request.rows),
-        sent_unix_ns=pending.sent_unix_ns,
-        round_trip_ns=message.arrived_ns - pending.sent_ns,
+        sent_unix_ns=sent.sent_unix_ns,
+        round_trip_ns=message.arrived_ns - sent.sent_ns,
         durations=frame.durations,
-        down_bytes=pending.down_bytes,
+        down_bytes=sent.down_bytes,
         up_bytes=len(message.payload),
-        predicted_ns=pending.predicted_ns,
+        predicted_ns=sent.predicted_ns,
     )
 
 
-def _sample(pending: _Pending, frame: ResultFrame, message: Message) -> LinkSample:
-    request = pending.request
+def _sample(part: Part, frame: ResultFrame, message: Message) -> LinkSample:
+    record = _record(part, frame, message)
     return LinkSample(
         time_s=message.arrived_ns / 1e9,
-        node=request.node,
-        down_bytes=pending.down_bytes,
-        up_bytes=len(message.payload),
-        round_trip_s=(message.arrived_ns - pending.sent_ns) / 1e9,
-        node_s=frame.durations.total_ns / 1e9,
-        experts=len(request.experts),
-        rows=sum(len(s.tokens) for s in request.experts),
+        node=record.node,
+        down_bytes=record.down_bytes,
+        up_bytes=record.up_bytes,
+        round_trip_s=record.round_trip_ns / 1e9,
+        node_s=record.durations.total_ns / 1e9,
+        experts=len(record.experts),
+        rows=sum(len(s.tokens) for s in part.request.experts),
     )

@@ -1,7 +1,7 @@
 """Which node holds which expert, as the nodes' status documents tell it: state and questions, no I/O."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from wire.experts import ExpertId, format_selector
 from wire.manifest import Dims
@@ -14,10 +14,12 @@ class Fleet:
     Attributes:
         dims: of the model.
         ignored: nodes that are online but serve another model, and why.
+        changes: grows whenever some expert's holders may be others than before.
     """
 
     def __init__(self, dims: Dims, model_sha256: str) -> None:
         self.ignored: dict[str, str] = {}
+        self.changes = 0
         self.dims = dims
         self._model_sha256 = model_sha256
         self._nodes: dict[str, NodeStatus] = {}
@@ -37,6 +39,7 @@ class Fleet:
             self._nodes.pop(status.node, None)
         if known is None or gone or known.holding != status.holding:
             self._holders = self._index()
+            self.changes += 1
         return gone
 
     @property
@@ -44,11 +47,10 @@ class Fleet:
         """Nodes online that serve this model."""
         return self._nodes
 
-    def holder(self, id: ExpertId) -> str | None:
-        """The node to ask for an expert, or None. Of several holders the one with the fewest experts to
-        serve, then by name, so that the answer depends only on who is online."""
-        holders = self._holders.get(id)
-        return holders[0] if holders else None
+    def holders(self, id: ExpertId) -> Sequence[str]:
+        """The nodes that hold an expert: those with the fewest experts to serve first, then by name, so that the
+        answer depends only on who is online."""
+        return self._holders.get(id, ())
 
     def node_at(self, endpoint: str) -> str | None:
         """The node whose connection to the broker comes from there, as far as it says."""

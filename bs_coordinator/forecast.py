@@ -26,6 +26,7 @@ class LayerForecast:
         row_air_s: float64 [nodes], both links' transfer of one hidden state, there and back.
         row_compute_s: float64 [nodes], computing one more row.
         shared_air: whether all links share one channel.
+        available: bool [experts], which experts can be had at all; None for all.
     """
 
     layer: int
@@ -35,6 +36,7 @@ class LayerForecast:
     row_air_s: Float
     row_compute_s: Float
     shared_air: bool = False
+    available: NDArray[np.bool_] | None = None
 
     @classmethod
     def even(cls, layer: int, experts: int) -> "LayerForecast":

@@ -12,8 +12,10 @@ from transformers.cache_utils import DynamicCache
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.records import DispatchRecord, LayerRecord, StepRecord
 from bs_coordinator.selection import Policy
+from bs_coordinator.selection.degraded import select_available
 from bs_coordinator.selection.demand import predicted_s
 from bs_coordinator.trunk import Packing, Trunk
+from wire.errors import ExpertsLostError
 from wire.tensors import Array
 
 
@@ -66,12 +68,15 @@ class DistributedMixtral:
 
     Attributes:
         policy: how experts are chosen; may be replaced between steps.
+        degrade: go on with the next best experts where some are lost, instead of giving up; tokens that this
+            changes are named in the step's record.
     """
 
-    def __init__(self, trunk: Trunk, experts: Experts, policy: Policy) -> None:
+    def __init__(self, trunk: Trunk, experts: Experts, policy: Policy, *, degrade: bool = False) -> None:
         self.trunk = trunk
         self._experts = experts
         self.policy = policy
+        self.degrade = degrade
 
     @torch.inference_mode()
     def step(self, feeds: Sequence[Feed], *, all_logits: bool = False) -> tuple[list[Tensor], StepRecord]:
@@ -103,10 +108,9 @@ class DistributedMixtral:
             # The copies to the host also wait for a GPU, so that the clock below is honest.
             x = _to_host([expert_input for _, expert_input, _ in attended])
             probabilities = _to_host([p for _, _, p in attended])
-            forecast = self._experts.forecast(layer)
-            gate = self.policy.select(probabilities, forecast)
+            choice = self._choose(layer, probabilities)
             attended_ns = time.perf_counter_ns()
-            combined = self._experts.apply(layer, x, gate)
+            combined, choice = self._apply(layer, x, probabilities, choice)
             outputs = torch.from_numpy(combined.output).to(hidden[0].device, hidden[0].dtype)
             parts = torch.split(outputs, [len(feed.ids) for feed in feeds])
             hidden = [residual + part[None] for (residual, _, _), part in zip(attended, parts, strict=True)]
@@ -116,9 +120,10 @@ class DistributedMixtral:
                     layer=layer,
                     trunk_ns=attended_ns - mark_ns,
                     dispatch_ns=done_ns - attended_ns,
-                    pairs=int(np.count_nonzero(gate)),
-                    predicted_ns=int(1e9 * predicted_s(gate > 0, forecast)),
+                    pairs=int(np.count_nonzero(choice.gate)),
+                    predicted_ns=choice.predicted_ns,
                     dispatches=combined.dispatches,
+                    degraded=choice.degraded,
                 )
             )
             mark_ns = done_ns
@@ -136,6 +141,36 @@ class DistributedMixtral:
             layers=tuple(layers),
         )
         return logits, record
+
+    def _choose(self, layer: int, probabilities: Array) -> "_Choice":
+        forecast = self._experts.forecast(layer)
+        degraded: tuple[int, ...] = ()
+        if self.degrade:
+            gate, hurt = select_available(self.policy, probabilities, forecast)
+            degraded = tuple(hurt.tolist())
+        else:
+            gate = self.policy.select(probabilities, forecast)
+        return _Choice(gate, int(1e9 * predicted_s(gate > 0, forecast)), degraded)
+
+    def _apply(self, layer: int, x: Array, probabilities: Array, choice: "_Choice") -> tuple[ExpertOutput, "_Choice"]:
+        """Ask the experts, and where some are lost choose again among those that are left."""
+        # Each turn loses at least one node, and a layer has no more of them than experts.
+        for _ in range(probabilities.shape[1]):
+            try:
+                return self._experts.apply(layer, x, choice.gate), choice
+            except ExpertsLostError:
+                if not self.degrade:
+                    raise
+            choice = self._choose(layer, probabilities)
+        return self._experts.apply(layer, x, choice.gate), choice
+
+
+class _Choice(NamedTuple):
+    """Gate weights float32 [tokens, experts], what they are predicted to take, and which tokens lost experts."""
+
+    gate: Array
+    predicted_ns: int
+    degraded: tuple[int, ...]
 
 
 def _to_host(tensors: list[Tensor]) -> Array:

@@ -10,7 +10,6 @@ import numpy as np
 
 from bs_coordinator.dispatch import Dispatcher
 from wire.errors import BrokerDelayError, BrokerError, DispatchError, PlacementError
-from wire.experts import ExpertId
 from wire.manifest import Manifest, decode_probe_output, probe_input
 from wire.mqtt import MqttTransport
 
@@ -89,7 +88,7 @@ def wait_for_experts(dispatcher: Dispatcher, *, timeout_s: float, on_wait: Calla
 
 
 def prove_nodes(dispatcher: Dispatcher, manifest: Manifest) -> dict[str, float]:
-    """Send one token to one expert of every node that the placement uses, and check its answer.
+    """Send one token to one expert of every node, and check its answer.
 
     Returns:
         Round trip in ms by node.
@@ -99,13 +98,15 @@ def prove_nodes(dispatcher: Dispatcher, manifest: Manifest) -> dict[str, float]:
     """
     x = probe_input(manifest.dims.hidden)
     round_trip_ms: dict[str, float] = {}
-    for entry in manifest.experts:
-        node = dispatcher.fleet.holder(ExpertId(entry.layer, entry.expert))
-        if node is None or node in round_trip_ms:
+    entries = {entry.id: entry for entry in manifest.experts}
+    for node, status in sorted(dispatcher.fleet.nodes.items()):
+        held = next((id for id in status.expert_ids() if id in entries), None)
+        if held is None:
             continue
+        entry = entries[held]
         gate = np.zeros((1, manifest.dims.experts), np.float32)
         gate[0, entry.expert] = 1.0
-        output, dispatches = dispatcher.apply(entry.layer, x, gate)
+        output, dispatches = dispatcher.ask(node, entry.layer, x, gate)
         expected = decode_probe_output(entry.probe_output, manifest.dims.hidden)
         error = float(np.linalg.norm(output[0] - expected) / np.linalg.norm(expected))
         if not error < _PROBE_ERROR:

@@ -48,6 +48,7 @@ class LayerRecord:
         dispatch_ns: from the chosen experts to their combined output.
         pairs: (token, expert) pairs that the policy asked for.
         predicted_ns: what the layer's forecast gave for the slowest node.
+        degraded: tokens of the step whose experts were lost, so that others were asked.
     """
 
     layer: int
@@ -56,6 +57,7 @@ class LayerRecord:
     pairs: int
     predicted_ns: int
     dispatches: tuple[DispatchRecord, ...] = ()
+    degraded: tuple[int, ...] = ()
 
     @property
     def critical(self) -> DispatchRecord | None:
@@ -80,6 +82,11 @@ class StepRecord:
     total_ns: int
     head_ns: int
     layers: tuple[LayerRecord, ...] = field(repr=False)
+
+    @property
+    def degraded(self) -> frozenset[int]:
+        """Tokens of the step for which some layer had to do without an expert."""
+        return frozenset(token for layer in self.layers for token in layer.degraded)
 
     def split_ns(self) -> "TimeSplit":
         """Where the step's time went along the critical path; the parts add up to `total_ns`."""

@@ -28,6 +28,9 @@ from wire.topics import Topics
 _FIRST_LOOK_S = 1.0
 """How long idle links are probed before the first prompt; by then each node has had several sizes."""
 
+_LAST_HOLDER_S = 1.0
+"""How long an overdue answer is awaited whose experts nobody else holds, where going on without them is allowed."""
+
 
 @dataclass(frozen=True, slots=True)
 class StationConfig:
@@ -38,6 +41,7 @@ class StationConfig:
         policy: name and options, as `bs_coordinator.selection.parse_policy` reads them.
         nodes_timeout_s: how long to wait for nodes before giving up.
         layer_timeout_s: how long one layer may wait for its nodes.
+        degrade: go on without experts that are lost, see `DistributedMixtral`.
         shared_air: all links share one half-duplex Wi-Fi channel.
         link_log: file that every link sample is appended to, for replay.
     """
@@ -50,6 +54,7 @@ class StationConfig:
     policy: str = "topk"
     nodes_timeout_s: float = 60.0
     layer_timeout_s: float = 30.0
+    degrade: bool = False
     shared_air: bool = False
     link_log: Path | None = None
 
@@ -113,11 +118,12 @@ def open_station(
             Fleet(manifest.dims, manifest.model_sha256),
             dtype=config.wire,
             timeout_s=config.layer_timeout_s,
+            last_holder_s=_LAST_HOLDER_S if config.degrade else None,
             links=LinkMonitor(shared_air=config.shared_air, log=log),
             broker_sockets=sockets.take,
         )
         wait_for_experts(dispatcher, timeout_s=config.nodes_timeout_s, on_wait=say)
         nodes_ms = prove_nodes(dispatcher, manifest)
         dispatcher.measure_links(_FIRST_LOOK_S)
-        model = DistributedMixtral(trunk, dispatcher, policy)
+        model = DistributedMixtral(trunk, dispatcher, policy, degrade=config.degrade)
         yield Station(manifest, model, tokenizer, dispatcher, broker_ms, nodes_ms)

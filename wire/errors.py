@@ -13,6 +13,7 @@
     │   └── BrokerDelayError     32   round trips show the 40 ms of a missing TCP_NODELAY
     ├── PlacementError           40   no node holds an expert that the model needs
     ├── DispatchError            41   a node failed or did not answer before the deadline
+    │   └── ExpertsLostError     41   … and nobody else holds what it was asked for
     ├── ContextLengthError       42   the prompt is longer than the model's context
     ├── ShapingError             43   the down-link can't be shaped as asked
     ├── FrameError               50   bytes that are not a valid frame (counted and dropped, rarely fatal)
@@ -115,6 +116,10 @@ class DispatchError(WdmoeError):
     """A node failed or did not answer before the deadline."""
 
     exit_code = 41
+
+
+class ExpertsLostError(DispatchError):
+    """All holders of an expert failed or are left out for now."""
 
 
 class ContextLengthError(WdmoeError):

@@ -63,7 +63,7 @@ class NodeEstimate:
 
 
 class _Node:
-    __slots__ = ("compute", "hurry", "link", "next_kind", "probed_s", "suspicion")
+    __slots__ = ("compute", "hurry", "link", "most_rows", "next_kind", "probed_s", "suspicion")
 
     def __init__(self) -> None:
         self.link = LinkEstimator()
@@ -72,6 +72,7 @@ class _Node:
         self.hurry = _HURRIED_PROBES
         self.next_kind = 0
         self.suspicion = 0
+        self.most_rows = 0
 
 
 class LinkMonitor:
@@ -104,6 +105,7 @@ class LinkMonitor:
             if node.link.alarms > alarms:
                 node.hurry = _HURRIED_PROBES
             if sample.rows:
+                node.most_rows = max(node.most_rows, sample.rows)
                 node.compute.observe(sample.time_s, experts=sample.experts, rows=sample.rows, node_s=sample.node_s)
             else:
                 self._outstanding.pop(sample.node, None)
@@ -150,6 +152,7 @@ class LinkMonitor:
         nodes: Sequence[str],
         holder: NDArray[np.intp],
         *,
+        available: NDArray[np.bool_] | None = None,
         now_s: float,
         frame_bytes: tuple[int, int],
         row_bytes: tuple[int, int],
@@ -158,7 +161,7 @@ class LinkMonitor:
 
         Args:
             nodes: names, in the order that `holder` counts in.
-            holder: intp [experts], see `LayerForecast`.
+            holder, available: by expert, see `LayerForecast`.
             frame_bytes: of an empty request and an empty answer.
             row_bytes: that one row adds to the request and to the answer.
         """
@@ -176,7 +179,12 @@ class LinkMonitor:
             trusted = values if silent.all() else values[:, ~silent]
             values[:, silent] = np.maximum(values[:, silent], np.median(trusted, axis=1)[:, None])
         fixed_s, expert_s, row_air_s, row_compute_s = values
-        return LayerForecast(layer, holder, fixed_s, expert_s, row_air_s, row_compute_s, self.shared_air)
+        return LayerForecast(layer, holder, fixed_s, expert_s, row_air_s, row_compute_s, self.shared_air, available)
+
+    def experience(self, node: str) -> tuple[int, int]:
+        """How many requests of `node` its predictions stand on, and the most rows that one of them had."""
+        known = self._node(node)
+        return known.compute.samples, known.most_rows
 
     def estimates(self, now_s: float) -> list[NodeEstimate]:
         """All nodes, by name, as unsure as they are by now."""

@@ -1,17 +1,20 @@
 """Dispatch without a network: who is asked for what, and which answers count."""
 
+import time
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bs_coordinator.dispatch import Dispatcher, plan_requests
+from bs_coordinator.dispatch import Dispatcher
 from bs_coordinator.fleet import Fleet
+from bs_coordinator.requests import plan_requests
 from tests.support import MemoryTransport
 from wire import frames, status
-from wire.errors import DispatchError, PlacementError
+from wire.errors import DispatchError, ExpertsLostError, PlacementError
 from wire.experts import ExpertId, parse_selector
 from wire.frames import ErrorFrame, NodeDurations, PingFrame, PongFrame, RequestId, ResultFrame, Status, WorkFrame
 from wire.manifest import Dims
@@ -52,7 +55,7 @@ gates = st.lists(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=4, ma
 
 @given(gates, st.integers(1, 5))
 def test_a_plan_asks_for_every_chosen_expert_exactly_once(gate: Array, max_tokens: int) -> None:
-    requests = plan_requests(0, gate, _fleet(a="L*:E0,2", b="L*:E1", c="L*:E3"), max_tokens=max_tokens)
+    requests = plan_requests(gate, {0: "a", 1: "b", 2: "a", 3: "c"}, max_tokens=max_tokens)
     rebuilt = np.zeros_like(gate)
     for request in requests:
         assert 1 <= len(request.rows) <= max_tokens
@@ -67,15 +70,15 @@ def test_a_plan_asks_for_every_chosen_expert_exactly_once(gate: Array, max_token
 
 def test_an_expert_that_nobody_holds_is_named() -> None:
     with pytest.raises(PlacementError, match="L0-1:E3"):
-        plan_requests(0, np.eye(4, dtype=np.float32), _fleet(a="L*:E0-2"), max_tokens=8)
+        _Network(a="L*:E0-2").ask(np.eye(4, dtype=np.float32))
 
 
 def test_a_fleet_follows_its_nodes() -> None:
     fleet = _fleet(a="L*:E0-1", b="L*:E1-3")
     assert fleet.missing() == []
-    assert fleet.holder(ExpertId(0, 1)) == "a"  # of two holders, the one with less to serve
+    assert list(fleet.holders(ExpertId(0, 1))) == ["a", "b"]  # first the one with less to serve
     assert fleet.apply(_offline("a")) is True
-    assert fleet.holder(ExpertId(0, 1)) == "b"
+    assert list(fleet.holders(ExpertId(0, 1))) == ["b"]
     assert fleet.missing() == [ExpertId(0, 0), ExpertId(1, 0)]
     assert fleet.apply(_online("b", "L*:E1-3", boot="b1")) is True  # restarted: knows nothing of our requests
     assert fleet.apply(_online("b", "L*:E1-3", boot="b1")) is False
@@ -92,11 +95,16 @@ def test_a_node_with_another_model_is_ignored_and_named() -> None:
 class _Network:
     """Nodes that answer each token with gate weight × expert index + 1, unless told otherwise."""
 
-    def __init__(self, **experts_by_node: str) -> None:
+    def __init__(self, *, timeout_s: float = 0.2, last_holder_s: float | None = None, **experts_by_node: str) -> None:
         self.transport = MemoryTransport(self._react)
         self.extra: list[tuple[str, bytes]] = []
         self.mute: set[str] = set()
-        self.dispatcher = Dispatcher(self.transport, TOPICS, Fleet(DIMS, "m"), dtype=WireDtype.FP32, timeout_s=0.2)
+        self.deaf: set[str] = set()
+        self.asked: list[tuple[str, tuple[int, ...]]] = []
+        self.dispatcher = Dispatcher(
+            self.transport, TOPICS, Fleet(DIMS, "m"), dtype=WireDtype.FP32, timeout_s=timeout_s,
+            last_holder_s=last_holder_s,
+        )  # fmt: skip
         for node, experts in experts_by_node.items():
             self.say(_online(node, experts))
         self.dispatcher.pump(0.01)
@@ -106,11 +114,14 @@ class _Network:
 
     def _react(self, topic: str, payload: bytes) -> Iterable[tuple[str, bytes]]:
         node = topic.split("/")[4]
+        if node in self.deaf:
+            return
         frame = frames.decode(payload)
         if isinstance(frame, PingFrame):
             yield TOPICS.results(node), frames.encode(PongFrame(frame.id, bytes(frame.reply_bytes)))
             return
         assert isinstance(frame, WorkFrame)
+        self.asked.append((node, tuple(s.expert for s in frame.experts)))
         yield from self.extra
         if node not in self.mute:
             output = np.zeros(frame.hidden.shape, np.float32)
@@ -186,3 +197,97 @@ def test_a_refusal_is_passed_on() -> None:
     network.extra = [(TOPICS.results("a"), frames.encode(refusal))]
     with pytest.raises(DispatchError, match=r"'a' refused.*unknown_expert, does not hold L00:E0"):
         network.ask(GATE)
+
+
+def _experienced(**kwargs: Any) -> _Network:
+    """A network whose nodes have answered often enough for their predictions to be deadlines."""
+    network = _Network(timeout_s=5.0, **kwargs)
+    for _ in range(10):
+        for node in network.dispatcher.fleet.nodes:
+            held = network.dispatcher.fleet.nodes[node].expert_ids()
+            gate = np.zeros((3, 4), np.float32)
+            gate[:, held[0].expert] = 1
+            network.dispatcher.ask(node, 0, np.ones((3, 8), np.float32), gate)
+    network.asked.clear()
+    return network
+
+
+def test_silence_is_handed_on_to_another_holder() -> None:
+    network = _experienced(a="L*:E0-1", b="L*:E2-3", c="L*:E0-3")
+    network.mute = {"b"}
+    began = time.monotonic()
+    np.testing.assert_allclose(network.ask(GATE), EXPECTED)
+    assert time.monotonic() - began < 2  # the layer's own deadline is 5 s
+    network.asked.clear()
+    np.testing.assert_allclose(network.ask(GATE), EXPECTED)
+    assert "b" not in {node for node, _ in network.asked}  # it is left out from the next layer on
+
+
+def test_a_failed_request_may_be_split_over_several_holders() -> None:
+    network = _experienced(a="L*:E0-3", b="L*:E0-1", c="L*:E2-3")
+    network.deaf = {"a"}
+    for _ in range(3):
+        np.testing.assert_allclose(network.ask(GATE), EXPECTED)
+    network.asked.clear()
+    network.ask(GATE)
+    assert sorted(network.asked) == [("b", (0, 1)), ("c", (2, 3))]
+
+
+def test_a_node_that_leaves_is_replaced_at_once() -> None:
+    network = _experienced(a="L*:E0-1", b="L*:E2-3", c="L*:E0-3")
+    network.mute = {"b"}
+    network.extra = [(TOPICS.status("b"), status.encode_status(_offline("b")))]
+    began = time.monotonic()
+    np.testing.assert_allclose(network.ask(GATE), EXPECTED)
+    assert time.monotonic() - began < 0.2
+
+
+def test_the_first_answer_counts_and_the_late_one_is_dropped() -> None:
+    network = _experienced(a="L*:E0-3", b="L*:E0-3")
+    network.mute = {"a", "b"}
+    answers: list[RequestId] = []
+
+    def late(topic: str, payload: bytes) -> Iterable[tuple[str, bytes]]:
+        frame = frames.decode(payload)
+        if isinstance(frame, WorkFrame):
+            answers.append(frame.id)
+            output = np.full(frame.hidden.shape, len(answers), np.float32)
+            if len(answers) == 2:  # the first node was only slow: its answer comes just before the second one's
+                first = np.ones_like(output)
+                yield TOPICS.results("a"), network.result(answers[0], 0, first)
+                yield TOPICS.results("b"), network.result(frame.id, 0, output)
+
+    network.transport._react = late
+    gate = np.array([[1, 0, 0, 0]], np.float32)
+    np.testing.assert_array_equal(network.ask(gate), np.ones((1, 8)))
+    network.transport._react = network._react
+    network.mute = set()
+    dropped = network.dispatcher.dropped["not awaited"]
+    network.ask(gate)
+    assert network.dispatcher.dropped["not awaited"] == dropped + 1
+
+
+def test_lost_experts_are_reported_after_the_last_holders_time() -> None:
+    network = _experienced(a="L*:E0-1", b="L*:E2-3", last_holder_s=0.5)
+    network.deaf = {"b"}
+    began = time.monotonic()
+    with pytest.raises(ExpertsLostError, match=r"'b' did not answer L0:E2-3 within 0\.5"):
+        network.ask(GATE)
+    assert 0.4 < time.monotonic() - began < 2
+    available = network.dispatcher.forecast(0).available
+    assert available is not None
+    assert available.tolist() == [True, True, False, False]
+    with pytest.raises(ExpertsLostError, match="left out for now: 'b'"):
+        network.ask(GATE)
+
+
+def test_a_node_that_recovers_is_proven_by_a_ping_and_used_again() -> None:
+    network = _experienced(a="L*:E0-1", b="L*:E2-3", last_holder_s=0.4)
+    network.deaf = {"b"}
+    with pytest.raises(ExpertsLostError):
+        network.ask(GATE)
+    network.deaf = set()
+    deadline = time.monotonic() + 5
+    while network.dispatcher.forecast(0).available is not None and time.monotonic() < deadline:
+        network.dispatcher.measure_links(0.1)
+    np.testing.assert_allclose(network.ask(GATE), EXPECTED)

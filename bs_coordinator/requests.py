@@ -1,0 +1,62 @@
+"""A layer's work split over nodes: who gets which rows for which experts. Pure."""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wire.frames import ExpertSlice
+from wire.tensors import Array
+
+
+class Request(NamedTuple):
+    """What one frame to one node will hold.
+
+    Attributes:
+        rows: int64 [n], which rows of the layer's hidden states it carries.
+        experts: slices whose token indices count within `rows`.
+    """
+
+    node: str
+    rows: NDArray[np.int64]
+    experts: tuple[ExpertSlice, ...]
+
+    def gate(self, tokens: int, experts: int) -> Array:
+        """Its part of the layer's gate weights, float32 [tokens, experts]."""
+        gate = np.zeros((tokens, experts), np.float32)
+        for slice_ in self.experts:
+            gate[self.rows[slice_.tokens], slice_.expert] = slice_.weights
+        return gate
+
+
+def chosen_experts(gate: Array) -> list[int]:
+    """The experts that some token of float32 [tokens, experts] is sent to."""
+    chosen: list[int] = np.flatnonzero(gate.any(axis=0)).tolist()
+    return chosen
+
+
+def plan_requests(gate: Array, holder: Mapping[int, str], *, max_tokens: int) -> list[Request]:
+    """One request per node, and what is too large for one frame in several.
+
+    Args:
+        gate: float32 [tokens, experts], zero where an expert is not chosen.
+        holder: the node to ask for each chosen expert.
+    """
+    experts_of: dict[str, list[int]] = {}
+    for expert in chosen_experts(gate):
+        experts_of.setdefault(holder[expert], []).append(expert)
+    requests = []
+    for node, experts in sorted(experts_of.items()):
+        rows = np.flatnonzero(gate[:, experts].any(axis=1))
+        for start in range(0, len(rows), max_tokens):
+            part = rows[start : start + max_tokens]
+            requests.append(Request(node, part, tuple(_slices(gate[part], experts))))
+    return requests
+
+
+def _slices(gate: Array, experts: Iterable[int]) -> Iterable[ExpertSlice]:
+    for expert in experts:
+        tokens = np.flatnonzero(gate[:, expert])
+        if len(tokens):
+            yield ExpertSlice(expert, tokens.astype(np.uint32), gate[tokens, expert])

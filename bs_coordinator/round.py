@@ -1,0 +1,128 @@
+"""One layer's requests until every chosen expert has answered for every row once. Pure: times come with the events.
+
+A request that fails or takes too long is handed on to other holders of its experts; whichever answers first counts,
+the first node or all of those that took over. What comes later is no longer awaited.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from bs_coordinator.links import LinkSample
+from bs_coordinator.records import DispatchRecord
+from bs_coordinator.requests import Request
+from wire.frames import RequestId
+from wire.tensors import Array
+
+
+class Sent(NamedTuple):
+    """When and how a request went out.
+
+    Attributes:
+        overdue_s: time (monotonic) past which others are asked.
+    """
+
+    id: RequestId
+    sent_ns: int
+    sent_unix_ns: int
+    down_bytes: int
+    predicted_ns: int
+    overdue_s: float
+
+
+class Answer(NamedTuple):
+    """What came back."""
+
+    output: Array
+    record: DispatchRecord
+    sample: LinkSample
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """A request and what became of it.
+
+    Attributes:
+        asked: nodes that were asked for these rows, this request's included.
+        failed: why its node will not answer any more, else empty.
+        heirs: the requests that took over.
+    """
+
+    request: Request
+    asked: frozenset[str]
+    sent: Sent | None = None
+    answer: Answer | None = None
+    failed: str = ""
+    heirs: list["Part"] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        """Whether its rows' answers are all there."""
+        return self.answer is not None or (bool(self.heirs) and all(heir.done for heir in self.heirs))
+
+    def hand_on(self, requests: Sequence[Request]) -> list["Part"]:
+        """Let others take over."""
+        self.heirs = [Part(request, self.asked | {request.node}) for request in requests]
+        return self.heirs
+
+    def answered(self) -> Iterator["Part"]:
+        """The parts whose answers add up to this one's, in the order of asking."""
+        if self.answer is not None:
+            yield self
+        else:
+            for heir in self.heirs:
+                yield from heir.answered()
+
+
+class Round:
+    """All of a layer's requests.
+
+    Attributes:
+        hidden: float32 [tokens, hidden], what the experts are applied to.
+        hand_on: whether others may take over.
+    """
+
+    def __init__(self, layer: int, hidden: Array, requests: Sequence[Request], *, hand_on: bool) -> None:
+        self.layer = layer
+        self.hidden = hidden
+        self.hand_on = hand_on
+        self.parts = [Part(request, frozenset([request.node])) for request in requests]
+        self._awaited: dict[RequestId, Part] = {}
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is missing."""
+        return all(part.done for part in self.parts)
+
+    def sent(self, part: Part, sent: Sent) -> None:
+        """`part` is on its way; from now on its answer is awaited."""
+        part.sent = sent
+        self._awaited[sent.id] = part
+
+    def awaited(self, id: RequestId) -> Part | None:
+        """The part that an answer with this id belongs to, if it still counts."""
+        return self._awaited.get(id)
+
+    def settle(self, part: Part, answer: Answer) -> None:
+        """The first valid answer; neither another one nor the heirs' count from now on."""
+        part.answer = answer
+        self._awaited = {id: other for id, other in self._awaited.items() if other is not part}
+
+    def open(self) -> list[Part]:
+        """Parts whose answer is awaited and needed: their rows are not done."""
+        return list(self._open(self.parts))
+
+    def overdue(self, now_s: float) -> list[Part]:
+        """Open parts that others should be asked for by now, and which nobody took over yet."""
+        return [p for p in self.open() if p.sent and not p.heirs and not p.failed and now_s >= p.sent.overdue_s]
+
+    def next_overdue_s(self) -> float:
+        """When the next open part will be overdue."""
+        times = (p.sent.overdue_s for p in self.open() if p.sent and not p.heirs and not p.failed)
+        return min(times, default=float("inf"))
+
+    def _open(self, parts: Sequence[Part]) -> Iterator[Part]:
+        for part in parts:
+            if not part.done:
+                yield part
+                yield from self._open(part.heirs)

@@ -1,0 +1,108 @@
+"""The pure decisions behind failover: who is asked, who is left out, what is chosen instead of what is lost."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bs_coordinator.assignment import HYSTERESIS, assign
+from bs_coordinator.forecast import LayerForecast
+from bs_coordinator.health import FIRST_PAUSE_S, MOST_PAUSE_S, PING_TIMEOUT_S, Health
+from bs_coordinator.selection import parse_policy
+from bs_coordinator.selection.degraded import select_available
+from wire.errors import ExpertsLostError
+from wire.tensors import Array
+
+NODES = ["a", "b", "c", "d"]
+holders_lists = st.lists(st.lists(st.sampled_from(NODES), unique=True, max_size=4), min_size=1, max_size=8)
+costs = st.fixed_dictionaries({n: st.floats(1e-3, 1.0) for n in NODES})
+
+
+@given(holders_lists, costs)
+def test_experts_are_assigned_to_their_holders(holders: list[list[str]], cost_s: dict[str, float]) -> None:
+    for nodes, chosen in zip(holders, assign(holders, cost_s), strict=True):
+        assert chosen in nodes if nodes else chosen is None
+
+
+@given(holders_lists, costs)
+def test_an_assignment_stays_while_nothing_changes(holders: list[list[str]], cost_s: dict[str, float]) -> None:
+    first = assign(holders, cost_s)
+    again = assign(holders, cost_s, first)
+    assert assign(holders, cost_s, again) == again
+
+
+def test_replicas_share_the_work() -> None:
+    ring = [[NODES[e % 4], NODES[(e + 1) % 4]] for e in range(8)]
+    assert set(Counter(assign(ring, dict.fromkeys(NODES, 0.01))).values()) == {2}
+
+
+def test_a_slow_holder_gets_less() -> None:
+    everywhere = [["a", "b"]] * 6
+    assert Counter(assign(everywhere, {"a": 0.02, "b": 0.01})) == {"a": 2, "b": 4}
+
+
+def test_an_expert_moves_only_for_a_clear_gain() -> None:
+    little, much = 1 / (1 + 0.9 * HYSTERESIS), 1 / (1 + 1.1 * HYSTERESIS)
+    assert assign([["a", "b"]], {"a": 1.0, "b": little}, ["a"]) == ["a"]
+    assert assign([["a", "b"]], {"a": 1.0, "b": much}, ["a"]) == ["b"]
+
+
+def test_pauses_double_up_to_a_limit_and_end_with_a_proof() -> None:
+    health, now_s = Health(), 0.0
+    pauses = []
+    for _ in range(9):
+        health.failed("a", now_s, "why")
+        assert not health.usable("a")
+        began_s = now_s
+        while not health.to_prove(now_s):
+            now_s += 0.5
+        pauses.append(now_s - began_s)
+        health.proven("a")
+        assert health.usable("a")
+    assert pauses[:4] == [FIRST_PAUSE_S * 2**i for i in range(4)]
+    assert pauses[-1] == MOST_PAUSE_S
+
+
+def test_a_ping_without_an_answer_is_sent_again() -> None:
+    health = Health()
+    health.failed("a", 0.0, "why")
+    assert health.to_prove(FIRST_PAUSE_S) == ["a"]
+    assert health.to_prove(FIRST_PAUSE_S + 0.1) == []
+    assert health.to_prove(FIRST_PAUSE_S + PING_TIMEOUT_S) == ["a"]
+    assert not health.usable("a")
+
+
+def test_an_old_failure_is_forgiven() -> None:
+    health = Health()
+    for now_s in (0.0, 1000.0, 2000.0):
+        health.failed("a", now_s, "why")
+        assert health.to_prove(now_s + FIRST_PAUSE_S) == ["a"]
+        health.proven("a")
+
+
+gates = st.lists(st.lists(st.floats(0.0, 1.0, width=32), min_size=8, max_size=8), min_size=1, max_size=6)
+
+
+@given(gates, st.lists(st.booleans(), min_size=8, max_size=8), st.sampled_from(["topk", "top1", "wdmoe", "subset"]))
+def test_what_is_lost_is_never_chosen_and_other_tokens_keep_their_choice(
+    rows: list[list[float]], there: list[bool], name: str
+) -> None:
+    probabilities: Array = np.array(rows, np.float32) + np.float32(1e-3)
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    available = np.array(there)
+    policy = parse_policy(name, top_k=2)
+    forecast = replace(LayerForecast.even(0, 8), available=available)
+    if not available.any():
+        with pytest.raises(ExpertsLostError):
+            select_available(policy, probabilities, forecast)
+        return
+    gate, degraded = select_available(policy, probabilities, forecast)
+    assert not gate[:, ~available].any()
+    np.testing.assert_allclose(gate.sum(axis=1), 1, rtol=1e-5)
+    wanted = policy.select(probabilities, forecast)
+    hurt = wanted[:, ~available].any(axis=1)
+    np.testing.assert_array_equal(np.flatnonzero(hurt), degraded)
+    np.testing.assert_array_equal(gate[~hurt], wanted[~hurt])
