@@ -12,9 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from bs_coordinator.fleet import Fleet
 from bs_coordinator.forecast import LayerForecast
+from bs_coordinator.guard import GainGuard
 from bs_coordinator.health import QUARANTINE_S, Health
 from bs_coordinator.holders import Holders
 from bs_coordinator.links import LinkMonitor, LinkSample
@@ -24,7 +26,7 @@ from bs_coordinator.records import DispatchRecord
 from bs_coordinator.requests import Request, chosen_experts, plan_requests
 from bs_coordinator.round import Answer, Part, Round, Sent
 from wire import frames, status, tensors
-from wire.errors import DispatchError, ExpertsLostError, FrameError, PlacementError
+from wire.errors import BrokerAuthError, BrokerError, DispatchError, ExpertsLostError, FrameError, PlacementError
 from wire.experts import ExpertId, format_selector
 from wire.frames import ErrorFrame, PingFrame, PongFrame, RequestId, ResultFrame, Status, WorkFrame
 from wire.status import SocketFacts
@@ -37,6 +39,9 @@ log = logging.getLogger(__name__)
 _PATIENCE = 4.0
 _GRACE_S = 0.3
 """A request is overdue after `_PATIENCE` times its predicted time and this: enough for a retransmission."""
+_BROKER_PATIENCE_S = 60.0
+_NODES_PATIENCE_S = 12.0
+"""After the broker is back: nodes try again within seconds of each other and tell their status every few seconds."""
 _FAMILIAR = 8
 """Requests that a node must have answered before its predictions are deadlines."""
 
@@ -63,6 +68,7 @@ class Dispatcher:
         dtype: WireDtype,
         timeout_s: float,
         last_holder_s: float | None = None,
+        reconnect: Callable[[], Transport] | None = None,
         links: LinkMonitor | None = None,
         broker_sockets: Callable[[], Mapping[str, SocketFacts]] = _no_facts,
     ) -> None:
@@ -73,6 +79,7 @@ class Dispatcher:
             timeout_s: how long one layer may wait for its nodes.
             last_holder_s: how long an overdue request is awaited whose experts nobody else holds, before they are
                 reported as lost; `timeout_s` if None.
+            reconnect: connects to the broker again after the connection was lost; without it that is an error.
             broker_sockets: gives new facts of the broker's connections to its clients, by the clients' endpoints.
         """
         self.links = links or LinkMonitor()
@@ -84,8 +91,11 @@ class Dispatcher:
         self._dtype = dtype
         self._timeout_s = timeout_s
         self._last_holder_s = timeout_s if last_holder_s is None else min(last_holder_s, timeout_s)
+        self._guard = GainGuard(fleet.dims.layers)
         self._session = secrets.randbits(64)
         self._next_request = 0
+        self._reconnect = reconnect
+        self._fresh_only = False
         self._broker_sockets = broker_sockets
         self._row_bytes = tensors.encoded_bytes(1, fleet.dims.hidden, dtype)
         self._holders = Holders(
@@ -96,21 +106,24 @@ class Dispatcher:
             last_resort=last_holder_s is None,
         )
         self._prober = Prober(self.links, self.health, self._send_ping, self._new_id)
-        transport.subscribe(topics.status("+"), qos=1)
-        transport.subscribe(topics.results("+"))
+        self._subscribe()
 
     def apply(self, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
-        """Ask the nodes and add up their answers (see `Experts.apply`).
+        """Ask the nodes and add up their answers (see `Experts.apply`). After a lost connection, ask again.
 
         Raises:
             PlacementError: no node online holds a chosen expert.
             ExpertsLostError: all holders of a chosen expert failed or are left out.
             DispatchError: the layer took longer than it may.
-            BrokerError: the connection is lost.
+            BrokerError: the connection is lost and can't be had again in time.
         """
-        self._holders.refresh(time.perf_counter())
-        holder = {expert: self._holder(layer, expert) for expert in chosen_experts(gate)}
-        return self._run(layer, hidden, plan_requests(gate, holder, max_tokens=self._max_tokens(hidden)))
+        while True:
+            self._holders.refresh(time.perf_counter())
+            holder = {expert: self._holder(layer, expert) for expert in chosen_experts(gate)}
+            try:
+                return self._run(layer, hidden, plan_requests(gate, holder, max_tokens=self._max_tokens(hidden)))
+            except BrokerError as error:
+                self._recover(error)
 
     def ask(self, node: str, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
         """The same of one node, whatever else is known of it.
@@ -165,6 +178,45 @@ class Dispatcher:
             if message:
                 self._absorb(message)
                 self._answer(message)
+
+    def close(self) -> None:
+        """Leave the broker."""
+        self._transport.close()
+
+    def _subscribe(self) -> None:
+        self._transport.subscribe(self._topics.status("+"), qos=1)
+        self._transport.subscribe(self._topics.results("+"))
+
+    def _recover(self, lost: BrokerError) -> None:
+        """Connect again, then hear from the nodes again: what they said before was said to another broker process.
+
+        Raises:
+            BrokerError: `lost`, or the last error, when the broker stays away.
+        """
+        if self._reconnect is None:
+            raise lost
+        log.warning("%s; trying again for %.0f s", lost, _BROKER_PATIENCE_S)
+        self._transport.close()
+        attempts = Retrying(
+            stop=stop_after_delay(_BROKER_PATIENCE_S),
+            wait=wait_random_exponential(multiplier=0.2, max=3.0),
+            retry=retry_if_exception(lambda e: isinstance(e, BrokerError) and not isinstance(e, BrokerAuthError)),
+            reraise=True,
+        )
+        attempts(self._rejoin, self._reconnect)
+        log.warning("the broker is back, %d nodes are online", len(self.fleet.nodes))
+
+    def _rejoin(self, connect: Callable[[], Transport]) -> None:
+        self._transport = connect()
+        self.fleet.forget()
+        self._fresh_only = True  # a retained status may be a dead node's
+        try:
+            self._subscribe()
+            deadline = time.monotonic() + _NODES_PATIENCE_S
+            while self.fleet.missing() and time.monotonic() < deadline:
+                self.pump(0.1)
+        finally:
+            self._fresh_only = False
 
     def _holder(self, layer: int, expert: int) -> str:
         node = self._holders.node(layer, expert)
@@ -285,6 +337,12 @@ class Dispatcher:
         if frame.layer != round.layer or frame.output.shape != (len(part.request.rows), round.hidden.shape[1]):
             self.dropped["wrong shape"] += 1
             return
+        if not self._guard.accepts(round.layer, round.hidden[part.request.rows], frame.output):
+            self.dropped["absurd"] += 1
+            why = f"node '{node}' answered {_experts(round, part)} with absurdly large values"
+            self.health.failed(node, time.perf_counter(), why, least_pause_s=QUARANTINE_S)
+            self._failed(round, part, why)
+            return
         round.settle(part, Answer(frame.output, _record(part, frame, message), _sample(part, frame, message)))
 
     def _overdue(self, round: Round, part: Part) -> None:
@@ -340,6 +398,8 @@ class Dispatcher:
         """Take in a status message; the node's name if it can no longer answer what it was asked."""
         node = self._topics.node_of_status(message.topic)
         if node is None or not message.payload:  # an empty payload clears a retained message
+            return None
+        if message.retained and self._fresh_only:
             return None
         try:
             document = status.decode_status(message.payload, node)

@@ -42,6 +42,12 @@ class Fleet:
             self.changes += 1
         return gone
 
+    def forget(self) -> None:
+        """Nobody is known to be online any more."""
+        self._nodes.clear()
+        self._holders = {}
+        self.changes += 1
+
     @property
     def nodes(self) -> Mapping[str, NodeStatus]:
         """Nodes online that serve this model."""

@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +102,8 @@ def open_station(
     # The broker first: a wrong address should not cost the time that a trunk takes to load.
     client_id = f"wdmoe-bs-{secrets.token_hex(4)}"
     with ExitStack() as stack:
-        transport = stack.enter_context(closing(MqttTransport(address, client_id)))
+        transport = MqttTransport(address, client_id)
+        stack.callback(transport.close)
         topics = Topics(config.cluster)
         broker_ms = measure_broker(transport, topics.echo(client_id))
         folder = config.bundle / "trunk"
@@ -118,10 +119,12 @@ def open_station(
             Fleet(manifest.dims, manifest.model_sha256),
             dtype=config.wire,
             timeout_s=config.layer_timeout_s,
+            reconnect=lambda: MqttTransport(address, client_id, timeout_s=5.0),
             last_holder_s=_LAST_HOLDER_S if config.degrade else None,
             links=LinkMonitor(shared_air=config.shared_air, log=log),
             broker_sockets=sockets.take,
         )
+        stack.callback(dispatcher.close)
         wait_for_experts(dispatcher, timeout_s=config.nodes_timeout_s, on_wait=say)
         nodes_ms = prove_nodes(dispatcher, manifest)
         dispatcher.measure_links(_FIRST_LOOK_S)

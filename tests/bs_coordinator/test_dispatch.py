@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from bs_coordinator.dispatch import Dispatcher
 from bs_coordinator.fleet import Fleet
+from bs_coordinator.guard import LEARN_ROWS
 from bs_coordinator.requests import plan_requests
 from tests.support import MemoryTransport
 from wire import frames, status
@@ -100,6 +101,7 @@ class _Network:
         self.extra: list[tuple[str, bytes]] = []
         self.mute: set[str] = set()
         self.deaf: set[str] = set()
+        self.absurd: set[str] = set()
         self.asked: list[tuple[str, tuple[int, ...]]] = []
         self.dispatcher = Dispatcher(
             self.transport, TOPICS, Fleet(DIMS, "m"), dtype=WireDtype.FP32, timeout_s=timeout_s,
@@ -127,6 +129,8 @@ class _Network:
             output = np.zeros(frame.hidden.shape, np.float32)
             for expert, tokens, weights in frame.experts:
                 output[tokens] += weights[:, None] * (expert + 1)
+            if node in self.absurd:
+                output *= 1e6
             yield TOPICS.results(node), self.result(frame.id, frame.layer, output)
 
     def result(self, id: RequestId, layer: int, output: Array) -> bytes:
@@ -245,17 +249,15 @@ def test_a_node_that_leaves_is_replaced_at_once() -> None:
 def test_the_first_answer_counts_and_the_late_one_is_dropped() -> None:
     network = _experienced(a="L*:E0-3", b="L*:E0-3")
     network.mute = {"a", "b"}
-    answers: list[RequestId] = []
+    asked: list[tuple[str, RequestId]] = []
 
     def late(topic: str, payload: bytes) -> Iterable[tuple[str, bytes]]:
         frame = frames.decode(payload)
         if isinstance(frame, WorkFrame):
-            answers.append(frame.id)
-            output = np.full(frame.hidden.shape, len(answers), np.float32)
-            if len(answers) == 2:  # the first node was only slow: its answer comes just before the second one's
-                first = np.ones_like(output)
-                yield TOPICS.results("a"), network.result(answers[0], 0, first)
-                yield TOPICS.results("b"), network.result(frame.id, 0, output)
+            asked.append((topic.split("/")[4], frame.id))
+            if len(asked) == 2:  # the first node was only slow: its answer comes just before the second one's
+                for i, (node, id) in enumerate(asked):
+                    yield TOPICS.results(node), network.result(id, 0, np.full(frame.hidden.shape, i + 1, np.float32))
 
     network.transport._react = late
     gate = np.array([[1, 0, 0, 0]], np.float32)
@@ -291,3 +293,14 @@ def test_a_node_that_recovers_is_proven_by_a_ping_and_used_again() -> None:
     while network.dispatcher.forecast(0).available is not None and time.monotonic() < deadline:
         network.dispatcher.measure_links(0.1)
     np.testing.assert_allclose(network.ask(GATE), EXPECTED)
+
+
+def test_absurd_answers_put_a_node_into_quarantine() -> None:
+    network = _experienced(a="L*:E0-3", b="L*:E0-3")
+    for _ in range(LEARN_ROWS):
+        network.ask(GATE)
+    liar = network.asked[-1][0]
+    network.absurd = {liar}
+    np.testing.assert_allclose(network.ask(GATE), EXPECTED)
+    assert network.dispatcher.dropped["absurd"] >= 1
+    assert not network.dispatcher.health.usable(liar)
