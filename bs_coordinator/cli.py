@@ -70,6 +70,10 @@ _model_options = _options(
         "--layer-timeout", type=click.FloatRange(0.1), default=30.0, show_default=True,
         help="Seconds that one layer may wait for its nodes.",
     ),
+    click.option(
+        "--degrade/--no-degrade", default=True, show_default=True,
+        help="Go on with the next best experts where no node can be had for one; the answer is marked.",
+    ),
     click.option("--shared-air", is_flag=True, help="All nodes are on one Wi-Fi channel: air times add up."),
     click.option("--link-log", type=click.Path(path_type=Path), help="Append link samples here ('replay' reads them)."),
     click.option("--stats/--no-stats", default=True, help="Numbers under each answer (on stderr)."),
@@ -325,7 +329,7 @@ def _rate(mbps: float, std_mbps: float) -> str:
 def _station(
     *, bundle: Path, broker: str, broker_port: int, cluster: str, password_file: Path | None,
     ca_file: Path | None, device: str, dtype: Any, wire: str, policy: str, nodes_timeout: float,
-    layer_timeout: float, shared_air: bool, link_log: Path | None,
+    layer_timeout: float, degrade: bool, shared_air: bool, link_log: Path | None,
 ) -> Iterator["Station"]:  # fmt: skip
     from bs_coordinator.selection import parse_policy
     from bs_coordinator.station import StationConfig, open_station
@@ -346,6 +350,7 @@ def _station(
         policy=policy,
         nodes_timeout_s=nodes_timeout,
         layer_timeout_s=layer_timeout,
+        degrade=degrade,
         shared_air=shared_air,
         link_log=link_log,
     )
@@ -379,6 +384,9 @@ def _answer(
         click.echo()
         if events and show_stats:
             click.echo(one_line(summarise(events)), err=True)
+        degraded = sum(any(step.degraded for step in event.steps) for event in events)
+        if degraded:
+            log.warning("degraded: %d of %d tokens had to do without an expert", degraded, len(events))
     return "".join(event.text for event in events)
 
 

@@ -133,7 +133,7 @@ def test_sigterm_says_good_bye(fleet: LocalFleet) -> None:
 
 
 def test_a_node_lost_in_mid_answer(full_fleet: LocalFleet) -> None:
-    argv = _endless_argv(full_fleet)
+    argv = [*_endless_argv(full_fleet), "--no-degrade"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.read(4)

@@ -1,0 +1,128 @@
+"""Nodes and brokers that go away in mid-answer: real processes, real signals; the text stays the same or says so."""
+
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from bs_coordinator.brokers import free_port, mosquitto_path, open_broker
+from testbed.local_fleet import LocalFleet
+from wire.manifest import Scheme
+
+TOKENS = 160
+"""Of the two-layer model: a few seconds."""
+
+
+def _argv(fleet: LocalFleet, *extra: object) -> list[str]:
+    return [
+        sys.executable, "-m", "bs_coordinator", "generate", "--bundle", str(fleet.bundle), "--broker",
+        str(fleet.address), "--cluster", fleet.cluster, "--prompt", "Hello", "--raw", "--wire", "fp32",
+        "--max-tokens", str(TOKENS), *map(str, extra),
+    ]  # fmt: skip
+
+
+def _undisturbed(fleet: LocalFleet) -> str:
+    done = subprocess.run(_argv(fleet), capture_output=True, text=True, timeout=120, check=True)
+    assert f"{TOKENS} tokens" in done.stderr
+    return done.stdout
+
+
+def _disturbed(fleet: LocalFleet, fault: Callable[[], None], *extra: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of an answer during which, after its first characters, `fault` happens."""
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(_argv(fleet, *extra), stdout=subprocess.PIPE, stderr=log, text=True) as process,
+    ):
+        assert process.stdout is not None
+        watchdog = threading.Timer(120, process.kill)
+        watchdog.start()
+        out = process.stdout.read(20)
+        fault()
+        out += process.stdout.read()
+        code = process.wait()
+        watchdog.cancel()
+        log.seek(0)
+        err = log.read()
+    assert "Traceback" not in err
+    return code, out, err
+
+
+@pytest.fixture
+def pairs(fleet: LocalFleet) -> LocalFleet:
+    """Every expert on two of four nodes."""
+    for k in range(4):
+        fleet.start(f"n{k}", f"L*:E{2 * k},{2 * k + 1},{(2 * k + 2) % 8},{(2 * k + 3) % 8}")
+    return fleet
+
+
+def test_a_killed_node_with_replicas_costs_nothing_but_time(pairs: LocalFleet) -> None:
+    expected = _undisturbed(pairs)
+    code, out, err = _disturbed(pairs, pairs.processes["n1"].kill)
+    assert code == 0, err
+    assert out == expected
+    assert "degraded" not in err
+
+
+def test_a_stopped_node_is_left_out_and_comes_back(pairs: LocalFleet) -> None:
+    expected = _undisturbed(pairs)
+    process = pairs.processes["n2"]
+
+    def pause() -> None:
+        process.send_signal(signal.SIGSTOP)
+        threading.Timer(1.5, process.send_signal, [signal.SIGCONT]).start()
+
+    code, out, err = _disturbed(pairs, pause)
+    assert code == 0, err
+    assert out == expected
+    assert "'n2' is left out" in err
+    assert "degraded" not in err
+
+
+def test_without_replicas_the_answer_goes_on_and_says_so(fleet: LocalFleet) -> None:
+    for k in range(4):
+        fleet.start(f"n{k}", f"L*:E{2 * k},{2 * k + 1}")
+    code, out, err = _disturbed(fleet, fleet.processes["n1"].kill)
+    assert code == 0, err
+    assert f"{TOKENS} tokens" in err
+    assert f"of {TOKENS} tokens had to do without an expert" in err
+    assert out.strip()
+
+
+@pytest.fixture
+def restartable(tmp_path: Path, tiny_bundle: Callable[[Scheme], Path]) -> Iterator[tuple[LocalFleet, ExitStack]]:
+    """A fleet, and its broker, which ends when the stack is closed."""
+    if mosquitto_path() is None:
+        pytest.skip("mosquitto is not installed")
+    port = free_port()
+    with ExitStack() as broker:
+        address = broker.enter_context(open_broker("mosquitto", port=port))
+        fleet = LocalFleet(tiny_bundle("fp32"), address, tmp_path)
+        for k in range(4):
+            fleet.start(f"n{k}", f"L*:E{2 * k},{2 * k + 1}")
+        yield fleet, broker
+        fleet.stop()
+
+
+@pytest.mark.parametrize("down_s", [0.0, 6.0])
+def test_a_broker_restart_in_mid_answer(restartable: tuple[LocalFleet, ExitStack], down_s: float) -> None:
+    fleet, broker = restartable
+    expected = _undisturbed(fleet)
+    with ExitStack() as second:
+
+        def restart() -> None:
+            broker.close()
+            time.sleep(down_s)
+            second.enter_context(open_broker("mosquitto", port=fleet.address.port))
+
+        code, out, err = _disturbed(fleet, restart)
+    assert code == 0, err
+    assert out == expected
+    assert "the broker is back, 4 nodes are online" in err
+    fleet.check()
