@@ -21,7 +21,6 @@ from rich.table import Table
 from bs_coordinator.brokers import open_broker
 from bs_coordinator.dispatch import Dispatcher
 from bs_coordinator.fleet import Fleet
-from bs_coordinator.links import LinkMonitor
 from bs_coordinator.readiness import wait_for_experts
 from testbed.local_fleet import local_fleet
 from testbed.network import namespaces
@@ -149,7 +148,8 @@ def _measure_profile(network: EmulatedNetwork, dispatcher: Dispatcher, profile: 
     row_bytes = tensors.encoded_bytes(1, dims.hidden, WireDtype.FP16)
     sizes = {"down_bytes": frames.HEADER_BYTES + 2 * frames.ROW_BYTES + row_bytes}
     sizes["up_bytes"] = frames.RESULT_BYTES + row_bytes
-    dispatcher.links = LinkMonitor(shared_air=network.spec.profiles[profile].shared_air)
+    dispatcher.links.forget()
+    dispatcher.links.shared_air = network.spec.profiles[profile].shared_air
     network.set_profile(profile)
     dispatcher.measure_links(1.0)
     traces: dict[str, _Trace] = defaultdict(_Trace)

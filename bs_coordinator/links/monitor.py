@@ -91,6 +91,12 @@ class LinkMonitor:
         self._outstanding: dict[str, float] = {}
         self._last_probe_s = -math.inf
 
+    def forget(self) -> None:
+        """Begin again without knowledge."""
+        self._nodes.clear()
+        self._outstanding.clear()
+        self._last_probe_s = -math.inf
+
     def observe(self, samples: Sequence[LinkSample]) -> None:
         """Take in what one layer's requests took, in the order in which they were sent; or one probe."""
         if self.shared_air and len(samples) > 1:
