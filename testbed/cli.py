@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from testbed.bench.sections import SECTIONS
 from testbed.experiment import commands
 from testbed.network import commands as network_commands
 from testbed.radio import commands as radio_commands
@@ -112,16 +113,19 @@ def link_accuracy(spec: Path, profiles: tuple[str, ...], seconds: float, out: Pa
 
 
 @cli.command()
-@click.option("--broker", default="embedded", show_default=True, help="embedded or mosquitto.")
+@click.option("--broker", default="mosquitto", show_default=True, help="embedded, mosquitto or an URL.")
+@click.option("--section", "sections", multiple=True, type=click.Choice(list(SECTIONS)), help="Repeatable; else all.")
 @click.option("--samples", type=click.IntRange(10), default=300, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/bench.json"), show_default=True)
-def bench(broker: str, samples: int, out: Path) -> None:
-    """Transport against plain TCP, experts against memory bandwidth."""
+def bench(broker: str, sections: tuple[str, ...], samples: int, out: Path) -> None:
+    """Everything that should be fast, as ratios to what the hardware allows."""
     from rich.console import Console
 
-    from testbed.bench import run_bench
+    from testbed.bench.rows import Settings
+    from testbed.bench.run import run_bench
 
-    run_bench(broker=broker, samples=samples, out=out, console=Console())
+    settings = Settings(broker=broker, samples=samples, folder=out.with_suffix(""), console=Console())
+    run_bench(settings, sections, out)
 
 
 commands.register(cli)

@@ -1,0 +1,69 @@
+"""One run of benchmarks as a table for people and as one JSON document."""
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from testbed.bench.rows import WARM_UP, Result, Row, Settings, Skipped
+from testbed.experiment import facts
+from wire.files import atomic_write
+
+SCHEMA = 2
+
+
+def print_results(results: Sequence[Result], console: Console) -> None:
+    """A line per row; below it what was skipped, and why."""
+    table = Table(pad_edge=False, padding=(0, 1))
+    table.add_column("benchmark")
+    table.add_column("floor")
+    for column in ("ours ms", "floor ms", "ratio", "95 %", "wanted"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in results:
+        if isinstance(row, Row):
+            low, high = row.interval()
+            ours, floor = (statistics.median(s) for s in (row.ours_ms, row.floor_ms))
+            wanted = f"≤ {row.target:g}" if row.target else ""
+            table.add_row(
+                row.name, row.floor, f"{ours:.3f}", f"{floor:.3f}", f"{row.ratio:.2f}", f"{low:.2f}–{high:.2f}", wanted
+            )
+    if table.row_count:
+        console.print(table)
+    for row in results:
+        if isinstance(row, Row) and row.parts:
+            parts = ", ".join(f"{cause} {ms:.2f}" for cause, ms in row.parts.items())
+            console.print(f"{row.name}: ms {parts}", highlight=False)
+        elif isinstance(row, Skipped):
+            console.print(f"skipped: {row.name}: {row.why}", style="yellow", highlight=False)
+
+
+def write_document(results: dict[str, list[Result]], settings: Settings, out: Path) -> None:
+    """Everything that was measured so far, with every sample."""
+    commit, dirty = facts.commit()
+    document: dict[str, Any] = {
+        "schema": SCHEMA,
+        "commit": commit,
+        "dirty": dirty,
+        "unix_s": int(time.time()),
+        "argv": facts.argv(),
+        "versions": facts.versions(),
+        "machine": {**facts.machine(), **facts.power()},
+        "parameters": {"broker": settings.broker, "samples": settings.samples, "warm_up": WARM_UP},
+        "rows": [],
+        "skipped": [],
+    }
+    for section, rows in results.items():
+        for row in rows:
+            if isinstance(row, Skipped):
+                document["skipped"].append({"section": section, **row._asdict()})
+            else:
+                facts_of_row = {"ratio": row.ratio, "ratio_95": row.interval()}
+                document["rows"].append({"section": section, **asdict(row), **facts_of_row})
+    with atomic_write(out) as file:
+        file.write(json.dumps(document).encode())

@@ -1,0 +1,7 @@
+"""The sections of `make bench`, in the order in which they run. To add one: write its module, name it here."""
+
+SECTIONS: dict[str, str] = {
+    "transport": "testbed.bench.transport",
+    "experts": "testbed.bench.experts",
+}
+"""Module by name. Imported only when its turn comes: some need torch, or Linux as root."""
