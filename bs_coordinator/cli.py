@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,9 +104,14 @@ def cli() -> None:
 @click.option("--prompt", required=True, help="Or '-' to read it from stdin.")
 @click.option("--system", help="System prompt of a chat model.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text, without the chat template.")
+@click.option(
+    "--session",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Keep the answer in this file; the same command after a crash goes on where it ended.",
+)
 def generate(
-    prompt: str, system: str | None, raw: bool, max_tokens: int, temperature: float, top_p: float, seed: int,
-    stats: bool, **options: Any,
+    prompt: str, system: str | None, raw: bool, session: Path | None, max_tokens: int, temperature: float,
+    top_p: float, seed: int, stats: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Answer one prompt; the text streams to stdout."""
     prompt = sys.stdin.read() if prompt == "-" else prompt
@@ -118,7 +124,10 @@ def generate(
         else:
             ids = tokenizer.encode_chat([*_system(system), {"role": "user", "content": prompt}])
         config = _sampling(max_tokens, temperature, top_p, seed)
-        _answer(station, station.new_sequence(), ids, config, stats)
+        if session is None:
+            _answer(station, station.new_sequence(), ids, config, stats)
+        else:
+            _answer_in_session(station, session, ids, config, stats)
 
 
 @cli.command()
@@ -370,15 +379,16 @@ def _station(
 
 
 def _answer(
-    station: "Station", sequence: "Sequence", ids: list[int], config: "SamplingConfig", show_stats: bool
-) -> str:
+    station: "Station", sequence: "Sequence", ids: list[int], config: "SamplingConfig", show_stats: bool,
+    *, keep: "Callable[[TokenEvent], str]" = lambda event: event.text,
+) -> str:  # fmt: skip
     from bs_coordinator.stats import one_line, summarise
 
     events: list[TokenEvent] = []
     try:
         for event in sequence.generate(ids, config):
             events.append(event)
-            click.echo(event.text, nl=False)
+            click.echo(keep(event), nl=False)
             sys.stdout.flush()
     finally:
         click.echo()
@@ -388,6 +398,30 @@ def _answer(
         if degraded:
             log.warning("degraded: %d of %d tokens had to do without an expert", degraded, len(events))
     return "".join(event.text for event in events)
+
+
+def _answer_in_session(
+    station: "Station", path: Path, prompt: list[int], config: "SamplingConfig", show_stats: bool
+) -> None:
+    """The whole answer goes to stdout, what a process before this one made included."""
+    from bs_coordinator.session_file import Asked, session_file
+
+    manifest = station.manifest
+    quantisation = str(manifest.quantisation)
+    asked = Asked.of(prompt, config, model_sha256=manifest.model_sha256, quantisation=quantisation)
+    with session_file(path, asked) as session:
+        stream = station.tokenizer.stream()
+        click.echo("".join(stream.push(id) for id in session.ids), nl=session.finished)
+        if session.finished:
+            return
+
+        def keep(event: "TokenEvent") -> str:
+            session.add(event.id, last=event.stop is not None)
+            # Not the event's own text: the decoder must know what came before.
+            return "" if event.stop == "eos" else stream.push(event.id)
+
+        left = replace(config, max_tokens=config.max_tokens - len(session.ids), skip=len(session.ids))
+        _answer(station, station.new_sequence(), prompt + session.ids, left, show_stats, keep=keep)
 
 
 def _read_line(prompt: str, *, while_waiting: Callable[[], None]) -> str:

@@ -16,12 +16,14 @@ class SamplingConfig:
         temperature: 0 takes the most probable token.
         top_p: smallest probability mass to draw from; 1 for all.
         seed: of the draw; the same seed gives the same tokens.
+        skip: draws that were already made, by a process that ended.
     """
 
     max_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    skip: int = 0
 
 
 class Sampler:
@@ -30,6 +32,7 @@ class Sampler:
     def __init__(self, config: SamplingConfig) -> None:
         self._greedy = config.temperature == 0.0
         self._generator = torch.Generator().manual_seed(config.seed)
+        self._skip = config.skip
         self._warpers = []
         if not self._greedy:
             self._warpers.append(TemperatureLogitsWarper(config.temperature))
@@ -40,6 +43,10 @@ class Sampler:
         """The next token id from logits [1, vocab] on the CPU."""
         if self._greedy:
             return int(logits.argmax(dim=-1))
+        for _ in range(self._skip):
+            # A draw uses up as many random numbers as there are tokens, whatever their probabilities.
+            torch.multinomial(torch.ones_like(logits), 1, generator=self._generator)
+        self._skip = 0
         for warper in self._warpers:
             logits = warper(None, logits)
         return int(torch.multinomial(torch.softmax(logits, dim=-1), 1, generator=self._generator))

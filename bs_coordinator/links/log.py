@@ -1,5 +1,6 @@
 """Link samples as JSON lines: what estimates were made of, to be replayed."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,8 @@ import msgspec
 
 from bs_coordinator.links.estimator import LinkSample
 from wire.errors import StorageError
+
+log = logging.getLogger(__name__)
 
 _NEWLINE = b"\n"
 
@@ -18,19 +21,27 @@ def no_log(sample: LinkSample) -> None:
 
 @contextmanager
 def link_log(path: Path) -> Iterator[Callable[[LinkSample], None]]:
-    """Append samples to a file while the context lasts.
+    """Append samples to a file while the context lasts. When the disk is full, warn once and go on without.
 
     Raises:
         StorageError: it can't be opened.
     """
     try:
-        file = path.open("ab")
+        file = path.open("ab", buffering=0)
     except OSError as error:
         raise StorageError(f"can't write {path}: {error.strerror}") from error
     encoder = msgspec.json.Encoder()
+    full = False
 
     def write(sample: LinkSample) -> None:
-        file.write(encoder.encode(sample) + _NEWLINE)
+        nonlocal full
+        if full:
+            return
+        try:
+            file.write(encoder.encode(sample) + _NEWLINE)
+        except OSError as error:
+            full = True
+            log.warning("can't write %s any more: %s; going on without", path, error.strerror)
 
     with file:
         yield write

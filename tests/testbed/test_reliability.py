@@ -126,3 +126,21 @@ def test_a_broker_restart_in_mid_answer(restartable: tuple[LocalFleet, ExitStack
     assert out == expected
     assert "the broker is back, 4 nodes are online" in err
     fleet.check()
+
+
+def test_a_killed_coordinator_goes_on_where_it_ended(pairs: LocalFleet, tmp_path: Path) -> None:
+    session = tmp_path / "answer.session"
+    sampled = ("--temperature", 1.0, "--seed", 3, "--session")
+    whole = subprocess.run(_argv(pairs, *sampled, tmp_path / "whole"), capture_output=True, text=True, check=True)
+    argv = _argv(pairs, *sampled, session)
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.read(20)
+        process.kill()
+    assert session.stat().st_mode & 0o777 == 0o600
+    for _ in range(2):  # the second time there is nothing left to do
+        again = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True)
+        assert again.stdout == whole.stdout
+    other = subprocess.run(_argv(pairs, "--session", session), capture_output=True, text=True, timeout=120, check=False)
+    assert other.returncode == 12
+    assert "another temperature, seed" in other.stderr
