@@ -34,7 +34,7 @@ that wants the same id."""
 _CLAIM_S = 0.5
 """How long a fresh status may take to come back from the broker, when two nodes start at once."""
 _RECONNECT_FIRST_S = 0.5
-_RECONNECT_MOST_S = 30.0
+_RECONNECT_MOST_S = 5.0
 
 
 class NodeAgent:
