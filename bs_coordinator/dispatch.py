@@ -19,6 +19,7 @@ from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.guard import GainGuard
 from bs_coordinator.health import QUARANTINE_S, Health
 from bs_coordinator.holders import Holders
+from bs_coordinator.join_watch import JoinWatch
 from bs_coordinator.links import LinkMonitor, LinkSample
 from bs_coordinator.links.prober import Prober
 from bs_coordinator.model import ExpertOutput
@@ -91,6 +92,7 @@ class Dispatcher:
         self._dtype = dtype
         self._timeout_s = timeout_s
         self._last_holder_s = timeout_s if last_holder_s is None else min(last_holder_s, timeout_s)
+        self._join_watch = JoinWatch()
         self._guard = GainGuard(fleet.dims.layers)
         self._session = secrets.randbits(64)
         self._next_request = 0
@@ -230,6 +232,7 @@ class Dispatcher:
         raise ExpertsLostError(f"{format_selector([id])} can't be had: left out for now: {reasons}")
 
     def _run(self, layer: int, hidden: Array, requests: Sequence[Request], *, hand_on: bool = True) -> ExpertOutput:
+        began_ns = time.perf_counter_ns()
         round = Round(layer, hidden, requests, hand_on=hand_on)
         for part in round.parts:
             self._send(round, part)
@@ -241,7 +244,13 @@ class Dispatcher:
         # Added in the order of asking, not of arrival: floating-point sums depend on it.
         for part, answer in answered:
             output[part.request.rows] += answer.output
-        return ExpertOutput(output, tuple(answer.record for _, answer in answered))
+        records = tuple(answer.record for _, answer in answered)
+        if hand_on and len(hidden) == 1:
+            slowest = max(records, key=lambda record: record.round_trip_ns).node
+            warning = self._join_watch.observe(self.fleet.nodes, time.perf_counter_ns() - began_ns, slowest)
+            if warning:
+                log.warning("%s", warning)
+        return ExpertOutput(output, records)
 
     def _max_tokens(self, hidden: Array) -> int:
         return frames.max_tokens(hidden.shape[1], self._dtype)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from bs_coordinator.assignment import HYSTERESIS, assign
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.health import FIRST_PAUSE_S, MOST_PAUSE_S, PING_TIMEOUT_S, Health
+from bs_coordinator.join_watch import WINDOW, JoinWatch
 from bs_coordinator.selection import parse_policy
 from bs_coordinator.selection.degraded import select_available
 from wire.errors import ExpertsLostError
@@ -106,3 +107,23 @@ def test_what_is_lost_is_never_chosen_and_other_tokens_keep_their_choice(
     hurt = wanted[:, ~available].any(axis=1)
     np.testing.assert_array_equal(np.flatnonzero(hurt), degraded)
     np.testing.assert_array_equal(gate[~hurt], wanted[~hurt])
+
+
+def _watch(watch: JoinWatch, nodes: str, ms: float, slowest: str) -> list[str]:
+    said = [watch.observe(nodes, int(ms * 1e6), slowest) for _ in range(WINDOW + 1)]
+    return [line for line in said if line]
+
+
+def test_a_node_that_slows_things_down_is_named_once_with_numbers() -> None:
+    watch = JoinWatch()
+    assert _watch(watch, "ab", 10.0, "a") == []
+    (warning,) = _watch(watch, "abc", 15.0, "c")
+    assert warning.startswith("since 'c' joined, a layer takes 15.0 ms instead of 10.0; 100%")
+    assert _watch(watch, "abc", 20.0, "c") == []
+
+
+def test_a_node_that_helps_or_replaces_another_is_not_complained_about() -> None:
+    watch = JoinWatch()
+    _watch(watch, "ab", 10.0, "a")
+    assert _watch(watch, "abc", 9.0, "c") == []
+    assert _watch(watch, "abd", 20.0, "d") == []
