@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench reproduce clean
+.PHONY: help demo test check bench reproduce chaos clean
 
 help:
 	@echo "make demo   set everything up, build the demo model and bundle, answer three questions over MQTT"
@@ -13,6 +13,7 @@ help:
 	@echo "make check  formatting, lint and types"
 	@echo "make bench  benchmarks: a table, and JSON with raw samples under runs/"
 	@echo "make reproduce DATA=folder  the README's table of policies, as root, in about half an hour"
+	@echo "make chaos  200 answers under random faults, as root (docs/reliability.md)"
 	@echo "make clean  remove the environment and everything built here (downloads stay in the user cache)"
 
 $(READY): pyproject.toml constraints.txt
@@ -39,6 +40,9 @@ reproduce: $(READY)
 	@test -n "$(DATA)" || { echo "say make reproduce DATA=folder with arc_easy_test.jsonl and piqa_valid.jsonl (docs/measurement.md)" >&2; exit 2; }
 	$(BIN)/wdmoe-testbed run testbed/experiment/plans/policies.yaml --data $(DATA) --out runs/policies
 	$(BIN)/wdmoe-testbed report runs/policies
+
+chaos: $(READY)
+	$(BIN)/wdmoe-testbed chaos
 
 clean:
 	rm -rf $(VENV) .venvs build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

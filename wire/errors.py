@@ -24,7 +24,8 @@
     ├── PrivilegeError           64   emulated networks need rights that this process lacks
     ├── NetworkSpecError         65   the description of an emulated network is wrong
     ├── NetworkError             66   an emulated network is not up, or not what was configured
-    └── SimulationError          67   a radio setting or a routing trace can't be used
+    ├── SimulationError          67   a radio setting or a routing trace can't be used
+    └── ChaosError               68   under faults an answer was wrong, hung or crashed
 
 Exit code 2 is click's own for a malformed command line; 130 is Ctrl-C.
 """
@@ -188,6 +189,12 @@ class NetworkError(WdmoeError):
     """An emulated network is not up, does not come up, or is not what was configured."""
 
     exit_code = 66
+
+
+class ChaosError(WdmoeError):
+    """Under faults an answer was wrong, hung or crashed."""
+
+    exit_code = 68
 
 
 class SimulationError(WdmoeError):

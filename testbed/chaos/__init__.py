@@ -1,0 +1,1 @@
+"""Random faults while answers are made: does every one end, and are those that look right right?"""

@@ -1,0 +1,57 @@
+"""The suite of random faults: its schedule, and a short run of it with real processes."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bs_coordinator.brokers import mosquitto_path
+from testbed.chaos.schedule import KINDS, Kind, draw
+from testbed.chaos.stage import network_description
+from testbed.network.spec import read_spec
+from tests.conftest import Run
+
+NODES = [f"node{k}" for k in range(8)]
+
+
+@given(st.integers(0, 99), st.integers(0, 999), st.sets(st.sampled_from(KINDS), min_size=1))
+def test_faults_are_drawn_from_those_allowed_and_again_the_same(seed: int, answer: int, kinds: set[Kind]) -> None:
+    allowed = sorted(kinds)
+    faults = draw(seed, answer, NODES, allowed, tokens=64)
+    assert faults == draw(seed, answer, NODES, allowed, tokens=64)
+    assert 1 <= len(faults) <= 2
+    assert {fault.kind for fault in faults} <= kinds
+    assert all(0 < fault.after_tokens < 32 for fault in faults)
+
+
+def test_every_fault_comes_up_equally_often_as_the_first() -> None:
+    first = Counter(draw(3, answer, NODES, KINDS, tokens=64)[0].kind for answer in range(10 * len(KINDS)))
+    assert set(first.values()) == {10}
+
+
+def test_the_network_has_a_profile_for_every_link_fault(tmp_path: Path) -> None:
+    (tmp_path / "network.yaml").write_text(json.dumps(network_description(NODES)))
+    profiles = read_spec(tmp_path / "network.yaml").profiles
+    assert {"calm", "loss-30", "blackhole-node7", "slow-node0"} <= set(profiles)
+    assert profiles["blackhole-node7"].link("node7", 0.0).loss_percent == 100
+
+
+@pytest.mark.slow
+def test_a_short_run_on_localhost(run: Run, tmp_path: Path) -> None:
+    if mosquitto_path() is None:
+        pytest.skip("mosquitto is not installed")
+    faults = [word for kind in ("kill", "broker", "noise", "coordinator", "disk") for word in ("--fault", kind)]
+    done = run(
+        "testbed", "chaos", "--localhost", "--answers", 5, "--nodes", 4, "--tokens", 48, *faults, "--out", tmp_path,
+        timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    answers = json.loads((tmp_path / "chaos.json").read_text())["answers"]
+    assert {fault["kind"] for answer in answers for fault in answer["faults"]} == {
+        "kill", "broker", "noise", "coordinator", "disk",
+    }  # fmt: skip
+    assert {answer["outcome"] for answer in answers} <= {"right", "degraded", "failed"}
+    assert sum(answer["resumed"] for answer in answers) >= 1
