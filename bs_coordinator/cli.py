@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bs_coordinator.place_command import place
 from bs_coordinator.shape_command import shape
 from wire import __version__
 from wire.console import run as run_console
@@ -238,6 +239,7 @@ def broker(kind: str, port: int) -> None:
         threading.Event().wait()
 
 
+cli.add_command(place)
 cli.add_command(shape)
 
 
