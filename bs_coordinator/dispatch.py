@@ -16,7 +16,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
 from bs_coordinator.fleet import Fleet
 from bs_coordinator.forecast import LayerForecast
-from bs_coordinator.guard import GainGuard
+from bs_coordinator.guard import GainGuard, agree
 from bs_coordinator.health import QUARANTINE_S, Health
 from bs_coordinator.holders import Holders
 from bs_coordinator.join_watch import JoinWatch
@@ -237,6 +237,7 @@ class Dispatcher:
         for part in round.parts:
             self._send(round, part)
         self._collect(round)
+        self._compare(round)
         answered = [(part, answer) for top in round.parts for part in top.answered() if (answer := part.answer)]
         self.links.observe([answer.sample for _, answer in answered])
         self.probe()
@@ -346,13 +347,30 @@ class Dispatcher:
         if frame.layer != round.layer or frame.output.shape != (len(part.request.rows), round.hidden.shape[1]):
             self.dropped["wrong shape"] += 1
             return
-        if not self._guard.accepts(round.layer, round.hidden[part.request.rows], frame.output):
+        answer = Answer(frame.output, _record(part, frame, message), _sample(part, frame, message))
+        x = round.hidden[part.request.rows]
+        if self._guard.suspects(round.layer, x, frame.output):
+            if part.doubtful is None and (part.heirs or self._hand_on(round, part)):
+                part.doubtful = answer
+                return
+            log.debug("node '%s' gave %s unusually large values; nobody to ask", node, _experts(round, part))
+        self._guard.learn(round.layer, x, frame.output)
+        round.settle(part, answer)
+
+    def _compare(self, round: Round) -> None:
+        """Who gave an answer that was not believed is quarantined, unless others say the same."""
+        for part, others in round.doubtful():
+            assert part.doubtful is not None  # noqa: S101 - that is what makes it doubtful
+            theirs = np.zeros_like(round.hidden)
+            for other in others:
+                if other.answer is not None:
+                    theirs[other.request.rows] += other.answer.output
+            rows, node = part.request.rows, part.request.node
+            if agree(part.doubtful.output, theirs[rows]):
+                continue
             self.dropped["absurd"] += 1
             why = f"node '{node}' answered {_experts(round, part)} with absurdly large values"
             self.health.failed(node, time.perf_counter(), why, least_pause_s=QUARANTINE_S)
-            self._failed(round, part, why)
-            return
-        round.settle(part, Answer(frame.output, _record(part, frame, message), _sample(part, frame, message)))
 
     def _overdue(self, round: Round, part: Part) -> None:
         """Ask others; where there are none, wait for as long as the last holder is given."""

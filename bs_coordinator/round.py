@@ -44,6 +44,7 @@ class Part:
 
     Attributes:
         asked: nodes that were asked for these rows, this request's included.
+        doubtful: an answer that was too large to be believed; the heirs' counts, and is compared with it.
         failed: why its node will not answer any more, else empty.
         heirs: the requests that took over.
     """
@@ -52,6 +53,7 @@ class Part:
     asked: frozenset[str]
     sent: Sent | None = None
     answer: Answer | None = None
+    doubtful: Answer | None = None
     failed: str = ""
     heirs: list["Part"] = field(default_factory=list)
 
@@ -107,6 +109,17 @@ class Round:
         """The first valid answer; neither another one nor the heirs' count from now on."""
         part.answer = answer
         self._awaited = {id: other for id, other in self._awaited.items() if other is not part}
+
+    def doubtful(self) -> list[tuple[Part, list[Part]]]:
+        """Parts with an answer that was not believed, each with the parts that answered instead."""
+        found = []
+        waiting = list(self.parts)
+        while waiting:
+            part = waiting.pop()
+            waiting += part.heirs
+            if part.doubtful is not None:
+                found.append((part, list(part.answered())))
+        return found
 
     def open(self) -> list[Part]:
         """Parts whose answer is awaited and needed: their rows are not done."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from testbed.chaos.schedule import Fault
-from testbed.chaos.stage import Stage, in_background
+from testbed.chaos.stage import Stage
 
 Outcome = Literal["right", "degraded", "failed", "wrong", "hung", "crashed"]
 DEADLINE_S = 150.0
@@ -60,7 +61,7 @@ def make_answer(
         "--session", str(session), *link_log,
     ]  # fmt: skip
     waiting = list(faults)
-    threads, errors = [], []  # type: ignore[var-annotated]
+    happening: list[Future[None]] = []
     began = changed = time.monotonic()
     count, longest_s, resumed = 0, 0.0, 0
     with (folder / f"answer-{number}.log").open("wb") as log:
@@ -84,12 +85,13 @@ def make_answer(
                     resumed += 1
                 else:
                     rng = random.Random(f"{seed} {number} {fault.kind}")  # noqa: S311 - to be reproduced
-                    threads.append(in_background(stage, fault, rng, errors))
+                    happening.append(stage.begin(fault, rng))
             if process.poll() is not None:
                 break
             time.sleep(_POLL_S)
-    for thread in threads:
-        thread.join(30.0)
+    done, unfinished = wait(happening, 30.0)
+    errors = [str(error) for future in done if (error := future.exception())]
+    errors += ["a fault did not end"] * len(unfinished)
     said = (folder / f"answer-{number}.log").read_text(errors="replace")
     ids = _ids(session)
     outcome, detail = _judge(process.returncode, said, ids, expected, hung=hung)

@@ -66,7 +66,7 @@ def run_chaos(
             calm.append((session_ids(out, -1 - i), answer.seconds))
         for number in range(answers):
             prompt = number % len(PROMPTS)
-            faults = draw(seed, number, names, kinds, tokens=tokens)
+            faults = draw(seed, number, names, kinds, tokens=len(calm[prompt][0]))
             answer = make_answer(
                 stage, bundle, out, number=number, prompt=prompt, text=PROMPTS[prompt], tokens=tokens, faults=faults,
                 expected=calm[prompt][0], seed=seed,

@@ -3,9 +3,9 @@
 import random
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,6 +84,8 @@ class Stage:
         self.nodes = tuple(nodes)
         self._links = links
         self._broker = ExitStack()
+        # Threads that stay: the kernel ends a child with the thread that started it (`die_with_parent`).
+        self._threads = ThreadPoolExecutor(4)
         self.address = BrokerAddress(links.address, free_port(links.address))
         self.fleet = LocalFleet(bundle, self.address, folder / "nodes", cluster="chaos")
         n = len(nodes)
@@ -101,6 +103,7 @@ class Stage:
                 self.start_node(node)
             yield
         finally:
+            self._threads.shutdown(cancel_futures=True)
             self.fleet.stop()
             self._broker.close()
 
@@ -119,6 +122,10 @@ class Stage:
         for node in ended:
             self.start_node(node)
         return ended
+
+    def begin(self, fault: Fault, rng: random.Random) -> "Future[None]":
+        """Let a fault happen beside the answer."""
+        return self._threads.submit(self.happen, fault, rng)
 
     def happen(self, fault: Fault, rng: random.Random) -> None:
         """Let a fault begin, last and end; returns when all is as before.
@@ -197,20 +204,6 @@ class Stage:
             time.sleep(0.05)
         for stranger in idle:
             stranger.close()
-
-
-def in_background(stage: Stage, fault: Fault, rng: random.Random, errors: list[str]) -> threading.Thread:
-    """A fault beside the answer; what goes wrong with the stage itself is added to `errors`."""
-
-    def run() -> None:
-        try:
-            stage.happen(fault, rng)
-        except Exception as error:  # noqa: BLE001 - told by the run, which counts for nothing then
-            errors.append(f"{fault.kind}: {error}")
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return thread
 
 
 def write_network(nodes: Sequence[str], path: Path) -> None:
