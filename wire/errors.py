@@ -3,6 +3,7 @@
     WdmoeError                    1
     ├── CheckpointError          10   the source checkpoint is missing, broken or not a Mixtral
     ├── BundleError              11   a bundle is missing, incomplete, tampered with or of another version
+    │   └── SignatureError       14   a bundle is not signed, or not by the key that was given
     ├── StorageError             12   a file could not be written (disk full, no permission)
     ├── DownloadError            13   something that had to be fetched could not be, or has the wrong hash
     ├── MemoryBudgetError        20   the experts do not fit into this device's memory
@@ -10,13 +11,15 @@
     ├── DuplicateNodeError       22   another live node uses this id
     ├── BrokerError              30   the broker can't be reached or was lost
     │   ├── BrokerAuthError      31   the broker refused user or password
-    │   └── BrokerDelayError     32   round trips show the 40 ms of a missing TCP_NODELAY
+    │   ├── BrokerDelayError     32   round trips show the 40 ms of a missing TCP_NODELAY
+    │   └── PlaintextError       33   a broker beyond loopback without TLS, and nobody said that this is meant
     ├── PlacementError           40   no node holds an expert that the model needs
     ├── DispatchError            41   a node failed or did not answer before the deadline
     │   └── ExpertsLostError     41   … and nobody else holds what it was asked for
     ├── ContextLengthError       42   the prompt is longer than the model's context
     ├── ShapingError             43   the down-link can't be shaped as asked
     ├── FrameError               50   bytes that are not a valid frame (counted and dropped, rarely fatal)
+    ├── KeyFileError             51   a key file is missing, not one, or can be read by others
     ├── PlanError                60   an experiment's plan is wrong
     ├── RunDirectoryError        61   a run directory is missing, in use, or not one
     ├── PreflightError           62   this machine or its nodes can't run a plan
@@ -47,6 +50,12 @@ class BundleError(WdmoeError):
     """A bundle is missing, incomplete, tampered with or of another schema version."""
 
     exit_code = 11
+
+
+class SignatureError(BundleError):
+    """A bundle is not signed, or not by the key that was given."""
+
+    exit_code = 14
 
 
 class StorageError(WdmoeError):
@@ -107,6 +116,12 @@ class BrokerDelayError(BrokerError):
     exit_code = 32
 
 
+class PlaintextError(BrokerError):
+    """A broker beyond loopback without TLS, and nobody said that this is meant."""
+
+    exit_code = 33
+
+
 class PlacementError(WdmoeError):
     """No node holds an expert that the model needs."""
 
@@ -147,6 +162,12 @@ class FrameError(WdmoeError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class KeyFileError(WdmoeError):
+    """A key file is missing, not one, or can be read by others."""
+
+    exit_code = 51
 
 
 class PlanError(WdmoeError):

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from wire import tensors
 from wire.errors import FrameError
+from wire.seal import TAG_BYTES, Seal
 from wire.tensors import Array, WireDtype
 
 MAGIC = b"WDMo"
@@ -32,8 +33,9 @@ MAX_HIDDEN = 1 << 16
 MAX_MESSAGE_BYTES = 512
 MAX_PING_BYTES = 64 << 10
 
-# magic version kind dtype pad session request attempt layer tokens hidden deadline experts status
-_HEADER = struct.Struct("<4sBBBxQQHHIIIHH")
+# magic version kind dtype flags session request attempt layer tokens hidden deadline experts status
+_HEADER = struct.Struct("<4sBBBBQQHHIIIHH")
+_SEALED = 1
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CRC.size
 _ROW = np.dtype([("expert", "<u2"), ("reserved", "<u2"), ("count", "<u4")])
@@ -178,12 +180,13 @@ def max_tokens(hidden: int, dtype: WireDtype) -> int:
     return max(1, TARGET_FRAME_BYTES // (tensors.encoded_bytes(1, hidden, dtype) + 16))
 
 
-def encode(frame: Frame, *, began_ns: int | None = None) -> bytes:
+def encode(frame: Frame, *, began_ns: int | None = None, seal: Seal | None = None) -> bytes:
     """The bytes of a frame.
 
     Args:
         began_ns: for results, the `time.perf_counter_ns()` from which `durations.encode_ns` counts; it then
             replaces the value in `frame`, since only here the conversion's end is known.
+        seal: appends a tag.
 
     Raises:
         FrameError: the frame breaks a limit, so that no receiver would take it.
@@ -222,25 +225,32 @@ def encode(frame: Frame, *, began_ns: int | None = None) -> bytes:
             tokens = len(frame.payload)
             body = [_DURATIONS.pack(d.queue_ns, d.decode_ns, d.compute_ns, d.encode_ns), frame.payload]
     _check_limits(kind, tokens, hidden)
+    flags = 0 if seal is None else _SEALED
     header = _HEADER.pack(
-        MAGIC, VERSION, kind, dtype, frame.id.session, frame.id.request, frame.id.attempt,
+        MAGIC, VERSION, kind, dtype, flags, frame.id.session, frame.id.request, frame.id.attempt,
         layer, tokens, hidden, deadline_ms, n_experts, status,
     )  # fmt: skip
     crc = zlib.crc32(header)
     for part in body:
         crc = zlib.crc32(part, crc)
-    encoded = b"".join([header, _CRC.pack(crc), *body])
+    parts = [header, _CRC.pack(crc), *body]
+    if seal is not None:
+        parts.append(seal.tag(parts))
+    encoded = b"".join(parts)
     if len(encoded) > MAX_FRAME_BYTES:
         raise FrameError("limit", f"frame of {len(encoded)} bytes exceeds {MAX_FRAME_BYTES}")
     return encoded
 
 
-def decode(data: bytes | bytearray) -> Frame:
+def decode(data: bytes | bytearray, *, seal: Seal | None = None) -> Frame:
     """The frame in `data`.
 
+    Args:
+        seal: only frames with its tag are taken; without it, only frames that have none.
+
     Raises:
-        FrameError: with reason `length`, `magic`, `version`, `kind`, `dtype`, `limit`, `crc`, `table`,
-            `status` or `not-finite`.
+        FrameError: with reason `length`, `magic`, `version`, `flags`, `sealed`, `unsealed`, `forged`, `kind`,
+            `dtype`, `limit`, `crc`, `table`, `status` or `not-finite`.
     """
     if not HEADER_BYTES <= len(data) <= MAX_FRAME_BYTES:
         raise FrameError("length", f"{len(data)} bytes are not a frame ({HEADER_BYTES} to {MAX_FRAME_BYTES})")
@@ -249,6 +259,7 @@ def decode(data: bytes | bytearray) -> Frame:
         version,
         kind,
         dtype,
+        flags,
         session,
         request,
         attempt,
@@ -263,11 +274,12 @@ def decode(data: bytes | bytearray) -> Frame:
         raise FrameError("magic", "this is no WDMoE frame")
     if version != VERSION:
         raise FrameError("version", f"frame version {version}, this side speaks {VERSION}")
+    end = _check_seal(data, flags, seal)
     kind = _member(Kind, kind, "kind")
     dtype = _member(WireDtype, dtype, "dtype")
     status = _member(Status, status, "status")
     _check_limits(kind, tokens, hidden)
-    body = memoryview(data)[HEADER_BYTES:]
+    body = memoryview(data)[HEADER_BYTES:end]
     (crc,) = _CRC.unpack_from(data, _HEADER.size)
     if zlib.crc32(body, zlib.crc32(memoryview(data)[: _HEADER.size])) != crc:
         raise FrameError("crc", "checksum does not match: bytes were changed on the way")
@@ -292,6 +304,24 @@ def decode(data: bytes | bytearray) -> Frame:
             _check_body(body, _DURATIONS.size + tokens)
             durations = NodeDurations(*_DURATIONS.unpack_from(body))
             return PongFrame(id, bytes(body[_DURATIONS.size :]), durations)
+
+
+def _check_seal(data: bytes | bytearray, flags: int, seal: Seal | None) -> int:
+    """Where the body ends. Nothing else of a frame is looked at before its tag was."""
+    if flags & ~_SEALED:
+        raise FrameError("flags", f"unknown flags {flags:#x}")
+    if not flags:
+        if seal is not None:
+            raise FrameError("unsealed", "the frame has no tag: does the sender have a key?")
+        return len(data)
+    if seal is None:
+        raise FrameError("sealed", "the frame has a tag, and this side has no key to check it with")
+    end = len(data) - TAG_BYTES
+    if end < HEADER_BYTES:
+        raise FrameError("length", "the frame ends within its tag")
+    view = memoryview(data)
+    seal.check(view[:end], view[end:])
+    return end
 
 
 def _member(cls: type[_E], value: int, reason: str) -> _E:
