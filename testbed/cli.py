@@ -53,8 +53,16 @@ def demo(broker: str, nodes: int, max_tokens: int, questions: tuple[str, ...], r
 @click.option("--texts", type=click.IntRange(1), default=3, show_default=True, help="Per domain.")
 @click.option("--tokens", type=click.IntRange(2), default=384, show_default=True, help="Per text.")
 @click.option("--variant", "variants", multiple=True, type=click.Choice(list(_VARIANTS)), help="Repeatable.")
+@click.option(
+    "--lost",
+    type=click.IntRange(0, 7),
+    multiple=True,
+    help="Do without this expert of every layer, as after the loss of its only node; repeatable.",
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/quality.json"), show_default=True)
-def quality(data: Path, items: int, texts: int, tokens: int, variants: tuple[str, ...], out: Path) -> None:
+def quality(
+    data: Path, items: int, texts: int, tokens: int, variants: tuple[str, ...], lost: tuple[int, ...], out: Path
+) -> None:
     """Perplexity and accuracy of the demo model in every quantisation."""
     from rich.console import Console
 
@@ -70,7 +78,7 @@ def quality(data: Path, items: int, texts: int, tokens: int, variants: tuple[str
             rows.append(
                 measure_quality(
                     bundle, data, items=items, texts_per_domain=texts, tokens=tokens,
-                    threads=os.cpu_count() or 1,
+                    threads=os.cpu_count() or 1, lost=lost,
                 )
             )  # fmt: skip
         write_quality(rows, out, {"items": items, "texts_per_domain": texts, "tokens": tokens})

@@ -4,6 +4,7 @@ For long evaluations, where the question is the answers' quality and not the tim
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ class LocalExperts:
 
     Attributes:
         forecasts: what asking for a layer is to be taken to cost; all experts alike when None.
+        lost: expert indices that no node can be had for, in any layer.
     """
 
     def __init__(self, bundle: Path, *, threads: int, wire: WireDtype = WireDtype.FP32) -> None:
@@ -32,6 +34,7 @@ class LocalExperts:
         """
         manifest = load_manifest(bundle)
         self.forecasts: Callable[[int], LayerForecast] | None = None
+        self.lost: frozenset[int] = frozenset()
         self._experts = manifest.dims.experts
         self._wire = wire
         self._runtime = ExpertRuntime(bundle, manifest, [e.id for e in manifest.experts], threads=threads)
@@ -48,7 +51,10 @@ class LocalExperts:
 
     def forecast(self, layer: int) -> LayerForecast:
         """See `Experts.forecast`."""
-        return self.forecasts(layer) if self.forecasts else LayerForecast.even(layer, self._experts)
+        forecast = self.forecasts(layer) if self.forecasts else LayerForecast.even(layer, self._experts)
+        if not self.lost:
+            return forecast
+        return replace(forecast, available=np.array([e not in self.lost for e in range(self._experts)]))
 
     def _travelled(self, x: Array) -> Array:
         if self._wire is WireDtype.FP32:

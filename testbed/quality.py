@@ -51,12 +51,14 @@ class Quality:
     """One bundle's row.
 
     Attributes:
+        lost: expert indices that were done without.
         expert_bytes: of all experts' files.
         perplexity: exp of the mean loss per token over all domains' texts.
         domain_loss: nats per token, by domain.
     """
 
     quantisation: str
+    lost: list[int]
     expert_bytes: int
     perplexity: float
     domain_loss: dict[str, float]
@@ -64,8 +66,9 @@ class Quality:
 
 
 def measure_quality(
-    bundle: Path, data: Path, *, items: int, texts_per_domain: int, tokens: int, threads: int
-) -> Quality:
+    bundle: Path, data: Path, *, items: int, texts_per_domain: int, tokens: int, threads: int,
+    lost: Sequence[int] = (),
+) -> Quality:  # fmt: skip
     """Evaluate one bundle.
 
     Args:
@@ -73,11 +76,13 @@ def measure_quality(
         items: of each task, from its beginning.
         texts_per_domain: of each domain, from its beginning.
         tokens: of each text, at most.
+        lost: expert indices to do without in every layer, as after the loss of nodes without replicas.
     """
     manifest = load_manifest(bundle)
     tokenizer = Tokenizer(bundle / "trunk")
     experts = LocalExperts(bundle, threads=threads)
-    model = DistributedMixtral(Trunk(bundle / "trunk"), experts, TopK(manifest.dims.top_k))
+    experts.lost = frozenset(lost)
+    model = DistributedMixtral(Trunk(bundle / "trunk"), experts, TopK(manifest.dims.top_k), degrade=True)
     accuracy: dict[str, Accuracy] = {}
     for task, file in TASKS.items():
         questions = read_items(data / file, ChoiceItem, items)
@@ -92,6 +97,7 @@ def measure_quality(
     total = [pair for pairs in by_domain.values() for pair in pairs]
     return Quality(
         quantisation=str(manifest.quantisation),
+        lost=sorted(lost),
         expert_bytes=sum(entry.bytes for entry in manifest.experts),
         perplexity=math.exp(sum(loss for loss, _ in total) / sum(n for _, n in total)),
         domain_loss={d: sum(x for x, _ in p) / sum(n for _, n in p) for d, p in by_domain.items()},
@@ -104,7 +110,7 @@ def print_quality(rows: Sequence[Quality], console: Console) -> None:
     table = Table("experts", "MiB", "perplexity", *TASKS)
     for row in rows:
         table.add_row(
-            row.quantisation,
+            row.quantisation + (f" without E{','.join(map(str, row.lost))}" if row.lost else ""),
             f"{row.expert_bytes / 2**20:.0f}",
             f"{row.perplexity:.3f}",
             *(str(row.accuracy[task]) for task in TASKS),
