@@ -1,5 +1,6 @@
 """One forward step of the distributed model: trunk here, experts wherever they are."""
 
+import itertools
 import time
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -15,6 +16,7 @@ from bs_coordinator.selection import Policy
 from bs_coordinator.selection.degraded import select_available
 from bs_coordinator.selection.demand import predicted_s
 from bs_coordinator.trunk import Packing, Trunk
+from bs_coordinator.trunk_rows import MAX_ROWS, Rows
 from wire.errors import ExpertsLostError
 from wire.tensors import Array
 
@@ -98,22 +100,21 @@ class DistributedMixtral:
 
     def _step(self, feeds: Sequence[Feed], position: int, all_logits: bool) -> tuple[list[Tensor], StepRecord]:
         began_ns = time.perf_counter_ns()
-        begun = [self.trunk.embed(torch.tensor(feed.ids), feed.cache, feed.packing) for feed in feeds]
-        hidden, contexts = [h for h, _ in begun], [c for _, c in begun]
+        passes = self._passes(feeds)
         mark_ns = time.perf_counter_ns()
         head_ns = mark_ns - began_ns
         layers: list[LayerRecord] = []
         for layer in range(self.trunk.layers):
-            attended = [self.trunk.attend(layer, h, c) for h, c in zip(hidden, contexts, strict=True)]
+            attended = [part.attend(layer) for part in passes]
             # The copies to the host also wait for a GPU, so that the clock below is honest.
-            x = _to_host([expert_input for _, expert_input, _ in attended])
-            probabilities = _to_host([p for _, _, p in attended])
+            x = _to_host([expert_input for expert_input, _ in attended])
+            probabilities = _to_host([p for _, p in attended])
             choice = self._choose(layer, probabilities)
             attended_ns = time.perf_counter_ns()
             combined, choice = self._apply(layer, x, probabilities, choice)
-            outputs = torch.from_numpy(combined.output).to(hidden[0].device, hidden[0].dtype)
-            parts = torch.split(outputs, [len(feed.ids) for feed in feeds])
-            hidden = [residual + part[None] for (residual, _, _), part in zip(attended, parts, strict=True)]
+            outputs = torch.from_numpy(combined.output).to(self.trunk.device, self.trunk.dtype)
+            for part, output in zip(passes, outputs.split([len(y) for y, _ in attended]), strict=True):
+                part.add(output)
             done_ns = time.perf_counter_ns()
             layers.append(
                 LayerRecord(
@@ -127,9 +128,7 @@ class DistributedMixtral:
                 )
             )
             mark_ns = done_ns
-        # One product for all sequences: the head's weights are the largest in the trunk and are read once.
-        wanted = [h if all_logits else h[:, feed.rows or [-1]] for h, feed in zip(hidden, feeds, strict=True)]
-        logits = list(torch.split(self.trunk.head(torch.cat(wanted, dim=1)).cpu(), [h.shape[1] for h in wanted]))
+        logits = [piece for part in passes for piece in part.logits(all_logits)]
         end_ns = time.perf_counter_ns()
         tokens = sum(len(feed.ids) for feed in feeds)
         record = StepRecord(
@@ -141,6 +140,15 @@ class DistributedMixtral:
             layers=tuple(layers),
         )
         return logits, record
+
+    def _passes(self, feeds: Sequence[Feed]) -> list["_RowsPass | _BlocksPass"]:
+        """Neighbours with few tokens together, where this trunk runs them so; in the order of the feeds."""
+        passes: list[_RowsPass | _BlocksPass] = []
+        for few, group in itertools.groupby(feeds, lambda f: len(f.ids) <= MAX_ROWS and f.packing is None):
+            some = list(group)
+            rows = self.trunk.rows([f.ids for f in some], [f.cache for f in some]) if few else None
+            passes.append(_RowsPass(rows, some) if rows else _BlocksPass(self.trunk, some))
+        return passes
 
     def _choose(self, layer: int, probabilities: Array) -> "_Choice":
         forecast = self._experts.forecast(layer)
@@ -163,6 +171,54 @@ class DistributedMixtral:
                     raise
             choice = self._choose(layer, probabilities)
         return self._experts.apply(layer, x, choice.gate), choice
+
+
+class _RowsPass:
+    """Sequences with few new tokens each, on their way through the trunk together."""
+
+    def __init__(self, rows: Rows, feeds: Sequence[Feed]) -> None:
+        self._rows = rows
+        self._feeds = feeds
+        self.attend = rows.attend
+        self.add = rows.add
+
+    def logits(self, all_logits: bool) -> list[Tensor]:
+        """Per feed, as `DistributedMixtral.step` returns them."""
+        wanted, start = [], 0
+        for feed in self._feeds:
+            count = len(feed.ids)
+            local = range(count) if all_logits else (row % count for row in feed.rows or [-1])
+            wanted.append([start + row for row in local])
+            start += count
+        logits = self._rows.head([row for rows in wanted for row in rows])
+        return list(logits.split([len(rows) for rows in wanted]))
+
+
+class _BlocksPass:
+    """Sequences on their way through transformers' own blocks, one by one."""
+
+    def __init__(self, trunk: Trunk, feeds: Sequence[Feed]) -> None:
+        self._trunk = trunk
+        self._feeds = feeds
+        begun = [trunk.embed(torch.tensor(feed.ids), feed.cache, feed.packing) for feed in feeds]
+        self._hidden, self._contexts = [h for h, _ in begun], [c for _, c in begun]
+
+    def attend(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The experts' input and the gate's probabilities of all tokens."""
+        attended = [self._trunk.attend(layer, h, c) for h, c in zip(self._hidden, self._contexts, strict=True)]
+        self._hidden = [residual for residual, _, _ in attended]
+        return torch.cat([x for _, x, _ in attended]), torch.cat([p for _, _, p in attended])
+
+    def add(self, output: Tensor) -> None:
+        """What the experts made of them."""
+        parts = output.split([len(feed.ids) for feed in self._feeds])
+        self._hidden = [residual + part[None] for residual, part in zip(self._hidden, parts, strict=True)]
+
+    def logits(self, all_logits: bool) -> list[Tensor]:
+        """Per feed, as `DistributedMixtral.step` returns them."""
+        # One product for all sequences: the head's weights are the largest in the trunk and are read once.
+        wanted = [h if all_logits else h[:, f.rows or [-1]] for h, f in zip(self._hidden, self._feeds, strict=True)]
+        return list(self._trunk.head(torch.cat(wanted, dim=1)).cpu().split([h.shape[1] for h in wanted]))
 
 
 class _Choice(NamedTuple):

@@ -4,6 +4,7 @@ Attention, norms and rotary embedding are transformers' own modules, so that thi
 `MixtralForCausalLM`. This module knows neither nodes nor frames.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +21,7 @@ from transformers.models.mixtral.modeling_mixtral import (
     MixtralRotaryEmbedding,
 )
 
+from bs_coordinator.trunk_rows import Rows
 from wire.errors import BundleError
 
 TrunkDtype = Literal["fp32", "bf16", "fp16"]
@@ -153,6 +155,12 @@ class Trunk:
         expert_input = block.post_attention_layernorm(residual)[0]
         probabilities = torch.softmax(block.gate(expert_input).float(), dim=-1)
         return residual, expert_input, probabilities
+
+    def rows(self, ids: Sequence[Sequence[int]], caches: Sequence[DynamicCache]) -> Rows | None:
+        """Begin a step of sequences with few new tokens each, or None where that is not how they are run here."""
+        if self.device.type != "cpu" or self.dtype != torch.float32 or getattr(self.config, "sliding_window", None):
+            return None
+        return Rows(self._modules, self._rotary, ids, caches)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits in fp32 [tokens, vocab] from [1, tokens, hidden]."""

@@ -1,0 +1,96 @@
+"""A few tokens through the trunk on a CPU, so that what a token gets does not depend on how many come with it.
+
+A matrix product picks its kernel by its shape, and each kernel adds up in an order of its own. Here every product has
+the same shape, eight rows, and every token attends alone. A token decoded by itself, verified as a draft's or batched
+with other sequences' tokens therefore gets bitwise the same hidden states; and many sequences share each reading of
+the weights.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.cache_utils import DynamicCache
+from transformers.models.mixtral.modeling_mixtral import apply_rotary_pos_emb
+
+MAX_ROWS = 16
+"""Sequences with more new tokens than this are prefill, for which large products pay."""
+
+_PRODUCT_ROWS = 8
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x · weightᵀ, [rows, out] from [rows, in] and [out, in]; each row as if it were alone."""
+    pieces = []
+    for start in range(0, len(x), _PRODUCT_ROWS):
+        piece = x[start : start + _PRODUCT_ROWS]
+        count = len(piece)
+        if count < _PRODUCT_ROWS:
+            piece = functional.pad(piece, (0, 0, 0, _PRODUCT_ROWS - count))
+        # This way round the weights are read along their rows: twice as fast as the usual way for a large head.
+        pieces.append((weight @ piece.t())[:, :count].t().contiguous())
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+class Rows:
+    """One step of sequences with few new tokens each, for all of them at once."""
+
+    def __init__(
+        self, modules: Any, rotary: nn.Module, ids: Sequence[Sequence[int]], caches: Sequence[DynamicCache]
+    ) -> None:
+        """Begin a step.
+
+        Args:
+            modules: of the trunk.
+            ids: new token ids of each sequence.
+            caches: what comes before them.
+        """
+        self._modules = modules
+        self._caches = caches
+        self._counts = [len(sequence) for sequence in ids]
+        past = [cache.get_seq_length() for cache in caches]
+        positions = [p + i for p, count in zip(past, self._counts, strict=True) for i in range(count)]
+        self.hidden: Tensor = modules.embed_tokens(torch.tensor([id for sequence in ids for id in sequence]))
+        self._rotary = rotary(self.hidden, position_ids=torch.tensor([positions]))
+        self._residual = self.hidden
+
+    def attend(self, layer: int) -> tuple[Tensor, Tensor]:
+        """First half of a layer: the experts' input [rows, hidden], the gate's probabilities [rows, experts]."""
+        block = self._modules.layers[layer]
+        attention = block.self_attn
+        normed = block.input_layernorm(self.hidden)
+        shape = (1, len(normed), -1, attention.head_dim)
+        query, key, value = (
+            product(normed, projection.weight).view(shape)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        query, key = apply_rotary_pos_emb(query, key, *self._rotary, unsqueeze_dim=2)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        mixed, start = [], 0
+        for cache, count in zip(self._caches, self._counts, strict=True):
+            end = start + count
+            keys, values = cache.update(key[:, :, start:end], value[:, :, start:end], layer)
+            first = keys.shape[2] - count
+            for i in range(count):
+                seen = first + i + 1
+                mixed.append(
+                    functional.scaled_dot_product_attention(
+                        query[:, :, start + i : start + i + 1], keys[:, :, :seen], values[:, :, :seen],
+                        scale=attention.scaling, enable_gqa=True,
+                    )
+                )  # fmt: skip
+            start = end
+        attended = product(torch.cat(mixed).view(len(normed), -1), attention.o_proj.weight)
+        self._residual = self.hidden + attended
+        expert_input = block.post_attention_layernorm(self._residual)
+        return expert_input, torch.softmax(product(expert_input, block.gate.weight), dim=-1)
+
+    def add(self, output: Tensor) -> None:
+        """Second half of a layer: what the experts made of it, [rows, hidden]."""
+        self.hidden = self._residual + output
+
+    def head(self, rows: Sequence[int]) -> Tensor:
+        """Logits [rows, vocab] of some rows."""
+        return product(self._modules.norm(self.hidden[list(rows)]), self._modules.lm_head.weight)
