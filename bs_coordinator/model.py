@@ -113,7 +113,7 @@ class DistributedMixtral:
             attended_ns = time.perf_counter_ns()
             combined, choice = self._apply(layer, x, probabilities, choice)
             outputs = torch.from_numpy(combined.output).to(self.trunk.device, self.trunk.dtype)
-            for part, output in zip(passes, outputs.split([len(y) for y, _ in attended]), strict=True):
+            for part, output in zip(passes, torch.split(outputs, [len(y) for y, _ in attended]), strict=True):
                 part.add(output)
             done_ns = time.perf_counter_ns()
             layers.append(
@@ -191,7 +191,7 @@ class _RowsPass:
             wanted.append([start + row for row in local])
             start += count
         logits = self._rows.head([row for rows in wanted for row in rows])
-        return list(logits.split([len(rows) for rows in wanted]))
+        return list(torch.split(logits, [len(rows) for rows in wanted]))
 
 
 class _BlocksPass:
@@ -211,14 +211,14 @@ class _BlocksPass:
 
     def add(self, output: Tensor) -> None:
         """What the experts made of them."""
-        parts = output.split([len(feed.ids) for feed in self._feeds])
+        parts = torch.split(output, [len(feed.ids) for feed in self._feeds])
         self._hidden = [residual + part[None] for residual, part in zip(self._hidden, parts, strict=True)]
 
     def logits(self, all_logits: bool) -> list[Tensor]:
         """Per feed, as `DistributedMixtral.step` returns them."""
         # One product for all sequences: the head's weights are the largest in the trunk and are read once.
         wanted = [h if all_logits else h[:, f.rows or [-1]] for h, f in zip(self._hidden, self._feeds, strict=True)]
-        return list(self._trunk.head(torch.cat(wanted, dim=1)).cpu().split([h.shape[1] for h in wanted]))
+        return list(torch.split(self._trunk.head(torch.cat(wanted, dim=1)).cpu(), [h.shape[1] for h in wanted]))
 
 
 class _Choice(NamedTuple):
