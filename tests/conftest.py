@@ -1,6 +1,7 @@
 """What the tests share: a real broker, the demo model cut to two layers, its bundles, real node processes."""
 
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,11 @@ from wire.broker_url import BrokerAddress
 from wire.manifest import Scheme
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C through: a shell's background jobs ignore it, and so would the processes that tests start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
