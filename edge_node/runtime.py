@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from edge_node.memory import return_freed_memory
+from edge_node.prepacked import prepacked_model
 from wire.errors import BundleError, ProbeError
 from wire.experts import ExpertId
 from wire.manifest import Manifest, decode_probe_output, probe_input, verify_file
@@ -39,11 +40,23 @@ class ExpertRuntime:
     Not thread-safe: all experts share one input and one output buffer.
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest, ids: Iterable[ExpertId], *, threads: int = 1) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        ids: Iterable[ExpertId],
+        *,
+        threads: int = 1,
+        prepacked: Path | None = None,
+    ) -> None:
         """Verify, load and prove the experts.
+
+        Args:
+            prepacked: folder of copies that are mapped instead of allocated (`edge_node.prepacked`).
 
         Raises:
             BundleError: a file is missing, changed, or no valid model.
+            StorageError: no prepacked copy can be kept.
             ProbeError: an expert's output differs from the one recorded at export.
         """
         share_thread_pool(threads)
@@ -58,7 +71,8 @@ class ExpertRuntime:
         for entry in entries:
             for file in entry.files:
                 verify_file(bundle, file)
-            self._experts[entry.id] = _BoundExpert(bundle / entry.files[0].path, self._hidden)
+            model = prepacked_model(bundle, entry, prepacked) if prepacked else bundle / entry.files[0].path
+            self._experts[entry.id] = _BoundExpert(model, self._hidden)
             output = self.run(entry.id, expected_input)[0]
             self._prove(entry.id, output, decode_probe_output(entry.probe_output, self._hidden))
             return_freed_memory()
