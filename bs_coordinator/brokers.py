@@ -16,18 +16,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from wire.broker_url import BrokerAddress, parse_broker_url
+from wire.broker_url import Access, BrokerAddress, parse_broker_url
 from wire.errors import BrokerError
 
 LOOPBACK = "127.0.0.1"
 PRIVATE_BROKERS = ("embedded", "mosquitto")
 _START_TIMEOUT_S = 20.0
 _STOP_TIMEOUT_S = 5.0
+_NO_ACCESS = Access()
 
 
 @contextmanager
 def open_broker(
-    spec: str, *, host: str = LOOPBACK, port: int = 0, password_file: Path | None = None, ca_file: Path | None = None
+    spec: str, *, host: str = LOOPBACK, port: int = 0, access: Access = _NO_ACCESS
 ) -> Iterator[BrokerAddress]:
     """The address to connect to; a child broker lives as long as the context.
 
@@ -35,13 +36,14 @@ def open_broker(
         spec: `embedded`, `mosquitto` or an URL.
         host: address that a child broker listens on.
         port: for a child broker; 0 for any free one.
+        access: for an URL.
 
     Raises:
         ValueError: `spec` is none of these.
         BrokerError: the child does not come up.
     """
     if spec not in PRIVATE_BROKERS:
-        yield parse_broker_url(spec, password_file=password_file, ca_file=ca_file)
+        yield parse_broker_url(spec, access)
         return
     with tempfile.TemporaryDirectory(prefix="wdmoe-broker-") as folder:
         port = port or free_port(host)

@@ -1,5 +1,6 @@
 """`wdmoe-bs`: generate text, chat, list nodes, run a broker."""
 
+import functools
 import logging
 import queue
 import signal
@@ -17,6 +18,7 @@ import click
 from bs_coordinator.place_command import place
 from bs_coordinator.shape_command import shape
 from wire import __version__
+from wire.broker_url import Access
 from wire.console import run as run_console
 from wire.errors import PlacementError
 from wire.topics import Topics, check_name
@@ -42,6 +44,20 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
+def _access(command: Callable[..., None]) -> Callable[..., None]:
+    """Hands what belongs to the connection on as one `access`."""
+
+    @functools.wraps(command)
+    def run(
+        *, password_file: Path | None, ca_file: Path | None, tls_cert: Path | None, tls_key: Path | None,
+        allow_plaintext: bool, **others: Any,
+    ) -> None:  # fmt: skip
+        access = Access(password_file, ca_file, tls_cert, tls_key, allow_plaintext=allow_plaintext)
+        command(access=access, **others)
+
+    return run
+
+
 _network_options = _options(
     click.option("--bundle", type=click.Path(path_type=Path), required=True, help="From wdmoe-export."),
     click.option("--broker", default="embedded", show_default=True, help=_BROKER_HELP),
@@ -49,6 +65,12 @@ _network_options = _options(
     click.option("--cluster", default="default", show_default=True, help="As given to the nodes."),
     click.option("--password-file", type=click.Path(path_type=Path), help="Broker password, mode 600."),
     click.option("--ca-file", type=click.Path(path_type=Path, exists=True), help="CA to trust for mqtts://."),
+    click.option("--tls-cert", type=click.Path(path_type=Path, exists=True), help="Our certificate for mqtts://."),
+    click.option("--tls-key", type=click.Path(path_type=Path), help="Its key, mode 600."),
+    click.option("--allow-plaintext", is_flag=True, help="Go without TLS beyond loopback."),
+    click.option("--cluster-key", type=click.Path(path_type=Path), help="Authenticate frames with this, mode 600."),
+    click.option("--bundle-key", type=click.Path(path_type=Path), help="Take only bundles signed by this public key."),
+    _access,
 )
 _model_options = _options(
     click.option("--device", default="cpu", show_default=True, help="Of the trunk: cpu, cuda, cuda:1."),
@@ -165,14 +187,13 @@ def nodes(
     broker: str,
     broker_port: int,
     cluster: str,
-    password_file: Path | None,
-    ca_file: Path | None,
+    **trust: Any,
 ) -> None:
     """List the nodes that are online and the experts that nobody holds."""
     from rich.console import Console
     from rich.table import Table
 
-    with _fleet(bundle, broker, broker_port, cluster, password_file, ca_file) as dispatcher:
+    with _fleet(bundle, broker, broker_port, cluster, **trust) as dispatcher:
         fleet = dispatcher.fleet
     table = Table("node", "host", "experts", "quantisation", "experts' RAM", "free RAM")
     for name, status in sorted(fleet.nodes.items()):
@@ -192,8 +213,7 @@ def nodes(
 @click.option("--seconds", type=click.FloatRange(0.5, 3600), default=5.0, show_default=True, help="Of probing.")
 @click.option("--link-log", type=click.Path(path_type=Path), help="Append link samples here ('replay' reads them).")
 def links(
-    bundle: Path, broker: str, broker_port: int, cluster: str, password_file: Path | None, ca_file: Path | None,
-    seconds: float, link_log: Path | None,
+    bundle: Path, broker: str, broker_port: int, cluster: str, seconds: float, link_log: Path | None, **trust: Any
 ) -> None:  # fmt: skip
     """Probe the idle links of all nodes and say what they can do."""
     from bs_coordinator.links.log import link_log as open_log
@@ -201,9 +221,7 @@ def links(
 
     with ExitStack() as stack:
         log = stack.enter_context(open_log(link_log)) if link_log else no_log
-        dispatcher = stack.enter_context(
-            _fleet(bundle, broker, broker_port, cluster, password_file, ca_file, link_log=log)
-        )
+        dispatcher = stack.enter_context(_fleet(bundle, broker, broker_port, cluster, link_log=log, **trust))
         if not dispatcher.fleet.nodes:
             raise PlacementError("no node is online")
         dispatcher.measure_links(seconds)
@@ -265,12 +283,12 @@ def _sampling(max_tokens: int, temperature: float, top_p: float, seed: int) -> "
 
 
 @contextmanager
-def _broker(spec: str, port: int, password_file: Path | None, ca_file: Path | None) -> Iterator[Any]:
+def _broker(spec: str, port: int, access: Access) -> Iterator[Any]:
     from bs_coordinator.brokers import PRIVATE_BROKERS, open_broker
 
     with ExitStack() as stack:
         try:
-            address = stack.enter_context(open_broker(spec, port=port, password_file=password_file, ca_file=ca_file))
+            address = stack.enter_context(open_broker(spec, port=port, access=access))
         except ValueError as error:
             raise click.UsageError(f"--broker: {error}") from None
         if spec in PRIVATE_BROKERS:
@@ -280,8 +298,9 @@ def _broker(spec: str, port: int, password_file: Path | None, ca_file: Path | No
 
 @contextmanager
 def _fleet(
-    bundle: Path, broker: str, broker_port: int, cluster: str, password_file: Path | None, ca_file: Path | None,
-    *, link_log: "Callable[[LinkSample], None] | None" = None,
+    bundle: Path, broker: str, broker_port: int, cluster: str,
+    *, access: Access, cluster_key: Path | None, bundle_key: Path | None,
+    link_log: "Callable[[LinkSample], None] | None" = None,
 ) -> Iterator["Dispatcher"]:  # fmt: skip
     """Whoever is online, without a model."""
     from bs_coordinator.dispatch import Dispatcher
@@ -290,16 +309,20 @@ def _fleet(
     from bs_coordinator.links.log import no_log
     from wire.manifest import load_manifest
     from wire.mqtt import MqttTransport
+    from wire.seal import read_cluster_key
     from wire.tensors import WireDtype
 
-    manifest = load_manifest(bundle)
+    manifest = load_manifest(bundle, key=bundle_key)
+    key = read_cluster_key(cluster_key, cluster) if cluster_key else None
     with (
-        _broker(broker, broker_port, password_file, ca_file) as address,
+        _broker(broker, broker_port, access) as address,
         closing(MqttTransport(address, f"wdmoe-bs-look-{time.time_ns():x}")) as transport,
     ):
         fleet = Fleet(manifest.dims, manifest.model_sha256)
         links = LinkMonitor(log=link_log or no_log)
-        dispatcher = Dispatcher(transport, _topics(cluster), fleet, dtype=WireDtype.FP16, timeout_s=5.0, links=links)
+        dispatcher = Dispatcher(
+            transport, _topics(cluster), fleet, dtype=WireDtype.FP16, timeout_s=5.0, links=links, cluster_key=key
+        )
         dispatcher.pump(1.0)
         yield dispatcher
 
@@ -338,16 +361,18 @@ def _rate(mbps: float, std_mbps: float) -> str:
 
 @contextmanager
 def _station(
-    *, bundle: Path, broker: str, broker_port: int, cluster: str, password_file: Path | None,
-    ca_file: Path | None, device: str, dtype: Any, wire: str, policy: str, nodes_timeout: float,
-    layer_timeout: float, degrade: bool, shared_air: bool, link_log: Path | None,
+    *, bundle: Path, broker: str, broker_port: int, cluster: str, access: Access,
+    cluster_key: Path | None, bundle_key: Path | None, device: str, dtype: Any, wire: str, policy: str,
+    nodes_timeout: float, layer_timeout: float, degrade: bool, shared_air: bool, link_log: Path | None,
 ) -> Iterator["Station"]:  # fmt: skip
     from bs_coordinator.selection import parse_policy
     from bs_coordinator.station import StationConfig, open_station
     from wire.manifest import load_manifest
     from wire.tensors import WireDtype
 
-    manifest = load_manifest(bundle)  # a wrong folder or policy should be told before a broker is started
+    manifest = load_manifest(
+        bundle, key=bundle_key
+    )  # a wrong folder or policy should be told before a broker is started
     try:
         parse_policy(policy, top_k=manifest.dims.top_k)
     except ValueError as error:
@@ -364,9 +389,10 @@ def _station(
         degrade=degrade,
         shared_air=shared_air,
         link_log=link_log,
+        cluster_key=cluster_key,
     )
     with (
-        _broker(broker, broker_port, password_file, ca_file) as address,
+        _broker(broker, broker_port, access) as address,
         open_station(config, address, say=lambda line: log.info("waiting: %s", line)) as station,
     ):
         slowest = max(station.nodes_ms.values(), default=0.0)

@@ -30,6 +30,7 @@ from wire import frames, status, tensors
 from wire.errors import BrokerAuthError, BrokerError, DispatchError, ExpertsLostError, FrameError, PlacementError
 from wire.experts import ExpertId, format_selector
 from wire.frames import ErrorFrame, PingFrame, PongFrame, RequestId, ResultFrame, Status, WorkFrame
+from wire.seal import ClusterKey, Seal
 from wire.status import SocketFacts
 from wire.tensors import Array, WireDtype
 from wire.topics import Topics
@@ -72,6 +73,7 @@ class Dispatcher:
         reconnect: Callable[[], Transport] | None = None,
         links: LinkMonitor | None = None,
         broker_sockets: Callable[[], Mapping[str, SocketFacts]] = _no_facts,
+        cluster_key: ClusterKey | None = None,
     ) -> None:
         """Subscribe to status and results.
 
@@ -82,6 +84,7 @@ class Dispatcher:
                 reported as lost; `timeout_s` if None.
             reconnect: connects to the broker again after the connection was lost; without it that is an error.
             broker_sockets: gives new facts of the broker's connections to its clients, by the clients' endpoints.
+            cluster_key: frames carry tags, and only those that do are taken.
         """
         self.links = links or LinkMonitor()
         self.health = Health()
@@ -97,6 +100,7 @@ class Dispatcher:
         self._session = secrets.randbits(64)
         self._next_request = 0
         self._reconnect = reconnect
+        self._cluster_key = cluster_key
         self._fresh_only = False
         self._broker_sockets = broker_sockets
         self._row_bytes = tensors.encoded_bytes(1, fleet.dims.hidden, dtype)
@@ -261,8 +265,11 @@ class Dispatcher:
         self._next_request += 1
         return id
 
+    def _seal(self, node: str) -> Seal | None:
+        return self._cluster_key.seal(node) if self._cluster_key else None
+
     def _send_ping(self, node: str, frame: PingFrame) -> tuple[int, int]:
-        payload = frames.encode(frame)
+        payload = frames.encode(frame, seal=self._seal(node))
         sent_ns = time.perf_counter_ns()
         self._transport.publish(self._topics.work(node), payload)
         return len(payload), sent_ns
@@ -277,7 +284,7 @@ class Dispatcher:
             hidden=round.hidden[request.rows],
             dtype=self._dtype,
         )
-        payload = frames.encode(frame)
+        payload = frames.encode(frame, seal=self._seal(request.node))
         rows = sum(len(s.tokens) for s in request.experts)
         predicted_s = self.links.predict_s(
             request.node,
@@ -409,7 +416,7 @@ class Dispatcher:
         if node is None:
             return None
         try:
-            frame = frames.decode(message.payload)
+            frame = frames.decode(message.payload, seal=self._seal(node))
         except FrameError as error:
             self.dropped[error.reason] += 1
             return None

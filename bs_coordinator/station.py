@@ -22,6 +22,7 @@ from wire.broker_url import BrokerAddress
 from wire.errors import BundleError
 from wire.manifest import Manifest, load_manifest, verify_file
 from wire.mqtt import MqttTransport
+from wire.seal import read_cluster_key
 from wire.tensors import WireDtype
 from wire.topics import Topics
 
@@ -44,6 +45,7 @@ class StationConfig:
         degrade: go on without experts that are lost, see `DistributedMixtral`.
         shared_air: all links share one half-duplex Wi-Fi channel.
         link_log: file that every link sample is appended to, for replay.
+        cluster_key: file of the key that frames are authenticated with.
     """
 
     bundle: Path
@@ -57,6 +59,7 @@ class StationConfig:
     degrade: bool = False
     shared_air: bool = False
     link_log: Path | None = None
+    cluster_key: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,7 @@ def open_station(
         verify_file(config.bundle, file)
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise BundleError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    cluster_key = read_cluster_key(config.cluster_key, config.cluster) if config.cluster_key else None
     # The broker first: a wrong address should not cost the time that a trunk takes to load.
     client_id = f"wdmoe-bs-{secrets.token_hex(4)}"
     with ExitStack() as stack:
@@ -123,6 +127,7 @@ def open_station(
             last_holder_s=_LAST_HOLDER_S if config.degrade else None,
             links=LinkMonitor(shared_air=config.shared_air, log=log),
             broker_sockets=sockets.take,
+            cluster_key=cluster_key,
         )
         stack.callback(dispatcher.close)
         wait_for_experts(dispatcher, timeout_s=config.nodes_timeout_s, on_wait=say)

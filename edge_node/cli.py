@@ -12,9 +12,10 @@ from typing import Any
 import click
 
 from wire import __version__
-from wire.broker_url import parse_broker_url
+from wire.broker_url import Access, parse_broker_url
 from wire.console import run as run_console
 from wire.experts import format_selector, parse_selector
+from wire.seal import read_node_seal
 from wire.topics import Topics, check_name
 
 log = logging.getLogger("wdmoe-node")
@@ -43,8 +44,14 @@ def parse_bytes(text: str) -> int:
 @click.option("--cluster", default="default", show_default=True, help="Keeps clusters on one broker apart.")
 @click.option("--threads", type=click.IntRange(1, 256), help="Cores to compute with.  [default: all]")
 @click.option("--memory-budget", help="Refuse to take more RAM than this, e.g. 800M or 2G.")
+@click.option("--prepacked", type=click.Path(path_type=Path), help="Keep prepacked experts here: disk for RAM.")
 @click.option("--password-file", type=click.Path(path_type=Path), help="Broker password, file of mode 600.")
 @click.option("--ca-file", type=click.Path(path_type=Path, exists=True), help="CA to trust for mqtts://.")
+@click.option("--tls-cert", type=click.Path(path_type=Path, exists=True), help="Our certificate for mqtts://.")
+@click.option("--tls-key", type=click.Path(path_type=Path), help="Its key, mode 600.")
+@click.option("--allow-plaintext", is_flag=True, help="Go without TLS beyond loopback.")
+@click.option("--frame-key", type=click.Path(path_type=Path), help="This node's frame key, mode 600.")
+@click.option("--bundle-key", type=click.Path(path_type=Path), help="Take only bundles signed by this public key.")
 def cli(
     bundle: Path,
     broker: str,
@@ -53,8 +60,14 @@ def cli(
     cluster: str,
     threads: int | None,
     memory_budget: str | None,
+    prepacked: Path | None,
     password_file: Path | None,
     ca_file: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    allow_plaintext: bool,
+    frame_key: Path | None,
+    bundle_key: Path | None,
 ) -> None:
     """Serve experts of BUNDLE to the base station over MQTT."""
     stop = threading.Event()
@@ -72,9 +85,13 @@ def cli(
         topics = Topics(check_name("cluster", cluster))
         check_name("node id", node)
         budget = parse_bytes(memory_budget) if memory_budget else None
-        address = parse_broker_url(broker, password_file=password_file, ca_file=ca_file)
+        address = parse_broker_url(
+            broker, Access(password_file, ca_file, tls_cert, tls_key, allow_plaintext=allow_plaintext)
+        )
     except ValueError as error:
         raise click.UsageError(str(error)) from None
+
+    seal = read_node_seal(frame_key, cluster, node) if frame_key else None
 
     from edge_node.agent import NodeAgent
     from edge_node.memory import check_memory, needed_bytes
@@ -83,7 +100,7 @@ def cli(
     from wire.manifest import load_manifest
     from wire.status import Holding
 
-    manifest = load_manifest(bundle)
+    manifest = load_manifest(bundle, key=bundle_key)
     dims = manifest.dims
     try:
         ids = parse_selector(selector, layers=dims.layers, experts=dims.experts)
@@ -93,9 +110,9 @@ def cli(
     check_memory(needed, budget=budget)
     threads = threads or os.cpu_count() or 1
     began = time.monotonic()
-    runtime = ExpertRuntime(bundle, manifest, ids, threads=threads)
+    runtime = ExpertRuntime(bundle, manifest, ids, threads=threads, prepacked=prepacked)
     log.info("proved %d experts (%s) in %.1f s", len(ids), manifest.quantisation, time.monotonic() - began)
-    worker = Worker(runtime)
+    worker = Worker(runtime, seal=seal)
     agent = NodeAgent(
         node=node,
         topics=topics,

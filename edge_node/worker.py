@@ -10,6 +10,7 @@ from wire import frames
 from wire.errors import FrameError
 from wire.experts import ExpertId
 from wire.frames import ErrorFrame, NodeDurations, PingFrame, PongFrame, ResultFrame, Status, WorkFrame
+from wire.seal import ReplayWindow, Seal
 
 
 class Worker:
@@ -19,9 +20,16 @@ class Worker:
         counts: answered and refused frames and dropped bytes by reason, for logs.
     """
 
-    def __init__(self, runtime: ExpertRuntime) -> None:
+    def __init__(self, runtime: ExpertRuntime, *, seal: Seal | None = None) -> None:
+        """Take frames from now on.
+
+        Args:
+            seal: only frames with its tag are answered, and none twice.
+        """
         self.counts: Counter[str] = Counter()
         self._runtime = runtime
+        self._seal = seal
+        self._window = ReplayWindow()
         self._hidden = runtime.manifest.dims.hidden
 
     def answer(self, payload: bytes, arrived_ns: int) -> bytes | None:
@@ -32,15 +40,19 @@ class Worker:
         """
         begun_ns = time.perf_counter_ns()
         try:
-            frame = frames.decode(payload)
+            frame = frames.decode(payload, seal=self._seal)
         except FrameError as error:
             self.counts[f"dropped:{error.reason}"] += 1
+            return None
+        # Without a tag anybody could make a request look old by sending its number first.
+        if self._seal is not None and not self._window.is_new(*frame.id):
+            self.counts["dropped:replayed"] += 1
             return None
         match frame:
             case PingFrame():
                 self.counts["pings"] += 1
                 durations = NodeDurations(queue_ns=begun_ns - arrived_ns, decode_ns=time.perf_counter_ns() - begun_ns)
-                return frames.encode(PongFrame(frame.id, bytes(frame.reply_bytes), durations))
+                return frames.encode(PongFrame(frame.id, bytes(frame.reply_bytes), durations), seal=self._seal)
             case WorkFrame():
                 return self._work(frame, arrived_ns, begun_ns)
             case _:
@@ -71,10 +83,10 @@ class Worker:
             return self._refuse(frame, Status.NOT_FINITE, "an expert's output is not finite")
         durations = NodeDurations(queue_ns, decoded_ns - begun_ns, computed_ns - decoded_ns, 0)
         result = ResultFrame(frame.id, frame.layer, output, frame.dtype, durations)
-        reply = frames.encode(result, began_ns=computed_ns)
+        reply = frames.encode(result, began_ns=computed_ns, seal=self._seal)
         self.counts["answered"] += 1
         return reply
 
     def _refuse(self, frame: WorkFrame, status: Status, why: str) -> bytes:
         self.counts[f"refused:{status.name.lower()}"] += 1
-        return frames.encode(ErrorFrame(frame.id, frame.layer, status, why))
+        return frames.encode(ErrorFrame(frame.id, frame.layer, status, why), seal=self._seal)

@@ -126,12 +126,13 @@ def inspect(bundle: Path) -> None:
 @cli.command()
 @click.argument("bundle", type=_PATH)
 @click.option("--experts", "selector", default="L*:E*", show_default=True, help="Such as 'L*:E3'.")
-def verify(bundle: Path, selector: str) -> None:
+@click.option("--bundle-key", type=_PATH, help="Also check the signature, with this public key.")
+def verify(bundle: Path, selector: str, bundle_key: Path | None) -> None:
     """Check hashes of BUNDLE and prove each chosen expert on its probe input on this machine."""
     from exporter.probe import check_probe
     from wire.manifest import load_manifest, verify_file
 
-    manifest = load_manifest(bundle)
+    manifest = load_manifest(bundle, key=bundle_key)
     try:
         wanted = parse_selector(selector, layers=manifest.dims.layers, experts=manifest.dims.experts)
     except ValueError as error:
@@ -150,6 +151,19 @@ def verify(bundle: Path, selector: str) -> None:
         f"{len(entries)} experts match their hashes and compute what they did where they were exported "
         f"(largest relative difference {worst:.1e}, {manifest.probe_tolerance:.1e} allowed)"
     )
+
+
+@cli.command()
+@click.argument("bundle", type=_PATH)
+@click.option("--key", type=_PATH, required=True, help="Ed25519 private key, mode 600.")
+def sign(bundle: Path, key: Path) -> None:
+    """Sign BUNDLE's manifest, and with it every file whose hash it names."""
+    from wire.manifest import MANIFEST_NAME, load_manifest
+    from wire.signature import sign as sign_manifest
+
+    load_manifest(bundle)
+    path = sign_manifest((bundle / MANIFEST_NAME).read_bytes(), bundle, key)
+    click.echo(f"signed: {path}")
 
 
 def _summary(manifest: "Manifest", source_bytes: int | None, seconds: float | None = None) -> None:

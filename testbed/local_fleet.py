@@ -34,6 +34,8 @@ class LocalFleet:
             *(sys.executable, "-m", "edge_node", "--bundle", str(self.bundle)),
             *("--broker", str(self.address), "--id", node, "--experts", experts),
             *("--cluster", self.cluster, "--threads", str(threads)),
+            # Emulated networks live on this machine.
+            *([] if self.address.tls or self.address.on_loopback else ["--allow-plaintext"]),
         ]
         with self.log_path(node).open("wb") as log:
             self.processes[node] = subprocess.Popen(

@@ -3,14 +3,35 @@
 Passwords come from a file that only its owner can read, so that they show up neither in `ps` nor in logs.
 """
 
+import ipaddress
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from wire.errors import BrokerAuthError
+from wire.errors import BrokerAuthError, PlaintextError
+from wire.private_files import check_private
 
 _DEFAULT_PORT = {"mqtt": 1883, "mqtts": 8883}
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What a user says beside the URL.
+
+    Attributes:
+        password_file: of the URL's user, mode 600.
+        ca_file: certificates to trust instead of the system's; TLS only.
+        tls_cert: our own certificate, for brokers that ask for one.
+        tls_key: its key, mode 600.
+        allow_plaintext: go without TLS beyond loopback.
+    """
+
+    password_file: Path | None = None
+    ca_file: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    allow_plaintext: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +40,7 @@ class BrokerAddress:
 
     Attributes:
         tls: `mqtts://`.
-        ca_file: certificates to trust instead of the system's; TLS only.
+        ca_file, tls_cert, tls_key: see `Access`.
     """
 
     host: str
@@ -28,6 +49,16 @@ class BrokerAddress:
     user: str | None = None
     password: str | None = field(default=None, repr=False)
     ca_file: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether nothing leaves this machine."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
     def __str__(self) -> str:
         user = f"{self.user}@" if self.user else ""
@@ -35,12 +66,17 @@ class BrokerAddress:
         return f"mqtt{'s' if self.tls else ''}://{user}{host}:{self.port}"
 
 
-def parse_broker_url(url: str, *, password_file: Path | None = None, ca_file: Path | None = None) -> BrokerAddress:
+_NO_ACCESS = Access()
+
+
+def parse_broker_url(url: str, access: Access = _NO_ACCESS) -> BrokerAddress:
     """The address in an URL.
 
     Raises:
         ValueError: not such an URL, or it holds a password.
         BrokerAuthError: the password file is missing or readable by others.
+        KeyFileError: so is the key of the certificate.
+        PlaintextError: without TLS beyond loopback.
     """
     parts = urlsplit(url)
     example = "write for example mqtt://192.168.1.10:1883 or mqtts://node1@broker.local"
@@ -53,18 +89,30 @@ def parse_broker_url(url: str, *, password_file: Path | None = None, ca_file: Pa
     except ValueError:
         raise ValueError(f"'{url}' has no valid port: {example}") from None
     tls = parts.scheme == "mqtts"
-    if ca_file and not tls:
-        raise ValueError("--ca-file needs an mqtts:// URL")
-    if password_file and not parts.username:
+    if not tls and (access.ca_file or access.tls_cert or access.tls_key):
+        raise ValueError("--ca-file, --tls-cert and --tls-key need an mqtts:// URL")
+    if (access.tls_cert is None) != (access.tls_key is None):
+        raise ValueError("--tls-cert and --tls-key belong together")
+    if access.password_file and not parts.username:
         raise ValueError("--password-file needs a user in the URL: write mqtt://user@host:1883")
-    return BrokerAddress(
+    if access.tls_key:
+        check_private(access.tls_key)
+    address = BrokerAddress(
         host=parts.hostname,
         port=port,
         tls=tls,
         user=unquote(parts.username) if parts.username else None,
-        password=read_secret(password_file) if password_file else None,
-        ca_file=ca_file,
+        password=read_secret(access.password_file) if access.password_file else None,
+        ca_file=access.ca_file,
+        tls_cert=access.tls_cert,
+        tls_key=access.tls_key,
     )
+    if not (tls or access.allow_plaintext or address.on_loopback):
+        raise PlaintextError(
+            f"{address} would carry everything unencrypted over the network: use mqtts:// "
+            "('wdmoe-testbed keys' makes what it needs), or say --allow-plaintext"
+        )
+    return address
 
 
 def read_secret(path: Path) -> str:

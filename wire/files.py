@@ -11,8 +11,11 @@ from wire.errors import StorageError
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`; on success it takes that name, on failure it is removed.
+
+    Args:
+        mode: of the file, less what the umask takes away.
 
     Raises:
         StorageError: the file could not be written.
@@ -21,7 +24,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

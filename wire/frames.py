@@ -360,7 +360,7 @@ def _expert_table(body: memoryview, n: int, tokens: int) -> tuple[list[ExpertSli
         raise FrameError("length", "work frame ends within its expert table")
     rows = np.frombuffer(body[:table_bytes], _ROW)
     counts = rows["count"].astype(np.int64)
-    if n == 0 or (counts > tokens).any() or len(np.unique(rows["expert"])) != n:
+    if n == 0 or (counts > tokens).any() or (n > 1 and len(np.unique(rows["expert"])) != n):
         raise FrameError("table", "the expert table is empty, repeats an expert or counts too many tokens")
     total = int(counts.sum())
     end = table_bytes + 8 * total
@@ -376,6 +376,6 @@ def _expert_table(body: memoryview, n: int, tokens: int) -> tuple[list[ExpertSli
         for e, a, b in zip(rows["expert"], bounds[:-1], bounds[1:], strict=True)
     ]
     # Adding rows by index needs each row once per expert: a repeated one would be lost silently.
-    if any(len(np.unique(s.tokens)) != len(s.tokens) for s in slices):
+    if any(len(s.tokens) > 1 and len(np.unique(s.tokens)) != len(s.tokens) for s in slices):
         raise FrameError("table", "a token is listed twice for one expert")
     return slices, body[end:]

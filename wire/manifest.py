@@ -195,10 +195,14 @@ def decode_probe_output(text: str, hidden: int) -> Array:
     return np.frombuffer(raw, "<f2").astype(np.float32)
 
 
-def load_manifest(bundle: Path) -> Manifest:
+def load_manifest(bundle: Path, *, key: Path | None = None) -> Manifest:
     """Read and check `manifest.json` of a bundle folder.
 
+    Args:
+        key: public key of which the bundle must have a signature.
+
     Raises:
+        SignatureError: it has none.
         BundleError: there is none, or it is not a valid manifest of this schema version.
     """
     path = bundle / MANIFEST_NAME
@@ -210,6 +214,10 @@ def load_manifest(bundle: Path) -> Manifest:
         raise BundleError(
             f"{bundle} is not a finished bundle (no {MANIFEST_NAME}): make one with 'wdmoe-export bundle'"
         ) from None
+    if key is not None:
+        from wire.signature import check_signature
+
+        check_signature(raw, bundle, key)
     try:
         schema = msgspec.json.decode(raw, type=_SchemaOnly).schema
         if schema != SCHEMA:

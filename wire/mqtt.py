@@ -6,7 +6,10 @@ on everything that waits, and errors in the words of `wire.errors`. It knows not
 
 import collections
 import contextlib
+import ctypes
+import functools
 import logging
+import re
 import select
 import socket
 import ssl
@@ -31,6 +34,9 @@ KEEPALIVE_S = 10
 """A peer that vanishes without closing its socket is declared dead by the broker after 1.5× this."""
 _AUTH_REFUSALS = ("Bad user name or password", "Not authorized")
 _QUEUE_LIMIT = 4096
+_MISC_S = KEEPALIVE_S / 20
+"""How often keep-alives are looked after; with every message it cost more than the poll itself."""
+_LARGE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +67,12 @@ class MqttTransport:
         self.dropped = 0
         self._inbox: collections.deque[Message] = collections.deque()
         self._connack: ReasonCode | None = None
+        self._alert = ""
         self._subscribed: dict[int, bool] = {}
+        self._poll = select.poll()
+        self._polled: tuple[Any, int] | None = None
+        self._next_misc_s = 0.0
+        keep_large_buffers()
         self._client = client = Client(
             CallbackAPIVersion.VERSION2, client_id=client_id, protocol=MQTTv311, reconnect_on_failure=False
         )
@@ -76,14 +87,20 @@ class MqttTransport:
             client.username_pw_set(address.user, address.password)
         if will:
             client.will_set(will.topic, will.payload, qos=1, retain=True)
-        self._connect(timeout_s)
+        try:
+            self._connect(timeout_s)
+        except BrokerError:
+            self.close()
+            raise
 
     def _connect(self, timeout_s: float) -> None:
         address = self.address
         try:
             if address.tls:
                 ca_file = str(address.ca_file) if address.ca_file else None
-                self._client.tls_set(ca_certs=ca_file, tls_version=ssl.PROTOCOL_TLS_CLIENT)
+                certificate, key = (str(p) if p else None for p in (address.tls_cert, address.tls_key))
+                self._client.tls_set(ca_file, certificate, key, tls_version=ssl.PROTOCOL_TLS_CLIENT)
+                self._client.on_log = self._on_log
             self._client.connect(address.host, address.port, keepalive=KEEPALIVE_S)
         except ssl.SSLError as error:
             raise BrokerAuthError(f"TLS with {address} failed: {error.reason or error}") from None
@@ -92,7 +109,13 @@ class MqttTransport:
             raise BrokerError(f"no broker at {address} ({why}): is it running, is the address right?") from None
         deadline = time.monotonic() + timeout_s
         while self._connack is None:
-            self._step_until(deadline, f"{address} accepted the connection but does not answer as an MQTT broker")
+            try:
+                self._step_until(deadline, f"{address} accepted the connection but does not answer as an MQTT broker")
+            except BrokerError:
+                if not self._alert:
+                    raise
+                # With TLS 1.3 a broker judges a client's certificate after the client's part of the handshake.
+                raise BrokerAuthError(f"the broker at {address} refused our certificate: {self._alert}") from None
         if self._connack.is_failure:
             reason = str(self._connack)
             self._client.disconnect()
@@ -195,14 +218,20 @@ class MqttTransport:
             timeout_s = 0.0  # TLS has decrypted bytes that poll() can't see
         # Wake up often enough to send keep-alives.
         timeout_s = min(timeout_s, KEEPALIVE_S / 4)
-        poll = select.poll()
-        poll.register(sock, select.POLLIN | (select.POLLOUT if client.want_write() else 0))
-        events = dict(poll.poll(timeout_s * 1000)).get(sock.fileno(), 0)
+        wanted = select.POLLIN | (select.POLLOUT if client.want_write() else 0)
+        if self._polled != (sock, wanted):
+            self._poll.register(sock, wanted)
+            self._polled = (sock, wanted)
+        found = self._poll.poll(timeout_s * 1000)
+        events = found[0][1] if found else 0
         if events & ~select.POLLOUT or getattr(sock, "pending", int)():
             self._check(client.loop_read())
         if events & select.POLLOUT:
             self._check(client.loop_write())
-        self._check(client.loop_misc())
+        now_s = time.monotonic()
+        if now_s >= self._next_misc_s:
+            self._next_misc_s = now_s + _MISC_S
+            self._check(client.loop_misc())
 
     def _check(self, rc: MQTTErrorCode) -> None:
         if rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
@@ -212,6 +241,12 @@ class MqttTransport:
 
     def _lost(self, rc: MQTTErrorCode) -> BrokerError:
         return BrokerError(f"lost the connection to the broker at {self.address} ({rc.name})")
+
+    def _on_log(self, client: Client, userdata: Any, level: int, text: str) -> None:
+        # paho tells why a connection ended here only: "… [SSL: SSLV3_ALERT_CERTIFICATE_REVOKED] sslv3 alert …"
+        alert = re.search(r"\[SSL: \w*ALERT_(\w+)\]", text)
+        if alert:
+            self._alert = alert[1].replace("_", " ").lower()
 
     def _on_connect(self, client: Client, userdata: Any, flags: Any, reason: ReasonCode, props: Any) -> None:
         self._connack = reason
@@ -229,6 +264,20 @@ class MqttTransport:
             self.dropped += 1
             return
         self._inbox.append(Message(topic, bytes(message.payload), time.perf_counter_ns(), bool(message.retain)))
+
+
+@functools.cache
+def keep_large_buffers() -> None:
+    """Let the C library reuse the memory of large messages, where it can (glibc).
+
+    By default it takes every buffer above 128 KiB from the system and gives it back at once: page faults for every
+    page of every message.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc.mallopt(m_mmap_threshold, _LARGE_BYTES)
+        libc.mallopt(m_trim_threshold, 2 * _LARGE_BYTES)
 
 
 def _disable_nagle(client: Client, userdata: Any, sock: Any) -> None:

@@ -17,6 +17,7 @@ from msgspec import Meta, Struct
 
 from bs_coordinator.selection import parse_policy
 from testbed.experiment.prompts import PROMPTS
+from wire.broker_url import Access
 from wire.errors import PlanError
 from wire.topics import check_name
 
@@ -34,13 +35,24 @@ class Broker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A broker that is already running.
 
     Attributes:
-        password_file: read when connecting; only its path is kept.
+        password_file, tls_key, cluster_key: read when connecting; only their paths are kept.
     """
 
     broker: str
     cluster: str = "default"
     password_file: str | None = None
     ca_file: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    cluster_key: str | None = None
+    allow_plaintext: bool = False
+
+    @property
+    def access(self) -> Access:
+        """As the connection needs it."""
+        names = ("password_file", "ca_file", "tls_cert", "tls_key")
+        password, ca, cert, key = (Path(p) if (p := getattr(self, name)) else None for name in names)
+        return Access(password, ca, cert, key, allow_plaintext=self.allow_plaintext)
 
 
 class Network(Struct, frozen=True, forbid_unknown_fields=True):
@@ -327,7 +339,8 @@ def _with_paths(plan: Plan, base: Path, data: Path | None) -> Plan:
         network = Network(emulated=beside(plan.emulated))
     elif plan.external is not None:
         broker = plan.external
-        files = {f: beside(path) for f in ("password_file", "ca_file") if (path := getattr(broker, f)) is not None}
+        names = ("password_file", "ca_file", "tls_cert", "tls_key", "cluster_key")
+        files = {f: beside(path) for f in names if (path := getattr(broker, f)) is not None}
         network = Network(external=msgspec.structs.replace(broker, **files))
     workloads = tuple(
         msgspec.structs.replace(w, dataset=beside(w.dataset, data or base))

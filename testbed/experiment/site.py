@@ -92,11 +92,11 @@ def distributed_site(
         wire=WireDtype.named(plan.wire),
         nodes_timeout_s=plan.nodes_timeout_s,
         layer_timeout_s=plan.layer_timeout_s,
+        cluster_key=Path(outside.cluster_key) if outside and outside.cluster_key else None,
     )
     with ExitStack() as stack:
         if outside:
-            password_file, ca_file = (Path(p) if p else None for p in (outside.password_file, outside.ca_file))
-            address = stack.enter_context(open_broker(outside.broker, password_file=password_file, ca_file=ca_file))
+            address = stack.enter_context(open_broker(outside.broker, access=outside.access))
         else:
             address = stack.enter_context(open_broker(broker, host=network.address))
             nodes = plan.node_experts(bundle.experts)

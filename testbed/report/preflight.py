@@ -167,10 +167,9 @@ def _broker(broker: Broker) -> tuple[Level, str]:
 
 @contextmanager
 def _connected(broker: Broker) -> Iterator[MqttTransport]:
-    password_file, ca_file = (Path(p) if p else None for p in (broker.password_file, broker.ca_file))
     client_id = f"wdmoe-preflight-{secrets.token_hex(4)}"
     with (
-        open_broker(broker.broker, password_file=password_file, ca_file=ca_file) as address,
+        open_broker(broker.broker, access=broker.access) as address,
         closing(MqttTransport(address, client_id)) as transport,
     ):
         yield transport

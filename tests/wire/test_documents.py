@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wire import status
-from wire.broker_url import parse_broker_url, read_secret
+from wire.broker_url import Access, parse_broker_url, read_secret
 from wire.errors import BrokerAuthError, BundleError, FrameError, StorageError
 from wire.experts import ExpertId, format_selector, parse_selector
 from wire.files import atomic_write
@@ -156,7 +156,7 @@ def test_secrets_must_be_private(tmp_path: Path) -> None:
         read_secret(path)
     path.chmod(0o600)
     assert read_secret(path) == "hush"
-    address = parse_broker_url("mqtt://u@h", password_file=path)
+    address = parse_broker_url("mqtt://u@h", Access(path, allow_plaintext=True))
     assert "hush" not in f"{address} {address!r}"
 
 

@@ -1,0 +1,75 @@
+"""Signed bundles: an Ed25519 signature over the manifest, which in turn names every file's SHA-256."""
+
+import base64
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+
+from wire.errors import KeyFileError, SignatureError
+from wire.files import atomic_write
+from wire.private_files import read_private
+
+SIGNATURE_NAME = "manifest.sig"
+_WORD = b"wdmoe-ed25519-v1 "
+_CONTEXT = b"wdmoe bundle manifest v1\n"
+_MOST_BYTES = 4096
+
+
+def sign(manifest: bytes, bundle: Path, key: Path) -> Path:
+    """Write the signature of a manifest's bytes into its bundle.
+
+    Args:
+        key: Ed25519 private key in PEM, mode 600.
+
+    Returns:
+        The signature's file.
+
+    Raises:
+        KeyFileError: the key can't be read, or is of another kind.
+        StorageError: the signature can't be written.
+    """
+    try:
+        private = load_pem_private_key(read_private(key), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        private = None
+    if not isinstance(private, Ed25519PrivateKey):
+        raise KeyFileError(f"{key} is not an Ed25519 private key in PEM: 'wdmoe-testbed keys init' makes one")
+    path = bundle / SIGNATURE_NAME
+    with atomic_write(path) as file:
+        file.write(_WORD + base64.b64encode(private.sign(_CONTEXT + manifest)) + b"\n")
+    return path
+
+
+def check_signature(manifest: bytes, bundle: Path, key: Path) -> None:
+    """Make sure that a manifest's bytes were signed with the private half of `key`.
+
+    Raises:
+        KeyFileError: the public key can't be read, or is of another kind.
+        SignatureError: there is no signature, or not this key's over these bytes.
+    """
+    try:
+        public = load_pem_public_key(key.read_bytes())
+    except OSError as error:
+        raise KeyFileError(f"can't read {key}: {error.strerror}") from None
+    except (ValueError, UnsupportedAlgorithm):
+        public = None
+    if not isinstance(public, Ed25519PublicKey):
+        raise KeyFileError(f"{key} is not an Ed25519 public key in PEM")
+    path = bundle / SIGNATURE_NAME
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MOST_BYTES)
+    except FileNotFoundError:
+        raise SignatureError(f"{bundle} is not signed (no {SIGNATURE_NAME}): 'wdmoe-export sign' signs it") from None
+    except OSError as error:
+        raise SignatureError(f"can't read {path}: {error.strerror}") from None
+    try:
+        if not raw.startswith(_WORD):
+            raise ValueError
+        public.verify(base64.b64decode(raw[len(_WORD) :].strip(), validate=True), _CONTEXT + manifest)
+    except (ValueError, InvalidSignature):
+        raise SignatureError(
+            f"{bundle} was not signed with the private half of {key}, or its manifest was changed since"
+        ) from None
