@@ -1,0 +1,113 @@
+"""`wdmoe-testbed keys`."""
+
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+
+import click
+
+from wire.errors import KeyFileError
+from wire.topics import check_name
+
+_FOLDER = click.argument("folder", type=click.Path(path_type=Path))
+_DAYS = click.option(
+    "--days", type=click.FloatRange(0, 3650, min_open=True), default=365.0, show_default=True, help="Certificates last."
+)
+_SOON_DAYS = 30
+
+
+def register(cli: click.Group) -> None:
+    """Add the commands."""
+    cli.add_command(keys)
+
+
+@click.group()
+def keys() -> None:
+    """Certificates, frame keys and the broker's access list of a cluster."""
+
+
+@keys.command()
+@_FOLDER
+@click.option("--host", "hosts", multiple=True, required=True, help="Name or address of the broker; repeatable.")
+@click.option("--node", "nodes", multiple=True, help="Repeatable; 'add' adds more later.")
+@click.option("--cluster", default="default", show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), default=8883, show_default=True, help="Of the broker.")
+@click.option(
+    "--broker-folder", default="/etc/mosquitto/wdmoe", show_default=True, help="Where broker/ will be on its machine."
+)
+@_DAYS
+def init(
+    folder: Path, hosts: tuple[str, ...], nodes: tuple[str, ...], cluster: str, port: int, broker_folder: str,
+    days: float,
+) -> None:  # fmt: skip
+    """Make all keys of a new cluster in FOLDER."""
+    from testbed.keys.folder import create
+
+    try:
+        check_name("cluster", cluster)
+    except ValueError as error:
+        raise KeyFileError(str(error)) from None
+    create(
+        folder, cluster=cluster, hosts=hosts, nodes=nodes, days=days, port=port,
+        broker_folder=PurePosixPath(broker_folder),
+    )  # fmt: skip
+    click.echo(
+        f"{folder}: keys of the broker, the base station and {len(nodes)} nodes; keep ca.key and bundle.key here"
+    )
+
+
+@keys.command()
+@_FOLDER
+@click.argument("nodes", nargs=-1, required=True)
+@_DAYS
+def add(folder: Path, nodes: tuple[str, ...], days: float) -> None:
+    """Make keys for more NODES."""
+    from testbed.keys.folder import KeyFolder
+
+    KeyFolder(folder).add(nodes, days=days)
+    click.echo(_then(folder, *(f"nodes/{name}" for name in nodes)))
+
+
+@keys.command()
+@_FOLDER
+@click.argument("nodes", nargs=-1, required=True)
+def revoke(folder: Path, nodes: tuple[str, ...]) -> None:
+    """Lock NODES out and delete their keys here."""
+    from testbed.keys.folder import KeyFolder
+
+    KeyFolder(folder).revoke(nodes)
+    click.echo(_then(folder))
+
+
+@keys.command()
+@_FOLDER
+@click.argument("names", nargs=-1, required=True)
+@click.option("--revoke-old", is_flag=True, help="Else the old certificates stay good until they run out.")
+@_DAYS
+def rotate(folder: Path, names: tuple[str, ...], revoke_old: bool, days: float) -> None:
+    """Renew the keys of NAMES: nodes, 'bs', 'broker', or 'frames' for all frame keys."""
+    from testbed.keys.folder import FRAMES, KeyFolder
+    from testbed.keys.mosquitto import BASE_STATION
+
+    opened = KeyFolder(folder)
+    opened.rotate(names, days=days, revoke_old=revoke_old)
+    nodes = opened.nodes if FRAMES in names else [name for name in names if name in opened.nodes]
+    base_station = [BASE_STATION] if {FRAMES, BASE_STATION} & set(names) else []
+    click.echo(_then(folder, *base_station, *(f"nodes/{name}" for name in nodes)))
+
+
+@keys.command(name="list")
+@_FOLDER
+def list_(folder: Path) -> None:
+    """Say until when each certificate is good."""
+    from testbed.keys.folder import KeyFolder
+
+    now = datetime.now(UTC)
+    for name, until in KeyFolder(folder).expiries():
+        left = (until - now).days
+        note = "  EXPIRED" if until <= now else f"  in {left} days" + ("  renew soon" if left < _SOON_DAYS else "")
+        click.echo(f"{name:20} {until:%Y-%m-%d %H:%M} UTC{note}")
+
+
+def _then(folder: Path, *parts: str) -> str:
+    own = "".join(f", {folder / part} to its machine" for part in parts)
+    return f"copy {folder / 'broker'} to the broker and reload it (systemctl reload mosquitto){own}"

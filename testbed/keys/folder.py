@@ -1,0 +1,253 @@
+"""The folder that holds all keys of a cluster, with one folder in it for each machine, to be copied there.
+
+    ca.key  ca.crt  crl.pem  bundle.key     stay with the operator
+    broker/   ca.crt crl.pem broker.crt broker.key acl mosquitto.conf
+    bs/       ca.crt bs.crt bs.key cluster.key bundle.pub
+    nodes/N/  ca.crt node.crt node.key frame.key bundle.pub
+
+All of it is readable by its owner only.
+"""
+
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+
+from testbed.keys.authority import Authority, Issued, expiry, hosts_of, new_authority
+from testbed.keys.mosquitto import BASE_STATION, access_list, configuration
+from wire.errors import KeyFileError, StorageError
+from wire.files import atomic_write
+from wire.private_files import read_private
+from wire.seal import KEY_BYTES, ClusterKey, cluster_key_line, node_key_line
+from wire.topics import check_name
+
+BROKER = "broker"
+FRAMES = "frames"
+AUTHORITY_DAYS = 3650
+_RESERVED = (BASE_STATION, BROKER, FRAMES)
+
+
+class Expiry(NamedTuple):
+    """Until when somebody's certificate is good."""
+
+    name: str
+    until: datetime
+
+
+def create(
+    folder: Path, *, cluster: str, hosts: Sequence[str], nodes: Sequence[str], days: float, port: int,
+    broker_folder: PurePosixPath,
+) -> "KeyFolder":  # fmt: skip
+    """Make all keys of a new cluster; the folder appears complete or not at all.
+
+    Args:
+        hosts: names and addresses of the broker.
+        days: that certificates are good for.
+        broker_folder: where `broker/` will be on the broker's machine.
+
+    Raises:
+        KeyFileError: the folder holds something already, or a name can't be a node's.
+        StorageError: it can't be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise KeyFileError(f"{folder} is there already: name a new folder, or change this one with 'add' or 'rotate'")
+    with _writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+            part = Path(temporary) / "keys"
+            part.mkdir(mode=0o700)
+            authority = new_authority(f"WDMoE {cluster}", days=AUTHORITY_DAYS)
+            _put(part / "ca.crt", authority.certificate)
+            _put(part / "ca.key", authority.key)
+            _put(part / "crl.pem", Authority(*authority).revocations(None))
+            _put(part / "bundle.key", _signing_key())
+            _put(part / "bs" / "cluster.key", cluster_key_line(ClusterKey(cluster, secrets.token_bytes(KEY_BYTES))))
+            _put(part / "broker" / "mosquitto.conf", configuration(broker_folder, port=port).encode())
+            keys = KeyFolder(part)
+            keys.renew_broker(hosts, days=days)
+            keys.renew_base_station(days=days)
+            keys.add(nodes, days=days)
+            if folder.exists():
+                folder.rmdir()
+            part.rename(folder)
+    return KeyFolder(folder)
+
+
+class KeyFolder:
+    """An existing folder of keys."""
+
+    def __init__(self, path: Path) -> None:
+        """Open it.
+
+        Raises:
+            KeyFileError: it is not one, or others may read it.
+        """
+        self.path = path
+        if not (path / "ca.key").is_file():
+            raise KeyFileError(f"{path} holds no keys: 'wdmoe-testbed keys init {path}' makes them")
+        try:
+            self._authority = Authority((path / "ca.crt").read_bytes(), read_private(path / "ca.key"))
+        except (OSError, ValueError) as error:
+            raise KeyFileError(f"{path} holds no usable authority: {error}") from None
+
+    @property
+    def nodes(self) -> list[str]:
+        """Names of the nodes that have keys."""
+        folder = self.path / "nodes"
+        return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+
+    @property
+    def cluster_key(self) -> ClusterKey:
+        """What frame keys are derived from."""
+        _, cluster, secret = read_private(self.path / "bs" / "cluster.key").decode().split()
+        return ClusterKey(cluster, bytes.fromhex(secret))
+
+    def add(self, names: Sequence[str], *, days: float) -> None:
+        """Make the keys of new nodes.
+
+        Raises:
+            KeyFileError: a name is taken, reserved, or can't stand in a topic.
+        """
+        for name in names:
+            try:
+                check_name("node id", name)
+            except ValueError as error:
+                raise KeyFileError(str(error)) from None
+            if name in _RESERVED or name in self.nodes or names.count(name) > 1:
+                why = "stands for something else" if name in _RESERVED else "has keys already: 'rotate' renews them"
+                raise KeyFileError(f"'{name}' {why}")
+        with _writing(self.path):
+            for name in names:
+                self._renew_node(name, days=days)
+            self._write_access()
+
+    def revoke(self, names: Sequence[str]) -> None:
+        """Lock nodes out: their certificates are listed as revoked, their rights and files removed.
+
+        Raises:
+            KeyFileError: there is no such node.
+        """
+        self._check_known(names)
+        folders = [self.path / "nodes" / name for name in names]
+        with _writing(self.path):
+            self._revoke([(folder / "node.crt").read_bytes() for folder in folders])
+            for folder in folders:
+                shutil.rmtree(folder)
+            self._write_access()
+
+    def rotate(self, names: Sequence[str], *, days: float, revoke_old: bool) -> None:
+        """Replace keys.
+
+        Args:
+            names: nodes, `bs`, `broker` or `frames`: the cluster's frame key and with it every node's.
+            revoke_old: list the old certificates as revoked; else they run out by themselves.
+
+        Raises:
+            KeyFileError: a name is none of these.
+        """
+        self._check_known([name for name in names if name not in _RESERVED])
+        with _writing(self.path):
+            replaced = [self._certificate(name).read_bytes() for name in names if name != FRAMES]
+            for name in names:
+                if name == BROKER:
+                    self.renew_broker(hosts_of(self._certificate(BROKER).read_bytes()), days=days)
+                elif name == BASE_STATION:
+                    self.renew_base_station(days=days)
+                elif name == FRAMES:
+                    key = ClusterKey(self.cluster_key.cluster, secrets.token_bytes(KEY_BYTES))
+                    _put(self.path / "bs" / "cluster.key", cluster_key_line(key))
+                    for node in self.nodes:
+                        _put(self.path / "nodes" / node / "frame.key", node_key_line(key, node))
+                else:
+                    self._renew_node(name, days=days)
+            if revoke_old:
+                self._revoke(replaced)
+
+    def expiries(self) -> list[Expiry]:
+        """Of all certificates, the first to run out first."""
+        with _writing(self.path):
+            files = {"ca": self.path / "ca.crt"}
+            files |= {name: self._certificate(name) for name in (BROKER, BASE_STATION, *self.nodes)}
+            found = [Expiry(name, expiry(path.read_bytes())) for name, path in files.items()]
+        return sorted(found, key=lambda e: e.until)
+
+    def renew_broker(self, hosts: Sequence[str], *, days: float) -> None:
+        """A new certificate for the broker."""
+        folder = self.path / "broker"
+        self._put_pair(folder, "broker", self._authority.issue(BROKER, days=days, hosts=hosts))
+        _put(folder / "crl.pem", (self.path / "crl.pem").read_bytes())
+        self._write_access()
+
+    def renew_base_station(self, *, days: float) -> None:
+        """A new certificate for the base station."""
+        self._put_pair(self.path / "bs", "bs", self._authority.issue(BASE_STATION, days=days))
+        self._put_verifier(self.path / "bs")
+
+    def _renew_node(self, name: str, *, days: float) -> None:
+        folder = self.path / "nodes" / name
+        self._put_pair(folder, "node", self._authority.issue(name, days=days))
+        self._put_verifier(folder)
+        _put(folder / "frame.key", node_key_line(self.cluster_key, name))
+
+    def _put_pair(self, folder: Path, stem: str, issued: Issued) -> None:
+        _put(folder / "ca.crt", (self.path / "ca.crt").read_bytes())
+        _put(folder / f"{stem}.key", issued.key)
+        _put(folder / f"{stem}.crt", issued.certificate)
+
+    def _put_verifier(self, folder: Path) -> None:
+        _put(folder / "bundle.pub", _public_half(read_private(self.path / "bundle.key")))
+
+    def _write_access(self) -> None:
+        _put(self.path / "broker" / "acl", access_list(self.cluster_key.cluster, self.nodes).encode())
+
+    def _revoke(self, certificates: Sequence[bytes]) -> None:
+        path = self.path / "crl.pem"
+        revoked = self._authority.revocations(path.read_bytes(), certificates)
+        _put(path, revoked)
+        _put(self.path / "broker" / "crl.pem", revoked)
+
+    def _certificate(self, name: str) -> Path:
+        folder = self.path if name in (BROKER, BASE_STATION) else self.path / "nodes"
+        return folder / name / f"{name if name in _RESERVED else 'node'}.crt"
+
+    def _check_known(self, names: Sequence[str]) -> None:
+        unknown = [name for name in names if name not in self.nodes]
+        if unknown:
+            raise KeyFileError(f"'{unknown[0]}' has no keys in {self.path}; these nodes have: {', '.join(self.nodes)}")
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"can't keep keys in {folder}: {error.strerror or error}") from None
+
+
+def _put(path: Path, content: bytes) -> None:
+    for folder in (path.parent.parent, path.parent):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    with atomic_write(path, mode=0o600) as file:
+        file.write(content)
+
+
+def _signing_key() -> bytes:
+    return Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _public_half(private: bytes) -> bytes:
+    public = load_pem_private_key(private, None).public_key()
+    return public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
