@@ -1,72 +1,25 @@
-"""Text in, text out: prompts, sequences with their KV cache, streaming."""
+"""Token sequences as state machines: what to run next, and what its logits mean. No waiting, no experts."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer
+from torch import Tensor
 
 from bs_coordinator.model import DistributedMixtral, Feed
 from bs_coordinator.records import StepRecord
 from bs_coordinator.sampling import Sampler, SamplingConfig
-from wire.errors import BundleError, ContextLengthError
+from bs_coordinator.speculation import Drafter, DraftLength, NoDrafter, StepCost
+from bs_coordinator.tokenizer import ChatMessage, TextStream, Tokenizer
+from wire.errors import ContextLengthError
+
+__all__ = ["Answer", "ChatMessage", "Sequence", "StopReason", "TextStream", "TokenEvent", "Tokenizer"]
 
 PREFILL_CHUNK_TOKENS = 512
 """A long prompt goes through the model in pieces of this size, so that activations stay small."""
 
 StopReason = Literal["eos", "max-tokens", "context"]
-ChatMessage = dict[str, str]
-
-
-class Tokenizer:
-    """The checkpoint's own tokenizer and chat template."""
-
-    def __init__(self, folder: Path, *, fallback_eos: int | None = None) -> None:
-        """Load from `trunk/` of a bundle.
-
-        Raises:
-            BundleError: there is none.
-        """
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise BundleError(f"{folder} has no usable tokenizer: {str(error).partition(chr(10))[0]}") from None
-        eos = self._tokenizer.eos_token_id
-        self.eos_id: int | None = fallback_eos if eos is None else eos
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether this is a chat model."""
-        return bool(self._tokenizer.chat_template)
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of plain text."""
-        ids: list[int] = self._tokenizer(text)["input_ids"]
-        return ids
-
-    def encode_chat(self, messages: list[ChatMessage]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant speaks next."""
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
-    def stream(self) -> "TextStream":
-        """A decoder for one sequence of new tokens."""
-        return TextStream(self._tokenizer.backend_tokenizer)
-
-
-class TextStream:
-    """Turns ids into text as they come; holds back bytes that don't make a character yet."""
-
-    def __init__(self, backend: Any) -> None:
-        self._backend = backend
-        self._stream = DecodeStream(skip_special_tokens=True)
-
-    def push(self, id: int) -> str:
-        """Text that has become certain with this token, perhaps empty."""
-        return self._stream.step(self._backend, id) or ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +28,8 @@ class TokenEvent:
 
     Attributes:
         text: what it adds to the text.
-        steps: the forward steps that it took: one, or one per piece of the prompt.
+        steps: the forward steps that it took: one, one per piece of the prompt, or none for a token that came with
+            the one before it, as its accepted draft.
         stop: why the sequence ends here, else None. An end-of-sequence token has no text.
     """
 
@@ -88,59 +42,157 @@ class TokenEvent:
 class Sequence:
     """One growing token sequence and its KV cache; prompts that continue it are not computed again."""
 
-    def __init__(self, model: DistributedMixtral, tokenizer: Tokenizer) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
-        self._cache = model.trunk.new_cache()
-        self._cached_ids: list[int] = []
-        self._max_positions: int = model.trunk.config.max_position_embeddings
+    def __init__(
+        self,
+        model: DistributedMixtral,
+        tokenizer: Tokenizer,
+        *,
+        drafter: Drafter | None = None,
+        cost: StepCost | None = None,
+    ) -> None:
+        """An empty sequence.
+
+        Args:
+            drafter: guesses what comes next; None for plain decoding.
+            cost: what steps of this model cost, learnt by all sequences together.
+        """
+        self.model = model
+        self.tokenizer = tokenizer
+        self.drafter = drafter or NoDrafter()
+        self.drafts = drafter is not None
+        self.cost = cost or StepCost()
+        self.length = DraftLength(self.cost)
+        self.cache = model.trunk.new_cache()
+        self.cached_ids: list[int] = []
+        self.max_positions: int = model.trunk.config.max_position_embeddings
+
+    def answer(self, prompt: list[int], config: SamplingConfig) -> "Answer":
+        """Begin to continue `prompt`; one answer of a sequence at a time.
+
+        Raises:
+            ContextLengthError: the prompt leaves no room in the model's context.
+            ValueError: the prompt is empty.
+        """
+        if not prompt:
+            raise ValueError("the prompt is empty")
+        if len(prompt) >= self.max_positions:
+            raise ContextLengthError(
+                f"the prompt has {len(prompt)} tokens, the model's context is {self.max_positions}: shorten it"
+            )
+        return Answer(self, prompt, config)
 
     def generate(self, prompt: list[int], config: SamplingConfig) -> Iterator[TokenEvent]:
         """Continue `prompt` token by token; the caller may stop at any token.
 
         Raises:
-            ContextLengthError: the prompt leaves no room in the model's context.
-            ValueError: the prompt is empty.
+            ContextLengthError, ValueError: as `answer`.
             WdmoeError: from the experts.
         """
-        if not prompt:
-            raise ValueError("the prompt is empty")
-        if len(prompt) >= self._max_positions:
-            raise ContextLengthError(
-                f"the prompt has {len(prompt)} tokens, the model's context is {self._max_positions}: shorten it"
-            )
-        return self._generate(prompt, config)
+        return self._generate(self.answer(prompt, config))
 
-    def _generate(self, prompt: list[int], config: SamplingConfig) -> Iterator[TokenEvent]:
-        sampler, stream = Sampler(config), self._tokenizer.stream()
-        pending = self._reuse_cache(prompt)
-        for count in range(1, config.max_tokens + 1):
-            steps: list[StepRecord] = []
-            for start in range(0, len(pending), PREFILL_CHUNK_TOKENS):
-                chunk = pending[start : start + PREFILL_CHUNK_TOKENS]
-                (logits,), step = self._model.step([Feed(chunk, self._cache)])
-                self._cached_ids += chunk
-                steps.append(step)
-            id = sampler.choose(logits)
-            stop: StopReason | None = None
-            if id == self._tokenizer.eos_id:
-                stop = "eos"
-            elif len(self._cached_ids) + 1 >= self._max_positions:
-                stop = "context"
-            elif count == config.max_tokens:
-                stop = "max-tokens"
-            yield TokenEvent(id, "" if stop == "eos" else stream.push(id), tuple(steps), stop)
-            if stop:
-                return
-            pending = [id]
+    def _generate(self, answer: "Answer") -> Iterator[TokenEvent]:
+        while not answer.done:
+            (logits,), step = self.model.step([answer.next_feed()])
+            yield from answer.accept(logits, step)
 
-    def _reuse_cache(self, prompt: list[int]) -> list[int]:
+    def reuse_cache(self, prompt: list[int]) -> list[int]:
         """Cut the cache to what it shares with `prompt`; the ids still to run, at least one."""
         shared = 0
-        limit = min(len(self._cached_ids), len(prompt) - 1)
-        while shared < limit and self._cached_ids[shared] == prompt[shared]:
+        limit = min(len(self.cached_ids), len(prompt) - 1)
+        while shared < limit and self.cached_ids[shared] == prompt[shared]:
             shared += 1
-        if shared < len(self._cached_ids):
-            self._model.trunk.truncate(self._cache, shared)
-            del self._cached_ids[shared:]
+        self.truncate(shared)
         return prompt[shared:]
+
+    def truncate(self, tokens: int) -> None:
+        """Forget all but the first `tokens` positions."""
+        if tokens < len(self.cached_ids):
+            self.model.trunk.truncate(self.cache, tokens)
+            del self.cached_ids[tokens:]
+
+
+class Answer:
+    """One answer of a sequence while it is made.
+
+    Attributes:
+        done: whether its last token has come.
+    """
+
+    def __init__(self, sequence: Sequence, prompt: list[int], config: SamplingConfig) -> None:
+        self.done = False
+        self._sequence = sequence
+        self._ids = list(prompt)
+        self._prompt_tokens = len(prompt)
+        self._config = config
+        self._sampler = Sampler(config)
+        self._stream = sequence.tokenizer.stream()
+        self._pending = sequence.reuse_cache(prompt)
+        self._fed: list[int] = []
+        self._draft: list[int] = []
+        self._draft_s = 0.0
+        self._steps: list[StepRecord] = []
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the prompt has been run."""
+        return len(self._ids) > self._prompt_tokens
+
+    def next_feed(self, *, prefill_tokens: int = PREFILL_CHUNK_TOKENS) -> Feed:
+        """What to run next: a piece of the prompt, or the last token and drafts of those after it.
+
+        Args:
+            prefill_tokens: of the prompt at most.
+        """
+        self._fed = self._pending[:prefill_tokens]
+        self._draft = []
+        if self.decoding and self._sequence.drafts:
+            # The last token that may be generated needs no draft after it.
+            generated = len(self._ids) - self._prompt_tokens
+            room = min(
+                self._config.max_tokens - generated - 1,
+                self._sequence.max_positions - len(self._ids) - 1,
+                self._sequence.length.choose(),
+            )
+            began = time.perf_counter()
+            self._draft = self._sequence.drafter.draft(self._ids, room) if room > 0 else []
+            self._draft_s = time.perf_counter() - began
+        rows = list(range(len(self._draft) + 1)) if self._draft else None
+        return Feed(self._fed + self._draft, self._sequence.cache, rows=rows)
+
+    def accept(self, logits: Tensor, step: StepRecord, *, alone: bool = True) -> list[TokenEvent]:
+        """Take in what became of the last feed: the new tokens, none while the prompt is not through.
+
+        Args:
+            alone: no other sequence shared the step, so that its time is this feed's.
+        """
+        sequence, draft = self._sequence, self._draft
+        sequence.cached_ids += self._fed + draft
+        self._steps.append(step)
+        self._pending = self._pending[len(self._fed) :]
+        if self._pending:
+            return []
+        if self.decoding and alone:
+            sequence.cost.observe(1 + len(draft), step.total_ns / 1e9)
+        chosen = self._sampler.verify(logits, draft) if draft else [self._sampler.choose(logits)]
+        sequence.length.observe(len(draft), len(chosen) - 1, self._draft_s)
+        events = []
+        for id in chosen:
+            stop = self._stop(id)
+            text = "" if stop == "eos" else self._stream.push(id)
+            self._ids.append(id)
+            events.append(TokenEvent(id, text, tuple(self._steps), stop))
+            self._steps = []
+            if stop:
+                self.done = True
+                break
+        # The last token has not been run; drafts that were refused should not have been.
+        sequence.truncate(len(self._ids) - 1)
+        self._pending = self._ids[-1:]
+        return events
+
+    def _stop(self, id: int) -> StopReason | None:
+        if id == self._sequence.tokenizer.eos_id:
+            return "eos"
+        if len(self._ids) + 1 >= self._sequence.max_positions:
+            return "context"
+        return "max-tokens" if len(self._ids) + 1 - self._prompt_tokens == self._config.max_tokens else None

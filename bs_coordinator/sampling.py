@@ -1,5 +1,6 @@
 """From logits to a token."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,10 +44,41 @@ class Sampler:
         """The next token id from logits [1, vocab] on the CPU."""
         if self._greedy:
             return int(logits.argmax(dim=-1))
+        return self._draw(self._probabilities(logits))
+
+    def verify(self, logits: Tensor, draft: Sequence[int]) -> list[int]:
+        """The next tokens, given logits after each token of a draft: what is accepted of it, then one more.
+
+        Each draft d is a certain guess (all of its own distribution's mass), so the rejection rule of Leviathan et
+        al. (arXiv 2211.17192) accepts it with the probability p(d) and otherwise draws from p without d: every token
+        is distributed as `choose` would draw it.
+
+        Args:
+            logits: [drafted + 1, vocab] on the CPU, row i given the first i drafts.
+        """
+        chosen: list[int] = []
+        for row, guess in zip(logits, draft, strict=False):
+            if self._greedy:
+                id = int(row.argmax())
+            else:
+                probabilities = self._probabilities(row[None])
+                id = guess
+                if float(torch.rand((), generator=self._generator)) >= float(probabilities[0, guess]):
+                    probabilities[0, guess] = 0.0
+                    id = self._draw(probabilities)
+            chosen.append(id)
+            if id != guess:
+                return chosen
+        return [*chosen, self.choose(logits[len(draft)][None])]
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
         for _ in range(self._skip):
             # A draw uses up as many random numbers as there are tokens, whatever their probabilities.
             torch.multinomial(torch.ones_like(logits), 1, generator=self._generator)
         self._skip = 0
         for warper in self._warpers:
             logits = warper(None, logits)
-        return int(torch.multinomial(torch.softmax(logits, dim=-1), 1, generator=self._generator))
+        return torch.softmax(logits, dim=-1)
+
+    def _draw(self, probabilities: Tensor) -> int:
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))

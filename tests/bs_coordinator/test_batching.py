@@ -1,0 +1,113 @@
+"""Many sequences at once: each gets what it would get alone, and others' failures are not its own."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bs_coordinator.generate import Answer, Sequence, Tokenizer
+from bs_coordinator.model import DistributedMixtral, ExpertOutput
+from bs_coordinator.sampling import SamplingConfig
+from bs_coordinator.scheduler import Scheduler
+from bs_coordinator.selection import TopK
+from bs_coordinator.speculation import NgramDrafter
+from bs_coordinator.trunk import Trunk
+from testbed.experiment.prompts import PROMPTS
+from testbed.local_experts import LocalExperts
+from wire.errors import DispatchError
+from wire.manifest import Scheme
+from wire.tensors import Array, WireDtype
+
+
+class _Experts(LocalExperts):
+    """Refuses batches with more rows than it was told to take."""
+
+    most_rows = 10**6
+
+    def apply(self, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
+        if len(hidden) > self.most_rows:
+            raise DispatchError("as told")
+        return super().apply(layer, hidden, gate)
+
+
+@pytest.fixture(scope="module")
+def experts(tiny_bundle: Callable[[Scheme], Path]) -> _Experts:
+    return _Experts(tiny_bundle("int4"), threads=1, wire=WireDtype.FP16)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle: Callable[[Scheme], Path], experts: _Experts) -> DistributedMixtral:
+    return DistributedMixtral(Trunk(tiny_bundle("int4") / "trunk"), experts, TopK(2))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_bundle: Callable[[Scheme], Path]) -> Tokenizer:
+    return Tokenizer(tiny_bundle("int4") / "trunk")
+
+
+def _run(scheduler: Scheduler, answers: list[Answer]) -> list[list[int]]:
+    ids: list[list[int]] = [[] for _ in answers]
+    while not scheduler.idle:
+        for answer, events, error in scheduler.step():
+            assert error is None
+            ids[answers.index(answer)] += [event.id for event in events]
+    return ids
+
+
+def test_answers_are_what_they_are_alone(model: DistributedMixtral, tokenizer: Tokenizer) -> None:
+    config = SamplingConfig(max_tokens=12)
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS[:10]]
+    alone = [[e.id for e in Sequence(model, tokenizer).generate(ids, config)] for ids in prompts]
+    scheduler = Scheduler(model, max_live=4)
+    answers = [Sequence(model, tokenizer).answer(ids, config) for ids in prompts]
+    for answer in answers:
+        scheduler.add(answer)
+    assert _run(scheduler, answers) == alone
+
+
+def test_drafts_change_nothing(model: DistributedMixtral, tokenizer: Tokenizer) -> None:
+    config = SamplingConfig(max_tokens=60)
+    for prompt in PROMPTS[:8]:
+        ids = tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        plain = [e.id for e in Sequence(model, tokenizer).generate(ids, config)]
+        drafted = list(Sequence(model, tokenizer, drafter=NgramDrafter()).generate(ids, config))
+        assert [e.id for e in drafted] == plain
+        assert sum(len(e.steps) for e in drafted) <= len(plain)
+
+
+def test_a_long_prompt_does_not_starve_those_who_decode(model: DistributedMixtral, tokenizer: Tokenizer) -> None:
+    scheduler = Scheduler(model, prefill_tokens=20)
+    short = Sequence(model, tokenizer).answer([5, 6, 7], SamplingConfig(max_tokens=20))
+    scheduler.add(short)
+    scheduler.step()
+    long = Sequence(model, tokenizer).answer(list(range(100, 200)), SamplingConfig(max_tokens=2))
+    scheduler.add(long)
+    for _ in range(4):
+        by_answer = {p.answer: p.events for p in scheduler.step()}
+        assert len(by_answer[short]) == 1
+        assert by_answer[long] == []
+    assert len({p.answer: p.events for p in scheduler.step()}[long]) == 1
+    scheduler.cancel(short)
+    assert [p.answer for p in scheduler.step()] == [long]
+    assert scheduler.idle
+
+
+def test_a_failure_ends_only_the_answer_that_fails_alone(
+    model: DistributedMixtral, tokenizer: Tokenizer, experts: _Experts
+) -> None:
+    config = SamplingConfig(max_tokens=3)
+    expected = [e.id for e in Sequence(model, tokenizer).generate([5, 6, 7], config)]
+    scheduler = Scheduler(model)
+    small = Sequence(model, tokenizer).answer([5, 6, 7], config)
+    large = Sequence(model, tokenizer).answer(list(range(50)), config)
+    scheduler.add(large)
+    scheduler.add(small)
+    experts.most_rows = 20
+    try:
+        failed = {p.answer: p.error for p in scheduler.step()}
+        first = [e.id for p in scheduler.step() for e in p.events]
+    finally:
+        experts.most_rows = 10**6
+    assert isinstance(failed[large], DispatchError)
+    assert failed[small] is None
+    assert first == expected[1:2]
