@@ -95,7 +95,7 @@ def _read(path: Path, lines: list[bytes], asked: Asked) -> tuple[list[int], bool
     try:
         known = msgspec.json.decode(lines[0], type=Asked)
         tokens = [msgspec.json.decode(line, type=tuple[int, bool]) for line in lines[1:]]
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         raise StorageError(f"{path} is no session file: name another one") from None
     if known != asked:
         different = [f for f in Asked.__struct_fields__ if getattr(known, f) != getattr(asked, f)]

@@ -56,7 +56,7 @@ def read_journal(bundle: Path, header: JournalHeader) -> dict[ExpertId, ExpertEn
         return {}
     try:
         found = msgspec.json.decode(first, type=JournalHeader)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return {}
     wanted = (header.source, header.quantisation, header.experts)
     if (found.source, found.quantisation, found.experts) != wanted:
@@ -68,7 +68,7 @@ def read_journal(bundle: Path, header: JournalHeader) -> dict[ExpertId, ExpertEn
     if found == header:
         for row in rows:
             # The last row may be cut short by whatever ended the export.
-            with suppress(msgspec.DecodeError):
+            with suppress(msgspec.DecodeError, UnicodeDecodeError):
                 entry = msgspec.json.decode(row, type=ExpertEntry)
                 if is_intact(bundle, entry):
                     done[entry.id] = entry

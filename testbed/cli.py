@@ -8,6 +8,7 @@ import click
 from testbed.bench.sections import SECTIONS
 from testbed.chaos import commands as chaos_commands
 from testbed.experiment import commands
+from testbed.fuzz import commands as fuzz_commands
 from testbed.keys import commands as keys_commands
 from testbed.network import commands as network_commands
 from testbed.radio import commands as radio_commands
@@ -140,6 +141,7 @@ def bench(broker: str, sections: tuple[str, ...], samples: int, out: Path) -> No
 
 commands.register(cli)
 chaos_commands.register(cli)
+fuzz_commands.register(cli)
 keys_commands.register(cli)
 network_commands.register(cli)
 radio_commands.register(cli)

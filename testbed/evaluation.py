@@ -50,7 +50,7 @@ def read_items(path: Path, kind: type[T], count: int | None = None) -> list[T]:
         return [msgspec.json.decode(line, type=kind) for line in lines]
     except FileNotFoundError:
         raise WdmoeError(f"evaluation data {path} is missing: see docs/measurement.md for its format") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise WdmoeError(f"{path} is not JSON lines of {kind.__name__}: {error}") from None
 
 

@@ -218,6 +218,12 @@ class ChaosError(WdmoeError):
     exit_code = 68
 
 
+class FuzzError(WdmoeError):
+    """A reader neither understood nor refused an input."""
+
+    exit_code = 69
+
+
 class SimulationError(WdmoeError):
     """A radio setting or a routing trace can't be used."""
 

@@ -223,7 +223,7 @@ def load_manifest(bundle: Path, *, key: Path | None = None) -> Manifest:
         if schema != SCHEMA:
             raise BundleError(f"{path} has schema {schema}, this version reads {SCHEMA}: export it again")
         return msgspec.json.decode(raw, type=Manifest)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} is not a valid manifest: {error}") from None
 
 

@@ -108,7 +108,7 @@ def decode_status(payload: bytes, node: str) -> NodeStatus:
         raise FrameError("length", f"status of {len(payload)} bytes exceeds {MAX_STATUS_BYTES}")
     try:
         status = msgspec.json.decode(payload, type=NodeStatus)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise FrameError("status", f"not a status document: {error}") from None
     if status.schema != SCHEMA:
         raise FrameError("version", f"status schema {status.schema}, this side reads {SCHEMA}")

@@ -61,7 +61,8 @@ def decode(buffer: memoryview, tokens: int, hidden: int, dtype: WireDtype) -> Ar
         return np.frombuffer(buffer, "<f2").reshape(tokens, hidden).astype(np.float32)
     scale = np.frombuffer(buffer[: 4 * tokens], "<f4")
     q = np.frombuffer(buffer[4 * tokens :], np.int8).reshape(tokens, hidden)
-    x: Array = q * scale[:, None]
+    with np.errstate(over="ignore", invalid="ignore"):  # to infinity or no number, which is refused as such
+        x: Array = q * scale[:, None]
     return x
 
 

@@ -61,5 +61,5 @@ def read_link_log(path: Path) -> Iterator[LinkSample]:
     for number, line in enumerate(lines[:-1], 1):
         try:
             yield decoder.decode(line)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise StorageError(f"{path}, line {number} is no link sample: {error}") from None

@@ -59,7 +59,7 @@ def read_differences(path: Path) -> DifferenceTable:
         document = msgspec.json.decode(path.read_bytes(), type=DifferenceDocument)
     except OSError as error:
         raise ValueError(f"can't read {path}: {error.strerror} (make it with 'wdmoe-testbed differences')") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a table of expert differences: {error}") from None
     if document.schema != SCHEMA:
         raise ValueError(f"{path} has schema {document.schema}, this version reads {SCHEMA}: measure it again")

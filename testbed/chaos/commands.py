@@ -1,4 +1,4 @@
-"""`wdmoe-testbed chaos`."""
+"""`wdmoe-testbed chaos` and `soak`."""
 
 import os
 from pathlib import Path
@@ -9,8 +9,9 @@ from testbed.chaos.schedule import KINDS, LINK_KINDS
 
 
 def register(cli: click.Group) -> None:
-    """Add the command."""
+    """Add the commands."""
     cli.add_command(chaos)
+    cli.add_command(soak)
 
 
 @click.command()
@@ -48,3 +49,25 @@ def chaos(
         bundle, answers=answers, seed=seed, tokens=tokens, nodes=nodes, kinds=wanted, emulate=not localhost, out=out,
         console=console,
     )  # fmt: skip
+
+
+@click.command()
+@click.option("--tokens", type=click.IntRange(100), default=20_000, show_default=True)
+@click.option("--churn", "churn_s", type=click.FloatRange(5.0), default=30.0, show_default=True, help="Seconds.")
+@click.option("--nodes", type=click.IntRange(3, 8), default=4, show_default=True, help="Each expert is on two of them.")
+@click.option("--layers", type=click.IntRange(1), default=2, show_default=True, help="Of the demo model.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/soak"), show_default=True)
+def soak(tokens: int, churn_s: float, nodes: int, layers: int, seed: int, out: Path) -> None:
+    """Generate for long while nodes are killed and started: memory and open files must stay, the log be complete."""
+    from rich.console import Console
+
+    from testbed.chaos.soak import run_soak
+    from testbed.demo_assets import demo_model, export_demo_bundle
+
+    if (out / "latency.csv").exists():
+        raise click.UsageError(f"--out: {out} holds a log already; name another folder")
+    console = Console(highlight=False)
+    bundle = out / "bundle"
+    export_demo_bundle(demo_model(layers=layers, console=console), bundle, "int4", console=console)
+    run_soak(bundle, tokens=tokens, churn_s=churn_s, nodes=nodes, seed=seed, out=out, console=console)

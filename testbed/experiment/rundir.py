@@ -126,7 +126,7 @@ class RunDir:
             self.manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=RunManifest)
         except OSError:
             raise RunDirectoryError(f"{path} is not a run's folder: it has no readable {MANIFEST}") from None
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise RunDirectoryError(f"{path / MANIFEST} is damaged or of another version: {error}") from None
         if self.manifest.schema != SCHEMA:
             raise RunDirectoryError(f"{path} has schema {self.manifest.schema}, this version reads {SCHEMA}")

@@ -211,7 +211,7 @@ def _iperf(network: EmulatedNetwork, node: str, link: Link, mbps: float, *, reve
             raise NetworkError(f"iperf3 to {node}: {report['error']}")
         end = report["end"]
         return float(end["sum_received"]["bits_per_second"]) / 1e6
-    except (msgspec.DecodeError, KeyError, TypeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise NetworkError(f"iperf3 to {node} gives no result: {_last_line(done)}") from None
 
 

@@ -203,5 +203,5 @@ def _decode(received: bytes, path: Path) -> NetworkStatus:
         if b'"error"' in line[:16]:
             raise NetworkError(msgspec.json.decode(line, type=Refusal).error)
         return msgspec.json.decode(line, type=NetworkStatus)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise NetworkError(f"the emulated network gives an answer that can't be read: {error}") from None

@@ -57,7 +57,7 @@ class State:
             noted = msgspec.json.decode(self._pid.read_bytes(), type=_Pid)
             process = psutil.Process(noted.pid)
             alive = process.create_time() == noted.started and process.status() != psutil.STATUS_ZOMBIE
-        except (FileNotFoundError, msgspec.DecodeError, psutil.NoSuchProcess):
+        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError, psutil.NoSuchProcess):
             return None
         return process if alive else None
 

@@ -97,7 +97,7 @@ def read_setting(path: Path) -> Setting:
         return msgspec.yaml.decode(path.read_bytes(), type=Setting)
     except OSError as error:
         raise SimulationError(f"radio setting {path}: {error.strerror}") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise SimulationError(f"radio setting {path}: {error}") from None
 
 

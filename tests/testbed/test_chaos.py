@@ -55,3 +55,11 @@ def test_a_short_run_on_localhost(run: Run, tmp_path: Path) -> None:
     }  # fmt: skip
     assert {answer["outcome"] for answer in answers} <= {"right", "degraded", "failed"}
     assert sum(answer["resumed"] for answer in answers) >= 1
+
+
+def test_a_short_soak_grows_nothing_and_logs_every_layer(run: Run, tmp_path: Path) -> None:
+    done = run("testbed", "soak", "--tokens", 300, "--churn", 5, "--out", tmp_path / "soak")
+    assert done.returncode == 0, done.stderr
+    assert "log: complete" in done.stdout
+    again = run("testbed", "soak", "--tokens", 300, "--out", tmp_path / "soak")
+    assert (again.returncode, "holds a log already" in again.stderr) == (2, True)

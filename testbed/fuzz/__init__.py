@@ -1,0 +1,1 @@
+"""Broken inputs, by the million: whatever a stranger sends is refused in one clear line, or understood."""
