@@ -182,6 +182,28 @@ def chat(
 
 @cli.command()
 @_network_options
+@_model_options
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8080, show_default=True)
+@click.option("--max-live", type=click.IntRange(1, 256), default=8, show_default=True, help="Answers made at once.")
+@click.option("--max-waiting", type=click.IntRange(0), default=16, show_default=True, help="More are told to retry.")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="Callers must know this key; mode 600.")
+def serve(
+    host: str, port: int, max_live: int, max_waiting: int, api_key_file: Path | None, stats: bool, **options: Any
+) -> None:  # fmt: skip
+    """Answer HTTP requests as OpenAI's clients send them."""
+    from bs_coordinator.serve_command import check_exposure, serve_station
+
+    check_exposure(host, api_key_file)
+    with _station(**options) as station:
+        serve_station(
+            station, host=host, port=port, max_live=max_live, max_waiting=max_waiting, api_key_file=api_key_file,
+            layer_timeout_s=options["layer_timeout"],
+        )  # fmt: skip
+
+
+@cli.command()
+@_network_options
 def nodes(
     bundle: Path,
     broker: str,

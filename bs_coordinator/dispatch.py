@@ -129,7 +129,7 @@ class Dispatcher:
             try:
                 return self._run(layer, hidden, plan_requests(gate, holder, max_tokens=self._max_tokens(hidden)))
             except BrokerError as error:
-                self._recover(error)
+                self.recover(error)
 
     def ask(self, node: str, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
         """The same of one node, whatever else is known of it.
@@ -193,8 +193,8 @@ class Dispatcher:
         self._transport.subscribe(self._topics.status("+"), qos=1)
         self._transport.subscribe(self._topics.results("+"))
 
-    def _recover(self, lost: BrokerError) -> None:
-        """Connect again, then hear from the nodes again: what they said before was said to another broker process.
+    def recover(self, lost: BrokerError) -> None:
+        """Connect again after a loss, and hear from the nodes again: what they said before, another broker heard.
 
         Raises:
             BrokerError: `lost`, or the last error, when the broker stays away.

@@ -150,6 +150,26 @@ class ShapingError(WdmoeError):
     exit_code = 43
 
 
+class BusyError(WdmoeError):
+    """As many requests as are allowed are being answered.
+
+    Attributes:
+        retry_after_s: when it should be worth another try.
+    """
+
+    exit_code = 44
+
+    def __init__(self, requests: int, *, retry_after_s: float) -> None:
+        super().__init__(f"busy with {requests} requests: retry after {retry_after_s:.0f} s")
+        self.retry_after_s = retry_after_s
+
+
+class ServeError(WdmoeError):
+    """The HTTP interface can't be opened as asked."""
+
+    exit_code = 45
+
+
 class FrameError(WdmoeError):
     """Bytes that are not a valid frame.
 

@@ -1,0 +1,65 @@
+"""`wdmoe-bs serve`: what the command adds to `http_api` and `serving`."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wire.broker_url import is_loopback
+from wire.errors import ServeError
+from wire.private_files import read_private
+
+if TYPE_CHECKING:
+    from bs_coordinator.station import Station
+
+log = logging.getLogger("wdmoe-bs")
+
+_GRACE_S = 5
+
+
+def serve_station(
+    station: "Station", *, host: str, port: int, max_live: int, max_waiting: int, api_key_file: Path | None,
+    layer_timeout_s: float,
+) -> None:  # fmt: skip
+    """Serve HTTP until a signal ends it.
+
+    Raises:
+        ServeError: the port can't be had.
+        KeyFileError: the API key can't be read.
+    """
+    import uvicorn
+
+    from bs_coordinator.http_api import http_app
+    from bs_coordinator.scheduler import Scheduler
+    from bs_coordinator.serving import AnswerServer
+
+    api_key = read_private(api_key_file).decode().strip() if api_key_file else None
+    server = AnswerServer(
+        Scheduler(station.model, max_live=max_live),
+        station.new_sequence,
+        max_waiting=max_waiting,
+        dispatcher=station.dispatcher,
+    )
+    app = http_app(
+        server, station.tokenizer, model=station.manifest.source.name, api_key=api_key, stall_s=2 * layer_timeout_s
+    )
+    http = uvicorn.Server(
+        uvicorn.Config(app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=_GRACE_S)
+    )
+    server.start()
+    log.info("answers at http://%s:%d/v1 as soon as nothing below says otherwise", host, port)
+    try:
+        http.run()
+    except SystemExit:  # what uvicorn does when it can't listen
+        raise ServeError(f"can't listen on {host}:{port}: is the port taken? say another --port") from None
+    finally:
+        server.stop()
+
+
+def check_exposure(host: str, api_key_file: Path | None) -> None:
+    """Make sure that not just anybody in the network can use the model.
+
+    Raises:
+        ServeError: beyond loopback without a key.
+    """
+    if api_key_file is None and not is_loopback(host):
+        raise ServeError(f"--host {host} can be reached from outside: say --api-key-file, and put TLS in front of it")
