@@ -112,10 +112,15 @@ class MqttTransport:
             try:
                 self._step_until(deadline, f"{address} accepted the connection but does not answer as an MQTT broker")
             except BrokerError:
-                if not self._alert:
+                if not address.tls or time.monotonic() >= deadline:
                     raise
                 # With TLS 1.3 a broker judges a client's certificate after the client's part of the handshake.
-                raise BrokerAuthError(f"the broker at {address} refused our certificate: {self._alert}") from None
+                why = (
+                    f"refused our certificate: {self._alert}"
+                    if self._alert
+                    else ("hung up: it may want a certificate (--tls-cert, --tls-key), or not accept ours any more")
+                )
+                raise BrokerAuthError(f"the broker at {address} {why}") from None
         if self._connack.is_failure:
             reason = str(self._connack)
             self._client.disconnect()
