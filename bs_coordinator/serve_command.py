@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from wire.broker_url import is_loopback
 from wire.errors import ServeError
 from wire.private_files import read_private
+from wire.systemd import notify
 
 if TYPE_CHECKING:
     from bs_coordinator.station import Station
@@ -46,6 +47,7 @@ def serve_station(
         uvicorn.Config(app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=_GRACE_S)
     )
     server.start()
+    notify("READY=1")
     log.info("answers at http://%s:%d/v1 as soon as nothing below says otherwise", host, port)
     try:
         http.run()

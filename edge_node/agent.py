@@ -17,12 +17,14 @@ from collections.abc import Callable
 import onnxruntime
 import psutil
 
+from edge_node.limits import Limits
 from edge_node.worker import Worker
 from wire import __version__, status
 from wire.broker_url import BrokerAddress
 from wire.errors import BrokerAuthError, BrokerError, DuplicateNodeError, FrameError
 from wire.mqtt import KEEPALIVE_S, LastWill, MqttTransport
 from wire.status import Holding, Machine, NodeStatus, SocketFacts
+from wire.systemd import notify
 from wire.topics import Topics
 from wire.transport import Message, Transport
 
@@ -49,13 +51,21 @@ class NodeAgent:
         worker: Worker,
         holding: Holding,
         threads: int,
+        limits: Limits | None = None,
     ) -> None:
+        """Nothing is connected yet.
+
+        Args:
+            limits: outside of which the node says that it is offline, and takes no work until it is within again.
+        """
         self._node = node
         self._topics = topics
         self._address = address
         self._worker = worker
         self._holding = holding
         self._threads = threads
+        self._limits = limits or Limits()
+        self._unfit = ""
         self._boot_id = secrets.token_hex(8)
         self._since_unix_ms = 0
 
@@ -67,6 +77,7 @@ class NodeAgent:
             DuplicateNodeError: another live process has this id.
         """
         transport = self._connect()
+        notify("READY=1")
         if on_ready:
             on_ready()
         while True:
@@ -147,8 +158,17 @@ class NodeAgent:
                         f"the broker at {self._address} does not pass on {status_topic}: does its access list allow "
                         f"user '{self._address.user}' to be node '{self._node}'?"
                     )
+                notify("WATCHDOG=1")
+                self._look_at_limits()
                 self._announce(transport, confirm=False)
                 next_heartbeat = time.monotonic() + HEARTBEAT_S
+
+    def _look_at_limits(self) -> None:
+        before, self._unfit = self._unfit, self._limits.unfit()
+        if self._unfit and not before:
+            log.warning("%s: taking no work until that is over", self._unfit)
+        elif before and not self._unfit:
+            log.info("taking work again")
 
     def _settle(self, other: NodeStatus) -> None:
         """Two of us announced themselves at once: the earlier one stays."""
@@ -174,7 +194,8 @@ class NodeAgent:
 
     def _announce(self, transport: MqttTransport, *, confirm: bool) -> None:
         topic = self._topics.status(self._node)
-        payload = status.encode_status(self._status("online", uplink=transport.socket_facts()))
+        state = "offline" if self._unfit else "online"
+        payload = status.encode_status(self._status(state, self._unfit, uplink=transport.socket_facts()))
         if confirm:
             transport.publish_confirmed(topic, payload, retain=True)
         else:
@@ -193,6 +214,7 @@ class NodeAgent:
             except BrokerAuthError:
                 raise
             except BrokerError as error:
+                notify("WATCHDOG=1")  # a broker that is away is no reason to be restarted
                 delay_s = min(2 * delay_s, _RECONNECT_MOST_S)
                 log.warning("%s; next try within %.1f s", error, delay_s)
                 continue

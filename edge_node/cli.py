@@ -44,6 +44,8 @@ def parse_bytes(text: str) -> int:
 @click.option("--cluster", default="default", show_default=True, help="Keeps clusters on one broker apart.")
 @click.option("--threads", type=click.IntRange(1, 256), help="Cores to compute with.  [default: all]")
 @click.option("--memory-budget", help="Refuse to take more RAM than this, e.g. 800M or 2G.")
+@click.option("--max-temperature", type=click.FloatRange(0), help="Take no work above, in °C.  [default: no limit]")
+@click.option("--min-free-memory", default="64M", show_default=True, help="Take no work with less RAM available.")
 @click.option("--prepacked", type=click.Path(path_type=Path), help="Keep prepacked experts here: disk for RAM.")
 @click.option("--password-file", type=click.Path(path_type=Path), help="Broker password, file of mode 600.")
 @click.option("--ca-file", type=click.Path(path_type=Path, exists=True), help="CA to trust for mqtts://.")
@@ -60,6 +62,8 @@ def cli(
     cluster: str,
     threads: int | None,
     memory_budget: str | None,
+    max_temperature: float | None,
+    min_free_memory: str,
     prepacked: Path | None,
     password_file: Path | None,
     ca_file: Path | None,
@@ -85,6 +89,7 @@ def cli(
         topics = Topics(check_name("cluster", cluster))
         check_name("node id", node)
         budget = parse_bytes(memory_budget) if memory_budget else None
+        free_bytes = parse_bytes(min_free_memory)
         address = parse_broker_url(
             broker, Access(password_file, ca_file, tls_cert, tls_key, allow_plaintext=allow_plaintext)
         )
@@ -94,6 +99,7 @@ def cli(
     seal = read_node_seal(frame_key, cluster, node) if frame_key else None
 
     from edge_node.agent import NodeAgent
+    from edge_node.limits import Limits
     from edge_node.memory import check_memory, needed_bytes
     from edge_node.runtime import ExpertRuntime
     from edge_node.worker import Worker
@@ -119,6 +125,7 @@ def cli(
         address=address,
         worker=worker,
         threads=threads,
+        limits=Limits(max_celsius=max_temperature, min_available_bytes=free_bytes),
         holding=Holding(
             experts=format_selector(ids),
             model_sha256=manifest.model_sha256,

@@ -1,0 +1,86 @@
+"""A device beyond its limits takes no work, says why, and comes back; systemd hears how it is."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from edge_node.limits import Limits
+from testbed.local_fleet import LocalFleet
+from wire import status
+from wire.mqtt import MqttTransport
+from wire.topics import Topics
+
+
+def test_it_must_cool_down_before_it_is_fit_again() -> None:
+    celsius: list[float | None] = [80.0]
+    limits = Limits(max_celsius=85, read_celsius=lambda: celsius[0])
+    for reading, fit in [(80, True), (86, False), (83, False), (80, True), (84, True), (None, True)]:
+        celsius[0] = reading
+        assert (limits.unfit() == "") is fit, reading
+    celsius[0] = 90
+    assert "90 °C" in limits.unfit()
+
+
+def test_memory_must_be_there_with_a_margin() -> None:
+    available = [200 << 20]
+    limits = Limits(min_available_bytes=100 << 20, read_available_bytes=lambda: available[0])
+    for mebibytes, fit in [(200, True), (99, False), (110, False), (126, True), (101, True)]:
+        available[0] = mebibytes << 20
+        assert (limits.unfit() == "") is fit, mebibytes
+
+
+def test_a_node_short_of_memory_leaves_the_fleet_and_says_why(fleet: LocalFleet) -> None:
+    argv = _argv(fleet, "--min-free-memory", "900T")
+    with closing(MqttTransport(fleet.address, "t-watch")) as watch:
+        watch.subscribe(Topics(fleet.cluster).status("n0"), qos=1)
+        process = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
+        try:
+            seen = _statuses(watch, lambda s: s.state == "offline")
+        finally:
+            process.terminate()
+            process.wait(20)
+    assert seen[0].online
+    assert "short of memory" in seen[-1].reason
+
+
+def test_systemd_is_told(fleet: LocalFleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(str(tmp_path / "n"))
+        told.settimeout(30)
+        process = subprocess.Popen(
+            _argv(fleet), stderr=subprocess.DEVNULL, env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "n")}
+        )
+        try:
+            assert [told.recv(100), told.recv(100), told.recv(100)] == [b"READY=1", b"WATCHDOG=1", b"WATCHDOG=1"]
+            process.send_signal(signal.SIGSTOP)  # hangs: nothing more is said, and systemd ends it
+            told.settimeout(5)
+            with pytest.raises(TimeoutError):
+                told.recv(100)
+        finally:
+            process.kill()
+            process.wait(20)
+
+
+def _argv(fleet: LocalFleet, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "edge_node", "--bundle", str(fleet.bundle), "--broker", str(fleet.address), "--id", "n0",
+        "--experts", "L0:E0", "--cluster", fleet.cluster, *more,
+    ]  # fmt: skip
+
+
+def _statuses(watch: MqttTransport, until: Callable[[status.NodeStatus], bool]) -> list[status.NodeStatus]:
+    seen: list[status.NodeStatus] = []
+    deadline = time.monotonic() + 40
+    while not seen or not until(seen[-1]):
+        assert time.monotonic() < deadline
+        if message := watch.receive(1.0):
+            seen.append(status.decode_status(message.payload, "n0"))
+    return seen
