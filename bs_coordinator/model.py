@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from bs_coordinator.trunk import Packing, Trunk
 from bs_coordinator.trunk_rows import MAX_ROWS, Rows
 from wire.errors import ExpertsLostError
 from wire.tensors import Array
+
+if TYPE_CHECKING:
+    from bs_coordinator.trunk_graphs import GraphedDecoder
 
 
 class ExpertOutput(NamedTuple):
@@ -112,17 +115,18 @@ class DistributedMixtral:
             choice = self._choose(layer, probabilities)
             attended_ns = time.perf_counter_ns()
             combined, choice = self._apply(layer, x, probabilities, choice)
-            outputs = torch.from_numpy(combined.output).to(self.trunk.device, self.trunk.dtype)
+            outputs = torch.from_numpy(combined.output)
             for part, output in zip(passes, torch.split(outputs, [len(y) for y, _ in attended]), strict=True):
                 part.add(output)
             done_ns = time.perf_counter_ns()
+            # A GPU is at the next layer by now: what is only for the record costs nothing here.
             layers.append(
                 LayerRecord(
                     layer=layer,
                     trunk_ns=attended_ns - mark_ns,
                     dispatch_ns=done_ns - attended_ns,
                     pairs=int(np.count_nonzero(choice.gate)),
-                    predicted_ns=choice.predicted_ns,
+                    predicted_ns=int(1e9 * predicted_s(choice.gate > 0, choice.forecast)),
                     dispatches=combined.dispatches,
                     degraded=choice.degraded,
                 )
@@ -141,9 +145,11 @@ class DistributedMixtral:
         )
         return logits, record
 
-    def _passes(self, feeds: Sequence[Feed]) -> list["_RowsPass | _BlocksPass"]:
+    def _passes(self, feeds: Sequence[Feed]) -> list["_RowsPass | _BlocksPass | _TokenPass"]:
         """Neighbours with few tokens together, where this trunk runs them so; in the order of the feeds."""
-        passes: list[_RowsPass | _BlocksPass] = []
+        if len(feeds) == 1 and feeds[0].packing is None and (graphs := self.trunk.graphs(feeds[0].ids, feeds[0].cache)):
+            return [_TokenPass(graphs, feeds[0])]
+        passes: list[_RowsPass | _BlocksPass | _TokenPass] = []
         for few, group in itertools.groupby(feeds, lambda f: len(f.ids) <= MAX_ROWS and f.packing is None):
             some = list(group)
             rows = self.trunk.rows([f.ids for f in some], [f.cache for f in some]) if few else None
@@ -158,7 +164,7 @@ class DistributedMixtral:
             degraded = tuple(hurt.tolist())
         else:
             gate = self.policy.select(probabilities, forecast)
-        return _Choice(gate, int(1e9 * predicted_s(gate > 0, forecast)), degraded)
+        return _Choice(gate, forecast, degraded)
 
     def _apply(self, layer: int, x: Array, probabilities: Array, choice: "_Choice") -> tuple[ExpertOutput, "_Choice"]:
         """Ask the experts, and where some are lost choose again among those that are left."""
@@ -194,6 +200,29 @@ class _RowsPass:
         return list(torch.split(logits, [len(rows) for rows in wanted]))
 
 
+class _TokenPass:
+    """One token of one sequence on its way through captured graphs."""
+
+    def __init__(self, graphs: "GraphedDecoder", feed: Feed) -> None:
+        self._graphs = graphs
+        self._layer = 0
+        graphs.begin(feed.ids[0], feed.cache)
+
+    def attend(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The experts' input and the gate's probabilities."""
+        self._layer = layer
+        x, probabilities = self._graphs.attend(layer)
+        return torch.from_numpy(x), torch.from_numpy(probabilities)
+
+    def add(self, output: Tensor) -> None:
+        """What the experts made of it."""
+        self._graphs.add(self._layer, output.numpy())
+
+    def logits(self, all_logits: bool) -> list[Tensor]:
+        """Of the one token, whatever was wanted."""
+        return [self._graphs.head()]
+
+
 class _BlocksPass:
     """Sequences on their way through transformers' own blocks, one by one."""
 
@@ -211,6 +240,7 @@ class _BlocksPass:
 
     def add(self, output: Tensor) -> None:
         """What the experts made of them."""
+        output = output.to(self._trunk.device, self._trunk.dtype)
         parts = torch.split(output, [len(feed.ids) for feed in self._feeds])
         self._hidden = [residual + part[None] for residual, part in zip(self._hidden, parts, strict=True)]
 
@@ -222,10 +252,10 @@ class _BlocksPass:
 
 
 class _Choice(NamedTuple):
-    """Gate weights float32 [tokens, experts], what they are predicted to take, and which tokens lost experts."""
+    """Gate weights float32 [tokens, experts], what they were chosen by, and which tokens lost experts."""
 
     gate: Array
-    predicted_ns: int
+    forecast: LayerForecast
     degraded: tuple[int, ...]
 
 

@@ -4,9 +4,10 @@ Attention, norms and rotary embedding are transformers' own modules, so that thi
 `MixtralForCausalLM`. This module knows neither nodes nor frames.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +23,9 @@ from transformers.models.mixtral.modeling_mixtral import (
 )
 
 from bs_coordinator.trunk_rows import Rows
+
+if TYPE_CHECKING:
+    from bs_coordinator.trunk_graphs import GraphedDecoder
 from wire.errors import BundleError
 
 TrunkDtype = Literal["fp32", "bf16", "fp16"]
@@ -57,8 +61,13 @@ class StepContext:
 class Trunk:
     """A loaded trunk on one device."""
 
-    def __init__(self, folder: Path, *, device: str = "cpu", dtype: TrunkDtype = "fp32") -> None:
+    def __init__(
+        self, folder: Path, *, device: str = "cpu", dtype: TrunkDtype = "fp32", graphs: bool = True
+    ) -> None:  # fmt: skip
         """Load `trunk/` of a bundle.
+
+        Args:
+            graphs: run single tokens as captured graphs where device and model allow.
 
         Raises:
             BundleError: files are missing or don't fit together.
@@ -82,6 +91,7 @@ class Trunk:
         self._modules.requires_grad_(False).eval()
         self._rotary = MixtralRotaryEmbedding(self.config).to(self.device)
         sliding = getattr(self.config, "sliding_window", None)
+        self._graphed = _graphed(self._modules, self._rotary, self.config, self.device, self.dtype) if graphs else None
         self._create_mask = create_sliding_window_causal_mask if sliding else create_causal_mask
 
     @property
@@ -97,6 +107,8 @@ class Trunk:
 
     def new_cache(self) -> DynamicCache:
         """An empty KV cache."""
+        if self._graphed:
+            return self._graphed.new_cache()
         return DynamicCache(config=self.config)
 
     @staticmethod
@@ -162,6 +174,10 @@ class Trunk:
             return None
         return Rows(self._modules, self._rotary, ids, caches)
 
+    def graphs(self, ids: Sequence[int], cache: DynamicCache) -> "GraphedDecoder | None":
+        """What runs a step of one sequence without the host in the way, or None where it has to run eagerly."""
+        return self._graphed if self._graphed and len(ids) == 1 and self._graphed.takes(cache) else None
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits in fp32 [tokens, vocab] from [1, tokens, hidden]."""
         logits: Tensor = self._modules.lm_head(self._modules.norm(hidden))[0].float()
@@ -196,3 +212,14 @@ def _load_config(folder: Path) -> Any:
     config: Any = MixtralConfig.from_pretrained(folder)
     config._attn_implementation = "sdpa"
     return config
+
+
+def _graphed(
+    modules: Any, rotary: Any, config: Any, device: torch.device, dtype: torch.dtype
+) -> "GraphedDecoder | None":
+    # Triton comes with torch for CUDA only.
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from bs_coordinator.trunk_graphs import GraphedDecoder, fits
+
+    return GraphedDecoder(modules, rotary, config, device, dtype) if fits(config, rotary.rope_type, device) else None

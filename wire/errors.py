@@ -170,6 +170,12 @@ class ServeError(WdmoeError):
     exit_code = 45
 
 
+class TrunkError(WdmoeError):
+    """The GPU that the trunk runs on failed."""
+
+    exit_code = 46
+
+
 class FrameError(WdmoeError):
     """Bytes that are not a valid frame.
 

@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -58,12 +58,15 @@ class Site:
     Attributes:
         station: None in this process.
         local: the experts in this process, None on nodes.
+        chosen: in this process, by workload and policy: answers of policies that do not look at links, which are the
+            same on all of them.
     """
 
     model: ObservedMixtral
     tokenizer: Tokenizer
     station: Station | None
     local: LocalExperts | None = None
+    chosen: dict[tuple[str, Policy], list[int]] = field(default_factory=dict)
 
     def settle(self, seconds: float, *, shared_air: bool) -> None:
         """After a change of the links: let time pass and measure them again."""

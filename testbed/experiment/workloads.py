@@ -12,6 +12,7 @@ import numpy as np
 
 from bs_coordinator.generate import Sequence
 from bs_coordinator.sampling import SamplingConfig
+from bs_coordinator.selection import TopK
 from testbed.evaluation import ChoiceItem, DomainText, choose, losses, read_items
 from testbed.experiment.plan import Cell, Choice, Generate, Perplexity, Workload
 from testbed.experiment.recorder import Recorder
@@ -84,12 +85,16 @@ def _choose(site: Site, workload: Choice, recorder: Recorder) -> None:
     items = read_items(Path(workload.dataset), ChoiceItem, end)[first:]
     if len(items) < end - first:
         raise PlanError(f"{workload.dataset} has {first + len(items)} items, workload '{workload.name}' wants {end}")
-    for start in range(0, len(items), workload.batch):
-        batch = items[start : start + workload.batch]
+    blind = site.local is not None and isinstance(site.model.policy, TopK)
+    known = workload.name, site.model.policy
+    chosen = site.chosen.get(known, []) if blind else []
+    for start in range(len(chosen), len(items), workload.batch):
         with _steps(site, recorder, start // workload.batch):
-            chosen = choose(site.model, site.tokenizer, batch)
-        for i, (choice, item) in enumerate(zip(chosen, batch, strict=True), first + start):
-            recorder.add("choices", (i, choice, item.label, choice == item.label))
+            chosen += choose(site.model, site.tokenizer, items[start : start + workload.batch], batch=workload.batch)
+    for i, (choice, item) in enumerate(zip(chosen, items, strict=True), first):
+        recorder.add("choices", (i, choice, item.label, choice == item.label))
+    if blind:
+        site.chosen[known] = chosen
 
 
 def _read(site: Site, workload: Perplexity, recorder: Recorder) -> None:

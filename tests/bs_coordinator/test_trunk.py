@@ -72,6 +72,28 @@ def test_steps_are_transformers_steps(
     assert float((logits - expected).norm() / expected.norm()) <= tolerance
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-4), ("bf16", 0.03)])
+def test_graphs_are_the_eager_steps(tmp_path: Path, dtype: TrunkDtype, tolerance: float) -> None:
+    """Past the point where the cache moves to a larger place, and after forgetting some of it."""
+    reference = _checkpoint(
+        tmp_path, hidden_size=512, num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=1024
+    )
+    ids = torch.randint(0, 128, (300,)).tolist()
+    results = []
+    for graphs in (True, False):
+        trunk = Trunk(tmp_path, device="cuda", dtype=dtype, graphs=graphs)
+        model = DistributedMixtral(trunk, ReferenceExperts(reference), TopK(2))
+        cache = trunk.new_cache()
+        assert (trunk.graphs(ids[:1], cache) is not None) is graphs
+        model.step([Feed(ids[:250], cache)])
+        logits = [model.step([Feed([i], cache)])[0][0] for i in ids[250:280]]
+        trunk.truncate(cache, 260)
+        logits += [model.step([Feed([i], cache)])[0][0] for i in ids[280:]]
+        results.append(torch.cat(logits))
+    assert float((results[0] - results[1]).norm() / results[1].norm()) <= tolerance
+
+
 def test_a_failed_step_leaves_the_cache_as_it_was(tmp_path: Path) -> None:
     reference = _checkpoint(tmp_path)
     trunk, experts = Trunk(tmp_path), ReferenceExperts(reference)

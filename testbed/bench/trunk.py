@@ -1,0 +1,131 @@
+"""One token through a trunk of Mixtral-8x7B's size on a GPU, experts answering at once, against reading its weights."""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from bs_coordinator.forecast import LayerForecast
+from bs_coordinator.model import DistributedMixtral, ExpertOutput, Feed
+from bs_coordinator.selection import TopK
+from bs_coordinator.trunk import Trunk
+from testbed.bench.rows import Result, Row, Settings, Skipped, in_turns
+from wire.tensors import Array
+
+_CONFIG = {
+    "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "vocab_size": 32000, "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6, "sliding_window": None, "tie_word_embeddings": False,
+}  # fmt: skip
+_PAST_TOKENS = 512
+_PROFILED = 5
+
+
+class _InstantExperts:
+    """Experts that answer zeros at once."""
+
+    def __init__(self, experts: int, hidden: int) -> None:
+        self._forecast = LayerForecast.even(0, experts)
+        self._output = np.zeros((_PAST_TOKENS, hidden), np.float32)
+
+    def apply(self, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
+        return ExpertOutput(self._output[: len(hidden)])
+
+    def forecast(self, layer: int) -> LayerForecast:
+        return self._forecast
+
+
+def measure(settings: Settings) -> Iterator[Result]:
+    """Decode steps with captured graphs and eager, in bf16."""
+    name = "one token through a trunk of Mixtral-8x7B's size, GPU, bf16"
+    if not torch.cuda.is_available():
+        yield Skipped(name, "torch sees no CUDA GPU")
+        return
+    with tempfile.TemporaryDirectory(prefix="wdmoe-trunk-") as folder:
+        read_bytes = _random_trunk(Path(folder))
+        for graphs in (True, False):
+            trunk = Trunk(Path(folder), device="cuda", dtype="bf16", graphs=graphs)
+            yield _row(f"{name}, {'graphs' if graphs else 'eager'}", trunk, read_bytes, settings)
+            del trunk
+            torch.cuda.empty_cache()
+
+
+def _row(name: str, trunk: Trunk, read_bytes: int, settings: Settings) -> Row:
+    model = DistributedMixtral(trunk, _InstantExperts(8, 4096), TopK(2))
+    cache = trunk.new_cache()
+    model.step([Feed(list(range(_PAST_TOKENS)), cache)])
+    # A copy reads and writes: half as many bytes move as many.
+    source = torch.empty(read_bytes // 2, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+
+    def step() -> None:
+        model.step([Feed([7], cache)])
+        trunk.truncate(cache, _PAST_TOKENS)
+
+    def copy() -> None:
+        target.copy_(source)
+        torch.cuda.synchronize()
+
+    ours, floor = in_turns(step, copy, max(50, settings.samples))
+    gpu = torch.cuda.get_device_name()
+    parameters = {"gpu": gpu, "past_tokens": _PAST_TOKENS, "weight_bytes": read_bytes, "torch": torch.__version__}
+    return Row(name, "reading its weights", ours, floor, 2.0, parameters, _parts(trunk, cache, step, ours))
+
+
+def _parts(trunk: Trunk, cache: Any, step: Callable[[], None], ours: list[float]) -> dict[str, float]:
+    """Means over a few profiled steps; what Python takes is what a loop without choosing and recording saves."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(_PROFILED):
+            step()
+        torch.cuda.synchronize()
+    events = profile.key_averages()
+    copies = sum(e.self_device_time_total for e in events if "Mem" in e.key) / _PROFILED / 1000
+    kernels = sum(e.self_device_time_total for e in events) / _PROFILED / 1000 - copies
+    whole = statistics.median(ours)
+    parts = {"kernels": kernels, "copies": copies}
+    decoder = trunk.graphs([7], cache)
+    if decoder is None:
+        return {**parts, "launches, waiting and Python": whole - kernels - copies}
+    zeros = np.zeros((1, 4096), np.float32)
+    loops = []
+    for _ in range(50):
+        began = time.perf_counter()
+        decoder.begin(7, cache)
+        for layer in range(trunk.layers):
+            decoder.attend(layer)
+            decoder.add(layer, zeros)
+        decoder.head()
+        loops.append(1000 * (time.perf_counter() - began))
+        trunk.truncate(cache, _PAST_TOKENS)
+    loop = statistics.median(loops)
+    return {**parts, "launches and waiting": loop - kernels - copies, "choosing and recording": whole - loop}
+
+
+def _random_trunk(folder: Path) -> int:
+    """Write a trunk with random weights; the bytes that a token has to read."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    size, kv, vocab = 4096, 1024, 32000
+
+    def random(*shape: int) -> torch.Tensor:
+        return (0.02 * torch.randn(shape, generator=generator, device="cuda")).to(torch.bfloat16).cpu()
+
+    tensors = {"model.embed_tokens.weight": random(vocab, size), "lm_head.weight": random(vocab, size)}
+    tensors["model.norm.weight"] = torch.ones(size, dtype=torch.bfloat16)
+    for i in range(int(str(_CONFIG["num_hidden_layers"]))):
+        at = f"model.layers.{i}"
+        for part, rows in (("q", size), ("k", kv), ("v", kv), ("o", size)):
+            tensors[f"{at}.self_attn.{part}_proj.weight"] = random(rows, size)
+        tensors[f"{at}.block_sparse_moe.gate.weight"] = random(8, size)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{at}.{norm}.weight"] = torch.ones(size, dtype=torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(_CONFIG))
+    return sum(t.nbytes for name, t in tensors.items() if name != "model.embed_tokens.weight")
