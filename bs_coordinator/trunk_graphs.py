@@ -35,7 +35,7 @@ class Tuning(NamedTuple):
         overlap: whether a kernel may start before its predecessor has ended (compute capability 9.0).
     """
 
-    project: tuple[int, int, int] = (4, 1, 8)
+    project: tuple[int, int, int] = (4, 2, 8)
     fetch_output_bytes: int = 8 << 20
     fetch_next_bytes: int = 16 << 20
     overlap: bool = True
