@@ -126,12 +126,17 @@ class AnswerServer:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            self._take()
-            if self._scheduler.idle:
-                self._wait()
-                continue
-            for progress in self._scheduler.step():
-                self._hand_out(progress)
+            try:
+                self._take()
+                if self._scheduler.idle:
+                    self._wait()
+                    continue
+                for progress in self._scheduler.step():
+                    self._hand_out(progress)
+            except Exception:
+                # A defect of ours. Nobody may wait for ever because of it, and the next request may fare better.
+                log.exception("a step failed in a way that was not foreseen")
+                self._give_up_all()
 
     def _wait(self) -> None:
         try:
@@ -167,7 +172,8 @@ class AnswerServer:
             self._forget(request)
 
     def _hand_out(self, progress: Progress) -> None:
-        request = next((r for r, answer in self._requests.values() if answer is progress.answer), None)
+        with self._lock:
+            request = next((r for r, answer in self._requests.values() if answer is progress.answer), None)
         if request is None:
             return
         self._progress_s = time.monotonic()
@@ -177,6 +183,16 @@ class AnswerServer:
                 took_s = time.monotonic() - request.accepted_s
                 self._answer_s = _MEMORY * self._answer_s + (1 - _MEMORY) * took_s
         request.deliver(News(progress.events, progress.error))
+
+    def _give_up_all(self) -> None:
+        with self._lock:
+            given_up = list(self._requests.values())
+            self._requests.clear()
+            self._inbox.clear()
+        for request, answer in given_up:
+            if answer is not None:
+                self._scheduler.cancel(answer)
+            request.deliver(News([], WdmoeError("the server failed in a way that was not foreseen: see its log")))
 
     def _forget(self, request: Request) -> None:
         with self._lock:
