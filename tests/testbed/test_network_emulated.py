@@ -276,8 +276,9 @@ def test_the_control_socket_bears_clients_that_misbehave(spec: Path) -> None:
     @contextlib.contextmanager
     def connected(path: Path) -> Iterator[socket.socket]:
         with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(5)
+            # With a timeout the kernel would not let us wait for our turn to be accepted.
             client.connect(str(path))
+            client.settimeout(5)
             yield client
 
     with emulated(spec) as network:
