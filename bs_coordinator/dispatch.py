@@ -294,6 +294,7 @@ class Dispatcher:
             rows=rows,
         )
         patience_s = self._patience_s(request.node, rows, predicted_s)
+        patience_s += self.links.worst_load_s(request.node, experts=len(request.experts))
         sent = Sent(
             frame.id,
             time.perf_counter_ns(),
@@ -479,4 +480,5 @@ def _sample(part: Part, frame: ResultFrame, message: Message) -> LinkSample:
         node_s=record.durations.total_ns / 1e9,
         experts=len(record.experts),
         rows=sum(len(s.tokens) for s in part.request.experts),
+        load_s=record.durations.load_ns / 1e9,
     )

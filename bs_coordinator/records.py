@@ -94,7 +94,7 @@ class StepRecord:
         trunk = self.head_ns + sum(layer.trunk_ns for layer in self.layers)
         network = sum(c.network_ns for c in critical)
         compute = sum(c.durations.compute_ns for c in critical)
-        wait = sum(c.durations.queue_ns for c in critical)
+        wait = sum(c.durations.queue_ns + c.durations.load_ns for c in critical)
         return TimeSplit(trunk, network, compute, wait, self.total_ns - trunk - network - compute - wait)
 
 
@@ -106,7 +106,7 @@ class TimeSplit:
         trunk: attention, norms, gate, selection and head on the base station.
         network: links and broker, of the slowest node of each layer.
         compute: that node's experts.
-        wait: that node's queue.
+        wait: that node's queue, and its reading of experts into memory.
         framing: the rest: packing, unpacking and adding up, on both sides.
     """
 

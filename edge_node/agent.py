@@ -18,12 +18,14 @@ import onnxruntime
 import psutil
 
 from edge_node.limits import Limits
+from edge_node.runtime import ExpertRuntime
 from edge_node.worker import Worker
 from wire import __version__, status
 from wire.broker_url import BrokerAddress
 from wire.errors import BrokerAuthError, BrokerError, DuplicateNodeError, FrameError
+from wire.experts import format_selector
 from wire.mqtt import KEEPALIVE_S, LastWill, MqttTransport
-from wire.status import Holding, Machine, NodeStatus, SocketFacts
+from wire.status import Holding, Machine, NodeStatus, Residency, SocketFacts
 from wire.systemd import notify
 from wire.topics import Topics
 from wire.transport import Message, Transport
@@ -52,12 +54,15 @@ class NodeAgent:
         holding: Holding,
         threads: int,
         limits: Limits | None = None,
+        residency: Callable[[], Residency | None] = lambda: None,
     ) -> None:
         """Nothing is connected yet.
 
         Args:
             limits: outside of which the node says that it is offline, and takes no work until it is within again.
+            residency: of the experts, now.
         """
+        self._residency = residency
         self._node = node
         self._topics = topics
         self._address = address
@@ -234,6 +239,7 @@ class NodeAgent:
             holding=self._holding if online else None,
             machine=self._machine(),
             uplink=uplink,
+            residency=self._residency() if online else None,
         )
 
     def _machine(self) -> Machine:
@@ -249,6 +255,20 @@ class NodeAgent:
             wdmoe=__version__,
             onnxruntime=onnxruntime.__version__,
         )
+
+
+def residency_status(runtime: ExpertRuntime) -> Residency | None:
+    """What a runtime's status says of experts that it can't keep in memory; None where it keeps all."""
+    if runtime.most_loaded is None:
+        return None
+    loads = runtime.loads
+    return Residency(
+        loaded=format_selector(runtime.loaded),
+        most_loaded=runtime.most_loaded,
+        loads=loads.count,
+        load_ms=loads.ns / max(1, loads.count) / 1e6,
+        evictions=loads.evictions,
+    )
 
 
 def _where(other: NodeStatus) -> str:

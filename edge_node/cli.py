@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -44,6 +44,10 @@ def parse_bytes(text: str) -> int:
 @click.option("--cluster", default="default", show_default=True, help="Keeps clusters on one broker apart.")
 @click.option("--threads", type=click.IntRange(1, 256), help="Cores to compute with.  [default: all]")
 @click.option("--memory-budget", help="Refuse to take more RAM than this, e.g. 800M or 2G.")
+@click.option(
+    "--residency", type=click.Choice(["all", "lru"]), default="all", show_default=True,
+    help="Keep all experts in memory, or as many as fit and load others when they are asked for.",
+)  # fmt: skip
 @click.option("--max-temperature", type=click.FloatRange(0), help="Take no work above, in °C.  [default: no limit]")
 @click.option("--min-free-memory", default="64M", show_default=True, help="Take no work with less RAM available.")
 @click.option("--prepacked", type=click.Path(path_type=Path), help="Keep prepacked experts here: disk for RAM.")
@@ -62,6 +66,7 @@ def cli(
     cluster: str,
     threads: int | None,
     memory_budget: str | None,
+    residency: Literal["all", "lru"],
     max_temperature: float | None,
     min_free_memory: str,
     prepacked: Path | None,
@@ -98,9 +103,9 @@ def cli(
 
     seal = read_node_seal(frame_key, cluster, node) if frame_key else None
 
-    from edge_node.agent import NodeAgent
+    from edge_node.agent import NodeAgent, residency_status
     from edge_node.limits import Limits
-    from edge_node.memory import check_memory, needed_bytes
+    from edge_node.memory import check_memory, fitting, largest, needed_bytes, room_bytes
     from edge_node.runtime import ExpertRuntime
     from edge_node.worker import Worker
     from wire.manifest import load_manifest
@@ -112,12 +117,19 @@ def cli(
         ids = parse_selector(selector, layers=dims.layers, experts=dims.experts)
     except ValueError as error:
         raise click.UsageError(f"--experts: {error}") from None
-    needed = needed_bytes(manifest.entries(ids), manifest.quantisation.scheme)
+    entries, scheme = manifest.entries(ids), manifest.quantisation.scheme
+    most_loaded = max(1, fitting(entries, scheme, room_bytes(budget))) if residency == "lru" else len(entries)
+    needed = needed_bytes(largest(entries, most_loaded), scheme)
     check_memory(needed, budget=budget)
     threads = threads or os.cpu_count() or 1
     began = time.monotonic()
-    runtime = ExpertRuntime(bundle, manifest, ids, threads=threads, prepacked=prepacked)
+    runtime = ExpertRuntime(
+        bundle, manifest, ids, threads=threads, prepacked=prepacked,
+        most_loaded=most_loaded if most_loaded < len(ids) else None,
+    )  # fmt: skip
     log.info("proved %d experts (%s) in %.1f s", len(ids), manifest.quantisation, time.monotonic() - began)
+    if runtime.most_loaded is not None:
+        log.info("there is room for %d of them at once: others are loaded when they are asked for", most_loaded)
     worker = Worker(runtime, seal=seal)
     agent = NodeAgent(
         node=node,
@@ -133,6 +145,7 @@ def cli(
             quantisation=str(manifest.quantisation),
             resident_bytes=needed,
         ),
+        residency=lambda: residency_status(runtime),
     )
     agent.run(stop, on_ready=lambda: log.info("'%s' serves %s at %s", node, format_selector(ids), address))
     log.info("'%s' stopped; %s", node, ", ".join(f"{k} {n}" for k, n in worker.counts.items()) or "no work came")

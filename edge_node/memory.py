@@ -46,6 +46,25 @@ def needed_bytes(entries: Iterable[ExpertEntry], scheme: Scheme) -> int:
     return sum(int(size * factor) + SESSION_BYTES for size in sizes) + max(sizes, default=0)
 
 
+def fitting(entries: Iterable[ExpertEntry], scheme: Scheme, budget: int) -> int:
+    """How many of these experts, whichever, fit into `budget` bytes at once (an estimate from below)."""
+    sizes = [entry.bytes for entry in entries]
+    most = max(sizes, default=0)
+    each = int(most * RESIDENT_PER_FILE_BYTE[scheme]) + SESSION_BYTES
+    return max(0, min(len(sizes), (budget - most) // each))
+
+
+def largest(entries: Iterable[ExpertEntry], count: int) -> list[ExpertEntry]:
+    """The `count` experts that take most."""
+    return sorted(entries, key=lambda entry: -entry.bytes)[:count]
+
+
+def room_bytes(budget: int | None) -> int:
+    """RAM that experts may take: what is available, or less by the user's own limit."""
+    available = available_bytes()
+    return available if budget is None else min(budget, available)
+
+
 def available_bytes() -> int:
     """RAM that a process may still take: what the kernel would give, or less under a cgroup limit."""
     available = psutil.virtual_memory().available
@@ -71,7 +90,7 @@ def check_memory(needed: int, *, budget: int | None) -> None:
         raise MemoryBudgetError(
             f"the experts need about {needed / 2**20:.0f} MiB of RAM, {available / 2**20:.0f} MiB are "
             f"{source}: "
-            "choose fewer experts, a smaller quantisation or another device",
+            "choose fewer experts, a smaller quantisation, another device, or --residency lru",
             needed_bytes=needed,
             available_bytes=available,
         )

@@ -1,43 +1,51 @@
-"""Experts in onnxruntime: one session each, one shared thread pool, buffers bound once.
+"""The experts of a device: which it answers for, which of them are in memory, and that each computes what it should.
 
-A session per expert is what lets a node hold any set of them, and costs nothing: a call with bound buffers
-takes 4 µs on top of the arithmetic.
+The same runtime serves experts on nodes and on a base station that keeps some itself.
 """
 
 import logging
+import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from edge_node.memory import return_freed_memory
 from edge_node.prepacked import prepacked_model
+from edge_node.session import ExpertSession, share_thread_pool
 from wire.errors import BundleError, ProbeError
 from wire.experts import ExpertId
-from wire.manifest import Manifest, decode_probe_output, probe_input, verify_file
+from wire.manifest import ExpertEntry, Manifest, decode_probe_output, probe_input, verify_file
 from wire.tensors import Array
 
 log = logging.getLogger(__name__)
 
-_shared_pool_threads: int | None = None
 
+@dataclass(slots=True)
+class Loads:
+    """What keeping only some experts in memory has cost.
 
-def share_thread_pool(threads: int) -> None:
-    """Give all sessions of this process one pool. The first call decides: onnxruntime allows only one.
-
-    A single thread needs none, and without one other code in this process may use sessions as it likes.
+    Attributes:
+        count: experts that a request had to wait for.
+        ns: how long requests waited for them in all.
+        evictions: experts that made room.
     """
-    global _shared_pool_threads
-    if _shared_pool_threads is None and threads > 1:
-        ort.set_global_thread_pool_sizes(threads, 1)
-        _shared_pool_threads = threads
+
+    count: int = 0
+    ns: int = 0
+    evictions: int = 0
 
 
 class ExpertRuntime:
-    """Loaded experts of one bundle.
+    """Experts of one bundle.
 
-    Not thread-safe: all experts share one input and one output buffer.
+    `run` is not thread-safe: all experts share one input and one output buffer. `add` and `drop` may be called from
+    another thread, one at a time, as long as the expert is not run meanwhile.
+
+    Attributes:
+        most_loaded: experts in memory at once; None for all.
+        loads: since the start.
     """
 
     def __init__(
@@ -48,42 +56,63 @@ class ExpertRuntime:
         *,
         threads: int = 1,
         prepacked: Path | None = None,
+        most_loaded: int | None = None,
     ) -> None:
-        """Verify, load and prove the experts.
+        """Verify, load and prove the experts, each of them, also where only some can stay.
 
         Args:
             prepacked: folder of copies that are mapped instead of allocated (`edge_node.prepacked`).
+            most_loaded: keep this many, those used last; others are loaded when they are asked for.
 
         Raises:
             BundleError: a file is missing, changed, or no valid model.
             StorageError: no prepacked copy can be kept.
             ProbeError: an expert's output differs from the one recorded at export.
         """
+        if most_loaded is not None and most_loaded < 1:
+            raise ValueError("most_loaded must be at least 1")
         share_thread_pool(threads)
         self.manifest = manifest
+        self.most_loaded = most_loaded
+        self.loads = Loads()
+        self._bundle = bundle
+        self._prepacked = prepacked
         self._hidden = manifest.dims.hidden
-        self._experts: dict[ExpertId, _BoundExpert] = {}
-        self._x = np.zeros((0, self._hidden), np.float32)
-        self._y = np.zeros((0, self._hidden), np.float32)
+        self._entries: dict[ExpertId, ExpertEntry] = {}
+        self._sessions: dict[ExpertId, ExpertSession] = {}  # the one used last comes last
+        self._verified: dict[Path, tuple[int, ...]] = {}
         self._reserve(1)
-        entries = manifest.entries(ids)
-        expected_input = probe_input(self._hidden)
-        for entry in entries:
-            for file in entry.files:
-                verify_file(bundle, file)
-            model = prepacked_model(bundle, entry, prepacked) if prepacked else bundle / entry.files[0].path
-            self._experts[entry.id] = _BoundExpert(model, self._hidden)
-            output = self.run(entry.id, expected_input)[0]
-            self._prove(entry.id, output, decode_probe_output(entry.probe_output, self._hidden))
-            return_freed_memory()
+        for entry in manifest.entries(ids):
+            self._make_room()
+            self._load(entry)
 
     @property
     def ids(self) -> Sequence[ExpertId]:
-        """Loaded experts, in loading order."""
-        return tuple(self._experts)
+        """Experts that it answers for, in the order in which it got them."""
+        return tuple(self._entries)
+
+    @property
+    def loaded(self) -> Sequence[ExpertId]:
+        """Experts in memory; those used last come last where not all are."""
+        return tuple(self._sessions)
 
     def __contains__(self, id: ExpertId) -> bool:
-        return id in self._experts
+        return id in self._entries
+
+    def add(self, id: ExpertId) -> None:
+        """Verify, load and prove one more.
+
+        Raises:
+            BundleError, StorageError, ProbeError: as the constructor.
+        """
+        (entry,) = self.manifest.entries([id])
+        self._load(entry)
+
+    def drop(self, id: ExpertId) -> None:
+        """Answer for it no longer, and free its memory."""
+        del self._entries[id]
+        self._sessions.pop(id, None)
+        return_freed_memory()
 
     def run(self, id: ExpertId, x: Array) -> Array:
         """The expert's output, float32 [tokens, hidden], for `x` of the same shape.
@@ -91,58 +120,83 @@ class ExpertRuntime:
         The result is a view that the next call overwrites.
 
         Raises:
-            KeyError: the expert is not loaded.
+            KeyError: it does not answer for this expert.
+            BundleError, StorageError, ProbeError: the expert was not in memory and can no longer be loaded.
         """
-        expert = self._experts[id]
+        session = self._sessions.get(id) or self._load_on_demand(self._entries[id])
+        if self.most_loaded is not None:
+            self._sessions[id] = self._sessions.pop(id)
         n = len(x)
         if n > len(self._x):
             self._reserve(n)
         self._x[:n] = x
-        expert.run(self._x, self._y, n)
+        session.run(self._x, self._y, n)
         return self._y[:n]
 
     def _reserve(self, tokens: int) -> None:
         self._x = np.zeros((tokens, self._hidden), np.float32)
         self._y = np.zeros((tokens, self._hidden), np.float32)
 
-    def _prove(self, id: ExpertId, output: Array, expected: Array) -> None:
+    def _load_on_demand(self, entry: ExpertEntry) -> ExpertSession:
+        began_ns = time.perf_counter_ns()
+        self.loads.evictions += self._make_room()
+        session = self._load(entry)
+        self.loads.count += 1
+        self.loads.ns += time.perf_counter_ns() - began_ns
+        return session
+
+    def _make_room(self) -> int:
+        """Forget those that were not used for longest; how many."""
+        evicted = 0
+        while self.most_loaded is not None and len(self._sessions) >= self.most_loaded:
+            del self._sessions[next(iter(self._sessions))]
+            evicted += 1
+        return evicted
+
+    def _load(self, entry: ExpertEntry) -> ExpertSession:
+        self._verify(entry)
+        prepacked = self._prepacked
+        model = prepacked_model(self._bundle, entry, prepacked) if prepacked else self._bundle / entry.files[0].path
+        session = ExpertSession(model, self._hidden)
+        self._prove(entry, session)
+        self._entries[entry.id] = entry
+        self._sessions[entry.id] = session
+        return_freed_memory()
+        return session
+
+    def _verify(self, entry: ExpertEntry) -> None:
+        """Hash the files, unless they are those that were hashed before: an expert may be loaded many times."""
+        for file in entry.files:
+            path = self._bundle / file.path
+            if path not in self._verified or _identity(path) != self._verified[path]:
+                before = _identity(path)
+                verify_file(self._bundle, file)
+                self._verified[path] = before
+
+    def _prove(self, entry: ExpertEntry, session: ExpertSession) -> None:
+        x = probe_input(self._hidden)
+        y = np.empty_like(x)
+        session.run(x, y, 1)
+        expected = decode_probe_output(entry.probe_output, self._hidden)
         norm = float(np.linalg.norm(expected))
-        error = float(np.linalg.norm(output - expected)) / norm if norm else float(np.abs(output).max())
+        error = float(np.linalg.norm(y[0] - expected)) / norm if norm else float(np.abs(y).max())
         # fp16 storage of the expected output alone can cost half a unit in the last place.
         tolerance = self.manifest.probe_tolerance + 2.0**-11
         if not error <= tolerance:  # also when error is NaN
             raise ProbeError(
-                f"expert {id} computes something else here than where it was exported: relative error "
+                f"expert {entry.id} computes something else here than where it was exported: relative error "
                 f"{error:.2g} on the probe input, {tolerance:.2g} allowed; try another --quant for this CPU"
             )
 
 
-class _BoundExpert:
-    """One session with its buffers bound; rebinds only when buffers or token count change."""
+def _identity(path: Path) -> tuple[int, ...]:
+    """What changes with a file's content, as far as the file system tells.
 
-    def __init__(self, model: Path, hidden: int) -> None:
-        options = ort.SessionOptions()
-        options.use_per_session_threads = _shared_pool_threads is None
-        options.intra_op_num_threads = 0 if _shared_pool_threads else 1
-        # Activations are one small buffer: an arena per session would only keep memory.
-        options.enable_cpu_mem_arena = False
-        options.enable_mem_pattern = False
-        options.log_severity_level = 3
-        try:
-            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # noqa: BLE001
-            # onnxruntime raises a dozen unrelated classes, all for the same reason: not a loadable model.
-            first_line = str(error).partition("\n")[0]
-            raise BundleError(f"{model} can't be loaded by onnxruntime: {first_line}") from None
-        self._hidden = hidden
-        self._binding = self._session.io_binding()
-        self._bound = (0, 0, 0)
-
-    def run(self, x: Array, y: Array, tokens: int) -> None:
-        key = (x.ctypes.data, y.ctypes.data, tokens)
-        if key != self._bound:
-            shape = (tokens, self._hidden)
-            self._binding.bind_input("x", "cpu", 0, np.float32, shape, key[0])
-            self._binding.bind_output("y", "cpu", 0, np.float32, shape, key[1])
-            self._bound = key
-        self._session.run_with_iobinding(self._binding)
+    Raises:
+        BundleError: it is missing.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise BundleError(f"{path} can't be read ({error.strerror}): copy it again") from None
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -1,5 +1,6 @@
 """From a work frame to its answer: no I/O, so that it can be tested and replayed without a network."""
 
+import logging
 import time
 from collections import Counter
 
@@ -7,10 +8,12 @@ import numpy as np
 
 from edge_node.runtime import ExpertRuntime
 from wire import frames
-from wire.errors import FrameError
+from wire.errors import FrameError, WdmoeError
 from wire.experts import ExpertId
 from wire.frames import ErrorFrame, NodeDurations, PingFrame, PongFrame, ResultFrame, Status, WorkFrame
 from wire.seal import ReplayWindow, Seal
+
+log = logging.getLogger(__name__)
 
 
 class Worker:
@@ -73,15 +76,22 @@ class Worker:
         if missing:
             return self._refuse(frame, Status.UNKNOWN_EXPERT, f"does not hold {ExpertId(frame.layer, missing[0])}")
         decoded_ns = time.perf_counter_ns()
+        load_ns = -self._runtime.loads.ns
         output = np.zeros(frame.hidden.shape, np.float32)
-        for slice_ in frame.experts:
-            x = frame.hidden[slice_.tokens]
-            y = self._runtime.run(ExpertId(frame.layer, slice_.expert), x)
-            output[slice_.tokens] += y * slice_.weights[:, None]
+        try:
+            for slice_ in frame.experts:
+                x = frame.hidden[slice_.tokens]
+                y = self._runtime.run(ExpertId(frame.layer, slice_.expert), x)
+                output[slice_.tokens] += y * slice_.weights[:, None]
+        except WdmoeError as error:  # an expert's files were changed or removed since the start
+            log.error("%s", error)
+            return self._refuse(frame, Status.INTERNAL, "an expert can't be loaded any more: see the node's log")
         computed_ns = time.perf_counter_ns()
+        load_ns += self._runtime.loads.ns
         if not np.isfinite(output).all():
             return self._refuse(frame, Status.NOT_FINITE, "an expert's output is not finite")
-        durations = NodeDurations(queue_ns, decoded_ns - begun_ns, computed_ns - decoded_ns, 0)
+        compute_ns = computed_ns - decoded_ns - load_ns
+        durations = NodeDurations(queue_ns, decoded_ns - begun_ns, compute_ns, load_ns=load_ns)
         result = ResultFrame(frame.id, frame.layer, output, frame.dtype, durations)
         reply = frames.encode(result, began_ns=computed_ns, seal=self._seal)
         self.counts["answered"] += 1

@@ -24,11 +24,14 @@ class LocalFleet:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
-    def start(self, node: str, experts: str, *, threads: int = 1, prefix: Sequence[str] = ()) -> None:
+    def start(
+        self, node: str, experts: str, *, threads: int = 1, prefix: Sequence[str] = (), options: Sequence[str] = ()
+    ) -> None:
         """Start one node; it is ready when the base station sees it, not when this returns.
 
         Args:
             prefix: put before the command, for example to run it in a network namespace.
+            options: more of `wdmoe-node`'s.
         """
         argv = [
             *(sys.executable, "-m", "edge_node", "--bundle", str(self.bundle)),
@@ -36,6 +39,7 @@ class LocalFleet:
             *("--cluster", self.cluster, "--threads", str(threads)),
             # Emulated networks live on this machine.
             *([] if self.address.tls or self.address.on_loopback else ["--allow-plaintext"]),
+            *options,
         ]
         with self.log_path(node).open("wb") as log:
             self.processes[node] = subprocess.Popen(

@@ -40,6 +40,7 @@ _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CRC.size
 _ROW = np.dtype([("expert", "<u2"), ("reserved", "<u2"), ("count", "<u4")])
 _DURATIONS = struct.Struct("<QQQQ")
+_MOST_LOAD_US = 2**32 - 1
 RESULT_BYTES = HEADER_BYTES + _DURATIONS.size
 """Of a result without its tensor."""
 ROW_BYTES = 8
@@ -115,17 +116,22 @@ class WorkFrame:
 
 @dataclass(frozen=True, slots=True)
 class NodeDurations:
-    """Where a node spent its time on a request, by its own monotonic clock."""
+    """Where a node spent its time on a request, by its own monotonic clock.
+
+    Attributes:
+        load_ns: reading experts into memory that the node does not keep there; whole microseconds on the wire.
+    """
 
     queue_ns: int = 0
     decode_ns: int = 0
     compute_ns: int = 0
     encode_ns: int = 0
+    load_ns: int = 0
 
     @property
     def total_ns(self) -> int:
         """Time between a request's arrival at the node and its answer."""
-        return self.queue_ns + self.decode_ns + self.compute_ns + self.encode_ns
+        return self.queue_ns + self.decode_ns + self.compute_ns + self.encode_ns + self.load_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +218,7 @@ def encode(frame: Frame, *, began_ns: int | None = None, seal: Seal | None = Non
             tensor = tensors.encode(frame.output, dtype)
             d = frame.durations
             encode_ns = d.encode_ns if began_ns is None else time.perf_counter_ns() - began_ns
+            deadline_ms = min(d.load_ns // 1000, _MOST_LOAD_US)  # that field of the header has no other use here
             body = [_DURATIONS.pack(d.queue_ns, d.decode_ns, d.compute_ns, encode_ns), *tensor]
         case ErrorFrame():
             kind, layer, status = Kind.ERROR, frame.layer, frame.status
@@ -293,7 +300,9 @@ def decode(data: bytes | bytearray, *, seal: Seal | None = None) -> Frame:
             if len(body) < _DURATIONS.size:
                 raise FrameError("length", "result frame ends within its durations")
             x = _tensor(body[_DURATIONS.size :], tokens, hidden, dtype)
-            return ResultFrame(id, layer, x, dtype, NodeDurations(*_DURATIONS.unpack_from(body)))
+            queue_ns, decode_ns, compute_ns, encode_ns = _DURATIONS.unpack_from(body)
+            durations = NodeDurations(queue_ns, decode_ns, compute_ns, encode_ns, 1000 * deadline_ms)
+            return ResultFrame(id, layer, x, dtype, durations)
         case Kind.ERROR:
             _check_body(body, tokens)
             return ErrorFrame(id, layer, status, bytes(body).decode(errors="replace"))

@@ -30,6 +30,24 @@ class Holding(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     resident_bytes: int
 
 
+class Residency(Struct, frozen=True, kw_only=True):
+    """Which of its experts a node that can't keep all of them has in memory, since its start.
+
+    Attributes:
+        loaded: selector of the experts in memory.
+        most_loaded: how many there is room for.
+        loads: experts that requests had to wait for.
+        load_ms: mean of those waits.
+        evictions: experts that made room.
+    """
+
+    loaded: str
+    most_loaded: Annotated[int, Meta(ge=1)]
+    loads: Annotated[int, Meta(ge=0)]
+    load_ms: Annotated[float, Meta(ge=0)]
+    evictions: Annotated[int, Meta(ge=0)]
+
+
 class Machine(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The device behind a node, for logs."""
 
@@ -68,6 +86,7 @@ class NodeStatus(Struct, frozen=True, kw_only=True):
         since_unix_ms: when the process announced itself, by its own clock.
         reason: why it is offline, for people.
         uplink: its connection to the broker, where the kernel tells.
+        residency: of its experts, where it can't keep all of them in memory.
     """
 
     schema: int
@@ -79,6 +98,7 @@ class NodeStatus(Struct, frozen=True, kw_only=True):
     holding: Holding | None = None
     machine: Machine | None = None
     uplink: SocketFacts | None = None
+    residency: Residency | None = None
 
     @property
     def online(self) -> bool:

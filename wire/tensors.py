@@ -24,6 +24,8 @@ class WireDtype(enum.IntEnum):
         return cls[name.upper()]
 
 
+_LEAST_PEAK = 127 * float(np.finfo(np.float32).tiny)
+"""Below it a scale would lose its precision, or become zero; such a row travels as zeros."""
 _ITEM_BYTES = {WireDtype.FP32: 4, WireDtype.FP16: 2, WireDtype.INT8: 1}
 
 
@@ -44,7 +46,7 @@ def encode(x: Array, dtype: WireDtype) -> list[bytes | memoryview]:
         with np.errstate(over="ignore"):
             return [_raw(x.astype("<f2"))]
     peak = np.abs(x).max(axis=1, initial=0.0)
-    scale = np.where(peak > 0, peak / 127.0, 1.0).astype("<f4")
+    scale = np.where(peak > _LEAST_PEAK, peak / 127.0, 1.0).astype("<f4")
     with np.errstate(invalid="ignore"):
         q = np.rint(x / scale[:, None]).astype(np.int8)
     return [_raw(scale), _raw(q)]

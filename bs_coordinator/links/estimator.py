@@ -50,6 +50,7 @@ class LinkSample:
         node_s: the node's own account of its time, to be taken off.
         experts, rows: distinct experts and hidden states of a request; 0 for probes.
         contention_s: time it presumably waited for other nodes' frames on shared air, to be taken off too.
+        load_s: the part of `node_s` that went into reading experts into memory.
     """
 
     time_s: float
@@ -61,6 +62,7 @@ class LinkSample:
     experts: int = 0
     rows: int = 0
     contention_s: float = 0.0
+    load_s: float = 0.0
 
     @property
     def network_s(self) -> float:

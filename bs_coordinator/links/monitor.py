@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.links.compute import ComputeEstimator
 from bs_coordinator.links.estimator import LinkEstimate, LinkEstimator, LinkSample
+from bs_coordinator.links.loads import LoadEstimator
 from wire.status import SocketFacts
 
 PROBE_EVERY_S = 0.1
@@ -63,11 +64,12 @@ class NodeEstimate:
 
 
 class _Node:
-    __slots__ = ("compute", "hurry", "link", "most_rows", "next_kind", "probed_s", "suspicion")
+    __slots__ = ("compute", "hurry", "link", "loads", "most_rows", "next_kind", "probed_s", "suspicion")
 
     def __init__(self) -> None:
         self.link = LinkEstimator()
         self.compute = ComputeEstimator()
+        self.loads = LoadEstimator()
         self.probed_s = -math.inf
         self.hurry = _HURRIED_PROBES
         self.next_kind = 0
@@ -112,7 +114,9 @@ class LinkMonitor:
                 node.hurry = _HURRIED_PROBES
             if sample.rows:
                 node.most_rows = max(node.most_rows, sample.rows)
-                node.compute.observe(sample.time_s, experts=sample.experts, rows=sample.rows, node_s=sample.node_s)
+                computing_s = sample.node_s - sample.load_s
+                node.compute.observe(sample.time_s, experts=sample.experts, rows=sample.rows, node_s=computing_s)
+                node.loads.observe(sample.load_s, sample.experts)
             else:
                 self._outstanding.pop(sample.node, None)
 
@@ -123,7 +127,12 @@ class LinkMonitor:
     def predict_s(self, node: str, *, down_bytes: int, up_bytes: int, experts: int, rows: int) -> float:
         """Predicted round trip of a request, alone on the air."""
         link_s = self.link_s(node, down_bytes=down_bytes, up_bytes=up_bytes)
-        return link_s + self._node(node).compute.predict_s(experts, rows)
+        known = self._node(node)
+        return link_s + known.compute.predict_s(experts, rows) + experts * known.loads.expert_s
+
+    def worst_load_s(self, node: str, *, experts: int) -> float:
+        """What reading experts into memory may take on top of that; 0 for a node that keeps all of its."""
+        return experts * self._node(node).loads.worst_s
 
     def link_s(self, node: str, *, down_bytes: int, up_bytes: int) -> float:
         """The link's part of it."""
@@ -175,6 +184,7 @@ class LinkMonitor:
         for name in nodes:
             known = self._node(name)
             fixed_s, expert_s, row_s = known.compute.costs_s
+            expert_s += known.loads.expert_s
             link_s, down_s, up_s = known.link.costs_s
             link_s += frame_bytes[0] * down_s + frame_bytes[1] * up_s
             costs.append((link_s + fixed_s, expert_s, row_bytes[0] * down_s + row_bytes[1] * up_s, row_s))
