@@ -103,23 +103,19 @@ class DistributedMixtral:
 
     def _step(self, feeds: Sequence[Feed], position: int, all_logits: bool) -> tuple[list[Tensor], StepRecord]:
         began_ns = time.perf_counter_ns()
-        passes = self._passes(feeds)
+        passage = self._begin(feeds)
         mark_ns = time.perf_counter_ns()
         head_ns = mark_ns - began_ns
         layers: list[LayerRecord] = []
         for layer in range(self.trunk.layers):
-            attended = [part.attend(layer) for part in passes]
-            # The copies to the host also wait for a GPU, so that the clock below is honest.
-            x = _to_host([expert_input for expert_input, _ in attended])
-            probabilities = _to_host([p for _, p in attended])
-            choice = self._choose(layer, probabilities)
+            # A GPU is at this layer already. What does not need its result is done before waiting for it.
+            forecast = self._experts.forecast(layer)
+            x, probabilities = passage.attend(layer)
+            choice = self._choose(probabilities, forecast)
             attended_ns = time.perf_counter_ns()
             combined, choice = self._apply(layer, x, probabilities, choice)
-            outputs = torch.from_numpy(combined.output)
-            for part, output in zip(passes, torch.split(outputs, [len(y) for y, _ in attended]), strict=True):
-                part.add(output)
+            passage.add(combined.output)
             done_ns = time.perf_counter_ns()
-            # A GPU is at the next layer by now: what is only for the record costs nothing here.
             layers.append(
                 LayerRecord(
                     layer=layer,
@@ -132,7 +128,7 @@ class DistributedMixtral:
                 )
             )
             mark_ns = done_ns
-        logits = [piece for part in passes for piece in part.logits(all_logits)]
+        logits = passage.logits(all_logits)
         end_ns = time.perf_counter_ns()
         tokens = sum(len(feed.ids) for feed in feeds)
         record = StepRecord(
@@ -145,26 +141,22 @@ class DistributedMixtral:
         )
         return logits, record
 
-    def _passes(self, feeds: Sequence[Feed]) -> list["_RowsPass | _BlocksPass | _TokenPass"]:
+    def _begin(self, feeds: Sequence[Feed]) -> "_Passage":
         """Neighbours with few tokens together, where this trunk runs them so; in the order of the feeds."""
         if len(feeds) == 1 and feeds[0].packing is None and (graphs := self.trunk.graphs(feeds[0].ids, feeds[0].cache)):
-            return [_TokenPass(graphs, feeds[0])]
-        passes: list[_RowsPass | _BlocksPass | _TokenPass] = []
+            return _TokenPassage(graphs, feeds[0])
+        passages: list[_Passage] = []
         for few, group in itertools.groupby(feeds, lambda f: len(f.ids) <= MAX_ROWS and f.packing is None):
             some = list(group)
             rows = self.trunk.rows([f.ids for f in some], [f.cache for f in some]) if few else None
-            passes.append(_RowsPass(rows, some) if rows else _BlocksPass(self.trunk, some))
-        return passes
+            passages.append(_RowsPassage(rows, some) if rows else _BlocksPassage(self.trunk, some))
+        return passages[0] if len(passages) == 1 else _JointPassage(passages)
 
-    def _choose(self, layer: int, probabilities: Array) -> "_Choice":
-        forecast = self._experts.forecast(layer)
-        degraded: tuple[int, ...] = ()
-        if self.degrade:
-            gate, hurt = select_available(self.policy, probabilities, forecast)
-            degraded = tuple(hurt.tolist())
-        else:
-            gate = self.policy.select(probabilities, forecast)
-        return _Choice(gate, forecast, degraded)
+    def _choose(self, probabilities: Array, forecast: LayerForecast) -> "_Choice":
+        if not self.degrade:
+            return _Choice(self.policy.select(probabilities, forecast), forecast, ())
+        gate, degraded = select_available(self.policy, probabilities, forecast)
+        return _Choice(gate, forecast, tuple(degraded.tolist()))
 
     def _apply(self, layer: int, x: Array, probabilities: Array, choice: "_Choice") -> tuple[ExpertOutput, "_Choice"]:
         """Ask the experts, and where some are lost choose again among those that are left."""
@@ -175,21 +167,38 @@ class DistributedMixtral:
             except ExpertsLostError:
                 if not self.degrade:
                     raise
-            choice = self._choose(layer, probabilities)
+            choice = self._choose(probabilities, self._experts.forecast(layer))
         return self._experts.apply(layer, x, choice.gate), choice
 
 
-class _RowsPass:
+class _Passage(Protocol):
+    """Some sequences' new tokens on their way through the trunk."""
+
+    def attend(self, layer: int) -> tuple[Array, Array]:
+        """The experts' input [tokens, hidden] and the gate's probabilities [tokens, experts], fp32 on the host."""
+
+    def add(self, output: Array) -> None:
+        """What the experts made of it, float32 [tokens, hidden]."""
+
+    def logits(self, all_logits: bool) -> list[Tensor]:
+        """Per feed, as `DistributedMixtral.step` returns them."""
+
+
+class _RowsPassage:
     """Sequences with few new tokens each, on their way through the trunk together."""
 
     def __init__(self, rows: Rows, feeds: Sequence[Feed]) -> None:
         self._rows = rows
         self._feeds = feeds
-        self.attend = rows.attend
-        self.add = rows.add
+
+    def attend(self, layer: int) -> tuple[Array, Array]:
+        x, probabilities = self._rows.attend(layer)
+        return x.numpy(), probabilities.numpy()
+
+    def add(self, output: Array) -> None:
+        self._rows.add(torch.from_numpy(output))
 
     def logits(self, all_logits: bool) -> list[Tensor]:
-        """Per feed, as `DistributedMixtral.step` returns them."""
         wanted, start = [], 0
         for feed in self._feeds:
             count = len(feed.ids)
@@ -200,7 +209,7 @@ class _RowsPass:
         return list(torch.split(logits, [len(rows) for rows in wanted]))
 
 
-class _TokenPass:
+class _TokenPassage:
     """One token of one sequence on its way through captured graphs."""
 
     def __init__(self, graphs: "GraphedDecoder", feed: Feed) -> None:
@@ -208,22 +217,18 @@ class _TokenPass:
         self._layer = 0
         graphs.begin(feed.ids[0], feed.cache)
 
-    def attend(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The experts' input and the gate's probabilities."""
+    def attend(self, layer: int) -> tuple[Array, Array]:
         self._layer = layer
-        x, probabilities = self._graphs.attend(layer)
-        return torch.from_numpy(x), torch.from_numpy(probabilities)
+        return self._graphs.attend(layer)
 
-    def add(self, output: Tensor) -> None:
-        """What the experts made of it."""
-        self._graphs.add(self._layer, output.numpy())
+    def add(self, output: Array) -> None:
+        self._graphs.add(self._layer, output)
 
     def logits(self, all_logits: bool) -> list[Tensor]:
-        """Of the one token, whatever was wanted."""
         return [self._graphs.head()]
 
 
-class _BlocksPass:
+class _BlocksPassage:
     """Sequences on their way through transformers' own blocks, one by one."""
 
     def __init__(self, trunk: Trunk, feeds: Sequence[Feed]) -> None:
@@ -232,23 +237,41 @@ class _BlocksPass:
         begun = [trunk.embed(torch.tensor(feed.ids), feed.cache, feed.packing) for feed in feeds]
         self._hidden, self._contexts = [h for h, _ in begun], [c for _, c in begun]
 
-    def attend(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The experts' input and the gate's probabilities of all tokens."""
+    def attend(self, layer: int) -> tuple[Array, Array]:
         attended = [self._trunk.attend(layer, h, c) for h, c in zip(self._hidden, self._contexts, strict=True)]
         self._hidden = [residual for residual, _, _ in attended]
-        return torch.cat([x for _, x, _ in attended]), torch.cat([p for _, _, p in attended])
+        # The copies to the host also wait for a GPU, so that the clock after them is honest.
+        return _to_host([x for _, x, _ in attended]), _to_host([p for _, _, p in attended])
 
-    def add(self, output: Tensor) -> None:
-        """What the experts made of them."""
-        output = output.to(self._trunk.device, self._trunk.dtype)
-        parts = torch.split(output, [len(feed.ids) for feed in self._feeds])
+    def add(self, output: Array) -> None:
+        moved = torch.from_numpy(output).to(self._trunk.device, self._trunk.dtype)
+        parts = torch.split(moved, [len(feed.ids) for feed in self._feeds])
         self._hidden = [residual + part[None] for residual, part in zip(self._hidden, parts, strict=True)]
 
     def logits(self, all_logits: bool) -> list[Tensor]:
-        """Per feed, as `DistributedMixtral.step` returns them."""
         # One product for all sequences: the head's weights are the largest in the trunk and are read once.
         wanted = [h if all_logits else h[:, f.rows or [-1]] for h, f in zip(self._hidden, self._feeds, strict=True)]
         return list(torch.split(self._trunk.head(torch.cat(wanted, dim=1)).cpu(), [h.shape[1] for h in wanted]))
+
+
+class _JointPassage:
+    """Several passages, whose experts are asked together."""
+
+    def __init__(self, passages: Sequence[_Passage]) -> None:
+        self._passages = passages
+        self._ends: list[int] = []
+
+    def attend(self, layer: int) -> tuple[Array, Array]:
+        attended = [passage.attend(layer) for passage in self._passages]
+        self._ends = list(itertools.accumulate(len(x) for x, _ in attended))
+        return np.concatenate([x for x, _ in attended]), np.concatenate([p for _, p in attended])
+
+    def add(self, output: Array) -> None:
+        for passage, part in zip(self._passages, np.split(output, self._ends[:-1]), strict=True):
+            passage.add(part)
+
+    def logits(self, all_logits: bool) -> list[Tensor]:
+        return [logits for passage in self._passages for logits in passage.logits(all_logits)]
 
 
 class _Choice(NamedTuple):

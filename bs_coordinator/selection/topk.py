@@ -28,8 +28,15 @@ class TopK(Struct, frozen=True, forbid_unknown_fields=True):
 def top_weights(probabilities: Array, k: int) -> Array:
     """The k largest of each row, scaled so that they add up to 1; zero elsewhere. float32 [tokens, experts]."""
     k = min(k, probabilities.shape[1])
-    chosen = np.argpartition(-probabilities, k - 1, axis=1)[:, :k]
     weights = np.zeros_like(probabilities)
-    np.put_along_axis(weights, chosen, np.take_along_axis(probabilities, chosen, axis=1), axis=1)
+    if len(probabilities) == 1:
+        # Decoding waits for this in every layer. The same arithmetic on a plain row takes a third of the time.
+        row, weight = probabilities[0], weights[0]
+        chosen = (-row).argpartition(k - 1)[:k]
+        weight[chosen] = row[chosen]
+        weight /= weight.sum()
+        return weights
+    best = np.argpartition(-probabilities, k - 1, axis=1)[:, :k]
+    np.put_along_axis(weights, best, np.take_along_axis(probabilities, best, axis=1), axis=1)
     weights /= weights.sum(axis=1, keepdims=True)
     return weights
