@@ -1,4 +1,4 @@
-"""`wdmoe-node`: serve experts of a bundle."""
+"""`wdmoe-node`: serve experts of a bundle. `serve` is the command when none is named."""
 
 import logging
 import os
@@ -35,8 +35,21 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-@click.command()
+class _ServeByDefault(click.Group):
+    """A group whose first argument may be an option of `serve`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        unnamed = not args or (args[0].startswith("-") and args[0] not in ("--help", "--version"))
+        return super().parse_args(ctx, ["serve", *args] if unnamed else args)
+
+
+@click.group(cls=_ServeByDefault)
 @click.version_option(__version__)
+def cli() -> None:
+    """An edge node: experts in onnxruntime, answered over MQTT. Without COMMAND: serve."""
+
+
+@cli.command()
 @click.option("--bundle", type=click.Path(path_type=Path), required=True, help="Folder made by wdmoe-export.")
 @click.option("--broker", required=True, help="mqtt://[user@]host[:port] or mqtts://…")
 @click.option("--id", "node", required=True, help="Name of this node, unique in its cluster.")
@@ -58,7 +71,7 @@ def parse_bytes(text: str) -> int:
 @click.option("--allow-plaintext", is_flag=True, help="Go without TLS beyond loopback.")
 @click.option("--frame-key", type=click.Path(path_type=Path), help="This node's frame key, mode 600.")
 @click.option("--bundle-key", type=click.Path(path_type=Path), help="Take only bundles signed by this public key.")
-def cli(
+def serve(
     bundle: Path,
     broker: str,
     node: str,
