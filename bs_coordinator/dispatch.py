@@ -26,6 +26,7 @@ from bs_coordinator.model import ExpertOutput
 from bs_coordinator.records import DispatchRecord
 from bs_coordinator.requests import Request, chosen_experts, plan_requests
 from bs_coordinator.round import Answer, Part, Round, Sent
+from bs_coordinator.telemetry import TelemetryInbox
 from wire import frames, status, tensors
 from wire.errors import BrokerAuthError, BrokerError, DispatchError, ExpertsLostError, FrameError, PlacementError
 from wire.experts import ExpertId, format_selector
@@ -59,6 +60,7 @@ class Dispatcher:
         dropped: messages that were not an awaited answer, by reason.
         links: what is known of the nodes and their links.
         health: which nodes are left out.
+        telemetry: what nodes tell of themselves.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Dispatcher:
         """
         self.links = links or LinkMonitor()
         self.health = Health()
+        self.telemetry = TelemetryInbox()
         self.fleet = fleet
         self.dropped: Counter[str] = Counter()
         self._transport = transport
@@ -192,6 +195,7 @@ class Dispatcher:
     def _subscribe(self) -> None:
         self._transport.subscribe(self._topics.status("+"), qos=1)
         self._transport.subscribe(self._topics.results("+"))
+        self._transport.subscribe(self._topics.telemetry("+"))
 
     def recover(self, lost: BrokerError) -> None:
         """Connect again after a loss, and hear from the nodes again: what they said before, another broker heard.
@@ -415,6 +419,8 @@ class Dispatcher:
     def _answer(self, message: Message) -> ResultFrame | ErrorFrame | None:
         node = self._topics.node_of_result(message.topic)
         if node is None:
+            if (node := self._topics.node_of_telemetry(message.topic)) is not None:
+                self.telemetry.put(node, message)
             return None
         try:
             frame = frames.decode(message.payload, seal=self._seal(node))

@@ -19,6 +19,8 @@ import psutil
 
 from edge_node.limits import Limits
 from edge_node.runtime import ExpertRuntime
+from edge_node.telemetry.process import EVERY_S as TELEMETRY_S
+from edge_node.telemetry.process import TelemetryProcess
 from edge_node.worker import Worker
 from wire import __version__, status
 from wire.broker_url import BrokerAddress
@@ -55,12 +57,14 @@ class NodeAgent:
         threads: int,
         limits: Limits | None = None,
         residency: Callable[[], Residency | None] = lambda: None,
+        telemetry: bool = False,
     ) -> None:
         """Nothing is connected yet.
 
         Args:
             limits: outside of which the node says that it is offline, and takes no work until it is within again.
             residency: of the experts, now.
+            telemetry: tell every second of radio, temperatures and power.
         """
         self._residency = residency
         self._node = node
@@ -73,6 +77,7 @@ class NodeAgent:
         self._unfit = ""
         self._boot_id = secrets.token_hex(8)
         self._since_unix_ms = 0
+        self._telemetry = TelemetryProcess(node, self._boot_id, address.host, address.port) if telemetry else None
 
     def run(self, stop: threading.Event, *, on_ready: Callable[[], None] | None = None) -> None:
         """Serve until `stop` is set. A lost broker is looked for again, with jittered back-off.
@@ -81,6 +86,15 @@ class NodeAgent:
             BrokerError: the broker can't be reached at the first try, or refuses this node.
             DuplicateNodeError: another live process has this id.
         """
+        if self._telemetry:
+            self._telemetry.start()
+        try:
+            self._run(stop, on_ready)
+        finally:
+            if self._telemetry:
+                self._telemetry.close()
+
+    def _run(self, stop: threading.Event, on_ready: Callable[[], None] | None) -> None:
         transport = self._connect()
         notify("READY=1")
         if on_ready:
@@ -144,6 +158,7 @@ class NodeAgent:
         result_topic = self._topics.results(self._node)
         status_topic = self._topics.status(self._node)
         next_heartbeat = time.monotonic() + HEARTBEAT_S
+        next_telemetry = 0.0
         seen_by_others = False
         while not stop.is_set():
             message = transport.receive(min(0.2, max(0.0, next_heartbeat - time.monotonic())))
@@ -156,7 +171,12 @@ class NodeAgent:
                 self._settle(other)
             elif message and message.topic == status_topic and self._boot_id.encode() in message.payload:
                 seen_by_others = True
-            if time.monotonic() >= next_heartbeat:
+            now = time.monotonic()
+            if self._telemetry and now >= next_telemetry:
+                next_telemetry = now + TELEMETRY_S
+                if (sample := self._telemetry.take()) is not None:
+                    transport.publish(self._topics.telemetry(self._node), sample)
+            if now >= next_heartbeat:
                 if not seen_by_others:
                     # A broker's access list drops what it does not allow without a word.
                     raise BrokerAuthError(

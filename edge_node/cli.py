@@ -64,6 +64,7 @@ def cli() -> None:
 @click.option("--max-temperature", type=click.FloatRange(0), help="Take no work above, in °C.  [default: no limit]")
 @click.option("--min-free-memory", default="64M", show_default=True, help="Take no work with less RAM available.")
 @click.option("--prepacked", type=click.Path(path_type=Path), help="Keep prepacked experts here: disk for RAM.")
+@click.option("--telemetry/--no-telemetry", default=True, help="Tell every second of radio, heat and power.")
 @click.option("--password-file", type=click.Path(path_type=Path), help="Broker password, file of mode 600.")
 @click.option("--ca-file", type=click.Path(path_type=Path, exists=True), help="CA to trust for mqtts://.")
 @click.option("--tls-cert", type=click.Path(path_type=Path, exists=True), help="Our certificate for mqtts://.")
@@ -83,6 +84,7 @@ def serve(
     max_temperature: float | None,
     min_free_memory: str,
     prepacked: Path | None,
+    telemetry: bool,
     password_file: Path | None,
     ca_file: Path | None,
     tls_cert: Path | None,
@@ -150,6 +152,7 @@ def serve(
         address=address,
         worker=worker,
         threads=threads,
+        telemetry=telemetry,
         limits=Limits(max_celsius=max_temperature, min_available_bytes=free_bytes),
         holding=Holding(
             experts=format_selector(ids),

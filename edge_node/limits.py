@@ -1,13 +1,12 @@
 """When a device should rather not compute: too hot, or short of memory."""
 
-import re
 from collections.abc import Callable
 
 import psutil
 
 from edge_node.memory import available_bytes
+from edge_node.telemetry.sysfs import PROCESSOR
 
-_PROCESSOR = re.compile(r"cpu|soc|core|k10|zen|acpi|therm", re.IGNORECASE)
 _COOLER_CELSIUS = 5.0
 _MORE_MEMORY = 1.25
 
@@ -56,6 +55,6 @@ def processor_celsius() -> float | None:
         reading.current
         for name, readings in sensors.items()
         for reading in readings
-        if _PROCESSOR.search(f"{name} {reading.label}")
+        if PROCESSOR.search(f"{name} {reading.label}")
     ]
     return max(found, default=None)

@@ -1,6 +1,7 @@
 """MQTT topics of one cluster, and what each carries.
 
     wdmoe/v1/<cluster>/nodes/<node>/status    node → all   retained JSON (`wire.status`), also the last will
+    wdmoe/v1/<cluster>/nodes/<node>/telemetry node → BS    JSON (`wire.telemetry`), once a second
     wdmoe/v1/<cluster>/nodes/<node>/work      BS → node    frames: WORK, PING
     wdmoe/v1/<cluster>/results/<node>         node → BS    frames: RESULT, ERROR, PONG
     wdmoe/v1/<cluster>/control/<client>/echo  client → itself, to measure the broker
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _STATUS = re.compile(r"wdmoe/v1/(?P<cluster>[^/]+)/nodes/(?P<node>[^/]+)/status")
+_TELEMETRY = re.compile(r"wdmoe/v1/(?P<cluster>[^/]+)/nodes/(?P<node>[^/]+)/telemetry")
 _RESULT = re.compile(r"wdmoe/v1/(?P<cluster>[^/]+)/results/(?P<node>[^/]+)")
 
 
@@ -46,6 +48,10 @@ class Topics(NamedTuple):
         """Retained status of `node`; `+` for all nodes."""
         return f"{self._root}/nodes/{node}/status"
 
+    def telemetry(self, node: str) -> str:
+        """Where `node` tells of its radio, temperature and power; `+` for all nodes."""
+        return f"{self._root}/nodes/{node}/telemetry"
+
     def work(self, node: str) -> str:
         """Where `node` takes its work from."""
         return f"{self._root}/nodes/{node}/work"
@@ -61,6 +67,11 @@ class Topics(NamedTuple):
     def node_of_status(self, topic: str) -> str | None:
         """Node that a status topic of this cluster belongs to, or None for any other topic."""
         match = _STATUS.fullmatch(topic)
+        return match["node"] if match and match["cluster"] == self.cluster else None
+
+    def node_of_telemetry(self, topic: str) -> str | None:
+        """Node that a telemetry topic of this cluster belongs to, or None for any other topic."""
+        match = _TELEMETRY.fullmatch(topic)
         return match["node"] if match and match["cluster"] == self.cluster else None
 
     def node_of_result(self, topic: str) -> str | None:

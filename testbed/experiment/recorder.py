@@ -7,7 +7,9 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from bs_coordinator.records import StepRecord
+from bs_coordinator.telemetry import Arrived
 from testbed.experiment.tables import SCHEMAS, table
+from testbed.experiment.telemetry import sensor_rows, telemetry_row
 
 Row = tuple[object, ...]
 Sampler = Callable[[], Sequence[Row]]
@@ -32,18 +34,29 @@ class Recorder:
         tokens: recorded so far, the warm-up's included.
     """
 
-    def __init__(self, *, top_k: int, sample_s: float, links: Sampler = lambda: ()) -> None:
+    def __init__(
+        self,
+        *,
+        top_k: int,
+        sample_s: float,
+        links: Sampler = lambda: (),
+        telemetry: Callable[[], Sequence[Arrived]] = lambda: (),
+    ) -> None:
         """Begin a cell.
 
         Args:
             top_k: experts per token and layer that a policy would ask for if it dropped none.
             sample_s: seconds between two samples of clocks and links.
             links: gives rows of `link_samples` without their two clock columns.
+            telemetry: gives what nodes told of themselves since the last call; what came before the cell is left out.
         """
         self.log_ns = 0
         self._top_k = top_k
         self._sample_ns = int(sample_s * 1e9)
         self._links = links
+        self._telemetry = telemetry
+        self._arrived: list[Arrived] = []
+        telemetry()
         self._tokens: list[_Token] = []
         self._rows: dict[str, list[Row]] = {name: [] for name in SCHEMAS}
         self._next_sample_ns = 0
@@ -67,10 +80,11 @@ class Recorder:
         self.log_ns += time.perf_counter_ns() - began_ns
 
     def sample(self) -> None:
-        """Read clocks and links now."""
+        """Read clocks, links and what nodes told of themselves now."""
         now = time.time_ns(), time.monotonic_ns()
         self._rows["clocks"].append((*now, None, None, None))
         self._rows["link_samples"] += [(*now, *row) for row in self._links()]
+        self._arrived += self._telemetry()
 
     def add(self, name: str, row: Row) -> None:
         """Add one row to a table that is not made of steps."""
@@ -83,6 +97,8 @@ class Recorder:
             "tokens": [self._token_row(t) for t in self._tokens],
             "layers": [row for t in self._tokens for row in _layer_rows(t)],
             "latency": [row for t in self._tokens for row in _latency_rows(t)],
+            "telemetry": [telemetry_row(arrived) for arrived in self._arrived],
+            "sensors": [row for arrived in self._arrived for row in sensor_rows(arrived)],
         }
         return {name: table(name, rows) for name, rows in made.items() if rows}
 

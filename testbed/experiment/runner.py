@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bs_coordinator.selection import parse_policy
+from bs_coordinator.telemetry import Arrived
 from testbed.experiment.costs import TRUTH, LinkRow, estimate_rows, forecast_rows, measured_costs
 from testbed.experiment.networks import Network
 from testbed.experiment.plan import Cell
@@ -96,7 +97,7 @@ def _run_cell(run: RunDir, sites: "_Sites", cell: Cell, attempt: int) -> Marker:
         site.local.forecasts = costs.forecast if costs else None
         if costs is None:
             run.event("no_measured_costs", cell=cell.id)
-    recorder = Recorder(top_k=bundle.top_k, sample_s=plan.sample_s, links=sites.link_rows)
+    recorder = Recorder(top_k=bundle.top_k, sample_s=plan.sample_s, links=sites.link_rows, telemetry=sites.telemetry)
     site.model.policy = policy
     site.model.deadline = time.monotonic() + plan.cell_timeout_s
     started_unix_ns, began = time.time_ns(), time.monotonic()
@@ -181,6 +182,11 @@ class _Sites:
             rows += estimate_rows(dispatcher.links.estimates(time.perf_counter()))
             rows += forecast_rows(dispatcher.holder_names, dispatcher.forecast(0))
         return rows
+
+    def telemetry(self) -> list[Arrived]:
+        """What nodes told of themselves since the last call, for `Recorder`."""
+        station = self._open[1].station if self._open else None
+        return station.dispatcher.telemetry.drain() if station else []
 
     def _start(self, cell: Cell, where: str) -> Site:
         bundle = self._run.manifest.bundle(cell.bundle)

@@ -9,6 +9,28 @@ _NAME = pa.dictionary(pa.int32(), pa.string())
 
 _WHICH = (("answer", _INT), ("token", _INT), ("warm_up", _BOOL))
 
+WIFI = (
+    ("interface", _NAME), ("connected", _BOOL), ("ssid", _NAME), ("bssid", _NAME), ("rssi_dbm", _INT),
+    ("rssi_average_dbm", _INT), ("up_phy_mbps", _FLOAT), ("down_phy_mbps", _FLOAT), ("up_mode", _NAME),
+    ("down_mode", _NAME), ("up_mcs", _INT), ("down_mcs", _INT), ("up_streams", _INT), ("down_streams", _INT),
+    ("up_packets", _INT), ("up_retries", _INT), ("up_failed", _INT), ("down_packets", _INT), ("down_dropped", _INT),
+    ("beacon_losses", _INT), ("frequency_mhz", _INT), ("channel", _INT), ("width_mhz", _INT), ("band_ghz", _FLOAT),
+    ("power_save", _BOOL), ("associated_s", _INT), ("inactive_ms", _INT), ("roams", _INT), ("disconnects", _INT),
+)  # fmt: skip
+THERMAL = (
+    ("soc_celsius", _FLOAT), ("throttled_bits", _INT), ("throttling_now", _NAME), ("throttling_since_boot", _NAME),
+    ("throttle_events", _INT),
+)  # fmt: skip
+POWER = (
+    ("board_watts", _FLOAT), ("board_watts_from", _NAME), ("supply_volts", _FLOAT), ("core_volts", _FLOAT),
+    ("mode", _NAME),
+)  # fmt: skip
+CLOCKS = (
+    ("cpu_slowest_mhz", _FLOAT), ("cpu_fastest_mhz", _FLOAT), ("governor", _NAME), ("load_1min", _FLOAT),
+    ("gpu_mhz", _FLOAT), ("gpu_percent", _FLOAT), ("memory_percent", _FLOAT),
+)  # fmt: skip
+"""Fields of `wire.telemetry` that `telemetry` has as columns, those of `WIFI` with `wifi_` in front."""
+
 SCHEMAS: dict[str, pa.Schema] = {
     "tokens": pa.schema(
         [
@@ -44,6 +66,19 @@ SCHEMAS: dict[str, pa.Schema] = {
     "losses": pa.schema([("item", _INT), ("domain", _NAME), ("loss_nats", _FLOAT), ("tokens", _INT)]),
     "clocks": pa.schema(
         [("unix_ns", _INT), ("monotonic_ns", _INT), ("node", _NAME), ("offset_ns", _INT), ("error_ns", _INT)]
+    ),
+    "telemetry": pa.schema(
+        [
+            ("unix_ns", _INT), ("monotonic_ns", _INT), ("node", _NAME), ("sequence", _INT), ("node_unix_ns", _INT),
+            ("sampling_ms", _FLOAT), ("route", _NAME), *((f"wifi_{name}", kind) for name, kind in WIFI), *THERMAL,
+            *POWER, *CLOCKS, ("warnings", _INT),
+        ]
+    ),
+    "sensors": pa.schema(
+        [
+            ("unix_ns", _INT), ("monotonic_ns", _INT), ("node", _NAME), ("sensor", _NAME), ("quantity", _NAME),
+            ("value", _FLOAT),
+        ]
     ),
     "link_samples": pa.schema(
         [

@@ -46,6 +46,7 @@ def access_list(cluster: str, nodes: Iterable[str]) -> str:
         [
             f"user {BASE_STATION}",
             f"topic read {topics.status('+')}",
+            f"topic read {topics.telemetry('+')}",
             f"topic read {topics.results('+')}",
             f"topic write {topics.work('+')}",
             f"topic readwrite {topics.echo('+')}",
@@ -56,6 +57,7 @@ def access_list(cluster: str, nodes: Iterable[str]) -> str:
             f"user {node}",
             f"topic read {topics.work(node)}",
             f"topic write {topics.results(node)}",
+            f"topic write {topics.telemetry(node)}",
             # Read as well: a node looks whether another one has its name.
             f"topic readwrite {topics.status(node)}",
         ]

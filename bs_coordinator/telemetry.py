@@ -1,0 +1,71 @@
+"""What nodes told of themselves: kept as it arrived, decoded when somebody asks, so that no answer waits for it."""
+
+import time
+from collections import Counter, deque
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from wire.errors import FrameError
+from wire.telemetry import MAX_TELEMETRY_BYTES, Telemetry, decode_telemetry
+from wire.transport import Message
+
+_MOST_WAITING = 4096
+"""Samples kept for `drain`; older ones make room. At one per second and node nobody who drains loses any."""
+_MOST_NODES = 1024
+
+
+class Arrived(NamedTuple):
+    """A sample and when it arrived, by this machine's clocks."""
+
+    unix_ns: int
+    monotonic_ns: int
+    telemetry: Telemetry
+
+
+class _Raw(NamedTuple):
+    node: str
+    unix_ns: int
+    monotonic_ns: int
+    payload: bytes
+
+
+class TelemetryInbox:
+    """The samples of all nodes.
+
+    Attributes:
+        dropped: samples that were refused, by reason.
+    """
+
+    def __init__(self) -> None:
+        self.dropped: Counter[str] = Counter()
+        self._waiting: deque[_Raw] = deque(maxlen=_MOST_WAITING)
+        self._latest: dict[str, _Raw] = {}
+
+    def put(self, node: str, message: Message) -> None:
+        """Take in a message of a node's telemetry topic; cheap."""
+        if message.retained or len(message.payload) > MAX_TELEMETRY_BYTES:
+            self.dropped["retained" if message.retained else "length"] += 1
+            return
+        if len(self._latest) >= _MOST_NODES and node not in self._latest:
+            self.dropped["nodes"] += 1
+            return
+        unix_ns = time.time_ns() - (time.perf_counter_ns() - message.arrived_ns)
+        raw = _Raw(node, unix_ns, message.arrived_ns, message.payload)
+        self._latest[node] = raw
+        self._waiting.append(raw)
+
+    def drain(self) -> list[Arrived]:
+        """What arrived since the last call, in that order; what is no valid sample is counted and left out."""
+        waiting, self._waiting = self._waiting, deque(maxlen=_MOST_WAITING)
+        return [arrived for raw in waiting if (arrived := self._decode(raw))]
+
+    def latest(self) -> Mapping[str, Arrived]:
+        """The last sample of each node."""
+        return {node: arrived for node, raw in sorted(self._latest.items()) if (arrived := self._decode(raw))}
+
+    def _decode(self, raw: _Raw) -> Arrived | None:
+        try:
+            return Arrived(raw.unix_ns, raw.monotonic_ns, decode_telemetry(raw.payload, raw.node))
+        except FrameError as error:
+            self.dropped[error.reason] += 1
+            return None

@@ -1,0 +1,189 @@
+"""What a node tells of itself once a second: its radio, its temperatures, its power. JSON, not retained.
+
+Everything that a device does not tell is null. Names end with the unit. "Up" is from the node towards the base
+station, "down" the other way. Pure: `edge_node.telemetry` reads devices, `docs/devices.md` says from where.
+"""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from wire.errors import FrameError
+
+SCHEMA = 1
+MAX_TELEMETRY_BYTES = 16 << 10
+MAX_SENSORS = 64
+"""Temperatures and rails that one document may name."""
+
+_MOST = 2**63 - 1
+Count = Annotated[int, Meta(ge=0, le=_MOST)]
+Small = Annotated[int, Meta(ge=-(2**31), le=2**31)]
+Name = Annotated[str, Meta(max_length=64)]
+_Celsius = Annotated[dict[Name, float], Meta(max_length=MAX_SENSORS)]
+
+
+class Wifi(Struct, frozen=True, kw_only=True):
+    """One wireless interface.
+
+    Attributes:
+        connected: to an access point.
+        ssid, bssid: of the network and of the access point's radio; `export` makes them anonymous.
+        rssi_dbm, rssi_average_dbm: signal of the last frames, and as the driver smooths it.
+        up_phy_mbps, down_phy_mbps: bit rates of the radio, which are about twice what TCP gets.
+        up_mode, down_mode: `ht` (802.11n), `vht` (ac), `he` (ax) or `eht` (be); null at older rates and where the
+            driver tells the rate alone.
+        up_streams, down_streams: spatial streams.
+        up_packets, up_retries, up_failed, down_packets, down_dropped, beacon_losses: since the association.
+        roams: changes of the BSSID since the node's start; disconnects: losses of the association since then.
+        inactive_ms: since the last frame from the access point.
+    """
+
+    interface: Name
+    connected: bool
+    ssid: Annotated[str, Meta(max_length=128)] | None = None
+    bssid: Name | None = None
+    rssi_dbm: Small | None = None
+    rssi_average_dbm: Small | None = None
+    up_phy_mbps: float | None = None
+    down_phy_mbps: float | None = None
+    up_mode: Name | None = None
+    down_mode: Name | None = None
+    up_mcs: Small | None = None
+    down_mcs: Small | None = None
+    up_streams: Small | None = None
+    down_streams: Small | None = None
+    up_packets: Count | None = None
+    up_retries: Count | None = None
+    up_failed: Count | None = None
+    down_packets: Count | None = None
+    down_dropped: Count | None = None
+    beacon_losses: Count | None = None
+    frequency_mhz: Small | None = None
+    channel: Small | None = None
+    width_mhz: Small | None = None
+    band_ghz: float | None = None
+    power_save: bool | None = None
+    associated_s: Count | None = None
+    inactive_ms: Count | None = None
+    roams: Count = 0
+    disconnects: Count = 0
+
+
+class Thermal(Struct, frozen=True, kw_only=True):
+    """Temperatures, and whether they or the supply slow the device down.
+
+    Attributes:
+        soc_celsius: the hottest sensor of the processor.
+        sensors_celsius: all sensors.
+        throttled_bits: what a Raspberry Pi's firmware says, 0 when all is well.
+        throttling_now, throttling_since_boot: the same in words, separated by commas; empty when all is well.
+        throttle_events: counted by the kernel since boot, where it counts.
+    """
+
+    soc_celsius: float | None = None
+    sensors_celsius: _Celsius = {}
+    throttled_bits: Count | None = None
+    throttling_now: Annotated[str, Meta(max_length=256)] | None = None
+    throttling_since_boot: Annotated[str, Meta(max_length=256)] | None = None
+    throttle_events: Count | None = None
+
+
+class Rail(Struct, frozen=True, kw_only=True):
+    """One measured supply rail."""
+
+    volts: float | None = None
+    amperes: float | None = None
+    watts: float | None = None
+
+
+class Power(Struct, frozen=True, kw_only=True):
+    """Supply and consumption.
+
+    Attributes:
+        board_watts: of the whole board, where a sensor or the sum of its rails tells.
+        board_watts_from: which of both: the rail's name, or `sum of rails`.
+        supply_volts: at the board's input.
+        core_volts: of the processor's cores.
+        rails: each measured rail.
+        mode: power mode by name, such as `15W`.
+    """
+
+    board_watts: float | None = None
+    board_watts_from: Name | None = None
+    supply_volts: float | None = None
+    core_volts: float | None = None
+    rails: Annotated[dict[Name, Rail], Meta(max_length=MAX_SENSORS)] = {}
+    mode: Name | None = None
+
+
+class Clocks(Struct, frozen=True, kw_only=True):
+    """How fast the processors run now.
+
+    Attributes:
+        cpu_slowest_mhz, cpu_fastest_mhz: over the cores that are online.
+        governor: of the cores; several are separated by commas.
+        gpu_percent, memory_percent: how busy the GPU and the memory controller are.
+    """
+
+    cpu_slowest_mhz: float | None = None
+    cpu_fastest_mhz: float | None = None
+    governor: Name | None = None
+    load_1min: float | None = None
+    gpu_mhz: float | None = None
+    gpu_percent: float | None = None
+    memory_percent: float | None = None
+
+
+class Telemetry(Struct, frozen=True, kw_only=True):
+    """One sample. Unknown fields are ignored, so that newer nodes can say more.
+
+    Attributes:
+        boot_id: of the node's process, as in its status.
+        sequence: counts up from 0; a gap is a sample that was lost on the way.
+        unix_ns: when, by the node's own clock.
+        sampling_ms: how long the reading took, apart from the node's own work.
+        route: interface by which the node reaches the broker.
+        wifi: that interface if it is wireless, else the first wireless one; null where there is none.
+        warnings: outputs that could not be understood or did not come in time, by source, since the start.
+    """
+
+    schema: int
+    node: Name
+    boot_id: Name
+    sequence: Count
+    unix_ns: Count
+    sampling_ms: float
+    route: Name | None = None
+    wifi: Wifi | None = None
+    thermal: Thermal = Thermal()
+    power: Power = Power()
+    clocks: Clocks = Clocks()
+    warnings: Annotated[dict[Name, Count], Meta(max_length=MAX_SENSORS)] = {}
+
+
+_decoder = msgspec.json.Decoder(Telemetry)
+
+
+def encode_telemetry(telemetry: Telemetry) -> bytes:
+    """JSON bytes of a sample, without a line break."""
+    return msgspec.json.encode(telemetry)
+
+
+def decode_telemetry(payload: bytes, node: str) -> Telemetry:
+    """The sample in `payload`, which arrived on the telemetry topic of `node`.
+
+    Raises:
+        FrameError: it is too long, not valid, of another schema, or speaks for another node.
+    """
+    if len(payload) > MAX_TELEMETRY_BYTES:
+        raise FrameError("length", f"telemetry of {len(payload)} bytes exceeds {MAX_TELEMETRY_BYTES}")
+    try:
+        telemetry = _decoder.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise FrameError("telemetry", f"not a telemetry document: {error}") from None
+    if telemetry.schema != SCHEMA:
+        raise FrameError("version", f"telemetry schema {telemetry.schema}, this side reads {SCHEMA}")
+    if telemetry.node != node:
+        raise FrameError("node", f"telemetry speaks for '{telemetry.node}' on the topic of '{node}'")
+    return telemetry
