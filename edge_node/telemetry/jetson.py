@@ -17,7 +17,8 @@ _OFF_CELSIUS = -200.0
 _PMIC_PLACEHOLDER = ("PMIC", 100.0)
 """Not measured: older boards print this constant."""
 _UNUSED = "NC"
-TOTAL_RAIL = "VDD_IN"
+TOTAL_RAILS = ("VDD_IN", "POM_5V_IN", "VIN")
+"""Inputs of the module or board, where one is measured: Orin Nano, NX and Xavier NX; Nano; Thor."""
 PART_OF_ANOTHER = frozenset({"VDDQ_VDD2_1V8AO"})
 """Fed from a rail that is measured as well (AGX Orin: VIN_SYS_5V0), so that adding it would count it twice."""
 
@@ -37,8 +38,9 @@ class Tegra:
     def total_watts(self) -> tuple[float, str] | None:
         """Of the whole module and how it is known: the input rail's, or the sum of those that are not part of
         another."""
-        if TOTAL_RAIL in self.rails_watts:
-            return self.rails_watts[TOTAL_RAIL], TOTAL_RAIL
+        for rail in TOTAL_RAILS:
+            if rail in self.rails_watts:
+                return self.rails_watts[rail], rail
         parts = [watts for rail, watts in self.rails_watts.items() if rail not in PART_OF_ANOTHER]
         return (round(sum(parts), 3), "sum of rails") if parts else None
 

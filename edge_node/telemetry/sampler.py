@@ -134,10 +134,12 @@ class Sampler:
             rails.update({name: Rail(volts=r.volts, amperes=r.amperes, watts=r.watts) for name, r in pmic.items()})
             if watts := [rail.watts for rail in pmic.values() if rail.watts is not None]:
                 total = round(sum(watts), 3), "sum of rails"
-        elif total is None and (rail := sensors.rails.get(jetson.TOTAL_RAIL)) and rail.watts is not None:
-            total = rail.watts, jetson.TOTAL_RAIL
-        if supply_volts is None and (rail := rails.get(jetson.TOTAL_RAIL)):
-            supply_volts = rail.volts
+        for name in jetson.TOTAL_RAILS:
+            if (known := sensors.rails.get(name)) is not None:
+                supply_volts = known.volts
+                if total is None and known.watts is not None:
+                    total = known.watts, name
+                break
         return Power(
             board_watts=total[0] if total else None,
             board_watts_from=total[1] if total else None,

@@ -34,12 +34,14 @@ _CONSTANT = re.compile(r"(?:name|type|_label)$")
 _LOOK_AGAIN_S = 60.0
 _MOST_BYTES = 256
 _CELSIUS = -60.0, 200.0
+_OFF_CELSIUS = -200.0
+"""Sensors of units without power read -256 °C."""
 _HWMON = re.compile(r"class/hwmon/(hwmon\d+)/(temp|in|curr|power)(\d+)_input")
 _UNITS = {"temp": 1e-3, "in": 1e-3, "curr": 1e-3, "power": 1e-6}
 """hwmon counts in m°C, mV, mA and µW (Documentation/hwmon/sysfs-interface)."""
 _INA3221 = "ina3221"
 _INA3221_CHANNELS = 3
-"""Its further inputs are shunt voltages and their sum."""
+"""Its further inputs are shunt voltages and sums."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ def read_sensors(files: Mapping[str, str]) -> Parsed[Sensors]:
             continue
         device, quantity, number = match[1], match[2], match[3]
         chip = files.get(f"class/hwmon/{device}/name", device)
-        if chip == _INA3221 and quantity == "in" and int(number) > _INA3221_CHANNELS:
+        if chip == _INA3221 and int(number) > _INA3221_CHANNELS:
             continue
         value = _number(text)
         if value is None or (quantity == "temp" and not _CELSIUS[0] <= value * _UNITS[quantity] <= _CELSIUS[1]):
@@ -169,6 +171,8 @@ def _zones(files: Mapping[str, str]) -> tuple[dict[str, float], str]:
         if name.replace("-", "_") in shown:
             continue
         value = _number(text)
+        if value is not None and value / 1e3 < _OFF_CELSIUS:
+            continue
         if value is None or not _CELSIUS[0] <= value / 1e3 <= _CELSIUS[1]:
             complaint = complaint or f"{path}: {text[:40]!r}"
             continue

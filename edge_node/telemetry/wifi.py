@@ -130,7 +130,8 @@ def parse_station(text: str) -> Parsed[Station]:
         down_dropped=fields.integer("rx drop misc", r"(\d{1,15})$"),
         beacon_losses=fields.integer("beacon loss", r"(\d{1,15})$"),
         associated_s=fields.integer("connected time", r"(\d{1,15}) seconds$"),
-        inactive_ms=fields.integer("inactive time", r"(\d{1,15}) ms$"),
+        # Longer than a week is a counter that ran backwards (some Realtek drivers).
+        inactive_ms=fields.integer("inactive time", r"(\d{1,8}) ms$"),
     )
     return Parsed(station, fields.complaint or _cut(text))
 
