@@ -21,6 +21,7 @@ from wire import __version__
 from wire.broker_url import Access
 from wire.console import run as run_console
 from wire.errors import PlacementError
+from wire.sizes import parse_bytes
 from wire.topics import Topics, check_name
 
 if TYPE_CHECKING:
@@ -100,6 +101,12 @@ _model_options = _options(
     ),
     click.option("--shared-air", is_flag=True, help="All nodes are on one Wi-Fi channel: air times add up."),
     click.option("--link-log", type=click.Path(path_type=Path), help="Append link samples here ('replay' reads them)."),
+    click.option("--resident", metavar="SIZE", help="RAM for experts that are kept here, e.g. 2G.  [default: none]"),
+    click.option(
+        "--resident-from", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        help="latency.csv of a run: which experts to keep at the first start. Later ones know.",
+    ),
+    click.option("--prepacked", type=click.Path(path_type=Path), help="Keep prepacked --resident experts here."),
     click.option("--stats/--no-stats", default=True, help="Numbers under each answer (on stderr)."),
 )  # fmt: skip
 _sampling_options = _options(
@@ -386,9 +393,12 @@ def _station(
     *, bundle: Path, broker: str, broker_port: int, cluster: str, access: Access,
     cluster_key: Path | None, bundle_key: Path | None, device: str, dtype: Any, wire: str, policy: str,
     nodes_timeout: float, layer_timeout: float, degrade: bool, shared_air: bool, link_log: Path | None,
+    resident: str | None, resident_from: Path | None, prepacked: Path | None,
 ) -> Iterator["Station"]:  # fmt: skip
+    import platformdirs
+
     from bs_coordinator.selection import parse_policy
-    from bs_coordinator.station import StationConfig, open_station
+    from bs_coordinator.station import ResidentConfig, StationConfig, open_station
     from wire.manifest import load_manifest
     from wire.tensors import WireDtype
 
@@ -399,6 +409,11 @@ def _station(
         parse_policy(policy, top_k=manifest.dims.top_k)
     except ValueError as error:
         raise click.UsageError(f"--policy: {error}") from None
+    try:
+        budget_bytes = parse_bytes(resident) if resident else 0
+    except ValueError as error:
+        raise click.UsageError(f"--resident: {error}") from None
+    traffic = platformdirs.user_state_path("wdmoe") / "traffic" / f"{manifest.model_sha256[:16]}.json"
     config = StationConfig(
         bundle=bundle,
         cluster=_topics(cluster).cluster,
@@ -412,6 +427,7 @@ def _station(
         shared_air=shared_air,
         link_log=link_log,
         cluster_key=cluster_key,
+        resident=ResidentConfig(budget_bytes, traffic, resident_from, prepacked) if budget_bytes else None,
     )
     with (
         _broker(broker, broker_port, access) as address,

@@ -10,11 +10,12 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from bs_coordinator.fleet import Fleet
+from bs_coordinator.fleet import HERE, Fleet
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.guard import GainGuard, agree
 from bs_coordinator.health import QUARANTINE_S, Health
@@ -36,6 +37,9 @@ from wire.status import SocketFacts
 from wire.tensors import Array, WireDtype
 from wire.topics import Topics
 from wire.transport import Message, Transport
+
+if TYPE_CHECKING:
+    from bs_coordinator.resident import ResidentHolder
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +80,7 @@ class Dispatcher:
         links: LinkMonitor | None = None,
         broker_sockets: Callable[[], Mapping[str, SocketFacts]] = _no_facts,
         cluster_key: ClusterKey | None = None,
+        here: "ResidentHolder | None" = None,
     ) -> None:
         """Subscribe to status and results.
 
@@ -87,7 +92,9 @@ class Dispatcher:
             reconnect: connects to the broker again after the connection was lost; without it that is an error.
             broker_sockets: gives new facts of the broker's connections to its clients, by the clients' endpoints.
             cluster_key: frames carry tags, and only those that do are taken.
+            here: experts that are computed here.
         """
+        self._here = here
         self.links = links or LinkMonitor()
         self.health = Health()
         self.telemetry = TelemetryInbox()
@@ -126,6 +133,9 @@ class Dispatcher:
             DispatchError: the layer took longer than it may.
             BrokerError: the connection is lost and can't be had again in time.
         """
+        if self._here is not None:
+            self._here.experts.traffic.observe(layer, gate)
+            self.tend_residents()
         while True:
             self._holders.refresh(time.perf_counter())
             holder = {expert: self._holder(layer, expert) for expert in chosen_experts(gate)}
@@ -163,6 +173,33 @@ class Dispatcher:
             frame_bytes=(frames.HEADER_BYTES, frames.RESULT_BYTES),
             row_bytes=(self._row_bytes + frames.ROW_BYTES, self._row_bytes),
         )
+
+    def fill_residents(self) -> None:
+        """Load the experts that are worth keeping here, by their traffic so far and who is online now.
+
+        Raises:
+            BundleError, StorageError, ProbeError: one can't be loaded.
+        """
+        if self._here is None:
+            return
+        filled = self._here.experts.fill(self._holders.away_s(), self._holders.here_s())
+        while not filled.done():
+            self.pump(0.05)
+        self.fleet.hold_here(filled.result())
+
+    def tend_residents(self, *, review: bool = False) -> None:
+        """Take in which experts are kept here by now, and see to it that they are those worth keeping. Cheap.
+
+        Args:
+            review: now, not only when that is due.
+        """
+        if self._here is None:
+            return
+        experts = self._here.experts
+        if (ids := experts.changes()) is not None:
+            self.fleet.hold_here(ids)
+        if review or experts.review_is_due():
+            experts.review(self._holders.away_s(), self._holders.here_s())
 
     def probe(self) -> None:
         """Send the probes that are due, if any; answers are taken in whenever they come. Cheap when none is."""
@@ -242,7 +279,8 @@ class Dispatcher:
     def _run(self, layer: int, hidden: Array, requests: Sequence[Request], *, hand_on: bool = True) -> ExpertOutput:
         began_ns = time.perf_counter_ns()
         round = Round(layer, hidden, requests, hand_on=hand_on)
-        for part in round.parts:
+        # What is computed here comes last: the nodes should not wait for it.
+        for part in sorted(round.parts, key=lambda part: part.request.node == HERE):
             self._send(round, part)
         self._collect(round)
         self._compare(round)
@@ -280,6 +318,9 @@ class Dispatcher:
 
     def _send(self, round: Round, part: Part) -> None:
         request = part.request
+        if self._here and request.node == HERE:
+            self._here.ask(round, part, self._new_id())
+            return
         frame = WorkFrame(
             id=self._new_id(),
             layer=round.layer,
@@ -310,6 +351,19 @@ class Dispatcher:
         round.sent(part, sent)
         self._transport.publish(self._topics.work(request.node), payload)
 
+    def _take_from_here(self, round: Round, deadline: float) -> bool:
+        """Take in what was computed here; whether there was anything."""
+        answered = self._here.answered(round, max(0.0, deadline - time.monotonic())) if self._here else []
+        for part, answer in answered:
+            if isinstance(answer, Answer):
+                self._guard.learn(round.layer, round.hidden[part.request.rows], answer.output)
+                round.settle(part, answer)
+            else:
+                log.error("nothing is computed here any more: %s", answer)
+                self.fleet.hold_here(frozenset())
+                self._failed(round, part, f"{_experts(round, part)} could not be computed here: {answer}")
+        return bool(answered)
+
     def _patience_s(self, node: str, rows: int, predicted_s: float) -> float:
         """How long to wait for an answer before others are asked."""
         requests, most_rows = self.links.experience(node)
@@ -321,11 +375,14 @@ class Dispatcher:
         began = time.monotonic()
         deadline = began + self._timeout_s
         while not round.done:
+            if self._take_from_here(round, deadline):
+                continue
             now = time.monotonic()
             if now >= deadline:
                 late = ", ".join(sorted({part.request.node for part in round.open() if not part.failed}))
                 for part in round.open():
-                    self.health.failed(part.request.node, time.perf_counter(), "did not answer in time")
+                    if part.request.node != HERE:
+                        self.health.failed(part.request.node, time.perf_counter(), "did not answer in time")
                 raise DispatchError(
                     f"no answer for layer {round.layer} from {late} within {self._timeout_s:g} s"
                     ": is the device overloaded or its link down? (--layer-timeout)"
@@ -359,7 +416,8 @@ class Dispatcher:
         if frame.layer != round.layer or frame.output.shape != (len(part.request.rows), round.hidden.shape[1]):
             self.dropped["wrong shape"] += 1
             return
-        answer = Answer(frame.output, _record(part, frame, message), _sample(part, frame, message))
+        record = _record(part, frame, message)
+        answer = Answer(frame.output, record, _sample(part, record, message.arrived_ns))
         x = round.hidden[part.request.rows]
         if self._guard.suspects(round.layer, x, frame.output):
             if part.doubtful is None and (part.heirs or self._hand_on(round, part)):
@@ -475,10 +533,9 @@ def _record(part: Part, frame: ResultFrame, message: Message) -> DispatchRecord:
     )
 
 
-def _sample(part: Part, frame: ResultFrame, message: Message) -> LinkSample:
-    record = _record(part, frame, message)
+def _sample(part: Part, record: DispatchRecord, arrived_ns: int) -> LinkSample:
     return LinkSample(
-        time_s=message.arrived_ns / 1e9,
+        time_s=arrived_ns / 1e9,
         node=record.node,
         down_bytes=record.down_bytes,
         up_bytes=record.up_bytes,

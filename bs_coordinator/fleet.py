@@ -7,6 +7,9 @@ from wire.experts import ExpertId, format_selector
 from wire.manifest import Dims
 from wire.status import NodeStatus
 
+HERE = "@bs"
+"""The base station itself, as the holder of experts that it keeps. No node can have this name."""
+
 
 class Fleet:
     """The nodes of a cluster.
@@ -23,6 +26,7 @@ class Fleet:
         self.dims = dims
         self._model_sha256 = model_sha256
         self._nodes: dict[str, NodeStatus] = {}
+        self._here: frozenset[ExpertId] = frozenset()
         self._holders: Mapping[ExpertId, list[str]] = {}
 
     def apply(self, status: NodeStatus) -> bool:
@@ -43,10 +47,21 @@ class Fleet:
         return gone
 
     def forget(self) -> None:
-        """Nobody is known to be online any more."""
+        """No node is known to be online any more."""
         self._nodes.clear()
-        self._holders = {}
+        self._holders = self._index()
         self.changes += 1
+
+    def hold_here(self, ids: frozenset[ExpertId]) -> None:
+        """From now on the base station itself keeps these experts, and no others."""
+        self._here = ids
+        self._holders = self._index()
+        self.changes += 1
+
+    @property
+    def here(self) -> frozenset[ExpertId]:
+        """The experts that the base station keeps itself."""
+        return self._here
 
     @property
     def nodes(self) -> Mapping[str, NodeStatus]:
@@ -54,8 +69,8 @@ class Fleet:
         return self._nodes
 
     def holders(self, id: ExpertId) -> Sequence[str]:
-        """The nodes that hold an expert: those with the fewest experts to serve first, then by name, so that the
-        answer depends only on who is online."""
+        """Who holds an expert: `HERE` first, then nodes, those with the fewest experts to serve first, then by name,
+        so that the answer depends only on who is online."""
         return self._holders.get(id, ())
 
     def node_at(self, endpoint: str) -> str | None:
@@ -63,7 +78,7 @@ class Fleet:
         return next((n for n, s in self._nodes.items() if s.uplink and s.uplink.endpoint == endpoint), None)
 
     def missing(self) -> list[ExpertId]:
-        """Experts of the model that no node holds."""
+        """Experts of the model that nobody holds."""
         dims = self.dims
         every = (ExpertId(layer, e) for layer in range(dims.layers) for e in range(dims.experts))
         return [id for id in every if id not in self._holders]
@@ -80,6 +95,8 @@ class Fleet:
 
     def _index(self) -> Mapping[ExpertId, list[str]]:
         holders: dict[ExpertId, list[str]] = defaultdict(list)
+        for id in self._here:
+            holders[id].append(HERE)
         load = {node: len(status.expert_ids()) for node, status in self._nodes.items()}
         for node in sorted(self._nodes, key=lambda n: (load[n], n)):
             for id in self._nodes[node].expert_ids():

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bs_coordinator.assignment import assign
-from bs_coordinator.fleet import Fleet
-from bs_coordinator.forecast import Index
+from bs_coordinator.fleet import HERE, Fleet
+from bs_coordinator.forecast import Float, Index
 from bs_coordinator.health import Health
 from bs_coordinator.links import LinkMonitor
 from wire.experts import ExpertId
@@ -72,6 +72,20 @@ class Holders:
         named = {e: node for e, node in zip(experts, found, strict=True) if node is not None}
         return named if len(named) == len(experts) else None
 
+    def away_s(self) -> Float:
+        """float64 [layers, experts]: one hidden state to an expert's fastest node and back; inf where there is none."""
+        dims = self._fleet.dims
+        costs_s = self._costs_s()
+        away_s = np.full((dims.layers, dims.experts), np.inf)
+        for layer, expert in np.ndindex(away_s.shape):
+            nodes = (node for node in self._usable(ExpertId(layer, expert)) if node != HERE)
+            away_s[layer, expert] = min((costs_s[node] for node in nodes), default=np.inf)
+        return away_s
+
+    def here_s(self) -> float:
+        """One hidden state through an expert on the base station."""
+        return self._links.predict_s(HERE, down_bytes=0, up_bytes=0, experts=1, rows=1)
+
     def _usable(self, id: ExpertId) -> list[str]:
         return [node for node in self._fleet.holders(id) if self._health.usable(node)]
 
@@ -81,7 +95,8 @@ class Holders:
     def _costs_s(self) -> dict[str, float]:
         size = self._message_bytes
         predict = self._links.predict_s
-        return {n: predict(n, down_bytes=size, up_bytes=size, experts=1, rows=1) for n in self._fleet.nodes}
+        costs_s = {n: predict(n, down_bytes=size, up_bytes=size, experts=1, rows=1) for n in self._fleet.nodes}
+        return costs_s | {HERE: self.here_s()}
 
     def _assign(self, now_s: float) -> None:
         dims = self._fleet.dims

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from bs_coordinator.dispatch import Dispatcher
+from bs_coordinator.fleet import HERE
 from wire.errors import BrokerDelayError, BrokerError, DispatchError, PlacementError
 from wire.manifest import Manifest, decode_probe_output, probe_input
 from wire.mqtt import MqttTransport
@@ -19,6 +20,8 @@ _ECHOES = 9
 _WARM_UP = 24
 """Single messages first: a young TCP connection acknowledges its first 16 segments at once."""
 _BURST_LENGTH = 3
+_REVIEW_S = 1.0
+_RESIDENTS_ASKED = 16
 _PROBE_ERROR = 0.5
 """Relative error at which a node's answer is not this model's: quantisation stays below 0.2, another expert's
 output is at about 1.4."""
@@ -75,7 +78,7 @@ def wait_for_experts(dispatcher: Dispatcher, *, timeout_s: float, on_wait: Calla
         PlacementError: some are still missing at the deadline.
     """
     deadline = time.monotonic() + timeout_s
-    said = ""
+    said, next_review_s = "", 0.0
     dispatcher.pump(0.2)  # retained statuses of nodes that are already there
     while dispatcher.fleet.missing():
         line = dispatcher.fleet.describe_missing()
@@ -84,7 +87,24 @@ def wait_for_experts(dispatcher: Dispatcher, *, timeout_s: float, on_wait: Calla
         if on_wait and line != said:
             on_wait(line)
             said = line
+        # What no node holds may be kept here; those that are only late will be given back to them.
+        review = time.monotonic() >= next_review_s
+        dispatcher.tend_residents(review=review)
+        next_review_s = time.monotonic() + _REVIEW_S if review else next_review_s
         dispatcher.pump(0.2)
+
+
+def try_residents(dispatcher: Dispatcher, manifest: Manifest) -> None:
+    """Ask some of the experts that are kept here, so that it is known from the first token on what they cost.
+
+    Raises:
+        ExpertsLostError: they can't be computed.
+    """
+    x = probe_input(manifest.dims.hidden)
+    for id in sorted(dispatcher.fleet.here)[:_RESIDENTS_ASKED]:
+        gate = np.zeros((1, manifest.dims.experts), np.float32)
+        gate[0, id.expert] = 1.0
+        dispatcher.ask(HERE, id.layer, x, gate)
 
 
 def prove_nodes(dispatcher: Dispatcher, manifest: Manifest) -> dict[str, float]:

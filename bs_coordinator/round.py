@@ -5,14 +5,18 @@ the first node or all of those that took over. What comes later is no longer awa
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from bs_coordinator.links import LinkSample
 from bs_coordinator.records import DispatchRecord
 from bs_coordinator.requests import Request
 from wire.frames import RequestId
 from wire.tensors import Array
+
+if TYPE_CHECKING:
+    from bs_coordinator.resident import Computed
 
 
 class Sent(NamedTuple):
@@ -47,6 +51,7 @@ class Part:
         doubtful: an answer that was too large to be believed; the heirs' counts, and is compared with it.
         failed: why its node will not answer any more, else empty.
         heirs: the requests that took over.
+        here: its result, where the base station computes it itself.
     """
 
     request: Request
@@ -56,6 +61,7 @@ class Part:
     doubtful: Answer | None = None
     failed: str = ""
     heirs: list["Part"] = field(default_factory=list)
+    here: "Future[Computed] | None" = None
 
     @property
     def done(self) -> bool:
@@ -124,6 +130,10 @@ class Round:
     def open(self) -> list[Part]:
         """Parts whose answer is awaited and needed: their rows are not done."""
         return list(self._open(self.parts))
+
+    def hopes(self) -> list[Part]:
+        """Open parts that nobody took over: what the layer is waiting for."""
+        return [part for part in self.open() if not part.heirs and not part.failed]
 
     def overdue(self, now_s: float) -> list[Part]:
         """Open parts that others should be asked for by now, and which nobody took over yet."""

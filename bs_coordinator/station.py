@@ -1,10 +1,13 @@
 """Everything of a base station put together and proven ready: used by the command line and by the testbed."""
 
+import logging
+import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,7 +18,7 @@ from bs_coordinator.links import LinkMonitor
 from bs_coordinator.links.broker_sockets import BrokerSockets, is_local
 from bs_coordinator.links.log import link_log, no_log
 from bs_coordinator.model import DistributedMixtral
-from bs_coordinator.readiness import measure_broker, prove_nodes, wait_for_experts
+from bs_coordinator.readiness import measure_broker, prove_nodes, try_residents, wait_for_experts
 from bs_coordinator.selection import parse_policy
 from bs_coordinator.trunk import Trunk, TrunkDtype
 from wire.broker_url import BrokerAddress
@@ -26,11 +29,39 @@ from wire.seal import read_cluster_key
 from wire.tensors import WireDtype
 from wire.topics import Topics
 
+if TYPE_CHECKING:
+    from bs_coordinator.resident import ResidentHolder
+
+log = logging.getLogger(__name__)
+
 _FIRST_LOOK_S = 1.0
 """How long idle links are probed before the first prompt; by then each node has had several sizes."""
 
+_MOST_RESIDENT_THREADS = 4
+"""Reading weights is bound by memory, which few cores saturate; the trunk may need the others."""
+
+_FIRST_STATUSES_S = 0.3
+"""For the retained statuses of nodes that are there: what none of them holds is kept here first."""
+
 _LAST_HOLDER_S = 1.0
 """How long an overdue answer is awaited whose experts nobody else holds, where going on without them is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentConfig:
+    """Experts that the base station keeps itself.
+
+    Attributes:
+        budget_bytes: RAM for them.
+        traffic: file in which the experts' traffic is kept for the next start; not kept if None.
+        begin_with: latency.csv of a run, whose traffic counts where there is no such file yet.
+        prepacked: see `edge_node.prepacked`.
+    """
+
+    budget_bytes: int
+    traffic: Path | None = None
+    begin_with: Path | None = None
+    prepacked: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +77,7 @@ class StationConfig:
         shared_air: all links share one half-duplex Wi-Fi channel.
         link_log: file that every link sample is appended to, for replay.
         cluster_key: file of the key that frames are authenticated with.
+        resident: experts to keep here; none if None.
     """
 
     bundle: Path
@@ -60,6 +92,7 @@ class StationConfig:
     shared_air: bool = False
     link_log: Path | None = None
     cluster_key: Path | None = None
+    resident: ResidentConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +146,12 @@ def open_station(
         folder = config.bundle / "trunk"
         trunk = Trunk(folder, device=config.device, dtype=config.dtype)
         tokenizer = Tokenizer(folder, fallback_eos=trunk.eos_id)
-        log = stack.enter_context(link_log(config.link_log)) if config.link_log else no_log
+        sample_log = stack.enter_context(link_log(config.link_log)) if config.link_log else no_log
         sockets = BrokerSockets()
         if is_local(address.host):
             stack.enter_context(sockets.watching(address.port))
+        links = LinkMonitor(shared_air=config.shared_air, log=sample_log)
+        here = stack.enter_context(_residents(config, manifest, links)) if config.resident else None
         dispatcher = Dispatcher(
             transport,
             topics,
@@ -125,13 +160,49 @@ def open_station(
             timeout_s=config.layer_timeout_s,
             reconnect=lambda: MqttTransport(address, client_id, timeout_s=5.0),
             last_holder_s=_LAST_HOLDER_S if config.degrade else None,
-            links=LinkMonitor(shared_air=config.shared_air, log=log),
+            links=links,
             broker_sockets=sockets.take,
             cluster_key=cluster_key,
+            here=here,
         )
         stack.callback(dispatcher.close)
+        if here:
+            dispatcher.pump(_FIRST_STATUSES_S)
+            dispatcher.fill_residents()
         wait_for_experts(dispatcher, timeout_s=config.nodes_timeout_s, on_wait=say)
         nodes_ms = prove_nodes(dispatcher, manifest)
+        try_residents(dispatcher, manifest)
         dispatcher.measure_links(_FIRST_LOOK_S)
         model = DistributedMixtral(trunk, dispatcher, policy, degrade=config.degrade)
         yield Station(manifest, model, tokenizer, dispatcher, broker_ms, nodes_ms)
+
+
+@contextmanager
+def _residents(config: StationConfig, manifest: Manifest, links: LinkMonitor) -> "Iterator[ResidentHolder]":
+    """Room for experts; nothing is loaded yet."""
+    # onnxruntime is imported only where experts are kept.
+    from bs_coordinator.resident import ResidentExperts, ResidentHolder, Traffic, read_traffic, traffic_of_log
+
+    wanted = config.resident
+    assert wanted is not None  # noqa: S101 - asked by the caller
+    if wanted.begin_with is not None and not (wanted.traffic and wanted.traffic.exists()):
+        traffic = traffic_of_log(wanted.begin_with, manifest.dims)
+    elif wanted.traffic is not None:
+        traffic = read_traffic(wanted.traffic, manifest.dims, manifest.model_sha256)
+    else:
+        traffic = Traffic(manifest.dims)
+    experts = ResidentExperts(
+        config.bundle,
+        manifest,
+        budget_bytes=wanted.budget_bytes,
+        wire=config.wire,
+        threads=max(1, min(_MOST_RESIDENT_THREADS, (os.cpu_count() or 1) // 2)),
+        traffic=traffic,
+        traffic_path=wanted.traffic,
+        prepacked=wanted.prepacked,
+    )
+    try:
+        log.info("room for %d of %d experts here", experts.slots, len(manifest.experts))
+        yield ResidentHolder(experts, links)
+    finally:
+        experts.close()

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import signal
 import threading
 import time
@@ -16,23 +15,10 @@ from wire.broker_url import Access, parse_broker_url
 from wire.console import run as run_console
 from wire.experts import format_selector, parse_selector
 from wire.seal import read_node_seal
+from wire.sizes import parse_bytes
 from wire.topics import Topics, check_name
 
 log = logging.getLogger("wdmoe-node")
-
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes from `1500M`, `2G` or a plain number.
-
-    Raises:
-        ValueError: not a size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise ValueError(f"'{text}' is not a size: write 800M or 2G")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 class _ServeByDefault(click.Group):

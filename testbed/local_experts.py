@@ -41,12 +41,12 @@ class LocalExperts:
 
     def apply(self, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
         """See `Experts.apply`."""
-        hidden = self._travelled(hidden)
+        hidden = tensors.travelled(hidden, self._wire)
         output = np.zeros(hidden.shape, np.float32)
         for expert in np.flatnonzero(gate.any(axis=0)).tolist():
             rows = np.flatnonzero(gate[:, expert])
             y = self._runtime.run(ExpertId(layer, expert), hidden[rows])
-            output[rows] += self._travelled(y * gate[rows, expert, None])
+            output[rows] += tensors.travelled(y * gate[rows, expert, None], self._wire)
         return ExpertOutput(output)
 
     def forecast(self, layer: int) -> LayerForecast:
@@ -55,9 +55,3 @@ class LocalExperts:
         if not self.lost:
             return forecast
         return replace(forecast, available=np.array([e not in self.lost for e in range(self._experts)]))
-
-    def _travelled(self, x: Array) -> Array:
-        if self._wire is WireDtype.FP32:
-            return x
-        encoded = b"".join(tensors.encode(x, self._wire))
-        return tensors.decode(memoryview(encoded), len(x), x.shape[1], self._wire)

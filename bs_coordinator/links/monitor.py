@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from bs_coordinator.fleet import HERE
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.links.compute import ComputeEstimator
 from bs_coordinator.links.estimator import LinkEstimate, LinkEstimator, LinkSample
@@ -66,8 +67,8 @@ class NodeEstimate:
 class _Node:
     __slots__ = ("compute", "hurry", "link", "loads", "most_rows", "next_kind", "probed_s", "suspicion")
 
-    def __init__(self) -> None:
-        self.link = LinkEstimator()
+    def __init__(self, link: LinkEstimator) -> None:
+        self.link = link
         self.compute = ComputeEstimator()
         self.loads = LoadEstimator()
         self.probed_s = -math.inf
@@ -75,6 +76,29 @@ class _Node:
         self.next_kind = 0
         self.suspicion = 0
         self.most_rows = 0
+
+
+class _NoLink(LinkEstimator):
+    """Of the base station to itself."""
+
+    __slots__ = ()
+
+    def observe(self, sample: LinkSample) -> bool:
+        """There is nothing to learn."""
+        return True
+
+    def predict_s(self, down_bytes: float, up_bytes: float) -> tuple[float, float]:
+        """Nothing."""
+        return 0.0, 0.0
+
+    @property
+    def costs_s(self) -> tuple[float, float, float]:
+        """Nothing."""
+        return 0.0, 0.0, 0.0
+
+    def stale(self, now_s: float) -> bool:
+        """Never."""
+        return False
 
 
 class LinkMonitor:
@@ -104,7 +128,8 @@ class LinkMonitor:
         if self.shared_air and len(samples) > 1:
             samples = self._with_contention(samples)
         for sample in samples:
-            self._log(sample)
+            if sample.node != HERE:
+                self._log(sample)
             node = self._node(sample.node)
             alarms = node.link.alarms
             node.link.observe(sample)
@@ -203,9 +228,11 @@ class LinkMonitor:
         return known.compute.samples, known.most_rows
 
     def estimates(self, now_s: float) -> list[NodeEstimate]:
-        """All nodes, by name, as unsure as they are by now."""
+        """All nodes, by name, as unsure as they are by now; not the base station itself."""
         result = []
         for name, node in sorted(self._nodes.items()):
+            if name == HERE:
+                continue
             node.link.advance(now_s)
             fixed_s, expert_s, row_s = node.compute.costs_s
             result.append(
@@ -224,7 +251,7 @@ class LinkMonitor:
     def _node(self, name: str) -> _Node:
         known = self._nodes.get(name)
         if known is None:
-            known = self._nodes[name] = _Node()
+            known = self._nodes[name] = _Node(_NoLink() if name == HERE else LinkEstimator())
         return known
 
     def _suspect(self, node: _Node, sample: LinkSample) -> None:

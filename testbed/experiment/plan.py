@@ -19,6 +19,7 @@ from bs_coordinator.selection import parse_policy
 from testbed.experiment.prompts import PROMPTS
 from wire.broker_url import Access
 from wire.errors import PlanError
+from wire.sizes import parse_bytes
 from wire.topics import check_name
 
 Count = Annotated[int, Meta(ge=1)]
@@ -162,6 +163,7 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         shared_air: predict with all links on one channel; the network's own description where not set.
         baseline: the policy that others are compared with; `topk` where the plan has it, else the first.
         wire: how hidden states travel.
+        resident: RAM for experts that the base station keeps itself, such as `200M`.
         attempts: how often a cell is tried before it counts as failed.
         sample_s: seconds between two samples of clocks and links.
     """
@@ -182,6 +184,7 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     baseline: str | None = None
     broker: Literal["auto", "mosquitto", "embedded"] = "auto"
     wire: Literal["fp16", "int8", "fp32"] = "fp16"
+    resident: str | None = None
     attempts: Count = 2
     layer_timeout_s: Seconds = 30.0
     nodes_timeout_s: Seconds = 120.0
@@ -273,6 +276,11 @@ def check_plan(plan: Plan, *, top_k: int = 2) -> None:
     """
     if not isinstance(plan.network, str) and (plan.network.emulated is None) == (plan.network.external is None):
         raise ValueError("network: say localhost, {emulated: FILE} or {external: {broker: URL}}")
+    if plan.resident is not None:
+        try:
+            parse_bytes(plan.resident)
+        except ValueError as error:
+            raise ValueError(f"resident: {error}") from None
     if plan.profiles and plan.emulated is None:
         raise ValueError("profiles: only an emulated network has link profiles")
     if plan.external is not None and len(plan.bundles) > 1:

@@ -14,7 +14,7 @@ from bs_coordinator.generate import Tokenizer
 from bs_coordinator.model import DistributedMixtral, Experts, Feed
 from bs_coordinator.records import StepRecord
 from bs_coordinator.selection import Policy, TopK
-from bs_coordinator.station import Station, StationConfig, open_station
+from bs_coordinator.station import ResidentConfig, Station, StationConfig, open_station
 from bs_coordinator.trunk import Trunk
 from testbed.experiment.networks import Network
 from testbed.experiment.plan import Plan
@@ -22,6 +22,7 @@ from testbed.experiment.rundir import BundleFacts
 from testbed.local_experts import LocalExperts
 from testbed.local_fleet import local_fleet
 from wire.errors import WdmoeError
+from wire.sizes import parse_bytes
 from wire.tensors import WireDtype
 
 
@@ -96,6 +97,7 @@ def distributed_site(
         nodes_timeout_s=plan.nodes_timeout_s,
         layer_timeout_s=plan.layer_timeout_s,
         cluster_key=Path(outside.cluster_key) if outside and outside.cluster_key else None,
+        resident=ResidentConfig(parse_bytes(plan.resident)) if plan.resident else None,
     )
     with ExitStack() as stack:
         if outside:

@@ -1,0 +1,220 @@
+"""Experts in the base station's own process: a thread that computes them, and one that exchanges them.
+
+Computing has a thread of its own so that the answers of the nodes are read off the socket when they come: read later,
+a fast link would look like a slow one.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bs_coordinator.resident.choice import choose_resident
+from bs_coordinator.resident.traffic import Traffic, write_traffic
+from edge_node.memory import available_bytes, fitting
+from edge_node.runtime import ExpertRuntime
+from wire import tensors
+from wire.errors import MemoryBudgetError, StorageError, WdmoeError
+from wire.experts import ExpertId
+from wire.frames import ExpertSlice
+from wire.manifest import Manifest
+from wire.tensors import Array, WireDtype
+
+log = logging.getLogger(__name__)
+
+REVIEW_EVERY_S = 60.0
+"""How often the choice is looked at again; traffic and links change over minutes."""
+_CLOSE_S = 30.0
+
+Away = NDArray[np.float64]
+
+
+class Computed(NamedTuple):
+    """What became of a request.
+
+    Attributes:
+        output: float32 [rows, hidden], Σ over its experts of gate weight × expert output.
+        queue_ns: until the thread took it.
+        done_ns: `time.perf_counter_ns()` at its end.
+    """
+
+    output: Array
+    queue_ns: int
+    compute_ns: int
+    done_ns: int
+
+
+class ResidentExperts:
+    """The experts that are kept here.
+
+    Used from one thread; experts are exchanged in the background, and only when that thread says that it is a good
+    moment.
+
+    Attributes:
+        traffic: what the choice is made from; observed by whoever dispatches.
+        slots: how many experts there is room for.
+    """
+
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        *,
+        budget_bytes: int,
+        wire: WireDtype,
+        threads: int,
+        traffic: Traffic,
+        traffic_path: Path | None = None,
+        prepacked: Path | None = None,
+        review_every_s: float = REVIEW_EVERY_S,
+    ) -> None:
+        """Nothing is loaded yet.
+
+        Args:
+            wire: how hidden states travel elsewhere; here they are rounded as if they did, so that a token does not
+                depend on where its experts are.
+            traffic_path: where the counts are kept for the next start.
+            prepacked: as of `ExpertRuntime`.
+
+        Raises:
+            MemoryBudgetError: the budget has no room for one expert, or is more than there is.
+        """
+        available = available_bytes()
+        if budget_bytes > available:
+            raise MemoryBudgetError(
+                f"--resident asks for {budget_bytes >> 20} MiB, {available >> 20} MiB are available: ask for less",
+                needed_bytes=budget_bytes,
+                available_bytes=available,
+            )
+        self.slots = fitting(manifest.experts, manifest.quantisation.scheme, budget_bytes)
+        if not self.slots:
+            raise MemoryBudgetError(
+                f"--resident {budget_bytes >> 20}M has no room for a single expert of this bundle: ask for more",
+                needed_bytes=max(entry.bytes for entry in manifest.experts),
+                available_bytes=budget_bytes,
+            )
+        self.traffic = traffic
+        self._traffic_path = traffic_path
+        self._manifest = manifest
+        self._wire = wire
+        self._runtime = ExpertRuntime(bundle, manifest, [], threads=threads, prepacked=prepacked)
+        self._computing = ThreadPoolExecutor(1, thread_name_prefix="resident-experts")
+        self._under_way: list[Future[Computed]] = []
+        self._offered: queue.SimpleQueue[frozenset[ExpertId]] = queue.SimpleQueue()
+        self._taken = threading.Event()
+        self._stop = threading.Event()
+        self._exchange: threading.Thread | None = None
+        self._review_every_s = review_every_s
+        self._next_review_s = float("inf")
+
+    @property
+    def ids(self) -> frozenset[ExpertId]:
+        """What is loaded."""
+        return frozenset(self._runtime.ids)
+
+    def fill(self, away_s: Away, here_s: float) -> "Future[frozenset[ExpertId]]":
+        """Choose and load, before anything is asked of them; what is kept then.
+
+        Args:
+            away_s, here_s: as of `choose_resident`.
+        """
+        return self._computing.submit(self._fill, away_s, here_s)
+
+    def submit(self, layer: int, hidden: Array, experts: Sequence[ExpertSlice]) -> "Future[Computed]":
+        """Compute a request of one layer; `hidden` float32 [rows, hidden] must not change meanwhile."""
+        future = self._computing.submit(self._compute, layer, hidden, experts, time.perf_counter_ns())
+        self._under_way = [other for other in self._under_way if not other.done()]
+        self._under_way.append(future)
+        return future
+
+    def changes(self) -> frozenset[ExpertId] | None:
+        """What is kept from now on, if that is something else; not while a request is under way. Cheap."""
+        if self._offered.empty() or not all(future.done() for future in self._under_way):
+            return None
+        ids = self._offered.get()
+        self._taken.set()
+        return ids
+
+    def review_is_due(self) -> bool:
+        """Whether the choice should be looked at again."""
+        return time.monotonic() >= self._next_review_s
+
+    def review(self, away_s: Away, here_s: float) -> None:
+        """Look at it again, and exchange experts, in the background; nothing happens while that goes on."""
+        self._next_review_s = time.monotonic() + self._review_every_s
+        if self._exchange is None or not self._exchange.is_alive():
+            pairs = self.traffic.pairs.copy()
+            self._exchange = threading.Thread(
+                target=self._exchange_experts, args=(pairs, away_s, here_s), name="resident-exchange", daemon=True
+            )
+            self._exchange.start()
+
+    def close(self) -> None:
+        """Stop, and keep the counts."""
+        self._stop.set()
+        self._taken.set()
+        self._computing.shutdown(cancel_futures=True)
+        if self._exchange is not None:
+            self._exchange.join(_CLOSE_S)
+        self._keep_traffic()
+
+    def _fill(self, away_s: Away, here_s: float) -> frozenset[ExpertId]:
+        for id in sorted(choose_resident(self.traffic.pairs, away_s, here_s, self.slots)):
+            self._runtime.add(id)
+        self._next_review_s = time.monotonic() + self._review_every_s
+        return self.ids
+
+    def _compute(self, layer: int, hidden: Array, experts: Sequence[ExpertSlice], asked_ns: int) -> Computed:
+        begun_ns = time.perf_counter_ns()
+        x = tensors.travelled(hidden, self._wire)
+        output = np.zeros(hidden.shape, np.float32)
+        for slice_ in experts:
+            y = self._runtime.run(ExpertId(layer, slice_.expert), x[slice_.tokens])
+            output[slice_.tokens] += tensors.travelled(y * slice_.weights[:, None], self._wire)
+        done_ns = time.perf_counter_ns()
+        return Computed(output, begun_ns - asked_ns, done_ns - begun_ns, done_ns)
+
+    def _exchange_experts(self, pairs: NDArray[np.float64], away_s: Away, here_s: float) -> None:
+        self._keep_traffic()
+        before = self.ids
+        wanted = choose_resident(pairs, away_s, here_s, self.slots, current=before)
+        if wanted == before:
+            return
+        log.info("exchanging %d of the experts kept here", len(wanted - before))
+        self._offer(before & wanted)
+        if not self._wait_until_taken():
+            return
+        for id in before - wanted:
+            self._runtime.drop(id)
+        for id in sorted(wanted - before):
+            if self._stop.is_set():
+                return
+            try:
+                self._runtime.add(id)
+            except WdmoeError as error:
+                log.warning("%s is not kept here: %s", id, error)
+        self._offer(self.ids)
+
+    def _offer(self, ids: frozenset[ExpertId]) -> None:
+        self._taken.clear()
+        self._offered.put(ids)
+
+    def _wait_until_taken(self) -> bool:
+        """Nobody asks for the experts that go; until then they stay."""
+        self._taken.wait()
+        return not self._stop.is_set()
+
+    def _keep_traffic(self) -> None:
+        if self._traffic_path is None:
+            return
+        try:
+            write_traffic(self.traffic, self._traffic_path, self._manifest.model_sha256)
+        except StorageError as error:
+            log.warning("experts' traffic is not kept: %s", error)

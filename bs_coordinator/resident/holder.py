@@ -1,0 +1,78 @@
+"""The resident experts as one more holder of a layer's requests."""
+
+import time
+from concurrent.futures import wait
+
+import numpy as np
+
+from bs_coordinator.fleet import HERE
+from bs_coordinator.links import LinkMonitor, LinkSample
+from bs_coordinator.records import DispatchRecord
+from bs_coordinator.resident.experts import Computed, ResidentExperts
+from bs_coordinator.round import Answer, Part, Round, Sent
+from wire.frames import NodeDurations, RequestId
+
+_NEVER_S = float("inf")
+
+
+class ResidentHolder:
+    """Asked like a node, with neither frames nor a link."""
+
+    def __init__(self, experts: ResidentExperts, links: LinkMonitor) -> None:
+        self.experts = experts
+        self._links = links
+
+    def ask(self, round: Round, part: Part, id: RequestId) -> None:
+        """Begin to compute a request."""
+        request = part.request
+        rows = sum(len(s.tokens) for s in request.experts)
+        predicted_s = self._links.predict_s(HERE, down_bytes=0, up_bytes=0, experts=len(request.experts), rows=rows)
+        sent = Sent(id, time.perf_counter_ns(), time.time_ns(), 0, int(1e9 * predicted_s), _NEVER_S)
+        part.here = self.experts.submit(round.layer, round.hidden[request.rows], request.experts)
+        round.sent(part, sent)
+
+    def answered(self, round: Round, timeout_s: float) -> list[tuple[Part, Answer | str]]:
+        """Requests that are done, each with its answer or why there is none.
+
+        Waits for one only where the layer waits for nothing else.
+        """
+        hopes = round.hopes()
+        asked = [(part, part.here) for part in hopes if part.here is not None]
+        if asked and len(asked) == len(hopes):
+            wait([future for _, future in asked], timeout_s, return_when="FIRST_COMPLETED")
+        results: list[tuple[Part, Answer | str]] = []
+        for part, future in asked:
+            if not future.done():
+                continue
+            error = future.exception()
+            results.append((part, str(error) or type(error).__name__ if error else _answer(part, future.result())))
+        return results
+
+
+def _answer(part: Part, computed: Computed) -> Answer | str:
+    request, sent = part.request, part.sent
+    assert sent is not None  # noqa: S101 - it was asked
+    if not np.isfinite(computed.output).all():
+        return "an output was not finite"
+    record = DispatchRecord(
+        node=HERE,
+        experts=tuple(s.expert for s in request.experts),
+        tokens=len(request.rows),
+        sent_unix_ns=sent.sent_unix_ns,
+        round_trip_ns=computed.done_ns - sent.sent_ns,
+        durations=NodeDurations(queue_ns=computed.queue_ns, compute_ns=computed.compute_ns),
+        down_bytes=0,
+        up_bytes=0,
+        predicted_ns=sent.predicted_ns,
+    )
+    sample = LinkSample(
+        time_s=computed.done_ns / 1e9,
+        node=HERE,
+        down_bytes=0,
+        up_bytes=0,
+        round_trip_s=record.round_trip_ns / 1e9,
+        node_s=record.durations.total_ns / 1e9,
+        experts=len(record.experts),
+        rows=sum(len(s.tokens) for s in request.experts),
+    )
+    return Answer(computed.output, record, sample)

@@ -1,0 +1,116 @@
+"""Which experts tokens are sent to, and together with which others: counted, kept in a file, forgotten in time."""
+
+import csv
+import itertools
+import logging
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from wire.errors import StorageError
+from wire.files import atomic_write
+from wire.manifest import Dims, Sha256
+from wire.tensors import Array
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+HALVED_AT = 50_000
+"""Tokens of a layer at which its counts are halved, so that what users ask now outweighs what they asked last week."""
+
+
+class TrafficDocument(Struct, frozen=True, kw_only=True):
+    """The file.
+
+    Attributes:
+        model_sha256: `Manifest.model_sha256`.
+        pairs: as `Traffic.pairs`.
+    """
+
+    schema: int
+    model_sha256: Sha256
+    pairs: list[list[list[float]]]
+
+
+class Traffic:
+    """Counts of one model's tokens.
+
+    Attributes:
+        pairs: float64 [layers, experts, experts], tokens that were sent to both; on the diagonal, to that one.
+    """
+
+    def __init__(self, dims: Dims) -> None:
+        self.pairs: NDArray[np.float64] = np.zeros((dims.layers, dims.experts, dims.experts))
+
+    def observe(self, layer: int, gate: Array) -> None:
+        """Count gate weights float32 [tokens, experts], zero where an expert is not chosen."""
+        chosen = (gate != 0).astype(np.float64)
+        pairs = self.pairs[layer]
+        pairs += chosen.T @ chosen
+        if pairs.max() > HALVED_AT:
+            pairs *= 0.5
+
+
+def read_traffic(path: Path, dims: Dims, model_sha256: str) -> Traffic:
+    """What was kept of earlier runs: nothing where there is no file, or where it can't be used, which is logged."""
+    traffic = Traffic(dims)
+    try:
+        document = msgspec.json.decode(path.read_bytes(), type=TrafficDocument)
+        pairs = np.array(document.pairs, np.float64)
+    except FileNotFoundError:
+        return traffic
+    except (OSError, ValueError, msgspec.DecodeError) as error:
+        log.warning("counting experts' traffic anew: %s can't be read (%s)", path, error)
+        return traffic
+    right = document.schema == SCHEMA and document.model_sha256 == model_sha256 and pairs.shape == traffic.pairs.shape
+    if not right or not (np.isfinite(pairs).all() and (pairs >= 0).all()):
+        log.warning("counting experts' traffic anew: %s is of another model or damaged", path)
+        return traffic
+    traffic.pairs[:] = pairs
+    return traffic
+
+
+def write_traffic(traffic: Traffic, path: Path, model_sha256: str) -> None:
+    """Keep the counts.
+
+    Raises:
+        StorageError: they can't be written.
+    """
+    document = TrafficDocument(schema=SCHEMA, model_sha256=model_sha256, pairs=np.round(traffic.pairs, 1).tolist())
+    with atomic_write(path) as file:
+        file.write(msgspec.json.encode(document))
+
+
+def traffic_of_log(path: Path, dims: Dims) -> Traffic:
+    """Counts from the latency.csv of a run: its steps of one token, whose requests tell what it was sent to.
+
+    Raises:
+        StorageError: it can't be read, or is of another model.
+    """
+    chosen: dict[tuple[str, ...], set[int]] = defaultdict(set)
+    try:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                if row["phase"] == "decode" and row.get("step_tokens", "1") == "1":
+                    step = (row.get("run", ""), row.get("cell", ""), row["answer"], row["token"], row["layer"])
+                    chosen[step].update(map(int, row["experts"].split()))
+        traffic = Traffic(dims)
+        for (*_, layer), experts in chosen.items():
+            _count(traffic.pairs[int(layer)], experts)
+    except OSError as error:
+        raise StorageError(f"can't read {path}: {error.strerror}") from None
+    except (KeyError, ValueError, IndexError):
+        raise StorageError(
+            f"{path} is no latency.csv of this model: it needs columns phase, answer, token, layer, experts"
+        ) from None
+    return traffic
+
+
+def _count(pairs: NDArray[np.float64], experts: Iterable[int]) -> None:
+    for a, b in itertools.product(sorted(experts), repeat=2):
+        pairs[a, b] += 1

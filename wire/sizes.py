@@ -1,0 +1,17 @@
+"""Sizes as people write them."""
+
+import re
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from `1500M`, `2G` or a plain number.
+
+    Raises:
+        ValueError: not a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"'{text}' is not a size: write 800M or 2G")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
