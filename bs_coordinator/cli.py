@@ -35,6 +35,9 @@ log = logging.getLogger("wdmoe-bs")
 
 _BROKER_HELP = "embedded, mosquitto (both private, loopback only), or mqtt://[user@]host[:port], mqtts://…"
 
+_TELEMETRY_S = 1.2
+"""Within which every node tells of itself once."""
+
 
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def decorate(command: Any) -> Any:
@@ -222,14 +225,21 @@ def nodes(
     from rich.console import Console
     from rich.table import Table
 
+    from bs_coordinator.telemetry import describe
+
     with _fleet(bundle, broker, broker_port, cluster, **trust) as dispatcher:
         fleet = dispatcher.fleet
-    table = Table("node", "host", "experts", "quantisation", "experts' RAM", "free RAM")
+        if fleet.nodes:
+            dispatcher.pump(_TELEMETRY_S)
+        told = dispatcher.telemetry.latest()
+    table = Table("node", "host", "experts", "quantisation", "experts' RAM", "free RAM", "device", "now")
     for name, status in sorted(fleet.nodes.items()):
         holding, machine = status.holding, status.machine
         if holding and machine:
             ram = f"{holding.resident_bytes / 2**20:.0f} MiB", f"{machine.available_bytes / 2**20:.0f} MiB"
-            table.add_row(name, machine.host, holding.experts, holding.quantisation, *ram)
+            device = f"{status.device.profile}, {status.device.provider}" if status.device else ""
+            now = describe(told[name].telemetry) if name in told else ""
+            table.add_row(name, machine.host, holding.experts, holding.quantisation, *ram, device, now)
     Console().print(table)
     for name, why in sorted(fleet.ignored.items()):
         click.echo(f"ignored {name}: {why}")

@@ -69,3 +69,30 @@ class TelemetryInbox:
         except FrameError as error:
             self.dropped[error.reason] += 1
             return None
+
+
+def describe(telemetry: Telemetry) -> str:
+    """What an operator looks for first, in one line: radio, heat, power; empty if the node knows none of it."""
+    radio, thermal, power = telemetry.wifi, telemetry.thermal, telemetry.power
+    said = []
+    if radio and telemetry.route in (radio.interface, None):
+        said.append(f"{radio.rssi_dbm} dBm" if radio.connected and radio.rssi_dbm is not None else "Wi-Fi")
+        if radio.channel is not None:
+            said.append(f"channel {radio.channel}")
+        if radio.up_phy_mbps is not None and radio.down_phy_mbps is not None:
+            said.append(f"{radio.up_phy_mbps:.0f} up, {radio.down_phy_mbps:.0f} down Mbit/s")
+        if radio.power_save:
+            said.append("power save on")
+        if radio.roams:
+            said.append(f"roamed {radio.roams} times")
+    elif telemetry.route:
+        said.append(telemetry.route)
+    if thermal.soc_celsius is not None:
+        said.append(f"{thermal.soc_celsius:.0f} °C")
+    if thermal.throttling_now:
+        said.append(thermal.throttling_now)
+    if power.board_watts is not None:
+        said.append(f"{power.board_watts:.1f} W")
+    if power.mode:
+        said.append(f"mode {power.mode}")
+    return ", ".join(said)

@@ -27,7 +27,7 @@ from wire.broker_url import BrokerAddress
 from wire.errors import BrokerAuthError, BrokerError, DuplicateNodeError, FrameError
 from wire.experts import format_selector
 from wire.mqtt import KEEPALIVE_S, LastWill, MqttTransport
-from wire.status import Holding, Machine, NodeStatus, Residency, SocketFacts
+from wire.status import DeviceFacts, Holding, Machine, NodeStatus, Residency, SocketFacts
 from wire.systemd import notify
 from wire.topics import Topics
 from wire.transport import Message, Transport
@@ -58,6 +58,7 @@ class NodeAgent:
         limits: Limits | None = None,
         residency: Callable[[], Residency | None] = lambda: None,
         telemetry: bool = False,
+        device: DeviceFacts | None = None,
     ) -> None:
         """Nothing is connected yet.
 
@@ -65,7 +66,9 @@ class NodeAgent:
             limits: outside of which the node says that it is offline, and takes no work until it is within again.
             residency: of the experts, now.
             telemetry: tell every second of radio, temperatures and power.
+            device: for the status.
         """
+        self._device = device
         self._residency = residency
         self._node = node
         self._topics = topics
@@ -259,6 +262,7 @@ class NodeAgent:
             holding=self._holding if online else None,
             machine=self._machine(),
             uplink=uplink,
+            device=self._device,
             residency=self._residency() if online else None,
         )
 

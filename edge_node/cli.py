@@ -1,7 +1,6 @@
 """`wdmoe-node`: serve experts of a bundle. `serve` is the command when none is named."""
 
 import logging
-import os
 import signal
 import threading
 import time
@@ -13,6 +12,7 @@ import click
 from wire import __version__
 from wire.broker_url import Access, parse_broker_url
 from wire.console import run as run_console
+from wire.devices import PROFILES, DeviceName, Provider
 from wire.experts import format_selector, parse_selector
 from wire.seal import read_node_seal
 from wire.sizes import parse_bytes
@@ -41,7 +41,15 @@ def cli() -> None:
 @click.option("--id", "node", required=True, help="Name of this node, unique in its cluster.")
 @click.option("--experts", "selector", required=True, help="For example 'L*:E3' or 'L0-14:E0,2 L15:E*'.")
 @click.option("--cluster", default="default", show_default=True, help="Keeps clusters on one broker apart.")
-@click.option("--threads", type=click.IntRange(1, 256), help="Cores to compute with.  [default: all]")
+@click.option(
+    "--profile", type=click.Choice(["auto", *PROFILES]), default="auto", show_default=True,
+    help="What this device is: decides threads and provider.",
+)  # fmt: skip
+@click.option(
+    "--provider", type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]), default="auto", show_default=True,
+    help="What to compute with; a GPU that does not prove itself is left for the CPU.  [auto: the profile's]",
+)  # fmt: skip
+@click.option("--threads", type=click.IntRange(1, 256), help="Cores to compute with.  [default: the profile's]")
 @click.option("--memory-budget", help="Refuse to take more RAM than this, e.g. 800M or 2G.")
 @click.option(
     "--residency", type=click.Choice(["all", "lru"]), default="all", show_default=True,
@@ -64,6 +72,8 @@ def serve(
     node: str,
     selector: str,
     cluster: str,
+    profile: Literal["auto"] | DeviceName,
+    provider: Literal["auto"] | Provider,
     threads: int | None,
     memory_budget: str | None,
     residency: Literal["all", "lru"],
@@ -104,13 +114,15 @@ def serve(
 
     seal = read_node_seal(frame_key, cluster, node) if frame_key else None
 
+    from edge_node import devices
     from edge_node.agent import NodeAgent, residency_status
     from edge_node.limits import Limits
     from edge_node.memory import check_memory, fitting, largest, needed_bytes, room_bytes
+    from edge_node.providers import first_that_proves
     from edge_node.runtime import ExpertRuntime
     from edge_node.worker import Worker
     from wire.manifest import load_manifest
-    from wire.status import Holding
+    from wire.status import DeviceFacts, Holding
 
     manifest = load_manifest(bundle, key=bundle_key)
     dims = manifest.dims
@@ -122,13 +134,21 @@ def serve(
     most_loaded = max(1, fitting(entries, scheme, room_bytes(budget))) if residency == "lru" else len(entries)
     needed = needed_bytes(largest(entries, most_loaded), scheme)
     check_memory(needed, budget=budget)
-    threads = threads or os.cpu_count() or 1
+    device = devices.detect() if profile == "auto" else devices.named(profile)
+    threads = threads or devices.threads_for(device)
+    log.info("profile %s (%s), %d threads", device.name, device.because, threads)
+    if better := devices.advice(device, scheme):
+        log.warning("%s", better)
     began = time.monotonic()
-    runtime = ExpertRuntime(
-        bundle, manifest, ids, threads=threads, prepacked=prepacked,
-        most_loaded=most_loaded if most_loaded < len(ids) else None,
+    runtime, chosen = first_that_proves(
+        device.profile.providers if provider == "auto" else [provider],
+        lambda computes: ExpertRuntime(
+            bundle, manifest, ids, threads=threads, prepacked=prepacked, provider=computes,
+            most_loaded=most_loaded if most_loaded < len(ids) else None,
+        ),
     )  # fmt: skip
-    log.info("proved %d experts (%s) in %.1f s", len(ids), manifest.quantisation, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    log.info("proved %d experts (%s) with %s in %.1f s", len(ids), manifest.quantisation, chosen.provider, seconds)
     if runtime.most_loaded is not None:
         log.info("there is room for %d of them at once: others are loaded when they are asked for", most_loaded)
     worker = Worker(runtime, seal=seal)
@@ -139,6 +159,12 @@ def serve(
         worker=worker,
         threads=threads,
         telemetry=telemetry,
+        device=DeviceFacts(
+            profile=device.name,
+            because=device.because,
+            provider=chosen.provider,
+            provider_reason=chosen.reason,
+        ),
         limits=Limits(max_celsius=max_temperature, min_available_bytes=free_bytes),
         holding=Holding(
             experts=format_selector(ids),

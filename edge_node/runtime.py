@@ -13,7 +13,9 @@ import numpy as np
 
 from edge_node.memory import return_freed_memory
 from edge_node.prepacked import prepacked_model
+from edge_node.providers import ProviderError, probe_tolerance
 from edge_node.session import ExpertSession, share_thread_pool
+from wire.devices import Provider
 from wire.errors import BundleError, ProbeError
 from wire.experts import ExpertId
 from wire.manifest import ExpertEntry, Manifest, decode_probe_output, probe_input, verify_file
@@ -57,17 +59,20 @@ class ExpertRuntime:
         threads: int = 1,
         prepacked: Path | None = None,
         most_loaded: int | None = None,
+        provider: Provider = "cpu",
     ) -> None:
         """Verify, load and prove the experts, each of them, also where only some can stay.
 
         Args:
             prepacked: folder of copies that are mapped instead of allocated (`edge_node.prepacked`).
             most_loaded: keep this many, those used last; others are loaded when they are asked for.
+            provider: what computes; prepacked copies are for the CPU only.
 
         Raises:
             BundleError: a file is missing, changed, or no valid model.
             StorageError: no prepacked copy can be kept.
             ProbeError: an expert's output differs from the one recorded at export.
+            ProviderError: the same on a GPU, or it can't compute an expert at all.
         """
         if most_loaded is not None and most_loaded < 1:
             raise ValueError("most_loaded must be at least 1")
@@ -76,7 +81,8 @@ class ExpertRuntime:
         self.most_loaded = most_loaded
         self.loads = Loads()
         self._bundle = bundle
-        self._prepacked = prepacked
+        self._provider = provider
+        self._prepacked = prepacked if provider == "cpu" else None
         self._hidden = manifest.dims.hidden
         self._entries: dict[ExpertId, ExpertEntry] = {}
         self._sessions: dict[ExpertId, ExpertSession] = {}  # the one used last comes last
@@ -157,7 +163,7 @@ class ExpertRuntime:
         self._verify(entry)
         prepacked = self._prepacked
         model = prepacked_model(self._bundle, entry, prepacked) if prepacked else self._bundle / entry.files[0].path
-        session = ExpertSession(model, self._hidden)
+        session = ExpertSession(model, self._hidden, self._provider)
         self._prove(entry, session)
         self._entries[entry.id] = entry
         self._sessions[entry.id] = session
@@ -176,14 +182,22 @@ class ExpertRuntime:
     def _prove(self, entry: ExpertEntry, session: ExpertSession) -> None:
         x = probe_input(self._hidden)
         y = np.empty_like(x)
-        session.run(x, y, 1)
+        try:
+            session.run(x, y, 1)
+        except Exception as failure:
+            if self._provider == "cpu":
+                raise
+            # A GPU that the wheel has no kernels for is found out only now.
+            first_line = str(failure).partition("\n")[0]
+            raise ProviderError(f"expert {entry.id} can't be computed: {first_line}") from None
         expected = decode_probe_output(entry.probe_output, self._hidden)
         norm = float(np.linalg.norm(expected))
         error = float(np.linalg.norm(y[0] - expected)) / norm if norm else float(np.abs(y).max())
         # fp16 storage of the expected output alone can cost half a unit in the last place.
-        tolerance = self.manifest.probe_tolerance + 2.0**-11
+        tolerance = probe_tolerance(self.manifest, self._provider) + 2.0**-11
         if not error <= tolerance:  # also when error is NaN
-            raise ProbeError(
+            kind = ProbeError if self._provider == "cpu" else ProviderError
+            raise kind(
                 f"expert {entry.id} computes something else here than where it was exported: relative error "
                 f"{error:.2g} on the probe input, {tolerance:.2g} allowed; try another --quant for this CPU"
             )

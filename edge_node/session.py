@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from edge_node.providers import ProviderError, session_providers
+from wire.devices import Provider
 from wire.errors import BundleError
 from wire.tensors import Array
 
@@ -29,11 +31,12 @@ def share_thread_pool(threads: int) -> None:
 class ExpertSession:
     """One loaded expert; its buffers are bound again only when they or the token count change."""
 
-    def __init__(self, model: Path, hidden: int) -> None:
+    def __init__(self, model: Path, hidden: int, provider: Provider = "cpu") -> None:
         """Load it.
 
         Raises:
             BundleError: onnxruntime can't.
+            ProviderError: the GPU that was asked for can't take all of its operations.
         """
         options = ort.SessionOptions()
         options.use_per_session_threads = _shared_pool_threads is None
@@ -42,12 +45,19 @@ class ExpertSession:
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
         options.log_severity_level = 3
+        wanted = session_providers(provider)
+        if provider != "cpu":
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
-            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(model, options, providers=wanted)
         except Exception as error:  # noqa: BLE001
             # onnxruntime raises a dozen unrelated classes, all for the same reason: not a loadable model.
             first_line = str(error).partition("\n")[0]
-            raise BundleError(f"{model} can't be loaded by onnxruntime: {first_line}") from None
+            kind = BundleError if provider == "cpu" else ProviderError
+            raise kind(f"{model} can't be loaded by onnxruntime: {first_line}") from None
+        if (got := self._session.get_providers()[0]) != wanted[0][0]:
+            # A library that can't be loaded is only a line in onnxruntime's log.
+            raise ProviderError(f"onnxruntime can't start {wanted[0][0]} and took {got}")
         self._hidden = hidden
         self._binding = self._session.io_binding()
         self._bound = (0, 0, 0)

@@ -14,6 +14,7 @@ import msgspec
 
 from wire import __version__
 from wire.console import run as run_console
+from wire.devices import PROFILES
 from wire.experts import format_selector, parse_index_set, parse_selector
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def demo_model(out: Path, base: str | None, deltas: Path | None, layers: int | N
 @click.option("--quant", type=click.Choice(["int4", "int8", "int8-dynamic", "fp16", "fp32"]))
 @click.option("--block", type=click.Choice(["32", "64", "128"]), help="Weights that share a scale.")
 @click.option("--symmetric", is_flag=True, help="No zero points: smaller, less exact.")
-@click.option("--device", type=click.Choice(["pi4", "pi5", "jetson", "x86"]), help="Choose what suits it.")
+@click.option("--device", type=click.Choice(list(PROFILES)), help="Choose what suits it.")
 @click.option(
     "--via",
     type=click.Choice(["direct", "optimum"]),

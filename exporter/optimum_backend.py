@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from exporter.expert import ExpertJob, expert_paths, export_expert, open_writer
-from exporter.presets import Device
 from exporter.probe import PROBE_ROWS, relative_error, run_rows
 from exporter.slabs import SLAB_WEIGHTS
+from wire.devices import DeviceName
 from wire.errors import WdmoeError
 from wire.manifest import ExpertEntry, Quantisation, encode_probe_output, probe_input
 
@@ -41,7 +41,7 @@ def require_optimum() -> str:
     return version
 
 
-def choose_preset(device: Device | None) -> str:
+def choose_preset(device: DeviceName | None) -> str:
     """Name of the AutoQuantizationConfig preset for a device; x86, and none, mean this machine's own."""
     if device not in (None, "x86") or platform.machine() in ("aarch64", "arm64"):
         return "arm64"

@@ -62,6 +62,20 @@ class Machine(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     onnxruntime: str
 
 
+class DeviceFacts(Struct, frozen=True, kw_only=True):
+    """What the node takes its device for, and what computes.
+
+    Attributes:
+        profile: see `wire.devices`; because: what it was recognised by.
+        provider: see there; provider_reason: why not what was asked for, empty if it is.
+    """
+
+    profile: str
+    because: str
+    provider: str
+    provider_reason: str = ""
+
+
 class SocketFacts(Struct, frozen=True, kw_only=True):
     """The kernel's account of one TCP connection, of the direction in which its owner sends.
 
@@ -86,6 +100,7 @@ class NodeStatus(Struct, frozen=True, kw_only=True):
         since_unix_ms: when the process announced itself, by its own clock.
         reason: why it is offline, for people.
         uplink: its connection to the broker, where the kernel tells.
+        device: see there.
         residency: of its experts, where it can't keep all of them in memory.
     """
 
@@ -98,6 +113,7 @@ class NodeStatus(Struct, frozen=True, kw_only=True):
     holding: Holding | None = None
     machine: Machine | None = None
     uplink: SocketFacts | None = None
+    device: DeviceFacts | None = None
     residency: Residency | None = None
 
     @property

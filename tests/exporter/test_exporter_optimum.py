@@ -40,7 +40,7 @@ def test_without_optimum_one_line_says_what_to_do(mixtral: Callable[..., Path], 
 
 
 def test_arm_devices_get_the_arm_preset() -> None:
-    assert {choose_preset(device) for device in ("pi4", "pi5", "jetson")} == {"arm64"}
+    assert {choose_preset(device) for device in ("pi4", "pi5", "jetson-orin", "generic-arm64")} == {"arm64"}
 
 
 @pytest.mark.slow
