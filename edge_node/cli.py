@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import click
 
+from edge_node.tune_command import tune
 from wire import __version__
 from wire.broker_url import Access, parse_broker_url
 from wire.console import run as run_console
@@ -36,7 +37,14 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--bundle", type=click.Path(path_type=Path), required=True, help="Folder made by wdmoe-export.")
+@click.option(
+    "--bundle", "bundles", type=click.Path(path_type=Path), required=True, multiple=True,
+    help="Folder made by wdmoe-export. Repeatable: the same experts in other quantisations, see --tuned.",
+)  # fmt: skip
+@click.option(
+    "--tuned", type=click.Path(path_type=Path),
+    help="Choose bundle and threads by what this file says; measure them and write it if it says nothing that holds.",
+)  # fmt: skip
 @click.option("--broker", required=True, help="mqtt://[user@]host[:port] or mqtts://…")
 @click.option("--id", "node", required=True, help="Name of this node, unique in its cluster.")
 @click.option("--experts", "selector", required=True, help="For example 'L*:E3' or 'L0-14:E0,2 L15:E*'.")
@@ -67,7 +75,8 @@ def cli() -> None:
 @click.option("--frame-key", type=click.Path(path_type=Path), help="This node's frame key, mode 600.")
 @click.option("--bundle-key", type=click.Path(path_type=Path), help="Take only bundles signed by this public key.")
 def serve(
-    bundle: Path,
+    bundles: tuple[Path, ...],
+    tuned: Path | None,
     broker: str,
     node: str,
     selector: str,
@@ -89,18 +98,7 @@ def serve(
     frame_key: Path | None,
     bundle_key: Path | None,
 ) -> None:
-    """Serve experts of BUNDLE to the base station over MQTT."""
-    stop = threading.Event()
-
-    def on_signal(number: int, frame: Any) -> None:
-        # `set` takes a lock that the interrupted `wait`, or the handler of a signal just before, may hold.
-        # Signals do come in bursts: a dying parent's threads each send one.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=stop.set, daemon=True).start()
-
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
+    """Serve experts of a bundle to the base station over MQTT."""
     try:
         topics = Topics(check_name("cluster", cluster))
         check_name("node id", node)
@@ -115,6 +113,40 @@ def serve(
     seal = read_node_seal(frame_key, cluster, node) if frame_key else None
 
     from edge_node import devices
+
+    device = devices.detect() if profile == "auto" else devices.named(profile)
+    providers = device.profile.providers if provider == "auto" else (provider,)
+    if tuned is not None:
+        from edge_node.tune import Variants
+
+        try:
+            variants = Variants(
+                bundles, selector, key=bundle_key, budget=budget, all_resident=residency == "all",
+                most_threads=devices.threads_for(device), threads=[threads] if threads else [], providers=providers,
+            )  # fmt: skip
+        except ValueError as error:
+            raise click.UsageError(f"--experts: {error}") from None
+        bundle, tuning = variants.chosen(tuned)
+        threads = tuning.threads
+        log.info("serving from %s: %s", bundle, tuning.why)
+    elif len(bundles) > 1:
+        raise click.UsageError(
+            "several --bundle are variants to choose from: say where the choice is kept, --tuned FILE"
+        )
+    else:
+        (bundle,) = bundles
+
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: Any) -> None:
+        # `set` takes a lock that the interrupted `wait`, or the handler of a signal just before, may hold.
+        # Signals do come in bursts: a dying parent's threads each send one.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=stop.set, daemon=True).start()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
     from edge_node.agent import NodeAgent, residency_status
     from edge_node.limits import Limits
     from edge_node.memory import check_memory, fitting, largest, needed_bytes, room_bytes
@@ -134,14 +166,13 @@ def serve(
     most_loaded = max(1, fitting(entries, scheme, room_bytes(budget))) if residency == "lru" else len(entries)
     needed = needed_bytes(largest(entries, most_loaded), scheme)
     check_memory(needed, budget=budget)
-    device = devices.detect() if profile == "auto" else devices.named(profile)
     threads = threads or devices.threads_for(device)
     log.info("profile %s (%s), %d threads", device.name, device.because, threads)
-    if better := devices.advice(device, scheme):
+    if tuned is None and (better := devices.advice(device, scheme)):
         log.warning("%s", better)
     began = time.monotonic()
     runtime, chosen = first_that_proves(
-        device.profile.providers if provider == "auto" else [provider],
+        providers,
         lambda computes: ExpertRuntime(
             bundle, manifest, ids, threads=threads, prepacked=prepacked, provider=computes,
             most_loaded=most_loaded if most_loaded < len(ids) else None,
@@ -177,6 +208,9 @@ def serve(
     )
     agent.run(stop, on_ready=lambda: log.info("'%s' serves %s at %s", node, format_selector(ids), address))
     log.info("'%s' stopped; %s", node, ", ".join(f"{k} {n}" for k, n in worker.counts.items()) or "no work came")
+
+
+cli.add_command(tune)
 
 
 def main() -> None:

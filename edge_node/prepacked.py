@@ -29,7 +29,7 @@ def prepacked_model(bundle: Path, entry: ExpertEntry, folder: Path) -> Path:
         StorageError: there is no room in `folder`, or no right to write.
     """
     key = hashlib.sha256(
-        "\n".join([*(f.sha256 for f in entry.files), ort.__version__, platform.machine(), _processor()]).encode()
+        "\n".join([*(f.sha256 for f in entry.files), ort.__version__, platform.machine(), processor()]).encode()
     ).hexdigest()
     target = folder / key
     if not target.exists():
@@ -63,7 +63,7 @@ def _save(model: Path, folder: Path) -> None:
         raise BundleError(f"{model} can't be prepacked by onnxruntime: {str(error).partition(chr(10))[0]}") from None
 
 
-def _processor() -> str:
+def processor() -> str:
     """What tells processors apart: the features that kernels are chosen by."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

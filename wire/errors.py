@@ -9,6 +9,7 @@
     ├── MemoryBudgetError        20   the experts do not fit into this device's memory
     ├── ProbeError               21   an expert computes something else here than where it was exported
     ├── DuplicateNodeError       22   another live node uses this id
+    ├── TuningError              23   no bundle suits this device, or a tuning file is none
     ├── BrokerError              30   the broker can't be reached or was lost
     │   ├── BrokerAuthError      31   the broker refused user or password
     │   ├── BrokerDelayError     32   round trips show the 40 ms of a missing TCP_NODELAY
@@ -28,7 +29,9 @@
     ├── NetworkSpecError         65   the description of an emulated network is wrong
     ├── NetworkError             66   an emulated network is not up, or not what was configured
     ├── SimulationError          67   a radio setting or a routing trace can't be used
-    └── ChaosError               68   under faults an answer was wrong, hung or crashed
+    ├── ChaosError               68   under faults an answer was wrong, hung or crashed
+    ├── EmulationError           73   another processor can't be emulated here
+    └── AgreementError           74   an emulated processor computes something else than this one
 
 Exit code 2 is click's own for a malformed command line; 130 is Ctrl-C.
 """
@@ -96,6 +99,12 @@ class DuplicateNodeError(WdmoeError):
     """Another live node uses this id."""
 
     exit_code = 22
+
+
+class TuningError(WdmoeError):
+    """No bundle suits this device, or a tuning file is none."""
+
+    exit_code = 23
 
 
 class BrokerError(WdmoeError):
@@ -254,3 +263,15 @@ class SimulationError(WdmoeError):
     """A radio setting or a routing trace can't be used."""
 
     exit_code = 67
+
+
+class EmulationError(WdmoeError):
+    """Another processor can't be emulated here."""
+
+    exit_code = 73
+
+
+class AgreementError(WdmoeError):
+    """An emulated processor computes something else than this one."""
+
+    exit_code = 74
