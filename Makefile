@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench reproduce chaos clean
+.PHONY: help demo test check bench reproduce chaos arm clean
 
 help:
 	@echo "make demo   set everything up, build the demo model and bundle, answer three questions over MQTT"
@@ -14,6 +14,7 @@ help:
 	@echo "make bench  benchmarks: a table, and JSON with raw samples under runs/"
 	@echo "make reproduce DATA=folder  the README's table of policies, as root, in about half an hour"
 	@echo "make chaos  200 answers under random faults, as root (docs/reliability.md)"
+	@echo "make arm    nodes from aarch64 wheels on an emulated Pi 5 and Pi 4, against this machine (needs qemu-user-static)"
 	@echo "make clean  remove the environment and everything built here (downloads stay in the user cache)"
 
 $(READY): pyproject.toml constraints.txt
@@ -43,6 +44,9 @@ reproduce: $(READY)
 
 chaos: $(READY)
 	$(BIN)/wdmoe-testbed chaos
+
+arm: $(READY)
+	$(BIN)/wdmoe-testbed arm
 
 clean:
 	rm -rf $(VENV) .venvs build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

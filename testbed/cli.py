@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from testbed.arm import commands as arm_commands
 from testbed.bench.sections import SECTIONS
 from testbed.chaos import commands as chaos_commands
 from testbed.experiment import commands
@@ -12,13 +13,9 @@ from testbed.fuzz import commands as fuzz_commands
 from testbed.keys import commands as keys_commands
 from testbed.network import commands as network_commands
 from testbed.radio import commands as radio_commands
+from testbed.variants import VARIANTS
 from wire import __version__
 from wire.console import run as run_console
-
-_VARIANTS = {
-    "fp32": ("fp32", 0), "fp16": ("fp16", 0), "int8": ("int8", 32), "int8-dynamic": ("int8-dynamic", 0),
-    "int4-b32": ("int4", 32), "int4-b128": ("int4", 128),
-}  # fmt: skip
 
 
 @click.group()
@@ -54,7 +51,7 @@ def demo(broker: str, nodes: int, max_tokens: int, questions: tuple[str, ...], r
 @click.option("--items", type=click.IntRange(1), default=300, show_default=True, help="Per task.")
 @click.option("--texts", type=click.IntRange(1), default=3, show_default=True, help="Per domain.")
 @click.option("--tokens", type=click.IntRange(2), default=384, show_default=True, help="Per text.")
-@click.option("--variant", "variants", multiple=True, type=click.Choice(list(_VARIANTS)), help="Repeatable.")
+@click.option("--variant", "variants", multiple=True, type=click.Choice(list(VARIANTS)), help="Repeatable.")
 @click.option(
     "--lost",
     type=click.IntRange(0, 7),
@@ -73,9 +70,9 @@ def quality(
 
     console = Console()
     rows = []
-    for name in variants or tuple(_VARIANTS):
-        scheme, block = _VARIANTS[name]
-        bundle = demo_bundle(scheme, block=block, console=console)  # type: ignore[arg-type]
+    for name in variants or tuple(VARIANTS):
+        scheme, block = VARIANTS[name]
+        bundle = demo_bundle(scheme, block=block, console=console)
         with console.status(f"evaluating {name}"):
             rows.append(
                 measure_quality(
@@ -140,6 +137,7 @@ def bench(broker: str, sections: tuple[str, ...], samples: int, out: Path) -> No
 
 
 commands.register(cli)
+arm_commands.register(cli)
 chaos_commands.register(cli)
 fuzz_commands.register(cli)
 keys_commands.register(cli)

@@ -25,16 +25,26 @@ class LocalFleet:
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(
-        self, node: str, experts: str, *, threads: int = 1, prefix: Sequence[str] = (), options: Sequence[str] = ()
+        self,
+        node: str,
+        experts: str,
+        *,
+        threads: int = 1,
+        prefix: Sequence[str] = (),
+        options: Sequence[str] = (),
+        python: Sequence[str] = (sys.executable,),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Start one node; it is ready when the base station sees it, not when this returns.
 
         Args:
             prefix: put before the command, for example to run it in a network namespace.
             options: more of `wdmoe-node`'s.
+            python: the command that runs Python, for example that of another processor.
+            environment: more variables.
         """
         argv = [
-            *(sys.executable, "-m", "edge_node", "--bundle", str(self.bundle)),
+            *(*python, "-m", "edge_node", "--bundle", str(self.bundle)),
             *("--broker", str(self.address), "--id", node, "--experts", experts),
             *("--cluster", self.cluster, "--threads", str(threads)),
             # Emulated networks live on this machine.
@@ -49,7 +59,12 @@ class LocalFleet:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 # One thread per node is what a shelf of devices has; BLAS must not take every core here.
-                env={**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)},
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": str(threads),
+                    "OPENBLAS_NUM_THREADS": str(threads),
+                    **(environment or {}),
+                },
             )
 
     def log_path(self, node: str) -> Path:
