@@ -48,21 +48,32 @@ def open_broker(
     with tempfile.TemporaryDirectory(prefix="wdmoe-broker-") as folder:
         port = port or free_port(host)
         make_argv = _embedded_argv if spec == "embedded" else _mosquitto_argv
-        log_path = Path(folder) / "broker.log"
-        with log_path.open("wb") as log:
-            child = subprocess.Popen(
-                die_with_parent(make_argv(Path(folder), host, port)),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                # Ctrl-C is for us: the broker must outlive the clean good-byes of its clients.
-                start_new_session=True,
-            )
-        try:
-            _wait_until_up(child, (host, port), spec, log_path)
+        argv = make_argv(Path(folder), host, port)
+        with broker_process(argv, (host, port), spec, Path(folder) / "broker.log"):
             yield BrokerAddress(host, port)
-        finally:
-            stop_child(child)
+
+
+@contextmanager
+def broker_process(argv: list[str], address: tuple[str, int], name: str, log_path: Path) -> Iterator[None]:
+    """A broker as a child that listens on `address` and lives as long as the context.
+
+    Raises:
+        BrokerError: it does not come up.
+    """
+    with log_path.open("wb") as log:
+        child = subprocess.Popen(
+            die_with_parent(argv),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # Ctrl-C is for us: the broker must outlive the clean good-byes of its clients.
+            start_new_session=True,
+        )
+    try:
+        _wait_until_up(child, address, name, log_path)
+        yield
+    finally:
+        stop_child(child)
 
 
 def free_port(host: str = LOOPBACK) -> int:

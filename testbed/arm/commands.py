@@ -20,7 +20,6 @@ def register(cli: click.Group) -> None:
 @click.option("--layers", type=click.IntRange(1), default=2, show_default=True, help="Of the demo model.")
 @click.option("--rows", type=click.IntRange(1, 64), default=6, show_default=True, help="Hidden states per expert.")
 @click.option("--tokens", type=click.IntRange(0), default=8, show_default=True, help="To generate on each board alone.")
-@click.option("--broker", default="mosquitto", show_default=True, help="embedded, mosquitto or an URL.")
 @click.option(
     "--apt-sources", type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="List of apt sources with arm64, where this system's have none.",
@@ -28,7 +27,7 @@ def register(cli: click.Group) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/arm"), show_default=True)
 def arm(
     variants: tuple[str, ...], boards: tuple[str, ...], experts: str, layers: int, rows: int, tokens: int,
-    broker: str, apt_sources: Path | None, out: Path,
+    apt_sources: Path | None, out: Path,
 ) -> None:  # fmt: skip
     """Run nodes from aarch64 wheels on emulated boards, and compare their answers with this machine's."""
     from rich.console import Console
@@ -42,7 +41,6 @@ def arm(
         layers=layers,
         rows=rows,
         tokens=tokens,
-        broker=broker,
         apt_sources=apt_sources,
         out=out,
     )

@@ -15,7 +15,6 @@ import numpy as np
 import platformdirs
 from rich.console import Console
 
-from bs_coordinator.brokers import open_broker
 from bs_coordinator.dispatch import Dispatcher
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.generate import Sequence as TokenSequence
@@ -27,12 +26,12 @@ from bs_coordinator.station import Station, StationConfig, open_station
 from testbed.arm.agreement import SCHEMA, BoardResult, markdown, row_error, tolerance, total_error
 from testbed.arm.boards import Board
 from testbed.arm.reference import PROMPT, Reference, ask, make_reference
+from testbed.arm.site import CLUSTER, Site, open_site
 from testbed.arm.userland import Userland, link_our_code, prepare
 from testbed.demo_assets import demo_model, export_demo_bundle
 from testbed.experiment import facts
 from testbed.local_fleet import LocalFleet
 from testbed.variants import VARIANTS
-from wire.broker_url import BrokerAddress
 from wire.errors import AgreementError, PlacementError
 from wire.experts import ExpertId, parse_selector
 from wire.files import atomic_write
@@ -55,7 +54,6 @@ class Settings:
     layers: int
     rows: int
     tokens: int
-    broker: str
     apt_sources: Path | None
     out: Path
 
@@ -77,12 +75,13 @@ def run_arm(settings: Settings, console: Console) -> list[BoardResult]:
     ids = parse_selector(settings.experts, layers=dims.layers, experts=dims.experts)
     reference = make_reference(bundles / "fp32", ids, rows=settings.rows)
     results: list[BoardResult] = []
-    with open_broker(settings.broker) as address:
+    with open_site([HERE, *(board.name for board in settings.boards)]) as site:
         for variant in settings.variants:
             scheme, block = VARIANTS[variant]
             export_demo_bundle(model, bundles / variant, scheme, block=block, console=console)
+            site.sign(bundles / variant)
             with console.status(f"{variant}: nodes start"):
-                results += _compare(variant, bundles / variant, address, ids, reference, userland, settings, console)
+                results += _compare(variant, bundles / variant, site, ids, reference, userland, settings, console)
             _write(results, userland, settings)
     console.print(markdown(results), soft_wrap=True)
     console.print(f"in {settings.out / 'agreement.json'} and agreement.md beside it")
@@ -92,15 +91,14 @@ def run_arm(settings: Settings, console: Console) -> list[BoardResult]:
 
 
 def _compare(
-    variant: str, bundle: Path, address: BrokerAddress, ids: Sequence[ExpertId], reference: Reference,
+    variant: str, bundle: Path, site: Site, ids: Sequence[ExpertId], reference: Reference,
     userland: Userland, settings: Settings, console: Console,
 ) -> list[BoardResult]:  # fmt: skip
-    cluster = f"arm-{variant}"
-    fleet = LocalFleet(bundle, address, settings.out / "nodes" / variant, cluster=cluster)
+    fleet = LocalFleet(bundle, site.address, settings.out / "nodes" / variant, cluster=CLUSTER)
     with ExitStack() as stack:
         stack.callback(fleet.stop)
         # What is not asked for is held here, so that the model is whole.
-        fleet.start(HERE, "L*:E*")
+        fleet.start(HERE, "L*:E*", options=site.node_options(HERE))
         code = link_our_code(settings.out / "code")
         for board in settings.boards:
             fleet.start(
@@ -108,13 +106,13 @@ def _compare(
                 settings.experts,
                 python=userland.python(board),
                 environment=userland.environment(code),
-                options=["--no-telemetry"],  # it would tell of this machine
+                options=["--no-telemetry", *site.node_options(board.name)],  # telemetry would tell of this machine
             )
         config = StationConfig(
-            bundle=bundle, cluster=cluster, wire=WireDtype.FP32, nodes_timeout_s=_START_TIMEOUT_S,
-            layer_timeout_s=_LAYER_TIMEOUT_S,
+            bundle=bundle, cluster=CLUSTER, cluster_key=site.cluster_key, wire=WireDtype.FP32,
+            nodes_timeout_s=_START_TIMEOUT_S, layer_timeout_s=_LAYER_TIMEOUT_S,
         )  # fmt: skip
-        station = stack.enter_context(open_station(config, address))
+        station = stack.enter_context(open_station(config, site.address))
         _wait_for(fleet, station.dispatcher)
         prove_nodes(station.dispatcher, station.manifest)
         here = _answers(station, HERE, ids, reference, settings.tokens)

@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from bs_coordinator.brokers import mosquitto_path
+from testbed.arm import userland
+from testbed.arm.agreement import BoardResult, markdown
 from testbed.arm.boards import BOARDS
 from testbed.arm.run import Settings, run_arm
+from wire.errors import EmulationError
 
 
 @pytest.mark.slow
@@ -15,10 +19,11 @@ from testbed.arm.run import Settings, run_arm
     shutil.which("qemu-aarch64-static") is None and shutil.which("qemu-aarch64") is None,
     reason="needs qemu-user-static",
 )
+@pytest.mark.skipif(mosquitto_path() is None, reason="needs mosquitto")
 def test_emulated_boards_join_and_answer_as_this_machine_does(tmp_path: Path) -> None:
     settings = Settings(
-        variants=["int4-b32"], boards=BOARDS, experts="L*:E0", layers=2, rows=3, tokens=0, broker="embedded",
-        apt_sources=None, out=tmp_path,
+        variants=["int4-b32"], boards=BOARDS, experts="L*:E0", layers=2, rows=3, tokens=0, apt_sources=None,
+        out=tmp_path,
     )  # fmt: skip
     results = run_arm(settings, Console(quiet=True))
     assert [(r.node["arch"], r.device["profile"], r.experts) for r in results] == [
@@ -30,3 +35,22 @@ def test_emulated_boards_join_and_answer_as_this_machine_does(tmp_path: Path) ->
     assert 0 < max(with_dot.difference) < max(without.difference)
     assert (tmp_path / "agreement.json").exists()
     assert "| int4 b32 | pi4 | 2 |" in (tmp_path / "agreement.md").read_text()
+
+
+def test_without_qemu_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EmulationError, match="qemu-user-static"):
+        userland.prepare(tmp_path / "cache", say=lambda what: None)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(("difference", "agrees"), [(0.001, True), (0.004, False), (float("nan"), False)])
+def test_a_difference_beyond_the_tolerance_or_no_number_is_shown(difference: float, agrees: bool) -> None:
+    result = BoardResult(
+        board="pi5", variant="int4-b32", quantisation="int4 b32", tolerance=0.003, why="codes", experts=["L00:E0"],
+        difference=[difference], error=[0.1], error_here=[0.1], together=[0.0], tokens=[1, 2, 3],
+        tokens_here=[1, 2, 4], node={}, device={},
+    )  # fmt: skip
+    assert result.agrees is agrees
+    assert ("above" in markdown([result])) is not agrees
+    assert result.equal_tokens == 2
