@@ -17,6 +17,7 @@ import click
 
 from bs_coordinator.place_command import place
 from bs_coordinator.shape_command import shape
+from bs_coordinator.speculation import DRAFT_MODES
 from wire import __version__
 from wire.broker_url import Access
 from wire.console import run as run_console
@@ -110,6 +111,11 @@ _model_options = _options(
         help="latency.csv of a run: which experts to keep at the first start. Later ones know.",
     ),
     click.option("--prepacked", type=click.Path(path_type=Path), help="Keep prepacked --resident experts here."),
+    click.option(
+        "--draft", type=click.Choice(DRAFT_MODES), default="auto", show_default=True,
+        help="Guess tokens and check several at once: never, by look-up, with a draft model, or as it pays.",
+    ),
+    click.option("--draft-model", type=click.Path(path_type=Path), help="Folder.  [default: the bundle's own]"),
     click.option("--stats/--no-stats", default=True, help="Numbers under each answer (on stderr)."),
 )  # fmt: skip
 _sampling_options = _options(
@@ -404,6 +410,7 @@ def _station(
     cluster_key: Path | None, bundle_key: Path | None, device: str, dtype: Any, wire: str, policy: str,
     nodes_timeout: float, layer_timeout: float, degrade: bool, shared_air: bool, link_log: Path | None,
     resident: str | None, resident_from: Path | None, prepacked: Path | None,
+    draft: Any, draft_model: Path | None,
 ) -> Iterator["Station"]:  # fmt: skip
     import platformdirs
 
@@ -438,6 +445,8 @@ def _station(
         link_log=link_log,
         cluster_key=cluster_key,
         resident=ResidentConfig(budget_bytes, traffic, resident_from, prepacked) if budget_bytes else None,
+        draft=draft,
+        draft_model=draft_model,
     )
     with (
         _broker(broker, broker_port, access) as address,

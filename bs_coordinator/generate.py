@@ -1,8 +1,7 @@
 """Token sequences as state machines: what to run next, and what its logits mean. No waiting, no experts."""
 
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -10,7 +9,8 @@ from torch import Tensor
 from bs_coordinator.model import DistributedMixtral, Feed
 from bs_coordinator.records import StepRecord
 from bs_coordinator.sampling import Sampler, SamplingConfig
-from bs_coordinator.speculation import Drafter, DraftLength, NoDrafter, StepCost
+from bs_coordinator.speculation import Draft, DraftLength, Speculation
+from bs_coordinator.speculation.drafts import Guess
 from bs_coordinator.tokenizer import ChatMessage, TextStream, Tokenizer
 from wire.errors import ContextLengthError
 
@@ -47,21 +47,17 @@ class Sequence:
         model: DistributedMixtral,
         tokenizer: Tokenizer,
         *,
-        drafter: Drafter | None = None,
-        cost: StepCost | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         """An empty sequence.
 
         Args:
-            drafter: guesses what comes next; None for plain decoding.
-            cost: what steps of this model cost, learnt by all sequences together.
+            speculation: how all sequences of this model draft; None for plain decoding.
         """
         self.model = model
         self.tokenizer = tokenizer
-        self.drafter = drafter or NoDrafter()
-        self.drafts = drafter is not None
-        self.cost = cost or StepCost()
-        self.length = DraftLength(self.cost)
+        self.speculation = speculation or Speculation()
+        self.drafter = self.speculation.drafter()
         self.cache = model.trunk.new_cache()
         self.cached_ids: list[int] = []
         self.max_positions: int = model.trunk.config.max_position_embeddings
@@ -93,7 +89,9 @@ class Sequence:
     def _generate(self, answer: "Answer") -> Iterator[TokenEvent]:
         while not answer.done:
             (logits,), step = self.model.step([answer.next_feed()])
-            yield from answer.accept(logits, step)
+            events = answer.accept(logits, step)
+            self.speculation.observe(step, sequences=1, tokens=len(events))
+            yield from events
 
     def reuse_cache(self, prompt: list[int]) -> list[int]:
         """Cut the cache to what it shares with `prompt`; the ids still to run, at least one."""
@@ -128,8 +126,8 @@ class Answer:
         self._stream = sequence.tokenizer.stream()
         self._pending = sequence.reuse_cache(prompt)
         self._fed: list[int] = []
-        self._draft: list[int] = []
-        self._draft_s = 0.0
+        self._length = DraftLength(sequence.speculation.cost, sequence.speculation.acceptance)
+        self._draft = Draft()
         self._steps: list[StepRecord] = []
 
     @property
@@ -137,44 +135,52 @@ class Answer:
         """Whether the prompt has been run."""
         return len(self._ids) > self._prompt_tokens
 
-    def next_feed(self, *, prefill_tokens: int = PREFILL_CHUNK_TOKENS) -> Feed:
-        """What to run next: a piece of the prompt, or the last token and drafts of those after it.
+    @property
+    def speculation(self) -> Speculation:
+        """How its sequence drafts."""
+        return self._sequence.speculation
+
+    def next_feed(self, *, prefill_tokens: int = PREFILL_CHUNK_TOKENS, sequences: int = 1) -> Feed:
+        """What to run next: a piece of the prompt, or the last token and guesses of those after it.
 
         Args:
             prefill_tokens: of the prompt at most.
+            sequences: that will share the step.
         """
         self._fed = self._pending[:prefill_tokens]
-        self._draft = []
-        if self.decoding and self._sequence.drafts:
-            # The last token that may be generated needs no draft after it.
+        self._draft = Draft()
+        drafter = self._sequence.drafter
+        if self.decoding and drafter is not None:
+            # The last token that may be generated needs no guess after it.
             generated = len(self._ids) - self._prompt_tokens
-            room = min(
-                self._config.max_tokens - generated - 1,
-                self._sequence.max_positions - len(self._ids) - 1,
-                self._sequence.length.choose(),
-            )
-            began = time.perf_counter()
-            self._draft = self._sequence.drafter.draft(self._ids, room) if room > 0 else []
-            self._draft_s = time.perf_counter() - began
-        rows = list(range(len(self._draft) + 1)) if self._draft else None
-        return Feed(self._fed + self._draft, self._sequence.cache, rows=rows)
+            room = min(self._config.max_tokens - generated - 1, self._sequence.max_positions - len(self._ids) - 1)
+            guesses = _to_the_end(drafter.guesses(self._ids), self._sequence.tokenizer.eos_id)
+            self._draft = self._length.draft(guesses, room, sequences=sequences)
+        drafted = [guess.id for guess in self._draft.guesses]
+        rows = list(range(len(drafted) + 1)) if drafted else None
+        return Feed(self._fed + drafted, self._sequence.cache, rows=rows)
 
-    def accept(self, logits: Tensor, step: StepRecord, *, alone: bool = True) -> list[TokenEvent]:
+    def accept(self, logits: Tensor, step: StepRecord, *, sequences: int = 1) -> list[TokenEvent]:
         """Take in what became of the last feed: the new tokens, none while the prompt is not through.
 
         Args:
-            alone: no other sequence shared the step, so that its time is this feed's.
+            sequences: that shared the step.
         """
         sequence, draft = self._sequence, self._draft
-        sequence.cached_ids += self._fed + draft
-        self._steps.append(step)
+        drafted = [guess.id for guess in draft.guesses]
+        sequence.cached_ids += self._fed + drafted
         self._pending = self._pending[len(self._fed) :]
         if self._pending:
+            self._steps.append(step)
             return []
-        if self.decoding and alone:
-            sequence.cost.observe(1 + len(draft), step.total_ns / 1e9)
-        chosen = self._sampler.verify(logits, draft) if draft else [self._sampler.choose(logits)]
-        sequence.length.observe(len(draft), len(chosen) - 1, self._draft_s)
+        chosen = self._sampler.verify(logits, drafted) if drafted else [self._sampler.choose(logits)]
+        accepted = len(chosen) - 1
+        if self.decoding:
+            self._length.observe(draft, accepted, step.total_ns / 1e9, rows=step.tokens, sequences=sequences)
+        if draft.seconds:
+            draft_ns = int(1e9 * draft.seconds)
+            step = replace(step, drafted=len(drafted), accepted=accepted, draft_ns=draft_ns)
+        self._steps.append(step)
         events = []
         for id in chosen:
             stop = self._stop(id)
@@ -185,7 +191,7 @@ class Answer:
             if stop:
                 self.done = True
                 break
-        # The last token has not been run; drafts that were refused should not have been.
+        # The last token has not been run; guesses that were refused should not have been.
         sequence.truncate(len(self._ids) - 1)
         self._pending = self._ids[-1:]
         return events
@@ -196,3 +202,11 @@ class Answer:
         if len(self._ids) + 1 >= self._sequence.max_positions:
             return "context"
         return "max-tokens" if len(self._ids) + 1 - self._prompt_tokens == self._config.max_tokens else None
+
+
+def _to_the_end(guesses: Iterator[Guess], eos_id: int | None) -> Iterator[Guess]:
+    """Guesses up to the end of the answer: what follows it would be thrown away."""
+    for guess in guesses:
+        yield guess
+        if guess.id == eos_id:
+            return

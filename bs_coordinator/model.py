@@ -132,7 +132,7 @@ class DistributedMixtral:
         end_ns = time.perf_counter_ns()
         tokens = sum(len(feed.ids) for feed in feeds)
         record = StepRecord(
-            phase="decode" if tokens == len(feeds) else "prefill",
+            phase="decode" if all(len(feed.ids) == 1 or feed.rows for feed in feeds) else "prefill",
             position=position,
             tokens=tokens,
             total_ns=end_ns - began_ns,

@@ -67,13 +67,16 @@ class LayerRecord:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One forward step: a piece of a prompt (prefill) or one token per sequence (decode).
+    """One forward step: pieces of prompts (prefill), or one token per sequence and guesses of the next (decode).
 
     Attributes:
         position: of the step's first token in its sequence (the first one's, of several).
         tokens: tokens that went in, of all sequences.
         head_ns: embedding, final norm, LM head and choice of the token.
         total_ns: wall time of the step.
+        drafted: tokens of the step that were guesses, of the sequence that this record is kept for.
+        accepted: guesses that were right.
+        draft_ns: what making them took, before the step.
     """
 
     phase: Phase
@@ -82,6 +85,9 @@ class StepRecord:
     total_ns: int
     head_ns: int
     layers: tuple[LayerRecord, ...] = field(repr=False)
+    drafted: int = 0
+    accepted: int = 0
+    draft_ns: int = 0
 
     @property
     def degraded(self) -> frozenset[int]:

@@ -58,7 +58,8 @@ class Scheduler:
             self._live.append(self._waiting.popleft())
         # Those who decode come first in the step: their rows go through the trunk together.
         chosen = [answer for answer in self._live if answer.decoding]
-        feeds = [answer.next_feed() for answer in chosen]
+        decoding = len(chosen)
+        feeds = [answer.next_feed(sequences=decoding) for answer in chosen]
         budget = self.prefill_tokens
         for answer in self._live:
             if not answer.decoding and budget > 0:
@@ -74,9 +75,11 @@ class Scheduler:
             progress = [Progress(chosen[0], [], error)] if len(chosen) == 1 else [self._alone(a) for a in chosen]
         else:
             progress = [
-                Progress(answer, answer.accept(some, record, alone=len(chosen) == 1))
+                Progress(answer, answer.accept(some, record, sequences=len(chosen)))
                 for answer, some in zip(chosen, logits, strict=True)
             ]
+            tokens = sum(len(p.events) for p in progress)
+            chosen[0].speculation.observe(record, sequences=len(chosen), tokens=tokens)
         over = [p.answer for p in progress if p.error or p.answer.done]
         self._live = [answer for answer in self._live if answer not in over]
         return progress

@@ -20,6 +20,7 @@ from bs_coordinator.links.log import link_log, no_log
 from bs_coordinator.model import DistributedMixtral
 from bs_coordinator.readiness import measure_broker, prove_nodes, try_residents, wait_for_experts
 from bs_coordinator.selection import parse_policy
+from bs_coordinator.speculation import DraftMode, Speculation, load_draft_model
 from bs_coordinator.trunk import Trunk, TrunkDtype
 from wire.broker_url import BrokerAddress
 from wire.errors import BundleError
@@ -78,6 +79,8 @@ class StationConfig:
         link_log: file that every link sample is appended to, for replay.
         cluster_key: file of the key that frames are authenticated with.
         resident: experts to keep here; none if None.
+        draft: how tokens are guessed; it changes how long answers take, never what they say.
+        draft_model: folder of a draft model, instead of the bundle's own.
     """
 
     bundle: Path
@@ -93,6 +96,8 @@ class StationConfig:
     link_log: Path | None = None
     cluster_key: Path | None = None
     resident: ResidentConfig | None = None
+    draft: DraftMode = "none"
+    draft_model: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +107,7 @@ class Station:
     Attributes:
         broker_ms: median round trip of a small message through the broker.
         nodes_ms: round trip of one token, by node.
+        speculation: what its sequences guess with.
     """
 
     manifest: Manifest
@@ -110,10 +116,11 @@ class Station:
     dispatcher: Dispatcher
     broker_ms: float
     nodes_ms: dict[str, float]
+    speculation: Speculation
 
     def new_sequence(self) -> Sequence:
         """An empty sequence."""
-        return Sequence(self.model, self.tokenizer)
+        return Sequence(self.model, self.tokenizer, speculation=self.speculation)
 
 
 @contextmanager
@@ -146,6 +153,7 @@ def open_station(
         folder = config.bundle / "trunk"
         trunk = Trunk(folder, device=config.device, dtype=config.dtype)
         tokenizer = Tokenizer(folder, fallback_eos=trunk.eos_id)
+        speculation = _speculation(config, manifest, tokenizer)
         sample_log = stack.enter_context(link_log(config.link_log)) if config.link_log else no_log
         sockets = BrokerSockets()
         if is_local(address.host):
@@ -174,7 +182,7 @@ def open_station(
         try_residents(dispatcher, manifest)
         dispatcher.measure_links(_FIRST_LOOK_S)
         model = DistributedMixtral(trunk, dispatcher, policy, degrade=config.degrade)
-        yield Station(manifest, model, tokenizer, dispatcher, broker_ms, nodes_ms)
+        yield Station(manifest, model, tokenizer, dispatcher, broker_ms, nodes_ms, speculation)
 
 
 @contextmanager
@@ -206,3 +214,17 @@ def _residents(config: StationConfig, manifest: Manifest, links: LinkMonitor) ->
         yield ResidentHolder(experts, links)
     finally:
         experts.close()
+
+
+def _speculation(config: StationConfig, manifest: Manifest, tokenizer: Tokenizer) -> Speculation:
+    model = None
+    if config.draft in ("dense", "auto"):
+        model = load_draft_model(
+            config.bundle, manifest, tokenizer.ids, folder=config.draft_model, device=config.device
+        )  # fmt: skip
+    if config.draft == "dense" and model is None:
+        raise BundleError(
+            "--draft dense: the bundle brings no draft model: make one with 'wdmoe-export draft BUNDLE', or name one "
+            "with --draft-model"
+        )
+    return Speculation(config.draft, model)

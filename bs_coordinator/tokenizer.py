@@ -28,6 +28,12 @@ class Tokenizer:
         self.eos_id: int | None = fallback_eos if eos is None else eos
 
     @property
+    def ids(self) -> dict[str, int]:
+        """Every token and its id."""
+        ids: dict[str, int] = self._tokenizer.get_vocab()
+        return ids
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether this is a chat model."""
         return bool(self._tokenizer.chat_template)

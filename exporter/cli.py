@@ -110,6 +110,22 @@ def bundle(
 
 
 @cli.command()
+@click.argument("out", metavar="BUNDLE|FOLDER", type=_PATH)
+@click.option("--base", help="Dense Llama: folder, .gguf file or hub id.  [default: the demo model's own base]")
+def draft(out: Path, base: str | None) -> None:
+    """Add a draft model to BUNDLE, or make one in FOLDER for --draft-model.
+
+    The base station lets it guess the next tokens. It must have the model's vocabulary.
+    """
+    from exporter.draft import export_draft
+
+    with _progress("draft model") as show:
+        made = export_draft(out, base=base, progress=show)
+    size = sum(file.bytes for file in made.files) / 2**20
+    click.echo(f"draft model {made.source}: {made.layers} layers as {made.quantisation}, {size:.0f} MiB, in {out}")
+
+
+@cli.command()
 @click.argument("bundle", type=_PATH)
 def inspect(bundle: Path) -> None:
     """Say what BUNDLE holds."""
@@ -121,6 +137,8 @@ def inspect(bundle: Path) -> None:
     click.echo(f"{d.intermediate} wide, {d.layers} layers × {d.experts} experts, top {d.top_k}")
     click.echo(f"experts {format_selector(e.id for e in manifest.experts)} as {manifest.quantisation}")
     click.echo(f"made with {', '.join(f'{k} {v}' for k, v in manifest.tools.items())}")
+    if manifest.draft:
+        click.echo(f"brings a draft model of {sum(f.bytes for f in manifest.draft) / 2**20:.0f} MiB")
     _summary(manifest, None)
 
 
@@ -141,8 +159,8 @@ def verify(bundle: Path, selector: str, bundle_key: Path | None) -> None:
     held = {entry.id for entry in manifest.experts}
     entries = manifest.entries([id for id in wanted if id in held] if selector == "L*:E*" else wanted)
     worst = 0.0
-    for file in manifest.trunk:
-        if (bundle / "trunk").exists():
+    for file in (*manifest.trunk, *manifest.draft):
+        if (bundle / Path(file.path).parts[0]).exists():
             verify_file(bundle, file)
     for entry in entries:
         for file in entry.files:

@@ -35,7 +35,7 @@ ACCURACY_LEVEL = 4
 
 MATRICES = ("w1", "w3", "w2")
 
-_PROTO_TYPES = {
+PROTO_TYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.float16): TensorProto.FLOAT16,
     np.dtype(np.int8): TensorProto.INT8,
@@ -112,7 +112,7 @@ class _Builder:
         self._quantisation = quantisation
         self._quantised: dict[str, tuple[str, str, str]] = {}
         for matrix, placed in layout.parts.items():
-            self.initializers += [_external(f"{matrix}.{p.part.suffix}", p, weights_name) for p in placed]
+            self.initializers += [external(f"{matrix}.{p.part.suffix}", p, weights_name) for p in placed]
 
     def node(self, op: str, inputs: list[str], *outputs: str, domain: str = "", **attributes: int) -> None:
         name = outputs[0]
@@ -162,10 +162,10 @@ class _Builder:
         self.node("Mul", [f"{matrix}.float", f"{matrix}.scale"], output)
 
 
-def _external(name: str, placed: Placed, weights_name: str) -> onnx.TensorProto:
+def external(name: str, placed: Placed, weights_name: str) -> onnx.TensorProto:
     tensor = TensorProto()
     tensor.name = name
-    tensor.data_type = _PROTO_TYPES[placed.part.dtype]
+    tensor.data_type = PROTO_TYPES[placed.part.dtype]
     tensor.dims.extend(placed.part.shape)
     tensor.data_location = TensorProto.EXTERNAL
     facts = {"location": weights_name, "offset": placed.offset, "length": placed.part.bytes}

@@ -8,7 +8,9 @@ from rich.console import Console
 
 from exporter.bundle import export_bundle
 from exporter.demo_model import assemble_demo_model
+from exporter.draft import export_draft
 from exporter.presets import DEFAULT_BLOCK
+from wire.draft import DRAFT_NAME
 from wire.manifest import Quantisation, Scheme
 
 MODEL_NAME = "smol-mixtral-8x135m"
@@ -30,6 +32,15 @@ def demo_bundle(scheme: Scheme, *, block: int = DEFAULT_BLOCK, console: Console 
     out = demo_bundle_path(scheme, block=block)
     export_demo_bundle(model, out, scheme, block=block, console=console)
     return out
+
+
+def demo_draft(*, console: Console | None = None) -> Path:
+    """The demo model's dense base as a draft model, kept apart from the bundles: it suits all of them."""
+    folder = _cache() / "drafts" / MODEL_NAME
+    if not (folder / DRAFT_NAME).is_file():
+        with (console or Console(quiet=True)).status("draft model") as status:
+            export_draft(folder, progress=lambda stage, f: status.update(f"draft model: {stage} ({f:.0%})"))
+    return folder
 
 
 def demo_bundle_path(scheme: Scheme, *, block: int = DEFAULT_BLOCK) -> Path:

@@ -130,6 +130,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     Attributes:
         probe_tolerance: largest relative error of a probe output on a healthy device.
         tools: versions of what made the bundle.
+        draft: files of a draft model (`wire.draft`), if the bundle brings one.
     """
 
     schema: int
@@ -140,6 +141,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     experts: tuple[ExpertEntry, ...]
     trunk: tuple[FileEntry, ...]
     tools: dict[str, str]
+    draft: tuple[FileEntry, ...] = ()
 
     @property
     def model_sha256(self) -> str:

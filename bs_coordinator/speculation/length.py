@@ -1,85 +1,114 @@
-"""How many tokens to draft: from measured costs and measured acceptance. Pure.
+"""How far to draft: for as long as a guess is expected to bring more than its cost. Pure.
 
-A step with k drafts yields 1 + a + a² + … + aᵏ tokens on average, a being the share of drafts that is accepted, and
-takes `fixed + k · (row + draft)` (Leviathan et al., arXiv 2211.17192, with the link's round trips as the fixed part).
-The length is the k with the most tokens per second; where that is 0, nothing is drafted but for a rare look at
-whether it would pay by now.
+A step with drafts yields one token more for each that is accepted, and takes longer by what their rows and the making
+of them cost (Leviathan et al., arXiv 2211.17192, with the link's round trips as a step's fixed part). Time has a price,
+the tokens that a second brings at present; a guess is worth its row while
+
+    (chance that it and all before it are right) > (seconds it costs) · (tokens per second).
+
+With several sequences in a step a second brings more tokens, so that drafts become shorter by themselves.
+
+What all estimates have in common is that they can be wrong. So each sequence keeps an account of the seconds that
+drafts have saved it and cost it, and may owe no more than a small share of the time that it has taken.
 """
+
+from collections.abc import Callable, Iterator
+from time import perf_counter
+from typing import NamedTuple
+
+from bs_coordinator.speculation.acceptance import Acceptance
+from bs_coordinator.speculation.cost import StepCost
+from bs_coordinator.speculation.drafts import Guess
 
 MAX_DRAFT = 15
 """With the token before them, as many rows as the trunk runs as if each were alone."""
 
-_MEMORY = 0.9
-_LOOK_EVERY = 24
-_FIRST_ACCEPTANCE = 0.6
-_LEAST_GAIN = 1.05
-"""What drafting must promise before it is done: estimates err, and plain decoding is safe."""
+_OWED_SHARE = 0.02
+_OWED_STEPS = 0.5
+_MOST_SAVED_STEPS = 8.0
+_MAKING_MEMORY = 0.8
+_LOOK_STEPS = 8
+_CLEAR_GAIN = 1.5
+_CLEAR_GAIN_LOOK_STEPS = 64
 
 
-class StepCost:
-    """What a decoding step costs: a line through what was measured, recent steps first.
+class Draft(NamedTuple):
+    """What is tried in a step.
 
-    Shared by all sequences of a model.
+    Attributes:
+        guesses: in the order of the sequence.
+        seconds: that making them took.
     """
 
-    def __init__(self, *, fixed_s: float = 0.1, row_s: float = 0.005) -> None:
-        """Assume something until there is more than one size to compare.
-
-        Args:
-            fixed_s: of a step with one token.
-            row_s: of each further token.
-        """
-        self._fixed_s = fixed_s
-        self._row_s = row_s
-        self._seen = False
-
-    def observe(self, rows: int, seconds: float) -> None:
-        """Take in one step."""
-        if rows <= 1:
-            self._fixed_s = seconds if not self._seen else _MEMORY * self._fixed_s + (1 - _MEMORY) * seconds
-            self._seen = True
-            return
-        row_s = max(0.0, (seconds - self._fixed_s) / (rows - 1))
-        # A single slow step should not end drafting: what one step adds is bounded.
-        self._row_s = _MEMORY * self._row_s + (1 - _MEMORY) * min(row_s, self._fixed_s)
-
-    def seconds(self, rows: int) -> float:
-        """Expected time of a step with `rows` tokens."""
-        return self._fixed_s + max(0, rows - 1) * self._row_s
+    guesses: tuple[Guess, ...] = ()
+    seconds: float = 0.0
 
 
 class DraftLength:
-    """The draft length of one sequence."""
+    """Decides for one sequence."""
 
-    def __init__(self, cost: StepCost) -> None:
-        self._cost = cost
-        self._acceptance = _FIRST_ACCEPTANCE
-        self._draft_s = 0.0
-        self._since_look = 0
+    def __init__(self, cost: StepCost, acceptance: Acceptance, *, clock: Callable[[], float] = perf_counter) -> None:
+        """Nothing is owed yet.
 
-    def choose(self) -> int:
-        """How many tokens to draft now."""
-        plain = 1.0 / self._cost.seconds(1)
-        best, best_rate = 0, plain * _LEAST_GAIN
-        tokens, chain = 1.0, 1.0
-        for count in range(1, MAX_DRAFT + 1):
-            chain *= self._acceptance
-            tokens += chain
-            rate = tokens / (self._cost.seconds(1 + count) + count * self._draft_s)
-            if rate > best_rate:
-                best, best_rate = count, rate
-        if best == 0:
-            self._since_look += 1
-            if self._since_look >= _LOOK_EVERY:
-                self._since_look = 0
-                return 1
-        return best
+        Args:
+            cost, acceptance: learnt by all sequences together.
+        """
+        self._cost, self._acceptance, self._clock = cost, acceptance, clock
+        self._making_s = 0.0
+        self._saved_s = 0.0
+        self._taken_s = 0.0
 
-    def observe(self, drafted: int, accepted: int, draft_s: float) -> None:
-        """Take in what became of a draft, and what making it took."""
-        if drafted == 0:
-            return
-        # Drafts after the first refused one were not judged.
-        for judged in [1.0] * accepted + [0.0] * (accepted < drafted):
-            self._acceptance = _MEMORY * self._acceptance + (1 - _MEMORY) * judged
-        self._draft_s = 0.5 * (self._draft_s + draft_s / drafted)
+    def draft(self, guesses: Iterator[Guess], most: int, *, sequences: int = 1) -> Draft:
+        """Take guesses while they are worth it.
+
+        Args:
+            most: guesses.
+            sequences: that will share the step.
+        """
+        if most < 1 or not self._cost.known or not self._may_owe(sequences):
+            return Draft()
+        price = self._cost.tokens_per_s(sequences)
+        # Whether drafting pays is not known for long without a look at what plain decoding takes.
+        gain = price * self._cost.plain_s(sequences)
+        if self._cost.since_plain >= (_LOOK_STEPS if gain < _CLEAR_GAIN else _CLEAR_GAIN_LOOK_STEPS):
+            return Draft()
+        began = self._clock()
+        row_s = self._cost.row_s
+        taken: list[Guess] = []
+        chance = 1.0
+        # What many rows cost is not known before a few were tried.
+        most = min(most, MAX_DRAFT, 2 * self._cost.widest + 1)
+        while len(taken) < most and chance > price * (row_s + self._making_s):
+            asked = self._clock()
+            guess = next(guesses, None)
+            if guess is None:
+                break
+            # The first guess may have to read a whole prompt: that is not what the next one will take.
+            if taken or self._taken_s > 0.0:
+                making_s = self._clock() - asked
+                self._making_s = _MAKING_MEMORY * self._making_s + (1 - _MAKING_MEMORY) * making_s
+            chance *= self._acceptance.share(guess)
+            if chance <= price * row_s:
+                break
+            taken.append(guess)
+        return Draft(tuple(taken), self._clock() - began)
+
+    def observe(self, draft: Draft, accepted: int, step_s: float, *, rows: int, sequences: int = 1) -> None:
+        """Take in what became of a draft, perhaps an empty one; before `StepCost` takes in the step.
+
+        Args:
+            step_s: what the step took, with the making of drafts left out.
+            rows: of the step, of all sequences.
+        """
+        self._acceptance.observe(draft.guesses, accepted)
+        plain_s = self._cost.plain_s(sequences)
+        self._taken_s += step_s / sequences + draft.seconds
+        if draft.guesses:
+            # What was measured, not what was expected: an account of expectations could not show that they are wrong.
+            self._saved_s -= len(draft.guesses) * (step_s - self._cost.seconds(sequences)) / (rows - sequences)
+        self._saved_s += accepted * plain_s - draft.seconds
+        # A good beginning does not pay for an endless bad time.
+        self._saved_s = min(self._saved_s, _MOST_SAVED_STEPS * plain_s)
+
+    def _may_owe(self, sequences: int) -> bool:
+        return self._saved_s > -(_OWED_SHARE * self._taken_s + _OWED_STEPS * self._cost.plain_s(sequences))

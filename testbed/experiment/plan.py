@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from bs_coordinator.selection import parse_policy
+from bs_coordinator.speculation import DraftMode
 from testbed.experiment.prompts import PROMPTS
 from wire.broker_url import Access
 from wire.errors import PlanError
@@ -75,6 +76,7 @@ class Generate(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, ta
         prompts: texts, or how many of the built-in ones.
         prompts_per_cell: a repetition takes this many, the next one those that follow; all when not set.
         seed: of the draw of tokens; each repetition adds its number.
+        draft: how tokens are guessed (`bs_coordinator.speculation`); answers stay the same.
         repetitions: instead of the plan's.
     """
 
@@ -85,6 +87,7 @@ class Generate(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, ta
     temperature: Annotated[float, Meta(ge=0, le=10)] = 0.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     seed: int = 0
+    draft: DraftMode = "none"
     repetitions: Count | None = None
 
     @property
@@ -200,6 +203,12 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def external(self) -> Broker | None:
         """Broker of nodes that are already running, if the plan uses such."""
         return None if isinstance(self.network, str) else self.network.external
+
+    @property
+    def draft(self) -> DraftMode:
+        """Of the base station: what the most demanding workload needs."""
+        wanted = {w.draft for w in self.workloads if isinstance(w, Generate)}
+        return next((mode for mode in ("dense", "auto", "ngram") if mode in wanted), "none")
 
     @property
     def profile_names(self) -> tuple[str, ...]:

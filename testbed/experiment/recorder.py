@@ -106,16 +106,18 @@ class Recorder:
         splits = [step.split_ns() for step in t.steps]
         layers = [layer for step in t.steps for layer in step.layers]
         dispatches = [d for layer in layers for d in layer.dispatches]
-        total_ns = sum(step.total_ns for step in t.steps)
+        draft_ns = sum(step.draft_ns for step in t.steps)
+        total_ns = sum(step.total_ns for step in t.steps) + draft_ns
         step_tokens = sum(step.tokens for step in t.steps)
         return (
-            *(t.answer, t.token, t.warm_up, t.token_id, t.steps[-1].phase, step_tokens),
+            *(t.answer, t.token, t.warm_up, t.token_id, t.steps[-1].phase if t.steps else "decode", step_tokens),
             *(t.ended_unix_ns - total_ns, t.ended_monotonic_ns - total_ns, total_ns),
             *(sum(s.trunk for s in splits), sum(s.network for s in splits), sum(s.compute for s in splits)),
             *(sum(s.wait for s in splits), sum(s.framing for s in splits)),
             sum(layer.pairs for layer in layers),
             sum(step.tokens * len(step.layers) for step in t.steps) * self._top_k,
-            *(sum(d.down_bytes for d in dispatches), sum(d.up_bytes for d in dispatches), t.log_ns),
+            *(sum(d.down_bytes for d in dispatches), sum(d.up_bytes for d in dispatches)),
+            *(sum(step.drafted for step in t.steps), sum(step.accepted for step in t.steps), draft_ns, t.log_ns),
         )
 
 

@@ -16,6 +16,7 @@ from bs_coordinator.records import StepRecord
 from bs_coordinator.selection import Policy, TopK
 from bs_coordinator.station import ResidentConfig, Station, StationConfig, open_station
 from bs_coordinator.trunk import Trunk
+from testbed.demo_assets import demo_draft
 from testbed.experiment.networks import Network
 from testbed.experiment.plan import Plan
 from testbed.experiment.rundir import BundleFacts
@@ -98,6 +99,8 @@ def distributed_site(
         layer_timeout_s=plan.layer_timeout_s,
         cluster_key=Path(outside.cluster_key) if outside and outside.cluster_key else None,
         resident=ResidentConfig(parse_bytes(plan.resident)) if plan.resident else None,
+        draft=plan.draft,
+        draft_model=demo_draft() if plan.draft in ("dense", "auto") and "/" not in bundle.name else None,
     )
     with ExitStack() as stack:
         if outside:

@@ -38,7 +38,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("began_unix_ns", _INT), ("began_monotonic_ns", _INT),
             ("total_ns", _INT), ("trunk_ns", _INT), ("network_ns", _INT), ("compute_ns", _INT), ("wait_ns", _INT),
             ("framing_ns", _INT), ("pairs", _INT), ("full_pairs", _INT), ("down_bytes", _INT), ("up_bytes", _INT),
-            ("log_ns", _INT),
+            ("drafted", _INT), ("accepted", _INT), ("draft_ns", _INT), ("log_ns", _INT),
         ]
     ),
     "layers": pa.schema(

@@ -13,6 +13,7 @@ import numpy as np
 from bs_coordinator.generate import Sequence
 from bs_coordinator.sampling import SamplingConfig
 from bs_coordinator.selection import TopK
+from bs_coordinator.speculation import Speculation
 from testbed.evaluation import ChoiceItem, DomainText, choose, losses, read_items
 from testbed.experiment.plan import Cell, Choice, Generate, Perplexity, Workload
 from testbed.experiment.recorder import Recorder
@@ -25,7 +26,7 @@ _WARM_UP_PROMPT = "Say hello."
 def warm_up(site: Site, tokens: int, recorder: Recorder) -> None:
     """Generate a few tokens that results leave out: caches fill, estimates of the links settle."""
     if tokens:
-        _answer(site, -1, -1, _WARM_UP_PROMPT, SamplingConfig(max_tokens=tokens), recorder)
+        _answer(site, -1, -1, _WARM_UP_PROMPT, SamplingConfig(max_tokens=tokens), None, recorder)
 
 
 def run_workload(site: Site, workload: Workload, cell: Cell, recorder: Recorder) -> None:
@@ -35,6 +36,8 @@ def run_workload(site: Site, workload: Workload, cell: Cell, recorder: Recorder)
         WdmoeError: from the model or the data.
     """
     if isinstance(workload, Generate):
+        # What one arm has learnt of its steps must not help the next.
+        speculation = site.station.speculation.anew(workload.draft) if site.station else None
         for answer, (number, prompt) in enumerate(workload.prompts_of(cell.repetition)):
             config = SamplingConfig(
                 max_tokens=workload.max_tokens,
@@ -42,14 +45,17 @@ def run_workload(site: Site, workload: Workload, cell: Cell, recorder: Recorder)
                 top_p=workload.top_p,
                 seed=workload.seed + cell.repetition,
             )
-            _answer(site, answer, number, prompt, config, recorder)
+            _answer(site, answer, number, prompt, config, speculation, recorder)
     elif isinstance(workload, Choice):
         _choose(site, workload, recorder)
     else:
         _read(site, workload, recorder)
 
 
-def _answer(site: Site, answer: int, number: int, prompt: str, config: SamplingConfig, recorder: Recorder) -> None:
+def _answer(
+    site: Site, answer: int, number: int, prompt: str, config: SamplingConfig, speculation: Speculation | None,
+    recorder: Recorder,
+) -> None:  # fmt: skip
     tokenizer = site.tokenizer
     if tokenizer.has_chat_template:
         ids = tokenizer.encode_chat([{"role": "user", "content": prompt}])
@@ -59,7 +65,7 @@ def _answer(site: Site, answer: int, number: int, prompt: str, config: SamplingC
     texts: list[str] = []
     first_ns, stop = 0, None
     began_ns = time.perf_counter_ns()
-    for event in Sequence(site.model, tokenizer).generate(ids, config):
+    for event in Sequence(site.model, tokenizer, speculation=speculation).generate(ids, config):
         first_ns = first_ns or time.perf_counter_ns() - began_ns
         recorder.token(answer, len(new), event.steps, id=event.id, warm_up=answer < 0)
         new.append(event.id)

@@ -10,7 +10,7 @@ from bs_coordinator.model import DistributedMixtral, ExpertOutput
 from bs_coordinator.sampling import SamplingConfig
 from bs_coordinator.scheduler import Scheduler
 from bs_coordinator.selection import TopK
-from bs_coordinator.speculation import NgramDrafter
+from bs_coordinator.speculation import Speculation
 from bs_coordinator.trunk import Trunk
 from testbed.experiment.prompts import PROMPTS
 from testbed.local_experts import LocalExperts
@@ -65,12 +65,13 @@ def test_answers_are_what_they_are_alone(model: DistributedMixtral, tokenizer: T
     assert _run(scheduler, answers) == alone
 
 
-def test_drafts_change_nothing(model: DistributedMixtral, tokenizer: Tokenizer) -> None:
+def test_look_ups_change_nothing(model: DistributedMixtral, tokenizer: Tokenizer) -> None:
     config = SamplingConfig(max_tokens=60)
+    speculation = Speculation("ngram")
     for prompt in PROMPTS[:8]:
         ids = tokenizer.encode_chat([{"role": "user", "content": prompt}])
         plain = [e.id for e in Sequence(model, tokenizer).generate(ids, config)]
-        drafted = list(Sequence(model, tokenizer, drafter=NgramDrafter()).generate(ids, config))
+        drafted = list(Sequence(model, tokenizer, speculation=speculation).generate(ids, config))
         assert [e.id for e in drafted] == plain
         assert sum(len(e.steps) for e in drafted) <= len(plain)
 

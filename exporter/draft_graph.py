@@ -1,0 +1,204 @@
+"""The ONNX graph of a whole dense Llama that drafts: token ids in, the most probable next token out.
+
+One graph for a prompt and for single tokens. Keys and values lie in buffers that the caller keeps: what is bound as
+past and as present is the same memory, and a shorter length forgets what came after it.
+
+    inputs   ids int64 [1, tokens], length int32 [1] (tokens in all, less one), total int32 [] (tokens in all),
+             keys.N and values.N float32 [1, key-value heads, capacity, head's size]
+    outputs  id int64 [1] (after the last token), probability float32 [1] (of that token), new_keys.N, new_values.N
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+from onnx.helper import make_tensor_value_info as value_info
+
+from exporter.demo_base import DenseShape
+from exporter.encoders import Part, matrix_parts
+from exporter.graph import ACCURACY_LEVEL, ALIGNMENT, IR_VERSION, OPSET, Placed, external
+from wire.manifest import Quantisation
+
+QUANTISATION = Quantisation(scheme="int4", block=32)
+"""A draft may be wrong; a token through it must be quick, and reading the weights is what it takes."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight of the graph, made of one or several of the model's, one below the other.
+
+    Attributes:
+        sources: names of the model's tensors.
+        parts: how it is stored.
+    """
+
+    sources: tuple[str, ...]
+    rows: int
+    columns: int
+    parts: tuple[Placed, ...]
+
+
+@dataclass(frozen=True)
+class DraftLayout:
+    """The weights file.
+
+    Attributes:
+        matrices: by name in the graph, in file order; those that are multiplied by are quantised.
+        bytes: size of the file.
+    """
+
+    matrices: dict[str, Matrix]
+    bytes: int
+
+
+def plan_draft(shape: DenseShape) -> DraftLayout:
+    """Where every weight lies."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    embedding = "model.embed_tokens.weight"
+    head = embedding if shape.tied_embeddings else "lm_head.weight"
+    matrices: dict[str, Matrix] = {}
+    end = 0
+
+    def place(name: str, sources: tuple[str, ...], rows: int, columns: int, parts: tuple[Part, ...]) -> None:
+        nonlocal end
+        placed = []
+        for part in parts:
+            offset = -(-end // ALIGNMENT) * ALIGNMENT
+            placed.append(Placed(part, offset))
+            end = offset + part.bytes
+        matrices[name] = Matrix(sources, rows, columns, tuple(placed))
+
+    def quantised(name: str, sources: tuple[str, ...], rows: int, columns: int) -> None:
+        place(name, sources, rows, columns, matrix_parts(QUANTISATION, rows, columns))
+
+    def norm(name: str, source: str) -> None:
+        place(name, (source,), 1, hidden, (Part("weight", np.dtype("<f4"), (hidden,)),))
+
+    table = (shape.vocab_size, hidden)
+    place("embedding", (embedding,), *table, (Part("weight", np.dtype("<f2"), table),))
+    for layer in range(shape.layers):
+        at, model = f"{layer}", f"model.layers.{layer}"
+        attention = tuple(f"{model}.self_attn.{p}_proj.weight" for p in "qkv")
+        norm(f"{at}.norm1", f"{model}.input_layernorm.weight")
+        quantised(f"{at}.qkv", attention, queries + 2 * keys, hidden)
+        quantised(f"{at}.out", (f"{model}.self_attn.o_proj.weight",), hidden, queries)
+        norm(f"{at}.norm2", f"{model}.post_attention_layernorm.weight")
+        quantised(f"{at}.gate", (f"{model}.mlp.gate_proj.weight",), inner, hidden)
+        quantised(f"{at}.up", (f"{model}.mlp.up_proj.weight",), inner, hidden)
+        quantised(f"{at}.down", (f"{model}.mlp.down_proj.weight",), hidden, inner)
+    norm("norm", "model.norm.weight")
+    quantised("head", (head,), *table)
+    return DraftLayout(matrices, end)
+
+
+def build_draft(shape: DenseShape, layout: DraftLayout, weights_name: str) -> bytes:
+    """The serialised graph whose weights lie in the file `weights_name` beside it."""
+    build = _Builder(shape, layout, weights_name)
+    build.node("Gather", ["embedding.weight", "ids"], "embedded.fp16")
+    build.node("Cast", ["embedded.fp16"], "embedded", to=TensorProto.FLOAT)
+    build.normed("embedded", "0.norm1")
+    for layer in range(shape.layers):
+        build.attention(layer)
+        build.feed_forward(layer)
+    build.node("Gather", ["norm.y", build.constant("last", np.array(-1, np.int64))], "final", axis=1)
+    build.matmul("final", "head")
+    build.node("ArgMax", ["head.y"], "id", axis=-1, keepdims=0)
+    build.node("ReduceMax", ["head.y"], "highest", axes=[-1], keepdims=1)
+    build.node("Sub", ["head.y", "highest"], "below")
+    build.node("Exp", ["below"], "odds")
+    build.node("ReduceSum", ["odds", build.constant("axes", np.array([-1], np.int64))], "sum", keepdims=0)
+    build.node("Reciprocal", ["sum"], "probability")
+    cache = ["1", shape.kv_heads, "capacity", shape.head_dim]
+    names = [f"{kind}.{layer}" for layer in range(shape.layers) for kind in ("keys", "values")]
+    graph = helper.make_graph(
+        build.nodes,
+        "draft",
+        [
+            value_info("ids", TensorProto.INT64, [1, "tokens"]),
+            value_info("length", TensorProto.INT32, [1]),
+            value_info("total", TensorProto.INT32, []),
+            *(value_info(name, TensorProto.FLOAT, cache) for name in names),
+        ],
+        [
+            value_info("id", TensorProto.INT64, [1]),
+            value_info("probability", TensorProto.FLOAT, [1]),
+            *(value_info(f"new_{name}", TensorProto.FLOAT, cache) for name in names),
+        ],
+        build.initializers,
+    )
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="wdmoe")
+    serialised: bytes = model.SerializeToString(deterministic=True)
+    return serialised
+
+
+class _Builder:
+    def __init__(self, shape: DenseShape, layout: DraftLayout, weights_name: str) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self._shape, self._layout = shape, layout
+        for name, matrix in layout.matrices.items():
+            self.initializers += [external(f"{name}.{p.part.suffix}", p, weights_name) for p in matrix.parts]
+        for name, table in zip(("cosines", "sines"), _rotary(shape), strict=True):
+            self.constant(name, table)
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        self.initializers.append(onnx.numpy_helper.from_array(value, name))
+        return name
+
+    def node(self, op: str, inputs: list[str], *outputs: str, **attributes: object) -> None:
+        self.nodes.append(helper.make_node(op, inputs, list(outputs), name=outputs[0], **attributes))
+
+    def ours(self, op: str, inputs: list[str], *outputs: str, **attributes: object) -> None:
+        self.node(op, inputs, *outputs, domain="com.microsoft", **attributes)
+
+    def normed(self, x: str, name: str) -> None:
+        eps = self._shape.rms_norm_eps
+        self.node("SimplifiedLayerNormalization", [x, f"{name}.weight"], f"{name}.y", axis=-1, epsilon=eps)
+
+    def added(self, x: str, more: str, name: str) -> str:
+        """The norm of x + more as `<name>.y`; returns the sum's name."""
+        inputs, outputs = [x, more, f"{name}.weight"], [f"{name}.y", "", "", f"{name}.sum"]
+        self.ours("SkipSimplifiedLayerNormalization", inputs, *outputs, epsilon=self._shape.rms_norm_eps)
+        return outputs[3]
+
+    def matmul(self, x: str, name: str) -> None:
+        matrix = self._layout.matrices[name]
+        inputs = [x, *(f"{name}.{p.part.suffix}" for p in matrix.parts)]
+        self.ours(
+            "MatMulNBits", inputs, f"{name}.y", K=matrix.columns, N=matrix.rows, bits=4,
+            block_size=QUANTISATION.block, accuracy_level=ACCURACY_LEVEL,
+        )  # fmt: skip
+
+    def attention(self, layer: int) -> None:
+        at = f"{layer}"
+        self.matmul(f"{at}.norm1.y", f"{at}.qkv")
+        self.ours(
+            "GroupQueryAttention",
+            [f"{at}.qkv.y", "", "", f"keys.{at}", f"values.{at}", "length", "total", "cosines", "sines"],
+            *(f"{at}.mixed", f"new_keys.{at}", f"new_values.{at}"),
+            num_heads=self._shape.heads, kv_num_heads=self._shape.kv_heads, do_rotary=1, rotary_interleaved=0,
+        )  # fmt: skip
+        self.matmul(f"{at}.mixed", f"{at}.out")
+
+    def feed_forward(self, layer: int) -> None:
+        at = f"{layer}"
+        before = "embedded" if layer == 0 else f"{at}.norm1.sum"
+        middle = self.added(before, f"{at}.out.y", f"{at}.norm2")
+        self.matmul(f"{at}.norm2.y", f"{at}.gate")
+        self.matmul(f"{at}.norm2.y", f"{at}.up")
+        self.node("Sigmoid", [f"{at}.gate.y"], f"{at}.sigmoid")
+        self.node("Mul", [f"{at}.gate.y", f"{at}.sigmoid"], f"{at}.silu")
+        self.node("Mul", [f"{at}.silu", f"{at}.up.y"], f"{at}.inner")
+        self.matmul(f"{at}.inner", f"{at}.down")
+        last = layer + 1 == self._shape.layers
+        self.added(middle, f"{at}.down.y", "norm" if last else f"{layer + 1}.norm1")
+
+
+def _rotary(shape: DenseShape) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines, float32 [positions, head's size / 2]."""
+    frequencies = shape.rope_theta ** -(np.arange(0, shape.head_dim, 2) / shape.head_dim)
+    angles = np.arange(shape.max_positions)[:, None] * frequencies
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)

@@ -1,0 +1,202 @@
+"""Drafting: what is guessed never changes an answer, and guessing that does not pay ends by itself."""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bs_coordinator.generate import Answer
+from bs_coordinator.generate import Sequence as TokenSequence
+from bs_coordinator.model import DistributedMixtral
+from bs_coordinator.sampling import Sampler, SamplingConfig
+from bs_coordinator.scheduler import Scheduler
+from bs_coordinator.selection import TopK
+from bs_coordinator.speculation import NgramDrafter, Speculation
+from bs_coordinator.speculation.acceptance import Acceptance
+from bs_coordinator.speculation.cost import StepCost
+from bs_coordinator.speculation.drafts import Guess
+from bs_coordinator.speculation.length import DraftLength
+from bs_coordinator.tokenizer import Tokenizer
+from bs_coordinator.trunk import Trunk
+from testbed.experiment.prompts import PROMPTS
+from testbed.local_experts import LocalExperts
+from wire.manifest import Scheme
+from wire.tensors import WireDtype
+
+
+class _Hindsight:
+    """Knows the answer, and guesses every `wrong`-th token wrong."""
+
+    def __init__(self, text: Sequence[int], wrong: int) -> None:
+        self._text, self._wrong = text, wrong
+
+    def guesses(self, ids: Sequence[int]) -> Iterator[Guess]:
+        for place in range(len(ids), len(self._text)):
+            right = self._text[place]
+            yield Guess(right if place % self._wrong else right + 1, "hindsight", 0.8)
+
+
+class _Model:
+    """A draft model that is handed to every sequence."""
+
+    def __init__(self, wrong: int) -> None:
+        self.text: list[int] = []
+        self._wrong = wrong
+
+    def drafter(self) -> _Hindsight:
+        return _Hindsight(self.text, self._wrong)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_bundle: Callable[[Scheme], Path]) -> Tokenizer:
+    return Tokenizer(tiny_bundle("int4") / "trunk")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle: Callable[[Scheme], Path]) -> DistributedMixtral:
+    bundle = tiny_bundle("int4")
+    experts = LocalExperts(bundle, threads=1, wire=WireDtype.FP16)
+    return DistributedMixtral(Trunk(bundle / "trunk"), experts, TopK(2))
+
+
+@pytest.mark.parametrize("wrong", [3, 10**9])
+def test_right_and_wrong_guesses_change_nothing_alone_and_in_a_batch(
+    model: DistributedMixtral, tokenizer: Tokenizer, wrong: int
+) -> None:
+    config = SamplingConfig(max_tokens=24)
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS[:2]]
+    plain = [[e.id for e in TokenSequence(model, tokenizer).generate(ids, config)] for ids in prompts]
+    oracle = _Model(wrong)
+    speculation = Speculation("dense", oracle)
+    answers = []
+    for ids, answer in zip(prompts, plain, strict=True):
+        oracle.text = ids + answer
+        events = list(TokenSequence(model, tokenizer, speculation=speculation).generate(ids, config))
+        assert [e.id for e in events] == answer
+        steps = [step for event in events for step in event.steps]
+        assert sum(s.accepted for s in steps) + len(steps) == len(answer)
+        assert all(s.phase == "decode" for s in steps[1:])
+        if wrong > len(oracle.text):
+            assert all(s.accepted == s.drafted for s in steps)
+            assert len(steps) < len(answer) / 2
+        answers.append(TokenSequence(model, tokenizer, speculation=speculation).answer(ids, config))
+    assert _run_all(Scheduler(model), answers) == plain
+
+
+def _run_all(scheduler: Scheduler, answers: list[Answer]) -> list[list[int]]:
+    ids: list[list[int]] = [[] for _ in answers]
+    for answer in answers:
+        scheduler.add(answer)
+    while not scheduler.idle:
+        for answer, events, error in scheduler.step():
+            assert error is None
+            ids[answers.index(answer)] += [event.id for event in events]
+    return ids
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    acceptance=st.floats(0.0, 1.0),
+    prior=st.floats(0.0, 1.0),
+    row=st.floats(0.0, 1.0),
+    making=st.floats(0.0, 0.2),
+    tokens=st.integers(20, 300),
+)
+@settings(max_examples=200, deadline=None)
+def test_an_answer_never_takes_much_longer_than_plain(
+    seed: int, acceptance: float, prior: float, row: float, making: float, tokens: int
+) -> None:
+    """Whatever guesses are worth, whatever they cost, and whatever was believed of them before."""
+    step_s = 0.2
+    time_s, draws = _answer_in_virtual_time(tokens, acceptance, prior, step_s, row * step_s, making * step_s, seed)
+    # What can be lost: half a step and 2 % that may be owed, and the one draft that is made before it shows.
+    assert time_s <= tokens * step_s * 1.03 + step_s * (0.5 + 15 * row + 16 * making)
+    if draws and acceptance > 0.95 and prior > 0.5 and row < 0.05 and making < 0.02 and tokens > 100:
+        assert time_s < 0.45 * tokens * step_s
+
+
+def _answer_in_virtual_time(
+    tokens: int, acceptance: float, prior: float, step_s: float, row_s: float, making_s: float, seed: int
+) -> tuple[float, int]:
+    random_ = random.Random(seed)  # noqa: S311 (luck, not a secret)
+    now = 0.0
+    cost, shares = StepCost(), Acceptance()
+    length = DraftLength(cost, shares, clock=lambda: now)
+    draws = 0
+
+    def guesses() -> Iterator[Guess]:
+        nonlocal now
+        for number in itertools.count():
+            now += making_s
+            yield Guess(number, "any", prior)
+
+    made = 0
+    while made < tokens:
+        draft = length.draft(guesses(), tokens - made - 1)
+        draws += bool(draft.guesses)
+        took_s = step_s + row_s * len(draft.guesses)
+        now += took_s
+        accepted = 0
+        while accepted < len(draft.guesses) and random_.random() < acceptance:
+            accepted += 1
+        length.observe(draft, accepted, took_s, rows=1 + len(draft.guesses))
+        cost.observe(1 + len(draft.guesses), took_s, tokens=1 + accepted)
+        made += 1 + accepted
+    return now, draws
+
+
+def test_the_cost_of_a_row_is_learnt_and_followed() -> None:
+    cost = StepCost()
+    for fixed_s, row_s in ((0.2, 0.004), (0.4, 0.03)):
+        for i in range(120):
+            rows = 1 + i % 9
+            cost.observe(rows, fixed_s + row_s * (rows - 1) + 0.002 * (-1) ** i)
+        assert cost.row_s == pytest.approx(row_s, abs=0.002)
+        assert cost.seconds(1) == pytest.approx(fixed_s, rel=0.05)
+
+
+def test_drafts_get_shorter_where_more_sequences_share_a_step() -> None:
+    cost, shares = StepCost(), Acceptance()
+    for i in range(40):
+        cost.observe(1 + i % 8, 0.2 + 0.01 * (i % 8))
+    certain = [Guess(i, "any", 0.7) for i in range(20)]
+    lengths = [
+        len(DraftLength(cost, shares, clock=lambda: 0.0).draft(iter(certain), 15, sequences=n).guesses)
+        for n in (1, 4, 16)
+    ]
+    assert lengths[0] > lengths[1] > lengths[2]
+
+
+def test_a_look_up_finds_what_followed_the_longest_match_last() -> None:
+    drafter = NgramDrafter()
+    text = [1, 2, 3, 4, 9, 9, 2, 3, 5, 6, 7, 1, 2, 3]
+    assert [g.id for g in itertools.islice(drafter.guesses(text), 3)] == [4, 9, 9]
+    assert [g.id for g in itertools.islice(drafter.guesses([*text[:-3], 2, 3]), 2)] == [5, 6]
+    assert list(drafter.guesses([1, 2, 3])) == []
+
+
+def test_sampled_tokens_are_distributed_as_without_drafts() -> None:
+    """A chi-square test of the first token after a draft's, over fixed logits; the seed is fixed, so is the result."""
+    logits = torch.tensor([[0.0, 1.0, 2.0, 0.5, -1.0], [1.0, 0.0, 0.3, 0.7, 0.1]])
+    wanted = torch.softmax(logits / 0.8, dim=-1)
+    draws = 4000
+    for guess in (2, 4):
+        sampler = Sampler(SamplingConfig(temperature=0.8, seed=1))
+        counts = torch.zeros(5)
+        after = torch.zeros(5)
+        for _ in range(draws):
+            chosen = sampler.verify(logits, [guess])
+            counts[chosen[0]] += 1
+            if len(chosen) > 1:
+                after[chosen[1]] += 1
+        for seen, expected in ((counts, wanted[0]), (after, wanted[1])):
+            if seen.sum() < 500:
+                continue
+            expected = expected * seen.sum()
+            # 18.5 is the 99.9th percentile with four degrees of freedom.
+            assert float(((seen - expected) ** 2 / expected).sum()) < 18.5

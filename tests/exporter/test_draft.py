@@ -1,0 +1,163 @@
+"""Draft models: a dense Llama as one quantised graph, in a bundle or on its own."""
+
+import shutil
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bs_coordinator.speculation import load_draft_model
+from bs_coordinator.speculation.model_drafter import MOST_READ
+from bs_coordinator.tokenizer import Tokenizer
+from exporter.draft import export_draft
+from exporter.draft_graph import QUANTISATION
+from exporter.encoders import make_encoder
+from wire.errors import BundleError, CheckpointError
+from wire.manifest import Scheme, load_manifest
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_bundle: Callable[[Scheme], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama with the demo model's tokens."""
+    folder = tmp_path_factory.mktemp("base")
+    return _save_llama(folder, tiny_bundle("int4") / "trunk", vocab=49152)
+
+
+def _save_llama(folder: Path, tokenizer: Path, *, vocab: int) -> Path:
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(base: Path, tiny_bundle: Callable[[Scheme], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The two-layer model's bundle with a draft model."""
+    folder = tmp_path_factory.mktemp("with-draft") / "bundle"
+    shutil.copytree(tiny_bundle("int4"), folder)
+    export_draft(folder, base=str(base))
+    return folder
+
+
+def _dequantised(base: Path) -> Any:
+    """The base as transformers runs it, with its weights rounded as the graph stores them."""
+    model: Any = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        rows, columns = module.weight.shape
+        encoder = make_encoder(QUANTISATION, rows, columns)
+        step = 64
+        packed = [encoder.encode(module.weight[i : i + step].detach().numpy()).copy() for i in range(0, rows, step)]
+        scales, zeros = encoder.finish()
+        codes = np.concatenate([p.reshape(-1) for p in packed]).reshape(rows, columns // 2)
+        wide = np.stack([codes & 15, codes >> 4], axis=-1).reshape(rows, -1, 32).astype(np.float32)
+        blocks = columns // 32
+        zero = np.stack([zeros & 15, zeros >> 4], axis=-1).reshape(rows, -1)[:, :blocks].astype(np.float32)
+        weight = (wide - zero[..., None]) * scales.reshape(rows, blocks)[..., None]
+        # The head shares its weights with the embedding, which is not quantised.
+        module.weight = torch.nn.Parameter(torch.from_numpy(weight.reshape(rows, columns)))
+        assert name
+    return model
+
+
+def test_the_graph_is_the_model(base: Path, bundle: Path) -> None:
+    """transformers with the same weights is the reference. Activations are int8 per block in the graph, which leaves
+    about a hundredth of each logit's spread: guesses may differ where two tokens are that close."""
+    manifest = load_manifest(bundle)
+    model = load_draft_model(bundle, manifest, Tokenizer(bundle / "trunk").ids, folder=None, device="cpu")
+    assert model is not None
+    reference = _dequantised(base)
+    same = 0
+    for seed in range(8):
+        ids = torch.randint(0, 49152, (30,), generator=torch.Generator().manual_seed(seed)).tolist()
+        guesses = list(islice(model.drafter().guesses(ids), 4))
+        with torch.inference_mode():
+            for i, guess in enumerate(guesses):
+                before = ids + [g.id for g in guesses[:i]]
+                logits = reference(torch.tensor([before])).logits[0, -1]
+                probabilities = torch.softmax(logits, dim=-1)
+                best = int(probabilities.argmax())
+                same += guess.id == best
+                # `prior` is the model's own probability of its guess.
+                assert guess.prior == pytest.approx(float(probabilities[guess.id]), rel=0.25, abs=0.01)
+    assert same >= 28
+
+
+def test_what_was_refused_is_forgotten(bundle: Path) -> None:
+    ids = list(range(100, 140))
+    model = load_draft_model(
+        bundle, load_manifest(bundle), Tokenizer(bundle / "trunk").ids, folder=None, device="cpu"
+    )  # fmt: skip
+    assert model is not None
+    drafter = model.drafter()
+    first = [g.id for g in islice(drafter.guesses(ids), 6)]
+    other = [*ids, first[0], 7, 8]
+    went_on = [g.id for g in islice(drafter.guesses(other), 4)]
+    assert went_on == [g.id for g in islice(model.drafter().guesses(other), 4)]
+    assert [g.id for g in islice(drafter.guesses(ids), 6)] == first
+
+
+def test_of_a_long_prompt_the_end_is_read(bundle: Path) -> None:
+    model = load_draft_model(
+        bundle, load_manifest(bundle), Tokenizer(bundle / "trunk").ids, folder=None, device="cpu"
+    )  # fmt: skip
+    assert model is not None
+    ids = list(range(1000, 3000))
+    long, short = model.drafter(), model.drafter()
+    assert next(long.guesses(ids)) == next(short.guesses(ids[-MOST_READ:]))
+    # More tokens than the model has positions.
+    for start in range(2000, 2600, 100):
+        ids += range(start, start + 100)
+        next(long.guesses(ids))
+
+
+def test_only_a_model_with_the_same_tokens_drafts(base: Path, bundle: Path, tmp_path: Path) -> None:
+    other = _save_llama(tmp_path / "other", base, vocab=1000)
+    with pytest.raises(CheckpointError, match="1000 tokens in its vocabulary"):
+        export_draft(bundle, base=str(other))
+    ids = Tokenizer(bundle / "trunk").ids
+    swapped = {**ids, "a": ids["b"], "b": ids["a"]}
+    for folder in (None, base):
+        with pytest.raises(BundleError, match="vocabulary"):
+            load_draft_model(bundle, load_manifest(bundle), swapped, folder=folder, device="cpu")
+    with pytest.raises(BundleError, match=r"no draft\.json and no config\.json"):
+        load_draft_model(bundle, load_manifest(bundle), ids, folder=tmp_path, device="cpu")
+
+
+def test_a_changed_draft_is_refused(bundle: Path, tmp_path: Path, run: Run) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    assert "draft model" in run("exporter", "inspect", copy).stdout
+    weights = copy / "draft" / "draft.weights"
+    data = bytearray(weights.read_bytes())
+    data[1000] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(BundleError, match=r"draft\.weights does not match"):
+        load_draft_model(copy, load_manifest(copy), Tokenizer(copy / "trunk").ids, folder=None, device="cpu")
+
+
+def test_transformers_runs_any_other_model(base: Path, bundle: Path) -> None:
+    manifest, ids = load_manifest(bundle), Tokenizer(bundle / "trunk").ids
+    model = load_draft_model(bundle, manifest, ids, folder=base, device="cpu")
+    assert model is not None
+    drafter = model.drafter()
+    prompt = list(range(500, 530))
+    guesses = [g.id for g in islice(drafter.guesses(prompt), 3)]
+    reference: Any = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = int(reference(torch.tensor([prompt])).logits[0, -1].argmax())
+    assert guesses[0] == expected
+    assert [g.id for g in islice(drafter.guesses([*prompt, guesses[0]]), 2)] == guesses[1:]
