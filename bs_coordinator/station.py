@@ -79,7 +79,8 @@ class StationConfig:
         link_log: file that every link sample is appended to, for replay.
         cluster_key: file of the key that frames are authenticated with.
         resident: experts to keep here; none if None.
-        draft: how tokens are guessed; it changes how long answers take, never what they say.
+        draft: how tokens are guessed; it changes how long answers take, not what they say. `auto` makes sure of
+            that; the other modes are taken as they are asked for.
         draft_model: folder of a draft model, instead of the bundle's own.
     """
 
@@ -153,7 +154,7 @@ def open_station(
         folder = config.bundle / "trunk"
         trunk = Trunk(folder, device=config.device, dtype=config.dtype)
         tokenizer = Tokenizer(folder, fallback_eos=trunk.eos_id)
-        speculation = _speculation(config, manifest, tokenizer)
+        speculation = _speculation(config, manifest, trunk, tokenizer)
         sample_log = stack.enter_context(link_log(config.link_log)) if config.link_log else no_log
         sockets = BrokerSockets()
         if is_local(address.host):
@@ -216,7 +217,14 @@ def _residents(config: StationConfig, manifest: Manifest, links: LinkMonitor) ->
         experts.close()
 
 
-def _speculation(config: StationConfig, manifest: Manifest, tokenizer: Tokenizer) -> Speculation:
+def _speculation(config: StationConfig, manifest: Manifest, trunk: Trunk, tokenizer: Tokenizer) -> Speculation:
+    # Elsewhere a token's result depends a little on those beside it, which can turn the balance between two tokens.
+    exact = trunk.batch_invariant and manifest.quantisation.scheme != "int8-dynamic"
+    if config.draft == "auto" and not exact:
+        log.warning(
+            "no drafts: only a CPU trunk in fp32 and experts other than int8-dynamic promise the same answers with them"
+        )
+        return Speculation()
     model = None
     if config.draft in ("dense", "auto"):
         model = load_draft_model(

@@ -105,6 +105,12 @@ class Trunk:
         eos = self.config.eos_token_id
         return eos if isinstance(eos, int) else None
 
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether what a token gets does not depend on how many come with it, bit for bit (`trunk_rows`)."""
+        sliding = getattr(self.config, "sliding_window", None)
+        return self.device.type == "cpu" and self.dtype == torch.float32 and not sliding
+
     def new_cache(self) -> DynamicCache:
         """An empty KV cache."""
         if self._graphed:
@@ -170,7 +176,7 @@ class Trunk:
 
     def rows(self, ids: Sequence[Sequence[int]], caches: Sequence[DynamicCache]) -> Rows | None:
         """Begin a step of sequences with few new tokens each, or None where that is not how they are run here."""
-        if self.device.type != "cpu" or self.dtype != torch.float32 or getattr(self.config, "sliding_window", None):
+        if not self.batch_invariant:
             return None
         return Rows(self._modules, self._rotary, ids, caches)
 
