@@ -1,0 +1,104 @@
+"""A whole system on an emulated network for the time of a benchmark: mosquitto, nodes, base station."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from bs_coordinator.brokers import mosquitto_path, open_broker
+from bs_coordinator.station import Station, StationConfig, open_station
+from testbed.bench.rows import Settings
+from testbed.local_fleet import local_fleet
+from testbed.network.emulated import EmulatedNetwork, emulated
+from wire.errors import PrivilegeError
+from wire.files import atomic_write
+
+DEDICATED_MBPS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """What runs.
+
+    Attributes:
+        station: the base station, in this process.
+        processes: every process that takes part, by its role.
+    """
+
+    network: EmulatedNetwork
+    station: Station
+    processes: Mapping[str, Sequence[int]]
+
+    def run_queue_ms(self) -> dict[str, float]:
+        """How long processes have been waiting for a core since they were started, by role."""
+        return {role: sum(map(_run_queue_ms, pids)) for role, pids in self.processes.items()}
+
+
+def why_not() -> str:
+    """What this machine lacks for it; empty where it can be done."""
+    # Imported here: needs Linux and pyroute2.
+    from testbed.network.namespaces import check_privileges
+
+    try:
+        check_privileges()
+    except PrivilegeError as error:
+        return str(error)
+    if shutil.which("setsid") is None or shutil.which("nsenter") is None:
+        return "emulated networks need setsid and nsenter: install util-linux"
+    return "" if mosquitto_path() else "mosquitto is not installed"
+
+
+@contextmanager
+def running(
+    settings: Settings, bundle: Path, *, nodes: Mapping[str, str], rtts_ms: Sequence[float]
+) -> Iterator[System]:
+    """Dedicated links of `DEDICATED_MBPS` each way; this thread is on the base station meanwhile.
+
+    Args:
+        nodes: experts by node.
+        rtts_ms: there is a profile `rtt<ms>` for each.
+    """
+    from testbed.network import namespaces
+    from testbed.network.daemon import BASE_STATION
+
+    spec = settings.folder / "network.yaml"
+    with atomic_write(spec) as file:
+        file.write(_spec(list(nodes), rtts_ms).encode())
+    with (
+        emulated(spec) as network,
+        namespaces.inside(namespaces.namespace(network.spec.name, BASE_STATION)),
+        open_broker("mosquitto", host=network.bs_address) as address,
+        local_fleet(
+            bundle, address, settings.folder / "nodes", nodes, prefixes={node: network.prefix(node) for node in nodes}
+        ) as fleet,
+        open_station(StationConfig(bundle=bundle), address) as station,
+    ):
+        brokers = [p.pid for p in psutil.Process().children(recursive=True) if p.name() == "mosquitto"]
+        processes = {
+            "base station": [os.getpid()],
+            "nodes": [process.pid for process in fleet.processes.values()],
+            "broker": brokers,
+            "relay": [network.status().pid],
+        }
+        yield System(network, station, processes)
+
+
+def _spec(nodes: Sequence[str], rtts_ms: Sequence[float]) -> str:
+    rates = f"down_mbps: {DEDICATED_MBPS}, up_mbps: {DEDICATED_MBPS}"
+    profiles = "".join(f"  rtt{rtt:g}: {{default: {{{rates}, delay_ms: {rtt / 2:g}}}}}\n" for rtt in rtts_ms)
+    return f"name: bench{os.getpid()}\nnodes: [{', '.join(nodes)}]\nprofiles:\n{profiles}"
+
+
+def _run_queue_ms(pid: int) -> float:
+    """Of all threads; 0 where the kernel does not tell."""
+    total_ns = 0
+    for file in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        try:
+            total_ns += int(file.read_text().split()[1])
+        except (OSError, IndexError):
+            continue
+    return total_ns / 1e6
