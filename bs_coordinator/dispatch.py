@@ -10,14 +10,14 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from bs_coordinator.fleet import HERE, Fleet
 from bs_coordinator.forecast import LayerForecast
-from bs_coordinator.guard import GainGuard, agree
+from bs_coordinator.guard import GainGuard, agree, largest_gain
 from bs_coordinator.health import QUARANTINE_S, Health
 from bs_coordinator.holders import Holders
 from bs_coordinator.join_watch import JoinWatch
@@ -25,11 +25,19 @@ from bs_coordinator.links import LinkMonitor, LinkSample
 from bs_coordinator.links.prober import Prober
 from bs_coordinator.model import ExpertOutput
 from bs_coordinator.records import DispatchRecord
-from bs_coordinator.requests import Request, chosen_experts, plan_requests
+from bs_coordinator.requests import chosen_experts, plan_requests
 from bs_coordinator.round import Answer, Part, Round, Sent
 from bs_coordinator.telemetry import TelemetryInbox
 from wire import frames, status, tensors
-from wire.errors import BrokerAuthError, BrokerError, DispatchError, ExpertsLostError, FrameError, PlacementError
+from wire.errors import (
+    BrokerAuthError,
+    BrokerError,
+    DispatchError,
+    ExpertsLostError,
+    FrameError,
+    PlacementError,
+    WdmoeError,
+)
 from wire.experts import ExpertId, format_selector
 from wire.frames import ErrorFrame, PingFrame, PongFrame, RequestId, ResultFrame, Status, WorkFrame
 from wire.seal import ClusterKey, Seal
@@ -49,12 +57,55 @@ _GRACE_S = 0.3
 _BROKER_PATIENCE_S = 60.0
 _NODES_PATIENCE_S = 12.0
 """After the broker is back: nodes try again within seconds of each other and tell their status every few seconds."""
+_PROBE_LOOK_S = 0.01
+"""Between two looks at which probes are due; the links' own pauses between probes are longer."""
 _FAMILIAR = 8
 """Requests that a node must have answered before its predictions are deadlines."""
 
 
 def _no_facts() -> Mapping[str, SocketFacts]:
     return {}
+
+
+class Asked:
+    """A layer's experts that were asked (`bs_coordinator.model.Pending`).
+
+    Attributes:
+        node: the only one that may be asked; None for whoever holds the experts.
+        round: its requests under way.
+    """
+
+    round: Round
+
+    def __init__(self, dispatcher: "Dispatcher", layer: int, hidden: Array, gate: Array, node: str | None) -> None:
+        self._dispatcher = dispatcher
+        self.layer = layer
+        self.hidden = hidden
+        self.gate = gate
+        self.node = node
+        self.began_ns = time.perf_counter_ns()
+
+    def result(self) -> ExpertOutput:
+        """Wait for the answers and add them up. After a lost connection, everything under way is asked again.
+
+        Raises:
+            ExpertsLostError: all holders of a chosen expert failed or are left out.
+            DispatchError: the layer took longer than it may.
+            BrokerError: the connection is lost and can't be had again in time.
+        """
+        return self._dispatcher._result(self)
+
+    def cancel(self) -> None:
+        """Don't wait for it any more."""
+        self._dispatcher._cancel(self)
+
+
+class _Answered(NamedTuple):
+    """A round that is done, and how long it took."""
+
+    round: Round
+    parts: list[tuple[Part, Answer]]
+    took_ns: int
 
 
 class Dispatcher:
@@ -122,37 +173,35 @@ class Dispatcher:
             last_resort=last_holder_s is None,
         )
         self._prober = Prober(self.links, self.health, self._send_ping, self._new_id)
+        self._open: list[Asked] = []
+        self._answered: list[_Answered] = []
+        self._next_probe_s = 0.0
         self._subscribe()
 
-    def apply(self, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
-        """Ask the nodes and add up their answers (see `Experts.apply`). After a lost connection, ask again.
+    def begin(self, layer: int, hidden: Array, gate: Array) -> "Asked":
+        """Ask the nodes (see `Experts.begin`). Several layers' work may be under way at once.
 
         Raises:
             PlacementError: no node online holds a chosen expert.
-            ExpertsLostError: all holders of a chosen expert failed or are left out.
-            DispatchError: the layer took longer than it may.
+            ExpertsLostError: all holders of a chosen expert are left out.
             BrokerError: the connection is lost and can't be had again in time.
         """
         if self._here is not None:
             self._here.experts.traffic.observe(layer, gate)
             self.tend_residents()
-        while True:
-            self._holders.refresh(time.perf_counter())
-            holder = {expert: self._holder(layer, expert) for expert in chosen_experts(gate)}
-            try:
-                return self._run(layer, hidden, plan_requests(gate, holder, max_tokens=self._max_tokens(hidden)))
-            except BrokerError as error:
-                self.recover(error)
+        return self._begin(Asked(self, layer, hidden, gate, None))
 
-    def ask(self, node: str, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
-        """The same of one node, whatever else is known of it.
+    def apply(self, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
+        """Ask the nodes and add up their answers.
 
         Raises:
-            ExpertsLostError, DispatchError, BrokerError: as `apply`.
+            PlacementError, ExpertsLostError, DispatchError, BrokerError: see `begin` and `Asked.result`.
         """
-        holder = dict.fromkeys(chosen_experts(gate), node)
-        requests = plan_requests(gate, holder, max_tokens=self._max_tokens(hidden))
-        return self._run(layer, hidden, requests, hand_on=False)
+        return self.begin(layer, hidden, gate).result()
+
+    def ask(self, node: str, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
+        """The same of one node, whatever else is known of it."""
+        return self._begin(Asked(self, layer, hidden, gate, node)).result()
 
     @property
     def holder_names(self) -> Sequence[str]:
@@ -202,8 +251,12 @@ class Dispatcher:
             experts.review(self._holders.away_s(), self._holders.here_s())
 
     def probe(self) -> None:
-        """Send the probes that are due, if any; answers are taken in whenever they come. Cheap when none is."""
+        """Send the probes that are due, if any, unless work is under way; answers are taken in whenever they come."""
         now_s = time.perf_counter()
+        if self._open or now_s < self._next_probe_s:
+            return
+        self._next_probe_s = now_s + _PROBE_LOOK_S
+        self._learn()
         for endpoint, facts in self._broker_sockets().items():
             if (node := self.fleet.node_at(endpoint)) is not None:
                 self.links.anchor(node, facts, towards_node=True, time_s=now_s)
@@ -276,28 +329,91 @@ class Dispatcher:
         reasons = ", ".join(f"'{n}' ({self.health.why(n)})" for n in online)
         raise ExpertsLostError(f"{format_selector([id])} can't be had: left out for now: {reasons}")
 
-    def _run(self, layer: int, hidden: Array, requests: Sequence[Request], *, hand_on: bool = True) -> ExpertOutput:
-        began_ns = time.perf_counter_ns()
-        round = Round(layer, hidden, requests, hand_on=hand_on)
-        # What is computed here comes last: the nodes should not wait for it.
-        for part in sorted(round.parts, key=lambda part: part.request.node == HERE):
-            self._send(round, part)
-        self._collect(round)
+    def _begin(self, asked: "Asked") -> "Asked":
+        try:
+            try:
+                self._ask(asked)
+            except BrokerError as error:
+                self._ask_again(error, asked)
+        except WdmoeError:
+            self._cancel(asked)
+            raise
+        # While the nodes compute: what the last answers taught. It would only hold up the next layer.
+        self._learn()
+        return asked
+
+    def _ask(self, asked: "Asked") -> None:
+        """Send a layer's requests; whatever was sent of them before is forgotten."""
+        if asked.node is not None:
+            holder = dict.fromkeys(chosen_experts(asked.gate), asked.node)
+        else:
+            self._holders.refresh(time.perf_counter())
+            holder = {expert: self._holder(asked.layer, expert) for expert in chosen_experts(asked.gate)}
+        requests = plan_requests(asked.gate, holder, max_tokens=self._max_tokens(asked.hidden))
+        asked.round = Round(
+            asked.layer, asked.hidden, requests,
+            hand_on=asked.node is None, deadline_s=time.monotonic() + self._timeout_s,
+        )  # fmt: skip
+        if asked not in self._open:
+            self._open.append(asked)
+        self._send(asked.round, asked.round.parts)
+
+    def _ask_again(self, error: BrokerError, *more: "Asked") -> None:
+        """After the broker is back: nobody will answer what was asked before.
+
+        Raises:
+            BrokerError: it stays away.
+        """
+        lost: BrokerError | None = error
+        while lost is not None:
+            self.recover(lost)
+            lost = None
+            for asked in dict.fromkeys([*self._open, *more]):
+                try:
+                    self._ask(asked)
+                except BrokerError as again:
+                    lost = again
+                    break
+                except (PlacementError, ExpertsLostError) as missing:
+                    if asked in more:
+                        raise
+                    asked.round.lost = str(missing)
+
+    def _result(self, asked: "Asked") -> ExpertOutput:
+        try:
+            while True:
+                try:
+                    self._collect(asked.round)
+                    break
+                except BrokerError as error:
+                    self._ask_again(error)
+        finally:
+            self._cancel(asked)
+        round = asked.round
         self._compare(round)
         answered = [(part, answer) for top in round.parts for part in top.answered() if (answer := part.answer)]
-        self.links.observe([answer.sample for _, answer in answered])
-        self.probe()
-        output = np.zeros(hidden.shape, np.float32)
+        output = np.zeros(round.hidden.shape, np.float32)
         # Added in the order of asking, not of arrival: floating-point sums depend on it.
         for part, answer in answered:
             output[part.request.rows] += answer.output
         records = tuple(answer.record for _, answer in answered)
-        if hand_on and len(hidden) == 1:
-            slowest = max(records, key=lambda record: record.round_trip_ns).node
-            warning = self._join_watch.observe(self.fleet.nodes, time.perf_counter_ns() - began_ns, slowest)
-            if warning:
-                log.warning("%s", warning)
+        self._answered.append(_Answered(round, answered, time.perf_counter_ns() - asked.began_ns))
+        self.probe()
         return ExpertOutput(output, records)
+
+    def _cancel(self, asked: "Asked") -> None:
+        if asked in self._open:
+            self._open.remove(asked)
+
+    def _learn(self) -> None:
+        """What answered requests say of links and nodes."""
+        answered, self._answered = self._answered, []
+        for round, parts, took_ns in answered:
+            self.links.observe([_sample(part, answer.record) for part, answer in parts])
+            if round.hand_on and len(round.hidden) == 1:
+                slowest = max((answer.record for _, answer in parts), key=lambda record: record.round_trip_ns).node
+                if warning := self._join_watch.observe(self.fleet.nodes, took_ns, slowest):
+                    log.warning("%s", warning)
 
     def _max_tokens(self, hidden: Array) -> int:
         return frames.max_tokens(hidden.shape[1], self._dtype)
@@ -316,47 +432,52 @@ class Dispatcher:
         self._transport.publish(self._topics.work(node), payload)
         return len(payload), sent_ns
 
-    def _send(self, round: Round, part: Part) -> None:
-        request = part.request
-        if self._here and request.node == HERE:
-            self._here.ask(round, part, self._new_id())
-            return
-        frame = WorkFrame(
-            id=self._new_id(),
-            layer=round.layer,
-            deadline_ms=int(self._timeout_s * 1000),
-            experts=request.experts,
-            hidden=round.hidden[request.rows],
-            dtype=self._dtype,
-        )
-        payload = frames.encode(frame, seal=self._seal(request.node))
-        rows = sum(len(s.tokens) for s in request.experts)
-        predicted_s = self.links.predict_s(
-            request.node,
-            down_bytes=len(payload),
-            up_bytes=frames.RESULT_BYTES + len(request.rows) * self._row_bytes,
-            experts=len(request.experts),
-            rows=rows,
-        )
-        patience_s = self._patience_s(request.node, rows, predicted_s)
-        patience_s += self.links.worst_load_s(request.node, experts=len(request.experts))
-        sent = Sent(
-            frame.id,
-            time.perf_counter_ns(),
-            time.time_ns(),
-            len(payload),
-            int(1e9 * predicted_s),
-            time.monotonic() + patience_s,
-        )
-        round.sent(part, sent)
-        self._transport.publish(self._topics.work(request.node), payload)
+    def _send(self, round: Round, parts: Sequence[Part]) -> None:
+        sent = []
+        # What is computed here comes last: the nodes should not wait for it.
+        for part in sorted(parts, key=lambda part: part.request.node == HERE):
+            request = part.request
+            if self._here and request.node == HERE:
+                self._here.ask(round, part, self._new_id())
+                continue
+            frame = WorkFrame(
+                id=self._new_id(),
+                layer=round.layer,
+                deadline_ms=int(self._timeout_s * 1000),
+                experts=request.experts,
+                hidden=round.hidden[request.rows],
+                dtype=self._dtype,
+            )
+            payload = frames.encode(frame, seal=self._seal(request.node))
+            sent.append((part, frame.id, len(payload), time.perf_counter_ns()))
+            self._transport.publish(self._topics.work(request.node), payload)
+        # All are on their way before anything is predicted.
+        now_s, unix_ns = time.monotonic(), time.time_ns() - time.perf_counter_ns()
+        for part, id, down_bytes, sent_ns in sent:
+            request = part.request
+            rows = sum(len(s.tokens) for s in request.experts)
+            predicted_s = self.links.predict_s(
+                request.node,
+                down_bytes=down_bytes,
+                up_bytes=frames.RESULT_BYTES + len(request.rows) * self._row_bytes,
+                experts=len(request.experts),
+                rows=rows,
+            )
+            ahead = sum(other.round.outstanding(request.node) for other in self._open)
+            patience_s = self._patience_s(request.node, rows, (1 + ahead) * predicted_s)
+            patience_s += self.links.worst_load_s(request.node, experts=len(request.experts))
+            round.sent(
+                part,
+                Sent(id, sent_ns, unix_ns + sent_ns, down_bytes, int(1e9 * predicted_s), ahead, now_s + patience_s),
+            )
 
-    def _take_from_here(self, round: Round, deadline: float) -> bool:
+    def _take_from_here(self, round: Round) -> bool:
         """Take in what was computed here; whether there was anything."""
-        answered = self._here.answered(round, max(0.0, deadline - time.monotonic())) if self._here else []
+        answered = self._here.answered(round, max(0.0, round.deadline_s - time.monotonic())) if self._here else []
         for part, answer in answered:
             if isinstance(answer, Answer):
-                self._guard.learn(round.layer, round.hidden[part.request.rows], answer.output)
+                gain = largest_gain(round.hidden[part.request.rows], answer.output)
+                self._guard.learn(round.layer, len(answer.output), gain)
                 round.settle(part, answer)
             else:
                 log.error("nothing is computed here any more: %s", answer)
@@ -372,13 +493,14 @@ class Dispatcher:
         return (_PATIENCE if rows <= most_rows else _PATIENCE**2) * predicted_s + _GRACE_S
 
     def _collect(self, round: Round) -> None:
-        began = time.monotonic()
-        deadline = began + self._timeout_s
+        """Take in messages until a round is done; those for other rounds as well."""
         while not round.done:
-            if self._take_from_here(round, deadline):
+            if round.lost:
+                raise ExpertsLostError(round.lost)
+            if self._take_from_here(round):
                 continue
             now = time.monotonic()
-            if now >= deadline:
+            if now >= round.deadline_s:
                 late = ", ".join(sorted({part.request.node for part in round.open() if not part.failed}))
                 for part in round.open():
                     if part.request.node != HERE:
@@ -387,25 +509,35 @@ class Dispatcher:
                     f"no answer for layer {round.layer} from {late} within {self._timeout_s:g} s"
                     ": is the device overloaded or its link down? (--layer-timeout)"
                 )
-            for part in round.overdue(now):
-                self._overdue(round, part)
-            message = self._transport.receive(max(0.0, min(deadline, round.next_overdue_s()) - now))
-            if message is None:
+            until = round.deadline_s
+            for other in [asked.round for asked in self._open]:
+                for part in other.overdue(now):
+                    self._overdue(other, part)
+                until = min(until, other.next_overdue_s())
+            if round.lost:
                 continue
-            gone = self._absorb(message)
-            for part in round.open():
-                if part.request.node == gone and not part.failed:
-                    why = f"node '{gone}' left while {_experts(round, part)} was asked of it"
-                    self._failed(round, part, why)
-            frame = self._answer(message)
-            if frame is not None:
-                self._take(round, frame, message)
+            message = self._transport.receive(max(0.0, until - now))
+            if message is not None:
+                self._take_in(message)
 
-    def _take(self, round: Round, frame: ResultFrame | ErrorFrame, message: Message) -> None:
-        part = round.awaited(frame.id)
-        if part is None or message.topic != self._topics.results(part.request.node):
-            self.dropped["not awaited"] += 1
+    def _take_in(self, message: Message) -> None:
+        gone = self._absorb(message)
+        if gone is not None:
+            for round in [asked.round for asked in self._open]:
+                for part in round.open():
+                    if part.request.node == gone and not part.failed:
+                        self._failed(round, part, f"node '{gone}' left while {_experts(round, part)} was asked of it")
+        frame = self._answer(message)
+        if frame is None:
             return
+        for asked in self._open:
+            awaited = asked.round.awaited(frame.id)
+            if awaited is not None and message.topic == self._topics.results(awaited.request.node):
+                self._take(asked.round, awaited, frame, message)
+                return
+        self.dropped["not awaited"] += 1
+
+    def _take(self, round: Round, part: Part, frame: ResultFrame | ErrorFrame, message: Message) -> None:
         node = part.request.node
         if isinstance(frame, ErrorFrame):
             why = f"node '{node}' refused {_experts(round, part)}: {frame.status.name.lower()}, {frame.message}"
@@ -416,15 +548,14 @@ class Dispatcher:
         if frame.layer != round.layer or frame.output.shape != (len(part.request.rows), round.hidden.shape[1]):
             self.dropped["wrong shape"] += 1
             return
-        record = _record(part, frame, message)
-        answer = Answer(frame.output, record, _sample(part, record, message.arrived_ns))
-        x = round.hidden[part.request.rows]
-        if self._guard.suspects(round.layer, x, frame.output):
+        answer = Answer(frame.output, _record(part, frame, message))
+        gain = largest_gain(round.hidden[part.request.rows], frame.output)
+        if self._guard.suspects(round.layer, gain):
             if part.doubtful is None and (part.heirs or self._hand_on(round, part)):
                 part.doubtful = answer
                 return
             log.debug("node '%s' gave %s unusually large values; nobody to ask", node, _experts(round, part))
-        self._guard.learn(round.layer, x, frame.output)
+        self._guard.learn(round.layer, len(frame.output), gain)
         round.settle(part, answer)
 
     def _compare(self, round: Round) -> None:
@@ -460,9 +591,8 @@ class Dispatcher:
     def _failed(self, round: Round, part: Part, why: str) -> None:
         """There will be no answer from this node."""
         part.failed = why
-        if part.heirs or self._hand_on(round, part):
-            return
-        raise ExpertsLostError(why)
+        if not part.heirs and not self._hand_on(round, part):
+            round.lost = round.lost or why
 
     def _hand_on(self, round: Round, part: Part) -> bool:
         experts = [s.expert for s in part.request.experts]
@@ -470,8 +600,7 @@ class Dispatcher:
         if holder is None:
             return False
         gate = part.request.gate(len(round.hidden), self.fleet.dims.experts)
-        for heir in part.hand_on(plan_requests(gate, holder, max_tokens=self._max_tokens(round.hidden))):
-            self._send(round, heir)
+        self._send(round, part.hand_on(plan_requests(gate, holder, max_tokens=self._max_tokens(round.hidden))))
         return True
 
     def _answer(self, message: Message) -> ResultFrame | ErrorFrame | None:
@@ -533,9 +662,10 @@ def _record(part: Part, frame: ResultFrame, message: Message) -> DispatchRecord:
     )
 
 
-def _sample(part: Part, record: DispatchRecord, arrived_ns: int) -> LinkSample:
+def _sample(part: Part, record: DispatchRecord) -> LinkSample:
+    assert part.sent is not None  # noqa: S101 - its answer was awaited
     return LinkSample(
-        time_s=arrived_ns / 1e9,
+        time_s=(part.sent.sent_ns + record.round_trip_ns) / 1e9,
         node=record.node,
         down_bytes=record.down_bytes,
         up_bytes=record.up_bytes,
@@ -544,4 +674,5 @@ def _sample(part: Part, record: DispatchRecord, arrived_ns: int) -> LinkSample:
         experts=len(record.experts),
         rows=sum(len(s.tokens) for s in part.request.experts),
         load_s=record.durations.load_ns / 1e9,
+        queued=part.sent.ahead > 0,
     )

@@ -6,7 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from bs_coordinator.model import DistributedMixtral, Feed
+from bs_coordinator.feeds import Feed
+from bs_coordinator.model import DistributedMixtral
 from bs_coordinator.records import StepRecord
 from bs_coordinator.sampling import Sampler, SamplingConfig
 from bs_coordinator.speculation import Draft, DraftLength, Speculation

@@ -4,6 +4,8 @@ Size alone proves nothing: the first token of a sequence makes experts of some l
 as any other token does. So a suspicious answer is compared with another holder's.
 """
 
+import math
+
 import numpy as np
 
 from wire.tensors import Array
@@ -22,22 +24,27 @@ class GainGuard:
         self._largest = [0.0] * layers
         self._rows = [0] * layers
 
-    def suspects(self, layer: int, x: Array, y: Array) -> bool:
-        """Whether outputs float32 [rows, hidden] are too large for their inputs, as far as is known."""
-        return self._rows[layer] >= LEARN_ROWS and _gain(x, y) > FACTOR * self._largest[layer]
+    def suspects(self, layer: int, gain: float) -> bool:
+        """Whether outputs are too large for their inputs, as far as is known.
 
-    def learn(self, layer: int, x: Array, y: Array) -> None:
+        Args:
+            gain: the largest of all rows, see `largest_gain`.
+        """
+        return self._rows[layer] >= LEARN_ROWS and gain > FACTOR * self._largest[layer]
+
+    def learn(self, layer: int, rows: int, gain: float) -> None:
         """These were right."""
-        self._rows[layer] += len(x)
-        self._largest[layer] = max(self._largest[layer], _gain(x, y))
+        self._rows[layer] += rows
+        self._largest[layer] = max(self._largest[layer], gain)
+
+
+def largest_gain(x: Array, y: Array) -> float:
+    """The largest ‖y‖ / ‖x‖ of the rows of float32 [rows, hidden]; infinite where a square does not fit float32."""
+    shrink = np.maximum(np.einsum("ij,ij->i", x, x), np.float32(1e-24))
+    return math.sqrt(float((np.einsum("ij,ij->i", y, y) / shrink).max()))
 
 
 def agree(first: Array, second: Array) -> bool:
     """Whether two answers float32 [rows, hidden] to one question are the same but for quantisation."""
     size = max(float(np.linalg.norm(first)), float(np.linalg.norm(second)))
     return float(np.linalg.norm(first - second)) <= AGREEMENT * size
-
-
-def _gain(x: Array, y: Array) -> float:
-    length = np.maximum(np.linalg.norm(x, axis=1), np.float32(1e-12))
-    return float((np.linalg.norm(y, axis=1) / length).max())

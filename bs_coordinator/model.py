@@ -2,20 +2,20 @@
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
+from bs_coordinator.feeds import Feed, Piece, cut_feeds
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.records import DispatchRecord, LayerRecord, StepRecord
 from bs_coordinator.selection import Policy
 from bs_coordinator.selection.degraded import select_available
 from bs_coordinator.selection.demand import predicted_s
-from bs_coordinator.trunk import Packing, Trunk
+from bs_coordinator.trunk import Trunk
 from bs_coordinator.trunk_rows import MAX_ROWS, Rows
 from wire.errors import ExpertsLostError
 from wire.tensors import Array
@@ -36,36 +36,48 @@ class ExpertOutput(NamedTuple):
     dispatches: tuple[DispatchRecord, ...] = ()
 
 
+class Pending(Protocol):
+    """Experts that were asked."""
+
+    def result(self) -> ExpertOutput:
+        """Wait for them; once.
+
+        Raises:
+            WdmoeError: an expert could not be had.
+        """
+
+    def cancel(self) -> None:
+        """Nobody will wait for them."""
+
+
+class Ready(NamedTuple):
+    """Experts that have answered already (`Pending`)."""
+
+    output: ExpertOutput
+
+    def result(self) -> ExpertOutput:
+        return self.output
+
+    def cancel(self) -> None:
+        pass
+
+
 class Experts(Protocol):
     """All experts of a model, wherever they run."""
 
-    def apply(self, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
-        """Combine the chosen experts of a layer.
+    def begin(self, layer: int, hidden: Array, gate: Array) -> Pending:
+        """Have the chosen experts of a layer combined. Others may be asked before these have answered.
 
         Args:
             hidden: float32 [tokens, hidden].
             gate: float32 [tokens, experts], zero where an expert is not chosen.
 
         Raises:
-            WdmoeError: an expert could not be had.
+            WdmoeError: an expert can't be had.
         """
 
     def forecast(self, layer: int) -> LayerForecast:
         """What asking for this layer's experts is predicted to cost now."""
-
-
-class Feed(NamedTuple):
-    """One sequence's share of a step: token ids that follow what its cache holds.
-
-    Attributes:
-        packing: where it is several sequences after all.
-        rows: the tokens whose logits are wanted, instead of the last one's.
-    """
-
-    ids: list[int]
-    cache: DynamicCache
-    packing: Packing | None = None
-    rows: list[int] | None = None
 
 
 class DistributedMixtral:
@@ -75,7 +87,11 @@ class DistributedMixtral:
         policy: how experts are chosen; may be replaced between steps.
         degrade: go on with the next best experts where some are lost, instead of giving up; tokens that this
             changes are named in the step's record.
+        piece_tokens: longer feeds go through the layers in pieces of at most so many tokens, one behind the other, so
+            that trunk and nodes work at the same time.
     """
+
+    piece_tokens = 128
 
     def __init__(self, trunk: Trunk, experts: Experts, policy: Policy, *, degrade: bool = False) -> None:
         self.trunk = trunk
@@ -85,7 +101,8 @@ class DistributedMixtral:
 
     @torch.inference_mode()
     def step(self, feeds: Sequence[Feed], *, all_logits: bool = False) -> tuple[list[Tensor], StepRecord]:
-        """Run several sequences one step on, with one round of expert requests per layer for all of them.
+        """Run several sequences one step on, with one round of expert requests per layer for all of them; several
+        rounds where they are long (`piece_tokens`).
 
         Returns:
             Per feed logits in fp32 on the CPU, [1, vocab] of its last token, [tokens, vocab] with `all_logits`, or
@@ -103,32 +120,32 @@ class DistributedMixtral:
 
     def _step(self, feeds: Sequence[Feed], position: int, all_logits: bool) -> tuple[list[Tensor], StepRecord]:
         began_ns = time.perf_counter_ns()
-        passage = self._begin(feeds)
+        head_ns = 0
+        waves = [_Wave(pieces) for pieces in cut_feeds(feeds, most_tokens=self.piece_tokens, all_logits=all_logits)]
+        tallies = [_LayerTally() for _ in range(self.trunk.layers)]
+        try:
+            for layer in range(self.trunk.layers):
+                # While nodes compute for one wave, the next goes through the trunk. It may attend to this one, whose
+                # keys and values of this layer are there by now.
+                for wave in waves:
+                    if layer == 0:
+                        mark_ns = time.perf_counter_ns()
+                        wave.passage = self._passage([piece.feed for piece in wave.pieces])
+                        head_ns += time.perf_counter_ns() - mark_ns
+                    else:
+                        self._finish(layer - 1, wave, tallies[layer - 1])
+                    self._begin(layer, wave, tallies[layer])
+            for wave in waves:
+                self._finish(self.trunk.layers - 1, wave, tallies[-1])
+        finally:
+            for wave in waves:
+                if wave.pending is not None:
+                    wave.pending.cancel()
         mark_ns = time.perf_counter_ns()
-        head_ns = mark_ns - began_ns
-        layers: list[LayerRecord] = []
-        for layer in range(self.trunk.layers):
-            # A GPU is at this layer already. What does not need its result is done before waiting for it.
-            forecast = self._experts.forecast(layer)
-            x, probabilities = passage.attend(layer)
-            choice = self._choose(probabilities, forecast)
-            attended_ns = time.perf_counter_ns()
-            combined, choice = self._apply(layer, x, probabilities, choice)
-            passage.add(combined.output)
-            done_ns = time.perf_counter_ns()
-            layers.append(
-                LayerRecord(
-                    layer=layer,
-                    trunk_ns=attended_ns - mark_ns,
-                    dispatch_ns=done_ns - attended_ns,
-                    pairs=int(np.count_nonzero(choice.gate)),
-                    predicted_ns=int(1e9 * predicted_s(choice.gate > 0, choice.forecast)),
-                    dispatches=combined.dispatches,
-                    degraded=choice.degraded,
-                )
-            )
-            mark_ns = done_ns
-        logits = passage.logits(all_logits)
+        logits: list[list[Tensor]] = [[] for _ in feeds]
+        for wave in waves:
+            for piece, some in zip(wave.pieces, wave.passage.logits(all_logits), strict=True):
+                logits[piece.number].append(some)
         end_ns = time.perf_counter_ns()
         tokens = sum(len(feed.ids) for feed in feeds)
         record = StepRecord(
@@ -137,11 +154,43 @@ class DistributedMixtral:
             tokens=tokens,
             total_ns=end_ns - began_ns,
             head_ns=head_ns + end_ns - mark_ns,
-            layers=tuple(layers),
+            layers=tuple(tally.record(layer) for layer, tally in enumerate(tallies)),
         )
-        return logits, record
+        return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in logits], record
 
-    def _begin(self, feeds: Sequence[Feed]) -> "_Passage":
+    def _begin(self, layer: int, wave: "_Wave", tally: "_LayerTally") -> None:
+        """A wave through a layer's trunk, and its experts asked."""
+        began_ns = time.perf_counter_ns()
+        # A GPU is at this layer already. What does not need its result is done before waiting for it.
+        forecast = self._experts.forecast(layer)
+        wave.x, wave.probabilities = wave.passage.attend(layer)
+        wave.choice = self._choose(wave.probabilities, forecast)
+        attended_ns = time.perf_counter_ns()
+        try:
+            wave.pending = self._experts.begin(layer, wave.x, wave.choice.gate)
+        except ExpertsLostError:
+            if not self.degrade:
+                raise
+            wave.pending = Ready(self._ask_others(layer, wave))
+        tally.trunk_ns += attended_ns - began_ns
+        tally.dispatch_ns += time.perf_counter_ns() - attended_ns
+
+    def _finish(self, layer: int, wave: "_Wave", tally: "_LayerTally") -> None:
+        """What a wave's experts made of it."""
+        began_ns = time.perf_counter_ns()
+        assert wave.pending is not None  # noqa: S101 - it was begun
+        try:
+            combined = wave.pending.result()
+        except ExpertsLostError:
+            if not self.degrade:
+                raise
+            combined = self._ask_others(layer, wave)
+        wave.pending = None
+        wave.passage.add(combined.output)
+        tally.dispatch_ns += time.perf_counter_ns() - began_ns
+        tally.answered(wave, combined)
+
+    def _passage(self, feeds: Sequence[Feed]) -> "_Passage":
         """Neighbours with few tokens together, where this trunk runs them so; in the order of the feeds."""
         if len(feeds) == 1 and feeds[0].packing is None and (graphs := self.trunk.graphs(feeds[0].ids, feeds[0].cache)):
             return _TokenPassage(graphs, feeds[0])
@@ -158,17 +207,69 @@ class DistributedMixtral:
         gate, degraded = select_available(self.policy, probabilities, forecast)
         return _Choice(gate, forecast, tuple(degraded.tolist()))
 
-    def _apply(self, layer: int, x: Array, probabilities: Array, choice: "_Choice") -> tuple[ExpertOutput, "_Choice"]:
-        """Ask the experts, and where some are lost choose again among those that are left."""
+    def _ask_others(self, layer: int, wave: "_Wave") -> ExpertOutput:
+        """Where some experts are lost: choose again among those that are left."""
         # Each turn loses at least one node, and a layer has no more of them than experts.
-        for _ in range(probabilities.shape[1]):
+        for turn in itertools.count(1):
+            wave.choice = self._choose(wave.probabilities, self._experts.forecast(layer))
             try:
-                return self._experts.apply(layer, x, choice.gate), choice
+                return self._experts.begin(layer, wave.x, wave.choice.gate).result()
             except ExpertsLostError:
-                if not self.degrade:
+                if turn >= wave.probabilities.shape[1]:
                     raise
-            choice = self._choose(probabilities, self._experts.forecast(layer))
-        return self._experts.apply(layer, x, choice.gate), choice
+        raise AssertionError("counted to the end")
+
+
+class _Wave:
+    """Tokens that go through the layers together, and where they are.
+
+    Attributes:
+        pieces: of the step's feeds.
+        x, probabilities, choice: what its experts were last asked, and why.
+        pending: those that have not answered.
+    """
+
+    passage: "_Passage"
+    x: Array
+    probabilities: Array
+    choice: "_Choice"
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self.pieces = pieces
+        self.pending: Pending | None = None
+
+    def tokens_of_step(self, rows: Sequence[int]) -> Iterator[int]:
+        """Where some of its rows are among all tokens of the step."""
+        tokens = [piece.first_token + i for piece in self.pieces for i in range(len(piece.feed.ids))] if rows else []
+        return (tokens[row] for row in rows)
+
+
+class _LayerTally:
+    """A layer's record while its waves pass."""
+
+    def __init__(self) -> None:
+        self.trunk_ns = self.dispatch_ns = self.pairs = 0
+        self.predicted_s = 0.0
+        self.dispatches: list[DispatchRecord] = []
+        self.degraded: list[int] = []
+
+    def answered(self, wave: _Wave, combined: ExpertOutput) -> None:
+        gate, forecast, degraded = wave.choice
+        self.pairs += int(np.count_nonzero(gate))
+        self.predicted_s = max(self.predicted_s, predicted_s(gate > 0, forecast))
+        self.dispatches += combined.dispatches
+        self.degraded += wave.tokens_of_step(degraded)
+
+    def record(self, layer: int) -> LayerRecord:
+        return LayerRecord(
+            layer=layer,
+            trunk_ns=self.trunk_ns,
+            dispatch_ns=self.dispatch_ns,
+            pairs=self.pairs,
+            predicted_ns=int(1e9 * self.predicted_s),
+            dispatches=tuple(self.dispatches),
+            degraded=tuple(self.degraded),
+        )
 
 
 class _Passage(Protocol):
@@ -202,7 +303,7 @@ class _RowsPassage:
         wanted, start = [], 0
         for feed in self._feeds:
             count = len(feed.ids)
-            local = range(count) if all_logits else (row % count for row in feed.rows or [-1])
+            local = range(count) if all_logits else (row % count for row in feed.wanted)
             wanted.append([start + row for row in local])
             start += count
         logits = self._rows.head([row for rows in wanted for row in rows])
@@ -250,8 +351,11 @@ class _BlocksPassage:
 
     def logits(self, all_logits: bool) -> list[Tensor]:
         # One product for all sequences: the head's weights are the largest in the trunk and are read once.
-        wanted = [h if all_logits else h[:, f.rows or [-1]] for h, f in zip(self._hidden, self._feeds, strict=True)]
-        return list(torch.split(self._trunk.head(torch.cat(wanted, dim=1)).cpu(), [h.shape[1] for h in wanted]))
+        wanted = [h if all_logits else h[:, f.wanted] for h, f in zip(self._hidden, self._feeds, strict=True)]
+        counts = [h.shape[1] for h in wanted]
+        if not sum(counts):
+            return [torch.empty(0, self._trunk.config.vocab_size)] * len(counts)
+        return list(torch.split(self._trunk.head(torch.cat(wanted, dim=1)).cpu(), counts))
 
 
 class _JointPassage:

@@ -1,6 +1,6 @@
 """A layer's work split over nodes: who gets which rows for which experts. Pure."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -44,19 +44,19 @@ def plan_requests(gate: Array, holder: Mapping[int, str], *, max_tokens: int) ->
         holder: the node to ask for each chosen expert.
     """
     experts_of: dict[str, list[int]] = {}
-    for expert in chosen_experts(gate):
+    for expert in sorted(holder):
         experts_of.setdefault(holder[expert], []).append(expert)
     requests = []
     for node, experts in sorted(experts_of.items()):
-        rows = np.flatnonzero(gate[:, experts].any(axis=1))
+        columns = [gate[:, expert] for expert in experts]
+        rows = np.flatnonzero(columns[0] if len(columns) == 1 else np.any(columns, axis=0))
         for start in range(0, len(rows), max_tokens):
             part = rows[start : start + max_tokens]
-            requests.append(Request(node, part, tuple(_slices(gate[part], experts))))
+            slices = [_slice(expert, column[part]) for expert, column in zip(experts, columns, strict=True)]
+            requests.append(Request(node, part, tuple(s for s in slices if len(s.tokens))))
     return requests
 
 
-def _slices(gate: Array, experts: Iterable[int]) -> Iterable[ExpertSlice]:
-    for expert in experts:
-        tokens = np.flatnonzero(gate[:, expert])
-        if len(tokens):
-            yield ExpertSlice(expert, tokens.astype(np.uint32), gate[tokens, expert])
+def _slice(expert: int, weights: Array) -> ExpertSlice:
+    tokens = np.flatnonzero(weights)
+    return ExpertSlice(expert, tokens.astype(np.uint32), weights[tokens])

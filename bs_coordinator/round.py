@@ -9,7 +9,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from bs_coordinator.links import LinkSample
 from bs_coordinator.records import DispatchRecord
 from bs_coordinator.requests import Request
 from wire.frames import RequestId
@@ -23,6 +22,7 @@ class Sent(NamedTuple):
     """When and how a request went out.
 
     Attributes:
+        ahead: requests that its node had not answered by then.
         overdue_s: time (monotonic) past which others are asked.
     """
 
@@ -31,6 +31,7 @@ class Sent(NamedTuple):
     sent_unix_ns: int
     down_bytes: int
     predicted_ns: int
+    ahead: int
     overdue_s: float
 
 
@@ -39,7 +40,6 @@ class Answer(NamedTuple):
 
     output: Array
     record: DispatchRecord
-    sample: LinkSample
 
 
 @dataclass(slots=True, eq=False)
@@ -88,12 +88,18 @@ class Round:
     Attributes:
         hidden: float32 [tokens, hidden], what the experts are applied to.
         hand_on: whether others may take over.
+        deadline_s: time (monotonic) past which it is given up.
+        lost: what will not be answered by anybody any more, else empty.
     """
 
-    def __init__(self, layer: int, hidden: Array, requests: Sequence[Request], *, hand_on: bool) -> None:
+    def __init__(
+        self, layer: int, hidden: Array, requests: Sequence[Request], *, hand_on: bool, deadline_s: float
+    ) -> None:
         self.layer = layer
         self.hidden = hidden
         self.hand_on = hand_on
+        self.deadline_s = deadline_s
+        self.lost = ""
         self.parts = [Part(request, frozenset([request.node])) for request in requests]
         self._awaited: dict[RequestId, Part] = {}
 
@@ -115,6 +121,10 @@ class Round:
         """The first valid answer; neither another one nor the heirs' count from now on."""
         part.answer = answer
         self._awaited = {id: other for id, other in self._awaited.items() if other is not part}
+
+    def outstanding(self, node: str) -> int:
+        """Requests that a node has not answered yet."""
+        return sum(part.request.node == node and part.answer is None for part in self._awaited.values())
 
     def doubtful(self) -> list[tuple[Part, list[Part]]]:
         """Parts with an answer that was not believed, each with the parts that answered instead."""

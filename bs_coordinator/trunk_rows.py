@@ -23,6 +23,8 @@ _PRODUCT_ROWS = 8
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x · weightᵀ, [rows, out] from [rows, in] and [out, in]; each row as if it were alone."""
+    if not len(x):
+        return x.new_empty(0, len(weight))
     pieces = []
     for start in range(0, len(x), _PRODUCT_ROWS):
         piece = x[start : start + _PRODUCT_ROWS]

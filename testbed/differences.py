@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from bs_coordinator.feeds import Feed
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.generate import Tokenizer
-from bs_coordinator.model import DistributedMixtral, ExpertOutput, Feed
+from bs_coordinator.model import DistributedMixtral, ExpertOutput, Ready
 from bs_coordinator.selection import TopK
 from bs_coordinator.selection.differences import SCHEMA, DifferenceDocument
 from bs_coordinator.trunk import Trunk
@@ -30,8 +31,8 @@ class _ComparedExperts:
         self.rows = np.zeros((layers, experts), np.int64)
         self.sums = np.zeros((layers, experts, experts))
 
-    def apply(self, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
-        """See `bs_coordinator.model.Experts.apply`."""
+    def begin(self, layer: int, hidden: Array, gate: Array) -> Ready:
+        """See `bs_coordinator.model.Experts.begin`."""
         outputs = np.stack([self._runtime.run(ExpertId(layer, e), hidden).copy() for e in range(self._experts)])
         for expert in range(self._experts):
             rows = np.flatnonzero(gate[:, expert])
@@ -39,7 +40,7 @@ class _ComparedExperts:
             distance = np.linalg.norm(outputs[:, rows] - own, axis=2) / np.maximum(np.linalg.norm(own, axis=1), 1e-30)
             self.sums[layer, expert] += distance.sum(axis=1)
             self.rows[layer, expert] += len(rows)
-        return ExpertOutput(np.einsum("te,etd->td", gate, outputs).astype(np.float32))
+        return Ready(ExpertOutput(np.einsum("te,etd->td", gate, outputs).astype(np.float32)))
 
     def forecast(self, layer: int) -> LayerForecast:
         """See `bs_coordinator.model.Experts.forecast`."""

@@ -15,8 +15,9 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
+from bs_coordinator.feeds import Feed
 from bs_coordinator.generate import Tokenizer
-from bs_coordinator.model import DistributedMixtral, Feed
+from bs_coordinator.model import DistributedMixtral
 from bs_coordinator.trunk import Packing
 from wire.errors import WdmoeError
 

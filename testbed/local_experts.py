@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from bs_coordinator.forecast import LayerForecast
-from bs_coordinator.model import ExpertOutput
+from bs_coordinator.model import ExpertOutput, Ready
 from edge_node.runtime import ExpertRuntime
 from wire import tensors
 from wire.experts import ExpertId
@@ -39,15 +39,15 @@ class LocalExperts:
         self._wire = wire
         self._runtime = ExpertRuntime(bundle, manifest, [e.id for e in manifest.experts], threads=threads)
 
-    def apply(self, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
-        """See `Experts.apply`."""
+    def begin(self, layer: int, hidden: Array, gate: Array) -> Ready:
+        """See `Experts.begin`."""
         hidden = tensors.travelled(hidden, self._wire)
         output = np.zeros(hidden.shape, np.float32)
         for expert in np.flatnonzero(gate.any(axis=0)).tolist():
             rows = np.flatnonzero(gate[:, expert])
             y = self._runtime.run(ExpertId(layer, expert), hidden[rows])
             output[rows] += tensors.travelled(y * gate[rows, expert, None], self._wire)
-        return ExpertOutput(output)
+        return Ready(ExpertOutput(output))
 
     def forecast(self, layer: int) -> LayerForecast:
         """See `Experts.forecast`."""

@@ -51,6 +51,7 @@ class LinkSample:
         experts, rows: distinct experts and hidden states of a request; 0 for probes.
         contention_s: time it presumably waited for other nodes' frames on shared air, to be taken off too.
         load_s: the part of `node_s` that went into reading experts into memory.
+        queued: the node had other requests to answer first, so that the round trip says little about the link.
     """
 
     time_s: float
@@ -63,6 +64,7 @@ class LinkSample:
     rows: int = 0
     contention_s: float = 0.0
     load_s: float = 0.0
+    queued: bool = False
 
     @property
     def network_s(self) -> float:

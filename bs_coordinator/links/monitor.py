@@ -132,7 +132,8 @@ class LinkMonitor:
                 self._log(sample)
             node = self._node(sample.node)
             alarms = node.link.alarms
-            node.link.observe(sample)
+            if not sample.queued:
+                node.link.observe(sample)
             if not sample.rows:
                 self._suspect(node, sample)
             if node.link.alarms > alarms:

@@ -6,7 +6,7 @@ from concurrent.futures import wait
 import numpy as np
 
 from bs_coordinator.fleet import HERE
-from bs_coordinator.links import LinkMonitor, LinkSample
+from bs_coordinator.links import LinkMonitor
 from bs_coordinator.records import DispatchRecord
 from bs_coordinator.resident.experts import Computed, ResidentExperts
 from bs_coordinator.round import Answer, Part, Round, Sent
@@ -27,7 +27,7 @@ class ResidentHolder:
         request = part.request
         rows = sum(len(s.tokens) for s in request.experts)
         predicted_s = self._links.predict_s(HERE, down_bytes=0, up_bytes=0, experts=len(request.experts), rows=rows)
-        sent = Sent(id, time.perf_counter_ns(), time.time_ns(), 0, int(1e9 * predicted_s), _NEVER_S)
+        sent = Sent(id, time.perf_counter_ns(), time.time_ns(), 0, int(1e9 * predicted_s), 0, _NEVER_S)
         part.here = self.experts.submit(round.layer, round.hidden[request.rows], request.experts)
         round.sent(part, sent)
 
@@ -65,14 +65,4 @@ def _answer(part: Part, computed: Computed) -> Answer | str:
         up_bytes=0,
         predicted_ns=sent.predicted_ns,
     )
-    sample = LinkSample(
-        time_s=computed.done_ns / 1e9,
-        node=HERE,
-        down_bytes=0,
-        up_bytes=0,
-        round_trip_s=record.round_trip_ns / 1e9,
-        node_s=record.durations.total_ns / 1e9,
-        experts=len(record.experts),
-        rows=sum(len(s.tokens) for s in request.experts),
-    )
-    return Answer(computed.output, record, sample)
+    return Answer(computed.output, record)

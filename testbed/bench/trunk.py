@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from bs_coordinator.feeds import Feed
 from bs_coordinator.forecast import LayerForecast
-from bs_coordinator.model import DistributedMixtral, ExpertOutput, Feed
+from bs_coordinator.model import DistributedMixtral, ExpertOutput, Ready
 from bs_coordinator.selection import TopK
 from bs_coordinator.trunk import Trunk
 from testbed.bench.rows import Result, Row, Settings, Skipped, in_turns
@@ -36,8 +37,8 @@ class _InstantExperts:
         self._forecast = LayerForecast.even(0, experts)
         self._output = np.zeros((_PAST_TOKENS, hidden), np.float32)
 
-    def apply(self, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
-        return ExpertOutput(self._output[: len(hidden)])
+    def begin(self, layer: int, hidden: Array, gate: Array) -> Ready:
+        return Ready(ExpertOutput(self._output[: len(hidden)]))
 
     def forecast(self, layer: int) -> LayerForecast:
         return self._forecast

@@ -10,8 +10,9 @@ from pathlib import Path
 from torch import Tensor
 
 from bs_coordinator.brokers import mosquitto_path, open_broker
+from bs_coordinator.feeds import Feed
 from bs_coordinator.generate import Tokenizer
-from bs_coordinator.model import DistributedMixtral, Experts, Feed
+from bs_coordinator.model import DistributedMixtral, Experts
 from bs_coordinator.records import StepRecord
 from bs_coordinator.selection import Policy, TopK
 from bs_coordinator.station import ResidentConfig, Station, StationConfig, open_station

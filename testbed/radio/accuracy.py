@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.generate import Tokenizer
-from bs_coordinator.model import DistributedMixtral, ExpertOutput, Experts
+from bs_coordinator.model import DistributedMixtral, Experts, Pending
 from bs_coordinator.selection import Policy
 from bs_coordinator.trunk import Trunk
 from testbed.evaluation import ChoiceItem, choose, read_items
@@ -35,11 +35,11 @@ class SimulatedLinks:
         self.pairs = 0
         self.tokens = 0
 
-    def apply(self, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
-        """See `Experts.apply`."""
+    def begin(self, layer: int, hidden: Array, gate: Array) -> Pending:
+        """See `Experts.begin`."""
         self.pairs += int(np.count_nonzero(gate))
         self.tokens += len(gate)
-        return self._experts.apply(layer, hidden, gate)
+        return self._experts.begin(layer, hidden, gate)
 
     def forecast(self, layer: int) -> LayerForecast:
         """See `Experts.forecast`."""

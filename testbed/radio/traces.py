@@ -10,9 +10,10 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from bs_coordinator.feeds import Feed
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.generate import Tokenizer
-from bs_coordinator.model import DistributedMixtral, Feed
+from bs_coordinator.model import DistributedMixtral
 from bs_coordinator.selection import Policy, TopK
 from bs_coordinator.trunk import Trunk
 from testbed.evaluation import ChoiceItem, DomainText, read_items

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bs_coordinator.generate import Answer, Sequence, Tokenizer
-from bs_coordinator.model import DistributedMixtral, ExpertOutput
+from bs_coordinator.model import DistributedMixtral, Ready
 from bs_coordinator.sampling import SamplingConfig
 from bs_coordinator.scheduler import Scheduler
 from bs_coordinator.selection import TopK
@@ -24,10 +24,10 @@ class _Experts(LocalExperts):
 
     most_rows = 10**6
 
-    def apply(self, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
+    def begin(self, layer: int, hidden: Array, gate: Array) -> Ready:
         if len(hidden) > self.most_rows:
             raise DispatchError("as told")
-        return super().apply(layer, hidden, gate)
+        return super().begin(layer, hidden, gate)
 
 
 @pytest.fixture(scope="module")

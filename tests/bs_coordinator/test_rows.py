@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bs_coordinator.model import DistributedMixtral, Feed
+from bs_coordinator.feeds import Feed
+from bs_coordinator.model import DistributedMixtral
 from bs_coordinator.selection import TopK
 from bs_coordinator.trunk import Trunk
 from testbed.local_experts import LocalExperts

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from bs_coordinator.feeds import Feed
 from bs_coordinator.forecast import LayerForecast
-from bs_coordinator.model import DistributedMixtral, ExpertOutput, Feed
+from bs_coordinator.model import DistributedMixtral, ExpertOutput, Ready
 from bs_coordinator.selection import TopK
 from bs_coordinator.trunk import Trunk, TrunkDtype
 from wire.errors import BundleError, DispatchError
@@ -26,13 +27,13 @@ class ReferenceExperts:
         self._layers = [layer.mlp.experts.float().cpu() for layer in model.model.layers]
         self.fail_at: int | None = None
 
-    def apply(self, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
+    def begin(self, layer: int, hidden: Array, gate: Array) -> Ready:
         if layer == self.fail_at:
             raise DispatchError("as told")
         index = torch.arange(gate.shape[1]).expand(gate.shape)
         with torch.inference_mode():
             output = self._layers[layer](torch.from_numpy(hidden), index, torch.from_numpy(gate))
-        return ExpertOutput(output.numpy())
+        return Ready(ExpertOutput(output.numpy()))
 
     def forecast(self, layer: int) -> LayerForecast:
         return LayerForecast.even(layer, len(self._layers[layer].gate_up_proj))

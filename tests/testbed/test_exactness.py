@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bs_coordinator.brokers import open_broker
-from bs_coordinator.model import Feed
+from bs_coordinator.feeds import Feed
 from bs_coordinator.sampling import SamplingConfig
 from bs_coordinator.station import Station, StationConfig, open_station
 from testbed.demo_assets import demo_bundle, demo_model
