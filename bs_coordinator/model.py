@@ -172,6 +172,8 @@ class DistributedMixtral:
             if not self.degrade:
                 raise
             wave.pending = Ready(self._ask_others(layer, wave))
+        # Nodes compute by now: what is only for the record costs nothing here.
+        tally.asked(wave.choice)
         tally.trunk_ns += attended_ns - began_ns
         tally.dispatch_ns += time.perf_counter_ns() - attended_ns
 
@@ -188,7 +190,8 @@ class DistributedMixtral:
         wave.pending = None
         wave.passage.add(combined.output)
         tally.dispatch_ns += time.perf_counter_ns() - began_ns
-        tally.answered(wave, combined)
+        tally.dispatches += combined.dispatches
+        tally.degraded += wave.tokens_of_step(wave.choice.degraded)
 
     def _passage(self, feeds: Sequence[Feed]) -> "_Passage":
         """Neighbours with few tokens together, where this trunk runs them so; in the order of the feeds."""
@@ -253,12 +256,9 @@ class _LayerTally:
         self.dispatches: list[DispatchRecord] = []
         self.degraded: list[int] = []
 
-    def answered(self, wave: _Wave, combined: ExpertOutput) -> None:
-        gate, forecast, degraded = wave.choice
-        self.pairs += int(np.count_nonzero(gate))
-        self.predicted_s = max(self.predicted_s, predicted_s(gate > 0, forecast))
-        self.dispatches += combined.dispatches
-        self.degraded += wave.tokens_of_step(degraded)
+    def asked(self, choice: "_Choice") -> None:
+        self.pairs += int(np.count_nonzero(choice.gate))
+        self.predicted_s = max(self.predicted_s, predicted_s(choice.gate > 0, choice.forecast))
 
     def record(self, layer: int) -> LayerRecord:
         return LayerRecord(

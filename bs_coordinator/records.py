@@ -44,8 +44,9 @@ class LayerRecord:
     """One layer of one step.
 
     Attributes:
-        trunk_ns: attention, norms, gate and selection.
-        dispatch_ns: from the chosen experts to their combined output.
+        trunk_ns: attention, norms, gate and selection, of all pieces of the step.
+        dispatch_ns: from the chosen experts to their combined output; of what was under way while the trunk worked on
+            another piece of the step, only what the trunk then still waited.
         pairs: (token, expert) pairs that the policy asked for.
         predicted_ns: what the layer's forecast gave for the slowest node.
         degraded: tokens of the step whose experts were lost, so that others were asked.
@@ -96,11 +97,16 @@ class StepRecord:
 
     def split_ns(self) -> "TimeSplit":
         """Where the step's time went along the critical path; the parts add up to `total_ns`."""
-        critical = [c for layer in self.layers if (c := layer.critical)]
         trunk = self.head_ns + sum(layer.trunk_ns for layer in self.layers)
-        network = sum(c.network_ns for c in critical)
-        compute = sum(c.durations.compute_ns for c in critical)
-        wait = sum(c.durations.queue_ns + c.durations.load_ns for c in critical)
+        network = compute = wait = 0
+        for layer in self.layers:
+            if (slowest := layer.critical) is not None:
+                # Of a round trip that another piece's trunk has hidden in part, the rest counts.
+                share = min(1.0, layer.dispatch_ns / max(1, slowest.round_trip_ns))
+                durations = slowest.durations
+                network += int(share * slowest.network_ns)
+                compute += int(share * durations.compute_ns)
+                wait += int(share * (durations.queue_ns + durations.load_ns))
         return TimeSplit(trunk, network, compute, wait, self.total_ns - trunk - network - compute - wait)
 
 

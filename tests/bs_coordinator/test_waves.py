@@ -1,0 +1,168 @@
+"""Long feeds in pieces, several under way: every token once, in order, and bitwise what piece after piece gives."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.cache_utils import DynamicCache
+
+from bs_coordinator.feeds import Feed, cut_feeds
+from bs_coordinator.forecast import LayerForecast
+from bs_coordinator.model import DistributedMixtral, ExpertOutput
+from bs_coordinator.selection import TopK
+from bs_coordinator.trunk import Trunk
+from testbed.local_experts import LocalExperts
+from wire.errors import DispatchError, ExpertsLostError
+from wire.manifest import Scheme
+from wire.tensors import Array, WireDtype
+
+CACHE = DynamicCache()
+feeds_of_a_step = st.lists(
+    st.builds(
+        Feed,
+        st.lists(st.integers(0, 9), min_size=1, max_size=40),
+        st.just(CACHE),
+        rows=st.none() | st.just([0]),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(feeds_of_a_step, st.integers(1, 12), st.booleans())
+def test_pieces_hold_every_token_once_and_in_order(feeds: list[Feed], most: int, all_logits: bool) -> None:
+    waves = cut_feeds(feeds, most_tokens=most, all_logits=all_logits)
+    step = [id for feed in feeds for id in feed.ids]
+    for number, feed in enumerate(feeds):
+        pieces = [piece for wave in waves for piece in wave if piece.number == number]
+        assert [id for piece in pieces for id in piece.feed.ids] == feed.ids
+        assert [wave.index(piece) for wave, piece in zip(waves, pieces, strict=False)]  # one per wave, from the first
+        if len(pieces) > 1:
+            sizes = [len(piece.feed.ids) for piece in pieces]
+            assert max(sizes) <= most
+            assert max(sizes) - min(sizes) <= 1
+            assert [piece.feed.rows for piece in pieces] == [[]] * (len(pieces) - 1) + [None]
+        for piece in pieces:
+            end = piece.first_token + len(piece.feed.ids)
+            assert step[piece.first_token : end] == piece.feed.ids
+    assert all(wave for wave in waves)
+
+
+class _Pending:
+    def __init__(self, experts: "_LateExperts", layer: int, work: tuple[Array, Array]) -> None:
+        self._experts = experts
+        self.layer = layer
+        self._work = work
+        self.cancelled = False
+
+    def result(self) -> ExpertOutput:
+        if self.layer == self._experts.fail_at:
+            raise self._experts.failure
+        self._experts.under_way.remove(self)
+        return self._experts.local.begin(self.layer, *self._work).result()
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class _LateExperts:
+    """Compute when they are waited for; count how many are under way."""
+
+    def __init__(self, bundle: Path) -> None:
+        self.local = LocalExperts(bundle, threads=1, wire=WireDtype.FP16)
+        self.under_way: list[_Pending] = []
+        self.most = 0
+        self.fail_at = -1
+        self.failure: Exception = DispatchError("as told")
+
+    def begin(self, layer: int, hidden: Array, gate: Array) -> _Pending:
+        pending = _Pending(self, layer, (hidden.copy(), gate.copy()))
+        self.under_way.append(pending)
+        self.most = max(self.most, len(self.under_way))
+        return pending
+
+    def forecast(self, layer: int) -> LayerForecast:
+        return self.local.forecast(layer)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Callable[[Scheme], Path]) -> Path:
+    return tiny_bundle("int4")
+
+
+IDS = [int(i) for i in np.random.default_rng(0).integers(100, 40000, 103)]
+
+
+def test_pieces_under_way_together_give_bitwise_what_they_give_one_by_one(bundle: Path) -> None:
+    trunk, experts = Trunk(bundle / "trunk"), _LateExperts(bundle)
+    model = DistributedMixtral(trunk, experts, TopK(2))
+    model.piece_tokens = 1000
+    one_by_one = trunk.new_cache()
+    logits = []
+    for start, end in ((0, 25), (25, 51), (51, 77), (77, 103)):
+        (some,), _ = model.step([Feed(IDS[start:end], one_by_one)], all_logits=True)
+        logits.append(some)
+    assert experts.most == 1
+    model.piece_tokens = 26
+    together = trunk.new_cache()
+    (whole,), record = model.step([Feed(IDS, together)], all_logits=True)
+    assert experts.most == 4
+    assert torch.equal(whole, torch.cat(logits))
+    for kept, other in zip(together.layers, one_by_one.layers, strict=True):
+        assert torch.equal(kept.keys, other.keys)
+        assert torch.equal(kept.values, other.values)
+    assert (record.tokens, [layer.pairs for layer in record.layers]) == (103, [206, 206])
+    # The last token's alone, beside another sequence in the first piece.
+    (last, beside), _ = model.step([Feed(IDS, trunk.new_cache()), Feed([5], trunk.new_cache())])
+    trunk.truncate(one_by_one, 77)
+    (expected,), _ = model.step([Feed(IDS[77:], one_by_one)])
+    (alone,), _ = model.step([Feed([5], trunk.new_cache())])
+    assert torch.equal(last, expected)
+    assert torch.equal(beside, alone)
+
+
+def test_a_failure_cancels_what_is_under_way_and_leaves_the_cache_as_it_was(bundle: Path) -> None:
+    trunk, experts = Trunk(bundle / "trunk"), _LateExperts(bundle)
+    model = DistributedMixtral(trunk, experts, TopK(2))
+    model.piece_tokens = 26
+    cache = trunk.new_cache()
+    model.step([Feed(IDS[:7], cache)])
+    experts.fail_at = 1
+    with pytest.raises(DispatchError, match="as told"):
+        model.step([Feed(IDS, cache)])
+    assert experts.under_way
+    assert all(pending.cancelled for pending in experts.under_way)
+    assert [layer.get_seq_length() for layer in cache.layers] == [7, 7]
+
+
+def test_lost_experts_are_named_by_the_step_s_own_tokens(bundle: Path) -> None:
+    class Losing(_LateExperts):
+        """The second of two pieces loses an expert on its way."""
+
+        def begin(self, layer: int, hidden: Array, gate: Array) -> _Pending:
+            pending = super().begin(layer, hidden, gate)
+            if layer == 0 and len(self.under_way) == 2 and not self.local.lost:
+                self.fail_at, self.failure = 0, ExpertsLostError("as told")
+            return pending
+
+        def forecast(self, layer: int) -> LayerForecast:
+            if self.fail_at == 0:
+                self.local.lost, self.fail_at = frozenset({3}), -1
+            return super().forecast(layer)
+
+    trunk = Trunk(bundle / "trunk")
+    experts = Losing(bundle)
+    model = DistributedMixtral(trunk, experts, TopK(2), degrade=True)
+    model.piece_tokens = 52
+    _, record = model.step([Feed(IDS, trunk.new_cache())])
+    whole = DistributedMixtral(trunk, LocalExperts(bundle, threads=1, wire=WireDtype.FP16), TopK(2), degrade=True)
+    assert isinstance(whole._experts, LocalExperts)
+    whole._experts.lost = frozenset({3})
+    whole.piece_tokens = 52
+    _, expected = whole.step([Feed(IDS, trunk.new_cache())])
+    assert record.degraded
+    assert set(record.layers[0].degraded) == set(expected.layers[0].degraded)
