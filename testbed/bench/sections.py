@@ -4,5 +4,6 @@ SECTIONS: dict[str, str] = {
     "transport": "testbed.bench.transport",
     "experts": "testbed.bench.experts",
     "trunk": "testbed.bench.trunk",
+    "decode": "testbed.bench.decode",
 }
 """Module by name. Imported only when its turn comes: some need torch, or Linux as root."""

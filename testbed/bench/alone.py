@@ -1,0 +1,78 @@
+"""The parts of a decode step, each measured with nothing beside it: trunk, head, experts."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bs_coordinator.trunk import Trunk
+from edge_node.runtime import ExpertRuntime
+from testbed.bench.floor import Alone
+from wire.experts import ExpertId
+from wire.manifest import load_manifest, probe_input
+
+_ROUNDS = 12
+
+
+class Parts:
+    """The parts in this process; `measure` between the blocks that they are compared with."""
+
+    def __init__(self, bundle: Path, trunk: Trunk, *, past_tokens: int) -> None:
+        manifest = load_manifest(bundle)
+        self._trunk = trunk
+        self._cache = trunk.new_cache()
+        self._past = past_tokens
+        # All experts of a column, so that each is out of the caches when its turn comes, as in decoding.
+        ids = [entry.id for entry in manifest.experts if entry.expert == 0]
+        self._runtime = ExpertRuntime(bundle, manifest, ids, threads=1)
+        self._x = probe_input(manifest.dims.hidden)
+        self._output = torch.zeros(1, manifest.dims.hidden)
+        self.trunk_ms: list[float] = []
+        self.head_ms: list[float] = []
+        self.expert_ms: list[float] = []
+
+    def measure(self) -> None:
+        """A few rounds of each."""
+        with torch.inference_mode():
+            if not self._cache.get_seq_length():
+                self._prefill()
+            for _ in range(_ROUNDS):
+                self._token()
+        ids = self._runtime.ids
+        for _ in range(_ROUNDS):
+            began = time.perf_counter_ns()
+            for id in ids:
+                self._expert(id)
+            self.expert_ms.append((time.perf_counter_ns() - began) / 1e6 / len(ids))
+
+    def alone(self) -> Alone:
+        """Medians of all rounds so far."""
+        expert_ms = statistics.median(self.expert_ms)
+        compute: Callable[[int], float] = lambda experts: experts * expert_ms  # noqa: E731
+        return Alone(statistics.median(self.trunk_ms), statistics.median(self.head_ms), compute)
+
+    def _prefill(self) -> None:
+        hidden, context = self._trunk.embed(torch.arange(self._past), self._cache)
+        for layer in range(self._trunk.layers):
+            hidden, _, _ = self._trunk.attend(layer, hidden, context)
+
+    def _token(self) -> None:
+        began = time.perf_counter_ns()
+        rows = self._trunk.rows([[7]], [self._cache])
+        assert rows is not None  # noqa: S101 - the bench runs on a CPU
+        embedded = time.perf_counter_ns()
+        for layer in range(self._trunk.layers):
+            rows.attend(layer)
+            rows.add(self._output)
+        attended = time.perf_counter_ns()
+        rows.head([0])
+        end = time.perf_counter_ns()
+        self.trunk_ms.append((attended - embedded) / 1e6)
+        self.head_ms.append((embedded - began + end - attended) / 1e6)
+        self._trunk.truncate(self._cache, self._past)
+
+    def _expert(self, id: ExpertId) -> None:
+        np.multiply(self._runtime.run(id, self._x), np.float32(0.5))
