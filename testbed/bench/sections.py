@@ -5,5 +5,7 @@ SECTIONS: dict[str, str] = {
     "experts": "testbed.bench.experts",
     "trunk": "testbed.bench.trunk",
     "decode": "testbed.bench.decode",
+    "prefill": "testbed.bench.prefill",
+    "scaling": "testbed.bench.scaling",
 }
 """Module by name. Imported only when its turn comes: some need torch, or Linux as root."""

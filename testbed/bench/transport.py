@@ -1,16 +1,21 @@
 """One message there and back: our frames over MQTT against the same bytes over plain TCP."""
 
 import multiprocessing
+import os
+import select
 import socket
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 
 import numpy as np
 
 from bs_coordinator.brokers import LOOPBACK, open_broker
-from testbed.bench.rows import Row, Settings, in_turns
+from testbed.bench.rows import Result, Row, Settings, Skipped, in_turns
+from testbed.bench.system import why_not
 from wire import frames
 from wire.broker_url import BrokerAddress
+from wire.files import atomic_write
 from wire.frames import ExpertSlice, NodeDurations, RequestId, ResultFrame, WorkFrame
 from wire.mqtt import MqttTransport
 from wire.tensors import Array, WireDtype
@@ -20,11 +25,48 @@ HIDDEN = 4096
 _THERE, _BACK = "wdmoe/v1/bench/nodes/node/work", "wdmoe/v1/bench/results/node"
 
 
-def measure(settings: Settings) -> Iterator[Row]:
-    """1, 8 and 512 KiB on loopback."""
+SIZES = ((1, 512), (1, HIDDEN), (8, HIDDEN), (64, HIDDEN), (512, HIDDEN))
+"""Tokens and hidden size: 1 KiB to 4 MiB."""
+LINK_MBPS, LINK_RTT_MS = 50, 2
+_LOOPBACK_MS = 0.3
+_LINK_RATIO, _LARGE_LINK_RATIO = 1.12, 1.1
+_NODE = "node"
+
+
+def measure(settings: Settings) -> Iterator[Result]:
+    """1 KiB to 4 MiB on loopback and on an emulated link."""
     with open_broker(settings.broker) as address, echoes(address, LOOPBACK) as (transport, plain):
-        for tokens, hidden in ((1, 512), (1, HIDDEN), (64, HIDDEN)):
+        for tokens, hidden in SIZES:
             yield compare(settings, f"loopback, {settings.broker}", transport, plain, tokens, hidden)
+    if why := why_not():
+        yield Skipped("round trips on an emulated link", why)
+        return
+    with link(settings) as (transport, plain):
+        for tokens, hidden in SIZES:
+            target = _LINK_RATIO if tokens == 1 else _LARGE_LINK_RATIO
+            where = f"{LINK_MBPS} Mbit/s, {LINK_RTT_MS} ms"
+            yield compare(settings, where, transport, plain, tokens, hidden, target)
+
+
+@contextmanager
+def link(settings: Settings) -> Iterator[tuple[MqttTransport, socket.socket]]:
+    """The two ways over an emulated link; this thread is on its base station meanwhile."""
+    from testbed.network import namespaces
+    from testbed.network.daemon import BASE_STATION
+    from testbed.network.emulated import emulated
+
+    spec = settings.folder / "link.yaml"
+    rates = f"down_mbps: {LINK_MBPS}, up_mbps: {LINK_MBPS}, delay_ms: {LINK_RTT_MS / 2:g}"
+    text = f"name: link{os.getpid()}\nnodes: [{_NODE}]\nprofiles: {{link: {{default: {{{rates}}}}}}}\n"
+    with atomic_write(spec) as file:
+        file.write(text.encode())
+    with (
+        emulated(spec) as network,
+        namespaces.inside(namespaces.namespace(network.spec.name, BASE_STATION)),
+        open_broker("mosquitto", host=network.bs_address) as address,
+        echoes(address, network.bs_address, namespaces.namespace(network.spec.name, _NODE)) as ways,
+    ):
+        yield ways
 
 
 def compare(
@@ -40,8 +82,10 @@ def compare(
     x = np.random.default_rng(0).standard_normal((tokens, hidden), np.float32)
     most = frames.max_tokens(hidden, WireDtype.FP16)
     parts = [x[i : i + most] for i in range(0, tokens, most)]
-    bytes_ = [sum(map(len, map(_work, parts))), sum(len(_result(part)) for part in parts)]
-    there = bytes_[0].to_bytes(4, "little") + bytes_[1].to_bytes(4, "little") + bytes(bytes_[0])
+    pairs = [(len(_work(part)), len(_result(part))) for part in parts]
+    # In the same pieces, each answered as soon as it is there.
+    there = [up.to_bytes(4, "little") + down.to_bytes(4, "little") + bytes(up) for up, down in pairs]
+    back_bytes = sum(down for _, down in pairs)
 
     def over_mqtt() -> None:
         for part in parts:
@@ -52,14 +96,15 @@ def compare(
             frames.decode(message.payload)
 
     def over_tcp() -> None:
-        plain.sendall(there)
-        read_exactly(plain, bytes_[1])
+        exchange(plain, there, back_bytes)
 
-    slow = len(there) > 1 << 20
+    slow = back_bytes > 1 << 20
     ours, floor = in_turns(over_mqtt, over_tcp, settings.samples // (10 if slow else 1), warm_up=5 if slow else 20)
     size = tokens * hidden * 2
     text = f"{size >> 10} KiB" if size < 1 << 20 else f"{size >> 20} MiB"
-    parameters = {"where": where, "tokens": tokens, "hidden": hidden, "frames": len(parts), "bytes": bytes_}
+    parameters = {"where": where, "tokens": tokens, "hidden": hidden, "frames": len(parts), "bytes": pairs}
+    if where.startswith("loopback") and (tokens, hidden) == (1, HIDDEN):
+        parameters["wanted_ms"] = _LOOPBACK_MS
     return Row(f"round trip {text}, {where}", "same bytes, plain TCP", ours, floor, target, parameters)
 
 
@@ -138,6 +183,24 @@ def _in_namespace(name: str | None) -> AbstractContextManager[None]:
     from testbed.network import namespaces
 
     return namespaces.inside(name)
+
+
+def exchange(plain: socket.socket, pieces: Sequence[bytes], back_bytes: int) -> None:
+    """Send pieces and receive so many bytes at the same time: neither way waits for the other."""
+    waiting = deque([memoryview(piece) for piece in pieces])
+    scrap = bytearray(1 << 18)
+    while waiting or back_bytes:
+        ready, free, _ = select.select([plain], [plain] if waiting else [], [], 60.0)
+        if free:
+            sent = plain.send(waiting[0], socket.MSG_DONTWAIT)
+            waiting[0] = waiting[0][sent:]
+            if not waiting[0]:
+                waiting.popleft()
+        if ready:
+            got = plain.recv_into(scrap, min(len(scrap), back_bytes))
+            back_bytes -= got
+        if not ready and not free:
+            raise TimeoutError("the other side of the benchmark has stopped")
 
 
 def read_exactly(plain: socket.socket, size: int) -> bytes:
