@@ -136,9 +136,10 @@ def _open_taps(spec: NetworkSpec) -> list[int]:
 
 
 def _come_first() -> None:
-    """Ask not to wait for a core behind what is measured; where that is not allowed, it goes without."""
+    """Ask not to wait for a core behind what is measured, even if that was started with real-time priority itself
+    (`chrt`); where asking is not allowed, it goes without."""
     with suppress(PermissionError):
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(os.sched_getparam(0).sched_priority + 1))
     # Nothing below makes cycles; a collection would only hold up frames.
     gc.collect()
     gc.freeze()
