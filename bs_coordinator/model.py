@@ -161,10 +161,8 @@ class DistributedMixtral:
     def _begin(self, layer: int, wave: "_Wave", tally: "_LayerTally") -> None:
         """A wave through a layer's trunk, and its experts asked."""
         began_ns = time.perf_counter_ns()
-        # A GPU is at this layer already. What does not need its result is done before waiting for it.
-        forecast = self._experts.forecast(layer)
         wave.x, wave.probabilities = wave.passage.attend(layer)
-        wave.choice = self._choose(wave.probabilities, forecast)
+        wave.choice = self._choose(wave.probabilities, wave.forecast or self._experts.forecast(layer))
         attended_ns = time.perf_counter_ns()
         try:
             wave.pending = self._experts.begin(layer, wave.x, wave.choice.gate)
@@ -172,8 +170,9 @@ class DistributedMixtral:
             if not self.degrade:
                 raise
             wave.pending = Ready(self._ask_others(layer, wave))
-        # Nodes compute by now: what is only for the record costs nothing here.
+        # Nodes compute by now: what is only for the record, or for the next layer, costs nothing here.
         tally.asked(wave.choice)
+        wave.forecast = self._experts.forecast(layer + 1) if layer + 1 < self.trunk.layers else None
         tally.trunk_ns += attended_ns - began_ns
         tally.dispatch_ns += time.perf_counter_ns() - attended_ns
 
@@ -230,6 +229,7 @@ class _Wave:
         pieces: of the step's feeds.
         x, probabilities, choice: what its experts were last asked, and why.
         pending: those that have not answered.
+        forecast: of the next layer, if it was made already.
     """
 
     passage: "_Passage"
@@ -240,6 +240,7 @@ class _Wave:
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self.pieces = pieces
         self.pending: Pending | None = None
+        self.forecast: LayerForecast | None = None
 
     def tokens_of_step(self, rows: Sequence[int]) -> Iterator[int]:
         """Where some of its rows are among all tokens of the step."""
