@@ -9,7 +9,7 @@ import numpy as np
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.generate import Sequence as TokenSequence
 from bs_coordinator.generate import Tokenizer
-from bs_coordinator.model import DistributedMixtral, ExpertOutput, Experts
+from bs_coordinator.model import DistributedMixtral, Experts, Ready
 from bs_coordinator.sampling import SamplingConfig
 from bs_coordinator.selection import TopK
 from bs_coordinator.trunk import Trunk
@@ -55,7 +55,7 @@ def ask(experts: Experts, id: ExpertId, hidden: Array, count: int) -> Array:
     """
     gate = np.zeros((len(hidden), count), np.float32)
     gate[:, id.expert] = 1.0
-    return experts.apply(id.layer, hidden, gate).output
+    return experts.begin(id.layer, hidden, gate).result().output
 
 
 class _Listener:
@@ -65,9 +65,9 @@ class _Listener:
         self.hidden: list[Array] = []
         self._experts = experts
 
-    def apply(self, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
+    def begin(self, layer: int, hidden: Array, gate: Array) -> Ready:
         self.hidden.append(hidden.copy())
-        return self._experts.apply(layer, hidden, gate)
+        return self._experts.begin(layer, hidden, gate)
 
     def forecast(self, layer: int) -> LayerForecast:
         return self._experts.forecast(layer)

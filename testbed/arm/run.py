@@ -18,7 +18,7 @@ from rich.console import Console
 from bs_coordinator.dispatch import Dispatcher
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.generate import Sequence as TokenSequence
-from bs_coordinator.model import DistributedMixtral, ExpertOutput
+from bs_coordinator.model import DistributedMixtral, Ready
 from bs_coordinator.readiness import prove_nodes
 from bs_coordinator.sampling import SamplingConfig
 from bs_coordinator.selection import TopK
@@ -140,8 +140,8 @@ class _OneNode:
         self._dispatcher = dispatcher
         self._node = node
 
-    def apply(self, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
-        return self._dispatcher.ask(self._node, layer, hidden, gate)
+    def begin(self, layer: int, hidden: Array, gate: Array) -> Ready:
+        return Ready(self._dispatcher.ask(self._node, layer, hidden, gate))
 
     def forecast(self, layer: int) -> LayerForecast:
         return self._dispatcher.forecast(layer)
