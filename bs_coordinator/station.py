@@ -4,7 +4,7 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -144,13 +144,13 @@ def open_station(
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise BundleError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
     cluster_key = read_cluster_key(config.cluster_key, config.cluster) if config.cluster_key else None
-    # The broker first: a wrong address should not cost the time that a trunk takes to load.
     client_id = f"wdmoe-bs-{secrets.token_hex(4)}"
-    with ExitStack() as stack:
-        transport = MqttTransport(address, client_id)
-        stack.callback(transport.close)
-        topics = Topics(config.cluster)
+    topics = Topics(config.cluster)
+    # The broker first: a wrong address should not cost the time that a trunk takes to load. By a connection of its
+    # own: nobody keeps one alive while a slow machine loads.
+    with closing(MqttTransport(address, client_id)) as transport:
         broker_ms = measure_broker(transport, topics.echo(client_id))
+    with ExitStack() as stack:
         folder = config.bundle / "trunk"
         trunk = Trunk(folder, device=config.device, dtype=config.dtype)
         tokenizer = Tokenizer(folder, fallback_eos=trunk.eos_id)
@@ -162,7 +162,7 @@ def open_station(
         links = LinkMonitor(shared_air=config.shared_air, log=sample_log)
         here = stack.enter_context(_residents(config, manifest, links)) if config.resident else None
         dispatcher = Dispatcher(
-            transport,
+            MqttTransport(address, client_id),
             topics,
             Fleet(manifest.dims, manifest.model_sha256),
             dtype=config.wire,

@@ -7,5 +7,7 @@ SECTIONS: dict[str, str] = {
     "decode": "testbed.bench.decode",
     "prefill": "testbed.bench.prefill",
     "scaling": "testbed.bench.scaling",
+    "speculation": "testbed.bench.speculation",
+    "batching": "testbed.bench.batching",
 }
 """Module by name. Imported only when its turn comes: some need torch, or Linux as root."""

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from bs_coordinator.brokers import mosquitto_path, open_broker
+from bs_coordinator.speculation import DraftMode
 from bs_coordinator.station import Station, StationConfig, open_station
 from testbed.bench.rows import Settings
 from testbed.local_fleet import local_fleet
@@ -55,8 +56,9 @@ def why_not() -> str:
 
 @contextmanager
 def running(
-    settings: Settings, bundle: Path, *, nodes: Mapping[str, str], rtts_ms: Sequence[float]
-) -> Iterator[System]:
+    settings: Settings, bundle: Path, *, nodes: Mapping[str, str], rtts_ms: Sequence[float],
+    draft: DraftMode = "none", draft_model: Path | None = None,
+) -> Iterator[System]:  # fmt: skip
     """Dedicated links of `DEDICATED_MBPS` each way; this thread is on the base station meanwhile.
 
     The trunk has one thread: others of its pool would spin on the cores that nodes and network need here.
@@ -64,6 +66,7 @@ def running(
     Args:
         nodes: experts by node.
         rtts_ms: there is a profile `rtt<ms>` for each.
+        draft, draft_model: as in `StationConfig`.
     """
     from testbed.network import namespaces
     from testbed.network.daemon import BASE_STATION
@@ -79,7 +82,7 @@ def running(
         local_fleet(
             bundle, address, settings.folder / "nodes", nodes, prefixes={node: network.prefix(node) for node in nodes}
         ) as fleet,
-        open_station(StationConfig(bundle=bundle), address) as station,
+        open_station(StationConfig(bundle=bundle, draft=draft, draft_model=draft_model), address) as station,
     ):
         brokers = [p.pid for p in psutil.Process().children(recursive=True) if p.name() == "mosquitto"]
         processes = {

@@ -1,0 +1,86 @@
+"""Several sequences per step against one alone, over an emulated network: 8 nodes, 5 ms round trips."""
+
+import itertools
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+
+from bs_coordinator.generate import Answer, Sequence
+from bs_coordinator.records import StepRecord
+from bs_coordinator.sampling import SamplingConfig
+from bs_coordinator.scheduler import Scheduler
+from bs_coordinator.station import Station
+from testbed.bench.chat_prompts import CHAT_PROMPTS
+from testbed.bench.rows import Result, Row, Settings, Skipped
+from testbed.bench.speculation import RTT_MS, open_site
+from testbed.bench.system import why_not
+
+_COUNTS = (1, 2, 4, 8, 16)
+_STEPS = 12
+_ROUNDS = 3
+
+
+def measure(settings: Settings) -> Iterator[Result]:
+    """A row per number of sequences; a sample is one step's time per token."""
+    if why := why_not():
+        yield Skipped(f"concurrent sequences, {RTT_MS:g} ms", why)
+        return
+    with open_site(settings) as station:
+        batches = [_Batch(station, count) for count in _COUNTS]
+        for _ in range(_ROUNDS):
+            for batch in batches:
+                batch.run()
+        alone = batches[0]
+        for batch in batches:
+            count = batch.count
+            parameters = {"sequences": count, "rtt_ms": RTT_MS, "steps": _STEPS, "rounds": _ROUNDS}
+            parameters["tokens_per_s"] = 1e3 / statistics.median(batch.token_ms)
+            yield Row(
+                f"{count} concurrent sequences, ms per token, {RTT_MS:g} ms", "one sequence", batch.token_ms,
+                alone.token_ms, 0.25 if count == 8 else None, parameters, batch.parts(),
+            )  # fmt: skip
+
+
+class _Batch:
+    """So many answers at a time; where one ends, the next begins.
+
+    Attributes:
+        token_ms: of each step in which all of them got a token, divided by their number.
+    """
+
+    def __init__(self, station: Station, count: int) -> None:
+        self.count = count
+        self.token_ms: list[float] = []
+        self._station = station
+        self._steps: list[StepRecord] = []
+        self._scheduler = Scheduler(station.model, max_live=count)
+        self._prompts = itertools.cycle(CHAT_PROMPTS)
+        self._answers = [self._next() for _ in range(count)]
+
+    def run(self) -> None:
+        """Some steps with all answers decoding, and those in between that read the prompts of new ones."""
+        for _ in range(_STEPS):
+            self._answers = [self._next() if answer.done else answer for answer in self._answers]
+            while not all(answer.decoding for answer in self._answers):
+                self._scheduler.step()
+                self._answers = [self._next() if answer.done else answer for answer in self._answers]
+            began = time.perf_counter_ns()
+            progress = self._scheduler.step()
+            self.token_ms.append((time.perf_counter_ns() - began) / 1e6 / self.count)
+            self._steps += progress[0].events[0].steps
+
+    def _next(self) -> Answer:
+        ids = self._station.tokenizer.encode_chat([{"role": "user", "content": next(self._prompts)}])
+        answer = Sequence(self._station.model, self._station.tokenizer).answer(ids, SamplingConfig())
+        self._scheduler.add(answer)
+        return answer
+
+    def parts(self) -> dict[str, float]:
+        """Medians of where a step's time goes, not divided by the tokens."""
+        parts: dict[str, list[float]] = defaultdict(list)
+        for step in self._steps:
+            split = step.split_ns()
+            for part in ("trunk", "network", "compute", "wait", "framing"):
+                parts[part].append(getattr(split, part) / 1e6)
+        return {part: statistics.median(values) for part, values in parts.items()}

@@ -1,0 +1,146 @@
+"""Chat answers with drafts against the same answers without, over an emulated network: 8 nodes, 5 ms round trips.
+
+Answers take seconds each: they are appended to `answers.jsonl` as they come, and a run that was interrupted goes on
+where it stopped.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from bs_coordinator.generate import Sequence
+from bs_coordinator.sampling import SamplingConfig
+from bs_coordinator.speculation import DraftMode, Speculation
+from bs_coordinator.station import Station
+from bs_coordinator.stats import summarise
+from testbed.bench.chat_prompts import CHAT_PROMPTS
+from testbed.bench.rows import Result, Row, Settings, Skipped
+from testbed.bench.system import running, why_not
+from testbed.demo_assets import demo_bundle, demo_draft
+
+RTT_MS = 5.0
+NODES = {f"node{k}": f"L*:E{k}" for k in range(8)}
+_ARMS: tuple[DraftMode, ...] = ("none", "auto")
+_MAX_TOKENS = 40
+_WARM_UP_TOKENS = 8
+
+
+class _Answer(Struct, frozen=True, kw_only=True):
+    """One answer.
+
+    Attributes:
+        prompt: its number in `CHAT_PROMPTS`.
+        token_ms: per token after the first, by the wall clock.
+        wall_s: of the whole answer, the prompt included.
+        draft_ms: per token, making the guesses.
+    """
+
+    arm: DraftMode
+    prompt: int
+    ids: list[int]
+    token_ms: float
+    wall_s: float
+    first_token_ms: float
+    steps: int
+    drafted: int
+    accepted: int
+    draft_ms: float
+
+
+def measure(settings: Settings) -> Iterator[Result]:
+    """A row per kind of draft; each prompt is answered by all of them and plainly, who is first changes."""
+    name = f"chat answers with drafts, {RTT_MS:g} ms"
+    if why := why_not():
+        yield Skipped(name, why)
+        return
+    log = settings.folder / "answers.jsonl"
+    done = _read(log)
+    with open_site(settings) as station, log.open("ab", buffering=0) as file:
+        shared = {arm: station.speculation.anew(arm) for arm in _ARMS}
+        for arm in _ARMS:
+            _answer(station, -1, "Say hello.", shared[arm], _WARM_UP_TOKENS)
+        for number, prompt in enumerate(CHAT_PROMPTS[: settings.samples]):
+            turn = number % len(_ARMS)
+            for arm in _ARMS[turn:] + _ARMS[:turn]:
+                if (number, arm) not in done:
+                    answer = done[number, arm] = _answer(station, number, prompt, shared[arm], _MAX_TOKENS)
+                    file.write(msgspec.json.encode(answer) + b"\n")
+            settings.console.print(_line(prompt, [done[number, arm] for arm in _ARMS]), style="dim", highlight=False)
+    for arm in _ARMS[1:]:
+        yield _row(f"{name}, {arm}", [(done[n, arm], done[n, "none"]) for n, a in sorted(done) if a == arm])
+
+
+def _read(log: Path) -> dict[tuple[int, DraftMode], _Answer]:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    lines = log.read_bytes().splitlines() if log.exists() else []
+    answers = [msgspec.json.decode(line, type=_Answer) for line in lines]
+    return {(answer.prompt, answer.arm): answer for answer in answers}
+
+
+@contextmanager
+def open_site(settings: Settings) -> Iterator[Station]:
+    """Eight nodes with an expert of every layer each, on links of their own."""
+    bundle, draft = demo_bundle("int4", console=settings.console), demo_draft(console=settings.console)
+    with running(settings, bundle, nodes=NODES, rtts_ms=[RTT_MS], draft="auto", draft_model=draft) as system:
+        system.station.dispatcher.measure_links(1.0)
+        yield system.station
+
+
+def _answer(station: Station, number: int, prompt: str, speculation: Speculation, max_tokens: int) -> _Answer:
+    ids = station.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    sequence = Sequence(station.model, station.tokenizer, speculation=speculation)
+    began = time.perf_counter()
+    first_s = 0.0
+    events = []
+    for event in sequence.generate(ids, SamplingConfig(max_tokens=max_tokens)):
+        first_s = first_s or time.perf_counter() - began
+        events.append(event)
+    wall_s = time.perf_counter() - began
+    stats = summarise(events)
+    return _Answer(
+        arm=speculation.mode,
+        prompt=number,
+        ids=[event.id for event in events],
+        token_ms=1e3 * (wall_s - first_s) / max(1, len(events) - 1),
+        wall_s=wall_s,
+        first_token_ms=1e3 * first_s,
+        steps=stats.steps,
+        drafted=stats.drafted,
+        accepted=stats.accepted,
+        draft_ms=stats.draft_ms,
+    )
+
+
+def _line(prompt: str, answers: list[_Answer]) -> str:
+    plain, *others = answers
+    arms = ", ".join(f"{a.arm} ×{plain.token_ms / a.token_ms:.2f} ({a.accepted}/{a.drafted})" for a in others)
+    return f"{prompt.partition(chr(10))[0][:50]:<50} {len(plain.ids)} tokens, plain {plain.token_ms:.0f} ms: {arms}"
+
+
+def _row(name: str, pairs: list[tuple[_Answer, _Answer]]) -> Row:
+    """Ours and plain, prompt by prompt."""
+    # A single token says nothing of decoding.
+    decoded = [(ours, plain) for ours, plain in pairs if len(plain.ids) > 1]
+    speedups = [plain.token_ms / ours.token_ms for ours, plain in decoded]
+    whole = [plain.wall_s / ours.wall_s for ours, plain in decoded]
+    parameters = {
+        "prompts": len(decoded),
+        "max_tokens": _MAX_TOKENS,
+        "rtt_ms": RTT_MS,
+        "speedup_mean": statistics.mean(speedups),
+        "speedup_least": min(speedups),
+        "speedup_whole_answer_mean": statistics.mean(whole),
+        "speedup_whole_answer_least": min(whole),
+        "identical": sum(ours.ids == plain.ids for ours, plain in pairs),
+        "compared": len(pairs),
+        "tokens_per_step": sum(len(a.ids) - 1 for a, _ in decoded) / sum(a.steps for a, _ in decoded),
+        "speedups": speedups,
+        "texts": [CHAT_PROMPTS[ours.prompt] for ours, _ in decoded],
+    }
+    ours_ms, plain_ms = [a.token_ms for a, _ in decoded], [b.token_ms for _, b in decoded]
+    return Row(name, "plain decoding", ours_ms, plain_ms, 1 / 3 if name.endswith("auto") else None, parameters)
