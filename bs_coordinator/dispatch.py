@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
+from bs_coordinator.clocks import ClockSample
 from bs_coordinator.fleet import HERE, Fleet
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.guard import GainGuard, agree, largest_gain
@@ -59,6 +60,7 @@ _NODES_PATIENCE_S = 12.0
 """After the broker is back: nodes try again within seconds of each other and tell their status every few seconds."""
 _PROBE_LOOK_S = 0.01
 """Between two looks at which probes are due; the links' own pauses between probes are longer."""
+_CLOCK_EVERY_S = 0.05
 _FAMILIAR = 8
 """Requests that a node must have answered before its predictions are deadlines."""
 
@@ -268,6 +270,21 @@ class Dispatcher:
         while (remaining := deadline - time.monotonic()) > 0:
             self.probe()
             self.pump(min(remaining, 0.01))
+
+    def ask_clocks(self) -> None:
+        """Ask all nodes what time it is; answers are taken in whenever they come, see `clock_samples`."""
+        self._prober.ask_clocks(self.fleet.nodes, time.perf_counter())
+
+    def clock_samples(self) -> list[ClockSample]:
+        """What nodes' clocks showed since the last call."""
+        return self._prober.take_clocks()
+
+    def measure_clocks(self, seconds: float) -> None:
+        """Ask idle nodes what time it is, over and over."""
+        deadline = time.monotonic() + seconds
+        while (remaining := deadline - time.monotonic()) > 0:
+            self.ask_clocks()
+            self.pump(min(remaining, _CLOCK_EVERY_S))
 
     def pump(self, timeout_s: float) -> None:
         """Take in status messages while nothing is asked; keeps the connection alive."""

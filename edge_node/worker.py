@@ -8,6 +8,7 @@ import numpy as np
 
 from edge_node.runtime import ExpertRuntime
 from wire import frames
+from wire.clock import stamped_payload
 from wire.errors import FrameError, WdmoeError
 from wire.experts import ExpertId
 from wire.frames import ErrorFrame, NodeDurations, PingFrame, PongFrame, ResultFrame, Status, WorkFrame
@@ -55,7 +56,8 @@ class Worker:
             case PingFrame():
                 self.counts["pings"] += 1
                 durations = NodeDurations(queue_ns=begun_ns - arrived_ns, decode_ns=time.perf_counter_ns() - begun_ns)
-                return frames.encode(PongFrame(frame.id, bytes(frame.reply_bytes), durations), seal=self._seal)
+                payload = stamped_payload(arrived_ns, frame.reply_bytes)
+                return frames.encode(PongFrame(frame.id, payload, durations), seal=self._seal)
             case WorkFrame():
                 return self._work(frame, arrived_ns, begun_ns)
             case _:

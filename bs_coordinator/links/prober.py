@@ -1,16 +1,21 @@
 """Pings that keep the estimates fresh and prove that a node is back: what `LinkMonitor` and `Health` ask for, sent."""
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from bs_coordinator.clocks import ClockSample
 from bs_coordinator.health import Health
 from bs_coordinator.links.estimator import LinkSample
 from bs_coordinator.links.monitor import LinkMonitor
+from wire.clock import STAMP_BYTES, read_stamps
 from wire.frames import PingFrame, PongFrame, RequestId
 from wire.transport import Message
 
 _PING_TIMEOUT_S = 10.0
 _PROOF_BYTES = 64
+_MOST_CLOCK_SAMPLES = 1 << 16
 
 
 class _Ping(NamedTuple):
@@ -19,6 +24,8 @@ class _Ping(NamedTuple):
     down_bytes: int
     expires_s: float
     proves: bool
+    for_clock: bool
+    sent_unix_ns: int
 
 
 class Prober:
@@ -41,6 +48,7 @@ class Prober:
         self._send = send
         self._new_id = new_id
         self._pings: dict[RequestId, _Ping] = {}
+        self._clocks: deque[ClockSample] = deque(maxlen=_MOST_CLOCK_SAMPLES)
 
     def probe(self, nodes: Iterable[str], now_s: float) -> None:
         """Send what is due to nodes that are online. Cheap when nothing is."""
@@ -49,7 +57,17 @@ class Prober:
                 self._ping(node, _PROOF_BYTES, _PROOF_BYTES, now_s, proves=True)
         probe = self._links.next_probe([node for node in nodes if self._health.usable(node)], now_s)
         if probe is not None:
-            self._ping(probe.node, probe.down_bytes, probe.up_bytes, now_s, proves=False)
+            self._ping(probe.node, probe.down_bytes, probe.up_bytes, now_s)
+
+    def ask_clocks(self, nodes: Iterable[str], now_s: float) -> None:
+        """Ask nodes what time it is. Links are not judged by it: a node may be at work meanwhile."""
+        for node in nodes:
+            self._ping(node, 0, STAMP_BYTES, now_s, for_clock=True)
+
+    def take_clocks(self) -> list[ClockSample]:
+        """What nodes' clocks showed since the last call; every answer that is long enough tells."""
+        taken, self._clocks = list(self._clocks), deque(maxlen=_MOST_CLOCK_SAMPLES)
+        return taken
 
     def take(self, frame: PongFrame, node: str, message: Message) -> bool:
         """Take in an answer from `node`; False if no such ping is under way."""
@@ -59,6 +77,12 @@ class Prober:
         del self._pings[frame.id]
         if ping.proves:
             self._health.proven(node)
+        if (stamps := read_stamps(frame.payload)) is not None:
+            # Our clock may be set meanwhile: the way back is measured by the steady one.
+            arrived_unix_ns = ping.sent_unix_ns + message.arrived_ns - ping.sent_ns
+            self._clocks.append(ClockSample(node, ping.sent_unix_ns, *stamps, arrived_unix_ns))
+        if ping.for_clock:
+            return True
         sample = LinkSample(
             time_s=message.arrived_ns / 1e9,
             node=node,
@@ -70,9 +94,12 @@ class Prober:
         self._links.observe([sample])
         return True
 
-    def _ping(self, node: str, down_bytes: int, up_bytes: int, now_s: float, *, proves: bool) -> None:
+    def _ping(
+        self, node: str, down_bytes: int, up_bytes: int, now_s: float, *, proves: bool = False, for_clock: bool = False
+    ) -> None:
         for id in [id for id, ping in self._pings.items() if ping.expires_s < now_s]:
             del self._pings[id]
         id = self._new_id()
         length, sent_ns = self._send(node, PingFrame(id, bytes(down_bytes), up_bytes))
-        self._pings[id] = _Ping(node, sent_ns, length, now_s + _PING_TIMEOUT_S, proves)
+        sent_unix_ns = time.time_ns() - (time.perf_counter_ns() - sent_ns)
+        self._pings[id] = _Ping(node, sent_ns, length, now_s + _PING_TIMEOUT_S, proves, for_clock, sent_unix_ns)

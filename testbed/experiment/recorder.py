@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from bs_coordinator.clocks import ClockSample
 from bs_coordinator.records import StepRecord
 from bs_coordinator.telemetry import Arrived
+from testbed.experiment.clocks import Moment, Probe, node_clocks, offset_rows, probe_rows
 from testbed.experiment.tables import SCHEMAS, table
 from testbed.experiment.telemetry import sensor_rows, telemetry_row
 
@@ -41,6 +43,7 @@ class Recorder:
         sample_s: float,
         links: Sampler = lambda: (),
         telemetry: Callable[[], Sequence[Arrived]] = lambda: (),
+        clocks: Callable[[], Sequence[ClockSample]] = lambda: (),
     ) -> None:
         """Begin a cell.
 
@@ -49,13 +52,17 @@ class Recorder:
             sample_s: seconds between two samples of clocks and links.
             links: gives rows of `link_samples` without their two clock columns.
             telemetry: gives what nodes told of themselves since the last call; what came before the cell is left out.
+            clocks: gives what nodes' clocks showed since the last call, and asks them again.
         """
         self.log_ns = 0
         self._top_k = top_k
         self._sample_ns = int(sample_s * 1e9)
         self._links = links
         self._telemetry = telemetry
+        self._clocks = clocks
         self._arrived: list[Arrived] = []
+        self._probes: list[Probe] = []
+        self._ticks: list[tuple[int, int]] = []
         telemetry()
         self._tokens: list[_Token] = []
         self._rows: dict[str, list[Row]] = {name: [] for name in SCHEMAS}
@@ -82,9 +89,14 @@ class Recorder:
     def sample(self) -> None:
         """Read clocks, links and what nodes told of themselves now."""
         now = time.time_ns(), time.monotonic_ns()
-        self._rows["clocks"].append((*now, None, None, None))
+        self._ticks.append(now)
+        self.take_clocks("during")
         self._rows["link_samples"] += [(*now, *row) for row in self._links()]
         self._arrived += self._telemetry()
+
+    def take_clocks(self, moment: Moment) -> None:
+        """Keep what nodes' clocks showed since the last call."""
+        self._probes += [(moment, sample) for sample in self._clocks()]
 
     def add(self, name: str, row: Row) -> None:
         """Add one row to a table that is not made of steps."""
@@ -92,8 +104,11 @@ class Recorder:
 
     def tables(self) -> dict[str, pa.Table]:
         """All tables that have rows."""
+        clocks = node_clocks(self._probes)
         made: dict[str, list[Row]] = {
             **self._rows,
+            "clocks": list(offset_rows(self._ticks, clocks)),
+            "clock_probes": list(probe_rows(self._probes, clocks)),
             "tokens": [self._token_row(t) for t in self._tokens],
             "layers": [row for t in self._tokens for row in _layer_rows(t)],
             "latency": [row for t in self._tokens for row in _latency_rows(t)],

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from bs_coordinator.clocks import ClockSample
 from bs_coordinator.selection import parse_policy
 from bs_coordinator.telemetry import Arrived
 from testbed.experiment.costs import TRUTH, LinkRow, estimate_rows, forecast_rows, measured_costs
@@ -22,6 +23,9 @@ from testbed.experiment.workloads import run_workload, warm_up
 from wire.errors import StorageError, WdmoeError
 
 Say = Callable[[str], None]
+
+_CLOCKS_S = 0.3
+"""Before and after each cell, nodes' clocks are compared with ours for this long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +106,14 @@ def _run_cell(run: RunDir, sites: "_Sites", cell: Cell, attempt: int) -> Marker:
     site.model.deadline = time.monotonic() + plan.cell_timeout_s
     started_unix_ns, began = time.time_ns(), time.monotonic()
     if site.station:
+        site.station.dispatcher.measure_clocks(_CLOCKS_S)
+        recorder.take_clocks("before")
         warm_up(site, plan.warm_up_tokens, recorder)
     run_workload(site, workload, cell, recorder)
     recorder.sample()
+    if site.station:
+        site.station.dispatcher.measure_clocks(_CLOCKS_S)
+        recorder.take_clocks("after")
     seconds = time.monotonic() - began
     tables = recorder.tables()
     marker = Marker(
@@ -187,6 +196,15 @@ class _Sites:
         """What nodes told of themselves since the last call, for `Recorder`."""
         station = self._open[1].station if self._open else None
         return station.dispatcher.telemetry.drain() if station else []
+
+    def clock_samples(self) -> list[ClockSample]:
+        """What nodes' clocks showed since the last call; they are asked again. For `Recorder`."""
+        station = self._open[1].station if self._open else None
+        if station is None:
+            return []
+        samples = station.dispatcher.clock_samples()
+        station.dispatcher.ask_clocks()
+        return samples
 
     def _start(self, cell: Cell, where: str) -> Site:
         bundle = self._run.manifest.bundle(cell.bundle)

@@ -67,6 +67,14 @@ SCHEMAS: dict[str, pa.Schema] = {
     "clocks": pa.schema(
         [("unix_ns", _INT), ("monotonic_ns", _INT), ("node", _NAME), ("offset_ns", _INT), ("error_ns", _INT)]
     ),
+    "clock_probes": pa.schema(
+        [
+            ("unix_ns", _INT), ("node", _NAME), ("moment", _NAME), ("sent_unix_ns", _INT),
+            ("node_arrived_unix_ns", _INT), ("node_left_unix_ns", _INT), ("arrived_unix_ns", _INT),
+            ("offset_low_ns", _INT), ("offset_high_ns", _INT), ("down_estimated_ns", _INT), ("up_estimated_ns", _INT),
+            ("one_way_error_ns", _INT),
+        ]
+    ),
     "telemetry": pa.schema(
         [
             ("unix_ns", _INT), ("monotonic_ns", _INT), ("node", _NAME), ("sequence", _INT), ("node_unix_ns", _INT),

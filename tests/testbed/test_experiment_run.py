@@ -70,6 +70,22 @@ def finished(run: Run, tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFac
     return RunDir(folder / "run")
 
 
+def test_clocks_are_compared_before_during_and_after(finished: RunDir) -> None:
+    probes = [row for row in _rows(finished, "clock_probes") if row["cell"].workload == "generate"]
+    assert {(row["node"], row["moment"]) for row in probes} == {
+        (node, moment) for node in ("node0", "node1") for moment in ("before", "during", "after")
+    }
+    for row in probes:
+        # One machine has one clock: no offset is what every probe must leave possible, alone and with the others.
+        assert row["offset_low_ns"] <= 0 <= row["offset_high_ns"]
+        round_trip_ns = row["offset_high_ns"] - row["offset_low_ns"]
+        assert row["down_estimated_ns"] + row["up_estimated_ns"] == pytest.approx(round_trip_ns, abs=2)
+        assert row["one_way_error_ns"] <= round_trip_ns + 1
+    offsets = [row for row in _rows(finished, "clocks") if row["node"] is not None]
+    assert {row["node"] for row in offsets} == {"node0", "node1"}
+    assert all(abs(row["offset_ns"]) <= row["error_ns"] + 1 for row in offsets)
+
+
 def test_cells_are_complete_and_their_rows_add_up(finished: RunDir) -> None:
     cells = finished.cells()
     assert len(cells) == 2 * 2 + 3 * 2

@@ -1,0 +1,182 @@
+"""How far nodes' clocks are from the base station's: four timestamps per probe, bounds that hold whatever the delays.
+
+Let t1 be when a probe left here, t2 when it arrived and t3 when its answer left there, by the node's clock, t4 when
+that arrived here. With the node's offset θ (its clock minus ours) and the two delays, t2 = t1 + down + θ and
+t4 = t3 + up − θ. No delay is negative, so t3 − t4 ≤ θ ≤ t2 − t1: that is a range as wide as the round trip, and all
+that can be known without assuming that both directions take equally long. Its middle, NTP's estimate (RFC 5905), does
+assume it. Probes at other times narrow the range as far as a clock's rate is limited. Pure.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+
+MOST_DRIFT_PPM = 500.0
+"""What a Linux clock's rate may be off by (ntp_adjtime); beyond it a clock was set or is being slewed."""
+_BINS = 32
+_LEAST_SPAN_NS = 5_000_000_000
+"""Below it jitter is larger than any drift."""
+_PPM = 1e-6
+
+
+class ClockSample(NamedTuple):
+    """One probe of a node's clock; nanoseconds since 1970 by the clock of whoever is named.
+
+    Attributes:
+        sent_unix_ns, arrived_unix_ns: by the base station (t1, t4).
+        node_arrived_unix_ns, node_left_unix_ns: by the node (t2, t3).
+    """
+
+    node: str
+    sent_unix_ns: int
+    node_arrived_unix_ns: int
+    node_left_unix_ns: int
+    arrived_unix_ns: int
+
+    @property
+    def low_ns(self) -> int:
+        """The node's clock is at least this far ahead."""
+        return self.node_left_unix_ns - self.arrived_unix_ns
+
+    @property
+    def high_ns(self) -> int:
+        """… and at most this far."""
+        return self.node_arrived_unix_ns - self.sent_unix_ns
+
+    @property
+    def delay_ns(self) -> int:
+        """Both ways together, without the node's own time."""
+        return self.high_ns - self.low_ns
+
+    @property
+    def middle_ns(self) -> float:
+        """The offset if both ways took equally long."""
+        return (self.low_ns + self.high_ns) / 2
+
+    @property
+    def at_unix_ns(self) -> int:
+        """The moment that it tells of, by our clock."""
+        return (self.sent_unix_ns + self.arrived_unix_ns) // 2
+
+
+class OneWay(NamedTuple):
+    """Delays of one probe by direction. Estimated: they stand on the offset, and are off by at most `error_ns`."""
+
+    down_ns: float
+    up_ns: float
+    error_ns: float
+
+
+@dataclass(frozen=True, slots=True)
+class Offset:
+    """A node's clock at one moment.
+
+    Attributes:
+        offset_ns: estimated; positive when the node's clock is ahead.
+        low_ns, high_ns: where it must lie.
+    """
+
+    offset_ns: float
+    low_ns: float
+    high_ns: float
+
+    @property
+    def error_ns(self) -> float:
+        """Largest error of the estimate."""
+        return max(self.high_ns - self.offset_ns, self.offset_ns - self.low_ns)
+
+
+class NodeClock:
+    """What the probes of one node tell of its clock.
+
+    Attributes:
+        samples: how many there are.
+        drift_ppm: how much faster the node's clock runs, in µs per second; None where they span less than 5 s.
+        drift_low_ppm, drift_high_ppm: where it must lie if the rate was constant; None as above.
+        steady: whether one constant rate of at most `MOST_DRIFT_PPM` explains all of them; if not, the clock was set.
+    """
+
+    def __init__(self, samples: Sequence[ClockSample]) -> None:
+        """Fit a line through the quickest probe of each stretch of time: what is quick has little room for asymmetry.
+
+        Args:
+            samples: of one node, at least one.
+        """
+        ordered = sorted(samples, key=lambda sample: sample.at_unix_ns)
+        self.samples = len(ordered)
+        self._origin_ns = ordered[0].at_unix_ns
+        self._at = np.array([sample.at_unix_ns - self._origin_ns for sample in ordered], np.float64)
+        self._low = np.array([sample.low_ns for sample in ordered], np.float64)
+        self._high = np.array([sample.high_ns for sample in ordered], np.float64)
+        best = _quickest(ordered)
+        self._line = _fit(best, self._origin_ns)
+        self.drift_ppm = self.drift_low_ppm = self.drift_high_ppm = None
+        self.steady = True
+        if len(best) > 1 and best[-1].at_unix_ns - best[0].at_unix_ns >= _LEAST_SPAN_NS:
+            low, high = _drift_range(best)
+            self.steady = low <= high
+            middle = self._line[1] / _PPM
+            self.drift_ppm = min(max(middle, low), high) if self.steady else middle
+            self.drift_low_ppm, self.drift_high_ppm = (low, high) if self.steady else (None, None)
+        self.steady = self.steady and all(self._range(at)[2] for at in self._at)
+
+    def at(self, unix_ns: int) -> Offset:
+        """The offset at a moment of our clock."""
+        at = unix_ns - self._origin_ns
+        low, high, _ = self._range(at)
+        estimate = self._line[0] + self._line[1] * at
+        return Offset(min(max(estimate, low), high), low, high)
+
+    def one_way(self, sample: ClockSample) -> OneWay:
+        """Delays of one probe by direction."""
+        offset = self.at(sample.at_unix_ns)
+        return OneWay(sample.high_ns - offset.offset_ns, offset.offset_ns - sample.low_ns, offset.error_ns)
+
+    def _range(self, at: float) -> tuple[float, float, bool]:
+        """Bounds of the offset at a moment, and whether all probes agree on them; if not, those of the nearest one."""
+        widened = MOST_DRIFT_PPM * _PPM * np.abs(self._at - at)
+        low, high = float(np.max(self._low - widened)), float(np.min(self._high + widened))
+        if low <= high:
+            return low, high, True
+        nearest = int(np.argmin(np.abs(self._at - at)))
+        return float(self._low[nearest] - widened[nearest]), float(self._high[nearest] + widened[nearest]), False
+
+
+def _quickest(ordered: Sequence[ClockSample]) -> list[ClockSample]:
+    """The quickest probe of each of up to `_BINS` equal stretches of time."""
+    first, last = ordered[0].at_unix_ns, ordered[-1].at_unix_ns
+    width = max((last - first) / _BINS, 1.0)
+    best: dict[int, ClockSample] = {}
+    for sample in ordered:
+        bin = int((sample.at_unix_ns - first) // width)
+        if bin not in best or sample.delay_ns < best[bin].delay_ns:
+            best[bin] = sample
+    return list(best.values())
+
+
+def _fit(best: Sequence[ClockSample], origin_ns: int) -> tuple[float, float]:
+    """Offset at the origin and slope, by least squares with weights 1 / delay²; no slope where there is no span."""
+    at = np.array([sample.at_unix_ns - origin_ns for sample in best], np.float64)
+    middle = np.array([sample.middle_ns for sample in best])
+    weight = 1.0 / np.maximum([float(sample.delay_ns) for sample in best], 1e3) ** 2
+    mean_at = float(np.average(at, weights=weight))
+    mean = float(np.average(middle, weights=weight))
+    spread = float(np.sum(weight * (at - mean_at) ** 2))
+    if spread == 0.0 or at[-1] - at[0] < _LEAST_SPAN_NS:
+        return mean, 0.0
+    slope = float(np.sum(weight * (at - mean_at) * (middle - mean))) / spread
+    slope = min(max(slope, -MOST_DRIFT_PPM * _PPM), MOST_DRIFT_PPM * _PPM)
+    return mean - slope * mean_at, slope
+
+
+def _drift_range(best: Sequence[ClockSample]) -> tuple[float, float]:
+    """In ppm: a line through all ranges rises between two of them by what their ends allow."""
+    low, high = -MOST_DRIFT_PPM, MOST_DRIFT_PPM
+    for a, b in combinations(best, 2):
+        span = (b.at_unix_ns - a.at_unix_ns) * _PPM
+        low = max(low, (b.low_ns - a.high_ns) / span)
+        high = min(high, (b.high_ns - a.low_ns) / span)
+    return low, high
