@@ -61,6 +61,11 @@ class ClockSample(NamedTuple):
         """The moment that it tells of, by our clock."""
         return (self.sent_unix_ns + self.arrived_unix_ns) // 2
 
+    @property
+    def slack_ns(self) -> float:
+        """How far the clock may drift between that moment and those within the probe that its bounds hold for."""
+        return MOST_DRIFT_PPM * _PPM * (self.arrived_unix_ns - self.sent_unix_ns) / 2
+
 
 class OneWay(NamedTuple):
     """Delays of one probe by direction. Estimated: they stand on the offset, and are off by at most `error_ns`."""
@@ -109,8 +114,8 @@ class NodeClock:
         self.samples = len(ordered)
         self._origin_ns = ordered[0].at_unix_ns
         self._at = np.array([sample.at_unix_ns - self._origin_ns for sample in ordered], np.float64)
-        self._low = np.array([sample.low_ns for sample in ordered], np.float64)
-        self._high = np.array([sample.high_ns for sample in ordered], np.float64)
+        self._low = np.array([sample.low_ns - sample.slack_ns for sample in ordered])
+        self._high = np.array([sample.high_ns + sample.slack_ns for sample in ordered])
         best = _quickest(ordered)
         self._line = _fit(best, self._origin_ns)
         self.drift_ppm = self.drift_low_ppm = self.drift_high_ppm = None
@@ -177,6 +182,7 @@ def _drift_range(best: Sequence[ClockSample]) -> tuple[float, float]:
     low, high = -MOST_DRIFT_PPM, MOST_DRIFT_PPM
     for a, b in combinations(best, 2):
         span = (b.at_unix_ns - a.at_unix_ns) * _PPM
-        low = max(low, (b.low_ns - a.high_ns) / span)
-        high = min(high, (b.high_ns - a.low_ns) / span)
+        slack_ns = a.slack_ns + b.slack_ns
+        low = max(low, (b.low_ns - a.high_ns - slack_ns) / span)
+        high = min(high, (b.high_ns - a.low_ns + slack_ns) / span)
     return low, high

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bs_coordinator.clocks import ClockSample, NodeClock
@@ -30,6 +30,7 @@ offsets = st.integers(-3600 * S, 3600 * S)
 drifts = st.floats(-490, 490)
 
 
+@settings(deadline=None)
 @given(moments, offsets, drifts, st.integers(-60 * S, 660 * S))
 def test_the_true_offset_lies_within_the_bounds(
     probes: list[tuple[int, int, int]], offset_ns: int, ppm: float, when: int
@@ -47,6 +48,7 @@ def test_the_true_offset_lies_within_the_bounds(
         assert clock.drift_low_ppm - 1 <= ppm <= clock.drift_high_ppm + 1
 
 
+@settings(deadline=None)
 @given(moments, offsets, drifts)
 def test_true_delays_lie_within_the_bounds_of_one_way_figures(
     probes: list[tuple[int, int, int]], offset_ns: int, ppm: float
@@ -55,22 +57,25 @@ def test_true_delays_lie_within_the_bounds_of_one_way_figures(
     clock = NodeClock(samples)
     for sample, (_, down_ns, up_ns) in zip(samples, probes, strict=True):
         found = clock.one_way(sample)
-        # The clock runs on during the probe: at most 490 ppm of 200 ms.
-        slack = 0.0005 * (down_ns + up_ns) + US
+        # The clock runs on during the probe: at most 490 ppm of it.
+        slack = 0.001 * (down_ns + up_ns) + US
         assert abs(found.down_ns - down_ns) <= found.error_ns + slack
         assert abs(found.up_ns - up_ns) <= found.error_ns + slack
         assert found.down_ns + found.up_ns == pytest.approx(down_ns + up_ns, abs=slack)
 
 
+@settings(deadline=None)
 @given(moments, offsets)
 def test_bounds_of_one_probe_are_its_round_trip(probes: list[tuple[int, int, int]], offset_ns: int) -> None:
     at, down_ns, up_ns = probes[0]
     sample = probe(at, offset_ns=offset_ns, ppm=0.0, down_ns=down_ns, up_ns=up_ns)
     found = NodeClock([sample]).at(sample.at_unix_ns)
-    assert found.high_ns - found.low_ns == down_ns + up_ns
+    # And what it may drift by meanwhile.
+    assert down_ns + up_ns <= found.high_ns - found.low_ns <= 1.001 * (down_ns + up_ns + MS)
     assert found.offset_ns == pytest.approx(offset_ns + (down_ns - up_ns) / 2, abs=1)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.integers(0, 2**32), offsets, st.floats(-100, 100))
 def test_drift_is_found_among_busy_probes(seed: int, offset_ns: int, ppm: float) -> None:
     # Five minutes, one probe a second; nine of ten wait behind work, in one direction, for up to 80 ms.
@@ -106,6 +111,7 @@ def test_quiet_probes_give_a_sharp_drift() -> None:
     assert found.error_ns < 1.1 * MS
 
 
+@settings(deadline=None)
 @given(st.integers(1, 59), st.sampled_from([-1, 1]), st.integers(200 * MS, 100 * S), drifts)
 def test_a_clock_that_was_set_is_noticed(after_s: int, sign: int, step_ns: int, ppm: float) -> None:
     def at(second: int) -> ClockSample:
@@ -122,6 +128,7 @@ def test_a_clock_that_was_set_is_noticed(after_s: int, sign: int, step_ns: int, 
         assert found.low_ns - US <= truth <= found.high_ns + 3 * US
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 4 * S), min_size=2, max_size=10, unique=True), drifts)
 def test_too_short_for_a_drift(moments: list[int], ppm: float) -> None:
     assume(max(moments) - min(moments) < 4.9 * S)
