@@ -101,7 +101,13 @@ def _run_cell(run: RunDir, sites: "_Sites", cell: Cell, attempt: int) -> Marker:
         site.local.forecasts = costs.forecast if costs else None
         if costs is None:
             run.event("no_measured_costs", cell=cell.id)
-    recorder = Recorder(top_k=bundle.top_k, sample_s=plan.sample_s, links=sites.link_rows, telemetry=sites.telemetry)
+    recorder = Recorder(
+        top_k=bundle.top_k,
+        sample_s=plan.sample_s,
+        links=sites.link_rows,
+        telemetry=sites.telemetry,
+        clocks=sites.clock_samples,
+    )
     site.model.policy = policy
     site.model.deadline = time.monotonic() + plan.cell_timeout_s
     started_unix_ns, began = time.time_ns(), time.monotonic()
