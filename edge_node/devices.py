@@ -4,18 +4,20 @@ import os
 import platform
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 
 from wire.devices import PROFILES, DeviceName, DeviceProfile
-from wire.manifest import Scheme
+
+if TYPE_CHECKING:
+    from wire.manifest import Scheme
 
 _PI5 = re.compile(r"Raspberry Pi (?:5|500|Compute Module 5)\b")
 _PI4 = re.compile(r"Raspberry Pi (?:4|400|Compute Module 4)\b")
 _ORIN = re.compile(r"\bOrin\b")
 _DOT_PRODUCT = "asimddp"
-_NEEDS_DOT_PRODUCT: tuple[Scheme, ...] = ("int4", "int8")
+_NEEDS_DOT_PRODUCT = ("int4", "int8")
 
 
 class Device(NamedTuple):
@@ -84,7 +86,7 @@ def threads_for(device: Device, root: Path = Path("/")) -> int:
     return max(1, min(cores, device.profile.most_threads or cores))
 
 
-def advice(device: Device, scheme: Scheme) -> str:
+def advice(device: Device, scheme: "Scheme") -> str:
     """Why another quantisation would suit this device better; empty if none would."""
     profile = device.profile
     slow = device.dot_product is False or (device.dot_product is None and device.name == "pi4")

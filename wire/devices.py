@@ -3,9 +3,11 @@
 The thread limits and providers were not measured on these boards; `docs/devices.md` says what each rests on.
 """
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from wire.manifest import Scheme
+if TYPE_CHECKING:
+    # It needs numpy, which the sampler of telemetry goes without: 15 MiB.
+    from wire.manifest import Scheme
 
 DeviceName = Literal["pi4", "pi5", "jetson-orin", "generic-arm64", "x86"]
 Provider = Literal["cpu", "cuda", "tensorrt"]
@@ -21,7 +23,7 @@ class DeviceProfile(NamedTuple):
         providers: to try in this order; the last is always the CPU.
     """
 
-    scheme: Scheme
+    scheme: "Scheme"
     reason: str
     most_threads: int | None
     providers: tuple[Provider, ...]

@@ -235,3 +235,9 @@ def test_a_sampler_that_died_is_started_again(monkeypatch: pytest.MonkeyPatch) -
         assert decode_telemetry(_until(process), "n1").sequence == 0
     finally:
         process.close()
+
+
+def test_the_sampler_is_light() -> None:
+    code = "import sys, edge_node.telemetry.__main__; print({'numpy', 'onnxruntime', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -80,7 +80,8 @@ def test_clocks_are_compared_before_during_and_after(finished: RunDir) -> None:
         assert row["offset_low_ns"] <= 0 <= row["offset_high_ns"]
         round_trip_ns = row["offset_high_ns"] - row["offset_low_ns"]
         assert row["down_estimated_ns"] + row["up_estimated_ns"] == pytest.approx(round_trip_ns, abs=2)
-        assert row["one_way_error_ns"] <= round_trip_ns + 1
+        # And what a clock may drift by meanwhile.
+        assert row["one_way_error_ns"] <= 1.001 * round_trip_ns + 1000
     offsets = [row for row in _rows(finished, "clocks") if row["node"] is not None]
     assert {row["node"] for row in offsets} == {"node0", "node1"}
     assert all(abs(row["offset_ns"]) <= row["error_ns"] + 1 for row in offsets)
