@@ -68,6 +68,10 @@ class Fleet:
         """Nodes online that serve this model."""
         return self._nodes
 
+    def batch_variant(self) -> list[str]:
+        """The nodes that have found that what a token gets depends on its batch."""
+        return sorted(n for n, s in self._nodes.items() if s.device and s.device.batch_invariant is False)
+
     def holders(self, id: ExpertId) -> Sequence[str]:
         """Who holds an expert: `HERE` first, then nodes, those with the fewest experts to serve first, then by name,
         so that the answer depends only on who is online."""

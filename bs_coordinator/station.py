@@ -181,6 +181,9 @@ def open_station(
         wait_for_experts(dispatcher, timeout_s=config.nodes_timeout_s, on_wait=say)
         nodes_ms = prove_nodes(dispatcher, manifest)
         try_residents(dispatcher, manifest)
+        if config.draft == "auto" and (unsure := dispatcher.fleet.batch_variant()):
+            log.warning("no drafts: on %s a token's result depends on those beside it", ", ".join(unsure))
+            speculation = Speculation()
         dispatcher.measure_links(_FIRST_LOOK_S)
         model = DistributedMixtral(trunk, dispatcher, policy, degrade=config.degrade)
         yield Station(manifest, model, tokenizer, dispatcher, broker_ms, nodes_ms, speculation)

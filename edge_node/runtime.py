@@ -23,6 +23,9 @@ from wire.tensors import Array
 
 log = logging.getLogger(__name__)
 
+BATCH_ROWS = 16
+"""Hidden states of a batch: what a draft, or a few callers together, bring to one expert."""
+
 
 @dataclass(slots=True)
 class Loads:
@@ -138,6 +141,12 @@ class ExpertRuntime:
         self._x[:n] = x
         session.run(self._x, self._y, n)
         return self._y[:n]
+
+    def batch_invariant(self, id: ExpertId) -> bool:
+        """Whether this expert gave `BATCH_ROWS` hidden states the same outputs, to the last bit, alone and together."""
+        x = probe_input(self._hidden, BATCH_ROWS)
+        alone = np.concatenate([self.run(id, row[None]).copy() for row in x])
+        return np.array_equal(alone, self.run(id, x))
 
     def _reserve(self, tokens: int) -> None:
         self._x = np.zeros((tokens, self._hidden), np.float32)

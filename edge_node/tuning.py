@@ -11,14 +11,13 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from edge_node.runtime import BATCH_ROWS
 from wire.devices import Provider
 from wire.errors import TuningError
 from wire.files import atomic_write
 
 SCHEMA = 1
 MAX_BYTES = 1 << 20
-BATCH_ROWS = 16
-"""Hidden states of a batch: what a draft, or a few callers together, bring to one expert."""
 NEAR = 1.1
 """Times within this factor of the fastest are not told apart: the smaller error decides, then fewer threads."""
 

@@ -68,12 +68,15 @@ class DeviceFacts(Struct, frozen=True, kw_only=True):
     Attributes:
         profile: see `wire.devices`; because: what it was recognised by.
         provider: see there; provider_reason: why not what was asked for, empty if it is.
+        batch_invariant: a hidden state's output is the same to the last bit whatever is beside it, as tried at the
+            start; None where it was not.
     """
 
     profile: str
     because: str
     provider: str
     provider_reason: str = ""
+    batch_invariant: bool | None = None
 
 
 class SocketFacts(Struct, frozen=True, kw_only=True):

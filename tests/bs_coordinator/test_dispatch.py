@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,7 +20,7 @@ from wire.errors import DispatchError, ExpertsLostError, PlacementError
 from wire.experts import ExpertId, parse_selector
 from wire.frames import ErrorFrame, NodeDurations, PingFrame, PongFrame, RequestId, ResultFrame, Status, WorkFrame
 from wire.manifest import Dims
-from wire.status import Holding, NodeStatus
+from wire.status import DeviceFacts, Holding, NodeStatus
 from wire.tensors import Array, WireDtype
 from wire.topics import Topics
 
@@ -304,3 +305,15 @@ def test_absurd_answers_put_a_node_into_quarantine() -> None:
     np.testing.assert_allclose(network.ask(GATE), EXPECTED)
     assert network.dispatcher.dropped["absurd"] >= 1
     assert not network.dispatcher.health.usable(liar)
+
+
+def test_the_fleet_knows_who_gives_a_token_another_result_in_a_batch() -> None:
+    fleet = Fleet(DIMS, "m")
+    for node, found in (("a", True), ("b", None), ("c", False)):
+        device = DeviceFacts(profile="pi4", because="told", provider="cpu", batch_invariant=found)
+        sent = msgspec.structs.replace(_online(node, "L0-1:E0-3"), device=device)
+        fleet.apply(status.decode_status(status.encode_status(sent), node))
+    fleet.apply(_online("older", "L0-1:E0-3"))
+    assert fleet.batch_variant() == ["c"]
+    fleet.apply(_offline("c"))
+    assert fleet.batch_variant() == []

@@ -153,3 +153,12 @@ def test_a_cgroup_limit_counts(tmp_path: Path) -> None:
     assert memory._cgroup_free_bytes(tmp_path) == 600
     (group / "memory.max").write_text("max\n")
     assert memory._cgroup_free_bytes(tmp_path) is None
+
+
+@pytest.mark.parametrize(("scheme", "same"), [("int4", True), ("int8-dynamic", False)])
+def test_a_runtime_finds_out_whether_results_depend_on_the_batch(
+    tiny_bundle: Bundle, scheme: Scheme, same: bool
+) -> None:
+    bundle = tiny_bundle(scheme)
+    id = ExpertId(1, 2)
+    assert ExpertRuntime(bundle, load_manifest(bundle), [id]).batch_invariant(id) is same
