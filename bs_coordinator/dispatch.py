@@ -24,6 +24,7 @@ from bs_coordinator.holders import Holders
 from bs_coordinator.join_watch import JoinWatch
 from bs_coordinator.links import LinkMonitor, LinkSample
 from bs_coordinator.links.prober import Prober
+from bs_coordinator.links.train import Attention
 from bs_coordinator.model import ExpertOutput
 from bs_coordinator.records import DispatchRecord
 from bs_coordinator.requests import chosen_experts, plan_requests
@@ -161,6 +162,7 @@ class Dispatcher:
         self._join_watch = JoinWatch()
         self._guard = GainGuard(fleet.dims.layers)
         self._session = secrets.randbits(64)
+        self._attention = Attention()
         self._next_request = 0
         self._reconnect = reconnect
         self._cluster_key = cluster_key
@@ -253,16 +255,18 @@ class Dispatcher:
             experts.review(self._holders.away_s(), self._holders.here_s())
 
     def probe(self) -> None:
-        """Send the probes that are due, if any, unless work is under way; answers are taken in whenever they come."""
+        """Send the probes that are due, if any, to nodes that have no work under way, and none that shares the air with
+        such work; answers are taken in whenever they come."""
         now_s = time.perf_counter()
-        if self._open or now_s < self._next_probe_s:
+        if now_s < self._next_probe_s or (self._open and self.links.shared_air):
             return
         self._next_probe_s = now_s + _PROBE_LOOK_S
         self._learn()
         for endpoint, facts in self._broker_sockets().items():
             if (node := self.fleet.node_at(endpoint)) is not None:
                 self.links.anchor(node, facts, towards_node=True, time_s=now_s)
-        self._prober.probe(self.fleet.nodes, now_s)
+        busy = {part.request.node for asked in self._open for part in asked.round.open()}
+        self._prober.probe([node for node in self.fleet.nodes if node not in busy], now_s)
 
     def measure_links(self, seconds: float) -> None:
         """Probe idle links for a while."""
@@ -290,10 +294,16 @@ class Dispatcher:
         """Take in status messages while nothing is asked; keeps the connection alive."""
         deadline = time.monotonic() + timeout_s
         while (remaining := deadline - time.monotonic()) > 0:
-            message = self._transport.receive(remaining)
+            message = self._receive(remaining)
             if message:
                 self._absorb(message)
                 self._answer(message)
+
+    def _receive(self, timeout_s: float) -> Message | None:
+        asked_ns = time.perf_counter_ns()
+        message = self._transport.receive(timeout_s)
+        self._attention.read(asked_ns, message.arrived_ns if message else time.perf_counter_ns())
+        return message
 
     def close(self) -> None:
         """Leave the broker."""
@@ -355,8 +365,10 @@ class Dispatcher:
         except WdmoeError:
             self._cancel(asked)
             raise
-        # While the nodes compute: what the last answers taught. It would only hold up the next layer.
+        # While the nodes compute: what the last answers taught. It would only hold up the next layer. Links of nodes
+        # that are not asked are free now, and what comes from them is read at once.
         self._learn()
+        self.probe()
         return asked
 
     def _ask(self, asked: "Asked") -> None:
@@ -415,7 +427,8 @@ class Dispatcher:
             output[part.request.rows] += answer.output
         records = tuple(answer.record for _, answer in answered)
         self._answered.append(_Answered(round, answered, time.perf_counter_ns() - asked.began_ns))
-        self.probe()
+        if self.links.shared_air or {part.request.node for part in round.parts}.issuperset(self.fleet.nodes):
+            self.probe()
         return ExpertOutput(output, records)
 
     def _cancel(self, asked: "Asked") -> None:
@@ -533,7 +546,7 @@ class Dispatcher:
                 until = min(until, other.next_overdue_s())
             if round.lost:
                 continue
-            message = self._transport.receive(max(0.0, until - now))
+            message = self._receive(max(0.0, until - now))
             if message is not None:
                 self._take_in(message)
 
@@ -635,7 +648,7 @@ class Dispatcher:
             return frame
         if not isinstance(frame, PongFrame):
             self.dropped["kind"] += 1
-        elif not self._prober.take(frame, node, message):
+        elif not self._prober.take(frame, node, message, sure=self._attention.sure):
             self.dropped["not awaited"] += 1
         return None
 

@@ -3,8 +3,9 @@
 A message of `down` bytes to a node and its answer of `up` bytes take, less the node's own time,
 `rtt + down / R_down + up / R_up`, and for work `handling` more: what both sides spend around a request without
 accounting for it, such as waking up. The state (rtt, 1/R_down, 1/R_up, handling) is tracked by a robust Kalman
-filter. As long as all messages have one size the four can't be told apart: small probes of other sizes and the
-kernel's account of the sockets (`anchor`) do that. Everything is in payload bytes, so rates are goodput.
+filter. As long as all messages have one size the four can't be told apart. Trains of pings (`links.train`) tell the
+rates, and before them the kernel's account of the sockets (`anchor`); empty pings tell the handling. Everything is in
+payload bytes, so rates are goodput.
 
 Pure: time comes with the samples, so that recorded traces can be replayed.
 """
@@ -13,7 +14,10 @@ import math
 from dataclasses import dataclass
 
 from bs_coordinator.links.kalman import RobustFilter
+from bs_coordinator.links.train import RateWindow
 from wire.status import SocketFacts
+
+_Vector = tuple[float, float, float, float]
 
 # The filter's units are ms and ms per 1000 bytes, so that all states are about 1: 8 Mbit/s is 1 ms per 1000 bytes.
 _PRIOR = (5.0, 0.16, 0.16, 0.2)
@@ -40,18 +44,19 @@ _LEAST_INFORMATIVE_MBPS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class LinkSample:
-    """One message there and its answer back.
+    """One message there and its answer back, or what came between the answers to a train of pings.
 
     Attributes:
         time_s: when the answer arrived, by any clock that only grows.
         down_bytes: frame towards the node.
         up_bytes: frame from the node.
-        round_trip_s: by the base station's clock.
+        round_trip_s: by the base station's clock; of a train, from its first counted arrival to the last.
         node_s: the node's own account of its time, to be taken off.
         experts, rows: distinct experts and hidden states of a request; 0 for probes.
         contention_s: time it presumably waited for other nodes' frames on shared air, to be taken off too.
         load_s: the part of `node_s` that went into reading experts into memory.
         queued: the node had other requests to answer first, so that the round trip says little about the link.
+        train: the round trip is not in it (see `links.train`).
     """
 
     time_s: float
@@ -65,6 +70,7 @@ class LinkSample:
     contention_s: float = 0.0
     load_s: float = 0.0
     queued: bool = False
+    train: bool = False
 
     @property
     def network_s(self) -> float:
@@ -102,14 +108,14 @@ class LinkEstimator:
 
     Attributes:
         rejected: samples that can't be true (negative, not finite), taken in by no one.
-        surprise: how far the last sample was from what was expected, in standard deviations.
+        down_trains, up_trains: what trains say of each direction.
     """
 
-    __slots__ = ("_filter", "_sampled_s", "_time_s", "rejected", "surprise")
+    __slots__ = ("_filter", "_sampled_s", "_time_s", "down_trains", "rejected", "up_trains")
 
     def __init__(self) -> None:
         self.rejected = 0
-        self.surprise = 0.0
+        self.down_trains, self.up_trains = RateWindow(), RateWindow()
         self._time_s = self._sampled_s = -math.inf
         self._filter = RobustFilter(
             _PRIOR, _PRIOR_STD, drift=_DRIFT, floor=_FLOOR, noise=_FIRST_NOISE, least_noise=_LEAST_NOISE
@@ -129,13 +135,28 @@ class LinkEstimator:
             return False
         self.advance(sample.time_s)
         self._sampled_s = max(self._sampled_s, sample.time_s)
+        if sample.train:
+            return self._observe_train(sample)
         h = _h(sample.down_bytes, sample.up_bytes, work=sample.rows > 0)
         z = 1e3 * network_s
         filter = self._filter
         if filter.count == 0:
             filter.noise = max(_FIRST_NOISE, 0.1 * z)
         # How long others' frames were in the way is itself a guess.
-        self.surprise = filter.update(h, z, extra_std=self._model_std(h) + 0.5e3 * sample.contention_s)
+        filter.update(h, z, extra_std=self._model_std(h) + 0.5e3 * sample.contention_s)
+        return True
+
+    def _observe_train(self, sample: LinkSample) -> bool:
+        down = sample.down_bytes > 0
+        n_bytes = sample.down_bytes or sample.up_bytes
+        if not n_bytes:
+            self.rejected += 1
+            return False
+        rate = self.down_trains if down else self.up_trains
+        if rate.observe(sample.time_s, sample.network_s, n_bytes):
+            self._filter.alarm()
+        ms = 1e6 * rate.s_per_byte
+        self._filter.replace(1 if down else 2, ms, rate.std * ms)
         return True
 
     def anchor(self, facts: SocketFacts, *, towards_node: bool, time_s: float) -> None:
@@ -152,6 +173,9 @@ class LinkEstimator:
             filter.bound(0, least=max(_FLOOR[0], 0.9 * rtt_ms))
             if filter.count < _SEEDED:
                 filter.anchor(0, rtt_ms + _RTT_ABOVE_TCP_MS, _RTT_ABOVE_TCP_MS + _RTT_ANCHOR_ERROR * rtt_ms)
+        if (self.down_trains if towards_node else self.up_trains).s_per_byte:
+            # The kernel keeps the highest rate of short bursts, however long ago that was: trains know better.
+            return
         mbps = 8e-6 * facts.delivery_bytes_per_s
         if not _LEAST_INFORMATIVE_MBPS < mbps < 8 / _FLOOR[1]:
             return
@@ -173,10 +197,6 @@ class LinkEstimator:
         if self._time_s > -math.inf:
             self._filter.advance(now_s - self._time_s)
         self._time_s = max(self._time_s, now_s)
-
-    def doubt(self) -> None:
-        """Somebody has reason to think that the link has jumped: be unsure of it."""
-        self._filter.alarm()
 
     @property
     def samples(self) -> int:
@@ -254,10 +274,10 @@ class LinkEstimator:
             noise_s=self.noise_s,
         )
 
-    def _model_std(self, h: tuple[float, float, float, float]) -> float:
+    def _model_std(self, h: _Vector) -> float:
         x = self._filter.x
         return _TRANSFER_ERROR * (h[1] * x[1] + h[2] * x[2])
 
 
-def _h(down_bytes: float, up_bytes: float, *, work: bool) -> tuple[float, float, float, float]:
+def _h(down_bytes: float, up_bytes: float, *, work: bool) -> _Vector:
     return 1.0, down_bytes / 1e3, up_bytes / 1e3, 1.0 if work else 0.0

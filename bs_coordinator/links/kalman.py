@@ -135,6 +135,11 @@ class RobustFilter:
         if self._p[i][i] > std * std:
             self._correct([row[i] for row in self._p], value - self.x[i], self._p[i][i] + std * std)
 
+    def replace(self, i: int, value: float, std: float) -> None:
+        """Take over better word of one state from elsewhere, whatever was believed of it."""
+        self._p[i][i] = max(self._p[i][i], (3 * std) ** 2)
+        self._correct([row[i] for row in self._p], value - self.x[i], self._p[i][i] + std * std)
+
     def bound(self, i: int, *, least: float | None = None, most: float | None = None) -> None:
         """Move the state to where one component keeps a bound; `least` holds from now on."""
         if least is not None:

@@ -47,19 +47,41 @@ def link_log(path: Path) -> Iterator[Callable[[LinkSample], None]]:
         yield write
 
 
+class LinkLogReader:
+    """A log that may still be written: each reading gives what is new."""
+
+    def __init__(self, path: Path) -> None:
+        """Nothing is read yet."""
+        self._path = path
+        self._offset = self._lines = 0
+        self._decoder = msgspec.json.Decoder(LinkSample)
+
+    def read(self) -> Iterator[LinkSample]:
+        """Samples since the last reading; a last line that is not complete is left for the next one.
+
+        Raises:
+            StorageError: it can't be read, or a line is no sample.
+        """
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except OSError as error:
+            raise StorageError(f"can't read {self._path}: {error.strerror}") from error
+        lines = data.split(_NEWLINE)[:-1]
+        self._offset += sum(len(line) + 1 for line in lines)
+        for line in lines:
+            self._lines += 1
+            try:
+                yield self._decoder.decode(line)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise StorageError(f"{self._path}, line {self._lines} is no link sample: {error}") from None
+
+
 def read_link_log(path: Path) -> Iterator[LinkSample]:
     """The samples of a log; a last line that a crash cut off is left out.
 
     Raises:
-        StorageError: it can't be read, or a line is no sample.
+        StorageError: see `LinkLogReader.read`.
     """
-    try:
-        lines = path.read_bytes().split(_NEWLINE)
-    except OSError as error:
-        raise StorageError(f"can't read {path}: {error.strerror}") from error
-    decoder = msgspec.json.Decoder(LinkSample)
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            yield decoder.decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise StorageError(f"{path}, line {number} is no link sample: {error}") from None
+    return LinkLogReader(path).read()

@@ -6,6 +6,7 @@ Pure: times come with the samples and the questions, so that a recorded log can 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,33 +16,49 @@ from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.links.compute import ComputeEstimator
 from bs_coordinator.links.estimator import LinkEstimate, LinkEstimator, LinkSample
 from bs_coordinator.links.loads import LoadEstimator
+from bs_coordinator.links.train import plan_train
 from wire.status import SocketFacts
 
 PROBE_EVERY_S = 0.1
 """Between two probes of the fleet, while nothing is wrong."""
 _HURRIED_EVERY_S = 0.02
-_HURRIED_PROBES = 9
-"""After a jump: only other sizes tell whether the round trip or a rate has changed."""
-_SURPRISE = 3.5
-_SURPRISES = 2
-_CHECKING_PROBES = 3
+_TRAIN_EVERY_S = 0.5
+"""Between two trains on a link that is in use, the directions in turn."""
+_TRAIN_SHARE = 0.02
+"""Of each direction's time, or of shared air, that trains may take while nothing is wrong."""
+_CHECK_EVERY_S = 3.0
+"""When one link has jumped, the others are looked at: what they share may be the reason. Not more often than this."""
 _LOST_S = 2.0
 """A probe without an answer for this long is forgotten, and another may be sent."""
-_PROBE_AIR_S = 0.004
-_LEAST_PROBE_BYTES = 1 << 10
-_MOST_PROBE_BYTES = 12 << 10
-"""Fits into the first window of a TCP connection, so that slow start does not look like a slow link."""
 _UNSURE_RTT = 0.3
 _MOST_CONTENTION = 0.8
 
 
+class _Kind(Enum):
+    PING = 0
+    DOWN = 1
+    UP = 2
+
+
+_CHECK = (_Kind.DOWN, _Kind.UP)
+_AT_FIRST = (_Kind.PING, *_CHECK, *_CHECK, _Kind.PING, *_CHECK)
+_AFTER_JUMP = (*_CHECK, *_CHECK, _Kind.PING, *_CHECK)
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A ping that would teach most: payload bytes there and back."""
+    """Pings that would teach most: payload bytes there and back of each.
+
+    Attributes:
+        count: more than one are a train, sent back to back.
+        lead: of a train, see `links.train`.
+    """
 
     node: str
     down_bytes: int
     up_bytes: int
+    count: int = 1
+    lead: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +82,25 @@ class NodeEstimate:
 
 
 class _Node:
-    __slots__ = ("compute", "hurry", "link", "loads", "most_rows", "next_kind", "probed_s", "suspicion")
+    __slots__ = (
+        "compute",
+        "last_train",
+        "link",
+        "loads",
+        "most_rows",
+        "next_train_s",
+        "probed_s",
+        "wanted",
+        "worked_s",
+    )
 
     def __init__(self, link: LinkEstimator) -> None:
         self.link = link
         self.compute = ComputeEstimator()
         self.loads = LoadEstimator()
-        self.probed_s = -math.inf
-        self.hurry = _HURRIED_PROBES
-        self.next_kind = 0
-        self.suspicion = 0
+        self.probed_s = self.next_train_s = self.worked_s = -math.inf
+        self.wanted = list(_AT_FIRST)
+        self.last_train = _Kind.UP
         self.most_rows = 0
 
 
@@ -115,13 +141,15 @@ class LinkMonitor:
         self._log = log
         self._nodes: dict[str, _Node] = {}
         self._outstanding: dict[str, float] = {}
-        self._last_probe_s = -math.inf
+        self._last_probe_s = self._checked_s = -math.inf
+        self._last_air_s = 0.0
 
     def forget(self) -> None:
         """Begin again without knowledge."""
         self._nodes.clear()
         self._outstanding.clear()
-        self._last_probe_s = -math.inf
+        self._last_probe_s = self._checked_s = -math.inf
+        self._last_air_s = 0.0
 
     def observe(self, samples: Sequence[LinkSample]) -> None:
         """Take in what one layer's requests took, in the order in which they were sent; or one probe."""
@@ -134,17 +162,23 @@ class LinkMonitor:
             alarms = node.link.alarms
             if not sample.queued:
                 node.link.observe(sample)
-            if not sample.rows:
-                self._suspect(node, sample)
             if node.link.alarms > alarms:
-                node.hurry = _HURRIED_PROBES
+                # Trains that found a jump have measured it already; the other direction may have jumped as well.
+                self._jumped(node, sample.time_s, wanted=_CHECK if sample.train else _AFTER_JUMP)
+            elif sample.train and (node.link.down_trains.odd or node.link.up_trains.odd):
+                node.wanted = node.wanted or list(_CHECK)
             if sample.rows:
+                node.worked_s = sample.time_s
                 node.most_rows = max(node.most_rows, sample.rows)
                 computing_s = sample.node_s - sample.load_s
                 node.compute.observe(sample.time_s, experts=sample.experts, rows=sample.rows, node_s=computing_s)
                 node.loads.observe(sample.load_s, sample.experts)
             else:
-                self._outstanding.pop(sample.node, None)
+                self.answered(sample.node)
+
+    def answered(self, node: str) -> None:
+        """A probe of `node` came back, whether it said something or not."""
+        self._outstanding.pop(node, None)
 
     def anchor(self, node: str, facts: SocketFacts, *, towards_node: bool, time_s: float) -> None:
         """Take in the kernel's account of one direction, see `LinkEstimator.anchor`."""
@@ -165,14 +199,18 @@ class LinkMonitor:
         return self._node(node).link.predict_s(down_bytes, up_bytes)[0]
 
     def next_probe(self, nodes: Iterable[str], now_s: float) -> Probe | None:
-        """The probe to send now, if any: first nodes that are stale, then those whose link has jumped or is unsure.
+        """The probe to send now, if any: first nodes that are stale, then those whose link has jumped or is unsure,
+        then those whose rates were not measured for a while.
 
         Asking takes the probe as sent.
         """
         known = [(name, self._node(name)) for name in nodes]
-        since_s = now_s - self._last_probe_s
-        hurried = any(node.hurry for _, node in known)
-        if since_s < (_HURRIED_EVERY_S if hurried else PROBE_EVERY_S):
+        hurried = any(node.wanted for _, node in known)
+        pause_s = _HURRIED_EVERY_S if hurried else PROBE_EVERY_S
+        if self.shared_air:
+            # Who shares the air with the last probe waits for it; in quiet times much longer.
+            pause_s += self._last_air_s / (1.0 if hurried else _TRAIN_SHARE)
+        if now_s < self._last_probe_s + pause_s:
             return None
         candidates = [
             (urgency, node.probed_s, name)
@@ -183,9 +221,12 @@ class LinkMonitor:
             return None
         name = min(candidates)[2]
         node = self._nodes[name]
-        node.probed_s = self._last_probe_s = self._outstanding[name] = now_s
-        node.hurry = max(0, node.hurry - 1)
-        return self._probe(name, node)
+        node.probed_s = self._outstanding[name] = self._last_probe_s = now_s
+        probe, self._last_air_s = _probe(name, node, _next_kind(node, now_s))
+        if probe.count > 1:
+            # The directions take turns, so that each has twice that time.
+            node.next_train_s = now_s + max(_TRAIN_EVERY_S, 0.5 * self._last_air_s / _TRAIN_SHARE)
+        return probe
 
     def forecast(
         self,
@@ -255,35 +296,22 @@ class LinkMonitor:
             known = self._nodes[name] = _Node(_NoLink() if name == HERE else LinkEstimator())
         return known
 
-    def _suspect(self, node: _Node, sample: LinkSample) -> None:
-        """Small work hardly shows a change of the rates, large probes do. One may have met a retransmission; a second
-        one tells."""
-        if max(sample.down_bytes, sample.up_bytes) < _LEAST_PROBE_BYTES:
-            return
-        if abs(node.link.surprise) < _SURPRISE:
-            node.suspicion = 0
-            return
-        node.suspicion += 1
-        node.hurry = max(node.hurry, _CHECKING_PROBES)
-        if node.suspicion == _SURPRISES:
-            node.suspicion = 0
-            node.link.doubt()
+    def _jumped(self, node: _Node, time_s: float, *, wanted: Sequence[_Kind]) -> None:
+        node.wanted = list(wanted)
+        if time_s - self._checked_s > _CHECK_EVERY_S:
+            self._checked_s = time_s
+            for other in self._nodes.values():
+                other.wanted = other.wanted or list(_CHECK)
 
     def _urgency(self, node: _Node, now_s: float) -> int:
         """0: nothing to ask; else the smaller, the sooner."""
         if node.link.stale(now_s):
             return 1
-        if node.hurry:
+        if node.wanted:
             return 2
-        return 3 if node.link.unsure_of_rates() or node.link.relative_std()[0] > _UNSURE_RTT else 0
-
-    def _probe(self, name: str, node: _Node) -> Probe:
-        """Sizes take turns: they differ from each other and from the work, which is what tells the states apart."""
-        link = node.link
-        kind, node.next_kind = node.next_kind, (node.next_kind + 1) % 3
-        if kind == 0:
-            return Probe(name, _probe_bytes(link.down_s_per_byte), 0)
-        return Probe(name, 0, _probe_bytes(link.up_s_per_byte)) if kind == 1 else Probe(name, 0, 0)
+        if node.link.unsure_of_rates() or node.link.relative_std()[0] > _UNSURE_RTT:
+            return 3
+        return 4 if node.worked_s > node.probed_s and now_s > node.next_train_s else 0
 
     def _with_contention(self, samples: Sequence[LinkSample]) -> list[LinkSample]:
         """Others' frames that were presumably on the air first: requests sent before, answers that arrived before."""
@@ -302,5 +330,31 @@ class LinkMonitor:
         return result
 
 
-def _probe_bytes(s_per_byte: float) -> int:
-    return int(min(max(_PROBE_AIR_S / s_per_byte, _LEAST_PROBE_BYTES), _MOST_PROBE_BYTES))
+def _next_kind(node: _Node, now_s: float) -> _Kind:
+    link = node.link
+    if node.wanted:
+        return node.wanted.pop(0)
+    rtt, down, up = link.relative_std()
+    if link.stale(now_s) or (rtt > _UNSURE_RTT and not link.unsure_of_rates()):
+        return _Kind.PING
+    if link.unsure_of_rates():
+        return _Kind.DOWN if down > up else _Kind.UP
+    return _Kind.DOWN if node.last_train is _Kind.UP else _Kind.UP
+
+
+def _probe(name: str, node: _Node, kind: _Kind) -> tuple[Probe, float]:
+    """And its time on the air."""
+    link = node.link
+    if kind is _Kind.PING:
+        return Probe(name, 0, 0), 0.0
+    node.last_train = kind
+    _, down, up = link.relative_std()
+    if kind is _Kind.DOWN:
+        s_per_byte, std, noise_s = link.down_s_per_byte, down, link.down_trains.noise_s
+    else:
+        s_per_byte, std, noise_s = link.up_s_per_byte, up, link.up_trains.noise_s
+    # As slow as the link may well be: a train that is too short is repeated, one that is too long is in the way.
+    s_per_byte *= 1 + min(std, 1.0)
+    train = plan_train(s_per_byte, link.rtt_s, noise_s)
+    sizes = (train.message_bytes, 0) if kind is _Kind.DOWN else (0, train.message_bytes)
+    return Probe(name, *sizes, train.count, train.lead), train.count * train.message_bytes * s_per_byte

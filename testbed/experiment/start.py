@@ -17,6 +17,7 @@ from testbed.experiment.plan import Choice, Perplexity, Plan, check_plan, expand
 from testbed.experiment.rundir import SCHEMA, BundleFacts, RunDir, RunManifest
 from testbed.experiment.runner import Outcome, Say, execute
 from testbed.experiment.site import broker_of
+from testbed.network.namespaces import check_privileges
 from wire.errors import PlanError
 from wire.manifest import MANIFEST_NAME, Scheme, load_manifest, sha256_file
 
@@ -29,7 +30,10 @@ def create_run(plan: Plan, out: Path, *, console: Console) -> RunDir:
     Raises:
         PlanError: a bundle or data set of the plan is missing.
         RunDirectoryError: `out` is not empty.
+        PrivilegeError: this process may not bring up the plan's network.
     """
+    if plan.emulated:
+        check_privileges()
     bundles = [bundle_facts(name, console=console) for name in plan.bundles]
     for bundle in bundles:
         check_policies(plan, bundle)

@@ -15,6 +15,7 @@ from bs_coordinator.links import LinkMonitor, LinkSample, NodeEstimate, Probe
 from bs_coordinator.links.broker_sockets import parse_ss
 from bs_coordinator.links.log import link_log, read_link_log
 from bs_coordinator.links.replay import replay
+from bs_coordinator.links.train import Attention, dispersion_s, plan_train
 from wire.errors import StorageError
 from wire.status import SocketFacts
 
@@ -37,6 +38,17 @@ class Link:
         lost_ms = 210.0 if rng.random() < self.loss else 0.0
         return 1e-3 * (self.rtt_ms + transfer_ms + self.jitter_ms * abs(rng.normal()) + lost_ms)
 
+    def arrivals(self, probe: Probe, sent_s: float, rng: np.random.Generator) -> list[tuple[float, bool]]:
+        """Of a train's answers: one after the other at the slower direction's rate, delayed in order."""
+        per_message_s = 8e-6 * max((48 + probe.down_bytes) / self.down_mbps, (80 + probe.up_bytes) / self.up_mbps)
+        due_s, last_s, result = sent_s + 1e-3 * self.rtt_ms, 0.0, []
+        for _ in range(probe.count):
+            due_s += per_message_s
+            lost_s = 0.21 if rng.random() < self.loss else 0.0
+            last_s = max(last_s, due_s + 1e-3 * self.jitter_ms * abs(rng.normal()) + lost_s)
+            result.append((last_s, True))
+        return result
+
     def expected_s(self, down_bytes: int, up_bytes: int) -> float:
         return 1e-3 * (
             self.rtt_ms + 8e-3 * (down_bytes / self.down_mbps + up_bytes / self.up_mbps) + 0.8 * self.jitter_ms
@@ -52,7 +64,7 @@ class World:
         self.now_s = 100.0
         self.monitor = monitor or LinkMonitor()
         self.errors: list[float] = []
-        self.probes: list[Probe] = []
+        self.air_s = 0.0
 
     def layer(self, nodes: Sequence[str], sizes: tuple[int, int] = WORK, rows: int = 1) -> None:
         samples = []
@@ -70,10 +82,21 @@ class World:
     def probe(self) -> None:
         probe = self.monitor.next_probe(self.links, self.now_s)
         if probe:
-            self.probes.append(probe)
-            sizes = 48 + probe.down_bytes, 80 + probe.up_bytes
-            took_s = self.links[probe.node].network_s(*sizes, self.rng)
-            self.monitor.observe([LinkSample(self.now_s + took_s, probe.node, *sizes, took_s + 1e-4, 1e-4)])
+            link = self.links[probe.node]
+            if probe.count == 1:
+                sizes = 48 + probe.down_bytes, 80 + probe.up_bytes
+                took_s = link.network_s(*sizes, self.rng)
+                self.monitor.observe([LinkSample(self.now_s + took_s, probe.node, *sizes, took_s + 1e-4, 1e-4)])
+                return
+            arrivals = link.arrivals(probe, self.now_s, self.rng)
+            self.air_s += probe.count * 8e-6 * (probe.down_bytes / link.down_mbps + probe.up_bytes / link.up_mbps)
+            found = dispersion_s(arrivals, probe.lead)
+            if found is None:
+                self.monitor.answered(probe.node)
+                return
+            gaps, total_s = found
+            down, up = (gaps * (48 + probe.down_bytes), 0) if probe.down_bytes else (0, gaps * (80 + probe.up_bytes))
+            self.monitor.observe([LinkSample(arrivals[-1][0], probe.node, down, up, total_s, 0.0, train=True)])
 
     def idle(self, seconds: float) -> None:
         end_s = self.now_s + seconds
@@ -182,10 +205,21 @@ def test_a_probe_without_an_answer_is_not_repeated_at_once() -> None:
 def test_probes_stay_a_small_share_of_an_idle_link() -> None:
     world = World({"a": Link(4, 20, 20)})
     world.idle(10.0)
-    world.probes.clear()
+    world.air_s = 0.0
     world.idle(20.0)
-    sent_bytes = sum(p.down_bytes + p.up_bytes + 128 for p in world.probes)
-    assert sent_bytes * 8 / 20 / 20e6 < 0.02
+    assert world.air_s / 20 < 0.02
+
+
+def test_trains_stay_a_small_share_of_a_link_in_use() -> None:
+    world = World(MIXED)
+    world.idle(1.0)
+    for _ in range(200):
+        world.layer("abc")
+    world.air_s, began_s = 0.0, world.now_s
+    for _ in range(1000):
+        world.layer("abc")
+    directions = 2 * len(MIXED)
+    assert 0 < world.air_s / (world.now_s - began_s) / directions < 0.02
 
 
 def test_compute_time_is_learnt_from_sizes() -> None:
@@ -313,3 +347,69 @@ def test_the_output_of_ss_is_understood() -> None:
             endpoint="10.0.0.3:40002", min_rtt_us=8000, delivery_bytes_per_s=1_000_000, app_limited=False
         ),
     }
+
+
+@given(st.floats(1e-9, 1.0), st.floats(1e-4, 10.0), st.floats(0, 10.0))
+def test_trains_stay_within_limits_whatever_is_believed(s_per_byte: float, rtt_s: float, noise_s: float) -> None:
+    train = plan_train(s_per_byte, rtt_s, noise_s)
+    assert 1000 < train.message_bytes <= 18 << 10
+    assert train.lead + 5 == train.count <= 12
+
+
+@given(st.floats(1e-4, 0.1), st.lists(st.floats(1e-5, 1.0), max_size=6), st.integers(0, 3))
+def test_a_trains_rate_is_that_between_its_arrivals(gap_s: float, lead: list[float], late: int) -> None:
+    """Whatever happens before the messages that count, and if one of those in between is late."""
+    times = 50 + np.concatenate(([0.0], np.cumsum([*lead, *[gap_s] * 4])))
+    if late:
+        times[len(lead) + late] = times[len(lead) + late + 1]
+    found = dispersion_s([(float(t), True) for t in times], len(lead))
+    assert found is not None
+    assert found[0] == 4
+    assert found[1] == pytest.approx(4 * gap_s, rel=1e-6)
+
+
+def test_arrivals_that_are_not_sure_do_not_count() -> None:
+    piled_up = [(1.0, False), (1.0001, False), (1.0002, False), (1.003, True), (1.006, True), (1.009, True)]
+    for arrivals, lead, messages, took_s in (
+        (piled_up, 1, 2, 0.006),
+        ([(1.0, True), (1.004, True), (1.005, False), (1.008, True)], 0, 3, 0.008),
+    ):
+        found = dispersion_s(arrivals, lead)
+        assert found is not None
+        assert found[0] == messages
+        assert found[1] == pytest.approx(took_s)
+    assert dispersion_s(piled_up[:4], 0) is None
+    assert dispersion_s([], 0) is None
+
+
+def test_who_was_away_does_not_know_when_messages_came() -> None:
+    attention = Attention()
+    moments = [
+        (0.0, 3.0, True),  # waited 3 ms for it
+        (3.1, 3.2, True),  # it came while the last one was handled
+        (9.0, 9.1, False),  # nobody had looked for 6 ms
+        (9.2, 9.3, False),  # nor for those behind it
+        (9.4, 11.0, True),
+    ]
+    for asked_ms, read_ms, sure in moments:
+        attention.read(int(1e6 * asked_ms), int(1e6 * read_ms))
+        assert attention.sure == sure
+
+
+def test_a_jump_of_one_link_has_the_others_looked_at() -> None:
+    world = World(dict.fromkeys("ab", Link(4, 50, 50)))
+    world.idle(1.0)
+    for _ in range(200):
+        world.layer("ab")
+    world.links = dict.fromkeys("ab", Link(4, 10, 10))
+    for _ in range(100):
+        world.layer("a")  # nobody asks b
+    assert world.estimate("b").link.down_mbps == pytest.approx(10, rel=0.15)
+
+
+def test_trains_outrank_what_the_kernel_remembers() -> None:
+    world = World({"a": Link(4, 20, 20)})
+    world.idle(2.0)
+    burst = SocketFacts(endpoint="h:1", min_rtt_us=4000, delivery_bytes_per_s=100_000_000, app_limited=True)
+    world.monitor.anchor("a", burst, towards_node=True, time_s=world.now_s)
+    assert world.estimate("a").link.down_mbps == pytest.approx(20, rel=0.15)

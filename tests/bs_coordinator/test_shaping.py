@@ -3,14 +3,18 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from bs_coordinator.links import LinkSample
+from bs_coordinator.links.log import link_log
 from bs_coordinator.shaping import NodeLink, shape_commands, time_shares
 from wire.errors import ShapingError
 
@@ -120,6 +124,48 @@ def test_nodes_get_their_shares_and_borrow(namespace: str) -> None:
     _shape(namespace, "bs0", "--off")
     assert "htb" not in _inside(namespace, "tc", "qdisc", "show", "dev", "bs0").stdout
     _shape(namespace, "bs0", "--off")
+
+
+def _classes(namespace: str) -> dict[str, tuple[str, str]]:
+    shown = _inside(namespace, "tc", "class", "show", "dev", "bs0").stdout
+    return {handle: rates for handle, *rates in re.findall(r"class htb (\S+) .*?rate (\S+) ceil (\S+)", shown)}
+
+
+def _wait_for(namespace: str, handle: str, at_least_mbps: float, at_most_mbps: float) -> None:
+    deadline = time.monotonic() + 20
+    while True:
+        ceil = _classes(namespace).get(handle, ("", "0Kbit"))[1]
+        mbps = float(re.sub(r"[A-Za-z]+", "", ceil)) * (1e-3 if ceil.endswith("Kbit") else 1)
+        if at_least_mbps < mbps < at_most_mbps:
+            return
+        assert time.monotonic() < deadline, _classes(namespace)
+        time.sleep(0.05)
+
+
+def test_shares_follow_the_links_that_a_base_station_measures(namespace: str, tmp_path: Path) -> None:
+    path = tmp_path / "links.jsonl"
+    nodes = ["--node", f"slow={SLOW}", "--node", f"fast={FAST}"]
+    argv = [sys.executable, "-m", "bs_coordinator", "shape", "bs0", "--follow", str(path), *nodes, "--every", "0.2"]
+    with link_log(path) as write:
+
+        def measure(began_s: float, **mbps: float) -> None:
+            for i in range(20):
+                for node, rate in mbps.items():
+                    now_s = began_s + 0.1 * i
+                    write(LinkSample(now_s, node, 30_000, 0, 8e-6 * 30_000 / rate, 0.0, train=True))
+                    write(LinkSample(now_s, node, 1200, 1200, 0.006, 1e-3, experts=1, rows=1))
+
+        measure(100, slow=20, fast=100)
+        with subprocess.Popen(["ip", "netns", "exec", namespace, *argv], stdout=subprocess.DEVNULL) as shaper:
+            try:
+                _wait_for(namespace, "1:10", 22, 28)  # with a quarter of headroom
+                _wait_for(namespace, "1:11", 110, 140)
+                measure(110, slow=5, fast=100)
+                _wait_for(namespace, "1:10", 5, 7)
+            finally:
+                shaper.send_signal(signal.SIGINT)
+            assert shaper.wait(10) == 130
+    assert not _classes(namespace)
 
 
 def test_failures_end_in_one_line_and_leave_nothing(namespace: str) -> None:
