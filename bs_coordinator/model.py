@@ -14,7 +14,6 @@ from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.records import DispatchRecord, LayerRecord, StepRecord
 from bs_coordinator.selection import Policy
 from bs_coordinator.selection.degraded import select_available
-from bs_coordinator.selection.demand import predicted_s
 from bs_coordinator.trunk import Trunk
 from bs_coordinator.trunk_rows import MAX_ROWS, Rows
 from wire.errors import ExpertsLostError
@@ -137,10 +136,10 @@ class DistributedMixtral:
                     self._begin(layer, wave, tallies[layer])
             for wave in waves:
                 self._finish(self.trunk.layers - 1, wave, tallies[-1])
-        finally:
+        except BaseException:
             for wave in waves:
-                if wave.pending is not None:
-                    wave.pending.cancel()
+                wave.abandon()
+            raise
         mark_ns = time.perf_counter_ns()
         logits: list[list[Tensor]] = [[] for _ in feeds]
         for wave in waves:
@@ -170,8 +169,7 @@ class DistributedMixtral:
             if not self.degrade:
                 raise
             wave.pending = Ready(self._ask_others(layer, wave))
-        # Nodes compute by now: what is only for the record, or for the next layer, costs nothing here.
-        tally.asked(wave.choice)
+        # Nodes compute by now: what is for the next layer costs nothing here.
         wave.forecast = self._experts.forecast(layer + 1) if layer + 1 < self.trunk.layers else None
         tally.trunk_ns += attended_ns - began_ns
         tally.dispatch_ns += time.perf_counter_ns() - attended_ns
@@ -189,6 +187,7 @@ class DistributedMixtral:
         wave.pending = None
         wave.passage.add(combined.output)
         tally.dispatch_ns += time.perf_counter_ns() - began_ns
+        tally.asked.append((wave.choice.gate, wave.choice.forecast))
         tally.dispatches += combined.dispatches
         tally.degraded += wave.tokens_of_step(wave.choice.degraded)
 
@@ -242,6 +241,13 @@ class _Wave:
         self.pending: Pending | None = None
         self.forecast: LayerForecast | None = None
 
+    def abandon(self) -> None:
+        """Give up half-way, wherever it is."""
+        if self.pending is not None:
+            self.pending.cancel()
+        if hasattr(self, "passage"):
+            self.passage.abandon()
+
     def tokens_of_step(self, rows: Sequence[int]) -> Iterator[int]:
         """Where some of its rows are among all tokens of the step."""
         tokens = [piece.first_token + i for piece in self.pieces for i in range(len(piece.feed.ids))] if rows else []
@@ -252,22 +258,17 @@ class _LayerTally:
     """A layer's record while its waves pass."""
 
     def __init__(self) -> None:
-        self.trunk_ns = self.dispatch_ns = self.pairs = 0
-        self.predicted_s = 0.0
+        self.trunk_ns = self.dispatch_ns = 0
+        self.asked: list[tuple[Array, LayerForecast]] = []
         self.dispatches: list[DispatchRecord] = []
         self.degraded: list[int] = []
-
-    def asked(self, choice: "_Choice") -> None:
-        self.pairs += int(np.count_nonzero(choice.gate))
-        self.predicted_s = max(self.predicted_s, predicted_s(choice.gate > 0, choice.forecast))
 
     def record(self, layer: int) -> LayerRecord:
         return LayerRecord(
             layer=layer,
             trunk_ns=self.trunk_ns,
             dispatch_ns=self.dispatch_ns,
-            pairs=self.pairs,
-            predicted_ns=int(1e9 * self.predicted_s),
+            asked=tuple(self.asked),
             dispatches=tuple(self.dispatches),
             degraded=tuple(self.degraded),
         )
@@ -285,8 +286,12 @@ class _Passage(Protocol):
     def logits(self, all_logits: bool) -> list[Tensor]:
         """Per feed, as `DistributedMixtral.step` returns them."""
 
+    def abandon(self) -> None:
+        """Give up half-way."""
+        return
 
-class _RowsPassage:
+
+class _RowsPassage(_Passage):
     """Sequences with few new tokens each, on their way through the trunk together."""
 
     def __init__(self, rows: Rows, feeds: Sequence[Feed]) -> None:
@@ -311,7 +316,7 @@ class _RowsPassage:
         return list(torch.split(logits, [len(rows) for rows in wanted]))
 
 
-class _TokenPassage:
+class _TokenPassage(_Passage):
     """One token of one sequence on its way through captured graphs."""
 
     def __init__(self, graphs: "GraphedDecoder", feed: Feed) -> None:
@@ -329,8 +334,11 @@ class _TokenPassage:
     def logits(self, all_logits: bool) -> list[Tensor]:
         return [self._graphs.head()]
 
+    def abandon(self) -> None:
+        self._graphs.abandon()
 
-class _BlocksPassage:
+
+class _BlocksPassage(_Passage):
     """Sequences on their way through transformers' own blocks, one by one."""
 
     def __init__(self, trunk: Trunk, feeds: Sequence[Feed]) -> None:
@@ -359,7 +367,7 @@ class _BlocksPassage:
         return list(torch.split(self._trunk.head(torch.cat(wanted, dim=1)).cpu(), counts))
 
 
-class _JointPassage:
+class _JointPassage(_Passage):
     """Several passages, whose experts are asked together."""
 
     def __init__(self, passages: Sequence[_Passage]) -> None:

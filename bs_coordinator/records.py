@@ -3,7 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
+from bs_coordinator.forecast import LayerForecast
+from bs_coordinator.selection.demand import predicted_s
 from wire.frames import NodeDurations
+from wire.tensors import Array
 
 Phase = Literal["prefill", "decode"]
 
@@ -39,7 +44,7 @@ class DispatchRecord:
         return max(0, self.round_trip_ns - self.durations.total_ns)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerRecord:
     """One layer of one step.
 
@@ -47,18 +52,28 @@ class LayerRecord:
         trunk_ns: attention, norms, gate and selection, of all pieces of the step.
         dispatch_ns: from the chosen experts to their combined output; of what was under way while the trunk worked on
             another piece of the step, only what the trunk then still waited.
-        pairs: (token, expert) pairs that the policy asked for.
-        predicted_ns: what the layer's forecast gave for the slowest node.
+        asked: of each piece of the step, gate weights float32 [tokens, experts] and the forecast they were chosen by.
         degraded: tokens of the step whose experts were lost, so that others were asked.
     """
 
     layer: int
     trunk_ns: int
     dispatch_ns: int
-    pairs: int
-    predicted_ns: int
+    asked: tuple[tuple[Array, LayerForecast], ...]
     dispatches: tuple[DispatchRecord, ...] = ()
     degraded: tuple[int, ...] = ()
+
+    # Worked out when somebody reads them: a GPU would wait for that between two layers.
+
+    @property
+    def pairs(self) -> int:
+        """(token, expert) pairs that the policy asked for."""
+        return sum(int(np.count_nonzero(gate)) for gate, _ in self.asked)
+
+    @property
+    def predicted_ns(self) -> int:
+        """What the layer's forecasts gave for the slowest node."""
+        return max(int(1e9 * predicted_s(gate > 0, forecast)) for gate, forecast in self.asked)
 
     @property
     def critical(self) -> DispatchRecord | None:

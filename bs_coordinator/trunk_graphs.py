@@ -1,13 +1,18 @@
-"""One token through the trunk on a GPU without the host in the way: a CUDA graph per layer, from the experts' output to
-the next experts' input.
+"""One token through the trunk on a GPU without the host in the way: a single CUDA graph that waits for the experts.
 
-Between graph and host there are only pinned buffers: a graph's last kernel writes the experts' input and the gate's
-probabilities there and then a stamp, which the host polls; the host writes the experts' output there and launches the
-next graph. Nothing waits on the GPU, so that other work may use it meanwhile.
+Between graph and host there are only pinned buffers. Before each wait the graph writes the experts' input and the
+gate's probabilities there and then a stamp, which the host polls; the host writes the experts' output there and then
+whose turn it is, for which the graph waits. No kernel runs meanwhile, so that other programs may use the GPU. Where a
+graph can't wait there is one for each segment, from the experts' output to the next experts' input, which the host
+launches.
 """
 
+import contextlib
+import ctypes
+import logging
 import math
 import time
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +23,8 @@ from bs_coordinator import trunk_kernels as kernels
 from bs_coordinator.slab_cache import SlabCache
 from wire.errors import TrunkError
 from wire.tensors import Array
+
+log = logging.getLogger(__name__)
 
 _DEADLINE_S = 30.0
 _POLLS_BETWEEN_CHECKS = 1 << 14
@@ -30,14 +37,16 @@ class Tuning(NamedTuple):
 
     Attributes:
         project: rows per tile, tiles per program and warps of the matrix products.
+        attend_block: positions that one program attends to at a time.
         fetch_output_bytes: how much of the output projection is fetched while attention runs.
-        fetch_next_bytes: how much of the next layer's first matrix is fetched while the experts compute.
+        fetch_next_bytes: how much of the next layer's first matrix the L2 cache gets while the experts compute.
         overlap: whether a kernel may start before its predecessor has ended (compute capability 9.0).
     """
 
     project: tuple[int, int, int] = (4, 2, 8)
+    attend_block: int = 32
     fetch_output_bytes: int = 8 << 20
-    fetch_next_bytes: int = 16 << 20
+    fetch_next_bytes: int = 24 << 20
     overlap: bool = True
 
 
@@ -89,9 +98,7 @@ class GraphedDecoder:
 
     def begin(self, token: int, cache: Any) -> None:
         """Start a step: one token that follows what `cache`, a `SlabCache`, holds."""
-        if not self._idle:
-            # An earlier step was given up: its last graph may still read what is written below.
-            torch.cuda.synchronize(self._device)
+        self.abandon()
         self._idle = False
         self._cache = cache
         self._position = cache.get_seq_length()
@@ -99,6 +106,7 @@ class GraphedDecoder:
         self._stamp = self._stamp % 0x7FFFFFFF + 1
         slab = cache.slab
         self._step_view[:] = (slab.data_ptr(), slab.shape[3], self._position, token, self._stamp)
+        self._turn_view[0] = 0
         self._graphs[0].replay()
 
     def attend(self, layer: int) -> tuple[Array, Array]:
@@ -114,9 +122,11 @@ class GraphedDecoder:
         return self._x_views[layer], self._probability_views[layer]
 
     def add(self, layer: int, output: Array) -> None:
-        """Launch what follows the layer's experts; output is fp32 [1, hidden]."""
+        """Let run what follows the layer's experts; output is fp32 [1, hidden]."""
         self._experts_view[:] = output[0]
-        self._graphs[layer + 1].replay()
+        self._turn_view[0] = layer + 1
+        if len(self._graphs) > 1:
+            self._graphs[layer + 1].replay()
 
     def head(self) -> Tensor:
         """The last token's logits, fp32 [1, vocab] on the CPU.
@@ -130,6 +140,15 @@ class GraphedDecoder:
             raise _failure(error) from None
         self._idle = True
         return self._logits_host.clone()
+
+    def abandon(self) -> None:
+        """Give up the step: the GPU goes through what was launched, whatever comes of it, and is ready for another."""
+        if not self._idle:
+            self._idle = True
+            self._turn_view[0] = self._layers
+            # A GPU that has failed has been reported, or will be by whoever uses it next.
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.synchronize(self._device)
 
     def _wait(self, layer: int) -> None:
         flags, stamp = self._flags, self._stamp
@@ -181,13 +200,15 @@ class GraphedDecoder:
         self._x_host, self._probabilities_host = pinned(self._layers, size), pinned(self._layers, experts)
         self._flags_host = pinned(self._layers, dtype=torch.int32)
         self._logits_host = pinned(1, vocab)
+        self._turn_host = pinned(1, dtype=torch.int32)
         self._step_view = self._step_host.numpy()
         self._experts_view = self._experts_host.numpy()
         self._x_views = [self._x_host[i, None].numpy() for i in range(self._layers)]
         self._probability_views = [self._probabilities_host[i, None].numpy() for i in range(self._layers)]
-        # Reading a memoryview costs a third of reading an array.
+        # Reading or writing a memoryview costs a third of doing so to an array.
         flags: Any = self._flags_host.numpy()
-        self._flags = memoryview(flags)
+        turn: Any = self._turn_host.numpy()
+        self._flags, self._turn_view = memoryview(flags), memoryview(turn)
 
     def _capture(self) -> None:
         # Run once before: kernels are compiled and loaded, which a capture does not allow.
@@ -196,13 +217,24 @@ class GraphedDecoder:
         for segment in range(self._layers + 1):
             self._launch(segment)
         torch.cuda.synchronize(self._device)
-        self._graphs = []
-        for segment in range(self._layers + 1):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.device(self._device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._launch(segment)
-            self._graphs.append(graph)
+        segments = range(self._layers + 1)
+        try:
+            self._graphs = [self._captured(segments, _stream_wait(self._turn_host))]
+        except (RuntimeError, TrunkError) as error:
+            log.info("graphs can't wait for the host here (%s): one for each layer", str(error).splitlines()[0])
+            self._graphs = [self._captured([segment]) for segment in segments]
         torch.cuda.synchronize(self._device)
+
+    def _captured(
+        self, segments: Iterable[int], wait: Callable[[int], None] = lambda turn: None
+    ) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for segment in segments:
+                if segment:
+                    wait(segment)
+                self._launch(segment)
+        return graph
 
     def _launch(self, segment: int) -> None:
         """What lies between the experts of layer `segment` - 1 and those of `segment`; the head after the last."""
@@ -212,10 +244,18 @@ class GraphedDecoder:
         adders = triton.cdiv(size, block)
         if segment == 0:
             kernels.begin[(adders,)](
-                self._step_host, self._step, self._modules.embed_tokens.weight, self._hidden, size, block=block
+                self._step_host,
+                self._step,
+                self._modules.embed_tokens.weight,
+                self._hidden,
+                size,
+                block=block,
+                overlap=tuning.overlap,
             )
         else:
-            kernels.add_experts[(adders,)](self._residual, self._experts_host, self._hidden, size, block=block)
+            kernels.add_experts[(adders,)](
+                self._residual, self._experts_host, self._hidden, size, block=block, overlap=tuning.overlap
+            )
         if segment == self._layers:
             self._project(self._hidden, self._modules.norm, self._modules.lm_head.weight, None, self._logits)
             self._logits_host.copy_(self._logits, non_blocking=True)
@@ -230,8 +270,8 @@ class GraphedDecoder:
             self._projected, self._step, self._cosines, self._sines,
             self._partial, self._partial_max, self._partial_sum, self._counters, self._attended,
             segment, self._head_dim**-0.5 * math.log2(math.e), output, min(fetch, output.numel()),
-            heads=config.num_attention_heads, kv_heads=kv_heads, dim=self._head_dim, splits=self._splits, block=64,
-            group_block=self._group_block, overlap=tuning.overlap, **options,
+            heads=config.num_attention_heads, kv_heads=kv_heads, dim=self._head_dim, splits=self._splits,
+            block=tuning.attend_block, group_block=self._group_block, overlap=tuning.overlap, **options,
         )  # fmt: skip
         self._project(self._attended, None, output, self._hidden, self._residual)
         following = self._qkv[segment + 1] if segment + 1 < self._layers else self._modules.lm_head.weight
@@ -255,6 +295,28 @@ class GraphedDecoder:
             normed=norm is not None, added=residual is not None, tile_rows=tile_rows, tiles=tiles,
             block=_power_of_2(size), overlap=overlap, num_warps=warps, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
+
+
+def _stream_wait(word: Tensor) -> Callable[[int], None]:
+    """What makes the current stream wait until an int32 in pinned memory has reached a value.
+
+    Raises:
+        TrunkError: this system's driver does not offer that; or, from what is returned, not here.
+    """
+    # A part of the driver's interface that torch does not have.
+    try:
+        call = ctypes.CDLL("libcuda.so.1").cuStreamWaitValue32_v2
+    except (OSError, AttributeError) as error:
+        raise TrunkError(f"no cuStreamWaitValue32: {error}") from None
+    call.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
+    greater_or_equal = 0
+
+    def wait(value: int) -> None:
+        code = call(torch.cuda.current_stream().cuda_stream, word.data_ptr(), value, greater_or_equal)
+        if code:
+            raise TrunkError(f"cuStreamWaitValue32: CUDA error {code}")
+
+    return wait
 
 
 def _joined(attention: Any) -> Tensor:

@@ -23,8 +23,10 @@ def _await_previous(overlap: tl.constexpr):
 
 
 @triton.jit
-def _fetch(next_weights, next_elements, program, programs, block: tl.constexpr):
-    """Read weights to nowhere, so that they are in the L2 cache."""
+def _fetch(next_weights, next_elements, program, programs, block: tl.constexpr, overlap: tl.constexpr):
+    """Read weights to nowhere, so that they are in the L2 cache. Depends on no kernel and waits for none."""
+    if overlap:
+        gdc_launch_dependents()
     offsets = tl.arange(0, block)
     for start in range(program * block, next_elements, programs * block):
         # Volatile: otherwise a load whose result is not used is dropped.
@@ -32,13 +34,15 @@ def _fetch(next_weights, next_elements, program, programs, block: tl.constexpr):
 
 
 @triton.jit
-def begin(step_host, step, table, hidden, size, block: tl.constexpr):
+def begin(step_host, step, table, hidden, size, block: tl.constexpr, overlap: tl.constexpr):
     """Copy the step's parameters to the GPU, look up the token's embedding.
 
     Args:
         step_host, step: int64 [5], pinned and on the GPU: address of the KV slab, its capacity, position, token, stamp.
         table: [vocab, size].
     """
+    if overlap:
+        gdc_launch_dependents()
     fields = tl.arange(0, 8)
     if tl.program_id(0) == 0:
         tl.store(step + fields, tl.load(step_host + fields, mask=fields < 5), mask=fields < 5)
@@ -48,8 +52,10 @@ def begin(step_host, step, table, hidden, size, block: tl.constexpr):
 
 
 @triton.jit
-def add_experts(residual, experts_host, hidden, size, block: tl.constexpr):
+def add_experts(residual, experts_host, hidden, size, block: tl.constexpr, overlap: tl.constexpr):
     """hidden = residual + experts' output, fp32 [size] read from pinned memory."""
+    if overlap:
+        gdc_launch_dependents()
     at = tl.program_id(0) * block + tl.arange(0, block)
     output = tl.load(experts_host + at, mask=at < size).to(hidden.dtype.element_ty)
     before = tl.load(residual + at, mask=at < size)
@@ -66,8 +72,12 @@ def project(
     at = tl.arange(0, block)
     inside = at < size
     row = tl.program_id(0) * (tile_rows * tiles) + tl.arange(0, tile_rows)
-    # The first tile does not depend on the previous kernel: its loads are issued before the wait.
-    tile = tl.load(weights + row[:, None] * size + at[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0.0)
+    # The first tile does not depend on the previous kernel: its loads are issued before the wait. Each weight is read
+    # once a token: it should not push out of the cache what was fetched for the next kernel.
+    tile = tl.load(
+        weights + row[:, None] * size + at[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0.0,
+        eviction_policy="evict_first",
+    )  # fmt: skip
     _await_previous(overlap)
     value = tl.load(x + at, mask=inside, other=0.0)
     if normed:
@@ -80,8 +90,9 @@ def project(
         if i > 0:
             row += tile_rows
             tile = tl.load(
-                weights + row[:, None] * size + at[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0.0
-            )
+                weights + row[:, None] * size + at[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0.0,
+                eviction_policy="evict_first",
+            )  # fmt: skip
         product = tl.sum(tile.to(tl.float32) * wide[None, :], axis=1).to(weights.dtype.element_ty)
         if added:
             before = tl.load(residual + row, mask=row < rows)
@@ -121,23 +132,30 @@ def attend(
         scale: of the scores, times log2(e).
     """
     head, split = tl.program_id(0), tl.program_id(1)
-    _await_previous(overlap)
     if split >= splits:
         program = (split - splits) * kv_heads + head
-        _fetch(next_weights, next_elements, program, (tl.num_programs(1) - splits) * kv_heads, 4096)
+        _fetch(next_weights, next_elements, program, (tl.num_programs(1) - splits) * kv_heads, 4096, overlap)
     else:
         group: tl.constexpr = heads // kv_heads
         dtype = qkv.dtype.element_ty
+        # What earlier steps left is read before the wait: it does not depend on the previous kernel.
         slab = tl.load(step).to(tl.pointer_type(dtype))
         capacity = tl.multiple_of(tl.load(step + 1), 16)
         position = tl.load(step + 2)
         keys = tl.multiple_of(slab + ((layer * 2) * kv_heads + head) * capacity * dim, 16)
         values = tl.multiple_of(slab + ((layer * 2 + 1) * kv_heads + head) * capacity * dim, 16)
-
+        per_split = tl.cdiv(tl.cdiv(position, splits), block) * block
+        start = split * per_split
+        end = tl.minimum(start + per_split, position)
         at = tl.arange(0, dim)
-        member = tl.arange(0, group_block)
+        place = start + tl.arange(0, block)
+        key_tile = tl.load(keys + place[:, None] * dim + at[None, :], mask=(place < end)[:, None], other=0.0)
+        value_tile = tl.load(values + place[:, None] * dim + at[None, :], mask=(place < end)[:, None], other=0.0)
         cosine = tl.load(cosines + position * dim + at).to(tl.float32)
         sine = tl.load(sines + position * dim + at).to(tl.float32)
+        _await_previous(overlap)
+
+        member = tl.arange(0, group_block)
         in_group = (member < group)[:, None]
         query = _rotated(
             qkv, head * group + member[:, None], at[None, :], in_group, cosine[None, :], sine[None, :], dim
@@ -156,45 +174,57 @@ def attend(
             total = tl.zeros([group_block], tl.float32)
             mixed = tl.zeros([group_block, dim], tl.float32)
 
-        per_split = tl.cdiv(tl.cdiv(position, splits), block) * block
-        start = split * per_split
-        end = tl.minimum(start + per_split, position)
-        for first in range(start, end, block):
-            place = first + tl.arange(0, block)
-            seen = place < end
-            cells = place[:, None] * dim + at[None, :]
-            key_tile = tl.load(keys + cells, mask=seen[:, None], other=0.0)
-            value_tile = tl.load(values + cells, mask=seen[:, None], other=0.0)
+        for _first in range(start, end, block):
             score = tl.dot(query, tl.trans(key_tile), input_precision="ieee") * scale
-            score = tl.where(seen[None, :], score, float("-inf"))
+            score = tl.where((place < end)[None, :], score, float("-inf"))
             new_highest = tl.maximum(highest, tl.max(score, axis=1))
             shrink = tl.exp2(highest - new_highest)
             weight = tl.exp2(score - new_highest[:, None])
             total = total * shrink + tl.sum(weight, axis=1)
             mixed = mixed * shrink[:, None] + tl.dot(weight.to(dtype), value_tile, input_precision="ieee")
             highest = new_highest
+            place += block
+            key_tile = tl.load(keys + place[:, None] * dim + at[None, :], mask=(place < end)[:, None], other=0.0)
+            value_tile = tl.load(values + place[:, None] * dim + at[None, :], mask=(place < end)[:, None], other=0.0)
 
-        place = head * splits + split
-        cells = member[:, None] * dim + at[None, :]
-        tl.store(partial + place * group_block * dim + cells, mixed)
-        tl.store(partial_max + place * group_block + member, highest)
-        tl.store(partial_sum + place * group_block + member, total)
+        mine = (head * splits + split) * group_block
+        tl.store(partial + (mine + member[:, None]) * dim + at[None, :], mixed, mask=in_group)
+        tl.store(partial_max + mine + member, highest)
+        tl.store(partial_sum + mine + member, total)
         tl.debug_barrier()
         if tl.atomic_add(counters + head, 1, sem="acq_rel") == splits - 1:
             tl.store(counters + head, 0)
-            # Past the L1 cache: other programs wrote these.
-            places = (head * splits + tl.arange(0, splits))[:, None] * group_block + member[None, :]
-            highs = tl.load(partial_max + places, cache_modifier=".cg")
-            shares = tl.exp2(highs - tl.max(highs, axis=0)[None, :])
-            whole = tl.sum(shares * tl.load(partial_sum + places, cache_modifier=".cg"), axis=0)
-            top = tl.max(highs, axis=0)
-            mixed = tl.zeros([group_block, dim], tl.float32)
-            for i in range(splits):
-                here = head * splits + i
-                share = tl.exp2(tl.load(partial_max + here * group_block + member, cache_modifier=".cg") - top)
-                mixed += share[:, None] * tl.load(partial + here * group_block * dim + cells, cache_modifier=".cg")
-            mixed = mixed / whole[:, None]
-            tl.store(out + (head * group + member[:, None]) * dim + at[None, :], mixed.to(dtype), mask=in_group)
+            _add_up(partial, partial_max, partial_sum, out, head, group, dim, splits, group_block)
+
+
+@triton.jit
+def _add_up(
+    partial, partial_max, partial_sum, out, head,
+    group: tl.constexpr, dim: tl.constexpr, splits: tl.constexpr, group_block: tl.constexpr,
+):  # fmt: skip
+    """A head's attention from its splits; see `attend`."""
+    # Many splits at a time, so that their loads do not wait for each other, but no more than registers hold.
+    members: tl.constexpr = triton.next_power_of_2(group)
+    together: tl.constexpr = max(1, min(splits, 8192 // (members * dim)))
+    at = tl.arange(0, dim)
+    member = tl.arange(0, members)
+    in_group = member < group
+    split = tl.arange(0, splits)
+    every = (head * splits + split)[:, None] * group_block + member[None, :]
+    # Past the L1 cache: other programs wrote these.
+    highs = tl.load(partial_max + every, cache_modifier=".cg")
+    top = tl.max(highs, axis=0)
+    whole = tl.sum(tl.exp2(highs - top[None, :]) * tl.load(partial_sum + every, cache_modifier=".cg"), axis=0)
+    mixed = tl.zeros([members, dim], tl.float32)
+    for first in tl.static_range(0, splits, together):
+        some = (head * splits + first + tl.arange(0, together))[:, None] * group_block + member[None, :]
+        share = tl.exp2(tl.load(partial_max + some, cache_modifier=".cg") - top[None, :])
+        cells = some[:, :, None] * dim + at[None, None, :]
+        part = tl.load(partial + cells, mask=in_group[None, :, None], other=0.0, cache_modifier=".cg")
+        mixed += tl.sum(share[:, :, None] * part, axis=0)
+    mixed = mixed / whole[:, None]
+    place = (head * group + member[:, None]) * dim + at[None, :]
+    tl.store(out + place, mixed.to(out.dtype.element_ty), mask=in_group[:, None])
 
 
 @triton.jit
@@ -215,6 +245,7 @@ def gate(
         cells = expert[:, None] * size + at[None, :]
         tile = tl.load(weights + cells, mask=known[:, None] & inside[None, :], other=0.0)
         scale = tl.load(norm + at, mask=inside, other=0.0)
+        stamp = tl.load(step + 4).to(tl.int32)
         _await_previous(overlap)
         value = tl.load(residual + at, mask=inside, other=0.0)
         wide = value.to(tl.float32)
@@ -227,8 +258,6 @@ def gate(
         odds = tl.exp(logits - tl.max(logits, axis=0))
         tl.store(probabilities_host + expert, odds / tl.sum(odds, axis=0), mask=known)
         tl.debug_barrier()
-        stamp = tl.load(step + 4).to(tl.int32)
         tl.atomic_xchg(flag_host, stamp, sem="release", scope="sys")
     else:
-        _await_previous(overlap)
-        _fetch(next_weights, next_elements, program - 1, tl.num_programs(0) - 1, 4096)
+        _fetch(next_weights, next_elements, program - 1, tl.num_programs(0) - 1, 4096, overlap)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from bs_coordinator.brokers import open_broker
 from testbed.demo_assets import demo_model, export_demo_bundle
@@ -20,8 +21,13 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_configure() -> None:
-    """Let Ctrl-C through: a shell's background jobs ignore it, and so would the processes that tests start."""
+    """Let Ctrl-C through: a shell's background jobs ignore it, and so would the processes that tests start.
+
+    No example has a deadline: on a busy machine each of them may have to wait for a core.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    settings.register_profile("patient", deadline=None)
+    settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """Mixtral's own routing, blind to links."""
 
+from functools import reduce
+from operator import add
 from typing import Annotated
 
 import numpy as np
@@ -26,17 +28,23 @@ class TopK(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def top_weights(probabilities: Array, k: int) -> Array:
-    """The k largest of each row, scaled so that they add up to 1; zero elsewhere. float32 [tokens, experts]."""
-    k = min(k, probabilities.shape[1])
-    weights = np.zeros_like(probabilities)
+    """The k largest of each row, scaled so that they add up to 1; zero elsewhere. float32 [tokens, experts].
+
+    Of equal ones the first count.
+    """
+    weights = np.zeros(probabilities.shape, np.float32)
     if len(probabilities) == 1:
-        # Decoding waits for this in every layer. The same arithmetic on a plain row takes a third of the time.
-        row, weight = probabilities[0], weights[0]
-        chosen = (-row).argpartition(k - 1)[:k]
-        weight[chosen] = row[chosen]
-        weight /= weight.sum()
+        # Decoding waits for this in every layer. The same arithmetic on plain numbers takes a fifth of the time.
+        row = probabilities[0]
+        values = row.tolist()
+        first = sorted(range(len(values)), key=values.__getitem__, reverse=True)[:k]
+        total = reduce(add, [row[expert] for expert in first])
+        for expert in first:
+            weights[0, expert] = row[expert] / total
         return weights
-    best = np.argpartition(-probabilities, k - 1, axis=1)[:, :k]
-    np.put_along_axis(weights, best, np.take_along_axis(probabilities, best, axis=1), axis=1)
-    weights /= weights.sum(axis=1, keepdims=True)
+    best = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
+    top = np.take_along_axis(probabilities, best, axis=1)
+    # One by one, in the order of a single row's sum.
+    total = reduce(add, top.T)
+    np.put_along_axis(weights, best, top / total[:, None], axis=1)
     return weights

@@ -112,6 +112,25 @@ def test_a_failed_step_leaves_the_cache_as_it_was(tmp_path: Path) -> None:
     np.testing.assert_allclose(after.numpy(), fresh.numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_failed_token_can_be_tried_again(tmp_path: Path, device: str) -> None:
+    reference = _checkpoint(tmp_path)
+    trunk, experts = Trunk(tmp_path, device=device), ReferenceExperts(reference)
+    model = DistributedMixtral(trunk, experts, TopK(2))
+    cache = trunk.new_cache()
+    model.step([Feed([1, 2, 3], cache)])
+    for layer in (0, 1, 2):
+        experts.fail_at = layer
+        with pytest.raises(DispatchError):
+            model.step([Feed([4], cache)])
+        # Others may want the GPU before this sequence does.
+        experts.fail_at = None
+        model.step([Feed([1, 2, 3], trunk.new_cache())])
+    (after,), _ = model.step([Feed([4], cache)])
+    (fresh,), _ = model.step([Feed([1, 2, 3, 4], trunk.new_cache())])
+    np.testing.assert_allclose(after.numpy(), fresh.numpy(), atol=1e-5)
+
+
 def test_a_trunk_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"config\.json"):
         Trunk(tmp_path)
