@@ -32,6 +32,8 @@ class Fleet:
     def apply(self, status: NodeStatus) -> bool:
         """Take in a status; True when it makes answers to earlier requests impossible: the node went offline
         or was restarted."""
+        if status.refused:
+            return False  # a process that never was the node of this name
         known = self._nodes.get(status.node)
         gone = known is not None and (not status.online or status.boot_id != known.boot_id)
         self.ignored.pop(status.node, None)

@@ -11,7 +11,7 @@ import numpy as np
 from bs_coordinator.dispatch import Dispatcher
 from bs_coordinator.fleet import HERE
 from wire.errors import BrokerDelayError, BrokerError, DispatchError, PlacementError
-from wire.manifest import Manifest, decode_probe_output, probe_input
+from wire.manifest import ExpertEntry, Manifest, decode_probe_output, probe_input
 from wire.mqtt import MqttTransport
 
 _NAGLE_MS = 30.0
@@ -116,23 +116,29 @@ def prove_nodes(dispatcher: Dispatcher, manifest: Manifest) -> dict[str, float]:
     Raises:
         DispatchError: a node does not answer, refuses, or answers with something else than this model's.
     """
-    x = probe_input(manifest.dims.hidden)
     round_trip_ms: dict[str, float] = {}
     entries = {entry.id: entry for entry in manifest.experts}
     for node, status in sorted(dispatcher.fleet.nodes.items()):
         held = next((id for id in status.expert_ids() if id in entries), None)
-        if held is None:
-            continue
-        entry = entries[held]
-        gate = np.zeros((1, manifest.dims.experts), np.float32)
-        gate[0, entry.expert] = 1.0
-        output, dispatches = dispatcher.ask(node, entry.layer, x, gate)
-        expected = decode_probe_output(entry.probe_output, manifest.dims.hidden)
-        error = float(np.linalg.norm(output[0] - expected) / np.linalg.norm(expected))
-        if not error < _PROBE_ERROR:
-            raise DispatchError(
-                f"node '{node}' answers {entry.id} with something else than this model's expert "
-                f"(relative error {error:.2g}): is its bundle the same?"
-            )
-        round_trip_ms[node] = dispatches[0].round_trip_ns / 1e6
+        if held is not None:
+            round_trip_ms[node] = prove_expert(dispatcher, manifest, node, entries[held])
     return round_trip_ms
+
+
+def prove_expert(dispatcher: Dispatcher, manifest: Manifest, node: str, entry: ExpertEntry) -> float:
+    """Send one token to one expert of one node, and check its answer; its round trip in ms.
+
+    Raises:
+        DispatchError: as `prove_nodes`.
+    """
+    gate = np.zeros((1, manifest.dims.experts), np.float32)
+    gate[0, entry.expert] = 1.0
+    output, dispatches = dispatcher.ask(node, entry.layer, probe_input(manifest.dims.hidden), gate)
+    expected = decode_probe_output(entry.probe_output, manifest.dims.hidden)
+    error = float(np.linalg.norm(output[0] - expected) / np.linalg.norm(expected))
+    if not error < _PROBE_ERROR:
+        raise DispatchError(
+            f"node '{node}' answers {entry.id} with something else than this model's expert "
+            f"(relative error {error:.2g}): is its bundle the same?"
+        )
+    return dispatches[0].round_trip_ns / 1e6

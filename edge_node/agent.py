@@ -9,11 +9,15 @@ import os
 import platform
 import random
 import secrets
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
+import msgspec
 import onnxruntime
 import psutil
 
@@ -59,10 +63,12 @@ class NodeAgent:
         residency: Callable[[], Residency | None] = lambda: None,
         telemetry: bool = False,
         device: DeviceFacts | None = None,
+        folder: Path = Path(),
     ) -> None:
         """Nothing is connected yet.
 
         Args:
+            folder: of the bundle, whose disk's free space is told.
             limits: outside of which the node says that it is offline, and takes no work until it is within again.
             residency: of the experts, now.
             telemetry: tell every second of radio, temperatures and power.
@@ -77,7 +83,9 @@ class NodeAgent:
         self._holding = holding
         self._threads = threads
         self._limits = limits or Limits()
+        self._folder = folder
         self._unfit = ""
+        self._rival = ""
         self._boot_id = secrets.token_hex(8)
         self._since_unix_ms = 0
         self._telemetry = TelemetryProcess(node, self._boot_id, address.host, address.port) if telemetry else None
@@ -110,8 +118,8 @@ class NodeAgent:
             except BrokerAuthError:
                 raise
             except DuplicateNodeError:
-                # The status topic belongs to the other process: leave without touching it.
-                transport.close()
+                # The status topic belongs to the other process: leave without touching what is retained there.
+                self._tell_refused(transport)
                 raise
             except BrokerError as error:
                 log.warning("%s; reconnecting", error)
@@ -133,10 +141,21 @@ class NodeAgent:
             transport.subscribe(self._topics.work(self._node))
             self._since_unix_ms = int(time.time() * 1000)
             self._announce(transport, confirm=True)
-        except (BrokerError, DuplicateNodeError):
+        except BrokerError:
             transport.close()
             raise
+        except DuplicateNodeError:
+            self._tell_refused(transport)
+            raise
         return transport
+
+    def _tell_refused(self, transport: MqttTransport) -> None:
+        """The other process can tell who reads its status; our own log lies on a device that nobody looks at."""
+        with suppress(BrokerError):
+            document = msgspec.structs.replace(self._status("offline", "its id is in use"), refused=True)
+            topic = self._topics.status(self._node)
+            transport.publish_confirmed(topic, status.encode_status(document), retain=False, timeout_s=2.0)
+        transport.close()
 
     def _refuse_if_taken(self, transport: Transport) -> None:
         """Raise if another process with our id is alive: its retained status says online and is renewed."""
@@ -145,7 +164,7 @@ class NodeAgent:
         while (remaining := deadline - time.monotonic()) > 0:
             message = transport.receive(remaining)
             seen = self._other_status(message) if message else None
-            if seen is None:
+            if seen is None or seen.refused:
                 continue
             if not seen.online:
                 other, deadline = None, time.monotonic() + _CLAIM_S
@@ -170,8 +189,12 @@ class NodeAgent:
                     self._worker.counts["dropped:retained"] += 1
                 elif (reply := self._worker.answer(message.payload, message.arrived_ns)) is not None:
                     transport.publish(result_topic, reply)
-            elif message and (other := self._other_status(message)) and other.online:
-                self._settle(other)
+            elif message and (other := self._other_status(message)):
+                if other.refused:
+                    self._rival = f"{_where(other)} at {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
+                    log.error("another process on %s tried to use our id '%s'", _where(other), self._node)
+                elif other.online:
+                    self._settle(other)
             elif message and message.topic == status_topic and self._boot_id.encode() in message.payload:
                 seen_by_others = True
             now = time.monotonic()
@@ -264,6 +287,7 @@ class NodeAgent:
             uplink=uplink,
             device=self._device,
             residency=self._residency() if online else None,
+            rival=self._rival,
         )
 
     def _machine(self) -> Machine:
@@ -278,6 +302,7 @@ class NodeAgent:
             available_bytes=memory.available,
             wdmoe=__version__,
             onnxruntime=onnxruntime.__version__,
+            disk_free_bytes=shutil.disk_usage(self._folder).free,
         )
 
 

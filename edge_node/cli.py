@@ -148,6 +148,7 @@ def serve(
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     from edge_node.agent import NodeAgent, residency_status
+    from edge_node.failure import failure_told
     from edge_node.limits import Limits
     from edge_node.memory import check_memory, fitting, largest, needed_bytes, room_bytes
     from edge_node.providers import first_that_proves
@@ -156,7 +157,8 @@ def serve(
     from wire.manifest import load_manifest
     from wire.status import DeviceFacts, Holding
 
-    manifest = load_manifest(bundle, key=bundle_key)
+    with failure_told(address, topics, node):
+        manifest = load_manifest(bundle, key=bundle_key)
     dims = manifest.dims
     try:
         ids = parse_selector(selector, layers=dims.layers, experts=dims.experts)
@@ -165,19 +167,20 @@ def serve(
     entries, scheme = manifest.entries(ids), manifest.quantisation.scheme
     most_loaded = max(1, fitting(entries, scheme, room_bytes(budget))) if residency == "lru" else len(entries)
     needed = needed_bytes(largest(entries, most_loaded), scheme)
-    check_memory(needed, budget=budget)
     threads = threads or devices.threads_for(device)
     log.info("profile %s (%s), %d threads", device.name, device.because, threads)
     if tuned is None and (better := devices.advice(device, scheme)):
         log.warning("%s", better)
     began = time.monotonic()
-    runtime, chosen = first_that_proves(
-        providers,
-        lambda computes: ExpertRuntime(
-            bundle, manifest, ids, threads=threads, prepacked=prepacked, provider=computes,
-            most_loaded=most_loaded if most_loaded < len(ids) else None,
-        ),
-    )  # fmt: skip
+    with failure_told(address, topics, node):
+        check_memory(needed, budget=budget)
+        runtime, chosen = first_that_proves(
+            providers,
+            lambda computes: ExpertRuntime(
+                bundle, manifest, ids, threads=threads, prepacked=prepacked, provider=computes,
+                most_loaded=most_loaded if most_loaded < len(ids) else None,
+            ),
+        )  # fmt: skip
     seconds = time.monotonic() - began
     log.info("proved %d experts (%s) with %s in %.1f s", len(ids), manifest.quantisation, chosen.provider, seconds)
     if runtime.most_loaded is not None:
@@ -197,6 +200,7 @@ def serve(
             provider_reason=chosen.reason,
             batch_invariant=runtime.batch_invariant(ids[0]),
         ),
+        folder=bundle,
         limits=Limits(max_celsius=max_temperature, min_available_bytes=free_bytes),
         holding=Holding(
             experts=format_selector(ids),

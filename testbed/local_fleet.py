@@ -22,6 +22,7 @@ class LocalFleet:
         self.cluster = cluster
         self._folder = folder
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._started: dict[str, tuple[str, int, Sequence[str]]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(
@@ -43,6 +44,7 @@ class LocalFleet:
             python: the command that runs Python, for example that of another processor.
             environment: more variables.
         """
+        self._started[node] = experts, threads, prefix
         argv = [
             *(*python, "-m", "edge_node", "--bundle", str(self.bundle)),
             *("--broker", str(self.address), "--id", node, "--experts", experts),
@@ -51,7 +53,7 @@ class LocalFleet:
             *([] if self.address.tls or self.address.on_loopback else ["--allow-plaintext"]),
             *options,
         ]
-        with self.log_path(node).open("wb") as log:
+        with self.log_path(node).open("ab") as log:
             self.processes[node] = subprocess.Popen(
                 [*prefix, *die_with_parent(argv)],
                 stdin=subprocess.DEVNULL,
@@ -66,6 +68,11 @@ class LocalFleet:
                     **(environment or {}),
                 },
             )
+
+    def restart(self, node: str) -> None:
+        """Start a node again as it was started before; its log goes on."""
+        experts, threads, prefix = self._started[node]
+        self.start(node, experts, threads=threads, prefix=prefix)
 
     def log_path(self, node: str) -> Path:
         """Where a node's log goes."""

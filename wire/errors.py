@@ -31,7 +31,8 @@
     ├── SimulationError          67   a radio setting or a routing trace can't be used
     ├── ChaosError               68   under faults an answer was wrong, hung or crashed
     ├── EmulationError           73   another processor can't be emulated here
-    └── AgreementError           74   an emulated processor computes something else than this one
+    ├── AgreementError           74   an emulated processor computes something else than this one
+    └── ArchiveError             75   a run's archive is damaged, unsafe, or can't be made as asked
 
 Exit code 2 is click's own for a malformed command line; 130 is Ctrl-C.
 """
@@ -257,6 +258,12 @@ class FuzzError(WdmoeError):
     """A reader neither understood nor refused an input."""
 
     exit_code = 69
+
+
+class ArchiveError(WdmoeError):
+    """A run's archive is damaged, unsafe, or can't be made as asked."""
+
+    exit_code = 75
 
 
 class SimulationError(WdmoeError):

@@ -49,7 +49,11 @@ class Residency(Struct, frozen=True, kw_only=True):
 
 
 class Machine(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The device behind a node, for logs."""
+    """The device behind a node, for logs.
+
+    Attributes:
+        disk_free_bytes: where the node's bundle lies.
+    """
 
     host: str
     pid: int
@@ -60,6 +64,7 @@ class Machine(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     available_bytes: int
     wdmoe: str
     onnxruntime: str
+    disk_free_bytes: int | None = None
 
 
 class DeviceFacts(Struct, frozen=True, kw_only=True):
@@ -105,6 +110,9 @@ class NodeStatus(Struct, frozen=True, kw_only=True):
         uplink: its connection to the broker, where the kernel tells.
         device: see there.
         residency: of its experts, where it can't keep all of them in memory.
+        refused: it wanted an id that another process has, says so once, not retained, and ends; nothing changes for
+            that other process.
+        rival: of that other process: who was refused last, and when.
     """
 
     schema: int
@@ -118,6 +126,8 @@ class NodeStatus(Struct, frozen=True, kw_only=True):
     uplink: SocketFacts | None = None
     device: DeviceFacts | None = None
     residency: Residency | None = None
+    refused: bool = False
+    rival: str = ""
 
     @property
     def online(self) -> bool:

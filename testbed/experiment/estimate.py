@@ -53,6 +53,7 @@ def estimate(plan: Plan) -> Estimate:
         + texts * TEXT_S
         + on_nodes * (PROMPT_S + plan.warm_up_tokens * TOKEN_S)
         + _sites(plan, cells) * START_S
+        + (len(cells) - 1) * plan.pause_s
     )
     return Estimate(len(cells), answers, tokens, items, texts, seconds)
 

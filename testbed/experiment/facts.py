@@ -22,8 +22,8 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 def commit() -> tuple[str, bool]:
     """The project's commit and whether files differ from it; `unknown` for an installed package."""
-    head = _output("git", "-C", str(_ROOT), "rev-parse", "HEAD")
-    return (head, bool(_output("git", "-C", str(_ROOT), "status", "--porcelain"))) if head else ("unknown", False)
+    head = output("git", "-C", str(_ROOT), "rev-parse", "HEAD")
+    return (head, bool(output("git", "-C", str(_ROOT), "status", "--porcelain"))) if head else ("unknown", False)
 
 
 def versions() -> dict[str, str]:
@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
             continue
     if mosquitto := mosquitto_path():
         # It prints its version at the top of its help, which it ends with code 3.
-        first = _output(mosquitto, "-h", any_code=True).partition("\n")[0]
+        first = output(mosquitto, "-h", any_code=True).partition("\n")[0]
         found["mosquitto"] = first.removeprefix("mosquitto version ").strip()
     return found
 
@@ -53,6 +53,11 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "load_1min": os.getloadavg()[0],
     }
+
+
+def boot_id() -> str:
+    """Another one after every start of this machine; empty where the system does not tell."""
+    return _text(Path("/proc/sys/kernel/random/boot_id"))
 
 
 def power() -> dict[str, Any]:
@@ -73,7 +78,7 @@ def power() -> dict[str, Any]:
     counts = [int(_text(f)) for f in cpu.glob("cpu[0-9]*/thermal_throttle/core_throttle_count") if _text(f).isdigit()]
     if counts:
         facts["throttle_count"] = sum(counts)
-    if throttled := _output("vcgencmd", "get_throttled"):  # Raspberry Pi: 0x0 is well
+    if throttled := output("vcgencmd", "get_throttled"):  # Raspberry Pi: 0x0 is well
         facts["throttled"] = throttled.partition("=")[2]
     supplies = {f.parent.name: _text(f) for f in (_SYS / "class/power_supply").glob("*/online")}
     if supplies:
@@ -85,9 +90,9 @@ def wifi() -> dict[str, str]:
     """By wireless interface what `iw` says about its link, without the addresses of the network."""
     facts = {}
     for interface in sorted(p.parent.name for p in (_SYS / "class/net").glob("*/wireless")):
-        link = _output("iw", "dev", interface, "link")
+        link = output("iw", "dev", interface, "link")
         kept = [line.strip() for line in link.splitlines() if re.match(r"\s*(freq|signal|rx bitrate|tx bitrate)", line)]
-        save = _output("iw", "dev", interface, "get", "power_save")
+        save = output("iw", "dev", interface, "get", "power_save")
         facts[interface] = "; ".join([*kept, *([save] if save else [])]) or "not associated"
     return facts
 
@@ -104,7 +109,8 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _output(*command: str, any_code: bool = False) -> str:
+def output(*command: str, any_code: bool = False) -> str:
+    """What a command says; empty when it is missing, fails or takes too long."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

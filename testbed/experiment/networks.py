@@ -21,10 +21,15 @@ class Network(Protocol):
 
     Attributes:
         address: where a private broker listens so that the nodes reach it.
+        profiles: of its links, by name; the first one is set when it comes up.
     """
 
     @property
     def address(self) -> str:
+        """See the class."""
+
+    @property
+    def profiles(self) -> tuple[str, ...]:
         """See the class."""
 
     def prefix(self, node: str) -> list[str]:
@@ -48,6 +53,7 @@ class Loopback:
     """This machine's loopback, or a network that is simply there."""
 
     address = LOOPBACK
+    profiles: tuple[str, ...] = ()
 
     def prefix(self, node: str) -> list[str]:
         """See `Network.prefix`."""
@@ -75,6 +81,11 @@ class Emulated:
     def address(self) -> str:
         """See `Network.address`."""
         return self._network.bs_address
+
+    @property
+    def profiles(self) -> tuple[str, ...]:
+        """See `Network.profiles`."""
+        return tuple(self._network.spec.profiles)
 
     def prefix(self, node: str) -> list[str]:
         """See `Network.prefix`."""

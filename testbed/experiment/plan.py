@@ -153,6 +153,58 @@ class Perplexity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, 
 Workload = Generate | Choice | Perplexity
 
 
+class Churn(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Node processes that come and go, as devices do overnight: one at a time is killed and started again.
+
+    Attributes:
+        every_s: between two losses, drawn evenly from half to one and a half times this.
+        down_s: that a node stays away.
+    """
+
+    every_s: Seconds = 300.0
+    down_s: Seconds = 20.0
+
+
+BaselineKind = Literal["station", "one-node", "loopback", "wired", "wifi"]
+BASELINES: tuple[BaselineKind, ...] = ("station", "one-node", "loopback", "wired", "wifi")
+
+
+class Baselines(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What every session measures before its first cell and after its last, to compare days and places.
+
+    Attributes:
+        kinds: those that do not apply to the network at hand are noted with the reason.
+        tokens: that each of them generates.
+        prompt: what they answer.
+    """
+
+    kinds: Annotated[tuple[BaselineKind, ...], Meta(min_length=1)] = BASELINES
+    tokens: Annotated[int, Meta(ge=2)] = 16
+    prompt: str = "What is rain?"
+
+
+class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Beyond these preflight refuses, and a run raises an alert.
+
+    Attributes:
+        least_mbps: goodput of a node's link, each way.
+        most_clock_ms: a node's clock against the base station's; the base station's own against its steady clock.
+        least_disk_mib: free, on the base station and on nodes.
+        most_celsius: of a processor.
+        most_growth_mib: of the runner's memory since the end of its first cell.
+        silent_s: a node that was not heard of for so long is lost; it says that it lives every three seconds.
+        quiet_s: without a step of the model.
+    """
+
+    least_mbps: Annotated[float, Meta(ge=0)] = 5.0
+    most_clock_ms: Annotated[float, Meta(gt=0)] = 500.0
+    least_disk_mib: Annotated[float, Meta(ge=0)] = 512.0
+    most_celsius: float = 80.0
+    most_growth_mib: Annotated[float, Meta(gt=0)] = 1024.0
+    silent_s: Seconds = 12.0
+    quiet_s: Seconds = 600.0
+
+
 class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """An experiment.
 
@@ -169,6 +221,10 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         resident: RAM for experts that the base station keeps itself, such as `200M`.
         attempts: how often a cell is tried before it counts as failed.
         sample_s: seconds between two samples of clocks and links.
+        pause_s: between two cells: devices cool down, a long run is spread over a night.
+        churn: of node processes that the run starts; None for none.
+        baselines: None for none.
+        limits: of alerts and preflight.
     """
 
     name: Name
@@ -193,6 +249,10 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     nodes_timeout_s: Seconds = 120.0
     cell_timeout_s: Seconds = 900.0
     sample_s: Seconds = 1.0
+    pause_s: Annotated[float, Meta(ge=0)] = 0.0
+    churn: Churn | None = None
+    baselines: Baselines | None = None
+    limits: Limits = Limits()
 
     @property
     def emulated(self) -> str | None:
@@ -294,6 +354,8 @@ def check_plan(plan: Plan, *, top_k: int = 2) -> None:
         raise ValueError("profiles: only an emulated network has link profiles")
     if plan.external is not None and len(plan.bundles) > 1:
         raise ValueError("bundles: running nodes hold one bundle, name that one")
+    if plan.external is not None and plan.churn is not None:
+        raise ValueError("churn: nodes that run elsewhere can't be stopped from here")
     for i, policy in enumerate(plan.policies):
         try:
             parse_policy(policy, top_k=top_k)

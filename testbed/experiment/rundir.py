@@ -30,6 +30,8 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 EVENTS = "events.jsonl"
 MARKER = "cell.json"
+NOTE = "note"
+"""The event of an operator's note; it may come while nobody runs."""
 
 
 class BundleFacts(Struct, frozen=True, kw_only=True):

@@ -5,22 +5,27 @@ its attempts are spent; the run goes on. Every wait below has a deadline.
 """
 
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from bs_coordinator.clocks import ClockSample
 from bs_coordinator.selection import parse_policy
 from bs_coordinator.telemetry import Arrived
+from testbed.experiment import facts
+from testbed.experiment.baselines import Phase, measure_baselines
 from testbed.experiment.costs import TRUTH, LinkRow, estimate_rows, forecast_rows, measured_costs
 from testbed.experiment.networks import Network
-from testbed.experiment.plan import Cell
+from testbed.experiment.plan import Cell, Plan
 from testbed.experiment.recorder import Recorder
-from testbed.experiment.rundir import Marker, RunDir
+from testbed.experiment.rundir import NOTE, BundleFacts, Marker, RunDir
 from testbed.experiment.site import Site, distributed_site, in_process_site
+from testbed.experiment.watch import Watch
 from testbed.experiment.workloads import run_workload, warm_up
-from wire.errors import StorageError, WdmoeError
+from wire.errors import BrokerError, StorageError, WdmoeError
 
 Say = Callable[[str], None]
 
@@ -48,15 +53,21 @@ def execute(run: RunDir, network: Network, *, say: Say = lambda line: None) -> O
         KeyboardInterrupt: after it was recorded.
     """
     cells = run.cells()
-    _record_start(run, sum(not run.is_complete(cell) for cell in cells))
+    left = [(number, cell) for number, cell in enumerate(cells, 1) if not run.is_complete(cell)]
+    session = _record_start(run, len(left))
     failed = 0
-    with _Sites(run, network, say) as sites:
+    with Watch(run, say).running() as watch, _Sites(run, network, watch, say) as sites:
         try:
-            for number, cell in enumerate(cells, 1):
-                if run.is_complete(cell):
-                    continue
+            if left:
+                sites.baselines(session, "start")
+            for number, cell in left:
+                if (number, cell) != left[0]:
+                    sites.idle(run.plan.pause_s)
                 say(f"{number}/{len(cells)} {cell}")
                 failed += not _run_with_retries(run, sites, cell, say)
+                watch.cell_ended()
+            if left:
+                sites.baselines(session, "end")
         except KeyboardInterrupt:
             run.event("run_interrupted")
             raise
@@ -64,13 +75,21 @@ def execute(run: RunDir, network: Network, *, say: Say = lambda line: None) -> O
     return Outcome(len(cells) - failed, failed)
 
 
-def _record_start(run: RunDir, left: int) -> None:
+def _record_start(run: RunDir, left: int) -> int:
+    """Which start of the runner this is, from 1."""
     events = run.events()
-    if events:
-        gap_s = (time.time_ns() - events[-1]["unix_ns"]) / 1e9
-        run.event("run_resumed", gap_s=gap_s, after=events[-1]["event"], left=left, lost=run.discard_unfinished())
-    else:
-        run.event("run_started", left=left)
+    # A new boot tells a machine that was restarted from a runner that was.
+    about = {"boot": facts.boot_id(), "power": facts.power()}
+    # Operators' notes, which come at any time, are no part of the runner's work.
+    own = [event for event in events if event["event"] != NOTE]
+    if not own:
+        run.event("run_started", left=left, **about)
+        return 1
+    gap_s = (time.time_ns() - own[-1]["unix_ns"]) / 1e9
+    lost = run.discard_unfinished()
+    after = [event["event"] for event in own if not event["event"].startswith("alert")][-1]
+    run.event("run_resumed", gap_s=gap_s, after=after, left=left, lost=lost, **about)
+    return 1 + sum(event["event"] in ("run_started", "run_resumed") for event in own)
 
 
 def _run_with_retries(run: RunDir, sites: "_Sites", cell: Cell, say: Say) -> bool:
@@ -109,6 +128,7 @@ def _run_cell(run: RunDir, sites: "_Sites", cell: Cell, attempt: int) -> Marker:
         clocks=sites.clock_samples,
     )
     site.model.policy = policy
+    site.model.on_step = sites.watch.step
     site.model.deadline = time.monotonic() + plan.cell_timeout_s
     started_unix_ns, began = time.time_ns(), time.monotonic()
     if site.station:
@@ -154,7 +174,8 @@ def _placement(site: Site) -> dict[str, Any]:
 class _Sites:
     """The system that is running now, if any: started when a cell needs it, ended when one needs another."""
 
-    def __init__(self, run: RunDir, network: Network, say: Say) -> None:
+    def __init__(self, run: RunDir, network: Network, watch: Watch, say: Say) -> None:
+        self.watch = watch
         self._run, self._network, self._say = run, network, say
         self._stack = ExitStack()
         self._open: tuple[tuple[str, str], Site] | None = None
@@ -183,9 +204,32 @@ class _Sites:
             )
         return site
 
+    def baselines(self, session: int, phase: Phase) -> None:
+        """Measure what every session measures, on systems of its own."""
+        self.close()
+        self.watch.pausing()
+        measure_baselines(
+            self._run, self._network, self._nodes, self.watch.routes, session=session, phase=phase, say=self._say
+        )
+
+    def idle(self, seconds: float) -> None:
+        """Let time pass between two cells. The system stays, and its connection to the broker must be kept alive."""
+        self.watch.pausing()
+        deadline = time.monotonic() + seconds
+        while (left_s := deadline - time.monotonic()) > 0:
+            station = self._open[1].station if self._open else None
+            if station is None:
+                time.sleep(left_s)
+                continue
+            try:
+                station.dispatcher.measure_links(min(left_s, 1.0))
+            except BrokerError:
+                self.close()  # the next cell starts a new one
+
     def close(self) -> None:
         """End it."""
         self._open = None
+        self.watch.unfollow()
         self._stack.close()
 
     def link_rows(self) -> list[LinkRow]:
@@ -218,18 +262,31 @@ class _Sites:
         if where == "in-process":
             site = in_process_site(self._run.plan, bundle)
         else:
-            self._started += 1
-            folder = self._run.path / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{self._started}"
-            site = self._stack.enter_context(
-                distributed_site(
-                    self._run.plan, bundle, self._network, folder, broker=self._run.manifest.broker, say=self._say
-                )
-            )
+            site = self._stack.enter_context(self._nodes(self._run.plan, bundle, self._network))
         ready: dict[str, object] = {"bundle": bundle.name, "where": where, "seconds": time.monotonic() - began}
         if site.station:
-            ready |= {"broker_ms": site.station.broker_ms, "nodes_ms": site.station.nodes_ms}
+            nodes = site.station.dispatcher.fleet.nodes
+            ready |= {
+                "broker_ms": site.station.broker_ms,
+                "nodes_ms": site.station.nodes_ms,
+                "machines": {node: msgspec.to_builtins(status.machine) for node, status in sorted(nodes.items())},
+            }
         self._run.event("site_ready", **ready)
         return site
+
+    @contextmanager
+    def _nodes(self, plan: Plan, bundle: BundleFacts, network: Network) -> Iterator[Site]:
+        """A system with nodes, watched for as long as the context."""
+        self._started += 1
+        folder = self._run.path / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{self._started}"
+        broker, tell = self._run.manifest.broker, self._run.event
+        with distributed_site(plan, bundle, network, folder, broker=broker, say=self._say, tell=tell) as site:
+            assert site.address is not None  # noqa: S101 (it has nodes)
+            self.watch.follow(site.address, site.cluster)
+            try:
+                yield site
+            finally:
+                self.watch.unfollow()
 
 
 def _one_line(error: Exception) -> str:

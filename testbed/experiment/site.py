@@ -18,11 +18,13 @@ from bs_coordinator.selection import Policy, TopK
 from bs_coordinator.station import ResidentConfig, Station, StationConfig, open_station
 from bs_coordinator.trunk import Trunk
 from testbed.demo_assets import demo_draft
+from testbed.experiment.churn import Tell, churning
 from testbed.experiment.networks import Network
 from testbed.experiment.plan import Plan
 from testbed.experiment.rundir import BundleFacts
 from testbed.local_experts import LocalExperts
 from testbed.local_fleet import local_fleet
+from wire.broker_url import BrokerAddress
 from wire.errors import WdmoeError
 from wire.sizes import parse_bytes
 from wire.tensors import WireDtype
@@ -33,12 +35,14 @@ class ObservedMixtral(DistributedMixtral):
 
     Attributes:
         observe: called after each step.
+        on_step: called after each step as well, for who only wants to know that there was one.
         deadline: on the monotonic clock, in seconds.
     """
 
     def __init__(self, trunk: Trunk, experts: Experts, policy: Policy) -> None:
         super().__init__(trunk, experts, policy)
         self.observe: Callable[[StepRecord], None] = lambda record: None
+        self.on_step: Callable[[], None] = lambda: None
         self.deadline = float("inf")
 
     def step(self, feeds: Sequence[Feed], *, all_logits: bool = False) -> tuple[list[Tensor], StepRecord]:
@@ -51,6 +55,7 @@ class ObservedMixtral(DistributedMixtral):
             raise WdmoeError("the cell's time is up (cell_timeout_s)")
         logits, record = super().step(feeds, all_logits=all_logits)
         self.observe(record)
+        self.on_step()
         return logits, record
 
 
@@ -60,6 +65,8 @@ class Site:
 
     Attributes:
         station: None in this process.
+        address: of the nodes' broker, None in this process.
+        cluster: of the nodes.
         local: the experts in this process, None on nodes.
         chosen: in this process, by workload and policy: answers of policies that do not look at links, which are the
             same on all of them.
@@ -68,6 +75,8 @@ class Site:
     model: ObservedMixtral
     tokenizer: Tokenizer
     station: Station | None
+    address: BrokerAddress | None = None
+    cluster: str = ""
     local: LocalExperts | None = None
     chosen: dict[tuple[str, Policy], list[int]] = field(default_factory=dict)
 
@@ -80,13 +89,15 @@ class Site:
 
 @contextmanager
 def distributed_site(
-    plan: Plan, bundle: BundleFacts, network: Network, folder: Path, *, broker: str, say: Callable[[str], None]
-) -> Iterator[Site]:
+    plan: Plan, bundle: BundleFacts, network: Network, folder: Path, *, broker: str, say: Callable[[str], None],
+    tell: Tell | None = None,
+) -> Iterator[Site]:  # fmt: skip
     """Start what the plan does not find running, and prove it ready.
 
     Args:
         folder: for the nodes' logs.
         broker: `mosquitto`, `embedded` or an URL.
+        tell: told of nodes that are lost and come back by the plan's `churn`; there is none without it.
 
     Raises:
         WdmoeError: something does not come up.
@@ -110,12 +121,15 @@ def distributed_site(
             address = stack.enter_context(open_broker(broker, host=network.address))
             nodes = plan.node_experts(bundle.experts)
             prefixes = {node: network.prefix(node) for node in nodes}
-            stack.enter_context(
+            fleet = stack.enter_context(
                 local_fleet(config.bundle, address, folder, nodes, prefixes=prefixes, threads=plan.node_threads)
             )
         station = stack.enter_context(open_station(config, address, say=say))
         model = ObservedMixtral(station.model.trunk, station.dispatcher, station.model.policy)
-        yield Site(model, station.tokenizer, station)
+        if plan.churn and tell:
+            # Not before the station is ready: what it waits for would never be there.
+            stack.enter_context(churning(fleet, plan.churn, seed=f"{plan.seed} {folder.name}", tell=tell))
+        yield Site(model, station.tokenizer, station, address, config.cluster)
 
 
 def in_process_site(plan: Plan, bundle: BundleFacts) -> Site:
@@ -124,7 +138,7 @@ def in_process_site(plan: Plan, bundle: BundleFacts) -> Site:
     trunk = Trunk(folder / "trunk")
     experts = LocalExperts(folder, threads=os.cpu_count() or 1, wire=WireDtype.named(plan.wire))
     model = ObservedMixtral(trunk, experts, TopK(bundle.top_k))
-    return Site(model, Tokenizer(folder / "trunk", fallback_eos=trunk.eos_id), None, experts)
+    return Site(model, Tokenizer(folder / "trunk", fallback_eos=trunk.eos_id), None, local=experts)
 
 
 def broker_of(plan: Plan) -> str:

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from testbed.experiment.rundir import RunDir
 
@@ -13,6 +14,7 @@ class Status:
     Attributes:
         failures: error lines of cells that are not complete, by cell; the latest of each.
         failed_attempts: of all cells, also of those that are complete by now.
+        alerts: that are on, or were when the runner ended: `kind subject: detail`.
         gaps_s: pauses before each resumption.
         left_s: what the missing cells will take, from the complete ones; None before the first.
     """
@@ -25,6 +27,7 @@ class Status:
     failed_attempts: int
     gaps_s: tuple[float, ...]
     left_s: float | None
+    alerts: tuple[str, ...]
     quiet_s: float
 
 
@@ -47,9 +50,22 @@ def status_of(run: RunDir) -> Status:
         failures={names[e["cell"]]: e["error"] for e in failed if e["cell"] in names and e["cell"] not in done},
         failed_attempts=len(failed),
         gaps_s=tuple(e["gap_s"] for e in events if e["event"] == "run_resumed"),
-        left_s=sum(seconds) / len(seconds) * (len(cells) - len(complete)) if seconds else None,
+        left_s=(sum(seconds) / len(seconds) + run.plan.pause_s) * (len(cells) - len(complete)) if seconds else None,
+        alerts=_alerts(events),
         quiet_s=(time.time_ns() - events[-1]["unix_ns"]) / 1e9 if events else 0.0,
     )
+
+
+def _alerts(events: list[dict[str, Any]]) -> tuple[str, ...]:
+    on: dict[tuple[str, str], str] = {}
+    for event in events:
+        if event["event"] in ("run_started", "run_resumed"):
+            on.clear()  # the new session says itself what it finds
+        elif event["event"] == "alert":
+            on[event["kind"], event["subject"]] = event["detail"]
+        elif event["event"] == "alert_over":
+            on.pop((event["kind"], event["subject"]), None)
+    return tuple(f"{kind} {subject}: {detail}" for (kind, subject), detail in on.items())
 
 
 def lines(status: Status) -> list[str]:
@@ -65,6 +81,7 @@ def lines(status: Status) -> list[str]:
         text.append(f"about {status.left_s / 60:.1f} min of cells are left")
     if status.gaps_s:
         text.append(f"resumed {len(status.gaps_s)} times after {', '.join(f'{gap:.0f}' for gap in status.gaps_s)} s")
+    text += [f"alert: {alert}" for alert in status.alerts]
     text.append(
         f"{status.failed_attempts} failed attempts, {len(status.failures)} cells without a result because of them"
     )

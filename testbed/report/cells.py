@@ -52,7 +52,7 @@ def _read(run: RunDir, cell: Cell) -> CellRows:
         tables = {}
         for name, rows in marker.rows.items():
             file = folder / f"{name}.parquet"
-            tables[name] = pq.read_table(file).select(SCHEMAS[name].names).cast(SCHEMAS[name])
+            tables[name] = _with_all_columns(pq.read_table(file), SCHEMAS[name])
             if tables[name].num_rows != rows:
                 raise ValueError(f"{tables[name].num_rows} rows instead of {rows}")
     except (OSError, ValueError, KeyError, pa.ArrowException, msgspec.DecodeError) as error:
@@ -62,6 +62,13 @@ def _read(run: RunDir, cell: Cell) -> CellRows:
             "measures that cell again"
         ) from None
     return CellRows(cell, run.plan.workload(cell.workload), marker, tables)
+
+
+def _with_all_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table as it would be written today; columns that came later are empty."""
+    have = set(table.column_names)
+    columns = [table[f.name] if f.name in have else pa.nulls(table.num_rows, f.type) for f in schema]
+    return pa.table(columns, names=schema.names).cast(schema)
 
 
 def with_coordinates(run: RunDir, rows: CellRows, table: pa.Table) -> pa.Table:

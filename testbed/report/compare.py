@@ -9,9 +9,10 @@ import msgspec
 from testbed.experiment.plan import Choice, Perplexity
 from testbed.experiment.rundir import RunDir, RunManifest
 from testbed.report.analysis import Analysis, Arm, WorkloadUnits, analyse
-from testbed.report.contents import NOTHING, points_text, ratio_text, value_text
+from testbed.report.contents import points_text, ratio_text, value_text
 from testbed.report.document import Table
 from testbed.report.metrics import ITEM_METRICS, METRICS, Metric
+from testbed.report.session import NOTHING
 from testbed.report.statistics import RESAMPLES, Interval, between_runs, difference, measured, ratio
 from testbed.report.summary import kind_of, metrics_of, paired, planned_in_order
 from testbed.report.units import Units

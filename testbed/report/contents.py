@@ -1,6 +1,5 @@
 """What a report says, from the summary's numbers and the drawn figures."""
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,10 +9,10 @@ from testbed.experiment.rundir import RunDir
 from testbed.report.document import Document, Figure, Section, Table
 from testbed.report.labels import policy_label
 from testbed.report.metrics import METRICS, PART_METRICS, SAME_TOKENS, TOKEN_METRICS, Metric
+from testbed.report.session import NOTHING, clock, session_sections
 from testbed.report.statistics import LEAST_UNITS, Interval
 from testbed.report.summary import Against, ArmResult, Summary, WorkloadResult
 
-NOTHING = "–"
 _NO_CELL = "No cell of it is complete yet."
 _QUALITY = ("accuracy", "perplexity", "dropped_share", "layer_wait_ms", "predicted_layer_wait_ms")
 _SENT = ("dropped_share", "requests_per_layer", "bytes_per_token", "predicted_layer_wait_ms", "prediction_error")
@@ -29,6 +28,7 @@ def contents(run: RunDir, summary: Summary, figures: dict[str, list[Figure]]) ->
         *_links(summary, figures["links"]),
         *([Section("Requests", [*figures["requests"]])] if figures["requests"] else []),
         _course(summary),
+        *session_sections(run),
         _method(summary),
         _conditions(run),
     ]
@@ -177,7 +177,7 @@ def _links(summary: Summary, figures: Sequence[Figure]) -> list[Section]:
 def _course(summary: Summary) -> Section:
     blocks: list[str | Table | Figure] = []
     if summary.failures:
-        rows = [[_clock(f["unix_ns"]), f["what"], f["kind"], f["error"], str(f["attempt"])] for f in summary.failures]
+        rows = [[clock(f["unix_ns"]), f["what"], f["kind"], f["error"], str(f["attempt"])] for f in summary.failures]
         blocks += [
             f"{len(rows)} attempts at cells failed:",
             Table(("when", "cell", "error", "message", "attempt"), rows, 4),
@@ -185,7 +185,7 @@ def _course(summary: Summary) -> Section:
     else:
         blocks.append("No attempt at a cell failed.")
     if summary.gaps:
-        rows = [[_clock(g["unix_ns"]), g["after"], f"{g['gap_s']:.0f}", str(g["lost"])] for g in summary.gaps]
+        rows = [[clock(g["unix_ns"]), g["after"], f"{g['gap_s']:.0f}", str(g["lost"])] for g in summary.gaps]
         blocks += ["The runner paused:", Table(("resumed", "last event", "gap, s", "cells lost in flight"), rows, 2)]
     else:
         blocks.append("The run has no gap.")
@@ -287,7 +287,3 @@ def _label(summary: Summary, policy: str) -> str:
 
 def _label_count(summary: Summary) -> int:
     return len(_label_names(summary))
-
-
-def _clock(unix_ns: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(unix_ns / 1e9)) + " UTC"

@@ -376,7 +376,7 @@ def test_preflight_asks_running_nodes(run: Run, fleet: LocalFleet, tmp_path: Pat
     assert half.returncode == 62
     assert "with TCP_NODELAY" in half.stdout
     assert "no node holds L0-1:E4-7" in half.stdout
-    assert "node pi2: is not online" in half.stderr
+    assert "node pi2, online: never heard of" in half.stderr
     fleet.start("pi2", "L*:E4-7")
     assert ask_until("every expert has a holder").returncode == 0
     plan_path.write_text(plan_path.read_text().replace(str(fleet.address), "mqtt://127.0.0.1:1"))

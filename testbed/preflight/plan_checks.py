@@ -1,23 +1,17 @@
-"""Can this machine run a plan now? Every question is asked before anything is measured; nothing is changed."""
+"""What this machine and a plan's files are asked; nothing is started or changed."""
 
 import os
+import re
 import secrets
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
-from typing import Literal
 
 import psutil
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from bs_coordinator.brokers import mosquitto_path, open_broker
-from bs_coordinator.dispatch import Dispatcher
-from bs_coordinator.fleet import Fleet
+from bs_coordinator.brokers import mosquitto_path
 from bs_coordinator.readiness import measure_broker
 from bs_coordinator.selection import parse_policy
 from testbed.demo_assets import demo_bundle_path
@@ -25,59 +19,51 @@ from testbed.evaluation import ChoiceItem, DomainText, read_items
 from testbed.experiment import facts
 from testbed.experiment.estimate import estimate
 from testbed.experiment.networks import check_network
-from testbed.experiment.plan import Broker, Choice, Perplexity, Plan, check_plan
+from testbed.experiment.plan import Choice, Perplexity, Plan, check_plan
 from testbed.experiment.start import demo_scheme
+from testbed.preflight.verdicts import Check, Level
+from wire.broker_url import BrokerAddress
 from wire.errors import WdmoeError
 from wire.experts import ExpertId, format_selector, parse_selector
 from wire.manifest import MANIFEST_NAME, Manifest, load_manifest, sha256_file
 from wire.mqtt import MqttTransport
-from wire.tensors import WireDtype
 from wire.topics import Topics
 
-Level = Literal["pass", "warn", "fail"]
 _STEP_BYTES = 60_000
 """Of one token of the demo model in all tables, Parquet and CSV: 30 layers × about two requests."""
 _SPARE_BYTES = 512 << 20
+_BUSY = 0.5
 _NODE_RAM_BYTES = 120 << 20
 """A node process without its experts."""
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One question and its answer."""
-
-    name: str
-    level: Level
-    detail: str
-
-
-def preflight(plan: Plan, *, out: Path) -> list[Check]:
-    """Ask everything.
-
-    Args:
-        out: where the run's folder would be made.
-    """
-    checks: list[Check] = []
-    manifests = dict(_bundles(plan, checks))
-    checks += [
-        _asked(f"data {workload.name}", _data, workload)
+def plan_checks(plan: Plan, manifests: Mapping[str, Manifest]) -> list[Check]:
+    """Its data, placement and network."""
+    checks = [
+        asked(f"data {workload.name}", _data, workload)
         for workload in plan.workloads
         if isinstance(workload, Choice | Perplexity) and workload.dataset is not None
     ]
     checks += _network(plan)
     for name, manifest in manifests.items():
-        if plan.external:
-            checks += _outside(plan, plan.external, manifest)
-        else:
-            checks.append(_asked(f"placement {name}", _placement, plan, manifest))
+        if not plan.external:
+            checks.append(asked(f"placement {name}", _placement, plan, manifest))
             if plan.emulated:
-                checks.append(_asked("network", _emulated, plan, manifest.dims.experts))
+                checks.append(asked("network", _emulated, plan, manifest.dims.experts))
             checks.append(_ram(name, plan, manifest))
-    checks += [_disk(plan, out), _clock(plan), _governor(), _load(), _code()]
     return checks
 
 
-def _asked(name: str, question: Callable[..., tuple[Level, str]], *about: object) -> Check:
+def machine_checks(plan: Plan, *, out: Path) -> list[Check]:
+    """Of the base station.
+
+    Args:
+        out: where the run's folder would be made.
+    """
+    return [_disk(plan, out), _clock(plan), _governor(), _load(), _survey(), _code()]
+
+
+def asked(name: str, question: Callable[..., tuple[Level, str]], *about: object) -> Check:
     """The answer; an error of ours is one as well."""
     try:
         level, detail = question(*about)
@@ -86,10 +72,11 @@ def _asked(name: str, question: Callable[..., tuple[Level, str]], *about: object
     return Check(name, level, detail)
 
 
-def _bundles(plan: Plan, checks: list[Check]) -> Iterator[tuple[str, Manifest]]:
+def bundle_checks(plan: Plan, checks: list[Check]) -> Iterator[tuple[str, Manifest]]:
+    """The manifests of the bundles that can be used; what is wrong with the others goes into `checks`."""
     for name in plan.bundles:
         manifests: list[Manifest] = []
-        checks.append(_asked(f"bundle {Path(name).name}", _bundle, plan, name, manifests))
+        checks.append(asked(f"bundle {Path(name).name}", _bundle, plan, name, manifests))
         yield from ((Path(name).name, manifest) for manifest in manifests)
 
 
@@ -128,11 +115,11 @@ def _data(workload: Choice | Perplexity) -> tuple[Level, str]:
 
 
 def _network(plan: Plan) -> list[Check]:
-    if outside := plan.external:
-        return [_asked("broker", _broker, outside)]
+    if plan.external:
+        return []  # its broker runs, and is asked as such
     checks = [_own_broker(plan)]
     if plan.emulated:
-        checks.append(_asked("privileges", _privileges))
+        checks.append(asked("privileges", _privileges))
     return checks
 
 
@@ -159,43 +146,16 @@ def _emulated(plan: Plan, experts: int) -> tuple[Level, str]:
     return "pass", f"{plan.emulated} has the plan's nodes and profiles"
 
 
-def _broker(broker: Broker) -> tuple[Level, str]:
-    with _connected(broker) as transport:
-        round_trip_ms = measure_broker(transport, Topics(broker.cluster).echo(f"preflight-{secrets.token_hex(4)}"))
-    return "pass", f"{broker.broker} answers in {round_trip_ms:.2f} ms, with TCP_NODELAY"
+def broker_check(address: BrokerAddress, cluster: str) -> Check:
+    """A broker that is running: is it fast?"""
+    return asked("broker", _broker, address, cluster)
 
 
-@contextmanager
-def _connected(broker: Broker) -> Iterator[MqttTransport]:
+def _broker(address: BrokerAddress, cluster: str) -> tuple[Level, str]:
     client_id = f"wdmoe-preflight-{secrets.token_hex(4)}"
-    with (
-        open_broker(broker.broker, access=broker.access) as address,
-        closing(MqttTransport(address, client_id)) as transport,
-    ):
-        yield transport
-
-
-def _outside(plan: Plan, broker: Broker, manifest: Manifest) -> list[Check]:
-    """Nodes that are running already."""
-    try:
-        with _connected(broker) as transport:
-            fleet = Fleet(manifest.dims, manifest.model_sha256)
-            Dispatcher(transport, Topics(broker.cluster), fleet, dtype=WireDtype.FP16, timeout_s=5.0).pump(1.0)
-    except WdmoeError as error:
-        return [Check("nodes", "fail", str(error))]
-    checks = [Check(f"node {node}", "warn", f"ignored: {why}") for node, why in sorted(fleet.ignored.items())]
-    for node, status in sorted(fleet.nodes.items()):
-        holding, machine = status.holding, status.machine
-        level: Level = "pass" if holding and holding.quantisation == str(manifest.quantisation) else "warn"
-        text = f"{holding.experts}, {holding.quantisation}" if holding else "holds nothing"
-        checks.append(Check(f"node {node}", level, f"{text}; {machine.host}, {machine.arch}" if machine else text))
-    named = plan.nodes if isinstance(plan.nodes, dict) else {}
-    checks += [Check(f"node {node}", "fail", "is not online") for node in sorted(set(named) - set(fleet.nodes))]
-    if fleet.missing():
-        checks.append(Check("placement", "fail", fleet.describe_missing()))
-    else:
-        checks.append(Check("placement", "pass", "every expert has a holder"))
-    return checks
+    with closing(MqttTransport(address, client_id)) as transport:
+        round_trip_ms = measure_broker(transport, Topics(cluster).echo(client_id))
+    return "pass", f"{address} answers in {round_trip_ms:.2f} ms, with TCP_NODELAY"
 
 
 def _placement(plan: Plan, manifest: Manifest) -> tuple[Level, str]:
@@ -233,7 +193,8 @@ def _disk(plan: Plan, out: Path) -> Check:
     needed = _SPARE_BYTES + steps * _STEP_BYTES
     place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
-    level: Level = "fail" if free < _SPARE_BYTES else "warn" if free < needed else "pass"
+    least = plan.limits.least_disk_mib * 2**20
+    level: Level = "fail" if free < least else "warn" if free < needed else "pass"
     return Check("disk", level, f"about {needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free at {place}")
 
 
@@ -264,6 +225,29 @@ def _governor() -> Check:
     return Check("CPU", "warn", f"governor {', '.join(governors)}: {hint}")
 
 
+def _survey() -> Check:
+    """How busy the channel of this machine's own radio is."""
+    for path in sorted(Path("/sys/class/net").glob("*/phy80211")):
+        said = facts.output("iw", "dev", path.parent.name, "survey", "dump")
+        if (busy := busy_share(said)) is not None:
+            level: Level = "warn" if busy > _BUSY else "pass"
+            return Check("channel", level, f"{busy:.0%} busy, as {path.parent.name} hears it")
+    return Check("channel", "unknown", "no radio here tells how busy its channel is")
+
+
+def busy_share(survey: str) -> float | None:
+    """Of the channel in use, from what `iw dev … survey dump` says; None where the driver does not count it."""
+    for block in survey.split("Survey data from ")[1:]:
+        times = {
+            name: int(found[1])
+            for name in ("active", "busy")
+            if (found := re.search(rf"channel {name} time:\s+(\d+) ms", block))
+        }
+        if "[in use]" in block and times.get("active") and "busy" in times:
+            return times["busy"] / times["active"]
+    return None
+
+
 def _load() -> Check:
     load, cpus = os.getloadavg()[0], len(os.sched_getaffinity(0))
     level: Level = "warn" if load > 0.5 * cpus else "pass"
@@ -277,12 +261,3 @@ def _code() -> Check:
     if dirty:
         return Check("code", "warn", f"differs from its commit {commit[:12]}: numbers can't be reproduced from it")
     return Check("code", "pass", f"commit {commit[:12]}")
-
-
-def print_checks(checks: list[Check], console: Console) -> None:
-    """One row per check."""
-    colours = {"pass": "green", "warn": "yellow", "fail": "red"}
-    table = Table("", "check", "result", show_edge=False)
-    for check in checks:
-        table.add_row(f"[{colours[check.level]}]{check.level}[/]", escape(check.name), escape(check.detail))
-    console.print(table)

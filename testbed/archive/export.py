@@ -1,0 +1,326 @@
+"""One archive of a run: what was measured, checksums, a data dictionary, a report; anonymous unless told otherwise."""
+
+import gzip
+import json
+import secrets
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+import platformdirs
+import pyarrow as pa
+import pyarrow.parquet as pq
+from msgspec import Struct
+from PIL import Image, ImageOps
+
+from testbed.archive.dictionary import dictionary_json, dictionary_markdown
+from testbed.archive.pseudonyms import Kind, Pseudonyms, texts_under
+from testbed.experiment.baselines import FILE as BASELINES_FILE
+from testbed.experiment.notes import PHOTOS
+from testbed.experiment.plan import BASELINES, Cell
+from testbed.experiment.rundir import EVENTS, MANIFEST, MARKER, RunDir
+from testbed.report.write import write_report
+from wire.console import describe_os_error
+from wire.errors import ArchiveError, RunDirectoryError, StorageError
+from wire.manifest import sha256_file
+from wire.private_files import read_private
+
+CHECKSUMS = "SHA256SUMS"
+DICTIONARY = "DICTIONARY.md"
+README = "README.md"
+ENDINGS = (".tar.zst", ".tar.gz")
+_UNTOUCHED = frozenset({"text", "token_sha256"})
+"""Columns of a model's answers: results, not facts of a place."""
+_KEY_BYTES = 32
+_KEY_FILE = "archive.key"
+_LOGS = "logs"
+_VOCABULARY = frozenset(
+    {"auto", "distributed", "end", "generate", "choice", "perplexity", "start", "external", *BASELINES}
+)
+"""Words that documents of a run are made of: a host of that name keeps it."""
+
+
+class Exported(Struct, frozen=True, kw_only=True):
+    """What an archive holds.
+
+    Attributes:
+        replaced: different values that were replaced by kind; empty where nothing was to be.
+        left_out: files, each with the reason.
+    """
+
+    path: str
+    bytes: int
+    sha256: str
+    files: int
+    photos: int
+    replaced: dict[Kind, int]
+    left_out: list[str]
+
+
+def export_run(
+    run: RunDir, out: Path, *, anonymous: bool = True, key_file: Path | None = None, photos: bool = True,
+    report: bool = True,
+) -> Exported:  # fmt: skip
+    """Write an archive; it appears complete or not at all.
+
+    Args:
+        out: ends in `.tar.zst` or `.tar.gz`.
+        anonymous: replace names of networks, addresses, hosts and users by pseudonyms.
+        key_file: of the pseudonyms, mode 600; the user's own where not given, which is made when it is missing.
+        report: put a report of what is complete into it.
+
+    Raises:
+        ArchiveError: the name ends in something else, or the file is there already.
+        RunDirectoryError: a cell is damaged, or the run goes on.
+        StorageError: it can't be written.
+    """
+    name = archive_name(out)
+    if out.exists():
+        raise ArchiveError(f"{out} is there already: choose another name")
+    if run.is_running():
+        raise RunDirectoryError(f"{run.path} is being run: wait for its end or stop it, an archive is of what is final")
+    pseudonyms = _pseudonyms(run, key_file) if anonymous else None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=out.parent) as temporary:
+            folder = Path(temporary) / name
+            left_out = _stage(run, folder, pseudonyms, photos=photos)
+            if report and any(run.is_complete(cell) for cell in run.cells()):
+                write_report(RunDir(folder))
+            (folder / DICTIONARY).write_text(dictionary_markdown())
+            (folder / "dictionary.json").write_bytes(dictionary_json())
+            (folder / README).write_text(_readme(run, name, anonymous=anonymous))
+            files = _checksums(folder)
+            packed = Path(temporary) / out.name
+            _pack(folder, packed)
+            sha256 = sha256_file(packed)
+            packed.replace(out)
+    except OSError as error:
+        raise StorageError(f"can't write {out}: {describe_os_error(error)}") from error
+    return Exported(
+        path=str(out),
+        bytes=out.stat().st_size,
+        sha256=sha256,
+        files=files,
+        photos=len(list(_files(run.path / PHOTOS))) if photos else 0,
+        replaced=pseudonyms.replaced if pseudonyms else {},
+        left_out=left_out,
+    )
+
+
+def archive_name(path: Path) -> str:
+    """The name of an archive without its ending, and of the folder in it.
+
+    Raises:
+        ArchiveError: it is no archive's.
+    """
+    for ending in ENDINGS:
+        if path.name.endswith(ending) and path.name != ending:
+            return path.name.removesuffix(ending)
+    raise ArchiveError(f"{path.name} is no archive's name: it ends in {' or '.join(ENDINGS)}")
+
+
+@contextmanager
+def open_compressed(path: Path, mode: Literal["rb", "wb"]) -> Iterator[IO[bytes]]:
+    """The tar stream of an archive."""
+    if path.name.endswith(".tar.gz"):
+        with path.open(mode) as raw, gzip.GzipFile("", mode, 6, raw, mtime=0) as file:
+            yield cast(IO[bytes], file)
+    elif mode == "wb":
+        with pa.CompressedOutputStream(str(path), "zstd") as stream:
+            yield cast(IO[bytes], stream)
+    else:
+        with pa.CompressedInputStream(str(path), "zstd") as stream:
+            yield cast(IO[bytes], stream)
+
+
+def _pseudonyms(run: RunDir, key_file: Path | None) -> Pseudonyms:
+    """With everything that the run's own documents call a host, a user or a network."""
+    plan = run.plan
+    keep = {*_VOCABULARY, plan.name, *plan.profiles, *plan.bundles, *(w.name for w in plan.workloads)}
+    keep |= {policy.partition(":")[0] for policy in plan.policies}
+    keep |= set(plan.nodes) if isinstance(plan.nodes, dict) else set()
+    keep |= {node for cell in run.cells() if run.is_complete(cell) for node in run.marker(cell).nodes}
+    pseudonyms = Pseudonyms(_key(key_file), keep=keep)
+    events = run.events()
+    pseudonyms.learn("host", [str(run.manifest.machine.get("host", "")), *texts_under("host", events)])
+    for cell in run.cells():
+        path = run.cell_path(cell) / "telemetry.parquet"
+        if run.is_complete(cell) and path.exists():
+            for ssid in pq.read_table(path, columns=["wifi_ssid"])["wifi_ssid"].unique().to_pylist():
+                pseudonyms.learn("ssid", [ssid] if ssid else [])
+    return pseudonyms
+
+
+def _key(path: Path | None) -> bytes:
+    if path is None:
+        path = Path(platformdirs.user_config_dir("wdmoe")) / _KEY_FILE
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600, exist_ok=False)
+            path.write_bytes(secrets.token_bytes(_KEY_BYTES))
+    key = read_private(path)
+    if len(key) < _KEY_BYTES:
+        raise ArchiveError(f"{path} has {len(key)} bytes; the key of pseudonyms has at least {_KEY_BYTES}")
+    return key
+
+
+def _stage(run: RunDir, folder: Path, pseudonyms: Pseudonyms | None, *, photos: bool) -> list[str]:
+    """Copy what belongs into the archive; what was left out."""
+    folder.mkdir(parents=True)
+    left_out: list[str] = []
+    ids = {cell.id: _renamed_cell(cell, pseudonyms).id for cell in run.cells()}
+    _copy_json(run.path / MANIFEST, folder / MANIFEST, pseudonyms)
+    for name in (EVENTS, BASELINES_FILE):
+        if (run.path / name).exists():
+            _copy_json_lines(run.path / name, folder / name, pseudonyms, ids)
+    (folder / "cells").mkdir()
+    for cell in run.cells():
+        if run.is_complete(cell):
+            target = folder / "cells" / ids[cell.id]
+            target.mkdir()
+            _copy_json(run.cell_path(cell) / MARKER, target / MARKER, pseudonyms, id=ids[cell.id])
+            for table in sorted(run.cell_path(cell).glob("*.parquet")):
+                _copy_table(table, target / table.name, pseudonyms)
+    for log in _files(run.path / _LOGS):
+        target = folder / log.relative_to(run.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        text = log.read_text(errors="replace")
+        target.write_text(pseudonyms.text(text) if pseudonyms else text)
+    for photo in _files(run.path / PHOTOS) if photos else ():
+        target = folder / photo.relative_to(run.path)
+        target.parent.mkdir(exist_ok=True)
+        if why := _copy_photo(photo, target, bare=pseudonyms is not None):
+            left_out.append(f"{target.relative_to(folder)}: {why}")
+    copied = RunDir(folder)
+    if sum(copied.is_complete(cell) for cell in copied.cells()) != sum(run.is_complete(cell) for cell in run.cells()):
+        raise ArchiveError(f"a host or user has the name of something in {run.path}'s plan: export it with --plain")
+    return left_out
+
+
+def _renamed_cell(cell: Cell, pseudonyms: Pseudonyms | None) -> Cell:
+    """A cell's id follows from its coordinates, and paths of bundles and tables may name a user."""
+    if pseudonyms is None:
+        return cell
+    change = pseudonyms.text
+    return Cell(cell.repetition, change(cell.bundle), change(cell.profile), change(cell.workload), change(cell.policy))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    yield from sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+
+
+def _copy_json(source: Path, target: Path, pseudonyms: Pseudonyms | None, **instead: str) -> None:
+    """`instead` holds values that fields get instead of their own."""
+    document = json.loads(source.read_bytes())
+    changed = pseudonyms.tree(document) if pseudonyms else document
+    target.write_text(json.dumps({**changed, **instead}, ensure_ascii=False, indent=1))
+
+
+def _copy_json_lines(source: Path, target: Path, pseudonyms: Pseudonyms | None, ids: dict[str, str]) -> None:
+    """A line that a crash cut off is left out."""
+    with target.open("w") as file:
+        for line in source.read_bytes().splitlines():
+            try:
+                document: dict[str, Any] = json.loads(line)
+            except ValueError:
+                continue
+            changed = pseudonyms.tree(document) if pseudonyms else document
+            if "cell" in document:
+                changed = {**changed, "cell": ids.get(document["cell"], document["cell"])}
+            file.write(json.dumps(changed, ensure_ascii=False) + "\n")
+
+
+def _copy_table(source: Path, target: Path, pseudonyms: Pseudonyms | None) -> None:
+    if pseudonyms is None:
+        shutil.copyfile(source, target)
+        return
+    table = pq.read_table(source)
+    columns = [_renamed(table[name], name, pseudonyms) for name in table.column_names]
+    pq.write_table(pa.table(columns, names=table.column_names), target, compression="zstd")
+
+
+def _renamed(column: pa.ChunkedArray, name: str, pseudonyms: Pseudonyms) -> pa.ChunkedArray:
+    if name in _UNTOUCHED or not (pa.types.is_dictionary(column.type) or pa.types.is_string(column.type)):
+        return column
+    kinds: dict[str, Kind] = {"wifi_ssid": "ssid", "wifi_bssid": "mac"}
+
+    def change(value: str | None) -> str | None:
+        if value is None:
+            return None
+        return pseudonyms.name(kinds[name], value) if name in kinds else pseudonyms.text(value)
+
+    found = {value: change(value) for value in column.unique().to_pylist()}
+    return pa.chunked_array([pa.array([found[v] for v in column.to_pylist()], pa.string())]).cast(column.type)
+
+
+def _copy_photo(source: Path, target: Path, *, bare: bool) -> str:
+    """Why a photo was left out, empty when it was not.
+
+    Args:
+        bare: without what cameras write into it: place, device, time.
+    """
+    if not bare:
+        shutil.copyfile(source, target)
+        return ""
+    try:
+        with Image.open(source) as image:
+            # Cameras turn a picture by a note beside it, which goes as well.
+            pixels = ImageOps.exif_transpose(image).convert("RGB")
+            pixels.info.clear()
+            pixels.save(target, quality=90)
+    except (OSError, ValueError) as error:
+        target.unlink(missing_ok=True)
+        return f"its metadata can't be removed ({error})"
+    return ""
+
+
+def _checksums(folder: Path) -> int:
+    """`SHA256SUMS`, as sha256sum writes and checks it; how many files it lists."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    lines = [f"{sha256_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    (folder / CHECKSUMS).write_text("".join(lines))
+    return len(files)
+
+
+def _pack(folder: Path, out: Path) -> None:
+    """Equal folders give equal archives: names in order, no owners, no times."""
+    with open_compressed(out, "wb") as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            info = tarfile.TarInfo(path.relative_to(folder.parent).as_posix())
+            info.size = path.stat().st_size
+            info.mode = 0o644
+            with path.open("rb") as file:
+                tar.addfile(info, file)
+
+
+def _readme(run: RunDir, name: str, *, anonymous: bool) -> str:
+    manifest = run.manifest
+    complete = sum(run.is_complete(cell) for cell in run.cells())
+    names = (
+        "Names of networks, addresses, hosts and users are pseudonyms (`ssid-…`, `mac-…`, `ip-…`, `host-…`, `user-…`): "
+        "equal values have equal names. The key is not in this archive."
+        if anonymous
+        else "Names of networks, addresses, hosts and users are as they were."
+    )
+    return (
+        f"# {name}\n\n"
+        f"A run of WDMoE: `{manifest.name}`, begun {manifest.created}, code {manifest.commit}"
+        f"{' with changes' if manifest.dirty else ''}. {complete} of {manifest.cells} cells are complete.\n\n"
+        f"{names}\n\n"
+        "| file | what |\n|---|---|\n"
+        "| `report.html`, `report.md` | tables, plots and method |\n"
+        f"| `{DICTIONARY}`, `dictionary.json` | every table and column with its unit |\n"
+        "| `cells/` | one folder per cell: its rows as Parquet |\n"
+        "| `*.parquet`, `*.csv` | the same, merged |\n"
+        f"| `{MANIFEST}` | plan, code, bundles and data with SHA-256, machine, versions |\n"
+        f"| `{EVENTS}` | what happened, one line each |\n"
+        f"| `{BASELINES_FILE}` | what each session measured besides its cells |\n"
+        f"| `{_LOGS}/`, `{PHOTOS}/` | of the nodes; of the operators |\n"
+        f"| `{CHECKSUMS}` | `sha256sum -c {CHECKSUMS}` checks all files |\n\n"
+        "`wdmoe-testbed report` and `wdmoe-testbed compare` take this folder, or the archive that it came from.\n"
+    )

@@ -1,0 +1,132 @@
+"""Opening archives of runs, which may be anybody's: nothing is written outside, beyond limits, or of another kind."""
+
+import hashlib
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+import pyarrow as pa
+
+from testbed.archive.export import CHECKSUMS, ENDINGS, archive_name, open_compressed
+from testbed.experiment.rundir import MANIFEST, RunDir
+from wire.console import describe_os_error
+from wire.errors import ArchiveError, StorageError
+
+MAX_BYTES = 16 << 30
+"""Of all files unpacked; a night of eight nodes takes far less than one GiB."""
+MAX_FILES = 200_000
+_BUFFER_BYTES = 1 << 20
+_MOST_PATH = 400
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a path is meant as an archive."""
+    return path.is_file() or (path.name.endswith(ENDINGS) and not path.is_dir())
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[RunDir]:
+    """A run from its folder, or from its archive for as long as the context.
+
+    Raises:
+        RunDirectoryError: the folder is no run's.
+        ArchiveError: the archive is damaged or not a run's.
+    """
+    if not is_archive(path):
+        yield RunDir(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="wdmoe-archive-") as folder:
+        yield RunDir(unpack(path, Path(folder) / archive_name(path)))
+
+
+def unpack(archive: Path, folder: Path, *, max_bytes: int = MAX_BYTES, max_files: int = MAX_FILES) -> Path:
+    """Unpack and check an archive; the folder appears complete or not at all.
+
+    Args:
+        folder: must not exist; the run's files will be in it.
+
+    Raises:
+        ArchiveError: it is damaged, has changed since its checksums were made, holds anything but plain files below
+            one folder, or is larger than `max_bytes` or `max_files`.
+        StorageError: it can't be written.
+    """
+    archive_name(archive)
+    if folder.exists():
+        raise ArchiveError(f"{folder} is there already: choose another --out, or use that folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+            part = Path(temporary) / "run"
+            part.mkdir()
+            found = _extract(archive, part, max_bytes, max_files)
+            _check(archive, part, found)
+            part.rename(folder)
+    except ArchiveError:
+        raise
+    except (tarfile.TarError, EOFError, pa.ArrowException) as error:
+        raise ArchiveError(f"{archive} is damaged: {_one_line(error)}") from None
+    except OSError as error:
+        # Arrow tells of bad zstd data by an OSError without a number.
+        if error.errno is None:
+            raise ArchiveError(f"{archive} is damaged: {_one_line(error)}") from None
+        raise StorageError(f"can't unpack {archive}: {describe_os_error(error)}") from error
+    return folder
+
+
+def _extract(archive: Path, folder: Path, max_bytes: int, max_files: int) -> dict[str, str]:
+    """SHA-256 by path of what was unpacked."""
+    found: dict[str, str] = {}
+    left = max_bytes
+    with open_compressed(archive, "rb") as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+        for member in tar:
+            if member.isdir():
+                continue
+            path = _inside(archive, member)
+            if path in found:
+                raise ArchiveError(f"{archive} holds {path} twice")
+            if member.size > left or len(found) >= max_files:
+                raise ArchiveError(
+                    f"{archive} holds more than {max_bytes >> 20} MiB or {max_files} files: not a run's archive"
+                )
+            left -= member.size
+            source = tar.extractfile(member)
+            assert source is not None  # noqa: S101 (it is a plain file)
+            target = folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            digest = hashlib.sha256()
+            with target.open("xb") as file:
+                while block := source.read(_BUFFER_BYTES):
+                    digest.update(block)
+                    file.write(block)
+            found[path] = digest.hexdigest()
+    return found
+
+
+def _inside(archive: Path, member: tarfile.TarInfo) -> str:
+    """Where a member goes, below the archive's one folder."""
+    pure = PurePosixPath(member.name)
+    parts = pure.parts
+    odd = pure.is_absolute() or ".." in parts or len(parts) < 2 or "\\" in member.name or "\0" in member.name
+    if not member.isreg() or odd or len(member.name) > _MOST_PATH:
+        raise ArchiveError(f"{archive} holds {member.name[:80]!r}, which is no plain file below one folder")
+    return PurePosixPath(*parts[1:]).as_posix()
+
+
+def _check(archive: Path, folder: Path, found: dict[str, str]) -> None:
+    """All files are as they were when the checksums were made, and no others are there."""
+    if MANIFEST not in found or CHECKSUMS not in found:
+        raise ArchiveError(f"{archive} is no archive of a run: it has no {MANIFEST} or no {CHECKSUMS}")
+    lines = (folder / CHECKSUMS).read_text(errors="replace").splitlines()
+    wanted = {path: sha256 for sha256, _, path in (line.partition("  ") for line in lines)}
+    del found[CHECKSUMS]
+    if odd := sorted(path for path in wanted.keys() | found.keys() if wanted.get(path) != found.get(path)):
+        raise ArchiveError(
+            f"{archive} has changed since it was made: {odd[0][:80]!r}"
+            f"{f' and {len(odd) - 1} more' if len(odd) > 1 else ''} differ from {CHECKSUMS}"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

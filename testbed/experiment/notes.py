@@ -1,0 +1,48 @@
+"""What an operator wants to remember: a line of text, perhaps with a photo, in the run's events and folder."""
+
+import shutil
+from pathlib import Path
+
+from testbed.experiment.rundir import NOTE, RunDir
+from wire.console import describe_os_error
+from wire.errors import RunDirectoryError, StorageError
+from wire.manifest import sha256_file
+
+PHOTOS = "photos"
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".heic")
+_MOST_PHOTO_BYTES = 64 << 20
+_MOST_TEXT = 4000
+
+
+def add_note(run: RunDir, text: str, *, photo: Path | None = None) -> None:
+    """Note something, also while the run goes on; the photo is copied into the run's folder.
+
+    Raises:
+        RunDirectoryError: there is nothing to note, or the photo can't be one.
+        StorageError: it can't be written.
+    """
+    text = text.strip()
+    if not text or len(text) > _MOST_TEXT:
+        raise RunDirectoryError(f"a note has 1 to {_MOST_TEXT} characters, this one {len(text)}")
+    fields = {"text": text}
+    if photo is not None:
+        fields |= _keep(run, photo)
+    run.event(NOTE, **fields)
+
+
+def _keep(run: RunDir, photo: Path) -> dict[str, str]:
+    if photo.suffix.lower() not in ENDINGS or not photo.is_file():
+        raise RunDirectoryError(f"{photo} is no photo: name a file that ends in {', '.join(ENDINGS)}")
+    if photo.stat().st_size > _MOST_PHOTO_BYTES:
+        raise RunDirectoryError(f"{photo} is larger than {_MOST_PHOTO_BYTES >> 20} MiB: make it smaller")
+    sha256 = sha256_file(photo)
+    # Named by its content: a photo twice is kept once, and no name of a file tells anything.
+    kept = run.path / PHOTOS / f"{sha256[:16]}{photo.suffix.lower()}"
+    try:
+        kept.parent.mkdir(exist_ok=True)
+        temporary = kept.with_name(f".{kept.name}")
+        shutil.copyfile(photo, temporary)
+        temporary.replace(kept)
+    except OSError as error:
+        raise StorageError(f"can't keep {photo}: {describe_os_error(error)}") from error
+    return {"photo": f"{PHOTOS}/{kept.name}", "photo_sha256": sha256}

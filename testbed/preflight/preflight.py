@@ -1,0 +1,194 @@
+"""All of preflight: this machine, the plan, the broker, every node. What it starts, it ends."""
+
+import ssl
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from subprocess import DEVNULL, Popen
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bs_coordinator.brokers import open_broker, stop_child
+from bs_coordinator.fleet import Fleet
+from testbed.experiment.networks import Network, open_network
+from testbed.experiment.plan import Broker, Plan
+from testbed.experiment.site import broker_of
+from testbed.keys.authority import expiry
+from testbed.keys.folder import KeyFolder
+from testbed.local_fleet import LocalFleet
+from testbed.preflight.nodes import gather
+from testbed.preflight.plan_checks import asked, broker_check, bundle_checks, machine_checks, plan_checks
+from testbed.preflight.verdicts import Check, Level, NodeFacts, certificate, judge
+from wire.broker_url import BrokerAddress
+from wire.errors import WdmoeError
+from wire.manifest import Manifest
+from wire.seal import read_cluster_key
+
+Say = Callable[[str], None]
+_START_S = 60.0
+_QUIET: Say = lambda line: None  # noqa: E731
+
+
+def preflight(
+    plan: Plan, *, out: Path, keys: Path | None = None, quick: bool = False, say: Say = _QUIET
+) -> list[Check]:
+    """Ask everything.
+
+    Args:
+        out: where the run's folder would be made.
+        keys: folder of `wdmoe-testbed keys`, for the nodes' certificates.
+        quick: start no nodes and measure no rates.
+        say: told what is being done.
+    """
+    checks: list[Check] = []
+    manifests = dict(bundle_checks(plan, checks))
+    checks += plan_checks(plan, manifests)
+    until: dict[str, datetime] = {}
+    if keys is not None:
+        checks.append(asked("keys", _keys, keys, until))
+    for manifest in list(manifests.values())[:1]:
+        if plan.external:
+            checks += _outside(plan, plan.external, manifest, until, quick=quick, say=say)
+        elif plan.emulated and not quick and all(check.level != "fail" for check in checks):
+            checks += _emulated(plan, next(iter(plan.bundles)), manifest, say)
+    return checks + machine_checks(plan, out=out)
+
+
+def print_checks(checks: Sequence[Check], console: Console) -> None:
+    """One row per check of this machine, then one per node and check; a verdict per node at the end."""
+    colours = {"pass": "green", "warn": "yellow", "fail": "red", "unknown": "dim"}
+    table = Table("", "of", "check", "result", show_edge=False)
+    for check in sorted(checks, key=lambda check: check.node):
+        table.add_row(
+            f"[{colours[check.level]}]{check.level}[/]", escape(check.node), escape(check.name), escape(check.detail)
+        )
+    console.print(table)
+    for node, level in verdicts(checks).items():
+        why = ", ".join(check.name for check in checks if check.node == node and check.level == level != "pass")
+        console.print(f"[{colours[level]}]{level}[/] {escape(node)}{f': {why}' if why else ''}", highlight=False)
+
+
+def verdicts(checks: Sequence[Check]) -> dict[str, Level]:
+    """By node the worst of its checks; what is not known stops nobody."""
+    nodes = sorted({check.node for check in checks if check.node})
+    of = {node: {check.level for check in checks if check.node == node} for node in nodes}
+    return {node: "fail" if "fail" in some else "warn" if "warn" in some else "pass" for node, some in of.items()}
+
+
+def _outside(
+    plan: Plan, broker: Broker, manifest: Manifest, until: Mapping[str, datetime], *, quick: bool, say: Say
+) -> Iterator[Check]:
+    """Nodes that are running already."""
+    try:
+        with open_broker(broker.broker, access=broker.access) as address:
+            yield from _certificates(broker, address)
+            say("broker")
+            check = broker_check(address, broker.cluster)
+            yield check
+            key = read_cluster_key(Path(broker.cluster_key), broker.cluster) if broker.cluster_key else None
+            named = tuple(plan.nodes) if isinstance(plan.nodes, dict) else ()
+            facts = gather(
+                address, broker.cluster, manifest, named=named, cluster_key=key, until=until, iperf=not quick, say=say
+            )
+    except (WdmoeError, ValueError) as error:
+        yield Check("nodes", "fail", " ".join(str(error).split()))
+        return
+    yield from judge(facts, plan.limits)
+    yield _held(manifest, facts)
+
+
+def _held(manifest: Manifest, facts: Sequence[NodeFacts]) -> Check:
+    fleet = Fleet(manifest.dims, manifest.model_sha256)
+    for node in facts:
+        if node.status is not None:
+            fleet.apply(node.status)
+    if fleet.missing():
+        return Check("placement", "fail", fleet.describe_missing())
+    return Check("placement", "pass", "every expert has a holder")
+
+
+def _certificates(broker: Broker, address: BrokerAddress) -> Iterator[Check]:
+    now = datetime.now(UTC)
+    for name, path in (("our certificate", broker.tls_cert), ("authority", broker.ca_file)):
+        if path is not None:
+            yield asked(name, lambda path=path: certificate(expiry(Path(path).read_bytes()), now))
+    if address.tls:
+        yield asked("broker's certificate", lambda: certificate(_served(address), now))
+
+
+def _served(address: BrokerAddress) -> datetime:
+    """Until when the broker's own certificate is good."""
+    pem = ssl.get_server_certificate((address.host, address.port), timeout=5.0)
+    return expiry(pem.encode())
+
+
+def _keys(folder: Path, until: dict[str, datetime]) -> tuple[Level, str]:
+    expiries = KeyFolder(folder).expiries()
+    until |= {e.name: e.until for e in expiries}
+    first = expiries[0]
+    level, detail = certificate(first.until, datetime.now(UTC))
+    return level, f"{len(expiries)} certificates, the first to run out: {first.name}, {detail}"
+
+
+def _emulated(plan: Plan, bundle: str, manifest: Manifest, say: Say) -> list[Check]:
+    """The plan's own nodes on its own network, started for this and ended."""
+    from testbed.experiment.start import bundle_path
+
+    folder = bundle_path(bundle, console=Console(quiet=True))
+    experts = plan.node_experts(manifest.dims.experts)
+    try:
+        with ExitStack() as stack:
+            say("starting network, broker and nodes")
+            network = stack.enter_context(open_network(plan))
+            if plan.profiles:
+                network.set_profile(plan.profiles[0])
+            address = stack.enter_context(open_broker(broker_of(plan), host=network.address))
+            check = broker_check(address, "default")
+            logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wdmoe-preflight-")))
+            fleet = LocalFleet(folder, address, logs)
+            stack.callback(fleet.stop)
+            for node, selector in experts.items():
+                fleet.start(node, selector, threads=plan.node_threads, prefix=network.prefix(node))
+                stack.enter_context(_serving_iperf(network, node))
+            ended = _wait(fleet)
+            facts = gather(
+                address, "default", manifest, named=tuple(experts), wait_s=min(plan.nodes_timeout_s, _START_S), say=say
+            )
+    except (WdmoeError, OSError) as error:
+        return [Check("nodes", "fail", " ".join(str(error).split()))]
+    checks = [check, *judge(facts, plan.limits), _held(manifest, facts)]
+    # What a node's process said as it ended tells more than that nobody heard of it.
+    return [
+        Check(c.name, c.level, f"it ended: {ended[c.node]}", c.node) if c.name == "online" and c.node in ended else c
+        for c in checks
+    ]
+
+
+def _wait(fleet: LocalFleet) -> dict[str, str]:
+    """By node that ended in its first moments, the last line of its log."""
+    time.sleep(2.0)
+    ended = {}
+    for node, process in fleet.processes.items():
+        if process.poll() is not None:
+            lines = fleet.log_path(node).read_text(errors="replace").strip().splitlines()
+            ended[node] = lines[-1] if lines else f"exit code {process.returncode}"
+    return ended
+
+
+@contextmanager
+def _serving_iperf(network: Network, node: str) -> Iterator[None]:
+    """An iperf3 server on a node, where iperf3 is installed."""
+    try:
+        server = Popen([*network.prefix(node), "iperf3", "--server"], stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
+    except FileNotFoundError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        stop_child(server)

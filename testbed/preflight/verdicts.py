@@ -1,0 +1,270 @@
+"""What preflight says about a node, from what was gathered of it. Pure.
+
+A check that could not be made says so (`unknown`) and stops nobody: absent tools and silent devices are no faults.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from statistics import median
+from typing import Literal
+
+from bs_coordinator.clocks import Offset
+from testbed.experiment.plan import Limits
+from wire.status import NodeStatus
+from wire.telemetry import Telemetry, Wifi
+
+Level = Literal["pass", "warn", "fail", "unknown"]
+_SPARE_RAM_BYTES = 64 << 20
+"""What `wdmoe-node` itself wants to have free."""
+_EARLY = 0.1
+"""A warning at this share of the limit of a clock."""
+_SLOW_SHARE = 0.4
+"""Of the median link: below it a link is pointed out."""
+_NEARLY_HOT_CELSIUS = 10.0
+_SOON_DAYS = 30
+_WEAK_DBM = -75
+_RETRIES = 0.3
+_LEAST_PACKETS = 200
+"""Of a share of retries that is worth something."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One question and its answer.
+
+    Attributes:
+        node: that it is about; empty for this machine, the plan or the broker.
+    """
+
+    name: str
+    level: Level
+    detail: str
+    node: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Goodput of a link, in Mbit/s.
+
+    Attributes:
+        down_std_mbps, up_std_mbps: one standard deviation; 0 for a measurement that is taken as it is.
+        how: where it is from, for people.
+    """
+
+    down_mbps: float
+    up_mbps: float
+    how: str
+    down_std_mbps: float = 0.0
+    up_std_mbps: float = 0.0
+
+    @property
+    def worse(self) -> tuple[float, float]:
+        """The slower way and its standard deviation."""
+        return min((self.down_mbps, self.down_std_mbps), (self.up_mbps, self.up_std_mbps))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeFacts:
+    """What was gathered of a node; None for what nobody tells.
+
+    Attributes:
+        expected: the plan names it.
+        ignored: why the base station does not use it although it is online.
+        restarted: its process changed while it was watched.
+        proven: how many of its experts answered the probe input rightly.
+        wrong: what was wrong with an answer.
+        until: when its certificate runs out.
+        now: when all this was gathered.
+    """
+
+    node: str
+    expected: bool = True
+    quantisation: str
+    status: NodeStatus | None = None
+    ignored: str = ""
+    restarted: bool = False
+    telemetry: Telemetry | None = None
+    clock: Offset | None = None
+    proven: int = 0
+    wrong: str = ""
+    rate: Rate | None = None
+    until: datetime | None = None
+    now: datetime
+
+
+def judge(facts: Sequence[NodeFacts], limits: Limits) -> list[Check]:
+    """All checks of all nodes."""
+    rates = [f.rate.worse[0] for f in facts if f.rate]
+    typical_mbps = median(rates) if rates else 0.0
+    checks = []
+    for node in facts:
+        for name, level, detail in _node(node, limits, typical_mbps):
+            checks.append(Check(name, level, detail, node.node))
+    return checks
+
+
+Answer = tuple[str, Level, str]
+
+
+def _node(facts: NodeFacts, limits: Limits, typical_mbps: float) -> Iterator[Answer]:
+    status = facts.status
+    yield "online", *_online(facts)
+    yield "id", *_id(facts)
+    if status is None or not status.online:
+        return
+    yield "experts", *_experts(facts)
+    yield "certificate", *certificate(facts.until, facts.now)
+    machine = status.machine
+    yield "RAM", *_memory(machine.available_bytes if machine else None)
+    yield "disk", *_disk(machine.disk_free_bytes if machine else None, limits)
+    yield "clock", *_clock(facts.clock, limits)
+    yield "throttling", *_throttling(facts.telemetry)
+    yield "heat", *_heat(facts.telemetry, limits)
+    yield "link", *_link(facts.rate, limits, typical_mbps)
+    wifi = facts.telemetry.wifi if facts.telemetry else None
+    no_radio = facts.telemetry is not None and facts.telemetry.route is not None and not _carries(facts.telemetry)
+    yield "power save", *_power_save(wifi, no_radio=no_radio)
+    yield "channel", *_channel(wifi, no_radio=no_radio)
+
+
+def _carries(telemetry: Telemetry) -> bool:
+    """Whether the wireless interface that it tells of is the way to the broker."""
+    return telemetry.wifi is not None and telemetry.wifi.interface == telemetry.route
+
+
+def _online(facts: NodeFacts) -> tuple[Level, str]:
+    status = facts.status
+    if status is None:
+        return "fail", "never heard of: is it switched on, are broker address and network right?"
+    if not status.online:
+        return "fail" if facts.expected else "warn", f"offline: {status.reason or 'it does not say why'}"
+    where = f"{status.machine.host}, {status.machine.arch}" if status.machine else "it does not say where"
+    return ("warn", f"online on {where}, but the plan does not name it") if not facts.expected else ("pass", where)
+
+
+def _id(facts: NodeFacts) -> tuple[Level, str]:
+    status = facts.status
+    if status and status.rival:
+        return "fail", f"a second process wanted this id: on {status.rival}"
+    if facts.restarted:
+        return "fail", "two processes take turns with this id, or one restarts all the time"
+    return "pass", "one process has it"
+
+
+def _experts(facts: NodeFacts) -> tuple[Level, str]:
+    holding = facts.status.holding if facts.status else None
+    if facts.ignored:
+        return "fail", facts.ignored
+    if facts.wrong:
+        return "fail", facts.wrong
+    if holding is None:
+        return "warn", "holds nothing"
+    text = f"{holding.experts}, {holding.quantisation}; hashes checked at its start, {facts.proven} proven now"
+    if holding.quantisation != facts.quantisation:
+        return "warn", f"{text}; the plan's bundle is {facts.quantisation}"
+    return "pass", text
+
+
+def certificate(until: datetime | None, now: datetime) -> tuple[Level, str]:
+    """Of any certificate."""
+    if until is None:
+        return "unknown", "not among the keys that were named"
+    days = (until - now).total_seconds() / 86400
+    text = f"good until {until:%Y-%m-%d}"
+    if days <= 0:
+        return "fail", f"ran out on {until:%Y-%m-%d}: 'wdmoe-testbed keys rotate' makes a new one"
+    return ("warn", f"{text}, {days:.0f} days: 'wdmoe-testbed keys rotate'") if days < _SOON_DAYS else ("pass", text)
+
+
+def _memory(available_bytes: int | None) -> tuple[Level, str]:
+    if available_bytes is None:
+        return "unknown", "it does not say"
+    level: Level = (
+        "fail" if available_bytes < _SPARE_RAM_BYTES else "warn" if available_bytes < 2 * _SPARE_RAM_BYTES else "pass"
+    )
+    return level, f"{available_bytes >> 20} MiB available"
+
+
+def _disk(free_bytes: int | None, limits: Limits) -> tuple[Level, str]:
+    if free_bytes is None:
+        return "unknown", "it does not say"
+    if free_bytes < limits.least_disk_mib * 2**20:
+        return "fail", f"{free_bytes >> 20} MiB free, the limit is {limits.least_disk_mib:g}"
+    return "pass", f"{free_bytes >> 20} MiB free"
+
+
+def _clock(clock: Offset | None, limits: Limits) -> tuple[Level, str]:
+    if clock is None:
+        return "unknown", "no ping came back"
+    off_ms, error_ms = clock.offset_ns / 1e6, clock.error_ns / 1e6
+    least_ms = abs(off_ms) - error_ms
+    text = f"{off_ms:+.1f} ms (± {error_ms:.1f}) against the base station, estimated"
+    if least_ms > limits.most_clock_ms:
+        return "fail", f"{text}: let chrony follow the base station"
+    return ("warn" if least_ms > _EARLY * limits.most_clock_ms else "pass"), text
+
+
+def _throttling(telemetry: Telemetry | None) -> tuple[Level, str]:
+    thermal = telemetry.thermal if telemetry else None
+    if thermal is None or thermal.throttling_now is None:
+        return "unknown", "it does not say"
+    if thermal.throttling_now:
+        return "fail", f"now: {thermal.throttling_now}: cooling or power supply"
+    if thermal.throttling_since_boot:
+        return "warn", f"since its start: {thermal.throttling_since_boot}"
+    return "pass", "none"
+
+
+def _heat(telemetry: Telemetry | None, limits: Limits) -> tuple[Level, str]:
+    celsius = telemetry.thermal.soc_celsius if telemetry else None
+    if celsius is None:
+        return "unknown", "it does not say"
+    if celsius > limits.most_celsius:
+        return "fail", f"{celsius:.0f} °C, the limit is {limits.most_celsius:g}"
+    return ("warn" if celsius > limits.most_celsius - _NEARLY_HOT_CELSIUS else "pass"), f"{celsius:.0f} °C"
+
+
+def _link(rate: Rate | None, limits: Limits, typical_mbps: float) -> tuple[Level, str]:
+    if rate is None:
+        return "unknown", "not measured"
+    text = f"{rate.down_mbps:.1f} down, {rate.up_mbps:.1f} Mbit/s up, by {rate.how}"
+    worse_mbps, std_mbps = rate.worse
+    if worse_mbps + 2 * std_mbps < limits.least_mbps:
+        return "fail", f"{text}; the limit is {limits.least_mbps:g}"
+    if worse_mbps - 2 * std_mbps < limits.least_mbps:
+        return "unknown", f"{text}, not certain enough for the limit of {limits.least_mbps:g}"
+    if worse_mbps < _SLOW_SHARE * typical_mbps:
+        return "warn", f"{text}; far below the others' {typical_mbps:.1f}"
+    return "pass", text
+
+
+def _power_save(wifi: Wifi | None, *, no_radio: bool) -> tuple[Level, str]:
+    if no_radio:
+        return "pass", "no radio on the way"
+    if wifi is None or wifi.power_save is None:
+        return "unknown", "it does not say"
+    if wifi.power_save:
+        return "fail", f"on: up to 100 ms per message; 'iw dev {wifi.interface} set power_save off' on it"
+    return "pass", "off"
+
+
+def _channel(wifi: Wifi | None, *, no_radio: bool) -> tuple[Level, str]:
+    if no_radio:
+        return "pass", "no radio on the way"
+    if wifi is None:
+        return "unknown", "it does not say"
+    if not wifi.connected:
+        return "fail", f"{wifi.interface} is not connected to an access point"
+    told = [f"channel {wifi.channel}"] if wifi.channel is not None else []
+    worse = False
+    if wifi.rssi_dbm is not None:
+        told.append(f"{wifi.rssi_dbm} dBm")
+        worse |= wifi.rssi_dbm < _WEAK_DBM
+    if wifi.up_packets is not None and wifi.up_retries is not None and wifi.up_packets >= _LEAST_PACKETS:
+        share = wifi.up_retries / wifi.up_packets
+        told.append(f"{share:.0%} of frames sent again")
+        worse |= share > _RETRIES
+    if not told:
+        return "unknown", "it does not say"
+    return ("warn" if worse else "pass"), ", ".join(told)

@@ -1,0 +1,176 @@
+"""Preflight on an emulated network with running nodes: every planted fault is found, and only that one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bs_coordinator.brokers import mosquitto_path, open_broker, stop_child
+from testbed.local_fleet import LocalFleet
+from testbed.network.daemon import BASE_STATION
+from testbed.network.emulated import EmulatedNetwork, down, leftovers, up
+from testbed.network.namespaces import check_privileges, inside, namespace
+from wire.errors import PrivilegeError
+from wire.manifest import Scheme
+
+NAME = f"p{os.getpid()}"
+NETWORK = f"""
+name: {NAME}
+nodes: [well, slow, late, bent, twin, full, sleepy]
+subnet: 10.83.0.0/24
+profiles:
+  faults:
+    default: {{down_mbps: 50, up_mbps: 50, delay_ms: 1}}
+    nodes: {{slow: {{down_mbps: 1, up_mbps: 1}}}}
+"""
+# As `iw` prints it; power saving is what a Raspberry Pi comes with.
+IW = """#!/bin/sh
+case "$*" in
+  *"get power_save"*) echo "Power save: on" ;;
+  *link*) printf 'Connected to 02:00:00:aa:bb:cc (on wifi0)\\n\\tSSID: shelf\\n\\tfreq: 5180\\n\\tsignal: -52 dBm\\n' ;;
+  *"station dump"*) printf 'Station 02:00:00:aa:bb:cc (on wifi0)\\n\\tsignal:  \\t-52 dBm\\n' ;;
+esac
+"""
+FAULTS = {
+    "slow": "link", "late": "clock", "bent": "online", "twin": "id", "full": "disk", "sleepy": "power save",
+}  # fmt: skip
+WORDS = {
+    "slow": "the limit is 5", "late": "+9", "bent": "SHA-256", "twin": "a second process wanted this id",
+    "full": "MiB free", "sleepy": "on: up to 100 ms",
+}  # fmt: skip
+
+
+def _why_not() -> str:
+    try:
+        check_privileges()
+    except PrivilegeError as error:
+        return str(error)
+    lacks = [tool for tool in ("faketime", "iperf3", "unshare", "mount") if shutil.which(tool) is None]
+    if mosquitto_path() is None:
+        lacks.append("mosquitto")
+    return f"needs {', '.join(lacks)}" if lacks else ""
+
+
+pytestmark = pytest.mark.skipif(bool(_why_not()), reason=_why_not())
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedNetwork]:
+    path = tmp_path_factory.mktemp("network") / "net.yaml"
+    path.write_text(NETWORK)
+    yield up(path)
+    if NAME in leftovers():
+        down(NAME)
+
+
+def _preflight(network: EmulatedNetwork, plan: Path, out: Path) -> tuple[int, list[dict[str, Any]]]:
+    argv = [*network.bs_prefix(), sys.executable, "-m", "testbed", "preflight", str(plan), "--out", str(out), "--json"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=300)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def _plan(path: Path, broker: str, bundle: Path, nodes: list[str]) -> Path:
+    named = ", ".join(f"{node}: ''" for node in nodes)
+    path.write_text(
+        f"{{name: shelf, network: {{external: {{broker: '{broker}', allow_plaintext: true}}}}, bundles: [{bundle}], "
+        f"nodes: {{{named}}}, limits: {{least_disk_mib: 16}}, policies: [topk], workloads: [{{kind: generate}}]}}"
+    )
+    return path
+
+
+def test_every_planted_fault_is_found(
+    network: EmulatedNetwork, tiny_bundle: Callable[[Scheme], Path], tmp_path: Path
+) -> None:
+    bundle = tiny_bundle("int4")
+    bent, small = tmp_path / "bent", tmp_path / "small"
+    shutil.copytree(bundle, bent)
+    weights = sorted(bent.glob("experts/L00/E3.*"))[-1]
+    changed = bytearray(weights.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    weights.write_bytes(changed)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "iw").write_text(IW)
+    (tools / "iw").chmod(0o755)
+    small.mkdir()
+    size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
+    with ExitStack() as stack:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size + (12 << 20)}", "none", small], check=True)
+        stack.callback(subprocess.run, ["umount", "-l", str(small)], check=True)
+        shutil.copytree(bundle, small / "bundle")
+        stack.enter_context(inside(namespace(NAME, BASE_STATION)))
+        address = stack.enter_context(open_broker("mosquitto", host=network.bs_address))
+        prefixes = {
+            # Only the wall clock is wrong, as on a board without a battery.
+            "late": ["env", "FAKETIME_DONT_FAKE_MONOTONIC=1", "faketime", "-f", "+90s"],
+            # /sys shows a radio, and the first `iw` on PATH says that it saves power.
+            "sleepy": [
+                "unshare", "--mount", "sh", "-c",
+                "mount -t tmpfs none /sys/class/net && mkdir -p /sys/class/net/wifi0/phy80211 && "
+                f'PATH="{tools}:$PATH" exec "$@"', "sh",
+            ],
+        }  # fmt: skip
+        bundles = {"bent": bent, "full": small / "bundle"}
+        for node in network.nodes:
+            fleet = LocalFleet(bundles.get(node, bundle), address, tmp_path / "logs")
+            stack.callback(fleet.stop)
+            # nsenter first: what follows runs on the node.
+            fleet.start(node, "L*:E*", prefix=[*network.prefix(node), *prefixes.get(node, ())])
+            if node in ("well", "slow"):  # the others' links are judged by pings: iperf3 takes seconds
+                argv = [*network.prefix(node), "iperf3", "--server"]
+                server = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                stack.callback(stop_child, server)
+        second = LocalFleet(bundle, address, tmp_path / "second")
+        stack.callback(second.stop)
+        deadline = time.monotonic() + 60
+        while "serves" not in (tmp_path / "logs" / "twin.log").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        second.start("twin", "L*:E*", prefix=network.prefix("twin"))
+        assert second.processes["twin"].wait(30) == 22
+        plan = _plan(tmp_path / "plan.yaml", str(address), bundle, list(network.nodes))
+        code, checks = _preflight(network, plan, tmp_path)
+
+    assert code == 62
+    failed = {(check["node"], check["name"]): check["detail"] for check in checks if check["level"] == "fail"}
+    assert {key for key in failed if key[0]} == set(FAULTS.items())
+    for node, words in WORDS.items():
+        assert words in failed[node, FAULTS[node]]
+    # The well one is well in everything that could be asked.
+    assert {c["level"] for c in checks if c["node"] == "well"} <= {"pass", "unknown"}
+    measured = next(c["detail"] for c in checks if (c["node"], c["name"]) == ("well", "link"))
+    assert "iperf3" in measured
+
+
+def test_nagle_on_the_broker_and_a_full_disk_here(
+    network: EmulatedNetwork, tiny_bundle: Callable[[Scheme], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with ExitStack() as stack:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(out)], check=True)
+        stack.callback(subprocess.run, ["umount", "-l", str(out)], check=True)
+        config = tmp_path / "mosquitto.conf"
+        config.write_text(f"listener 18830 {network.bs_address}\nuser root\nallow_anonymous true\n")
+        log = stack.enter_context((tmp_path / "mosquitto.log").open("wb"))
+        broker = subprocess.Popen(
+            [*network.bs_prefix(), mosquitto_path() or "", "-c", str(config)], stdout=log, stderr=log
+        )
+        stack.callback(stop_child, broker)
+        time.sleep(1.0)
+        plan = _plan(tmp_path / "plan.yaml", f"mqtt://{network.bs_address}:18830", tiny_bundle("int4"), ["well"])
+        code, checks = _preflight(network, plan, out)
+    assert code == 62
+    failed = {(c["node"], c["name"]): c["detail"] for c in checks if c["level"] == "fail"}
+    assert "without TCP_NODELAY" in failed["", "broker"]
+    assert "MiB free" in failed["", "disk"]
+    assert "never heard of" in failed["well", "online"]

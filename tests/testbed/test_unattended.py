@@ -1,0 +1,70 @@
+"""A run that is left alone: nodes are lost and come back, sessions measure baselines, operators note things."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from testbed.experiment.baselines import read_baselines
+from testbed.experiment.rundir import RunDir
+from tests.conftest import Run
+from wire.manifest import Scheme
+
+PLAN = """
+name: alone
+bundles: [{bundle}]
+nodes: {{a: 'L*:E0-7', b: 'L*:E0-7'}}
+policies: [topk]
+repetitions: 4
+warm_up_tokens: 1
+pause_s: 1.5
+churn: {{every_s: 2, down_s: 1}}
+baselines: {{tokens: 3, kinds: [station, loopback, wifi]}}
+limits: {{silent_s: 5}}
+workloads:
+  - {{kind: generate, prompts: [Hello], max_tokens: 8}}
+"""
+
+
+def test_a_run_survives_lost_nodes_and_tells_of_them(
+    run: Run, tiny_bundle: Callable[[Scheme], Path], tmp_path: Path
+) -> None:
+    plan, folder = tmp_path / "plan.yaml", tmp_path / "run"
+    plan.write_text(PLAN.format(bundle=tiny_bundle("int4")))
+    prepared = run("testbed", "run", plan, "--out", folder, "--prepare")
+    assert prepared.returncode == 0, prepared.stderr
+    assert run("testbed", "note", folder, "two boards on the shelf").returncode == 0
+    argv = [sys.executable, "-m", "testbed", "resume", str(folder)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (folder / "live.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        shown = run("testbed", "status", folder, "--follow", timeout=200)
+        said, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, said
+    assert "4 of 4 cells complete" in shown.stdout
+    found = RunDir(folder)
+    events = found.events()
+    names = [event["event"] for event in events]
+    assert names[:2] == ["note", "run_started"]
+    killed = [event["node"] for event in events if event["event"] == "node_killed"]
+    assert killed
+    lost = [e for e in events if e["event"] == "alert" and e["kind"] == "node_lost"]
+    assert {e["subject"] for e in lost} == set(killed)
+    assert {e["subject"] for e in events if e["event"] == "alert_over"} == set(killed)
+    assert [b.phase for b in read_baselines(found) if b.kind == "station"] == ["start", "end"]
+    assert all(len(b.token_ns) == 2 for b in read_baselines(found) if b.kind != "wifi")
+    assert {b.why_not for b in read_baselines(found) if b.kind == "wifi"} == {
+        "the nodes are on this machine's loopback"
+    }
+    reported = run("testbed", "report", folder, "--resamples", "100", timeout=200)
+    assert reported.returncode == 0, reported.stderr
+    page = (folder / "report.md").read_text()
+    assert "two boards on the shelf" in page
+    assert "## Alerts" in page
+    assert "## Baselines" in page
+    text = run("testbed", "note", folder, "  ")
+    assert text.returncode == 61
+    assert run("testbed", "note", folder, "x", "--photo", plan).returncode == 61
