@@ -31,7 +31,7 @@ from wire.tensors import WireDtype
 from wire.topics import Topics
 
 if TYPE_CHECKING:
-    from bs_coordinator.resident import ResidentHolder
+    from bs_coordinator.resident import ResidentExperts, ResidentHolder
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +109,7 @@ class Station:
         broker_ms: median round trip of a small message through the broker.
         nodes_ms: round trip of one token, by node.
         speculation: what its sequences guess with.
+        residents: experts that are kept here, if any.
     """
 
     manifest: Manifest
@@ -118,6 +119,7 @@ class Station:
     broker_ms: float
     nodes_ms: dict[str, float]
     speculation: Speculation
+    residents: "ResidentExperts | None" = None
 
     def new_sequence(self) -> Sequence:
         """An empty sequence."""
@@ -186,7 +188,8 @@ def open_station(
             speculation = Speculation()
         dispatcher.measure_links(_FIRST_LOOK_S)
         model = DistributedMixtral(trunk, dispatcher, policy, degrade=config.degrade)
-        yield Station(manifest, model, tokenizer, dispatcher, broker_ms, nodes_ms, speculation)
+        residents = here.experts if here else None
+        yield Station(manifest, model, tokenizer, dispatcher, broker_ms, nodes_ms, speculation, residents)
 
 
 @contextmanager

@@ -9,5 +9,6 @@ SECTIONS: dict[str, str] = {
     "scaling": "testbed.bench.scaling",
     "speculation": "testbed.bench.speculation",
     "batching": "testbed.bench.batching",
+    "resident": "testbed.bench.resident",
 }
 """Module by name. Imported only when its turn comes: some need torch, or Linux as root."""

@@ -1,0 +1,46 @@
+"""One expert of Mixtral-8x7B's size with random weights, exported as any other, for measuring it."""
+
+from pathlib import Path
+
+import numpy as np
+
+from exporter.checkpoint import ExpertTensors
+from exporter.expert import ExpertJob, export_expert
+from exporter.graph import MATRICES, matrix_shape
+from exporter.probe import probe_tolerance
+from exporter.safetensors_file import TensorRef
+from wire.experts import ExpertId
+from wire.manifest import SCHEMA, Dims, Manifest, Quantisation, Source
+
+MIXTRAL = Dims(hidden=4096, intermediate=14336, layers=1, experts=1, top_k=1, vocab=1, max_positions=1)
+ID = ExpertId(0, 0)
+_NOTHING = "0" * 64
+
+
+def random_weights(folder: Path) -> ExpertTensors:
+    """352 MB of normally distributed bf16 weights in a file, scaled so that outputs are about as large as inputs."""
+    path, rng, offset = folder / "weights", np.random.default_rng(0), 0
+    tensors = []
+    with path.open("wb") as file:
+        for matrix in MATRICES:
+            shape = matrix_shape(MIXTRAL, matrix)
+            values = rng.standard_normal(shape, np.float32) * np.float32(shape[1] ** -0.5)
+            file.write((values.view(np.uint32) >> 16).astype("<u2").tobytes())
+            tensors.append(TensorRef(matrix, path, "BF16", shape, offset))
+            offset = file.tell()
+    return ExpertTensors(*tensors)
+
+
+def export_big_expert(weights: ExpertTensors, quantisation: Quantisation, out: Path) -> Manifest:
+    """Write the expert to `out`; the manifest is returned only."""
+    entry = export_expert(ExpertJob(ID, weights, MIXTRAL, quantisation, out))
+    return Manifest(
+        schema=SCHEMA,
+        source=Source(name="random", config_sha256=_NOTHING, header_sha256={}, dtype="BF16"),
+        dims=MIXTRAL,
+        quantisation=quantisation,
+        probe_tolerance=probe_tolerance(quantisation),
+        experts=(entry,),
+        trunk=(),
+        tools={},
+    )

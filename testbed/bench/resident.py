@@ -1,0 +1,143 @@
+"""Time per token with some experts on the base station, against none: emulated links, the whole demo model, int4."""
+
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from bs_coordinator.brokers import mosquitto_path, open_broker
+from bs_coordinator.fleet import HERE
+from bs_coordinator.generate import TokenEvent
+from bs_coordinator.resident.choice import choose_resident
+from bs_coordinator.sampling import SamplingConfig
+from bs_coordinator.station import ResidentConfig, Station, StationConfig, open_station
+from edge_node.memory import needed_bytes
+from testbed.bench.rows import Row, Settings, Skipped
+from testbed.demo_assets import demo_bundle
+from testbed.experiment.prompts import PROMPTS
+from testbed.local_fleet import local_fleet
+from wire.errors import PrivilegeError, WdmoeError
+from wire.experts import ExpertId
+from wire.files import atomic_write
+from wire.manifest import load_manifest
+
+NODES = 8
+RTT_MS = 5
+MBPS = 100
+SHARES = (0.25, 0.5)
+LEARNT_FROM = 8
+"""Prompts whose traffic the choice is made from; measured is on others."""
+_TOKENS = 24
+_WARM_UP = 2
+
+
+def measure(settings: Settings) -> Iterator[Row | Skipped]:
+    """All experts are loaded; how many of them count as being here changes from answer to answer."""
+    name = f"decode, experts on the base station, {RTT_MS} ms"
+    # Imported here: needs Linux and pyroute2.
+    from testbed.network.namespaces import check_privileges
+
+    try:
+        check_privileges()
+    except PrivilegeError as error:
+        yield Skipped(name, str(error))
+        return
+    if not mosquitto_path():
+        yield Skipped(name, "mosquitto is not installed")
+        return
+    bundle = demo_bundle("int4", console=settings.console)
+    with _station(settings, bundle) as station:
+        arms = _arms(station)
+        samples_ms: dict[str, list[float]] = {arm: [] for arm in arms}
+        same = True
+        prompts = PROMPTS[LEARNT_FROM : LEARNT_FROM + max(4, min(len(PROMPTS) - LEARNT_FROM, settings.samples // 20))]
+        for i, prompt in enumerate(prompts):
+            order = list(arms) if i % 2 else list(reversed(arms))
+            ids = {}
+            for arm in order:
+                station.dispatcher.fleet.hold_here(arms[arm])
+                events = _answer(station, prompt)
+                ids[arm] = [event.id for event in events]
+                samples_ms[arm].append(_token_ms(events))
+            same &= len({tuple(some) for some in ids.values()}) == 1
+        none_ms = samples_ms.pop("none")
+        for arm, ours_ms in samples_ms.items():
+            parameters = {
+                "rtt_ms": RTT_MS,
+                "mbps": MBPS,
+                "nodes": NODES,
+                "tokens": _TOKENS,
+                "experts": len(arms[arm]),
+                "samples": "mean ms per token of one answer after its first",
+                "same_tokens": same,
+            }
+            yield Row(f"decode, {arm}, {RTT_MS} ms", "all experts on nodes", ours_ms, none_ms, None, parameters)
+
+
+def _arms(station: Station) -> dict[str, frozenset[ExpertId]]:
+    """By name the experts that are kept: chosen as the base station does, and by each expert's own traffic."""
+    fleet, residents = station.dispatcher.fleet, station.residents
+    assert residents is not None  # noqa: S101 - configured below
+    every = fleet.here
+    here_s = []
+    for event in _answer(station, PROMPTS[0]):
+        for step in event.steps:
+            here_s += [
+                d.durations.compute_ns / 1e9 / len(d.experts)
+                for layer in step.layers
+                for d in layer.dispatches
+                if d.node == HERE and d.tokens == 1
+            ]
+    fleet.hold_here(frozenset())
+    for prompt in PROMPTS[:LEARNT_FROM]:
+        _answer(station, prompt)
+    layers = range(fleet.dims.layers)
+    away_s = np.array([station.dispatcher.forecast(layer).one_row_s for layer in layers])
+    pairs = residents.traffic.pairs
+    by_traffic = sorted(every, key=lambda id: (-pairs[id.layer, id.expert, id.expert], id))
+    arms: dict[str, frozenset[ExpertId]] = {"none": frozenset()}
+    for share in SHARES:
+        slots = round(share * len(every))
+        arms[f"{share:.0%} of experts here"] = choose_resident(pairs, away_s, statistics.median(here_s), slots)
+        arms[f"{share:.0%} here, each by its own traffic"] = frozenset(by_traffic[:slots])
+    return arms
+
+
+def _answer(station: Station, prompt: str) -> list[TokenEvent]:
+    ids = station.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    return list(station.new_sequence().generate(ids, SamplingConfig(max_tokens=_TOKENS)))
+
+
+def _token_ms(events: Sequence[TokenEvent]) -> float:
+    steps = [step for event in events[_WARM_UP:] for step in event.steps]
+    if not steps:
+        raise WdmoeError("an answer was too short to be measured")
+    return sum(step.total_ns for step in steps) / len(steps) / 1e6
+
+
+@contextmanager
+def _station(settings: Settings, bundle: Path) -> Iterator[Station]:
+    """A system with room for all experts on the base station; this thread is there meanwhile."""
+    from testbed.network import namespaces
+    from testbed.network.daemon import BASE_STATION
+    from testbed.network.emulated import emulated
+
+    manifest = load_manifest(bundle)
+    nodes = {f"node{k}": f"L*:E{k}" for k in range(NODES)}
+    link = f"down_mbps: {MBPS}, up_mbps: {MBPS}, delay_ms: {RTT_MS / 2}"
+    spec = settings.folder / "network-resident.yaml"
+    with atomic_write(spec) as file:
+        lines = f"name: bench{os.getpid()}\nnodes: [{', '.join(nodes)}]\nprofiles:\n  links: {{default: {{{link}}}}}\n"
+        file.write(lines.encode())
+    room = ResidentConfig(needed_bytes(manifest.experts, manifest.quantisation.scheme))
+    with (
+        emulated(spec) as network,
+        namespaces.inside(namespaces.namespace(network.spec.name, BASE_STATION)),
+        open_broker("mosquitto", host=network.bs_address) as address,
+        local_fleet(bundle, address, settings.folder / "nodes", nodes, prefixes={n: network.prefix(n) for n in nodes}),
+        open_station(StationConfig(bundle=bundle, resident=room), address) as station,
+    ):
+        yield station
