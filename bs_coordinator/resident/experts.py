@@ -167,6 +167,8 @@ class ResidentExperts:
 
     def _fill(self, away_s: Away, here_s: float) -> frozenset[ExpertId]:
         for id in sorted(choose_resident(self.traffic.pairs, away_s, here_s, self.slots)):
+            if self._stop.is_set():
+                break
             self._runtime.add(id)
         self._next_review_s = time.monotonic() + self._review_every_s
         return self.ids
