@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_node.memory import return_freed_memory
+from edge_node.memory import return_freed_memory, use_huge_pages
 from edge_node.prepacked import prepacked_model
 from edge_node.providers import ProviderError, probe_tolerance
 from edge_node.session import ExpertSession, share_thread_pool
@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 BATCH_ROWS = 16
 """Hidden states of a batch: what a draft, or a few callers together, bring to one expert."""
+LARGE_EXPERT_BYTES = 16 << 20
+"""Smaller ones have no matrix that fills huge pages."""
 
 
 @dataclass(slots=True)
@@ -177,6 +179,8 @@ class ExpertRuntime:
         self._entries[entry.id] = entry
         self._sessions[entry.id] = session
         return_freed_memory()
+        if entry.bytes >= LARGE_EXPERT_BYTES:
+            use_huge_pages()
         return session
 
     def _verify(self, entry: ExpertEntry) -> None:

@@ -43,14 +43,14 @@ def measure(settings: Settings) -> Iterator[Row]:
         for quantisation in _BIG:
             out = Path(folder) / str(quantisation).replace(" ", "-")
             manifest = export_big_expert(weights, quantisation, out)
-            yield _big(settings, out, manifest)
+            for prepacked in (None, out / "prepacked"):
+                yield _big(settings, out, manifest, prepacked)
     schemes: tuple[Scheme, ...] = ("int4", "int8", "fp32")
     for scheme in schemes:
         yield _demo(settings, scheme)
 
 
-def _big(settings: Settings, bundle: Path, manifest: Manifest) -> Row:
-    prepacked = bundle / "prepacked"
+def _big(settings: Settings, bundle: Path, manifest: Manifest, prepacked: Path | None) -> Row:
     runtime = ExpertRuntime(bundle, manifest, [ID], threads=1, prepacked=prepacked)
     x = probe_input(manifest.dims.hidden)
     file_bytes = manifest.experts[0].bytes
@@ -61,12 +61,15 @@ def _big(settings: Settings, bundle: Path, manifest: Manifest) -> Row:
         "file_bytes": file_bytes,
         "read_by": kernel,
         "floor_gb_per_s": file_bytes / statistics.median(floor) / 1e6,
-        "anonymous_bytes": _loaded_bytes(bundle, manifest, None),
-        "anonymous_bytes_prepacked": _loaded_bytes(bundle, manifest, prepacked),
+        "prepacked": prepacked is not None,
+        "anonymous_bytes": _loaded_bytes(bundle, manifest, prepacked),
         "parts": "medians by onnxruntime's profiler, another session",
     }
-    parts = _parts_ms(prepacked_model(bundle, manifest.experts[0], prepacked), x)
-    name = f"one token, one expert of 4096 × 14336, {manifest.quantisation}, one core"
+    entry = manifest.experts[0]
+    model = prepacked_model(bundle, entry, prepacked) if prepacked else bundle / entry.files[0].path
+    parts = _parts_ms(model, x)
+    where = "mapped" if prepacked else "in memory"
+    name = f"one token, an expert of 4096 × 14336, {manifest.quantisation}, {where}, one core"
     target = TARGET if manifest.quantisation == _PRESET else None
     return Row(name, "reading as many bytes as its file", ours, floor, target, parameters, parts)
 

@@ -1,6 +1,8 @@
 """What is refused before loading against what loading really takes, in a process of its own."""
 
 import json
+import mmap
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_node.memory import needed_bytes
+from edge_node.memory import needed_bytes, use_huge_pages
 from wire.manifest import Scheme, load_manifest
 
 _LOAD = """
@@ -40,3 +42,29 @@ def test_estimate_covers_what_experts_take(tiny_bundle: Callable[[Scheme], Path]
     # From above, so that nothing dies later; within a factor of two, so that what fits is not refused. The
     # allocator's own slack is a few MiB whatever the size.
     assert taken <= needed <= 2 * taken + (8 << 20)
+
+
+def _huge_bytes() -> int:
+    """Anonymous memory of this process that is on huge pages."""
+    found = re.search(r"^AnonHugePages:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0
+
+
+def test_large_blocks_move_to_huge_pages_and_holes_stay_empty() -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[madvise]" not in setting.read_text():
+        pytest.skip("huge pages are not to be asked for here")
+    size, private = 32 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    content = bytes(range(256)) * (size // 256)
+    with mmap.mmap(-1, size, flags=private) as full, mmap.mmap(-1, size, flags=private) as sparse:
+        # Neighbours would be one mapping.
+        sparse.madvise(mmap.MADV_DONTFORK)
+        full[:] = content
+        sparse[: 1 << 20] = content[: 1 << 20]
+        before = _huge_bytes()
+        use_huge_pages()
+        moved = _huge_bytes() - before
+        assert full[:] == content
+        if not moved:
+            pytest.skip("this kernel has no MADV_COLLAPSE")
+        assert size - (4 << 20) <= moved <= size
