@@ -56,6 +56,7 @@ def test_large_blocks_move_to_huge_pages_and_holes_stay_empty() -> None:
         pytest.skip("huge pages are not to be asked for here")
     size, private = 32 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     content = bytes(range(256)) * (size // 256)
+    use_huge_pages()  # whatever this process has already
     with mmap.mmap(-1, size, flags=private) as full, mmap.mmap(-1, size, flags=private) as sparse:
         # Neighbours would be one mapping.
         sparse.madvise(mmap.MADV_DONTFORK)
