@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench reproduce chaos arm clean
+.PHONY: help demo test check bench reproduce chaos arm fleet-proof clean
 
 help:
 	@echo "make demo   set everything up, build the demo model and bundle, answer three questions over MQTT"
@@ -15,6 +15,7 @@ help:
 	@echo "make reproduce DATA=folder  the README's table of policies, as root, in about half an hour"
 	@echo "make chaos  200 answers under random faults, as root (docs/reliability.md)"
 	@echo "make arm    nodes from aarch64 wheels on an emulated Pi 5 and Pi 4, against this machine (needs qemu-user-static)"
+	@echo "make fleet-proof  deploy to five fresh Debian machines and prove it, as root (docs/deploy.md)"
 	@echo "make clean  remove the environment and everything built here (downloads stay in the user cache)"
 
 $(READY): pyproject.toml constraints.txt
@@ -47,6 +48,10 @@ chaos: $(READY)
 
 arm: $(READY)
 	$(BIN)/wdmoe-testbed arm
+
+fleet-proof: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[testbed,dev,fleet]'
+	$(BIN)/python -m testbed.fleet.proof
 
 clean:
 	rm -rf $(VENV) .venvs build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,8 +9,10 @@ from testbed.arm import commands as arm_commands
 from testbed.bench.sections import SECTIONS
 from testbed.chaos import commands as chaos_commands
 from testbed.experiment import commands
+from testbed.fleet import commands as fleet_commands
 from testbed.fuzz import commands as fuzz_commands
 from testbed.keys import commands as keys_commands
+from testbed.machines import commands as machines_commands
 from testbed.network import commands as network_commands
 from testbed.radio import commands as radio_commands
 from testbed.variants import VARIANTS
@@ -139,8 +141,10 @@ def bench(broker: str, sections: tuple[str, ...], samples: int, out: Path) -> No
 commands.register(cli)
 arm_commands.register(cli)
 chaos_commands.register(cli)
+fleet_commands.register(cli)
 fuzz_commands.register(cli)
 keys_commands.register(cli)
+machines_commands.register(cli)
 network_commands.register(cli)
 radio_commands.register(cli)
 

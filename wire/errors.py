@@ -30,6 +30,8 @@
     ├── NetworkError             66   an emulated network is not up, or not what was configured
     ├── SimulationError          67   a radio setting or a routing trace can't be used
     ├── ChaosError               68   under faults an answer was wrong, hung or crashed
+    ├── MachineError             71   machines to try deployment on can't be made or do not come up
+    ├── FleetError               72   a deployment can't be made, or failed on some hosts
     ├── EmulationError           73   another processor can't be emulated here
     ├── AgreementError           74   an emulated processor computes something else than this one
     └── ArchiveError             75   a run's archive is damaged, unsafe, or can't be made as asked
@@ -252,6 +254,18 @@ class ChaosError(WdmoeError):
     """Under faults an answer was wrong, hung or crashed."""
 
     exit_code = 68
+
+
+class MachineError(WdmoeError):
+    """Machines to try deployment on can't be made, or do not come up."""
+
+    exit_code = 71
+
+
+class FleetError(WdmoeError):
+    """A deployment can't be made as the inventory says, or failed on some hosts."""
+
+    exit_code = 72
 
 
 class FuzzError(WdmoeError):

@@ -1,0 +1,1 @@
+"""Deployment to real devices: Ansible playbooks, and what they need to know about wheels, bundles and keys."""

@@ -1,0 +1,139 @@
+"""Runs Ansible's playbooks as a child process and reads what they did."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from wire.errors import FleetError
+
+PLAYBOOKS = Path(__file__).parent / "playbooks"
+BASE_STATION, NODES = "base_station", "nodes"
+_LIST_S = 60.0
+
+
+class HostRecap(Struct, frozen=True):
+    """What a run did to one host.
+
+    Attributes:
+        changed_tasks: names of the tasks that changed something.
+        error: the first failure; empty when all went well.
+    """
+
+    ok: int
+    changed: int
+    failures: int
+    unreachable: int
+    changed_tasks: list[str]
+    error: str
+
+
+class Inventory(Struct, frozen=True):
+    """Hosts by group, and each host's variables.
+
+    Attributes:
+        folder: relative paths in it are meant from here.
+    """
+
+    folder: Path
+    base_station: str
+    nodes: list[str]
+    variables: dict[str, dict[str, Any]]
+
+    def address(self) -> str:
+        """Where nodes find the broker."""
+        own = self.variables.get(self.base_station, {})
+        return str(own.get("wdmoe_address") or own.get("ansible_host") or self.base_station)
+
+    def path(self, host: str, name: str) -> Path | None:
+        """A variable of a host that names a file or folder."""
+        value = self.variables.get(host, {}).get(name)
+        return None if value is None else self.folder / str(value)
+
+
+def read_inventory(path: Path) -> Inventory:
+    """Read an inventory as Ansible understands it.
+
+    Raises:
+        FleetError: Ansible is not installed or does not take it, or the groups are not what deployment needs.
+    """
+    if not path.is_file():
+        raise FleetError(f"there is no inventory {path}: 'wdmoe-testbed fleet init {path}' writes an example")
+    done = _ansible("inventory", "-i", str(path), "--list", timeout_s=_LIST_S)
+    if done.returncode:
+        raise FleetError(f"{path} is no inventory: {_last(done.stderr)}")
+    try:
+        listed = msgspec.json.decode(done.stdout)
+        groups = {name: list(listed.get(name, {}).get("hosts", [])) for name in (BASE_STATION, NODES)}
+        variables = dict(listed["_meta"]["hostvars"])
+    except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
+        raise FleetError(f"{path} is no inventory: {error}") from None
+    if len(groups[BASE_STATION]) != 1 or not groups[NODES]:
+        raise FleetError(
+            f"{path} needs one host in the group 'base_station' and some in 'nodes': it has "
+            f"{len(groups[BASE_STATION])} and {len(groups[NODES])}"
+        )
+    return Inventory(path.absolute().parent, groups[BASE_STATION][0], groups[NODES], variables)
+
+
+def run_playbook(
+    name: str, inventory: Path, *, variables: Mapping[str, Any], limit: str | None, check: bool, quiet: bool,
+    timeout_s: float,
+) -> dict[str, HostRecap]:  # fmt: skip
+    """Run one of our playbooks, its output on ours unless `quiet`.
+
+    Args:
+        limit: only these hosts, in Ansible's patterns.
+        check: say what would change only.
+
+    Raises:
+        FleetError: it could not start, took too long, or failed on a host.
+    """
+    with tempfile.TemporaryDirectory(prefix="wdmoe-fleet-") as folder:
+        recap, extra = Path(folder) / "recap.json", Path(folder) / "extra.json"
+        extra.write_bytes(msgspec.json.encode(dict(variables)))
+        arguments = ["playbook", "-i", str(inventory), "--extra-vars", f"@{extra}", str(PLAYBOOKS / f"{name}.yml")]
+        arguments += ["--limit", f"{limit},localhost"] if limit else []
+        arguments += ["--check", "--diff"] if check else []
+        try:
+            done = _ansible(*arguments, timeout_s=timeout_s, quiet=quiet, WDMOE_RECAP=str(recap))
+        except subprocess.TimeoutExpired:
+            raise FleetError(f"the deployment took more than {timeout_s:.0f} s: run it again, it goes on") from None
+        try:
+            hosts = msgspec.json.decode(recap.read_bytes(), type=dict[str, HostRecap])
+        except (OSError, msgspec.DecodeError):
+            said = _last(done.stderr) if quiet else f"exit code {done.returncode}"
+            raise FleetError(f"the playbook {name} could not be run: {said}") from None
+    for host, did in hosts.items():
+        if did.failures or did.unreachable:
+            raise FleetError(f"{host}: {did.error}")
+    if done.returncode:
+        raise FleetError(f"the playbook {name} failed: exit code {done.returncode}")
+    return {host: did for host, did in hosts.items() if host != "localhost"}
+
+
+def _ansible(
+    command: str, *arguments: str, timeout_s: float, quiet: bool = True, **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    if importlib.util.find_spec("ansible") is None:
+        raise FleetError("deployment needs Ansible: pip install -c constraints.txt -e '.[testbed,fleet]'")
+    return subprocess.run(
+        [sys.executable, "-m", "ansible", command, *arguments],
+        env={
+            "LC_ALL": "C.UTF-8", **os.environ, "ANSIBLE_CONFIG": str(PLAYBOOKS / "ansible.cfg"),
+            "ANSIBLE_FORCE_COLOR": "1" if sys.stdout.isatty() and not quiet else "0", **environment,
+        },
+        stdin=subprocess.DEVNULL, capture_output=quiet, text=True, timeout=timeout_s, check=False,
+    )  # fmt: skip
+
+
+def _last(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"

@@ -1,0 +1,121 @@
+"""Ansible module: point `current` to a release, go back to the one before, and remove the oldest ones.
+
+    ROOT/releases/0.1.0-3fa9c1d2e4b5/   a virtual environment, complete when `.complete` is in it
+    ROOT/current, ROOT/previous         links
+    HISTORY                             a line per change, kept for good: what ran when
+
+Runs on the device with the system's own Python.
+"""
+
+import datetime
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+COMPLETE = ".complete"
+
+
+class ReleaseError(Exception):
+    """What is asked for can't be had."""
+
+
+def switch(root: Path, release: str, history: Path, *, check: bool) -> bool:
+    """Make `release` current and the one that was so previous; False if it is current already.
+
+    Raises:
+        ReleaseError: it is not installed completely.
+    """
+    if not (root / "releases" / release / COMPLETE).exists():
+        raise ReleaseError(f"release {release} is not installed")
+    before = linked(root / "current")
+    if before == release:
+        return False
+    if not check:
+        if before is not None:
+            _link(root / "previous", before)
+        _link(root / "current", release)
+        _note(history, f"switched to {release} from {before or 'nothing'}")
+    return True
+
+
+def rollback(root: Path, history: Path, *, check: bool) -> str:
+    """Exchange current and previous; returns what is current then.
+
+    Raises:
+        ReleaseError: there is no previous release.
+    """
+    before, target = linked(root / "current"), linked(root / "previous")
+    if before is None or target is None or not (root / "releases" / target / COMPLETE).exists():
+        raise ReleaseError("there is no release before this one")
+    if not check:
+        _link(root / "current", target)
+        _link(root / "previous", before)
+        _note(history, f"rolled back to {target} from {before}")
+    return target
+
+
+def prune(root: Path, keep: int, *, check: bool) -> list[str]:
+    """Remove releases but the newest `keep`, the current and the previous one."""
+    folder = root / "releases"
+    if not folder.is_dir():
+        return []
+    found = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
+    used = {linked(root / "current"), linked(root / "previous")}
+    old = [path for path in found[keep:] if path.name not in used]
+    for path in old if not check else ():
+        shutil.rmtree(path)
+    return [path.name for path in old]
+
+
+def linked(link: Path) -> "str | None":
+    """The release that a link names."""
+    return link.readlink().name if link.is_symlink() else None
+
+
+def _link(link: Path, release: str) -> None:
+    temporary = link.with_name(f".{link.name}.new")
+    if temporary.is_symlink():
+        temporary.unlink()
+    temporary.symlink_to(Path("releases") / release)
+    temporary.replace(link)
+
+
+def _note(history: Path, what: str) -> None:
+    now = datetime.datetime.now(datetime.timezone.utc)  # noqa: UP017 - boards may have Python 3.10
+    with history.open("a") as file:
+        file.write(f"{now:%Y-%m-%dT%H:%M:%SZ} {what}\n")
+
+
+def main() -> None:
+    """Ansible's entry."""
+    module = AnsibleModule(
+        argument_spec={
+            "root": {"type": "path", "default": "/opt/wdmoe"},
+            "history": {"type": "path", "default": "/var/lib/wdmoe/releases.log"},
+            "release": {"type": "str"},
+            "state": {"type": "str", "choices": ["current", "previous"], "default": "current"},
+            "keep": {"type": "int", "default": 3},
+        },
+        required_if=[("state", "current", ["release"])],
+        supports_check_mode=True,
+    )
+    asked: dict[str, Any] = module.params
+    root, history = Path(asked["root"]), Path(asked["history"])
+    try:
+        if asked["state"] == "previous":
+            changed, current = True, rollback(root, history, check=module.check_mode)
+            pruned = []
+        else:
+            current = asked["release"]
+            changed = switch(root, current, history, check=module.check_mode)
+            pruned = prune(root, asked["keep"], check=module.check_mode)
+    except (OSError, ReleaseError) as error:
+        module.fail_json(msg=str(error))
+    else:
+        module.exit_json(changed=changed or bool(pruned), current=current, pruned=pruned)
+
+
+if __name__ == "__main__":
+    main()

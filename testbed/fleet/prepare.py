@@ -1,0 +1,103 @@
+"""What must be there before devices are touched: keys of all of them, and bundles that fit together and are signed."""
+
+from pathlib import Path, PurePosixPath
+
+from testbed.fleet.ansible import Inventory
+from testbed.fleet.files import needed_files
+from testbed.keys.authority import hosts_of
+from testbed.keys.folder import KeyFolder, create
+from wire.errors import FleetError, SignatureError
+from wire.experts import parse_selector
+from wire.manifest import MANIFEST_NAME, load_manifest
+from wire.signature import check_signature, sign
+
+BROKER_FOLDER = PurePosixPath("/etc/mosquitto/wdmoe")
+_CERTIFICATE_DAYS = 365.0
+_DEFAULT_PORT = 8883
+
+
+def prepare_keys(inventory: Inventory) -> list[str]:
+    """Make keys for the broker, the base station and all nodes, as far as they are missing.
+
+    Returns:
+        What was made, a line each.
+
+    Raises:
+        FleetError: the keys are another broker's.
+        KeyFileError: the folder is none of keys.
+        StorageError: it can't be written.
+    """
+    folder, address = _keys_folder(inventory), inventory.address()
+    if not folder.exists():
+        variables = inventory.variables.get(inventory.base_station, {})
+        create(
+            folder, cluster=str(variables.get("wdmoe_cluster", "default")), hosts=[address], nodes=inventory.nodes,
+            days=_CERTIFICATE_DAYS, port=int(variables.get("wdmoe_broker_port", _DEFAULT_PORT)),
+            broker_folder=BROKER_FOLDER,
+        )  # fmt: skip
+        return [f"keys of a new cluster in {folder}: keep it, nothing else can let devices in"]
+    keys = KeyFolder(folder)
+    known = hosts_of((folder / "broker" / "broker.crt").read_bytes())
+    if address not in known:
+        raise FleetError(
+            f"the broker's certificate in {folder} is for {', '.join(known)}, but the inventory has nodes look for it "
+            f"at {address}: set wdmoe_address, or name another folder as wdmoe_keys"
+        )
+    new = [node for node in inventory.nodes if node not in keys.nodes]
+    keys.add(new, days=_CERTIFICATE_DAYS)
+    return [f"keys for {', '.join(new)} in {folder}"] if new else []
+
+
+def prepare_bundles(inventory: Inventory) -> list[str]:
+    """Check that all bundles are of one model and have what the inventory asks of them, and sign those that are not.
+
+    Returns:
+        What was signed, and which experts nobody holds, a line each.
+
+    Raises:
+        FleetError: a host has no bundle or experts, or bundles are not of one model.
+        BundleError: a bundle is none, or lacks an expert.
+    """
+    keys, said = _keys_folder(inventory), []
+    models: dict[str, str] = {}
+    missing = set()
+    for host in (inventory.base_station, *inventory.nodes):
+        bundle = inventory.path(host, "wdmoe_bundle")
+        experts = inventory.variables.get(host, {}).get("wdmoe_experts")
+        node = host in inventory.nodes
+        if bundle is None:
+            raise FleetError(f"{host} has no wdmoe_bundle: the folder that 'wdmoe-export bundle' made")
+        if node and not isinstance(experts, str):
+            raise FleetError(f"{host} has no wdmoe_experts, such as 'L*:E0-1': 'wdmoe-bs place' plans them")
+        try:
+            needed = needed_files(bundle, experts=experts if node else None, trunk=not node)
+        except ValueError as error:
+            raise FleetError(f"{host}: wdmoe_experts: {error}") from None
+        models.setdefault(needed.model_sha256, host)
+        manifest = load_manifest(bundle)
+        dims = manifest.dims
+        if node:
+            missing -= set(parse_selector(str(experts), layers=dims.layers, experts=dims.experts))
+        else:
+            missing = set(parse_selector("L*:E*", layers=dims.layers, experts=dims.experts))
+        if _sign(bundle, keys):
+            said.append(f"signed {bundle} with the cluster's key")
+    if len(models) > 1:
+        raise FleetError(f"the bundles of {' and '.join(models.values())} are of different models")
+    if missing:
+        said.append(f"nobody holds {len(missing)} experts, such as {min(missing)}: answers will be degraded")
+    return said
+
+
+def _keys_folder(inventory: Inventory) -> Path:
+    return inventory.path(inventory.base_station, "wdmoe_keys") or inventory.folder / "keys"
+
+
+def _sign(bundle: Path, keys: Path) -> bool:
+    raw = (bundle / MANIFEST_NAME).read_bytes()
+    try:
+        check_signature(raw, bundle, keys / "bs" / "bundle.pub")
+    except SignatureError:
+        sign(raw, bundle, keys / "bundle.key")
+        return True
+    return False

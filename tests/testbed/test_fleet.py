@@ -1,0 +1,347 @@
+"""Deployment without devices: which wheels and files go where, what is made before, how releases change on a device.
+
+`make fleet-proof` deploys for real, to machines with systemd and sshd.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from testbed.fleet.ansible import PLAYBOOKS, Inventory, read_inventory
+from testbed.fleet.files import Needed, needed_files
+from testbed.fleet.prepare import prepare_bundles, prepare_keys
+from testbed.fleet.wheelhouse import LOCK, Target, lock, release_name, source_root
+from testbed.keys.folder import KeyFolder
+from tests.conftest import Run
+from wire.errors import BundleError, FleetError
+from wire.manifest import MANIFEST_NAME, Scheme, load_manifest, verify_file
+from wire.signature import check_signature
+
+Bundle = Callable[[Scheme], Path]
+has_ansible = pytest.mark.skipif(
+    importlib.util.find_spec("ansible") is None, reason="Ansible is not installed: pip install -e '.[fleet]'"
+)
+PI5 = Target(machine="aarch64", python="3.11", glibc="2.36", extra="edge")
+
+
+def module(name: str) -> ModuleType:
+    """One of the modules that run on devices; Ansible loads them by path as well."""
+    spec = importlib.util.spec_from_file_location(name, PLAYBOOKS / "library" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def inventory(folder: Path, bundle: Path, **experts: str) -> Path:
+    """An inventory file with these nodes."""
+    nodes = {name: {"ansible_host": f"10.0.0.{k}", "wdmoe_experts": e} for k, (name, e) in enumerate(experts.items())}
+    path = folder / "fleet.yaml"
+    path.write_bytes(
+        msgspec.yaml.encode(
+            {
+                "all": {
+                    "vars": {"wdmoe_bundle": str(bundle), "wdmoe_keys": "keys"},
+                    "children": {
+                        "base_station": {"hosts": {"bs": {"ansible_connection": "local", "wdmoe_address": "10.0.0.9"}}},
+                        "nodes": {"hosts": nodes},
+                    },
+                }
+            }
+        )
+    )
+    return path
+
+
+class TestWheels:
+    def test_pip_finds_the_wheels_of_a_pi_for_the_tags_we_give(self) -> None:
+        """pip's own rule, packaging.tags: what it would accept on such a device is what we ask for."""
+        from packaging.tags import compatible_tags, cpython_tags
+
+        asked = PI5.platforms()
+        assert asked[0] == "manylinux_2_36_aarch64"
+        assert {"manylinux_2_28_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64"} <= set(asked)
+        accepted = {str(tag) for tag in (*cpython_tags((3, 11), platforms=asked), *compatible_tags((3, 11)))}
+        # What PyPI has for aarch64 of the packages that a node needs.
+        for wheel in ("cp311-cp311-manylinux_2_28_aarch64", "cp311-abi3-manylinux2014_aarch64", "py3-none-any"):
+            assert wheel in accepted
+        assert "cp311-cp311-manylinux_2_39_aarch64" not in accepted
+
+    @pytest.mark.parametrize("glibc", ["2.36;rm -rf", "3.0", "", "2.x"])
+    def test_a_device_can_not_put_words_into_the_command_line(self, glibc: str, run: Run) -> None:
+        done = run("testbed", "fleet", "wheels", "--machine", "aarch64", "--python", "3.11", "--glibc", glibc)
+        assert done.returncode == 2
+        assert "glibc" in done.stderr
+
+    def test_pip_takes_a_locked_wheel_and_refuses_a_changed_one(self, tmp_path: Path) -> None:
+        wheels = tmp_path / "wheels"
+        source = tmp_path / "source"
+        source.mkdir()
+        (source / "pyproject.toml").write_text('[project]\nname = "tiny"\nversion = "1"\n')
+        wheel = wheels / "tiny-1-py3-none-any.whl"
+        wheels.mkdir()
+        _write_wheel(wheel, "x = 1\n")
+        (wheels / LOCK).write_text(lock([wheel]))
+        assert _install(wheels, tmp_path / "a") == 0
+        _write_wheel(wheel, "x = 2\n")
+        assert _install(wheels, tmp_path / "b") != 0
+        assert not (tmp_path / "b" / "tiny.py").exists()
+
+    def test_a_release_is_named_by_what_is_in_it(self, tmp_path: Path) -> None:
+        root = source_root()
+        clone = tmp_path / "clone"
+        for name in ("wire", "exporter", "edge_node", "bs_coordinator", "testbed"):
+            shutil.copytree(root / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+            shutil.copy(root / name, clone / name)
+        assert release_name(clone) == release_name(root)
+        (clone / "wire" / "topics.py").open("a").write("\n")
+        assert release_name(clone) != release_name(root)
+
+
+class TestFiles:
+    @given(data=st.data())
+    def test_nodes_get_their_experts_and_nothing_else(self, data: st.DataObject, tiny_bundle: Bundle) -> None:
+        bundle = tiny_bundle("int4")
+        manifest = load_manifest(bundle)
+        chosen = data.draw(st.sets(st.integers(0, manifest.dims.experts - 1), min_size=1))
+        needed = needed_files(bundle, experts=f"L*:E{','.join(map(str, sorted(chosen)))}", trunk=False)
+        experts = {file.path for entry in manifest.experts if entry.expert in chosen for file in entry.files}
+        assert {file.path for file in needed.files} - experts == {MANIFEST_NAME}
+        assert experts <= {file.path for file in needed.files}
+        assert needed.files[-1].path == MANIFEST_NAME
+        for file in needed.files:
+            verify_file(bundle, file)
+
+    def test_the_base_station_gets_the_trunk(self, tiny_bundle: Bundle, run: Run) -> None:
+        bundle = tiny_bundle("int4")
+        needed = msgspec.json.decode(run("testbed", "fleet", "files", bundle, "--trunk").stdout, type=Needed)
+        trunk = {file.path for file in load_manifest(bundle).trunk}
+        assert {file.path for file in needed.files} == trunk | {MANIFEST_NAME}
+
+    def test_wrong_experts_are_said(self, tiny_bundle: Bundle, run: Run) -> None:
+        done = run("testbed", "fleet", "files", tiny_bundle("int4"), "--experts", "L*:E99")
+        assert done.returncode == 2
+        assert "99" in done.stderr
+
+
+@has_ansible
+class TestOnTheDevice:
+    def test_only_missing_and_changed_files_are_sent(self, tiny_bundle: Bundle, tmp_path: Path) -> None:
+        wrong_files = module("wdmoe_bundle").wrong_files
+        bundle = tiny_bundle("int4")
+        files = msgspec.to_builtins(needed_files(bundle, experts="L*:E0", trunk=False).files)
+        device = tmp_path / "bundle"
+        device.mkdir()
+        assert wrong_files(device, files) == [file["path"] for file in files]
+        for file in files:
+            (device / file["path"]).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(bundle / file["path"], device / file["path"])
+        assert wrong_files(device, files) == []
+        # As a failing card does it: same size, same time.
+        victim = device / files[1]["path"]
+        before = victim.stat()
+        raw = bytearray(victim.read_bytes())
+        raw[1000] ^= 1
+        victim.write_bytes(raw)
+        os.utime(victim, ns=(before.st_atime_ns, before.st_mtime_ns))
+        (device / files[0]["path"]).unlink()
+        assert wrong_files(device, files) == [files[0]["path"], files[1]["path"]]
+
+    def test_releases_change_and_come_back_and_old_ones_go(self, tmp_path: Path) -> None:
+        release = module("wdmoe_release")
+        root, history = tmp_path / "opt", tmp_path / "releases.log"
+
+        def install(name: str, age_s: int) -> None:
+            folder = root / "releases" / name
+            folder.mkdir(parents=True)
+            (folder / release.COMPLETE).touch()
+            os.utime(folder, (10**9 - age_s, 10**9 - age_s))
+
+        for age, name in enumerate(("d", "c", "b", "a")):
+            install(name, age)
+        with pytest.raises(release.ReleaseError, match="no release before"):
+            release.rollback(root, history, check=False)
+        assert release.switch(root, "a", history, check=False)
+        assert not release.switch(root, "a", history, check=False)
+        assert release.switch(root, "b", history, check=True)
+        assert (root / "current").readlink() == Path("releases/a")
+        assert release.switch(root, "b", history, check=False)
+        assert release.rollback(root, history, check=False) == "a"
+        assert release.rollback(root, history, check=False) == "b"
+        assert release.switch(root, "d", history, check=False)
+        # a is the oldest and not in use; c is, too, but among the newest two.
+        assert release.prune(root, 2, check=False) == ["a"]
+        assert {path.name for path in (root / "releases").iterdir()} == {"b", "c", "d"}
+        assert [line.split(" ", 1)[1] for line in history.read_text().splitlines()] == [
+            "switched to a from nothing", "switched to b from a", "rolled back to a from b", "rolled back to b from a",
+            "switched to d from b",
+        ]  # fmt: skip
+        (root / "releases" / "d" / release.COMPLETE).unlink()
+        with pytest.raises(release.ReleaseError, match="not installed"):
+            release.switch(root, "d", history, check=False)
+
+    def test_a_service_is_stale_when_something_it_came_from_is_newer(self, tmp_path: Path) -> None:
+        service = module("wdmoe_service")
+        old = tmp_path / "old"
+        old.write_text("")
+        os.utime(old, (1, 1))  # a copy keeps its time of modification; that it came now still counts
+        with subprocess.Popen(["sleep", "60"]) as process:
+            try:
+                began = service.started_at(process.pid)
+                assert abs(began - old.stat().st_ctime) < 5
+                assert service.newest_change([old]) == old.lstat().st_ctime
+                assert service.newest_change([tmp_path]) >= service.newest_change([old])
+            finally:
+                process.kill()
+        assert service.started_at(0) == 0.0
+
+    @pytest.mark.parametrize(
+        ("line", "offset_ms"),
+        [
+            ("System time     : 0.000012345 seconds slow of NTP time", -0.012),
+            ("System time     : 1.500000000 seconds fast of NTP time", 1500.0),
+            ("506 Cannot talk to daemon", None),
+            ("", None),
+        ],
+    )
+    def test_clock_offsets_have_a_sign(self, line: str, offset_ms: float | None) -> None:
+        assert module("wdmoe_status").clock_offset_ms(f"Stratum : 3\n{line}\n") == offset_ms
+
+
+@has_ansible
+class TestInventory:
+    @pytest.mark.parametrize("playbook", sorted(path.name for path in PLAYBOOKS.glob("*.yml")))
+    def test_ansible_understands_the_playbooks(self, playbook: str) -> None:
+        example = PLAYBOOKS.parent / "example.yaml"
+        done = subprocess.run(
+            [sys.executable, "-m", "ansible", "playbook", "--syntax-check", "-i", example, PLAYBOOKS / playbook],
+            env={"LC_ALL": "C.UTF-8", **os.environ, "ANSIBLE_CONFIG": str(PLAYBOOKS / "ansible.cfg")},
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "WARNING" not in done.stderr
+
+    def test_the_example_is_one(self, tmp_path: Path, run: Run) -> None:
+        path = tmp_path / "fleet.yaml"
+        assert run("testbed", "fleet", "init", path).returncode == 0
+        read = read_inventory(path)
+        assert (read.base_station, read.nodes) == ("laptop", ["pi5", "pi4", "orin", "nuc"])
+        assert read.address() == "192.168.1.10"
+        assert read.path("pi4", "wdmoe_bundle") == tmp_path / "bundle-int8-dynamic"
+        again = run("testbed", "fleet", "init", path)
+        assert again.returncode == FleetError.exit_code
+        done = run("testbed", "fleet", "up", "-i", path)
+        assert done.returncode == BundleError.exit_code
+        assert "bundle" in done.stderr
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("all: {hosts: {a: {}}}", "one host in the group 'base_station'"),
+            ("all: {children: {base_station: {hosts: {a: {}, b: {}}}, nodes: {hosts: {c: {}}}}}", "it has 2 and 1"),
+            ("all: {children: {base_station: {hosts: {a: {}}}}}", "it has 1 and 0"),
+        ],
+    )
+    def test_an_inventory_of_another_shape_is_refused(self, text: str, said: str, tmp_path: Path) -> None:
+        path = tmp_path / "fleet.yaml"
+        path.write_text(text)
+        with pytest.raises(FleetError, match=re.escape(said)):
+            read_inventory(path)
+
+    def test_a_missing_inventory_names_the_command_that_makes_one(self, tmp_path: Path, run: Run) -> None:
+        done = run("testbed", "fleet", "status", "-i", tmp_path / "none.yaml")
+        assert done.returncode == FleetError.exit_code
+        assert "fleet init" in done.stderr
+
+    def test_a_host_that_can_not_be_reached_is_one_line(self, tiny_bundle: Bundle, tmp_path: Path, run: Run) -> None:
+        path = inventory(tmp_path, tiny_bundle("int4"), a="L*:E*")
+        text = path.read_text().replace("10.0.0.0", "127.0.0.1\n          ansible_port: 1")
+        path.write_text(
+            text.replace("ansible_connection: local\n", "ansible_host: 127.0.0.1\n          ansible_port: 1\n")
+        )
+        done = run("testbed", "fleet", "down", "-i", path)
+        assert done.returncode == FleetError.exit_code
+        assert done.stderr.strip().splitlines()[-1].startswith("wdmoe-testbed: error: ")
+        assert "Traceback" not in done.stderr
+
+
+class TestPrepare:
+    def read(self, folder: Path, bundle: Path, address: str = "10.0.0.9", **experts: str) -> Inventory:
+        """An inventory as Ansible would read it."""
+        shared = {"wdmoe_bundle": str(bundle), "wdmoe_keys": "keys"}
+        nodes = {name: {**shared, "wdmoe_experts": selector} for name, selector in experts.items()}
+        return Inventory(folder, "bs", list(nodes), {"bs": {**shared, "wdmoe_address": address}, **nodes})
+
+    def test_keys_are_made_once_and_added_for_new_nodes(self, tiny_bundle: Bundle, tmp_path: Path) -> None:
+        bundle = tiny_bundle("int4")
+        assert len(prepare_keys(self.read(tmp_path, bundle, a="L*:E*"))) == 1
+        first = (tmp_path / "keys/nodes/a/node.key").read_bytes()
+        assert prepare_keys(self.read(tmp_path, bundle, a="L*:E*")) == []
+        assert "b" in prepare_keys(self.read(tmp_path, bundle, a="L*:E*", b="L*:E*"))[0]
+        assert (tmp_path / "keys/nodes/a/node.key").read_bytes() == first
+        assert KeyFolder(tmp_path / "keys").nodes == ["a", "b"]
+        with pytest.raises(FleetError, match=re.escape("is for 10.0.0.9")):
+            prepare_keys(self.read(tmp_path, bundle, address="10.0.0.8", a="L*:E*"))
+
+    def test_bundles_are_signed_and_what_nobody_holds_is_said(self, tiny_bundle: Bundle, tmp_path: Path) -> None:
+        bundle = tmp_path / "bundle"
+        shutil.copytree(tiny_bundle("int4"), bundle)
+        read = self.read(tmp_path, bundle, a="L*:E0-3", b="L0:E4-7 L1:E4-6")
+        prepare_keys(read)
+        signed, missing = prepare_bundles(read)
+        assert "signed" in signed
+        assert "1 experts, such as L01:E7" in missing
+        raw = (bundle / MANIFEST_NAME).read_bytes()
+        check_signature(raw, bundle, tmp_path / "keys/nodes/a/bundle.pub")
+        assert prepare_bundles(read) == [missing]
+
+    def test_bundles_of_different_models_are_refused(self, tiny_bundle: Bundle, tmp_path: Path) -> None:
+        one, other = tmp_path / "one", tmp_path / "other"
+        for bundle in (one, other):
+            shutil.copytree(tiny_bundle("int4"), bundle)
+        manifest = load_manifest(other)
+        source = msgspec.structs.replace(manifest.source, name="another")
+        (other / MANIFEST_NAME).write_bytes(msgspec.json.encode(msgspec.structs.replace(manifest, source=source)))
+        read = self.read(tmp_path, one, a="L*:E*", b="L*:E*")
+        read.variables["b"]["wdmoe_bundle"] = str(other)
+        prepare_keys(read)
+        with pytest.raises(FleetError, match="different models"):
+            prepare_bundles(read)
+
+    def test_a_node_without_experts_is_told_what_to_write(self, tiny_bundle: Bundle, tmp_path: Path) -> None:
+        read = self.read(tmp_path, tiny_bundle("int4"), a="L*:E*")
+        del read.variables["a"]["wdmoe_experts"]
+        with pytest.raises(FleetError, match="wdmoe_experts"):
+            prepare_bundles(read)
+
+
+def _write_wheel(path: Path, code: str) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("tiny.py", code)
+        wheel.writestr("tiny-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1\n")
+        wheel.writestr("tiny-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("tiny-1.dist-info/RECORD", "")
+
+
+def _install(wheels: Path, target: Path) -> int:
+    """As the playbook does it."""
+    return subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", f"--find-links={wheels}", "--require-hashes",
+         f"--requirement={wheels / LOCK}", f"--target={target}"],
+        capture_output=True, timeout=120, check=False,
+    ).returncode  # fmt: skip
