@@ -16,6 +16,7 @@ from wire.errors import FleetError
 
 PLAYBOOKS = Path(__file__).parent / "playbooks"
 BASE_STATION, NODES = "base_station", "nodes"
+_ROOT = str(Path(__file__).parents[2])
 _LIST_S = 60.0
 
 
@@ -127,11 +128,16 @@ def _ansible(
     return subprocess.run(
         [sys.executable, "-m", "ansible", command, *arguments],
         env={
-            "LC_ALL": "C.UTF-8", **os.environ, "ANSIBLE_CONFIG": str(PLAYBOOKS / "ansible.cfg"),
+            # Tasks call our own commands back: these, wherever they run.
+            "LC_ALL": "C.UTF-8", **os.environ, "PYTHONPATH": os.pathsep.join([_ROOT, *_python_path()]), "ANSIBLE_CONFIG": str(PLAYBOOKS / "ansible.cfg"),
             "ANSIBLE_FORCE_COLOR": "1" if sys.stdout.isatty() and not quiet else "0", **environment,
         },
         stdin=subprocess.DEVNULL, capture_output=quiet, text=True, timeout=timeout_s, check=False,
     )  # fmt: skip
+
+
+def _python_path() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 def _last(text: str) -> str:
