@@ -129,7 +129,8 @@ def _ansible(
         [sys.executable, "-m", "ansible", command, *arguments],
         env={
             # Tasks call our own commands back: these, wherever they run.
-            "LC_ALL": "C.UTF-8", **os.environ, "PYTHONPATH": os.pathsep.join([_ROOT, *_python_path()]), "ANSIBLE_CONFIG": str(PLAYBOOKS / "ansible.cfg"),
+            "LC_ALL": "C.UTF-8", **os.environ, "PYTHONPATH": os.pathsep.join([_ROOT, *_python_path()]),
+            "ANSIBLE_CONFIG": str(PLAYBOOKS / "ansible.cfg"),
             "ANSIBLE_FORCE_COLOR": "1" if sys.stdout.isatty() and not quiet else "0", **environment,
         },
         stdin=subprocess.DEVNULL, capture_output=quiet, text=True, timeout=timeout_s, check=False,
