@@ -47,7 +47,7 @@ class Machine:
 
         Args:
             authorized_key: who may log in.
-            emulated: its programs run through qemu-user.
+            emulated: its programs run through qemu-user, where sudo does not work: root logs in.
 
         Returns:
             Its public host key, as a known_hosts file has it after the host's name.
@@ -64,7 +64,7 @@ class Machine:
         (etc / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {self.name}\n")
         host_key = etc / "ssh/ssh_host_ed25519_key"
         _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", str(host_key)], "a host key")
-        ssh = self.root / "home" / USER / ".ssh"
+        ssh = self.root / ("root" if emulated else f"home/{USER}") / ".ssh"
         ssh.mkdir(mode=0o700)
         (ssh / "authorized_keys").write_text(authorized_key)
         home = ssh.parent.stat()

@@ -81,8 +81,8 @@ class Shelf:
                 namespace = namespaces.FOLDER / namespaces.namespace(network.spec.name, machine.name)
                 machine.boot(namespace, emulated=machine.name in arm64)
             for machine in self.machines():
-                self._wait(network, machine, _EMULATED_BOOT_S if machine.name in arm64 else _BOOT_S)
-            self._write_inventory(network, bundle, experts)
+                self._wait(network, machine, emulated=machine.name in arm64)
+            self._write_inventory(network, arm64, bundle, experts)
         except BaseException:
             self.down()
             raise
@@ -117,8 +117,9 @@ class Shelf:
     def _address(self, network: EmulatedNetwork, host: str) -> str:
         return network.bs_address if host == BASE_STATION else network.node_address(host)
 
-    def _wait(self, network: EmulatedNetwork, machine: Machine, timeout_s: float) -> None:
-        target = f"{USER}@{self._address(network, machine.name)}"
+    def _wait(self, network: EmulatedNetwork, machine: Machine, *, emulated: bool) -> None:
+        target = f"{'root' if emulated else USER}@{self._address(network, machine.name)}"
+        timeout_s = _EMULATED_BOOT_S if emulated else _BOOT_S
         command = [str(self.ssh), "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", target, "true"]
         deadline = time.monotonic() + timeout_s
         said = ""
@@ -133,7 +134,7 @@ class Shelf:
             time.sleep(1)
         raise MachineError(f"machine {machine.name} can't be logged in to after {timeout_s:.0f} s: {said}")
 
-    def _write_inventory(self, network: EmulatedNetwork, bundle: Path, experts: int) -> None:
+    def _write_inventory(self, network: EmulatedNetwork, arm64: Collection[str], bundle: Path, experts: int) -> None:
         nodes = network.nodes
         shares = {name: [e for e in range(experts) if e % len(nodes) == k] for k, name in enumerate(nodes)}
         inventory = {
@@ -153,6 +154,7 @@ class Shelf:
                             name: {
                                 "ansible_host": network.node_address(name),
                                 "wdmoe_experts": f"L*:E{','.join(map(str, shares[name]))}",
+                                **({"ansible_user": "root"} if name in arm64 else {}),
                             }
                             for name in nodes
                         }
