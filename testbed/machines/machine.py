@@ -65,7 +65,7 @@ class Machine:
         host_key = etc / "ssh/ssh_host_ed25519_key"
         _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", str(host_key)], "a host key")
         ssh = self.root / ("root" if emulated else f"home/{USER}") / ".ssh"
-        ssh.mkdir(mode=0o700)
+        ssh.mkdir(mode=0o700, exist_ok=True)
         (ssh / "authorized_keys").write_text(authorized_key)
         home = ssh.parent.stat()
         for path in (ssh, ssh / "authorized_keys"):
