@@ -19,7 +19,7 @@ from wire.errors import FleetError
 from wire.files import atomic_write
 
 _SPEC = Path("testbed/machines/four.yaml")
-_EMULATED = "node3"
+_LAST = "node3"
 _QUESTION = "What is the capital of France?"
 _STEP_S = 3600.0
 
@@ -29,9 +29,11 @@ class Proof:
 
     Args:
         out: new folder of the clone, the machines and the report.
+        arm64: the last node's programs are arm64's, through qemu-user.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, *, arm64: bool) -> None:
+        self.arm64 = arm64
         self.out = out.absolute()
         self.clone = self.out / "clone"
         self.machines = self.out / "machines"
@@ -75,7 +77,7 @@ class Proof:
             str(self.machines / "ssh"),
             "-o",
             "BatchMode=yes",
-            f"{'root' if host == _EMULATED else 'pi'}@{address}",
+            f"{'root' if host == _LAST else 'pi'}@{address}",
         ]
         command += ["sudo", "sh", "-s"]
         done = subprocess.run(command, input=script, capture_output=True, text=True, timeout=300, check=True)
@@ -89,7 +91,8 @@ class Proof:
 
 def _prove(proof: Proof) -> None:
     proof.step("git clone", lambda: _clone(proof))
-    up = ["machines", "up", str(_SPEC), "--arm64", _EMULATED, "--folder", str(proof.machines)]
+    up = ["machines", "up", str(_SPEC), "--folder", str(proof.machines)]
+    up += ["--arm64", _LAST] if proof.arm64 else []
     proof.step("1. machines up", lambda: _last(proof.testbed(*up)).partition(";")[0])
     proof.step("2. fleet up", lambda: _last(proof.fleet("up")))
     answer = proof.step("3. fleet ask", lambda: _ask(proof))
@@ -98,7 +101,7 @@ def _prove(proof: Proof) -> None:
     proof.step("a changed byte in an expert, fleet up --limit", lambda: _heal(proof))
     proof.step("a killed node comes back", lambda: _kill(proof))
     before = proof.releases()
-    logs = {host: _log(proof, host) for host in ("bs", "node0", _EMULATED)}
+    logs = {host: _log(proof, host) for host in ("bs", "node0", _LAST)}
     (proof.clone / "README.md").open("a").write("\nAnother release.\n")
     proof.step("another release, fleet update", lambda: _last(proof.fleet("update")))
     after = proof.releases()
@@ -190,12 +193,13 @@ def _last(text: str) -> str:
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/fleet-proof"), show_default=True)
 @click.option("--keep", is_flag=True, help="Leave the machines running.")
-def cli(out: Path, keep: bool) -> None:
+@click.option("--arm64", is_flag=True, help="One node's programs are arm64's, through qemu-user: far slower.")
+def cli(out: Path, keep: bool, arm64: bool) -> None:
     """Deploy to four fresh machines and prove what docs/deploy.md says."""
     if out.exists():
         raise FleetError(f"{out} is there already: 'wdmoe-testbed machines down --folder {out}/machines' and remove it")
     out.mkdir(parents=True)
-    proof = Proof(out)
+    proof = Proof(out, arm64=arm64)
     try:
         _prove(proof)
     finally:

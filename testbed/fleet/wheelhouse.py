@@ -5,9 +5,11 @@ A wheelhouse is one folder per release and target:
     CACHE/0.1.0-3fa9c1d2e4b5/aarch64-cp311-glibc2.36-edge/
       *.whl               of everything, wdmoe and pip included
       requirements.txt    each with its SHA-256: `pip install --require-hashes` takes nothing else
+    CACHE/0.1.0-3fa9c1d2e4b5/own/   our own wheel
     CACHE/dependencies-5b0c…/…/   the same files, under a second name, for the next release
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -100,15 +102,25 @@ def wheelhouse(target: Target, cache: Path, root: Path) -> Wheelhouse:
     """
     release = release_name(root)
     folder = cache / release / str(target)
-    if (folder / LOCK).is_file():
-        return Wheelhouse(str(folder), release, changed=False)
-    with _part(folder) as part:
-        _pip("wheel", "--no-deps", "--wheel-dir", str(part), str(root))
-        (own,) = part.glob("wdmoe-*.whl")
-        for wheel in _dependencies(target, cache, root, own).glob("*.whl"):
-            os.link(wheel, part / wheel.name)
-        (part / LOCK).write_text(lock(part.glob("*.whl")))
+    with _alone(cache):
+        if (folder / LOCK).is_file():
+            return Wheelhouse(str(folder), release, changed=False)
+        with _part(folder) as part:
+            own = _own_wheel(cache / release, root)
+            for wheel in (own, *_dependencies(target, cache, root, own).glob("*.whl")):
+                os.link(wheel, part / wheel.name)
+            (part / LOCK).write_text(lock(part.glob("*.whl")))
     return Wheelhouse(str(folder), release, changed=True)
+
+
+def _own_wheel(folder: Path, root: Path) -> Path:
+    """Our own code, the same for all targets."""
+    built = folder / "own"
+    if not built.is_dir():
+        with _part(built) as part:
+            _pip("wheel", "--no-deps", "--wheel-dir", str(part), str(root))
+    (own,) = built.glob("wdmoe-*.whl")
+    return own
 
 
 def _dependencies(target: Target, cache: Path, root: Path, own: Path) -> Path:
@@ -155,6 +167,16 @@ def _pip(*arguments: str) -> None:
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         raise DownloadError(f"pip {arguments[0]}: {(errors or done.stderr.splitlines() or ['failed'])[-1]}")
+
+
+@contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """While nobody else fills the cache: Ansible asks for all devices at once."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / ".lock").open("w") as file:
+        # Whoever holds it ends by pip's own deadline.
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager
