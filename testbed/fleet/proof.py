@@ -102,7 +102,8 @@ def _prove(proof: Proof) -> None:
     proof.step("a killed node comes back", lambda: _kill(proof))
     before = proof.releases()
     logs = {host: _log(proof, host) for host in ("bs", "node0", _LAST)}
-    (proof.clone / "README.md").open("a").write("\nAnother release.\n")
+    readme = proof.clone / "README.md"
+    readme.write_text(readme.read_text() + "\nAnother release.\n")
     proof.step("another release, fleet update", lambda: _last(proof.fleet("update")))
     after = proof.releases()
     proof.step("releases", lambda: f"{_one(before)} -> {_one(after, but=before)}")

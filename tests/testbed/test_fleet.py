@@ -105,7 +105,8 @@ class TestWheels:
         for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
             shutil.copy(root / name, clone / name)
         assert release_name(clone) == release_name(root)
-        (clone / "wire" / "topics.py").open("a").write("\n")
+        code = clone / "wire" / "topics.py"
+        code.write_text(code.read_text() + "\n")
         assert release_name(clone) != release_name(root)
 
 
@@ -220,13 +221,13 @@ class TestOnTheDevice:
 
 @has_ansible
 class TestInventory:
-    @pytest.mark.parametrize("playbook", sorted(path.name for path in PLAYBOOKS.glob("*.yml")))
-    def test_ansible_understands_the_playbooks(self, playbook: str) -> None:
-        example = PLAYBOOKS.parent / "example.yaml"
+    def test_ansible_understands_the_playbooks(self) -> None:
+        example, playbooks = PLAYBOOKS.parent / "example.yaml", sorted(PLAYBOOKS.glob("*.yml"))
+        assert len(playbooks) >= 7
         done = subprocess.run(
-            [sys.executable, "-m", "ansible", "playbook", "--syntax-check", "-i", example, PLAYBOOKS / playbook],
+            [sys.executable, "-m", "ansible", "playbook", "--syntax-check", "-i", example, *playbooks],
             env={"LC_ALL": "C.UTF-8", **os.environ, "ANSIBLE_CONFIG": str(PLAYBOOKS / "ansible.cfg")},
-            capture_output=True, text=True, timeout=60, check=False,
+            capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert "WARNING" not in done.stderr

@@ -25,7 +25,7 @@ def _right(path: Path, file: dict[str, Any]) -> bool:
                 digest.update(block)
     except FileNotFoundError:
         return False
-    return digest.hexdigest() == file["sha256"]
+    return bool(digest.hexdigest() == file["sha256"])
 
 
 def main() -> None:
