@@ -50,7 +50,6 @@ arm: $(READY)
 	$(BIN)/wdmoe-testbed arm
 
 fleet-proof: $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[testbed,dev,fleet]'
 	$(BIN)/python -m testbed.fleet.proof
 
 clean:

@@ -7,7 +7,7 @@ from testbed.fleet.files import needed_files
 from testbed.keys.authority import hosts_of
 from testbed.keys.folder import KeyFolder, create
 from wire.errors import FleetError, SignatureError
-from wire.experts import parse_selector
+from wire.experts import ExpertId, parse_selector
 from wire.manifest import MANIFEST_NAME, load_manifest
 from wire.signature import check_signature, sign
 
@@ -60,7 +60,7 @@ def prepare_bundles(inventory: Inventory) -> list[str]:
     """
     keys, said = _keys_folder(inventory), []
     models: dict[str, str] = {}
-    missing = set()
+    missing: set[ExpertId] = set()
     for host in (inventory.base_station, *inventory.nodes):
         bundle = inventory.path(host, "wdmoe_bundle")
         experts = inventory.variables.get(host, {}).get("wdmoe_experts")
