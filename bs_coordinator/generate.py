@@ -178,7 +178,7 @@ class Answer:
         accepted = len(chosen) - 1
         if self.decoding:
             self._length.observe(draft, accepted, step.total_ns / 1e9, rows=step.tokens, sequences=sequences)
-        if draft.seconds:
+        if draft.guesses or draft.seconds:
             draft_ns = int(1e9 * draft.seconds)
             step = replace(step, drafted=len(drafted), accepted=accepted, draft_ns=draft_ns)
         self._steps.append(step)

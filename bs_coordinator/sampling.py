@@ -49,25 +49,18 @@ class Sampler:
     def verify(self, logits: Tensor, draft: Sequence[int]) -> list[int]:
         """The next tokens, given logits after each token of a draft: what is accepted of it, then one more.
 
-        Each draft d is a certain guess (all of its own distribution's mass), so the rejection rule of Leviathan et
-        al. (arXiv 2211.17192) accepts it with the probability p(d) and otherwise draws from p without d: every token
-        is distributed as `choose` would draw it.
+        Each token is drawn as without a draft, with the same random numbers, and the draft is followed for as long as
+        it says the same. A guess d is thereby accepted with the probability p(d), and what replaces it is distributed
+        as p without d: the rejection rule of Leviathan et al. (arXiv 2211.17192) for guesses that are certain of
+        themselves, and moreover the very tokens that the seed gives without drafts.
 
         Args:
             logits: [drafted + 1, vocab] on the CPU, row i given the first i drafts.
         """
         chosen: list[int] = []
         for row, guess in zip(logits, draft, strict=False):
-            if self._greedy:
-                id = int(row.argmax())
-            else:
-                probabilities = self._probabilities(row[None])
-                id = guess
-                if float(torch.rand((), generator=self._generator)) >= float(probabilities[0, guess]):
-                    probabilities[0, guess] = 0.0
-                    id = self._draw(probabilities)
-            chosen.append(id)
-            if id != guess:
+            chosen.append(self.choose(row[None]))
+            if chosen[-1] != guess:
                 return chosen
         return [*chosen, self.choose(logits[len(draft)][None])]
 

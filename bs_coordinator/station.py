@@ -19,7 +19,7 @@ from bs_coordinator.links.broker_sockets import BrokerSockets, is_local
 from bs_coordinator.links.log import link_log, no_log
 from bs_coordinator.model import DistributedMixtral
 from bs_coordinator.readiness import measure_broker, prove_nodes, try_residents, wait_for_experts
-from bs_coordinator.selection import parse_policy
+from bs_coordinator.selection import TopK, parse_policy
 from bs_coordinator.speculation import DraftMode, Speculation, load_draft_model
 from bs_coordinator.trunk import Trunk, TrunkDtype
 from wire.broker_url import BrokerAddress
@@ -156,7 +156,10 @@ def open_station(
         folder = config.bundle / "trunk"
         trunk = Trunk(folder, device=config.device, dtype=config.dtype)
         tokenizer = Tokenizer(folder, fallback_eos=trunk.eos_id)
-        speculation = _speculation(config, manifest, trunk, tokenizer)
+        # Elsewhere what a token gets depends on those beside it: a little, which can turn the balance between two
+        # tokens, or, where a policy looks at links and loads, by design.
+        exact = trunk.batch_invariant and manifest.quantisation.scheme != "int8-dynamic" and isinstance(policy, TopK)
+        speculation = _speculation(config, manifest, tokenizer, exact=exact)
         sample_log = stack.enter_context(link_log(config.link_log)) if config.link_log else no_log
         sockets = BrokerSockets()
         if is_local(address.host):
@@ -223,12 +226,11 @@ def _residents(config: StationConfig, manifest: Manifest, links: LinkMonitor) ->
         experts.close()
 
 
-def _speculation(config: StationConfig, manifest: Manifest, trunk: Trunk, tokenizer: Tokenizer) -> Speculation:
-    # Elsewhere a token's result depends a little on those beside it, which can turn the balance between two tokens.
-    exact = trunk.batch_invariant and manifest.quantisation.scheme != "int8-dynamic"
+def _speculation(config: StationConfig, manifest: Manifest, tokenizer: Tokenizer, *, exact: bool) -> Speculation:
     if config.draft == "auto" and not exact:
         log.warning(
-            "no drafts: only a CPU trunk in fp32 and experts other than int8-dynamic promise the same answers with them"
+            "no drafts: the same answers with them are promised for a CPU trunk in fp32, experts other than "
+            "int8-dynamic, and the policies topk and top1"
         )
         return Speculation()
     model = None

@@ -20,7 +20,7 @@ from bs_coordinator.speculation import NgramDrafter, Speculation
 from bs_coordinator.speculation.acceptance import Acceptance
 from bs_coordinator.speculation.cost import StepCost
 from bs_coordinator.speculation.drafts import Guess
-from bs_coordinator.speculation.length import DraftLength
+from bs_coordinator.speculation.length import Draft, DraftLength
 from bs_coordinator.tokenizer import Tokenizer
 from bs_coordinator.trunk import Trunk
 from testbed.experiment.prompts import PROMPTS
@@ -52,6 +52,18 @@ class _Model:
         return _Hindsight(self.text, self._wrong)
 
 
+class _Eager(DraftLength):
+    """Always drafts, whether it pays or not: on a busy machine it may not."""
+
+    def draft(self, guesses: Iterator[Guess], most: int, *, sequences: int = 1) -> Draft:
+        return Draft(tuple(itertools.islice(guesses, min(most, 5))))
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bs_coordinator.generate.DraftLength", _Eager)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tiny_bundle: Callable[[Scheme], Path]) -> Tokenizer:
     return Tokenizer(tiny_bundle("int4") / "trunk")
@@ -64,6 +76,7 @@ def model(tiny_bundle: Callable[[Scheme], Path]) -> DistributedMixtral:
     return DistributedMixtral(Trunk(bundle / "trunk"), experts, TopK(2))
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("wrong", [3, 10**9])
 def test_right_and_wrong_guesses_change_nothing_alone_and_in_a_batch(
     model: DistributedMixtral, tokenizer: Tokenizer, wrong: int
@@ -86,6 +99,18 @@ def test_right_and_wrong_guesses_change_nothing_alone_and_in_a_batch(
             assert len(steps) < len(answer) / 2
         answers.append(TokenSequence(model, tokenizer, speculation=speculation).answer(ids, config))
     assert _run_all(Scheduler(model), answers) == plain
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_seed_gives_the_same_sampled_tokens_with_guesses(model: DistributedMixtral, tokenizer: Tokenizer) -> None:
+    config = SamplingConfig(max_tokens=16, temperature=0.9, top_p=0.95, seed=7)
+    ids = tokenizer.encode(PROMPTS[0])
+    plain = [e.id for e in TokenSequence(model, tokenizer).generate(ids, config)]
+    oracle = _Model(wrong=3)
+    oracle.text = ids + plain
+    events = list(TokenSequence(model, tokenizer, speculation=Speculation("dense", oracle)).generate(ids, config))
+    assert [e.id for e in events] == plain
+    assert sum(step.accepted for event in events for step in event.steps) > 0
 
 
 def _run_all(scheduler: Scheduler, answers: list[Answer]) -> list[list[int]]:
