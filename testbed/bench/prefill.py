@@ -13,7 +13,7 @@ from testbed.demo_assets import demo_bundle
 
 TOKENS = (32, 64, 128, 256, 512, 1024)
 _RTT_MS = 5.0
-_SAMPLES = 4
+_SAMPLES = 3
 
 
 def measure(settings: Settings) -> Iterator[Result]:
