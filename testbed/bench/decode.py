@@ -30,15 +30,12 @@ def measure(settings: Settings) -> Iterator[Result]:
         parts = Parts(bundle, system.station.model.trunk, past_tokens=48)
         parts.measure()
         steps: dict[float, list[StepRecord]] = {rtt: [] for rtt in RTTS_MS}
-        waited_ms: dict[float, dict[str, float]] = {rtt: dict.fromkeys(system.processes, 0.0) for rtt in RTTS_MS}
+        core_ms: dict[float, dict[str, float]] = {rtt: dict.fromkeys(system.core_ms(), 0.0) for rtt in RTTS_MS}
         for i in range(_ROUNDS):
             for rtt in RTTS_MS:
                 system.network.set_profile(f"rtt{rtt:g}")
                 system.station.dispatcher.measure_links(0.5)
-                before = system.run_queue_ms()
-                steps[rtt] += decode(system, PROMPTS[i], tokens=_TOKENS)
-                for role, ms in system.run_queue_ms().items():
-                    waited_ms[rtt][role] += ms - before[role]
+                steps[rtt] += decode(system, PROMPTS[i], tokens=_TOKENS, core_ms=core_ms[rtt])
             parts.measure()
     alone = parts.alone()
     for rtt in RTTS_MS:
@@ -54,20 +51,28 @@ def measure(settings: Settings) -> Iterator[Result]:
                 "rtt_ms": rtt, "mbps": DEDICATED_MBPS, "bundle": bundle.name, "nodes": len(NODES),
                 "trunk_alone_ms": alone.trunk_ms, "head_alone_ms": alone.head_ms,
                 "expert_alone_ms": alone.compute_ms(1),
-                "run_queue_ms_per_token": {
-                    role: ms / (_ROUNDS * (_TOKENS - 1)) for role, ms in waited_ms[rtt].items()
-                },
+                "per_token_ms": {what: ms / len(steps[rtt]) for what, ms in core_ms[rtt].items()},
                 "parts": "medians over tokens of what lies beyond the floor",
             },
             {cause: statistics.median(c[cause] for c in causes) for cause in causes[0]},
         )  # fmt: skip
 
 
-def decode(system: System, prompt: str, *, tokens: int) -> list[StepRecord]:
-    """The decode steps of an answer, the first few left out."""
+def decode(system: System, prompt: str, *, tokens: int, core_ms: dict[str, float] | None = None) -> list[StepRecord]:
+    """The decode steps of an answer, the first few left out.
+
+    Args:
+        core_ms: `System.core_ms` of these steps is added to it.
+    """
     station = system.station
     ids = station.tokenizer.encode_chat([{"role": "user", "content": prompt}])
-    config = SamplingConfig(max_tokens=tokens, temperature=0.0)
-    events = list(station.new_sequence().generate(ids, config))
-    steps = [step for event in events for step in event.steps if step.phase == "decode"]
+    steps: list[StepRecord] = []
+    before: dict[str, float] = {}
+    for event in station.new_sequence().generate(ids, SamplingConfig(max_tokens=tokens)):
+        steps += [step for step in event.steps if step.phase == "decode"]
+        if len(steps) == _WARM_UP and not before:
+            before = system.core_ms()
+    if core_ms is not None and before:
+        for what, ms in system.core_ms().items():
+            core_ms[what] += ms - before[what]
     return steps[_WARM_UP:]

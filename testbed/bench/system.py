@@ -1,5 +1,6 @@
 """A whole system on an emulated network for the time of a benchmark: mosquitto, nodes, base station."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,9 +36,14 @@ class System:
     station: Station
     processes: Mapping[str, Sequence[int]]
 
-    def run_queue_ms(self) -> dict[str, float]:
-        """How long processes have been waiting for a core since they were started, by role."""
-        return {role: sum(map(_run_queue_ms, pids)) for role, pids in self.processes.items()}
+    def core_ms(self) -> dict[str, float]:
+        """How long processes have had a core, and how long they waited for one, since they were started, by role."""
+        found = {}
+        for role, pids in self.processes.items():
+            times = [_schedstat_ms(pid) for pid in pids]
+            found[f"{role} on a core"] = sum(running for running, _ in times)
+            found[f"{role} waiting for one"] = sum(waiting for _, waiting in times)
+        return found
 
 
 def why_not() -> str:
@@ -110,12 +116,11 @@ def _spec(nodes: Sequence[str], rtts_ms: Sequence[float]) -> str:
     return f"name: bench{os.getpid()}\nnodes: [{', '.join(nodes)}]\nprofiles:\n{profiles}"
 
 
-def _run_queue_ms(pid: int) -> float:
-    """Of all threads; 0 where the kernel does not tell."""
-    total_ns = 0
+def _schedstat_ms(pid: int) -> tuple[float, float]:
+    """Of all threads, on a core and waiting for one; 0 where the kernel does not tell."""
+    running_ns = waiting_ns = 0
     for file in Path(f"/proc/{pid}/task").glob("*/schedstat"):
-        try:
-            total_ns += int(file.read_text().split()[1])
-        except (OSError, IndexError):
-            continue
-    return total_ns / 1e6
+        with contextlib.suppress(OSError, ValueError):
+            running, waiting, _ = map(int, file.read_text().split())
+            running_ns, waiting_ns = running_ns + running, waiting_ns + waiting
+    return running_ns / 1e6, waiting_ns / 1e6
