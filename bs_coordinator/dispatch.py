@@ -424,7 +424,10 @@ class Dispatcher:
         output = np.zeros(round.hidden.shape, np.float32)
         # Added in the order of asking, not of arrival: floating-point sums depend on it.
         for part, answer in answered:
-            output[part.request.rows] += answer.output
+            if len(answer.output) == len(output):
+                output += answer.output
+            else:
+                output[part.request.rows] += answer.output
         records = tuple(answer.record for _, answer in answered)
         self._answered.append(_Answered(round, answered, time.perf_counter_ns() - asked.began_ns))
         if self.links.shared_air or {part.request.node for part in round.parts}.issuperset(self.fleet.nodes):
@@ -475,7 +478,7 @@ class Dispatcher:
                 layer=round.layer,
                 deadline_ms=int(self._timeout_s * 1000),
                 experts=request.experts,
-                hidden=round.hidden[request.rows],
+                hidden=round.rows(request),
                 dtype=self._dtype,
             )
             payload = frames.encode(frame, seal=self._seal(request.node))
@@ -579,7 +582,7 @@ class Dispatcher:
             self.dropped["wrong shape"] += 1
             return
         answer = Answer(frame.output, _record(part, frame, message))
-        gain = largest_gain(round.hidden[part.request.rows], frame.output)
+        gain = largest_gain(round.rows(part.request), frame.output)
         if self._guard.suspects(round.layer, gain):
             if part.doubtful is None and (part.heirs or self._hand_on(round, part)):
                 part.doubtful = answer

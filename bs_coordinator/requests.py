@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from wire.frames import ExpertSlice
 from wire.tensors import Array
 
+_ROW, _TOKEN = np.zeros(1, np.int64), np.zeros(1, np.uint32)
+
 
 class Request(NamedTuple):
     """What one frame to one node will hold.
@@ -46,6 +48,12 @@ def plan_requests(gate: Array, holder: Mapping[int, str], *, max_tokens: int) ->
     experts_of: dict[str, list[int]] = {}
     for expert in sorted(holder):
         experts_of.setdefault(holder[expert], []).append(expert)
+    if len(gate) == 1:  # most layers of most tokens: a third of the time of the general way
+        return [
+            Request(node, _ROW, tuple(ExpertSlice(e, _TOKEN, gate[0, e : e + 1]) for e in experts if gate[0, e]))
+            for node, experts in sorted(experts_of.items())
+            if any(gate[0, e] for e in experts)
+        ]
     requests = []
     for node, experts in sorted(experts_of.items()):
         columns = [gate[:, expert] for expert in experts]

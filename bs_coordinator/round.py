@@ -108,6 +108,11 @@ class Round:
         """Whether nothing is missing."""
         return all(part.done for part in self.parts)
 
+    def rows(self, request: Request) -> Array:
+        """The hidden states of a request, float32 [rows, hidden]."""
+        # Rows ascend: all of them are the whole.
+        return self.hidden if len(request.rows) == len(self.hidden) else self.hidden[request.rows]
+
     def sent(self, part: Part, sent: Sent) -> None:
         """`part` is on its way; from now on its answer is awaited."""
         part.sent = sent
