@@ -23,7 +23,7 @@ def _dispatch(round_trip_ns: int, compute_ns: int, experts: int, down: int, up: 
 dispatches = st.builds(_dispatch, times, times, st.integers(1, 4), st.integers(100, 90_000), st.integers(100, 90_000))
 layers = st.builds(
     lambda trunk, extra, asked: LayerRecord(
-        0, trunk, max((d.round_trip_ns for d in asked), default=0) + extra, 2, 0, tuple(asked)
+        0, trunk, max((d.round_trip_ns for d in asked), default=0) + extra, (), tuple(asked)
     ),
     times,
     times,
@@ -42,9 +42,7 @@ def test_floor_and_causes_add_up_to_the_step(parts: list[LayerRecord], head: int
 
 def test_the_floor_is_what_the_design_says() -> None:
     slow, fast = _dispatch(9, 9, 2, 10_000, 2_500), _dispatch(9, 9, 1, 100, 100)
-    step = StepRecord(
-        "decode", 0, 1, 0, 0, (LayerRecord(0, 0, 0, 2, 0, (slow, fast)), LayerRecord(1, 0, 0, 2, 0, (fast,)))
-    )
+    step = StepRecord("decode", 0, 1, 0, 0, (LayerRecord(0, 0, 0, (), (slow, fast)), LayerRecord(1, 0, 0, (), (fast,))))
     # 12,500 bytes at 100 Mbit/s are 1 ms, 200 bytes 0.016 ms.
     assert floor_ms(step, LINK, ALONE) == pytest.approx(12 + 9 + (5 + 1 + 0.4) + (5 + 0.016 + 0.2))
 
