@@ -1,8 +1,7 @@
 """MQTT 3.1.1 over one TCP connection, driven by its owner's thread: no thread hand-off per message.
 
-A message costs one system call to send and two to receive, and its payload one copy. `wire.mqtt_packets` has the
-protocol's bytes; this module has the socket, a deadline on everything that waits, and errors in the words of
-`wire.errors`. It knows nothing of frames.
+paho-mqtt does the protocol; this module adds what a latency-bound application needs: TCP_NODELAY, a deadline
+on everything that waits, and errors in the words of `wire.errors`. It knows nothing of frames.
 """
 
 import collections
@@ -10,17 +9,21 @@ import contextlib
 import ctypes
 import functools
 import logging
+import re
 import select
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from wire import mqtt_packets as packets
+from paho.mqtt.client import Client, MQTTMessage, MQTTv311
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.reasoncodes import ReasonCode
+
 from wire.broker_url import BrokerAddress
 from wire.errors import BrokerAuthError, BrokerError
-from wire.mqtt_packets import ConnAck, Packet, PingResp, PubAck, Publish, SubAck
 from wire.status import SocketFacts
 from wire.tcp_info import read_socket_facts
 from wire.transport import Message
@@ -29,17 +32,11 @@ log = logging.getLogger(__name__)
 
 KEEPALIVE_S = 10
 """A peer that vanishes without closing its socket is declared dead by the broker after 1.5× this."""
+_AUTH_REFUSALS = ("Bad user name or password", "Not authorized")
 _QUEUE_LIMIT = 4096
+_MISC_S = KEEPALIVE_S / 20
+"""How often keep-alives are looked after; with every message it cost more than the poll itself."""
 _LARGE_BYTES = 32 << 20
-_REFUSALS = {
-    1: "it does not speak MQTT 3.1.1",
-    2: "it does not take our client id",
-    3: "it is not available",
-    4: "bad user name or password",
-    5: "not authorized",
-}
-_AUTH_REFUSALS = (4, 5)
-_NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,81 +66,70 @@ class MqttTransport:
         self.address = address
         self.dropped = 0
         self._inbox: collections.deque[Message] = collections.deque()
-        self._outbox: collections.deque[memoryview] = collections.deque()
-        self._reader = packets.Reader()
-        self._topics: dict[str, bytes] = {}
-        self._connack: ConnAck | None = None
+        self._connack: ReasonCode | None = None
+        self._alert = ""
         self._subscribed: dict[int, bool] = {}
-        self._unacknowledged: set[int] = set()
-        self._last_id = 0
         self._poll = select.poll()
-        self._polled = 0
+        self._polled: tuple[Any, int] | None = None
+        self._next_misc_s = 0.0
         keep_large_buffers()
-        deadline = time.monotonic() + timeout_s
-        self._socket: socket.socket | None = self._connect(timeout_s)
-        self._heard_s = self._pinged_s = 0.0
-        self._next_ping_s = time.monotonic() + KEEPALIVE_S / 2
+        self._client = client = Client(
+            CallbackAPIVersion.VERSION2, client_id=client_id, protocol=MQTTv311, reconnect_on_failure=False
+        )
+        client.connect_timeout = timeout_s
+        client.max_inflight_messages_set(1000)
+        client.max_queued_messages_set(_QUEUE_LIMIT)
+        client.on_message = self._on_message
+        client.on_connect = self._on_connect
+        client.on_subscribe = self._on_subscribe
+        client.on_socket_open = _disable_nagle
+        if address.user:
+            client.username_pw_set(address.user, address.password)
+        if will:
+            client.will_set(will.topic, will.payload, qos=1, retain=True)
         try:
-            self._introduce(client_id, will, deadline)
+            self._connect(timeout_s)
         except BrokerError:
-            self._hang_up()
+            self.close()
             raise
 
-    def _connect(self, timeout_s: float) -> socket.socket:
+    def _connect(self, timeout_s: float) -> None:
         address = self.address
         try:
-            plain = socket.create_connection((address.host, address.port), timeout_s)
-            try:
-                # Without it the kernel holds back a small write until the last one is acknowledged: up to 40 ms.
-                plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock = _tls(address).wrap_socket(plain, server_hostname=address.host) if address.tls else plain
-                sock.setblocking(False)
-            except BaseException:
-                plain.close()
-                raise
+            if address.tls:
+                ca_file = str(address.ca_file) if address.ca_file else None
+                certificate, key = (str(p) if p else None for p in (address.tls_cert, address.tls_key))
+                self._client.tls_set(ca_file, certificate, key, tls_version=ssl.PROTOCOL_TLS_CLIENT)
+                self._client.on_log = self._on_log
+            self._client.connect(address.host, address.port, keepalive=KEEPALIVE_S)
         except ssl.SSLError as error:
             raise BrokerAuthError(f"TLS with {address} failed: {error.reason or error}") from None
         except OSError as error:
             why = error.strerror or str(error)
             raise BrokerError(f"no broker at {address} ({why}): is it running, is the address right?") from None
-        return sock
-
-    def _introduce(self, client_id: str, will: LastWill | None, deadline: float) -> None:
-        address = self.address
-        try:
-            self._send(
-                packets.connect(
-                    client_id,
-                    keepalive_s=KEEPALIVE_S,
-                    will=(will.topic, will.payload) if will else None,
-                    user=address.user,
-                    password=address.password,
+        deadline = time.monotonic() + timeout_s
+        while self._connack is None:
+            try:
+                self._step_until(deadline, f"{address} accepted the connection but does not answer as an MQTT broker")
+            except BrokerError:
+                if not address.tls or time.monotonic() >= deadline:
+                    raise
+                # With TLS 1.3 a broker judges a client's certificate after the client's part of the handshake.
+                why = (
+                    f"refused our certificate: {self._alert}"
+                    if self._alert
+                    else ("hung up: it may want a certificate (--tls-cert, --tls-key), or not accept ours any more")
                 )
-            )
-            self._step_until(
-                lambda: self._connack is not None,
-                deadline,
-                f"{address} accepted the connection but does not answer as an MQTT broker",
-            )
-        except BrokerError as error:
-            if not address.tls or time.monotonic() >= deadline:
-                raise
-            # With TLS 1.3 a broker judges a client's certificate after the client's part of the handshake.
-            alert = _alert(error.__cause__)
-            why = (
-                f"refused our certificate: {alert}"
-                if alert
-                else ("hung up: it may want a certificate (--tls-cert, --tls-key), or not accept ours any more")
-            )
-            raise BrokerAuthError(f"the broker at {address} {why}") from None
-        code = self._connack.code if self._connack else 0
-        if code in _AUTH_REFUSALS:
-            raise BrokerAuthError(
-                f"the broker at {address} refused user '{address.user or 'anonymous'}': check the user "
-                "in the URL and --password-file"
-            )
-        if code:
-            raise BrokerError(f"the broker at {address} refused the connection: {_REFUSALS.get(code, code)}")
+                raise BrokerAuthError(f"the broker at {address} {why}") from None
+        if self._connack.is_failure:
+            reason = str(self._connack)
+            self._client.disconnect()
+            if reason in _AUTH_REFUSALS:
+                raise BrokerAuthError(
+                    f"the broker at {address} refused user '{address.user or 'anonymous'}': check the user "
+                    "in the URL and --password-file"
+                )
+            raise BrokerError(f"the broker at {address} refused the connection: {reason}")
 
     def subscribe(self, topic_filter: str, *, qos: int = 0, timeout_s: float = 10.0) -> None:
         """Subscribe and wait for the broker's confirmation.
@@ -151,14 +137,13 @@ class MqttTransport:
         Raises:
             BrokerError: refused (for example by an ACL) or not confirmed within `timeout_s`.
         """
-        id = self._new_id()
-        self._send(packets.subscribe(id, topic_filter, qos))
-        self._step_until(
-            lambda: id in self._subscribed,
-            time.monotonic() + timeout_s,
-            f"{self.address} did not confirm the subscription to {topic_filter}",
-        )
-        if not self._subscribed.pop(id):
+        rc, mid = self._client.subscribe(topic_filter, qos)
+        self._check(rc)
+        assert mid is not None  # noqa: S101 - paho returns an id with every success
+        deadline = time.monotonic() + timeout_s
+        while mid not in self._subscribed:
+            self._step_until(deadline, f"{self.address} did not confirm the subscription to {topic_filter}")
+        if not self._subscribed.pop(mid):
             raise BrokerError(f"the broker refused the subscription to {topic_filter}: check its ACL")
 
     def publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> None:
@@ -167,7 +152,7 @@ class MqttTransport:
         Raises:
             BrokerError: the connection is lost.
         """
-        self._publish(topic, payload, self._new_id() if qos else 0, retain)
+        self._check(self._client.publish(topic, payload, qos, retain).rc)
 
     def publish_confirmed(self, topic: str, payload: bytes, *, retain: bool, timeout_s: float = 10.0) -> None:
         """Publish with QoS 1 and wait for the broker's acknowledgement.
@@ -175,19 +160,16 @@ class MqttTransport:
         Raises:
             BrokerError: the connection is lost, or no acknowledgement within `timeout_s`.
         """
-        id = self._new_id()
-        self._unacknowledged.add(id)
-        self._publish(topic, payload, id, retain)
-        self._step_until(
-            lambda: id not in self._unacknowledged,
-            time.monotonic() + timeout_s,
-            f"{self.address} did not acknowledge a message on {topic}",
-        )
+        info = self._client.publish(topic, payload, 1, retain)
+        self._check(info.rc)
+        deadline = time.monotonic() + timeout_s
+        while not info.is_published():
+            self._step_until(deadline, f"{self.address} did not acknowledge a message on {topic}")
 
     @contextlib.contextmanager
     def in_one_segment(self) -> Iterator[None]:
         """What is published meanwhile leaves together, where the kernel can hold it back (Linux)."""
-        sock = self._socket
+        sock: Any = self._client.socket()
         cork = getattr(socket, "TCP_CORK", None)
         if sock is None or cork is None:
             yield
@@ -204,162 +186,89 @@ class MqttTransport:
         Raises:
             BrokerError: the connection is lost.
         """
-        if self._inbox:
-            return self._inbox.popleft()
         deadline = time.monotonic() + timeout_s
-        remaining = timeout_s
-        while True:
-            self._step(max(0.0, remaining))
-            if self._inbox:
-                return self._inbox.popleft()
+        while not self._inbox:
             remaining = deadline - time.monotonic()
+            self._step(max(0.0, remaining))
             if remaining <= 0:
-                return None
+                break
+        return self._inbox.popleft() if self._inbox else None
 
     def socket_facts(self) -> SocketFacts | None:
         """The kernel's account of our connection to the broker; None where there is none."""
-        return read_socket_facts(self._socket) if self._socket is not None else None
+        sock: Any = self._client.socket()
+        return read_socket_facts(sock) if sock is not None else None
 
     def close(self) -> None:
         """Disconnect cleanly (the last will is not sent); what is still queued gets a second to leave."""
-        if self._socket is None:
-            return
         with contextlib.suppress(BrokerError):
-            self._send(packets.DISCONNECT)
-            self._step_until(lambda: not self._outbox, time.monotonic() + 1.0, "")
-        self._hang_up()
+            deadline = time.monotonic() + 1.0
+            while self._client.want_write() and time.monotonic() < deadline:
+                self._step(0.05)
+        self._client.disconnect()
 
-    def _hang_up(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-        self._outbox.clear()
-
-    def _new_id(self) -> int:
-        self._last_id = self._last_id % 0xFFFF + 1
-        return self._last_id
-
-    def _publish(self, topic: str, payload: bytes, id: int, retain: bool) -> None:
-        name = self._topics.get(topic)
-        if name is None:
-            name = topic.encode()
-            if len(self._topics) < _QUEUE_LIMIT:
-                self._topics[topic] = name
-        self._send(packets.publish_head(name, len(payload), retain=retain, packet_id=id), payload)
-
-    def _send(self, *parts: bytes) -> None:
-        """A packet to the socket, or behind what already waits for it."""
-        if len(self._outbox) > _QUEUE_LIMIT:
-            raise BrokerError(f"more than {_QUEUE_LIMIT} messages wait for {self.address}: the link is stuck")
-        if self._outbox:
-            self._outbox.extend(memoryview(part) for part in parts if part)
-            return
-        sent = self._write(parts)
-        if sent < sum(map(len, parts)):
-            for part in parts:
-                if sent < len(part):
-                    self._outbox.append(memoryview(part)[sent:])
-                sent = max(0, sent - len(part))
-
-    def _write(self, parts: tuple[bytes | memoryview, ...]) -> int:
-        """Bytes that the socket took."""
-        sock = self._socket
-        if sock is None:
-            raise self._lost("not connected")
-        try:
-            # TLS has no call for several pieces, and pays for each one with a record of its own.
-            count = sock.send(b"".join(parts)) if isinstance(sock, ssl.SSLSocket) else sock.sendmsg(parts)
-        except _NOT_NOW:
-            return 0
-        except OSError as error:
-            raise self._lost(_why(error)) from error
-        return count
-
-    def _flush(self) -> None:
-        while self._outbox:
-            part = self._outbox[0]
-            count = self._write((part,))
-            if count < len(part):
-                self._outbox[0] = part[count:]
-                return
-            self._outbox.popleft()
-
-    def _step_until(self, done: Callable[[], bool], deadline: float, what: str) -> None:
-        while not done():
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                raise BrokerError(what)
-            self._step(remaining)
+    def _step_until(self, deadline: float, what: str) -> None:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise BrokerError(what)
+        self._step(remaining)
 
     def _step(self, timeout_s: float) -> None:
         """One turn of the poll loop: wait for the socket, then read, write and keep alive."""
-        sock = self._socket
+        client = self._client
+        sock: Any = client.socket()
         if sock is None:
-            raise self._lost("not connected")
-        if isinstance(sock, ssl.SSLSocket) and sock.pending():
+            raise self._lost(MQTTErrorCode.MQTT_ERR_NO_CONN)
+        if getattr(sock, "pending", int)():
             timeout_s = 0.0  # TLS has decrypted bytes that poll() can't see
-        wanted = select.POLLIN | (select.POLLOUT if self._outbox else 0)
-        if self._polled != wanted:
-            self._poll.register(sock, wanted)
-            self._polled = wanted
         # Wake up often enough to send keep-alives.
-        found = self._poll.poll(1000 * min(timeout_s, KEEPALIVE_S / 4))
+        timeout_s = min(timeout_s, KEEPALIVE_S / 4)
+        wanted = select.POLLIN | (select.POLLOUT if client.want_write() else 0)
+        if self._polled != (sock, wanted):
+            self._poll.register(sock, wanted)
+            self._polled = (sock, wanted)
+        found = self._poll.poll(timeout_s * 1000)
         events = found[0][1] if found else 0
-        if events & ~select.POLLOUT or timeout_s == 0.0:
-            self._read(sock)
-        if self._outbox:
-            self._flush()
-        self._keep_alive()
-
-    def _read(self, sock: socket.socket) -> None:
-        try:
-            count = sock.recv_into(self._reader.space())
-        except _NOT_NOW:
-            return
-        except OSError as error:
-            raise self._lost(_why(error)) from error
-        if not count:
-            raise self._lost("it hung up")
-        arrived_ns = time.perf_counter_ns()
-        self._heard_s = time.monotonic()
-        try:
-            for packet in self._reader.received(count):
-                self._take(packet, arrived_ns)
-        except ValueError as error:
-            raise self._lost(f"it does not speak MQTT 3.1.1: {error}") from None
-
-    def _take(self, packet: Packet, arrived_ns: int) -> None:
-        match packet:
-            case Publish(topic, payload, retained, id):
-                if len(self._inbox) >= _QUEUE_LIMIT:
-                    self._inbox.popleft()
-                    self.dropped += 1
-                self._inbox.append(Message(topic, payload, arrived_ns, retained))
-                if id:
-                    self._send(packets.puback(id))
-            case PubAck(id):
-                self._unacknowledged.discard(id)
-            case SubAck(id, granted):
-                self._subscribed[id] = granted
-            case ConnAck():
-                self._connack = packet
-            case PingResp():
-                pass  # that we heard anything is what counts
-
-    def _keep_alive(self) -> None:
-        """Ask for a sign of life twice in the keep-alive time; what came in before was read just now."""
+        if events & ~select.POLLOUT or getattr(sock, "pending", int)():
+            self._check(client.loop_read())
+        if events & select.POLLOUT:
+            self._check(client.loop_write())
         now_s = time.monotonic()
-        if now_s < self._next_ping_s:
-            return
-        self._next_ping_s = now_s + KEEPALIVE_S / 2
-        if self._heard_s >= self._pinged_s:
-            self._pinged_s = now_s
-            self._send(packets.PING)
-        elif now_s - self._pinged_s >= KEEPALIVE_S:
-            raise self._lost("it does not answer any more")
+        if now_s >= self._next_misc_s:
+            self._next_misc_s = now_s + _MISC_S
+            self._check(client.loop_misc())
 
-    def _lost(self, why: str) -> BrokerError:
-        return BrokerError(f"lost the connection to the broker at {self.address} ({why})")
+    def _check(self, rc: MQTTErrorCode) -> None:
+        if rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
+            raise BrokerError(f"more than {_QUEUE_LIMIT} messages wait for {self.address}: the link is stuck")
+        if rc != MQTTErrorCode.MQTT_ERR_SUCCESS and (self._connack is None or not self._connack.is_failure):
+            raise self._lost(rc)
+
+    def _lost(self, rc: MQTTErrorCode) -> BrokerError:
+        return BrokerError(f"lost the connection to the broker at {self.address} ({rc.name})")
+
+    def _on_log(self, client: Client, userdata: Any, level: int, text: str) -> None:
+        # paho tells why a connection ended here only: "… [SSL: SSLV3_ALERT_CERTIFICATE_REVOKED] sslv3 alert …"
+        alert = re.search(r"\[SSL: \w*ALERT_(\w+)\]", text)
+        if alert:
+            self._alert = alert[1].replace("_", " ").lower()
+
+    def _on_connect(self, client: Client, userdata: Any, flags: Any, reason: ReasonCode, props: Any) -> None:
+        self._connack = reason
+
+    def _on_subscribe(self, client: Client, userdata: Any, mid: int, reasons: list[ReasonCode], props: Any) -> None:
+        self._subscribed[mid] = not any(r.is_failure for r in reasons)
+
+    def _on_message(self, client: Client, userdata: Any, message: MQTTMessage) -> None:
+        if len(self._inbox) >= _QUEUE_LIMIT:
+            self._inbox.popleft()
+            self.dropped += 1
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            self.dropped += 1
+            return
+        self._inbox.append(Message(topic, bytes(message.payload), time.perf_counter_ns(), bool(message.retain)))
 
 
 @functools.cache
@@ -376,19 +285,6 @@ def keep_large_buffers() -> None:
         libc.mallopt(m_trim_threshold, 2 * _LARGE_BYTES)
 
 
-def _tls(address: BrokerAddress) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=str(address.ca_file) if address.ca_file else None)
-    if address.tls_cert:
-        context.load_cert_chain(address.tls_cert, address.tls_key)
-    return context
-
-
-def _why(error: OSError) -> str:
-    return error.strerror or str(error)
-
-
-def _alert(error: BaseException | None) -> str:
-    """What a TLS peer told us before it hung up: `SSLV3_ALERT_CERTIFICATE_REVOKED` is "certificate revoked"."""
-    reason = (error.reason if isinstance(error, ssl.SSLError) else "") or ""
-    _, found, alert = reason.partition("ALERT_")
-    return alert.replace("_", " ").lower() if found else ""
+def _disable_nagle(client: Client, userdata: Any, sock: Any) -> None:
+    # Without it the kernel holds back a small write until the last one is acknowledged: up to 40 ms.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

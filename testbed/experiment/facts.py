@@ -16,7 +16,7 @@ from bs_coordinator.brokers import mosquitto_path
 from wire import __version__
 
 _SYS = Path("/sys")
-_PACKAGES = ("torch", "transformers", "onnxruntime", "numpy", "amqtt", "msgspec", "pyarrow")
+_PACKAGES = ("torch", "transformers", "onnxruntime", "numpy", "paho-mqtt", "amqtt", "msgspec", "pyarrow")
 _ROOT = Path(__file__).resolve().parents[2]
 
 
