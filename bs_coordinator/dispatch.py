@@ -5,6 +5,7 @@ dropped. A request that fails or is overdue goes to other holders of its experts
 are reported as lost.
 """
 
+import contextlib
 import logging
 import secrets
 import time
@@ -268,6 +269,11 @@ class Dispatcher:
         busy = {part.request.node for asked in self._open for part in asked.round.open()}
         self._prober.probe([node for node in self.fleet.nodes if node not in busy], now_s)
 
+    def _probe_meanwhile(self) -> None:
+        """Probe while answers are made. A lost connection is left to whoever sends or awaits work next."""
+        with contextlib.suppress(BrokerError):
+            self.probe()
+
     def measure_links(self, seconds: float) -> None:
         """Probe idle links for a while."""
         deadline = time.monotonic() + seconds
@@ -368,7 +374,7 @@ class Dispatcher:
         # While the nodes compute: what the last answers taught. It would only hold up the next layer. Links of nodes
         # that are not asked are free now, and what comes from them is read at once.
         self._learn()
-        self.probe()
+        self._probe_meanwhile()
         return asked
 
     def _ask(self, asked: "Asked") -> None:
@@ -431,7 +437,7 @@ class Dispatcher:
         records = tuple(answer.record for _, answer in answered)
         self._answered.append(_Answered(round, answered, time.perf_counter_ns() - asked.began_ns))
         if self.links.shared_air or {part.request.node for part in round.parts}.issuperset(self.fleet.nodes):
-            self.probe()
+            self._probe_meanwhile()
         return ExpertOutput(output, records)
 
     def _cancel(self, asked: "Asked") -> None:
