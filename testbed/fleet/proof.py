@@ -71,16 +71,18 @@ class Proof:
         return self.testbed("fleet", command, "-i", str(self.inventory), *arguments)
 
     def shell(self, host: str, script: str) -> str:
-        """What a shell script prints on a machine, as root."""
+        """What a shell script prints on a machine, as root.
+
+        Raises:
+            FleetError: the machine can't be reached, or the script failed.
+        """
         address = {"bs": "10.79.0.1", **{f"node{k}": f"10.79.0.{k + 2}" for k in range(4)}}[host]
-        command = [
-            str(self.machines / "ssh"),
-            "-o",
-            "BatchMode=yes",
-            f"{'root' if host == _LAST else 'pi'}@{address}",
-        ]
-        command += ["sudo", "sh", "-s"]
-        done = subprocess.run(command, input=script, capture_output=True, text=True, timeout=300, check=True)
+        # sudo does not work under qemu-user.
+        user = "root" if self.arm64 and host == _LAST else "pi"
+        command = [str(self.machines / "ssh"), "-o", "BatchMode=yes", f"{user}@{address}", "sudo", "sh", "-s"]
+        done = subprocess.run(command, input=script, capture_output=True, text=True, timeout=300, check=False)
+        if done.returncode:
+            raise FleetError(f"{host}: a script ended with {done.returncode}: {_last(done.stderr)}")
         return done.stdout
 
     def releases(self) -> set[str]:
