@@ -143,7 +143,7 @@ def _heal(proof: Proof) -> str:
 
 
 def _kill(proof: Proof) -> str:
-    proof.shell("node0", "systemctl kill --signal=KILL wdmoe-node")
+    proof.shell("node0", "systemctl kill --kill-who=main --signal=KILL wdmoe-node")
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         shown = proof.shell("node0", "systemctl show wdmoe-node -p ActiveState,NRestarts --value").split()
