@@ -320,7 +320,10 @@ class TestPrepare:
             prepare_bundles(read)
 
     def test_a_node_without_experts_is_told_what_to_write(self, tiny_bundle: Bundle, tmp_path: Path) -> None:
-        read = self.read(tmp_path, tiny_bundle("int4"), a="L*:E*")
+        bundle = tmp_path / "bundle"
+        shutil.copytree(tiny_bundle("int4"), bundle)
+        read = self.read(tmp_path, bundle, a="L*:E*")
+        prepare_keys(read)
         del read.variables["a"]["wdmoe_experts"]
         with pytest.raises(FleetError, match="wdmoe_experts"):
             prepare_bundles(read)
