@@ -17,7 +17,7 @@ from onnx.helper import make_tensor_value_info as value_info
 
 from exporter.demo_base import DenseShape
 from exporter.encoders import Part, matrix_parts
-from exporter.graph import ACCURACY_LEVEL, ALIGNMENT, IR_VERSION, OPSET, Placed, external
+from exporter.graph import ACCURACY_LEVEL, ALIGNMENT, Placed, external, model_bytes
 from wire.manifest import Quantisation
 
 QUANTISATION = Quantisation(scheme="int4", block=32)
@@ -128,10 +128,7 @@ def build_draft(shape: DenseShape, layout: DraftLayout, weights_name: str) -> by
         ],
         build.initializers,
     )
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="wdmoe")
-    serialised: bytes = model.SerializeToString(deterministic=True)
-    return serialised
+    return model_bytes(graph)
 
 
 class _Builder:

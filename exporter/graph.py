@@ -99,6 +99,11 @@ def build_graph(dims: Dims, quantisation: Quantisation, layout: Layout, weights_
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["tokens", dims.hidden])],
         build.initializers,
     )
+    return model_bytes(graph)
+
+
+def model_bytes(graph: onnx.GraphProto) -> bytes:
+    """A model of one graph, the same bytes for the same graph."""
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="wdmoe")
     serialised: bytes = model.SerializeToString(deterministic=True)
