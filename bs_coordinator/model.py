@@ -16,7 +16,7 @@ from bs_coordinator.selection import Policy
 from bs_coordinator.selection.degraded import select_available
 from bs_coordinator.trunk import Trunk
 from bs_coordinator.trunk_rows import MAX_ROWS, Rows
-from wire.errors import ExpertsLostError
+from wire.errors import ExpertsLostError, PlacementError
 from wire.tensors import Array
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ class Ready(NamedTuple):
 
     def cancel(self) -> None:
         pass
+
+
+_LOST = (ExpertsLostError, PlacementError)
+"""Holders that fail, and those that have left since the forecast by which they were chosen."""
 
 
 class Experts(Protocol):
@@ -165,7 +169,7 @@ class DistributedMixtral:
         attended_ns = time.perf_counter_ns()
         try:
             wave.pending = self._experts.begin(layer, wave.x, wave.choice.gate)
-        except ExpertsLostError:
+        except _LOST:
             if not self.degrade:
                 raise
             wave.pending = Ready(self._ask_others(layer, wave))
@@ -180,7 +184,7 @@ class DistributedMixtral:
         assert wave.pending is not None  # noqa: S101 - it was begun
         try:
             combined = wave.pending.result()
-        except ExpertsLostError:
+        except _LOST:
             if not self.degrade:
                 raise
             combined = self._ask_others(layer, wave)
@@ -215,7 +219,7 @@ class DistributedMixtral:
             wave.choice = self._choose(wave.probabilities, self._experts.forecast(layer))
             try:
                 return self._experts.begin(layer, wave.x, wave.choice.gate).result()
-            except ExpertsLostError:
+            except _LOST:
                 if turn >= wave.probabilities.shape[1]:
                     raise
         raise AssertionError("counted to the end")

@@ -16,7 +16,7 @@ from bs_coordinator.model import DistributedMixtral, ExpertOutput
 from bs_coordinator.selection import TopK
 from bs_coordinator.trunk import Trunk
 from testbed.local_experts import LocalExperts
-from wire.errors import DispatchError, ExpertsLostError
+from wire.errors import DispatchError, ExpertsLostError, PlacementError
 from wire.manifest import Scheme
 from wire.tensors import Array, WireDtype
 
@@ -167,3 +167,22 @@ def test_lost_experts_are_named_by_the_step_s_own_tokens(bundle: Path) -> None:
     _, expected = whole.step([Feed(IDS, trunk.new_cache())])
     assert record.layers[0].degraded
     assert set(record.layers[0].degraded) == set(expected.layers[0].degraded)
+
+
+def test_a_holder_that_leaves_between_forecast_and_request_is_done_without(bundle: Path) -> None:
+    class Leaving(_LateExperts):
+        """A node says goodbye while its neighbours compute for the layer before."""
+
+        def begin(self, layer: int, hidden: Array, gate: Array) -> _Pending:
+            if layer == 1 and not self.local.lost:
+                self.local.lost = frozenset({int(gate.any(axis=0).argmax())})
+            if layer == 1 and gate[:, sorted(self.local.lost)].any():
+                raise PlacementError("as told")
+            return super().begin(layer, hidden, gate)
+
+    trunk = Trunk(bundle / "trunk")
+    _, record = DistributedMixtral(trunk, Leaving(bundle), TopK(2), degrade=True).step([Feed(IDS, trunk.new_cache())])
+    assert not record.layers[0].degraded
+    assert record.layers[1].degraded
+    with pytest.raises(PlacementError, match="as told"):
+        DistributedMixtral(trunk, Leaving(bundle), TopK(2)).step([Feed(IDS, trunk.new_cache())])
