@@ -116,6 +116,7 @@ _model_options = _options(
         help="Guess tokens and check several at once: never, by look-up, with a draft model, or as it pays.",
     ),
     click.option("--draft-model", type=click.Path(path_type=Path), help="Folder.  [default: the bundle's own]"),
+    click.option("--stay-awake", is_flag=True, help="Keep this machine's cores from sleeping: faster, takes power."),
     click.option("--stats/--no-stats", default=True, help="Numbers under each answer (on stderr)."),
 )  # fmt: skip
 _sampling_options = _options(
@@ -410,7 +411,7 @@ def _station(
     cluster_key: Path | None, bundle_key: Path | None, device: str, dtype: Any, wire: str, policy: str,
     nodes_timeout: float, layer_timeout: float, degrade: bool, shared_air: bool, link_log: Path | None,
     resident: str | None, resident_from: Path | None, prepacked: Path | None,
-    draft: Any, draft_model: Path | None,
+    draft: Any, draft_model: Path | None, stay_awake: bool,
 ) -> Iterator["Station"]:  # fmt: skip
     import platformdirs
 
@@ -447,6 +448,7 @@ def _station(
         resident=ResidentConfig(budget_bytes, traffic, resident_from, prepacked) if budget_bytes else None,
         draft=draft,
         draft_model=draft_model,
+        stay_awake=stay_awake,
     )
     with (
         _broker(broker, broker_port, access) as address,

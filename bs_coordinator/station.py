@@ -22,6 +22,7 @@ from bs_coordinator.readiness import measure_broker, prove_nodes, try_residents,
 from bs_coordinator.selection import TopK, parse_policy
 from bs_coordinator.speculation import DraftMode, Speculation, load_draft_model
 from bs_coordinator.trunk import Trunk, TrunkDtype
+from wire.awake import awake
 from wire.broker_url import BrokerAddress
 from wire.errors import BundleError
 from wire.manifest import Manifest, load_manifest, verify_file
@@ -82,6 +83,7 @@ class StationConfig:
         draft: how tokens are guessed; it changes how long answers take, not what they say. `auto` makes sure of
             that; the other modes are taken as they are asked for.
         draft_model: folder of a draft model, instead of the bundle's own.
+        stay_awake: keep this machine's cores from sleeping, see `wire.awake`.
     """
 
     bundle: Path
@@ -99,6 +101,7 @@ class StationConfig:
     resident: ResidentConfig | None = None
     draft: DraftMode = "none"
     draft_model: Path | None = None
+    stay_awake: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +156,8 @@ def open_station(
     with closing(MqttTransport(address, client_id)) as transport:
         broker_ms = measure_broker(transport, topics.echo(client_id))
     with ExitStack() as stack:
+        if config.stay_awake:
+            stack.enter_context(awake())
         folder = config.bundle / "trunk"
         trunk = Trunk(folder, device=config.device, dtype=config.dtype)
         tokenizer = Tokenizer(folder, fallback_eos=trunk.eos_id)

@@ -4,6 +4,7 @@ import logging
 import signal
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import click
 
 from edge_node.tune_command import tune
 from wire import __version__
+from wire.awake import awake
 from wire.broker_url import Access, parse_broker_url
 from wire.console import run as run_console
 from wire.devices import PROFILES, DeviceName, Provider
@@ -67,6 +69,7 @@ def cli() -> None:
 @click.option("--min-free-memory", default="64M", show_default=True, help="Take no work with less RAM available.")
 @click.option("--prepacked", type=click.Path(path_type=Path), help="Keep prepacked experts here: disk for RAM.")
 @click.option("--telemetry/--no-telemetry", default=True, help="Tell every second of radio, heat and power.")
+@click.option("--stay-awake", is_flag=True, help="Keep this device's cores from sleeping: faster, takes power.")
 @click.option("--password-file", type=click.Path(path_type=Path), help="Broker password, file of mode 600.")
 @click.option("--ca-file", type=click.Path(path_type=Path, exists=True), help="CA to trust for mqtts://.")
 @click.option("--tls-cert", type=click.Path(path_type=Path, exists=True), help="Our certificate for mqtts://.")
@@ -90,6 +93,7 @@ def serve(
     min_free_memory: str,
     prepacked: Path | None,
     telemetry: bool,
+    stay_awake: bool,
     password_file: Path | None,
     ca_file: Path | None,
     tls_cert: Path | None,
@@ -211,7 +215,8 @@ def serve(
         ),
         residency=lambda: residency_status(runtime),
     )
-    agent.run(stop, on_ready=lambda: log.info("'%s' serves %s at %s", node, format_selector(ids), address))
+    with awake() if stay_awake else nullcontext():
+        agent.run(stop, on_ready=lambda: log.info("'%s' serves %s at %s", node, format_selector(ids), address))
     log.info("'%s' stopped; %s", node, ", ".join(f"{k} {n}" for k, n in worker.counts.items()) or "no work came")
 
 

@@ -54,7 +54,12 @@ def write_document(results: dict[str, list[Result]], settings: Settings, out: Pa
         "argv": facts.argv(),
         "versions": facts.versions(),
         "machine": {**facts.machine(), **facts.power()},
-        "parameters": {"broker": settings.broker, "samples": settings.samples, "warm_up": WARM_UP},
+        "parameters": {
+            "broker": settings.broker,
+            "samples": settings.samples,
+            "warm_up": WARM_UP,
+            "stays_awake": settings.stays_awake,
+        },
         "rows": [],
         "skipped": [],
     }

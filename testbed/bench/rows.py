@@ -23,12 +23,14 @@ class Settings:
         broker: `embedded`, `mosquitto` or an URL, for what runs on loopback.
         samples: of a row whose sample takes a few milliseconds; rows of slower ones take fewer.
         folder: for plots and logs.
+        stays_awake: cores do not sleep while they wait, see `wire.awake`.
     """
 
     broker: str
     samples: int
     folder: Path
     console: Console
+    stays_awake: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,16 +2,19 @@
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from testbed.bench.document import print_results, write_document
 from testbed.bench.rows import Result, Row, Settings, Skipped
 from testbed.bench.sections import SECTIONS
+from wire.awake import awake
 from wire.errors import WdmoeError
 
 
 def run_bench(settings: Settings, sections: Sequence[str], out: Path) -> None:
-    """Measure, print a table per section, write one JSON document.
+    """Measure, print a table per section, write one JSON document. Cores stay awake where that can be had: what a
+    sleeping one takes to wake is the machine's, and differs from minute to minute.
 
     Args:
         sections: names of `SECTIONS`; all when empty.
@@ -20,17 +23,19 @@ def run_bench(settings: Settings, sections: Sequence[str], out: Path) -> None:
         WdmoeError: something that a benchmark needs does not come up; what was measured before is kept.
     """
     results: dict[str, list[Result]] = {}
-    for section in sections or tuple(SECTIONS):
-        settings.console.rule(section, align="left")
-        rows = results[section] = []
-        try:
-            for row in importlib.import_module(SECTIONS[section]).measure(settings):
-                rows.append(row)
-                write_document(results, settings, out)
-        except WdmoeError as error:
-            # The other sections may still be measured; the document says that this one is not whole.
-            rows.append(Skipped(section, f"ended by an error: {error}"))
-        print_results(rows, settings.console)
+    with awake() as stays_awake:
+        settings = replace(settings, stays_awake=stays_awake)
+        for section in sections or tuple(SECTIONS):
+            settings.console.rule(section, align="left")
+            rows = results[section] = []
+            try:
+                for row in importlib.import_module(SECTIONS[section]).measure(settings):
+                    rows.append(row)
+                    write_document(results, settings, out)
+            except WdmoeError as error:
+                # The other sections may still be measured; the document says that this one is not whole.
+                rows.append(Skipped(section, f"ended by an error: {error}"))
+            print_results(rows, settings.console)
     write_document(results, settings, out)
     settings.console.print(f"raw samples: {out}", style="dim")
     if not any(isinstance(row, Row) for rows in results.values() for row in rows):

@@ -4,6 +4,7 @@ import itertools
 import socket
 import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -97,7 +98,7 @@ def measure(settings: Settings) -> Iterator[Result]:
 def _sizes(
     settings: Settings, where: str, found: dict[str, list[float]], ways: tuple[MqttTransport, socket.socket]
 ) -> Iterator[Row]:
-    few = Settings(settings.broker, max(30, settings.samples // 5), settings.folder, settings.console)
+    few = replace(settings, samples=max(30, settings.samples // 5))
     for kib in _KIB:
         row = compare(few, where, *ways, max(1, kib // 8), min(kib, 8) * 512)
         found.setdefault(f"frames over MQTT, {where}", []).append(statistics.median(row.ours_ms))

@@ -225,6 +225,7 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         churn: of node processes that the run starts; None for none.
         baselines: None for none.
         limits: of alerts and preflight.
+        stay_awake: keep the cores of the base station's machine from sleeping, see `wire.awake`.
     """
 
     name: Name
@@ -253,6 +254,7 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     churn: Churn | None = None
     baselines: Baselines | None = None
     limits: Limits = Limits()
+    stay_awake: bool = False
 
     @property
     def emulated(self) -> str | None:

@@ -112,6 +112,7 @@ def distributed_site(
         cluster_key=Path(outside.cluster_key) if outside and outside.cluster_key else None,
         resident=ResidentConfig(parse_bytes(plan.resident)) if plan.resident else None,
         draft=plan.draft,
+        stay_awake=plan.stay_awake,
         draft_model=demo_draft() if plan.draft in ("dense", "auto") and "/" not in bundle.name else None,
     )
     with ExitStack() as stack:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from testbed.network.model import ETHERNET_BYTES, MTU_BYTES, AirModel, Direction
 
 _FRAME_BYTES = ETHERNET_BYTES + MTU_BYTES + 4
+_FULL_BYTES = ETHERNET_BYTES + MTU_BYTES
 _BATCH = 64
 """Frames read from one TAP before others get their turn."""
 _BASE_STATION = 0
@@ -87,12 +88,14 @@ class Relay:
         with contextlib.suppress(BlockingIOError):
             for _ in range(_BATCH):
                 frame = os.read(tap, _FRAME_BYTES)
-                receivers = self._receivers(index, frame)
-                for receiver in receivers:
+                for receiver in self._receivers(index, frame):
                     if index == _BASE_STATION:
                         self._model.offer(now, receiver - 1, Direction.DOWN, frame)
                     else:
                         self._model.offer(now, index - 1, Direction.UP, frame)
+                if len(frame) < _FULL_BYTES:
+                    # Presumably the last of a burst: to ask for another costs more than to be told of it.
+                    break
 
     def _receivers(self, sender: int, frame: bytes) -> Sequence[int]:
         """Broadcasts go to everybody on the other side; nodes don't hear each other."""

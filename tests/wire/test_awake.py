@@ -1,0 +1,33 @@
+"""Cores are asked to stay awake for as long as it is wanted, and where that can't be, work goes on."""
+
+import os
+import struct
+from pathlib import Path
+
+import pytest
+
+from wire.awake import DEVICE, awake
+
+
+def _held_us() -> int:
+    """The shortest latency that anybody asks for, as the kernel tells it."""
+    with DEVICE.open("rb", buffering=0) as file:
+        value: int = struct.unpack("=i", file.read(4))[0]
+    return value
+
+
+@pytest.mark.skipif(not os.access(DEVICE, os.R_OK | os.W_OK), reason="needs /dev/cpu_dma_latency")
+def test_the_kernel_is_asked_and_released() -> None:
+    before = _held_us()
+    with awake() as held:
+        assert held
+        assert _held_us() == 0
+    assert _held_us() == before
+
+
+def test_without_the_device_the_reason_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    missing = tmp_path / "cpu_dma_latency"
+    with awake(missing) as held:
+        assert not held
+    assert f"can't open {missing}: No such file or directory" in caplog.text
+    assert not missing.exists()
