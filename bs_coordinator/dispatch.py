@@ -22,28 +22,27 @@ from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.guard import GainGuard, agree, largest_gain
 from bs_coordinator.health import QUARANTINE_S, Health
 from bs_coordinator.holders import Holders
+from bs_coordinator.intake import Answered, Gone, Intake
 from bs_coordinator.join_watch import JoinWatch
 from bs_coordinator.links import LinkMonitor, LinkSample
 from bs_coordinator.links.prober import Prober
-from bs_coordinator.links.train import Attention
 from bs_coordinator.model import ExpertOutput
 from bs_coordinator.records import DispatchRecord
 from bs_coordinator.requests import chosen_experts, plan_requests
 from bs_coordinator.round import Answer, Part, Round, Sent
 from bs_coordinator.telemetry import TelemetryInbox
-from wire import frames, status, tensors
+from wire import frames, tensors
 from wire.errors import (
     BrokerAuthError,
     BrokerError,
     DispatchError,
     ExpertsLostError,
-    FrameError,
     PlacementError,
     WdmoeError,
 )
 from wire.experts import ExpertId, format_selector
-from wire.frames import ErrorFrame, PingFrame, PongFrame, RequestId, ResultFrame, Status, WorkFrame
-from wire.seal import ClusterKey, Seal
+from wire.frames import ErrorFrame, PingFrame, RequestId, ResultFrame, Status, WorkFrame
+from wire.seal import ClusterKey
 from wire.status import SocketFacts
 from wire.tensors import Array, WireDtype
 from wire.topics import Topics
@@ -104,7 +103,7 @@ class Asked:
         self._dispatcher._cancel(self)
 
 
-class _Answered(NamedTuple):
+class _Done(NamedTuple):
     """A round that is done, and how long it took."""
 
     round: Round
@@ -116,10 +115,8 @@ class Dispatcher:
     """All experts of a model, on the nodes of a fleet (`bs_coordinator.model.Experts`).
 
     Attributes:
-        dropped: messages that were not an awaited answer, by reason.
         links: what is known of the nodes and their links.
         health: which nodes are left out.
-        telemetry: what nodes tell of themselves.
     """
 
     def __init__(
@@ -152,9 +149,7 @@ class Dispatcher:
         self._here = here
         self.links = links or LinkMonitor()
         self.health = Health()
-        self.telemetry = TelemetryInbox()
         self.fleet = fleet
-        self.dropped: Counter[str] = Counter()
         self._transport = transport
         self._topics = topics
         self._dtype = dtype
@@ -163,11 +158,8 @@ class Dispatcher:
         self._join_watch = JoinWatch()
         self._guard = GainGuard(fleet.dims.layers)
         self._session = secrets.randbits(64)
-        self._attention = Attention()
         self._next_request = 0
         self._reconnect = reconnect
-        self._cluster_key = cluster_key
-        self._fresh_only = False
         self._broker_sockets = broker_sockets
         self._row_bytes = tensors.encoded_bytes(1, fleet.dims.hidden, dtype)
         self._holders = Holders(
@@ -178,10 +170,11 @@ class Dispatcher:
             last_resort=last_holder_s is None,
         )
         self._prober = Prober(self.links, self.health, self._send_ping, self._new_id)
+        self._intake = Intake(topics, fleet, self.health, self.links, self._prober, cluster_key)
         self._open: list[Asked] = []
-        self._answered: list[_Answered] = []
+        self._done: list[_Done] = []
         self._next_probe_s = 0.0
-        self._subscribe()
+        self._intake.subscribe(transport)
 
     def begin(self, layer: int, hidden: Array, gate: Array) -> "Asked":
         """Ask the nodes (see `Experts.begin`). Several layers' work may be under way at once.
@@ -207,6 +200,16 @@ class Dispatcher:
     def ask(self, node: str, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
         """The same of one node, whatever else is known of it."""
         return self._begin(Asked(self, layer, hidden, gate, node)).result()
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """Messages that were not an awaited answer, by reason."""
+        return self._intake.dropped
+
+    @property
+    def telemetry(self) -> TelemetryInbox:
+        """What nodes tell of themselves."""
+        return self._intake.telemetry
 
     @property
     def holder_names(self) -> Sequence[str]:
@@ -302,23 +305,17 @@ class Dispatcher:
         while (remaining := deadline - time.monotonic()) > 0:
             message = self._receive(remaining)
             if message:
-                self._absorb(message)
-                self._answer(message)
+                self._intake.take(message)
 
     def _receive(self, timeout_s: float) -> Message | None:
         asked_ns = time.perf_counter_ns()
         message = self._transport.receive(timeout_s)
-        self._attention.read(asked_ns, message.arrived_ns if message else time.perf_counter_ns())
+        self._intake.waited(asked_ns, message.arrived_ns if message else time.perf_counter_ns())
         return message
 
     def close(self) -> None:
         """Leave the broker."""
         self._transport.close()
-
-    def _subscribe(self) -> None:
-        self._transport.subscribe(self._topics.status("+"), qos=1)
-        self._transport.subscribe(self._topics.results("+"))
-        self._transport.subscribe(self._topics.telemetry("+"))
 
     def recover(self, lost: BrokerError) -> None:
         """Connect again after a loss, and hear from the nodes again: what they said before, another broker heard.
@@ -342,14 +339,14 @@ class Dispatcher:
     def _rejoin(self, connect: Callable[[], Transport]) -> None:
         self._transport = connect()
         self.fleet.forget()
-        self._fresh_only = True  # a retained status may be a dead node's
+        self._intake.fresh_only = True
         try:
-            self._subscribe()
+            self._intake.subscribe(self._transport)
             deadline = time.monotonic() + _NODES_PATIENCE_S
             while self.fleet.missing() and time.monotonic() < deadline:
                 self.pump(0.1)
         finally:
-            self._fresh_only = False
+            self._intake.fresh_only = False
 
     def _holder(self, layer: int, expert: int) -> str:
         node = self._holders.node(layer, expert)
@@ -435,7 +432,7 @@ class Dispatcher:
             else:
                 output[part.request.rows] += answer.output
         records = tuple(answer.record for _, answer in answered)
-        self._answered.append(_Answered(round, answered, time.perf_counter_ns() - asked.began_ns))
+        self._done.append(_Done(round, answered, time.perf_counter_ns() - asked.began_ns))
         if self.links.shared_air or {part.request.node for part in round.parts}.issuperset(self.fleet.nodes):
             self._probe_meanwhile()
         return ExpertOutput(output, records)
@@ -446,8 +443,8 @@ class Dispatcher:
 
     def _learn(self) -> None:
         """What answered requests say of links and nodes."""
-        answered, self._answered = self._answered, []
-        for round, parts, took_ns in answered:
+        done, self._done = self._done, []
+        for round, parts, took_ns in done:
             self.links.observe([_sample(part, answer.record) for part, answer in parts])
             if round.hand_on and len(round.hidden) == 1:
                 slowest = max((answer.record for _, answer in parts), key=lambda record: record.round_trip_ns).node
@@ -462,11 +459,8 @@ class Dispatcher:
         self._next_request += 1
         return id
 
-    def _seal(self, node: str) -> Seal | None:
-        return self._cluster_key.seal(node) if self._cluster_key else None
-
     def _send_ping(self, node: str, frame: PingFrame) -> tuple[int, int]:
-        payload = frames.encode(frame, seal=self._seal(node))
+        payload = frames.encode(frame, seal=self._intake.seal(node))
         sent_ns = time.perf_counter_ns()
         self._transport.publish(self._topics.work(node), payload)
         return len(payload), sent_ns
@@ -487,7 +481,7 @@ class Dispatcher:
                 hidden=round.rows(request),
                 dtype=self._dtype,
             )
-            payload = frames.encode(frame, seal=self._seal(request.node))
+            payload = frames.encode(frame, seal=self._intake.seal(request.node))
             sent.append((part, frame.id, len(payload), time.perf_counter_ns()))
             self._transport.publish(self._topics.work(request.node), payload)
         # All are on their way before anything is predicted.
@@ -560,21 +554,20 @@ class Dispatcher:
                 self._take_in(message)
 
     def _take_in(self, message: Message) -> None:
-        gone = self._absorb(message)
-        if gone is not None:
-            for round in [asked.round for asked in self._open]:
-                for part in round.open():
-                    if part.request.node == gone and not part.failed:
-                        self._failed(round, part, f"node '{gone}' left while {_experts(round, part)} was asked of it")
-        frame = self._answer(message)
-        if frame is None:
-            return
-        for asked in self._open:
-            awaited = asked.round.awaited(frame.id)
-            if awaited is not None and message.topic == self._topics.results(awaited.request.node):
-                self._take(asked.round, awaited, frame, message)
-                return
-        self.dropped["not awaited"] += 1
+        match self._intake.take(message):
+            case Gone(gone):
+                for round in [asked.round for asked in self._open]:
+                    for part in round.open():
+                        if part.request.node == gone and not part.failed:
+                            why = f"node '{gone}' left while {_experts(round, part)} was asked of it"
+                            self._failed(round, part, why)
+            case Answered(node, frame):
+                for asked in self._open:
+                    awaited = asked.round.awaited(frame.id)
+                    if awaited is not None and node == awaited.request.node:
+                        self._take(asked.round, awaited, frame, message)
+                        return
+                self.dropped["not awaited"] += 1
 
     def _take(self, round: Round, part: Part, frame: ResultFrame | ErrorFrame, message: Message) -> None:
         node = part.request.node
@@ -641,44 +634,6 @@ class Dispatcher:
         gate = part.request.gate(len(round.hidden), self.fleet.dims.experts)
         self._send(round, part.hand_on(plan_requests(gate, holder, max_tokens=self._max_tokens(round.hidden))))
         return True
-
-    def _answer(self, message: Message) -> ResultFrame | ErrorFrame | None:
-        node = self._topics.node_of_result(message.topic)
-        if node is None:
-            if (node := self._topics.node_of_telemetry(message.topic)) is not None:
-                self.telemetry.put(node, message)
-            return None
-        try:
-            frame = frames.decode(message.payload, seal=self._seal(node))
-        except FrameError as error:
-            self.dropped[error.reason] += 1
-            return None
-        if isinstance(frame, ResultFrame | ErrorFrame):
-            return frame
-        if not isinstance(frame, PongFrame):
-            self.dropped["kind"] += 1
-        elif not self._prober.take(frame, node, message, sure=self._attention.sure):
-            self.dropped["not awaited"] += 1
-        return None
-
-    def _absorb(self, message: Message) -> str | None:
-        """Take in a status message; the node's name if it can no longer answer what it was asked."""
-        node = self._topics.node_of_status(message.topic)
-        if node is None or not message.payload:  # an empty payload clears a retained message
-            return None
-        if message.retained and self._fresh_only:
-            return None
-        try:
-            document = status.decode_status(message.payload, node)
-        except FrameError as error:
-            self.dropped[f"status {error.reason}"] += 1
-            return None
-        gone = self.fleet.apply(document)
-        if gone:
-            self.health.forget(node)
-        if document.uplink is not None and document.online:
-            self.links.anchor(node, document.uplink, towards_node=False, time_s=time.perf_counter())
-        return node if gone else None
 
 
 def _experts(round: Round, part: Part) -> str:

@@ -6,7 +6,7 @@ Every message has the same size, which is the hardest case: only probes tell the
 import math
 import statistics
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -22,6 +22,7 @@ from bs_coordinator.brokers import open_broker
 from bs_coordinator.dispatch import Dispatcher
 from bs_coordinator.fleet import Fleet
 from bs_coordinator.readiness import wait_for_experts
+from bs_coordinator.records import DispatchRecord
 from testbed.local_fleet import local_fleet
 from testbed.network import namespaces
 from testbed.network.check import check_node
@@ -37,7 +38,7 @@ from wire.topics import Topics
 _TRUNK_S = 0.003
 """Between two messages, as the base station's own work is."""
 _WARM_UP = 64
-"""Messages of each node before its predictions count."""
+"""Messages of each node before its predictions count, and before its rates are compared."""
 _NEIGHBOURS = 8
 _FOLLOWED = 0.15
 Float = NDArray[np.float64]
@@ -53,8 +54,10 @@ class ProfileAccuracy(Struct, frozen=True, kw_only=True):
         single_error: median |predicted − measured| / measured, jitter included.
         spread: median |measured − typical| / typical: what no prediction can foresee.
         down_error, up_error: median over nodes and time of |estimated − configured| / configured goodput.
-        iperf_node: the node whose links were also measured with iperf3, at the end.
-        iperf_down_error, iperf_up_error: |estimated − iperf3| / iperf3.
+        iperf_node: the node whose link was also measured with iperf3: at the end, when links were held as they were
+            and each had carried 64 more messages, within which a step is to be followed.
+        down_mbps, up_mbps: estimated then.
+        iperf_down_mbps, iperf_up_mbps: measured then.
         step_messages: after a step of the links, messages on each link until the estimated goodput of both directions
             was within 15 % of the new one; −1 for never. Empty without a step.
     """
@@ -67,9 +70,16 @@ class ProfileAccuracy(Struct, frozen=True, kw_only=True):
     down_error: float
     up_error: float
     iperf_node: str
-    iperf_down_error: float
-    iperf_up_error: float
+    down_mbps: float
+    up_mbps: float
+    iperf_down_mbps: float
+    iperf_up_mbps: float
     step_messages: list[int]
+
+    @property
+    def iperf_errors(self) -> tuple[float, float]:
+        """|estimated − iperf3| / iperf3, down and up."""
+        return abs(self.down_mbps / self.iperf_down_mbps - 1), abs(self.up_mbps / self.iperf_up_mbps - 1)
 
 
 class _Trace:
@@ -142,12 +152,7 @@ def measure_accuracy(
 
 
 def _measure_profile(network: EmulatedNetwork, dispatcher: Dispatcher, profile: str, seconds: float) -> ProfileAccuracy:
-    dims, nodes = dispatcher.fleet.dims, network.nodes
     rng = np.random.default_rng(0)
-    hidden = rng.standard_normal((1, dims.hidden)).astype(np.float32)
-    row_bytes = tensors.encoded_bytes(1, dims.hidden, WireDtype.FP16)
-    sizes = {"down_bytes": frames.HEADER_BYTES + 2 * frames.ROW_BYTES + row_bytes}
-    sizes["up_bytes"] = frames.RESULT_BYTES + row_bytes
     dispatcher.links.forget()
     dispatcher.links.shared_air = network.spec.profiles[profile].shared_air
     network.set_profile(profile)
@@ -156,11 +161,7 @@ def _measure_profile(network: EmulatedNetwork, dispatcher: Dispatcher, profile: 
     began = time.monotonic()
     while time.monotonic() - began < seconds:
         at_s = time.monotonic() - began + 1.0
-        chosen = rng.choice(len(nodes), 2, replace=False)
-        gate = np.zeros((1, dims.experts), np.float32)
-        gate[0, chosen] = 0.5
-        predicted = {nodes[k]: dispatcher.links.link_s(nodes[k], **sizes) for k in chosen}
-        _, records = dispatcher.apply(int(rng.integers(dims.layers)), hidden, gate)
+        predicted, records = _exchange(network, dispatcher, rng)
         estimates = {e.node: e.link for e in dispatcher.links.estimates(time.perf_counter())}
         for record in records:
             trace, estimate = traces[record.node], estimates[record.node]
@@ -169,15 +170,35 @@ def _measure_profile(network: EmulatedNetwork, dispatcher: Dispatcher, profile: 
             trace.measured_s.append(record.network_ns / 1e9)
             trace.estimated.append((estimate.down_mbps, estimate.up_mbps))
             trace.true.append((truth.down_mbps, truth.up_mbps))
-        dispatcher.pump(_TRUNK_S)
+    network.hold(network.status().at_s)
+    carried: Counter[str] = Counter()
+    while any(carried[node] < _WARM_UP for node in network.nodes):
+        carried.update(record.node for record in _exchange(network, dispatcher, rng)[1])
     return _summary(network, dispatcher, profile, traces)
+
+
+def _exchange(
+    network: EmulatedNetwork, dispatcher: Dispatcher, rng: np.random.Generator
+) -> tuple[dict[str, float], Sequence[DispatchRecord]]:
+    """One hidden state to two nodes and back: what their links' part was predicted to be, and what it took."""
+    dims, nodes = dispatcher.fleet.dims, network.nodes
+    row_bytes = tensors.encoded_bytes(1, dims.hidden, WireDtype.FP16)
+    down_bytes, up_bytes = frames.HEADER_BYTES + 2 * frames.ROW_BYTES + row_bytes, frames.RESULT_BYTES + row_bytes
+    chosen = rng.choice(len(nodes), 2, replace=False)
+    gate = np.zeros((1, dims.experts), np.float32)
+    gate[0, chosen] = 0.5
+    link_s = dispatcher.links.link_s
+    predicted = {nodes[k]: link_s(nodes[k], down_bytes=down_bytes, up_bytes=up_bytes) for k in chosen}
+    hidden = rng.standard_normal((1, dims.hidden)).astype(np.float32)
+    _, records = dispatcher.apply(int(rng.integers(dims.layers)), hidden, gate)
+    dispatcher.pump(_TRUNK_S)
+    return predicted, records
 
 
 def _summary(
     network: EmulatedNetwork, dispatcher: Dispatcher, profile: str, traces: dict[str, _Trace]
 ) -> ProfileAccuracy:
     node = network.nodes[0]
-    network.hold(network.status().at_s)
     estimate = next(e.link for e in dispatcher.links.estimates(time.perf_counter()) if e.node == node)
     iperf = check_node(network, profile, node)
     counted = list(traces.values())
@@ -200,8 +221,10 @@ def _summary(
         down_error=float(rates_off[0]),
         up_error=float(rates_off[1]),
         iperf_node=node,
-        iperf_down_error=abs(estimate.down_mbps / iperf.down.measured_mbps - 1),
-        iperf_up_error=abs(estimate.up_mbps / iperf.up.measured_mbps - 1),
+        down_mbps=estimate.down_mbps,
+        up_mbps=estimate.up_mbps,
+        iperf_down_mbps=iperf.down.measured_mbps,
+        iperf_up_mbps=iperf.up.measured_mbps,
         step_messages=steps,
     )
 
@@ -214,9 +237,7 @@ def _print(results: Sequence[ProfileAccuracy], console: Console) -> None:
     ):  # fmt: skip
         table.add_column(column, justify="left" if column == "profile" else "right")
     for r in results:
-        shares = (
-            r.error, r.single_error, r.spread, r.down_error, r.up_error, r.iperf_down_error, r.iperf_up_error,
-        )  # fmt: skip
+        shares = (r.error, r.single_error, r.spread, r.down_error, r.up_error, *r.iperf_errors)
         followed = [count if count >= 0 else math.inf for count in r.step_messages]
         step = f"{statistics.median(followed):.0f}" if followed else "–"
         table.add_row(r.profile, str(r.messages), *(f"{100 * share:.1f}" for share in shares), step)

@@ -24,8 +24,8 @@ PROBE_EVERY_S = 0.1
 _HURRIED_EVERY_S = 0.02
 _TRAIN_EVERY_S = 0.5
 """Between two trains on a link that is in use, the directions in turn."""
-_TRAIN_SHARE = 0.02
-"""Of each direction's time, or of shared air, that trains may take while nothing is wrong."""
+_TRAIN_SHARE, _HURRIED_SHARE = 0.02, 0.25
+"""Of each direction's time that trains may take while nothing is wrong; of shared air, then and else."""
 _CHECK_EVERY_S = 3.0
 """When one link has jumped, the others are looked at: what they share may be the reason. Not more often than this."""
 _LOST_S = 2.0
@@ -165,8 +165,10 @@ class LinkMonitor:
             if node.link.alarms > alarms:
                 # Trains that found a jump have measured it already; the other direction may have jumped as well.
                 self._jumped(node, sample.time_s, wanted=_CHECK if sample.train else _AFTER_JUMP)
-            elif sample.train and (node.link.down_trains.odd or node.link.up_trains.odd):
-                node.wanted = node.wanted or list(_CHECK)
+            elif sample.train and not node.wanted:
+                # Chance or change: the next one of that direction tells.
+                odd = (node.link.down_trains if sample.down_bytes else node.link.up_trains).odd
+                node.wanted = [_Kind.DOWN if sample.down_bytes else _Kind.UP] if odd else []
             if sample.rows:
                 node.worked_s = sample.time_s
                 node.most_rows = max(node.most_rows, sample.rows)
@@ -208,8 +210,8 @@ class LinkMonitor:
         hurried = any(node.wanted for _, node in known)
         pause_s = _HURRIED_EVERY_S if hurried else PROBE_EVERY_S
         if self.shared_air:
-            # Who shares the air with the last probe waits for it; in quiet times much longer.
-            pause_s += self._last_air_s / (1.0 if hurried else _TRAIN_SHARE)
+            # Who shares the air with the last probe waits for it, and has to share it with answers.
+            pause_s += self._last_air_s / (_HURRIED_SHARE if hurried else _TRAIN_SHARE)
         if now_s < self._last_probe_s + pause_s:
             return None
         candidates = [
