@@ -165,10 +165,13 @@ class LinkMonitor:
             if node.link.alarms > alarms:
                 # Trains that found a jump have measured it already; the other direction may have jumped as well.
                 self._jumped(node, sample.time_s, wanted=_CHECK if sample.train else _AFTER_JUMP)
-            elif sample.train and not node.wanted:
+            elif sample.train:
                 # Chance or change: the next one of that direction tells.
-                odd = (node.link.down_trains if sample.down_bytes else node.link.up_trains).odd
-                node.wanted = [_Kind.DOWN if sample.down_bytes else _Kind.UP] if odd else []
+                trains, kind = (
+                    (node.link.down_trains, _Kind.DOWN) if sample.down_bytes else (node.link.up_trains, _Kind.UP)
+                )
+                if trains.odd and kind not in node.wanted:
+                    node.wanted.append(kind)
             if sample.rows:
                 node.worked_s = sample.time_s
                 node.most_rows = max(node.most_rows, sample.rows)
