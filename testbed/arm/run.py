@@ -202,15 +202,8 @@ def _result(
 
 
 def _write(results: Sequence[BoardResult], userland: Userland, settings: Settings) -> None:
-    commit, dirty = facts.commit()
     document: dict[str, Any] = {
-        "schema": SCHEMA,
-        "commit": commit,
-        "dirty": dirty,
-        "unix_s": int(time.time()),
-        "argv": facts.argv(),
-        "versions": facts.versions(),
-        "machine": facts.machine(),
+        **facts.of_result(SCHEMA),
         "qemu": userland.qemu_version(),
         "boards": [msgspec.to_builtins(board) for board in settings.boards],
         "wheels": userland.wheels(),

@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -45,15 +44,8 @@ def print_results(results: Sequence[Result], console: Console) -> None:
 
 def write_document(results: dict[str, list[Result]], settings: Settings, out: Path) -> None:
     """Everything that was measured so far, with every sample."""
-    commit, dirty = facts.commit()
     document: dict[str, Any] = {
-        "schema": SCHEMA,
-        "commit": commit,
-        "dirty": dirty,
-        "unix_s": int(time.time()),
-        "argv": facts.argv(),
-        "versions": facts.versions(),
-        "machine": {**facts.machine(), **facts.power()},
+        **facts.of_result(SCHEMA),
         "parameters": {
             "broker": settings.broker,
             "samples": settings.samples,

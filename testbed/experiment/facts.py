@@ -6,6 +6,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,20 @@ def machine() -> dict[str, Any]:
         "ram_bytes": psutil.virtual_memory().total,
         "system": platform.platform(),
         "load_1min": os.getloadavg()[0],
+    }
+
+
+def of_result(schema: int) -> dict[str, Any]:
+    """What every document of results begins with: when, where and by what it was made."""
+    sha, dirty = commit()
+    return {
+        "schema": schema,
+        "commit": sha,
+        "dirty": dirty,
+        "unix_s": int(time.time()),
+        "argv": argv(),
+        "versions": versions(),
+        "machine": {**machine(), **power()},
     }
 
 
