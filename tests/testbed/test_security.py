@@ -109,7 +109,7 @@ def _received(transport: MqttTransport, seconds: float = 1.0) -> list[tuple[str,
 def test_a_node_reads_its_own_work_only(site: Site) -> None:
     with closing(site.connect("bs", "bs")) as bs, closing(site.connect("a", "a")) as a:
         a.subscribe(TOPICS.work("a"))
-        for topic in (TOPICS.work("b"), TOPICS.work("+"), TOPICS.results("+"), "#"):
+        for topic in (TOPICS.work("b"), TOPICS.work("+"), TOPICS.results("+"), TOPICS.telemetry("+"), "#"):
             try:
                 a.subscribe(topic)
             except BrokerAuthError:
@@ -123,10 +123,14 @@ def test_a_node_speaks_for_itself_only(site: Site) -> None:
     with closing(site.connect("bs", "bs")) as bs, closing(site.connect("a", "a")) as a:
         bs.subscribe(TOPICS.results("+"))
         bs.subscribe(TOPICS.status("+"), qos=1)
-        for topic in (TOPICS.results("b"), TOPICS.status("b"), TOPICS.work("b"), TOPICS.echo("t-bs")):
+        bs.subscribe(TOPICS.telemetry("+"))
+        others = (TOPICS.results("b"), TOPICS.status("b"), TOPICS.telemetry("b"), TOPICS.work("b"), TOPICS.echo("t-bs"))
+        for topic in others:
             a.publish(topic, b"not mine")
-        a.publish(TOPICS.results("a"), b"mine")
-        assert _received(bs) == [(TOPICS.results("a"), b"mine")]
+        mine = [(TOPICS.results("a"), b"mine"), (TOPICS.telemetry("a"), b"mine as well")]
+        for topic, payload in mine:
+            a.publish(topic, payload)
+        assert _received(bs) == mine
 
 
 # paho leaves a socket whose handshake failed to the garbage collector.
