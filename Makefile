@@ -5,11 +5,11 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench reproduce chaos arm fleet-proof clean
+.PHONY: help demo test test-slow check bench reproduce chaos arm fleet-proof clean
 
 help:
 	@echo "make demo   set everything up, build the demo model and bundle, answer three questions over MQTT"
-	@echo "make test   set everything up and run all tests"
+	@echo "make test   set everything up and run the tests, but for those that take minutes: make test-slow"
 	@echo "make check  formatting, lint and types"
 	@echo "make bench  benchmarks: a table, and JSON with raw samples under runs/"
 	@echo "make reproduce DATA=folder  the README's table of policies, as root, in about half an hour"
@@ -28,7 +28,10 @@ demo: $(READY)
 	$(BIN)/wdmoe-testbed demo
 
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/pytest -m slow
 
 check: $(READY)
 	$(BIN)/ruff format --check .

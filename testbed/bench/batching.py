@@ -13,7 +13,7 @@ from bs_coordinator.scheduler import Scheduler
 from bs_coordinator.station import Station
 from testbed.bench.chat_prompts import CHAT_PROMPTS
 from testbed.bench.rows import Result, Row, Settings, Skipped
-from testbed.bench.speculation import RTT_MS, open_site
+from testbed.bench.speculation import EIGHT, RTT_MS, open_site
 from testbed.bench.system import why_not
 
 _COUNTS = (1, 2, 4, 8, 16)
@@ -26,7 +26,7 @@ def measure(settings: Settings) -> Iterator[Result]:
     if why := why_not():
         yield Skipped(f"concurrent sequences, {RTT_MS:g} ms", why)
         return
-    with open_site(settings) as station:
+    with open_site(settings, EIGHT) as station:
         batches = [_Batch(station, count) for count in _COUNTS]
         for _ in range(_ROUNDS):
             for batch in batches:

@@ -81,5 +81,11 @@ _WITH_MATERIAL = (
     f"Write a polite reply to this email that asks for another day:\n\n{_EMAIL}",
 )
 
-CHAT_PROMPTS: tuple[str, ...] = tuple(p for pair in zip(PROMPTS, _WITH_MATERIAL, strict=True) for p in pair)
+_MORE = (
+    "What should I pack for a weekend in the mountains?",
+    f"Write the method size of this class. Show the whole class:\n\n{_CLASS}",
+    "Explain to a beginner what a router does.",
+    f"Print this table again with the cities in capital letters:\n\n{_CSV}",
+)
+CHAT_PROMPTS: tuple[str, ...] = (*(p for pair in zip(PROMPTS, _WITH_MATERIAL, strict=True) for p in pair), *_MORE)
 """Both kinds in turns, so that any first few hold as many of each."""

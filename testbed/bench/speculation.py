@@ -1,12 +1,13 @@
-"""Chat answers with drafts against the same answers without, over an emulated network: 8 nodes, 5 ms round trips.
+"""Chat answers with drafts against the same answers without, over an emulated network with round trips of 5 ms.
 
-Answers take seconds each: they are appended to `answers.jsonl` as they come, and a run that was interrupted goes on
-where it stopped.
+On eight nodes with an expert of each layer, and on four with two: guesses ask more experts, which is more messages there
+and fewer here. Answers take seconds each: they are appended to a file as they come, and a run that was interrupted goes
+on where it stopped.
 """
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from testbed.bench.system import running, why_not
 from testbed.demo_assets import demo_bundle, demo_draft
 
 RTT_MS = 5.0
-NODES = {f"node{k}": f"L*:E{k}" for k in range(8)}
+EIGHT = {f"node{k}": f"L*:E{k}" for k in range(8)}
+_FOUR = {f"node{k}": f"L*:E{k},{k + 4}" for k in range(4)}
 _ARMS: tuple[DraftMode, ...] = ("none", "auto")
 _MAX_TOKENS = 40
 _WARM_UP_TOKENS = 8
@@ -53,14 +55,21 @@ class _Answer(Struct, frozen=True, kw_only=True):
 
 
 def measure(settings: Settings) -> Iterator[Result]:
-    """A row per kind of draft; each prompt is answered by all of them and plainly, who is first changes."""
-    name = f"chat answers with drafts, {RTT_MS:g} ms"
-    if why := why_not():
-        yield Skipped(name, why)
-        return
-    log = settings.folder / "answers.jsonl"
+    """Rows per number of nodes and kind of draft; all kinds answer each prompt, and plainly; who is first changes."""
+    for nodes in (EIGHT, _FOUR):
+        name = f"chat answers with drafts, {RTT_MS:g} ms, {len(nodes)} nodes"
+        if why := why_not():
+            yield Skipped(name, why)
+            continue
+        done = _answers(settings, nodes)
+        for arm in _ARMS[1:]:
+            yield _row(f"{name}, {arm}", [(done[n, arm], done[n, "none"]) for n, a in sorted(done) if a == arm])
+
+
+def _answers(settings: Settings, nodes: Mapping[str, str]) -> dict[tuple[int, DraftMode], _Answer]:
+    log = settings.folder / f"answers-{len(nodes)}.jsonl"
     done = _read(log)
-    with open_site(settings) as station, log.open("ab", buffering=0) as file:
+    with open_site(settings, nodes) as station, log.open("ab", buffering=0) as file:
         shared = {arm: station.speculation.anew(arm) for arm in _ARMS}
         for arm in _ARMS:
             _answer(station, -1, "Say hello.", shared[arm], _WARM_UP_TOKENS)
@@ -71,8 +80,7 @@ def measure(settings: Settings) -> Iterator[Result]:
                     answer = done[number, arm] = _answer(station, number, prompt, shared[arm], _MAX_TOKENS)
                     file.write(msgspec.json.encode(answer) + b"\n")
             settings.console.print(_line(prompt, [done[number, arm] for arm in _ARMS]), style="dim", highlight=False)
-    for arm in _ARMS[1:]:
-        yield _row(f"{name}, {arm}", [(done[n, arm], done[n, "none"]) for n, a in sorted(done) if a == arm])
+    return done
 
 
 def _read(log: Path) -> dict[tuple[int, DraftMode], _Answer]:
@@ -83,10 +91,14 @@ def _read(log: Path) -> dict[tuple[int, DraftMode], _Answer]:
 
 
 @contextmanager
-def open_site(settings: Settings) -> Iterator[Station]:
-    """Eight nodes with an expert of every layer each, on links of their own."""
+def open_site(settings: Settings, nodes: Mapping[str, str]) -> Iterator[Station]:
+    """Nodes on links of their own.
+
+    Args:
+        nodes: experts by node.
+    """
     bundle, draft = demo_bundle("int4", console=settings.console), demo_draft(console=settings.console)
-    with running(settings, bundle, nodes=NODES, rtts_ms=[RTT_MS], draft="auto", draft_model=draft) as system:
+    with running(settings, bundle, nodes=nodes, rtts_ms=[RTT_MS], draft="auto", draft_model=draft) as system:
         system.station.dispatcher.measure_links(1.0)
         yield system.station
 
