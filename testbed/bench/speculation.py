@@ -1,8 +1,8 @@
 """Chat answers with drafts against the same answers without, over an emulated network with round trips of 5 ms.
 
-On eight nodes with an expert of each layer, and on four with two: guesses ask more experts, which is more messages there
-and fewer here. Answers take seconds each: they are appended to a file as they come, and a run that was interrupted goes
-on where it stopped.
+On eight nodes with an expert of each layer, and on four with two: guesses ask more experts, which is more messages
+there and fewer here. Answers take seconds each: they are appended to a file as they come, and a run that was
+interrupted goes on where it stopped.
 """
 
 import statistics
