@@ -22,8 +22,10 @@ from wire.status import SocketFacts
 PROBE_EVERY_S = 0.1
 """Between two probes of the fleet, while nothing is wrong."""
 _HURRIED_EVERY_S = 0.02
-_TRAIN_EVERY_S = 0.5
-"""Between two trains on a link that is in use, the directions in turn."""
+_TRAIN_EVERY_S, _SURE_EVERY_S = 0.5, 2.0
+"""Between two trains on a link that is in use, the directions in turn; and where both rates are well known."""
+_SURE_RATE = 0.08
+"""Relative standard deviation of a rate that is."""
 _TRAIN_SHARE, _HURRIED_SHARE = 0.02, 0.25
 """Of each direction's time that trains may take while nothing is wrong; of shared air, then and else."""
 _CHECK_EVERY_S = 3.0
@@ -230,7 +232,8 @@ class LinkMonitor:
         probe, self._last_air_s = _probe(name, node, _next_kind(node, now_s))
         if probe.count > 1:
             # The directions take turns, so that each has twice that time.
-            node.next_train_s = now_s + max(_TRAIN_EVERY_S, 0.5 * self._last_air_s / _TRAIN_SHARE)
+            every_s = _SURE_EVERY_S if max(node.link.relative_std()[1:]) < _SURE_RATE else _TRAIN_EVERY_S
+            node.next_train_s = now_s + max(every_s, 0.5 * self._last_air_s / _TRAIN_SHARE)
         return probe
 
     def forecast(
