@@ -43,7 +43,7 @@ bench: $(READY)
 
 reproduce: $(READY)
 	@test -n "$(DATA)" || { echo "say make reproduce DATA=folder with arc_easy_test.jsonl and piqa_valid.jsonl (docs/measurement.md)" >&2; exit 2; }
-	$(BIN)/wdmoe-testbed run testbed/experiment/plans/policies.yaml --data $(DATA) --out runs/policies
+	OMP_WAIT_POLICY=passive $(BIN)/wdmoe-testbed run testbed/experiment/plans/policies.yaml --data $(DATA) --out runs/policies
 	$(BIN)/wdmoe-testbed report runs/policies
 
 chaos: $(READY)

@@ -107,12 +107,18 @@ def local_fleet(
     threads: int = 1,
     prefixes: Mapping[str, Sequence[str]] | None = None,
 ) -> Iterator[LocalFleet]:
-    """A fleet that lives as long as the context.
+    """A fleet that lives as long as the context. Meanwhile this process's trunk has as many threads as nodes leave cores:
+    those of torch's pool spin while they wait, on cores that nodes and network need.
 
     Args:
         prefixes: by node, see `LocalFleet.start`.
     """
+    # Imported here: `LocalFleet` does without.
+    import torch
+
     fleet = LocalFleet(bundle, address, folder)
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before - threads * len(experts_by_node)))
     try:
         for node, experts in experts_by_node.items():
             fleet.start(node, experts, threads=threads, prefix=(prefixes or {}).get(node, ()))
@@ -121,4 +127,5 @@ def local_fleet(
         fleet.check()
         yield fleet
     finally:
+        torch.set_num_threads(before)
         fleet.stop()

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import torch
 
 from bs_coordinator.brokers import mosquitto_path, open_broker
 from bs_coordinator.speculation import DraftMode
@@ -67,8 +66,6 @@ def running(
 ) -> Iterator[System]:  # fmt: skip
     """Dedicated links of `DEDICATED_MBPS` each way; this thread is on the base station meanwhile.
 
-    The trunk has one thread: others of its pool would spin on the cores that nodes and network need here.
-
     Args:
         nodes: experts by node.
         rtts_ms: there is a profile `rtt<ms>` for each.
@@ -81,7 +78,6 @@ def running(
     with atomic_write(spec) as file:
         file.write(_spec(list(nodes), rtts_ms).encode())
     with (
-        _threads(1),
         emulated(spec) as network,
         namespaces.inside(namespaces.namespace(network.spec.name, BASE_STATION)),
         open_broker("mosquitto", host=network.bs_address) as address,
@@ -98,16 +94,6 @@ def running(
             "relay": [network.status().pid],
         }
         yield System(network, station, processes)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _spec(nodes: Sequence[str], rtts_ms: Sequence[float]) -> str:
