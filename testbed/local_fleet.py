@@ -107,8 +107,8 @@ def local_fleet(
     threads: int = 1,
     prefixes: Mapping[str, Sequence[str]] | None = None,
 ) -> Iterator[LocalFleet]:
-    """A fleet that lives as long as the context. Meanwhile torch has as many threads here as nodes leave cores: those of
-    its pool spin while they wait, on cores that nodes and network need.
+    """A fleet that lives as long as the context. Meanwhile torch has as many threads here as nodes leave cores: its
+    pool spins while it waits, on cores that nodes and network need.
 
     Args:
         prefixes: by node, see `LocalFleet.start`.
