@@ -57,6 +57,7 @@ def test_a_short_run_on_localhost(run: Run, tmp_path: Path) -> None:
     assert sum(answer["resumed"] for answer in answers) >= 1
 
 
+@pytest.mark.slow
 def test_a_short_soak_grows_nothing_and_logs_every_layer(run: Run, tmp_path: Path) -> None:
     done = run("testbed", "soak", "--tokens", 300, "--churn", 5, "--out", tmp_path / "soak")
     assert done.returncode == 0, done.stderr

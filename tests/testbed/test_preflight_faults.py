@@ -59,7 +59,7 @@ def _why_not() -> str:
     return f"needs {', '.join(lacks)}" if lacks else ""
 
 
-pytestmark = pytest.mark.skipif(bool(_why_not()), reason=_why_not())
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(_why_not()), reason=_why_not())]
 
 
 @pytest.fixture(scope="module")
