@@ -1,6 +1,6 @@
 """How each command of this project ends: one clear line and an exit code, never a traceback.
 
-Commands are click commands. `--debug` in front of any of them keeps the traceback for developers.
+Commands are click commands. `WDMOE_DEBUG=1` in the environment keeps the traceback for developers.
 """
 
 import errno

@@ -19,6 +19,9 @@
     │   └── ExpertsLostError     41   … and nobody else holds what it was asked for
     ├── ContextLengthError       42   the prompt is longer than the model's context
     ├── ShapingError             43   the down-link can't be shaped as asked
+    ├── BusyError                44   more is asked at once than is served
+    ├── ServeError               45   the HTTP interface can't be opened as asked
+    ├── TrunkError               46   the GPU that the trunk runs on failed
     ├── FrameError               50   bytes that are not a valid frame (counted and dropped, rarely fatal)
     ├── KeyFileError             51   a key file is missing, not one, or can be read by others
     ├── PlanError                60   an experiment's plan is wrong
@@ -30,6 +33,7 @@
     ├── NetworkError             66   an emulated network is not up, or not what was configured
     ├── SimulationError          67   a radio setting or a routing trace can't be used
     ├── ChaosError               68   under faults an answer was wrong, hung or crashed
+    ├── FuzzError                69   a reader neither understood nor refused an input
     ├── MachineError             71   machines to try deployment on can't be made or do not come up
     ├── FleetError               72   a deployment can't be made, or failed on some hosts
     ├── EmulationError           73   another processor can't be emulated here

@@ -7,8 +7,8 @@ from testbed.experiment.plan import Cell, Choice, Generate, Plan, expand
 TOKEN_S = 0.12
 """Of the demo model on two x86-64 cores that also run eight nodes; links come on top."""
 PROMPT_S = 0.6
-ITEM_S = 0.45
-"""One question with its choices, in a batch."""
+ITEM_S = 0.2
+"""One question with its choices, in a batch, in one process."""
 TEXT_S = 1.5
 START_S = 6.0
 
@@ -43,8 +43,8 @@ def estimate(plan: Plan) -> Estimate:
         elif isinstance(workload, Choice):
             items += workload.count
         else:
-            # Without reading the data set the number of its domains is unknown; ours has eight.
-            texts += 8 * workload.texts if isinstance(workload.texts, int) else len(workload.texts)
+            # Without reading the data set the number of its domains is unknown; ours has twelve.
+            texts += 12 * workload.texts if isinstance(workload.texts, int) else len(workload.texts)
     on_nodes = sum(plan.workload(cell.workload).where == "distributed" for cell in cells)
     seconds = (
         tokens * TOKEN_S

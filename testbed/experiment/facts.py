@@ -22,9 +22,10 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def commit() -> tuple[str, bool]:
-    """The project's commit and whether files differ from it; `unknown` for an installed package."""
+    """The project's commit and whether its files differ from it; `unknown` for an installed package. What lies beside them,
+    such as a bundle or keys, makes no difference."""
     head = output("git", "-C", str(_ROOT), "rev-parse", "HEAD")
-    return (head, bool(output("git", "-C", str(_ROOT), "status", "--porcelain"))) if head else ("unknown", False)
+    return (head, bool(output("git", "-C", str(_ROOT), "status", "--porcelain", "--untracked-files=no"))) if head else ("unknown", False)
 
 
 def versions() -> dict[str, str]:

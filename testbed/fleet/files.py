@@ -25,14 +25,14 @@ class Needed(Struct, frozen=True):
 
 
 def needed_files(bundle: Path, *, experts: str | None, trunk: bool) -> Needed:
-    """The files of `bundle` for a node (its experts) or a base station (the trunk).
+    """The files of `bundle` for a node (its experts) or a base station (the trunk, and a draft model if there is one).
 
     Raises:
         BundleError: it is no bundle, or was exported without one of the experts.
         ValueError: `experts` is no selector for this model.
     """
     manifest = load_manifest(bundle)
-    files = list(manifest.trunk) if trunk else []
+    files = [*manifest.trunk, *manifest.draft] if trunk else []
     if experts is not None:
         files += expert_files(manifest, experts)
     files += [_entry(bundle, name) for name in (SIGNATURE_NAME, MANIFEST_NAME) if (bundle / name).is_file()]

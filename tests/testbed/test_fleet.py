@@ -23,7 +23,7 @@ from testbed.fleet.wheelhouse import LOCK, Target, lock, release_name, source_ro
 from testbed.keys.folder import KeyFolder
 from tests.conftest import Run
 from wire.errors import BundleError, FleetError
-from wire.manifest import MANIFEST_NAME, Scheme, load_manifest, verify_file
+from wire.manifest import MANIFEST_NAME, FileEntry, Scheme, load_manifest, verify_file
 from wire.signature import check_signature
 
 Bundle = Callable[[Scheme], Path]
@@ -128,6 +128,15 @@ class TestFiles:
         needed = msgspec.json.decode(run("testbed", "fleet", "files", bundle, "--trunk").stdout, type=Needed)
         trunk = {file.path for file in load_manifest(bundle).trunk}
         assert {file.path for file in needed.files} == trunk | {MANIFEST_NAME}
+
+    def test_the_base_station_gets_the_bundle_s_draft_model(self, tiny_bundle: Bundle, tmp_path: Path) -> None:
+        bundle = tmp_path / "bundle"
+        shutil.copytree(tiny_bundle("int4"), bundle)
+        manifest = load_manifest(bundle)
+        draft = FileEntry(path="draft/model.onnx", bytes=7, sha256="0" * 64)
+        (bundle / MANIFEST_NAME).write_bytes(msgspec.json.encode(msgspec.structs.replace(manifest, draft=(draft,))))
+        assert draft in needed_files(bundle, experts=None, trunk=True).files
+        assert draft not in needed_files(bundle, experts="L*:E0", trunk=False).files
 
     def test_wrong_experts_are_said(self, tiny_bundle: Bundle, run: Run) -> None:
         done = run("testbed", "fleet", "files", tiny_bundle("int4"), "--experts", "L*:E99")
