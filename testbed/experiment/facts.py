@@ -22,10 +22,14 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def commit() -> tuple[str, bool]:
-    """The project's commit and whether its files differ from it; `unknown` for an installed package. What lies beside them,
-    such as a bundle or keys, makes no difference."""
-    head = output("git", "-C", str(_ROOT), "rev-parse", "HEAD")
-    return (head, bool(output("git", "-C", str(_ROOT), "status", "--porcelain", "--untracked-files=no"))) if head else ("unknown", False)
+    """The project's commit and whether its files differ from it; `unknown` for an installed package.
+
+    What lies beside them, such as a bundle or keys, makes no difference.
+    """
+    git = ("git", "-C", str(_ROOT))
+    if not (head := output(*git, "rev-parse", "HEAD")):
+        return "unknown", False
+    return head, bool(output(*git, "status", "--porcelain", "--untracked-files=no"))
 
 
 def versions() -> dict[str, str]:
