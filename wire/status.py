@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from wire.documents import decode_document
 from wire.errors import FrameError
 from wire.experts import ExpertId, parse_selector
 from wire.manifest import Dims
@@ -147,22 +148,16 @@ def encode_status(status: NodeStatus) -> bytes:
     return msgspec.json.encode(status)
 
 
+_decoder = msgspec.json.Decoder(NodeStatus)
+
+
 def decode_status(payload: bytes, node: str) -> NodeStatus:
     """The status in `payload`, which arrived on the status topic of `node`.
 
     Raises:
         FrameError: it is too long, not valid, of another schema, or speaks for another node.
     """
-    if len(payload) > MAX_STATUS_BYTES:
-        raise FrameError("length", f"status of {len(payload)} bytes exceeds {MAX_STATUS_BYTES}")
-    try:
-        status = msgspec.json.decode(payload, type=NodeStatus)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise FrameError("status", f"not a status document: {error}") from None
-    if status.schema != SCHEMA:
-        raise FrameError("version", f"status schema {status.schema}, this side reads {SCHEMA}")
-    if status.node != node:
-        raise FrameError("node", f"status speaks for '{status.node}' on the topic of '{node}'")
+    status = decode_document(payload, node, _decoder, what="status", most_bytes=MAX_STATUS_BYTES, schema=SCHEMA)
     try:
         status.expert_ids()
     except ValueError as error:

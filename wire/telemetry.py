@@ -9,7 +9,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from wire.errors import FrameError
+from wire.documents import decode_document
 
 SCHEMA = 1
 MAX_TELEMETRY_BYTES = 16 << 10
@@ -176,14 +176,4 @@ def decode_telemetry(payload: bytes, node: str) -> Telemetry:
     Raises:
         FrameError: it is too long, not valid, of another schema, or speaks for another node.
     """
-    if len(payload) > MAX_TELEMETRY_BYTES:
-        raise FrameError("length", f"telemetry of {len(payload)} bytes exceeds {MAX_TELEMETRY_BYTES}")
-    try:
-        telemetry = _decoder.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise FrameError("telemetry", f"not a telemetry document: {error}") from None
-    if telemetry.schema != SCHEMA:
-        raise FrameError("version", f"telemetry schema {telemetry.schema}, this side reads {SCHEMA}")
-    if telemetry.node != node:
-        raise FrameError("node", f"telemetry speaks for '{telemetry.node}' on the topic of '{node}'")
-    return telemetry
+    return decode_document(payload, node, _decoder, what="telemetry", most_bytes=MAX_TELEMETRY_BYTES, schema=SCHEMA)
