@@ -129,6 +129,7 @@ def test_equal_runs_give_equal_archives_and_results_stay(finished: RunDir, key: 
     assert done.returncode == 0
 
 
+@pytest.mark.slow
 def test_report_and_compare_work_from_the_archive_alone(run: Run, finished: RunDir, key: Path, tmp_path: Path) -> None:
     archive = tmp_path / "shelf.tar.zst"
     made = run("testbed", "export", finished.path, "-o", archive, "--key", key, timeout=300)

@@ -108,6 +108,7 @@ def test_links_are_measured_and_decide(run: Run, plan: Path) -> None:
     assert distant - near == pytest.approx(0.022, abs=0.008)
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed_on_a_new_network(run: Run, plan: Path, tiny_bundle: Bundle) -> None:
     plan.write_text(PLAN.format(bundle=tiny_bundle("int4"), repetitions=3))
     folder = plan.parent / "run"

@@ -110,6 +110,7 @@ def restartable(tmp_path: Path, tiny_bundle: Callable[[Scheme], Path]) -> Iterat
         fleet.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("down_s", [0.0, 6.0])
 def test_a_broker_restart_in_mid_answer(restartable: tuple[LocalFleet, ExitStack], down_s: float) -> None:
     fleet, broker = restartable

@@ -356,6 +356,7 @@ def test_preflight_says_what_a_plan_lacks(run: Run, plan_path: Path, tmp_path: P
     assert bad.stdout.count("fail") == 3
 
 
+@pytest.mark.slow
 def test_preflight_asks_running_nodes(run: Run, fleet: LocalFleet, tmp_path: Path) -> None:
     plan_path = tmp_path / "plan.yaml"
     plan_path.write_text(

@@ -282,6 +282,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_broker_that_lies_is_not_believed(
     site: Site, sealed: tuple[Path, list[object]], run: Run, tmp_path: Path
 ) -> None:

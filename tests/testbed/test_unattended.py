@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from testbed.experiment.baselines import read_baselines
 from testbed.experiment.rundir import RunDir
 from tests.conftest import Run
@@ -27,6 +29,7 @@ workloads:
 """
 
 
+@pytest.mark.slow
 def test_a_run_survives_lost_nodes_and_tells_of_them(
     run: Run, tiny_bundle: Callable[[Scheme], Path], tmp_path: Path
 ) -> None:
