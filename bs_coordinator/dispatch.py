@@ -42,7 +42,7 @@ from wire.errors import (
 )
 from wire.experts import ExpertId, format_selector
 from wire.frames import ErrorFrame, PingFrame, RequestId, ResultFrame, Status, WorkFrame
-from wire.seal import ClusterKey
+from wire.seal import ClusterKey, Seal
 from wire.status import SocketFacts
 from wire.tensors import Array, WireDtype
 from wire.topics import Topics
@@ -160,6 +160,7 @@ class Dispatcher:
         self._session = secrets.randbits(64)
         self._next_request = 0
         self._reconnect = reconnect
+        self._cluster_key = cluster_key
         self._broker_sockets = broker_sockets
         self._row_bytes = tensors.encoded_bytes(1, fleet.dims.hidden, dtype)
         self._holders = Holders(
@@ -170,7 +171,7 @@ class Dispatcher:
             last_resort=last_holder_s is None,
         )
         self._prober = Prober(self.links, self.health, self._send_ping, self._new_id)
-        self._intake = Intake(topics, fleet, self.health, self.links, self._prober, cluster_key)
+        self._intake = Intake(topics, fleet, self.health, self.links, self._prober, self._seal)
         self._open: list[Asked] = []
         self._done: list[_Done] = []
         self._next_probe_s = 0.0
@@ -459,8 +460,11 @@ class Dispatcher:
         self._next_request += 1
         return id
 
+    def _seal(self, node: str) -> Seal | None:
+        return self._cluster_key.seal(node) if self._cluster_key else None
+
     def _send_ping(self, node: str, frame: PingFrame) -> tuple[int, int]:
-        payload = frames.encode(frame, seal=self._intake.seal(node))
+        payload = frames.encode(frame, seal=self._seal(node))
         sent_ns = time.perf_counter_ns()
         self._transport.publish(self._topics.work(node), payload)
         return len(payload), sent_ns
@@ -481,7 +485,7 @@ class Dispatcher:
                 hidden=round.rows(request),
                 dtype=self._dtype,
             )
-            payload = frames.encode(frame, seal=self._intake.seal(request.node))
+            payload = frames.encode(frame, seal=self._seal(request.node))
             sent.append((part, frame.id, len(payload), time.perf_counter_ns()))
             self._transport.publish(self._topics.work(request.node), payload)
         # All are on their way before anything is predicted.

@@ -2,6 +2,7 @@
 is counted and dropped."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 from bs_coordinator.fleet import Fleet
@@ -13,7 +14,7 @@ from bs_coordinator.telemetry import TelemetryInbox
 from wire import frames, status
 from wire.errors import FrameError
 from wire.frames import ErrorFrame, PongFrame, ResultFrame
-from wire.seal import ClusterKey, Seal
+from wire.seal import Seal
 from wire.topics import Topics
 from wire.transport import Message, Transport
 
@@ -47,12 +48,12 @@ class Intake:
         health: Health,
         links: LinkMonitor,
         prober: Prober,
-        cluster_key: ClusterKey | None,
+        seal: Callable[[str], Seal | None],
     ) -> None:
         """Nothing has come yet.
 
         Args:
-            cluster_key: take only frames with a tag made with it; None: only frames that have none.
+            seal: by node, what its frames are tagged with; None: only frames without a tag are taken.
         """
         self.dropped: Counter[str] = Counter()
         self.telemetry = TelemetryInbox()
@@ -62,7 +63,7 @@ class Intake:
         self._health = health
         self._links = links
         self._prober = prober
-        self._cluster_key = cluster_key
+        self._seal = seal
         self._attention = Attention()
 
     def subscribe(self, transport: Transport) -> None:
@@ -74,10 +75,6 @@ class Intake:
         transport.subscribe(self._topics.status("+"), qos=1)
         transport.subscribe(self._topics.results("+"))
         transport.subscribe(self._topics.telemetry("+"))
-
-    def seal(self, node: str) -> Seal | None:
-        """What frames to and from a node are tagged with."""
-        return self._cluster_key.seal(node) if self._cluster_key else None
 
     def waited(self, asked_ns: int, arrived_ns: int) -> None:
         """Somebody looked for messages from `asked_ns` to `arrived_ns`: how exact the next one's arrival is."""
@@ -96,7 +93,7 @@ class Intake:
 
     def _take_frame(self, node: str, message: Message) -> Answered | None:
         try:
-            frame = frames.decode(message.payload, seal=self.seal(node))
+            frame = frames.decode(message.payload, seal=self._seal(node))
         except FrameError as error:
             self.dropped[error.reason] += 1
             return None

@@ -1,7 +1,7 @@
 """Keeping processor cores out of sleep (Linux PM QoS).
 
-A token is a chain of short waits, and cores fall asleep in each of them. To wake one takes up to a millisecond on some
-boards and, on a virtual machine, a turn of its host.
+A token is a chain of short waits, and cores fall asleep in each of them. To wake one takes time, on a virtual machine
+that of its host as well.
 """
 
 import logging
