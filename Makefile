@@ -5,14 +5,15 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench reproduce chaos arm fleet-proof clean
+.PHONY: help demo test test-slow check bench reproduce reproduce-batches chaos arm fleet-proof clean
 
 help:
 	@echo "make demo   set everything up, build the demo model and bundle, answer three questions over MQTT"
 	@echo "make test   set everything up and run the tests, but for those that take minutes: make test-slow"
 	@echo "make check  formatting, lint and types"
 	@echo "make bench  benchmarks: a table, and JSON with raw samples under runs/"
-	@echo "make reproduce DATA=folder  the README's table of policies, as root, in about half an hour"
+	@echo "make reproduce DATA=folder  the README's tables of policies for single tokens, as root, in about half an hour"
+	@echo "make reproduce-batches DATA=folder  those for batches, in as much time again"
 	@echo "make chaos  200 answers under random faults, as root (docs/reliability.md)"
 	@echo "make arm    nodes from aarch64 wheels on an emulated Pi 5 and Pi 4, against this machine (needs qemu-user-static)"
 	@echo "make fleet-proof  deploy to five fresh Debian machines and prove it, as root (docs/deploy.md)"
@@ -41,10 +42,12 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/wdmoe-testbed bench
 
-reproduce: $(READY)
-	@test -n "$(DATA)" || { echo "say make reproduce DATA=folder with arc_easy_test.jsonl and piqa_valid.jsonl (docs/measurement.md)" >&2; exit 2; }
-	OMP_WAIT_POLICY=passive $(BIN)/wdmoe-testbed run testbed/experiment/plans/policies.yaml --data $(DATA) --out runs/policies
-	$(BIN)/wdmoe-testbed report runs/policies
+reproduce: PLAN = policies
+reproduce-batches: PLAN = batches
+reproduce reproduce-batches: $(READY)
+	@test -n "$(DATA)" || { echo "say make $@ DATA=folder with arc_easy_test.jsonl and piqa_valid.jsonl (docs/measurement.md)" >&2; exit 2; }
+	OMP_WAIT_POLICY=passive $(BIN)/wdmoe-testbed run testbed/experiment/plans/$(PLAN).yaml --data $(DATA) --out runs/$(PLAN)
+	$(BIN)/wdmoe-testbed report runs/$(PLAN)
 
 chaos: $(READY)
 	$(BIN)/wdmoe-testbed chaos

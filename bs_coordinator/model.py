@@ -145,6 +145,8 @@ class DistributedMixtral:
                 wave.abandon()
             raise
         mark_ns = time.perf_counter_ns()
+        # A GPU is still busy with the head.
+        layers = tuple(tally.record(layer) for layer, tally in enumerate(tallies))
         logits: list[list[Tensor]] = [[] for _ in feeds]
         for wave in waves:
             for piece, some in zip(wave.pieces, wave.passage.logits(all_logits), strict=True):
@@ -157,7 +159,7 @@ class DistributedMixtral:
             tokens=tokens,
             total_ns=end_ns - began_ns,
             head_ns=head_ns + end_ns - mark_ns,
-            layers=tuple(tally.record(layer) for layer, tally in enumerate(tallies)),
+            layers=layers,
         )
         return [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in logits], record
 
@@ -193,7 +195,8 @@ class DistributedMixtral:
         tally.dispatch_ns += time.perf_counter_ns() - began_ns
         tally.asked.append((wave.choice.gate, wave.choice.forecast))
         tally.dispatches += combined.dispatches
-        tally.degraded += wave.tokens_of_step(wave.choice.degraded)
+        if wave.choice.degraded:
+            tally.degraded += wave.tokens_of_step(wave.choice.degraded)
 
     def _passage(self, feeds: Sequence[Feed]) -> "_Passage":
         """Neighbours with few tokens together, where this trunk runs them so; in the order of the feeds."""
@@ -254,7 +257,7 @@ class _Wave:
 
     def tokens_of_step(self, rows: Sequence[int]) -> Iterator[int]:
         """Where some of its rows are among all tokens of the step."""
-        tokens = [piece.first_token + i for piece in self.pieces for i in range(len(piece.feed.ids))] if rows else []
+        tokens = [piece.first_token + i for piece in self.pieces for i in range(len(piece.feed.ids))]
         return (tokens[row] for row in rows)
 
 

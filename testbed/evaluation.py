@@ -11,18 +11,35 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+import numpy as np
 import torch
 from msgspec import Struct
 from torch import Tensor
 
 from bs_coordinator.feeds import Feed
+from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.generate import Tokenizer
 from bs_coordinator.model import DistributedMixtral
+from bs_coordinator.selection import Policy
 from bs_coordinator.trunk import Packing
 from wire.errors import WdmoeError
+from wire.tensors import Array
 
 _BATCH_ITEMS = 16
 T = TypeVar("T")
+
+
+class EachAlone:
+    """A policy for each token of a step on its own, as when decoding one sequence: what it costs of accuracy there can
+    be measured on many tokens at once. (`Policy`)
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
+        """See `Policy.select`."""
+        return np.concatenate([self._policy.select(row[None], forecast) for row in probabilities])
 
 
 class ChoiceItem(Struct, frozen=True):

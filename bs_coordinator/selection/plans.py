@@ -1,8 +1,10 @@
-"""Tokens choose among plans (small sets of experts) so that the layer ends as early as possible.
+"""Tokens choose among plans (small sets of experts): time against what a token loses, at a fixed price.
 
-A plan's cost depends on what the nodes have been asked for already, not on the token; which plans a token may
-choose, and which it likes best, is the policy's business. Tokens choose in blocks, each block seeing the load of
-those before it: as in list scheduling, nobody crowds onto the node that was fastest when it was idle.
+What a plan costs in time depends on what the other tokens choose, not on the token; what a token loses by it is the
+policy's business. One token's choice is found by trying all plans. For several, the time of a layer, which is that of
+its slowest node, is replaced by a weighted mean over nodes: then each token can choose for itself, and the weights for
+which that is no better than the slowest node (Lagrange's multipliers) are approached by giving late nodes more weight
+("The Multiplicative Weights Update Method", Arora, Hazan and Kale 2012, section 3.3).
 """
 
 from functools import lru_cache
@@ -16,7 +18,9 @@ from bs_coordinator.selection.demand import Chosen, node_map
 from wire.tensors import Array
 
 MAX_PLANS = 4096
-_BLOCKS = 16
+# Of a few that were tried on real gates, from 4 to 500 tokens; 200 turns are less than 1 % better.
+_TURNS = 20
+_STEP, _STEP_TURNS = 0.8, 6
 
 
 @lru_cache(maxsize=8)
@@ -57,75 +61,88 @@ def _check_count(count: int, experts: int, k: int) -> None:
         raise ValueError(f"k={k} of {experts} experts are more than {MAX_PLANS} plans to compare: choose a smaller k")
 
 
-def choose_plans(members: Chosen, allowed: Chosen, liking: Array, forecast: LayerForecast) -> NDArray[np.intp]:
-    """A plan for each token: of those that end the layer earliest, the one that the token likes best.
+def choose_plans(members: Chosen, loss: Array, price: float, forecast: LayerForecast) -> NDArray[np.intp]:
+    """A plan for each token, so that T / T₀ + `price` · mean loss is small.
+
+    T is the predicted time of the layer, T₀ that with everyone's least loss, which is chosen where nothing is better.
 
     Args:
         members: bool [plans, experts], no row empty.
-        allowed: bool [tokens, plans], at least one per token.
-        liking: float32 [tokens, plans]; of equals, the first plan is taken.
+        loss: float32 [tokens, plans], at least 0, infinite for a plan that a token must not choose.
+        price: above 0, so that of equally fast plans that with the least loss is taken. Of equals, the first.
 
     Returns:
         intp [tokens], each token's plan.
     """
     load = _Load(members, forecast)
-    tokens = len(allowed)
-    block = -(-tokens // _BLOCKS)
-    # Whatever is chosen, the layer waits for the token whose fastest plan is the slowest: until then, time is free.
-    wait_s = float(np.where(allowed, load.wait_s(), np.inf).min(axis=1).max())
-    chosen = np.empty(tokens, np.intp)
-    for start in range(0, tokens, block):
-        now = slice(start, start + block)
-        cost_s = np.where(allowed[now], load.cost_s(wait_s), np.inf)
-        cheapest = cost_s <= cost_s.min(axis=1, keepdims=True)
-        chosen[now] = np.where(cheapest, liking[now], -np.inf).argmax(axis=1)
-        if start + block < tokens:
-            load.add(chosen[now])
-            wait_s = max(wait_s, load.busy_s())
-    return chosen
+    least = loss.argmin(axis=1)
+    longest_s = load.layer_s(*load.asked(least))
+    if len(loss) == 1:
+        best: NDArray[np.intp] = (load.alone_s() / longest_s + price * loss).argmin(axis=1)
+        return best
+    return _share(load, (price / len(loss)) * loss, least, longest_s)
+
+
+def _share(load: "_Load", loss: Array, least: NDArray[np.intp], longest_s: float) -> NDArray[np.intp]:
+    """The choice of several tokens.
+
+    Args:
+        loss: as in `choose_plans`, in units of the sum that is to be small.
+    """
+    tokens = np.arange(len(loss))
+    rows, experts = load.asked(least)
+    best, smallest = least, 1.0 + float(loss[tokens, least].sum())
+    # What a node that is asked for so much takes per row, requests and experts spread over all.
+    row_s = load.busy_s(np.maximum(rows, 1), np.maximum(experts, 1)) / np.maximum(rows, 1) / longest_s
+    air = load.air_s / longest_s
+    late = np.full(len(row_s), 1.0 / len(row_s))
+    for turn in range(_TURNS):
+        chosen = (loss + load.uses @ (late * row_s + air)).argmin(axis=1)
+        rows, experts = load.asked(chosen)
+        total = load.layer_s(rows, experts) / longest_s + float(loss[tokens, chosen].sum())
+        if total < smallest:
+            best, smallest = chosen, total
+        busy_s = load.busy_s(rows, experts)
+        late *= np.exp(_STEP / (1 + turn / _STEP_TURNS) * (busy_s / busy_s.max() - 1))
+        late /= late.sum()
+    return best
 
 
 class _Load:
-    """What the nodes have been asked for so far, and what each plan would add for one more token."""
+    """What plans ask of nodes.
+
+    Attributes:
+        uses: float64 [plans, nodes], 1 where a plan asks something of a node.
+        air_s: float64 [nodes], of a row where all share a channel, else 0.
+    """
 
     def __init__(self, members: Chosen, forecast: LayerForecast) -> None:
         self._forecast = forecast
-        self._on_node = node_map(forecast)
         self._members = members.astype(np.float32)
-        self._uses: Chosen = (self._members @ self._on_node) > 0
-        self._rows = np.zeros(self._on_node.shape[1], np.int64)
-        self._asked = np.zeros(members.shape[1], np.bool_)
-        # On shared air, transfers add up and only the rest of each node's time overlaps.
+        self._on_node = node_map(forecast)
+        self._held = self._members @ self._on_node
+        self.uses = (self._held > 0).astype(np.float64)
         f = forecast
-        self._row_s = f.row_compute_s if f.shared_air else f.row_compute_s + f.row_air_s
-        self._air_s: Float | float = self._uses @ f.row_air_s if f.shared_air else 0.0
+        self.air_s: Float = f.row_air_s if f.shared_air else np.zeros_like(f.row_air_s)
+        self._row_s = f.row_compute_s + f.row_air_s - self.air_s
 
-    def wait_s(self) -> Float:
-        """float64 [plans], until a plan's slowest node is done with one more row; on shared air, without transfers."""
-        added = (self._members * ~self._asked) @ self._on_node
-        experts = self._asked.astype(np.float32) @ self._on_node + added
+    def alone_s(self) -> Float:
+        """float64 [plans], time of the layer if there is only one token."""
         f = self._forecast
-        time_s = f.fixed_s + experts * f.expert_s + (self._rows + 1) * self._row_s
-        wait_s: Float = np.where(self._uses, time_s, 0.0).max(axis=1)
-        return wait_s
+        time_s: Float = (self.uses * (f.fixed_s + self._row_s) + self._held * f.expert_s).max(axis=1)
+        return time_s + self.uses @ self.air_s
 
-    def cost_s(self, wait_s: float) -> Float:
-        """float64 [plans], time of the layer with one more token, up to what all plans share.
+    def asked(self, chosen: NDArray[np.intp]) -> tuple[Float, Float]:
+        """Rows and distinct experts that each node is asked for, float64 [nodes]."""
+        counts = np.bincount(chosen, minlength=len(self._members))
+        experts = ((counts > 0) @ self._members > 0) @ self._on_node
+        return counts @ self.uses, experts.astype(np.float64)
 
-        Args:
-            wait_s: time for which the layer waits anyway.
-        """
-        return np.maximum(self.wait_s(), wait_s) + self._air_s
-
-    def busy_s(self) -> float:
-        """Until the slowest node is done with what it has; on shared air, without transfers."""
+    def busy_s(self, rows: Float, experts: Float) -> Float:
+        """float64 [nodes], each node's time, without transfers on shared air."""
         f = self._forecast
-        experts = self._asked.astype(np.float32) @ self._on_node
-        time_s = f.fixed_s + experts * f.expert_s + self._rows * self._row_s
-        return float(np.where(self._rows > 0, time_s, 0.0).max())
+        return np.where(rows > 0, f.fixed_s + experts * f.expert_s + rows * self._row_s, 0.0)
 
-    def add(self, plans: NDArray[np.intp]) -> None:
-        """Take in a block's choices."""
-        counts = np.bincount(plans, minlength=len(self._members))
-        self._rows += counts @ self._uses
-        self._asked |= self._members[counts > 0].any(axis=0)
+    def layer_s(self, rows: Float, experts: Float) -> float:
+        """Until the last answer (`LayerForecast.layer_s`)."""
+        return float(self.busy_s(rows, experts).max() + rows @ self.air_s)

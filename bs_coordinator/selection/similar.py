@@ -1,4 +1,4 @@
-"""Slow experts are replaced by similar ones, or skipped, within a budget for the error that this makes."""
+"""Slow experts are replaced by similar ones, or skipped, where that saves more time than it makes error."""
 
 from typing import Annotated
 
@@ -6,7 +6,6 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from bs_coordinator.forecast import LayerForecast
-from bs_coordinator.selection.demand import no_slower
 from bs_coordinator.selection.differences import DifferenceTable
 from bs_coordinator.selection.plans import choose_plans, substitutions
 from bs_coordinator.selection.topk import Experts, top_weights
@@ -14,23 +13,25 @@ from wire.tensors import Array
 
 
 class Similar(Struct, frozen=True, forbid_unknown_fields=True):
-    """Of all ways to replace or skip a token's top-k experts with Σ error ≤ `budget`, the fastest one.
+    """Of all ways to replace or skip a token's top-k experts, those with which T / T_topk + `price` · mean error is
+    smallest.
 
     Replacing expert a by b counts as a's weight × their difference, skipping a as its weight. b works with a's
-    weight, for it stands in for a. Of equally fast ways the one with the least error is taken. The layer's predicted
-    time never rises above top-k's: where it would, top-k is used.
+    weight, for it stands in for a. T is the layer's predicted time, which so never rises above top-k's.
 
     Source: after SiftMoE, arXiv 2603.23888, which minimises energy; docs/policies.md says what is ours.
 
     Attributes:
         table: from a file that `wdmoe-testbed differences` wrote.
         k: experts per token before anything is replaced.
-        budget: error per token; below 1, so that no token can skip all its experts.
+        price: of an error of 1, in times of top-k. The higher, the nearer to top-k.
+        budget: error that no token may exceed; below 1, so that none can skip all its experts.
     """
 
     table: DifferenceTable
     k: Experts
-    budget: Annotated[float, Meta(ge=0, lt=1)] = 0.3
+    price: Annotated[float, Meta(gt=0)] = 2.5
+    budget: Annotated[float, Meta(ge=0, lt=1)] = 0.5
 
     @property
     def model_sha256(self) -> str:
@@ -62,10 +63,11 @@ class Similar(Struct, frozen=True, forbid_unknown_fields=True):
             error += (share[:, i, None] * difference[places[:, i]])[:, plans[:, i]]
         members = np.zeros((len(plans), experts + 1), np.bool_)
         members[np.arange(len(plans))[:, None], plans] = True
-        chosen = plans[choose_plans(members[:, :-1], error <= self.budget, -error, forecast)]
+        error[error > self.budget] = np.inf
+        chosen = plans[choose_plans(members[:, :-1], error, self.price, forecast)]
         changed = np.zeros((tokens, experts + 1), np.float32)
         for i in range(k):
             changed[np.arange(tokens), chosen[:, i]] += share[:, i]
         changed = changed[:, :-1]
         changed /= changed.sum(axis=1, keepdims=True)
-        return no_slower(changed, weights, forecast)
+        return changed

@@ -1,4 +1,4 @@
-"""The fastest set of experts that keeps enough of the gate's weight."""
+"""Sets of experts that save more time than they lose of the gate's weight."""
 
 from typing import Annotated
 
@@ -6,28 +6,30 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from bs_coordinator.forecast import LayerForecast
-from bs_coordinator.selection.demand import no_slower, weights_of
+from bs_coordinator.selection.demand import weights_of
 from bs_coordinator.selection.plans import choose_plans, subsets
-from bs_coordinator.selection.topk import Experts, top_weights
+from bs_coordinator.selection.topk import Experts
 from wire.tensors import Array
 
 
 class Subset(Struct, frozen=True, forbid_unknown_fields=True):
-    """Of all sets of up to `k` experts with Σ p ≥ `share` · Σ p of top-k, the one that ends the layer earliest.
+    """Of all sets of up to `k` experts, those with which T / T_topk + `price` · mean loss is smallest.
 
-    Of sets that end it equally early the one with most weight is taken; the most probable expert has no privilege.
-    The layer's predicted time never rises above top-k's: where it would, top-k is used.
+    A token's loss is the share of top-k's probability that its set lacks: 1 - Σ p / Σ p of top-k. T is the layer's
+    predicted time, which so never rises above top-k's. The most probable expert has no privilege.
 
     Source: after DES, arXiv 2503.13421, which minimises energy; docs/policies.md says what is ours.
 
     Attributes:
         k: largest size of a set.
-        share: of top-k's probability that must remain. Relative, because top-k itself must always be allowed and
-            gates differ in how flat they are; at 1 this is top-k.
+        price: of losing all weight, in times of top-k. The higher, the nearer to top-k.
+        share: of top-k's probability that must remain, whatever it costs. Relative, because top-k itself must always
+            be allowed and gates differ in how flat they are; at 1 this is top-k.
     """
 
     k: Experts
-    share: Annotated[float, Meta(ge=0, le=1)] = 0.7
+    price: Annotated[float, Meta(gt=0)] = 1.5
+    share: Annotated[float, Meta(ge=0, le=1)] = 0.4
 
     def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
         """See `Policy.select`.
@@ -37,7 +39,7 @@ class Subset(Struct, frozen=True, forbid_unknown_fields=True):
         """
         members = subsets(probabilities.shape[1], self.k)
         mass = probabilities @ members.T.astype(np.float32)
-        allowed = (mass >= np.float32(self.share) * mass.max(axis=1, keepdims=True)) & (mass > 0)
-        plans = choose_plans(members, allowed, mass, forecast)
-        weights = weights_of(probabilities, members[plans])
-        return no_slower(weights, top_weights(probabilities, self.k), forecast)
+        most = mass.max(axis=1, keepdims=True)
+        allowed = (mass >= np.float32(self.share) * most) & (mass > 0)
+        loss = np.where(allowed, 1 - mass / most, np.float32(np.inf))
+        return weights_of(probabilities, members[choose_plans(members, loss, self.price, forecast)])

@@ -113,6 +113,8 @@ class Choice(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_
         items: how many, or [first, one past the last].
         batch: items per forward step.
         where: on the nodes, or all experts in this process with the nodes' costs as they were measured.
+        choosing: whether the tokens of a step choose their experts together, as in batches, or each as if it were
+            alone, as in decoding; that only in this process, for nodes would still be asked by batches.
     """
 
     dataset: str
@@ -120,6 +122,7 @@ class Choice(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_
     items: Count | Range = 100
     batch: Annotated[int, Meta(ge=1, le=16)] = 8
     where: Where = "distributed"
+    choosing: Literal["together", "alone"] = "together"
     repetitions: Count | None = None
 
     @property
@@ -381,6 +384,8 @@ def check_plan(plan: Plan, *, top_k: int = 2) -> None:
             and workload.items[0] >= workload.items[1]
         ):
             raise ValueError(f"workloads[{i}].items: the range {list(workload.span)} is empty")
+        if isinstance(workload, Choice) and workload.choosing == "alone" and workload.where == "distributed":
+            raise ValueError(f"workloads[{i}].choosing: tokens choose alone only with 'where: in-process'")
         if isinstance(workload, Perplexity) and (workload.dataset is None) == isinstance(workload.texts, int):
             raise ValueError(f"workloads[{i}]: perplexity needs either a list of texts, or a number and a dataset")
 

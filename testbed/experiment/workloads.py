@@ -14,7 +14,7 @@ from bs_coordinator.generate import Sequence
 from bs_coordinator.sampling import SamplingConfig
 from bs_coordinator.selection import TopK
 from bs_coordinator.speculation import Speculation
-from testbed.evaluation import ChoiceItem, DomainText, choose, losses, read_items
+from testbed.evaluation import ChoiceItem, DomainText, EachAlone, choose, losses, read_items
 from testbed.experiment.plan import Cell, Choice, Generate, Perplexity, Workload
 from testbed.experiment.recorder import Recorder
 from testbed.experiment.site import Site
@@ -91,9 +91,12 @@ def _choose(site: Site, workload: Choice, recorder: Recorder) -> None:
     items = read_items(Path(workload.dataset), ChoiceItem, end)[first:]
     if len(items) < end - first:
         raise PlanError(f"{workload.dataset} has {first + len(items)} items, workload '{workload.name}' wants {end}")
-    blind = site.local is not None and isinstance(site.model.policy, TopK)
-    known = workload.name, site.model.policy
+    policy = site.model.policy
+    blind = site.local is not None and isinstance(policy, TopK)
+    known = workload.name, policy
     chosen = site.chosen.get(known, []) if blind else []
+    if workload.choosing == "alone" and not blind:
+        site.model.policy = EachAlone(policy)  # the next cell sets its own
     for start in range(len(chosen), len(items), workload.batch):
         with _steps(site, recorder, start // workload.batch):
             chosen += choose(site.model, site.tokenizer, items[start : start + workload.batch], batch=workload.batch)

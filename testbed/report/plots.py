@@ -113,24 +113,35 @@ def _breakdown(summary: Summary, folder: Path) -> list[Figure]:
 
 
 def _fronts(analysis: Analysis, summary: Summary, folder: Path) -> list[Figure]:
-    choices = [w.name for w in analysis.run.plan.workloads if isinstance(w, Choice)]
+    choices = [w for w in analysis.run.plan.workloads if isinstance(w, Choice)]
     figures = []
     for metric in ("token_ms", "layer_wait_ms"):
         panels: dict[str, list[tuple[str, Interval, Interval]]] = {}
         rows: list[Row] = []
         for arm in summary.arms:
-            cost = next(
-                (r.metrics[metric] for r in arm.workloads.values() if r.kind == "generate" and metric in r.metrics),
-                None,
-            )
-            for name in choices:
-                right = arm.workloads[name].metrics.get("accuracy")
+            for choice in choices:
+                cost = _cost(arm, choice, metric)
+                right = arm.workloads[choice.name].metrics.get("accuracy")
                 if cost and right:
-                    panels.setdefault(_panel_of(summary, arm, name), []).append((arm.policy, cost, right))
-                    rows.append((arm.bundle, arm.profile, arm.policy, name, *_ends(cost), *_ends(right)))
+                    panels.setdefault(_panel_of(summary, arm, choice.name), []).append((arm.policy, cost, right))
+                    rows.append((arm.bundle, arm.profile, arm.policy, choice.name, *_ends(cost), *_ends(right)))
         if panels:
             figures.append(_front(analysis, folder, metric, panels, rows))
     return figures
+
+
+def _cost(arm: ArmResult, choice: Choice, metric: str) -> Interval | None:
+    """Where tokens chose as they did for this accuracy: together in batches on nodes, if there were any; alone when
+    generating.
+    """
+    kinds = ("choice", "generate") if choice.choosing == "together" else ("generate",)
+    found = [
+        result.metrics[metric]
+        for kind in kinds
+        for result in arm.workloads.values()
+        if result.kind == kind and result.where == "distributed" and metric in result.metrics
+    ]
+    return found[0] if found else None
 
 
 def _front(
@@ -156,8 +167,8 @@ def _front(
     _legend(figure, axes)
     header = ("bundle", "profile", "policy", "workload", metric, "low", "high", "accuracy", "low", "high")
     caption = (
-        f"Accuracy against {what.removesuffix(', ms')} when generating, with 95 % intervals; up and to the left is "
-        "better."
+        f"Accuracy against {what.removesuffix(', ms')}, with 95 % intervals; up and to the left is better. Times are "
+        "of batches on nodes where tokens chose together and there were any, else of generating."
     )
     return _save(figure, folder, f"front-{metric.removesuffix('_ms').replace('_', '-')}", header, rows, caption)
 

@@ -132,6 +132,7 @@ def test_options_are_read_from_text(table: Path) -> None:
         ("bottleneck:move=maybe", "Expected `bool`"),
         ("capacity:slack=0", "Expected `float` >= 1.0"),
         ("subset:share=1.1", "Expected `float` <= 1.0"),
+        ("subset:price=0", "Expected `float` > 0.0"),
         ("similar", "missing required field `table`"),
         ("similar:table=/nowhere/t.json", "can't read /nowhere/t.json: No such file or directory"),
         ("similar:table=/,budget=0.1", "can't read /: Is a directory"),

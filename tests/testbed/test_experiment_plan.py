@@ -102,6 +102,7 @@ GOOD = {"name": "x", "policies": "[topk]", "workloads": "[{kind: generate}]"}
         ({"nodes": "{a/b: 'L*:E*'}"}, ("node",)),
         ({"workloads": "[{kind: choice}]"}, ("$.workloads[0]", "dataset")),
         ({"workloads": "[{kind: choice, dataset: x, items: [5, 5]}]"}, ("workloads[0].items", "empty")),
+        ({"workloads": "[{kind: choice, dataset: x, choosing: alone}]"}, ("workloads[0].choosing", "in-process")),
         ({"workloads": "[{kind: perplexity, texts: 3}]"}, ("workloads[0]", "dataset")),
         ({"workloads": "[{kind: generate}, {kind: generate}]"}, ("workloads", "twice")),
         ({"workloads": "[{kind: sing}]"}, ("$.workloads[0]", "sing")),
