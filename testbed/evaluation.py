@@ -30,8 +30,9 @@ T = TypeVar("T")
 
 
 class EachAlone:
-    """A policy for each token of a step on its own, as when decoding one sequence: what it costs of accuracy there can
-    be measured on many tokens at once. (`Policy`)
+    """A `Policy` that another one makes for each token of a step on its own, as when decoding one sequence.
+
+    What a policy costs of accuracy there can so be measured on many tokens at once.
     """
 
     def __init__(self, policy: Policy) -> None:

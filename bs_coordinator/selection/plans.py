@@ -9,8 +9,10 @@ which that is no better than the slowest node (Lagrange's multipliers) are appro
 
 from functools import lru_cache
 from itertools import combinations, product
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from bs_coordinator.forecast import Float, LayerForecast
@@ -18,6 +20,8 @@ from bs_coordinator.selection.demand import Chosen, node_map
 from wire.tensors import Array
 
 MAX_PLANS = 4096
+Price = Annotated[float, Meta(ge=1e-6, le=1e6)]
+"""Of losing everything, in times of top-k."""
 # Of a few that were tried on real gates, from 4 to 500 tokens; 200 turns are less than 1 % better.
 _TURNS = 20
 _STEP, _STEP_TURNS = 0.8, 6
@@ -41,6 +45,20 @@ def subsets(experts: int, k: int) -> Chosen:
     return members
 
 
+def index_of(members: Chosen, sets: Chosen) -> NDArray[np.intp]:
+    """Which of some sets each of others is, intp [tokens].
+
+    Args:
+        members: bool [plans, experts], from `subsets`.
+        sets: bool [tokens, experts], each one of them.
+    """
+    digits = 2.0 ** np.arange(members.shape[1])
+    numbers = members @ digits
+    order = numbers.argsort()
+    found: NDArray[np.intp] = order[np.searchsorted(numbers, sets @ digits, sorter=order)]
+    return found
+
+
 @lru_cache(maxsize=8)
 def substitutions(experts: int, k: int) -> NDArray[np.intp]:
     """All ways to fill `k` places with an expert or with nobody (which is `experts`), intp [plans, k].
@@ -61,45 +79,49 @@ def _check_count(count: int, experts: int, k: int) -> None:
         raise ValueError(f"k={k} of {experts} experts are more than {MAX_PLANS} plans to compare: choose a smaller k")
 
 
-def choose_plans(members: Chosen, loss: Array, price: float, forecast: LayerForecast) -> NDArray[np.intp]:
-    """A plan for each token, so that T / T₀ + `price` · mean loss is small.
-
-    T is the predicted time of the layer, T₀ that with everyone's least loss, which is chosen where nothing is better.
+def choose_plans(
+    members: Chosen, loss: Array, top: NDArray[np.intp], price: float, forecast: LayerForecast
+) -> NDArray[np.intp]:
+    """A plan for each token, so that T / T_top + `price` · mean loss is small, T being the predicted time of the layer.
 
     Args:
         members: bool [plans, experts], no row empty.
         loss: float32 [tokens, plans], at least 0, infinite for a plan that a token must not choose.
+        top: intp [tokens], the plan that is top-k's choice. It is taken to lose nothing, makes T_top, and is what all
+            choose where nothing better is found, so that T is never above T_top.
         price: above 0, so that of equally fast plans that with the least loss is taken. Of equals, the first.
 
     Returns:
         intp [tokens], each token's plan.
     """
     load = _Load(members, forecast)
-    least = loss.argmin(axis=1)
-    longest_s = load.layer_s(*load.asked(least))
+    scaled = (price / len(loss)) * loss.astype(np.float64)
+    scaled[np.arange(len(loss)), top] = 0
     if len(loss) == 1:
-        best: NDArray[np.intp] = (load.alone_s() / longest_s + price * loss).argmin(axis=1)
+        time_s = load.alone_s()
+        best: NDArray[np.intp] = (time_s / time_s[top] + scaled).argmin(axis=1)
         return best
-    return _share(load, (price / len(loss)) * loss, least, longest_s)
+    return _choose_together(load, scaled, top)
 
 
-def _share(load: "_Load", loss: Array, least: NDArray[np.intp], longest_s: float) -> NDArray[np.intp]:
+def _choose_together(load: "_Load", loss: Float, top: NDArray[np.intp]) -> NDArray[np.intp]:
     """The choice of several tokens.
 
     Args:
-        loss: as in `choose_plans`, in units of the sum that is to be small.
+        loss: float64 [tokens, plans], in times of top-k.
     """
     tokens = np.arange(len(loss))
-    rows, experts = load.asked(least)
-    best, smallest = least, 1.0 + float(loss[tokens, least].sum())
+    rows, experts = load.asked(top)
+    top_s = load.layer_s(rows, experts)
+    best, smallest = top, 1.0
     # What a node that is asked for so much takes per row, requests and experts spread over all.
-    row_s = load.busy_s(np.maximum(rows, 1), np.maximum(experts, 1)) / np.maximum(rows, 1) / longest_s
-    air = load.air_s / longest_s
+    row_s = load.busy_s(np.maximum(rows, 1), np.maximum(experts, 1)) / np.maximum(rows, 1) / top_s
+    air = load.air_s / top_s
     late = np.full(len(row_s), 1.0 / len(row_s))
     for turn in range(_TURNS):
         chosen = (loss + load.uses @ (late * row_s + air)).argmin(axis=1)
         rows, experts = load.asked(chosen)
-        total = load.layer_s(rows, experts) / longest_s + float(loss[tokens, chosen].sum())
+        total = load.layer_s(rows, experts) / top_s + float(loss[tokens, chosen].sum())
         if total < smallest:
             best, smallest = chosen, total
         busy_s = load.busy_s(rows, experts)

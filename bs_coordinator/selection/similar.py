@@ -7,7 +7,7 @@ from msgspec import Meta, Struct
 
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.selection.differences import DifferenceTable
-from bs_coordinator.selection.plans import choose_plans, substitutions
+from bs_coordinator.selection.plans import Price, choose_plans, substitutions
 from bs_coordinator.selection.topk import Experts, top_weights
 from wire.tensors import Array
 
@@ -30,7 +30,7 @@ class Similar(Struct, frozen=True, forbid_unknown_fields=True):
 
     table: DifferenceTable
     k: Experts
-    price: Annotated[float, Meta(gt=0)] = 2.5
+    price: Price = 2.5
     budget: Annotated[float, Meta(ge=0, lt=1)] = 0.5
 
     @property
@@ -64,7 +64,8 @@ class Similar(Struct, frozen=True, forbid_unknown_fields=True):
         members = np.zeros((len(plans), experts + 1), np.bool_)
         members[np.arange(len(plans))[:, None], plans] = True
         error[error > self.budget] = np.inf
-        chosen = plans[choose_plans(members[:, :-1], error, self.price, forecast)]
+        top = places @ (experts + 1) ** np.arange(k)[::-1]  # nothing replaced; plans count in these digits
+        chosen = plans[choose_plans(members[:, :-1], error, top, self.price, forecast)]
         changed = np.zeros((tokens, experts + 1), np.float32)
         for i in range(k):
             changed[np.arange(tokens), chosen[:, i]] += share[:, i]

@@ -7,8 +7,8 @@ from msgspec import Meta, Struct
 
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.selection.demand import weights_of
-from bs_coordinator.selection.plans import choose_plans, subsets
-from bs_coordinator.selection.topk import Experts
+from bs_coordinator.selection.plans import Price, choose_plans, index_of, subsets
+from bs_coordinator.selection.topk import Experts, top_weights
 from wire.tensors import Array
 
 
@@ -28,7 +28,7 @@ class Subset(Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     k: Experts
-    price: Annotated[float, Meta(gt=0)] = 1.5
+    price: Price = 1.5
     share: Annotated[float, Meta(ge=0, le=1)] = 0.4
 
     def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
@@ -42,4 +42,5 @@ class Subset(Struct, frozen=True, forbid_unknown_fields=True):
         most = mass.max(axis=1, keepdims=True)
         allowed = (mass >= np.float32(self.share) * most) & (mass > 0)
         loss = np.where(allowed, 1 - mass / most, np.float32(np.inf))
-        return weights_of(probabilities, members[choose_plans(members, loss, self.price, forecast)])
+        top = index_of(members, top_weights(probabilities, self.k) > 0)
+        return weights_of(probabilities, members[choose_plans(members, loss, top, self.price, forecast)])

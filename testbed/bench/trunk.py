@@ -34,10 +34,14 @@ class _InstantExperts:
 
     def __init__(self, experts: int, hidden: int) -> None:
         self._forecast = LayerForecast.even(0, experts)
-        self._output = np.zeros((_PAST_TOKENS, hidden), np.float32)
+        self._hidden = hidden
+        self._answers: dict[int, Ready] = {}
 
     def begin(self, layer: int, hidden: Array, gate: Array) -> Ready:
-        return Ready(ExpertOutput(self._output[: len(hidden)]))
+        tokens = len(hidden)
+        if tokens not in self._answers:
+            self._answers[tokens] = Ready(ExpertOutput(np.zeros((tokens, self._hidden), np.float32)))
+        return self._answers[tokens]
 
     def forecast(self, layer: int) -> LayerForecast:
         return self._forecast

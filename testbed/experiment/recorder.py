@@ -44,6 +44,7 @@ class Recorder:
         links: Sampler = lambda: (),
         telemetry: Callable[[], Sequence[Arrived]] = lambda: (),
         clocks: Callable[[], Sequence[ClockSample]] = lambda: (),
+        together: bool = True,
     ) -> None:
         """Begin a cell.
 
@@ -53,8 +54,10 @@ class Recorder:
             links: gives rows of `link_samples` without their two clock columns.
             telemetry: gives what nodes told of themselves since the last call; what came before the cell is left out.
             clocks: gives what nodes' clocks showed since the last call, and asks them again.
+            together: the tokens of a step chose together; else no time of a layer was predicted.
         """
         self.log_ns = 0
+        self._together = together
         self._top_k = top_k
         self._sample_ns = int(sample_s * 1e9)
         self._links = links
@@ -110,7 +113,7 @@ class Recorder:
             "clocks": list(offset_rows(self._ticks, clocks)),
             "clock_probes": list(probe_rows(self._probes, clocks)),
             "tokens": [self._token_row(t) for t in self._tokens],
-            "layers": [row for t in self._tokens for row in _layer_rows(t)],
+            "layers": [row for t in self._tokens for row in _layer_rows(t, predicted=self._together)],
             "latency": [row for t in self._tokens for row in _latency_rows(t)],
             "telemetry": [telemetry_row(arrived) for arrived in self._arrived],
             "sensors": [row for arrived in self._arrived for row in sensor_rows(arrived)],
@@ -136,12 +139,13 @@ class Recorder:
         )
 
 
-def _layer_rows(t: _Token) -> Iterator[Row]:
+def _layer_rows(t: _Token, *, predicted: bool) -> Iterator[Row]:
     for number, step in enumerate(t.steps):
         for layer in step.layers:
             slowest = layer.critical.node if layer.critical else None
             costs = layer.trunk_ns, layer.dispatch_ns, layer.pairs
-            yield t.answer, t.token, t.warm_up, number, layer.layer, *costs, slowest, layer.predicted_ns
+            predicted_ns = layer.predicted_ns if predicted else None
+            yield t.answer, t.token, t.warm_up, number, layer.layer, *costs, slowest, predicted_ns
 
 
 def _latency_rows(t: _Token) -> Iterator[Row]:

@@ -19,7 +19,7 @@ from testbed.experiment import facts
 from testbed.experiment.baselines import Phase, measure_baselines
 from testbed.experiment.costs import TRUTH, LinkRow, estimate_rows, forecast_rows, measured_costs
 from testbed.experiment.networks import Network
-from testbed.experiment.plan import Cell, Plan
+from testbed.experiment.plan import Cell, Choice, Plan
 from testbed.experiment.recorder import Recorder
 from testbed.experiment.rundir import NOTE, BundleFacts, Marker, RunDir
 from testbed.experiment.site import Site, distributed_site, in_process_site
@@ -126,6 +126,7 @@ def _run_cell(run: RunDir, sites: "_Sites", cell: Cell, attempt: int) -> Marker:
         links=sites.link_rows,
         telemetry=sites.telemetry,
         clocks=sites.clock_samples,
+        together=not isinstance(workload, Choice) or workload.choosing == "together",
     )
     site.model.policy = policy
     site.model.on_step = sites.watch.step

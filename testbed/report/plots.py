@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-from testbed.experiment.plan import Choice, Generate
+from testbed.experiment.plan import Choice, Generate, Plan
 from testbed.report.analysis import Analysis, Arm
 from testbed.report.document import Figure
 from testbed.report.labels import policy_label
@@ -120,7 +120,7 @@ def _fronts(analysis: Analysis, summary: Summary, folder: Path) -> list[Figure]:
         rows: list[Row] = []
         for arm in summary.arms:
             for choice in choices:
-                cost = _cost(arm, choice, metric)
+                cost = _cost(arm, choice, analysis.run.plan, metric)
                 right = arm.workloads[choice.name].metrics.get("accuracy")
                 if cost and right:
                     panels.setdefault(_panel_of(summary, arm, choice.name), []).append((arm.policy, cost, right))
@@ -130,18 +130,26 @@ def _fronts(analysis: Analysis, summary: Summary, folder: Path) -> list[Figure]:
     return figures
 
 
-def _cost(arm: ArmResult, choice: Choice, metric: str) -> Interval | None:
-    """Where tokens chose as they did for this accuracy: together in batches on nodes, if there were any; alone when
-    generating.
+def _cost(arm: ArmResult, choice: Choice, plan: Plan, metric: str) -> Interval | None:
+    """A time of tokens that chose as they did for this accuracy.
+
+    That is its own on nodes; in this process, where tokens chose together, that of batches of as many on nodes, if the
+    plan has such, and else that of generating.
     """
-    kinds = ("choice", "generate") if choice.choosing == "together" else ("generate",)
-    found = [
-        result.metrics[metric]
-        for kind in kinds
-        for result in arm.workloads.values()
-        if result.kind == kind and result.where == "distributed" and metric in result.metrics
+    alike = [
+        w.name
+        for w in plan.workloads
+        if isinstance(w, Choice)
+        and w.where == "distributed"
+        and w.batch == choice.batch
+        and choice.choosing == w.choosing
     ]
-    return found[0] if found else None
+    if choice.where == "distributed":
+        names = [choice.name]
+    else:
+        names = alike[:1] or [w.name for w in plan.workloads if isinstance(w, Generate)]
+    times = (arm.workloads[name].metrics.get(metric) for name in names)
+    return next((time for time in times if time), None)
 
 
 def _front(
@@ -168,7 +176,7 @@ def _front(
     header = ("bundle", "profile", "policy", "workload", metric, "low", "high", "accuracy", "low", "high")
     caption = (
         f"Accuracy against {what.removesuffix(', ms')}, with 95 % intervals; up and to the left is better. Times are "
-        "of batches on nodes where tokens chose together and there were any, else of generating."
+        "of batches on nodes where tokens chose together and the plan has such, else of generating."
     )
     return _save(figure, folder, f"front-{metric.removesuffix('_ms').replace('_', '-')}", header, rows, caption)
 

@@ -19,9 +19,19 @@ from bs_coordinator.selection.differences import DifferenceTable
 from bs_coordinator.selection.similar import Similar
 from bs_coordinator.selection.subset import Subset
 from bs_coordinator.selection.wdmoe import Wdmoe
+from testbed.evaluation import EachAlone
 from wire.tensors import Array
 
 EXPERTS = 6
+SLOW = LayerForecast(
+    layer=0,
+    holder=np.arange(8),
+    fixed_s=np.array([10.0, 2, 2, 2, 2, 2, 2, 3]) / 1e3,
+    expert_s=np.full(8, 0.2e-3),
+    row_air_s=np.array([1.0, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.4]) / 1e3,
+    row_compute_s=np.full(8, 0.1e-3),
+)
+"""Node 0 is five times as slow as the others."""
 
 
 @st.composite
@@ -187,15 +197,17 @@ def test_subset_of_many_tokens_is_near_the_linear_program(shared_air: bool, pric
     assert optimum - 1e-6 <= ours <= 1.03 * optimum
 
 
-def test_subset_of_few_tokens_is_near_the_best_of_all_combinations() -> None:
+@pytest.mark.parametrize("shared_air", [False, True])
+@pytest.mark.parametrize("holder", [[0, 1, 2, 3], [0, 0, 1, 1]])
+def test_subset_of_few_tokens_is_near_the_best_of_all_combinations(holder: list[int], shared_air: bool) -> None:
     rng = np.random.default_rng(8)
     experts, price = 4, 2.0
     sets = [s for size in (1, 2) for s in combinations(range(experts), size)]
     excess = []
     for _ in range(40):
         p = rng.dirichlet(np.full(experts, 0.5), 3).astype(np.float32)
-        fixed, expert, row, compute = rng.uniform(0.1, 1, (4, experts))
-        forecast = LayerForecast(0, np.arange(experts), 4 * fixed, expert, row, compute)
+        fixed, expert, row, compute = rng.uniform(0.1, 1, (4, max(holder) + 1))
+        forecast = LayerForecast(0, np.array(holder), 4 * fixed, expert, row, compute, shared_air)
         best = math.inf
         for plans in product(sets, repeat=len(p)):
             weights = np.zeros_like(p)
@@ -205,6 +217,22 @@ def test_subset_of_few_tokens_is_near_the_best_of_all_combinations() -> None:
         excess.append(_objective(Subset(2, price, 0.0).select(p, forecast), p, forecast, price) / best - 1)
     assert min(excess) >= -1e-6
     assert np.mean(excess) < 0.05
+
+
+def test_similar_of_many_tokens_leaves_a_crowded_node() -> None:
+    rng = np.random.default_rng(9)
+    p = rng.dirichlet(np.full(8, 0.5), 100).astype(np.float32)
+    values = np.full((1, 8, 8), 0.3, np.float32)
+    weights = Similar(DifferenceTable("", values), 2, price=2.5).select(p, SLOW)
+    assert predicted_s(weights > 0, SLOW) < 0.7 * predicted_s(TopK(2).select(p, SLOW) > 0, SLOW)
+
+
+def test_each_alone_chooses_as_if_there_were_no_others() -> None:
+    p = np.random.default_rng(10).dirichlet(np.full(8, 0.5), 60).astype(np.float32)
+    policy = Subset(2)
+    alone = EachAlone(policy).select(p, SLOW)
+    np.testing.assert_array_equal(alone, [policy.select(row[None], SLOW)[0] for row in p])
+    assert (alone != policy.select(p, SLOW)).any()
 
 
 def test_a_replacement_works_with_the_weight_of_what_it_replaces() -> None:
@@ -260,17 +288,6 @@ def test_wdmoe_at_its_ends_is_top_1() -> None:
     weights = Wdmoe(2, start=1, stop=1).select(probabilities, forecast)
     # Rounding may put a cosine just above 1 only for a flat gate.
     np.testing.assert_array_equal(weights, TopK(1).select(probabilities, forecast))
-
-
-SLOW = LayerForecast(
-    layer=0,
-    holder=np.arange(8),
-    fixed_s=np.array([10.0, 2, 2, 2, 2, 2, 2, 3]) / 1e3,
-    expert_s=np.full(8, 0.2e-3),
-    row_air_s=np.array([1.0, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.4]) / 1e3,
-    row_compute_s=np.full(8, 0.1e-3),
-)
-"""Node 0 is five times as slow as the others."""
 
 
 @pytest.mark.parametrize("policy", [Bottleneck(2, move=False), Capacity(2, move=False), Bottleneck(2), Capacity(2)])

@@ -128,6 +128,27 @@ def test_accuracy_is_the_same_on_nodes_and_in_this_process(finished: RunDir) -> 
     assert all(0 < row["loss_nats"] / row["tokens"] < 20 for row in losses)
 
 
+def test_tokens_that_choose_alone_have_no_time_together(run: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
+    plan = tmp_path / "plan.yaml"
+    workload = "{{kind: choice, name: {0}, choosing: {0}, dataset: items.jsonl, items: 4, where: in-process}}"
+    plan.write_text(
+        f"name: here\nbundles: [{tiny_bundle('int4')}]\npolicies: [topk, 'subset:price=0.1']\n"
+        f"workloads: [{workload.format('together')}, {workload.format('alone')}]\n"
+    )
+    done = run("testbed", "run", plan, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    rows = _rows(RunDir(tmp_path / "run"), "layers")
+    predicted = {
+        name: [r["predicted_ns"] for r in rows if r["cell"].workload == name and r["cell"].policy != "topk"]
+        for name in ("together", "alone")
+    }
+    assert predicted["together"]
+    assert all(predicted["together"])
+    assert predicted["alone"]
+    assert not any(predicted["alone"])
+
+
 def test_the_manifest_says_what_was_run(finished: RunDir) -> None:
     manifest = finished.manifest
     assert manifest.bundles[0].quantisation == "int4 b32"

@@ -226,6 +226,15 @@ def test_the_page_stands_alone(reported: RunDir) -> None:
         assert "No attempt at a cell failed." in text
 
 
+def test_accuracy_is_drawn_against_its_own_time(reported: RunDir) -> None:
+    text = (reported.path / "plots" / "front-layer-wait.csv").read_text()
+    drawn = {(row["policy"], row["workload"]): row["layer_wait_ms"] for row in csv.DictReader(text.splitlines())}
+    for policy in ("topk", "top1"):
+        for workload, timed in (("choice", "choice"), ("choice-here", "generate")):
+            expected = _result(reported, policy, timed)["metrics"]["layer_wait_ms"]["value"]
+            assert float(drawn[policy, workload]) == pytest.approx(expected, rel=1e-3)
+
+
 def test_the_trace_is_in_the_format_and_its_spans_nest(reported: RunDir) -> None:
     trace = json.loads((reported.path / "trace.json").read_text())
     names: dict[tuple[int, int], str] = {}
