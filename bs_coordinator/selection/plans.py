@@ -52,10 +52,9 @@ def index_of(members: Chosen, sets: Chosen) -> NDArray[np.intp]:
         members: bool [plans, experts], from `subsets`.
         sets: bool [tokens, experts], each one of them.
     """
-    digits = 2.0 ** np.arange(members.shape[1])
-    numbers = members @ digits
-    order = numbers.argsort()
-    found: NDArray[np.intp] = order[np.searchsorted(numbers, sets @ digits, sorter=order)]
+    plans = members.astype(np.float32)
+    # Twice what they share less the plan's size: largest, and that set's own size, where both are the same.
+    found: NDArray[np.intp] = (2 * sets.astype(np.float32) @ plans.T - plans.sum(axis=1)).argmax(axis=1)
     return found
 
 

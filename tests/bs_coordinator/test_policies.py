@@ -16,6 +16,7 @@ from bs_coordinator.selection.bottleneck import Bottleneck
 from bs_coordinator.selection.capacity import Capacity, fill_s
 from bs_coordinator.selection.demand import demand, node_map, place, predicted_s
 from bs_coordinator.selection.differences import DifferenceTable
+from bs_coordinator.selection.plans import index_of, subsets
 from bs_coordinator.selection.similar import Similar
 from bs_coordinator.selection.subset import Subset
 from bs_coordinator.selection.wdmoe import Wdmoe
@@ -169,6 +170,12 @@ def test_subset_of_many_tokens_keeps_its_limits(
     # Top-k itself is always a choice; of tied experts it may ask others.
     if all(len(set(row.tolist())) == EXPERTS for row in probabilities):
         assert _objective(weights, probabilities, forecast, price, k) <= 1 + 1e-5
+
+
+def test_every_set_is_found_among_many_experts() -> None:
+    members = subsets(64, 2)
+    order = np.random.default_rng(11).permutation(len(members))
+    np.testing.assert_array_equal(index_of(members, members[order]), order)
 
 
 @pytest.mark.parametrize("shared_air", [False, True])
