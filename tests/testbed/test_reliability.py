@@ -78,11 +78,16 @@ def test_a_stopped_node_is_left_out_and_comes_back(pairs: LocalFleet) -> None:
         process.send_signal(signal.SIGSTOP)
         threading.Timer(1.5, process.send_signal, [signal.SIGCONT]).start()
 
-    code, out, err = _disturbed(pairs, pause)
-    assert code == 0, err
-    assert out == expected
-    assert "'n2' is left out" in err
-    assert "degraded" not in err
+    # On a busy machine the other holders of its experts may look faster, so that nobody asks it meanwhile.
+    for _ in range(4):
+        code, out, err = _disturbed(pairs, pause)
+        assert code == 0, err
+        assert out == expected
+        assert "degraded" not in err
+        if "'n2' is left out" in err:
+            return
+        time.sleep(1.5)  # until it goes on
+    raise AssertionError(f"the stopped node was never left out: {err}")
 
 
 def test_without_replicas_the_answer_goes_on_and_says_so(fleet: LocalFleet) -> None:
