@@ -51,18 +51,18 @@ class LayerForecast:
         time_s: Float = per_node[self.holder]
         return time_s
 
-    def node_s(self, rows: NDArray[np.int64], experts: NDArray[np.int64]) -> Float:
-        """float64 [nodes]: each node's time for a request; zero for a node that is not asked.
+    def node_s(self, rows: NDArray[np.number], experts: NDArray[np.number]) -> Float:
+        """float64 [..., nodes]: each node's time for a request; zero for a node that is not asked.
 
         Args:
-            rows: int64 [nodes], hidden states sent to each node.
-            experts: int64 [nodes], distinct experts asked of each node.
+            rows: [..., nodes], hidden states sent to each node.
+            experts: [..., nodes], distinct experts asked of each node.
         """
         time_s = self.fixed_s + experts * self.expert_s + rows * (self.row_air_s + self.row_compute_s)
         return np.where(rows > 0, time_s, 0.0)
 
     def layer_s(self, rows: NDArray[np.int64], experts: NDArray[np.int64]) -> float:
-        """Time until the last answer; arguments as in `node_s`."""
+        """Time until the last answer; arguments int64 [nodes], as in `node_s`."""
         time_s = self.node_s(rows, experts)
         if not self.shared_air:
             return float(time_s.max(initial=0.0))

@@ -28,8 +28,8 @@ _STEP, _STEP_TURNS = 0.8, 6
 
 
 @lru_cache(maxsize=8)
-def subsets(experts: int, k: int) -> Chosen:
-    """All sets of 1 to `k` experts, bool [plans, experts].
+def subsets(experts: int, k: int) -> Array:
+    """All sets of 1 to `k` experts, float32 [plans, experts], 1 where a set has an expert.
 
     Raises:
         ValueError: there are more than `MAX_PLANS`.
@@ -38,23 +38,22 @@ def subsets(experts: int, k: int) -> Chosen:
     for size in range(1, min(k, experts) + 1):
         rows += combinations(range(experts), size)
         _check_count(len(rows), experts, k)
-    members = np.zeros((len(rows), experts), np.bool_)
+    members = np.zeros((len(rows), experts), np.float32)
     for i, row in enumerate(rows):
-        members[i, row] = True
+        members[i, row] = 1
     members.flags.writeable = False
     return members
 
 
-def index_of(members: Chosen, sets: Chosen) -> NDArray[np.intp]:
+def index_of(members: Array, sets: Chosen) -> NDArray[np.intp]:
     """Which of some sets each of others is, intp [tokens].
 
     Args:
-        members: bool [plans, experts], from `subsets`.
+        members: float32 [plans, experts], from `subsets`.
         sets: bool [tokens, experts], each one of them.
     """
-    plans = members.astype(np.float32)
     # Twice what they share less the plan's size: largest, and that set's own size, where both are the same.
-    found: NDArray[np.intp] = (2 * sets.astype(np.float32) @ plans.T - plans.sum(axis=1)).argmax(axis=1)
+    found: NDArray[np.intp] = (2 * sets.astype(np.float32) @ members.T - members.sum(axis=1)).argmax(axis=1)
     return found
 
 
@@ -79,12 +78,12 @@ def _check_count(count: int, experts: int, k: int) -> None:
 
 
 def choose_plans(
-    members: Chosen, loss: Array, top: NDArray[np.intp], price: float, forecast: LayerForecast
+    members: Array, loss: Array, top: NDArray[np.intp], price: float, forecast: LayerForecast
 ) -> NDArray[np.intp]:
     """A plan for each token, so that T / T_top + `price` · mean loss is small, T being the predicted time of the layer.
 
     Args:
-        members: bool [plans, experts], no row empty.
+        members: float32 [plans, experts], 1 where a plan asks an expert, else 0; no row empty.
         loss: float32 [tokens, plans], at least 0, infinite for a plan that a token must not choose.
         top: intp [tokens], the plan that is top-k's choice. It is taken to lose nothing, makes T_top, and is what all
             choose where nothing better is found, so that T is never above T_top.
@@ -97,7 +96,7 @@ def choose_plans(
     scaled = (price / len(loss)) * loss.astype(np.float64)
     scaled[np.arange(len(loss)), top] = 0
     if len(loss) == 1:
-        time_s = load.alone_s()
+        time_s = load.layer_s(load.uses, load.busy_s(load.uses, load.held))
         best: NDArray[np.intp] = (time_s / time_s[top] + scaled).argmin(axis=1)
         return best
     return _choose_together(load, scaled, top)
@@ -111,7 +110,7 @@ def _choose_together(load: "_Load", loss: Float, top: NDArray[np.intp]) -> NDArr
     """
     tokens = np.arange(len(loss))
     rows, experts = load.asked(top)
-    top_s = load.layer_s(rows, experts)
+    top_s = load.layer_s(rows, load.busy_s(rows, experts))
     best, smallest = top, 1.0
     # What a node that is asked for so much takes per row, requests and experts spread over all.
     row_s = load.busy_s(np.maximum(rows, 1), np.maximum(experts, 1)) / np.maximum(rows, 1) / top_s
@@ -120,10 +119,10 @@ def _choose_together(load: "_Load", loss: Float, top: NDArray[np.intp]) -> NDArr
     for turn in range(_TURNS):
         chosen = (loss + load.uses @ (late * row_s + air)).argmin(axis=1)
         rows, experts = load.asked(chosen)
-        total = load.layer_s(rows, experts) / top_s + float(loss[tokens, chosen].sum())
+        busy_s = load.busy_s(rows, experts)
+        total = float(load.layer_s(rows, busy_s) / top_s + loss[tokens, chosen].sum())
         if total < smallest:
             best, smallest = chosen, total
-        busy_s = load.busy_s(rows, experts)
         late *= np.exp(_STEP / (1 + turn / _STEP_TURNS) * (busy_s / busy_s.max() - 1))
         late /= late.sum()
     return best
@@ -133,37 +132,33 @@ class _Load:
     """What plans ask of nodes.
 
     Attributes:
-        uses: float64 [plans, nodes], 1 where a plan asks something of a node.
+        held: float32 [plans, nodes], experts that a plan asks of a node.
+        uses: float64 [plans, nodes], 1 where it asks any.
         air_s: float64 [nodes], of a row where all share a channel, else 0.
     """
 
-    def __init__(self, members: Chosen, forecast: LayerForecast) -> None:
+    def __init__(self, members: Array, forecast: LayerForecast) -> None:
         self._forecast = forecast
-        self._members = members.astype(np.float32)
+        self._members = members
         self._on_node = node_map(forecast)
-        self._held = self._members @ self._on_node
-        self.uses = (self._held > 0).astype(np.float64)
-        f = forecast
-        self.air_s: Float = f.row_air_s if f.shared_air else np.zeros_like(f.row_air_s)
-        self._row_s = f.row_compute_s + f.row_air_s - self.air_s
+        self.held = members @ self._on_node
+        self.uses = (self.held > 0).astype(np.float64)
+        self.air_s: Float = forecast.row_air_s if forecast.shared_air else np.zeros_like(forecast.row_air_s)
 
-    def alone_s(self) -> Float:
-        """float64 [plans], time of the layer if there is only one token."""
-        f = self._forecast
-        time_s: Float = (self.uses * (f.fixed_s + self._row_s) + self._held * f.expert_s).max(axis=1)
-        return time_s + self.uses @ self.air_s
-
-    def asked(self, chosen: NDArray[np.intp]) -> tuple[Float, Float]:
-        """Rows and distinct experts that each node is asked for, float64 [nodes]."""
+    def asked(self, chosen: NDArray[np.intp]) -> tuple[Float, Array]:
+        """Rows and distinct experts that each node is asked for, float [nodes]."""
         counts = np.bincount(chosen, minlength=len(self._members))
-        experts = ((counts > 0) @ self._members > 0) @ self._on_node
-        return counts @ self.uses, experts.astype(np.float64)
+        return counts @ self.uses, ((counts > 0) @ self._members > 0) @ self._on_node
 
-    def busy_s(self, rows: Float, experts: Float) -> Float:
-        """float64 [nodes], each node's time, without transfers on shared air."""
-        f = self._forecast
-        return np.where(rows > 0, f.fixed_s + experts * f.expert_s + rows * self._row_s, 0.0)
+    def busy_s(self, rows: Float, experts: Array) -> Float:
+        """float64 [..., nodes], each node's time, without transfers on shared air."""
+        return self._forecast.node_s(rows, experts) - rows * self.air_s
 
-    def layer_s(self, rows: Float, experts: Float) -> float:
-        """Until the last answer (`LayerForecast.layer_s`)."""
-        return float(self.busy_s(rows, experts).max() + rows @ self.air_s)
+    def layer_s(self, rows: Float, busy_s: Float) -> Float:
+        """float64 [...], until the last answer (`LayerForecast.layer_s`).
+
+        Args:
+            busy_s: of these rows.
+        """
+        time_s: Float = busy_s.max(axis=-1) + rows @ self.air_s
+        return time_s

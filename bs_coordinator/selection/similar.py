@@ -61,8 +61,8 @@ class Similar(Struct, frozen=True, forbid_unknown_fields=True):
         error = np.zeros((tokens, len(plans)), np.float32)
         for i in range(k):
             error += (share[:, i, None] * difference[places[:, i]])[:, plans[:, i]]
-        members = np.zeros((len(plans), experts + 1), np.bool_)
-        members[np.arange(len(plans))[:, None], plans] = True
+        members = np.zeros((len(plans), experts + 1), np.float32)
+        members[np.arange(len(plans))[:, None], plans] = 1
         error[error > self.budget] = np.inf
         top = places @ (experts + 1) ** np.arange(k)[::-1]  # nothing replaced; plans count in these digits
         chosen = plans[choose_plans(members[:, :-1], error, top, self.price, forecast)]

@@ -47,5 +47,5 @@ def top_weights(probabilities: Array, k: int) -> Array:
     largest = np.take_along_axis(probabilities, best, axis=1).astype(np.float64)
     # One by one, in the order of a single row's sum.
     totals = reduce(add, largest.T)
-    np.put_along_axis(weights, best, (largest / totals[:, None]).astype(np.float32), axis=1)
+    np.put_along_axis(weights, best, largest / totals[:, None], axis=1)
     return weights

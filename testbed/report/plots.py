@@ -136,19 +136,14 @@ def _cost(arm: ArmResult, choice: Choice, plan: Plan, metric: str) -> Interval |
     That is its own on nodes; in this process, where tokens chose together, that of batches of as many on nodes, if the
     plan has such, and else that of generating.
     """
-    alike = [
-        w.name
-        for w in plan.workloads
-        if isinstance(w, Choice)
-        and w.where == "distributed"
-        and w.batch == choice.batch
-        and choice.choosing == w.choosing
-    ]
     if choice.where == "distributed":
-        names = [choice.name]
-    else:
-        names = alike[:1] or [w.name for w in plan.workloads if isinstance(w, Generate)]
-    times = (arm.workloads[name].metrics.get(metric) for name in names)
+        return arm.workloads[choice.name].metrics.get(metric)
+    batches = [
+        w.name for w in plan.workloads if isinstance(w, Choice) and w.where == "distributed" and w.batch == choice.batch
+    ]
+    if choice.choosing == "together" and batches:
+        return arm.workloads[batches[0]].metrics.get(metric)
+    times = (arm.workloads[w.name].metrics.get(metric) for w in plan.workloads if isinstance(w, Generate))
     return next((time for time in times if time), None)
 
 

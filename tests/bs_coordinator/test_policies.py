@@ -175,7 +175,7 @@ def test_subset_of_many_tokens_keeps_its_limits(
 def test_every_set_is_found_among_many_experts() -> None:
     members = subsets(64, 2)
     order = np.random.default_rng(11).permutation(len(members))
-    np.testing.assert_array_equal(index_of(members, members[order]), order)
+    np.testing.assert_array_equal(index_of(members, members[order] > 0), order)
 
 
 @pytest.mark.parametrize("shared_air", [False, True])
