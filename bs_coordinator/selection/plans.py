@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from bs_coordinator.forecast import Float, LayerForecast
 from bs_coordinator.selection.demand import Chosen, node_map
-from wire.tensors import Array
 
 MAX_PLANS = 4096
 Price = Annotated[float, Meta(ge=1e-6, le=1e6)]
@@ -28,8 +27,8 @@ _STEP, _STEP_TURNS = 0.8, 6
 
 
 @lru_cache(maxsize=8)
-def subsets(experts: int, k: int) -> Array:
-    """All sets of 1 to `k` experts, float32 [plans, experts], 1 where a set has an expert.
+def subsets(experts: int, k: int) -> Float:
+    """All sets of 1 to `k` experts, float64 [plans, experts], 1 where a set has an expert.
 
     Raises:
         ValueError: there are more than `MAX_PLANS`.
@@ -38,22 +37,22 @@ def subsets(experts: int, k: int) -> Array:
     for size in range(1, min(k, experts) + 1):
         rows += combinations(range(experts), size)
         _check_count(len(rows), experts, k)
-    members = np.zeros((len(rows), experts), np.float32)
+    members = np.zeros((len(rows), experts))
     for i, row in enumerate(rows):
         members[i, row] = 1
     members.flags.writeable = False
     return members
 
 
-def index_of(members: Array, sets: Chosen) -> NDArray[np.intp]:
+def index_of(members: Float, sets: Chosen) -> NDArray[np.intp]:
     """Which of some sets each of others is, intp [tokens].
 
     Args:
-        members: float32 [plans, experts], from `subsets`.
+        members: float64 [plans, experts], from `subsets`.
         sets: bool [tokens, experts], each one of them.
     """
     # Twice what they share less the plan's size: largest, and that set's own size, where both are the same.
-    found: NDArray[np.intp] = (2 * sets.astype(np.float32) @ members.T - members.sum(axis=1)).argmax(axis=1)
+    found: NDArray[np.intp] = (2.0 * sets @ members.T - members.sum(axis=1)).argmax(axis=1)
     return found
 
 
@@ -78,13 +77,13 @@ def _check_count(count: int, experts: int, k: int) -> None:
 
 
 def choose_plans(
-    members: Array, loss: Array, top: NDArray[np.intp], price: float, forecast: LayerForecast
+    members: Float, loss: Float, top: NDArray[np.intp], price: float, forecast: LayerForecast
 ) -> NDArray[np.intp]:
     """A plan for each token, so that T / T_top + `price` · mean loss is small, T being the predicted time of the layer.
 
     Args:
-        members: float32 [plans, experts], 1 where a plan asks an expert, else 0; no row empty.
-        loss: float32 [tokens, plans], at least 0, infinite for a plan that a token must not choose.
+        members: float64 [plans, experts], 1 where a plan asks an expert, else 0; no row empty.
+        loss: float64 [tokens, plans], at least 0, infinite for a plan that a token must not choose.
         top: intp [tokens], the plan that is top-k's choice. It is taken to lose nothing, makes T_top, and is what all
             choose where nothing better is found, so that T is never above T_top.
         price: above 0, so that of equally fast plans that with the least loss is taken. Of equals, the first.
@@ -93,7 +92,7 @@ def choose_plans(
         intp [tokens], each token's plan.
     """
     load = _Load(members, forecast)
-    scaled = (price / len(loss)) * loss.astype(np.float64)
+    scaled = (price / len(loss)) * loss
     scaled[np.arange(len(loss)), top] = 0
     if len(loss) == 1:
         time_s = load.layer_s(load.uses, load.busy_s(load.uses, load.held))
@@ -132,25 +131,25 @@ class _Load:
     """What plans ask of nodes.
 
     Attributes:
-        held: float32 [plans, nodes], experts that a plan asks of a node.
+        held: float64 [plans, nodes], experts that a plan asks of a node.
         uses: float64 [plans, nodes], 1 where it asks any.
         air_s: float64 [nodes], of a row where all share a channel, else 0.
     """
 
-    def __init__(self, members: Array, forecast: LayerForecast) -> None:
+    def __init__(self, members: Float, forecast: LayerForecast) -> None:
         self._forecast = forecast
         self._members = members
-        self._on_node = node_map(forecast)
+        self._on_node: Float = node_map(forecast).astype(np.float64)
         self.held = members @ self._on_node
-        self.uses = (self.held > 0).astype(np.float64)
+        self.uses: Float = (self.held > 0).astype(np.float64)
         self.air_s: Float = forecast.row_air_s if forecast.shared_air else np.zeros_like(forecast.row_air_s)
 
-    def asked(self, chosen: NDArray[np.intp]) -> tuple[Float, Array]:
-        """Rows and distinct experts that each node is asked for, float [nodes]."""
+    def asked(self, chosen: NDArray[np.intp]) -> tuple[Float, Float]:
+        """Rows and distinct experts that each node is asked for, float64 [nodes]."""
         counts = np.bincount(chosen, minlength=len(self._members))
         return counts @ self.uses, ((counts > 0) @ self._members > 0) @ self._on_node
 
-    def busy_s(self, rows: Float, experts: Array) -> Float:
+    def busy_s(self, rows: Float, experts: Float) -> Float:
         """float64 [..., nodes], each node's time, without transfers on shared air."""
         return self._forecast.node_s(rows, experts) - rows * self.air_s
 

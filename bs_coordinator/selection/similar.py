@@ -58,10 +58,10 @@ class Similar(Struct, frozen=True, forbid_unknown_fields=True):
         difference = np.ones((experts, experts + 1), np.float32)
         difference[:, :-1] = self.table.values[forecast.layer]
         np.fill_diagonal(difference, 0)
-        error = np.zeros((tokens, len(plans)), np.float32)
+        error = np.zeros((tokens, len(plans)))
         for i in range(k):
             error += (share[:, i, None] * difference[places[:, i]])[:, plans[:, i]]
-        members = np.zeros((len(plans), experts + 1), np.float32)
+        members = np.zeros((len(plans), experts + 1))
         members[np.arange(len(plans))[:, None], plans] = 1
         error[error > self.budget] = np.inf
         top = places @ (experts + 1) ** np.arange(k)[::-1]  # nothing replaced; plans count in these digits

@@ -38,9 +38,10 @@ class Subset(Struct, frozen=True, forbid_unknown_fields=True):
             ValueError: the model has too many experts for this `k`.
         """
         members = subsets(probabilities.shape[1], self.k)
-        mass = probabilities @ members.T
+        # In float64: in float32 sets that differ in their last expert may weigh the same.
+        mass = probabilities.astype(np.float64) @ members.T
         most = mass.max(axis=1, keepdims=True)
-        allowed = (mass >= np.float32(self.share) * most) & (mass > 0)
-        loss = np.where(allowed, 1 - mass / most, np.float32(np.inf))
+        allowed = (mass >= self.share * most) & (mass > 0)
+        loss = np.where(allowed, 1 - mass / most, np.inf)
         top = index_of(members, top_weights(probabilities, self.k) > 0)
         return weights_of(probabilities, members[choose_plans(members, loss, top, self.price, forecast)] > 0)
