@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from wire import tensors
@@ -96,8 +97,7 @@ class ExpertSlice(NamedTuple):
     weights: Array
 
 
-@dataclass(frozen=True, slots=True)
-class WorkFrame:
+class WorkFrame(Struct, frozen=True):
     """BS → node: hidden states and which of the node's experts each goes to.
 
     Attributes:
@@ -114,8 +114,7 @@ class WorkFrame:
     dtype: WireDtype
 
 
-@dataclass(frozen=True, slots=True)
-class NodeDurations:
+class NodeDurations(Struct, frozen=True):
     """Where a node spent its time on a request, by its own monotonic clock.
 
     Attributes:
@@ -134,8 +133,10 @@ class NodeDurations:
         return self.queue_ns + self.decode_ns + self.compute_ns + self.encode_ns + self.load_ns
 
 
-@dataclass(frozen=True, slots=True)
-class ResultFrame:
+_NO_TIME = NodeDurations()
+
+
+class ResultFrame(Struct, frozen=True):
     """Node → BS: per token the sum over the node's experts of gate weight × expert output.
 
     Attributes:
@@ -174,7 +175,7 @@ class PongFrame:
 
     id: RequestId
     payload: bytes = field(default=b"", repr=False)
-    durations: NodeDurations = NodeDurations()
+    durations: NodeDurations = _NO_TIME
 
 
 # Calling an enumeration takes several times as long as a dictionary.
