@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.selection.demand import Chosen, demand, node_map, place, weights_of
+from bs_coordinator.selection.one_token import OneToken, one_row
 from bs_coordinator.selection.topk import Experts, top_weights
 from wire.tensors import Array
 
@@ -37,6 +38,45 @@ class Bottleneck(Struct, frozen=True, forbid_unknown_fields=True):
 
     def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
         """See `Policy.select`."""
+        if len(probabilities) == 1:
+            return self._select_one(probabilities, forecast)
+        return self._select_many(probabilities, forecast)
+
+    def _select_one(self, probabilities: Array, forecast: LayerForecast) -> Array:
+        """The same for a single token."""
+        costs = OneToken(forecast)
+        weights = top_weights(probabilities, self.k)
+        (p,) = probabilities.tolist()
+        top = chosen = [expert for expert, weight in enumerate(weights[0].tolist()) if weight]
+        layer_s = costs.layer_s(top)
+        for _ in range(2 * len(costs.fixed_s)):
+            relieved = self._relieve_one(p, chosen, costs)
+            relieved_s = costs.layer_s(relieved)
+            if relieved_s >= layer_s * (1 - self.worth):
+                break
+            layer_s, chosen = relieved_s, relieved
+        return weights if chosen is top else weights_of(probabilities, one_row(chosen, len(p)))
+
+    def _relieve_one(self, p: list[float], chosen: list[int], costs: OneToken) -> list[int]:
+        """The token's experts after one round; the same list if nothing exceeds the factor or nothing may go."""
+        asked = costs.asked(chosen)
+        times_s = {node: costs.node_s(node, count) for node, count in asked.items()}
+        slowest = min(times_s, key=lambda node: (-times_s[node], node))
+        time_s = times_s.pop(slowest)
+        target_s = self.factor * max(times_s.values(), default=0.0)
+        gone = [expert for expert in chosen if costs.holder[expert] == slowest]
+        share = sum(p[expert] for expert in gone) / sum(p[expert] for expert in chosen)
+        if not times_s or time_s <= target_s or share >= self.limit:
+            return chosen
+        kept = [expert for expert in chosen if expert not in gone]
+        if self.move:
+            # Who can take it on and still be done by the target.
+            able = [n for n, s in enumerate(costs.with_one_more_s(asked)) if s <= target_s and n != slowest]
+            others = [e for e, node in enumerate(costs.holder) if node in able and e not in chosen and p[e] > 0]
+            kept += sorted(others, key=lambda expert: -p[expert])[:1]
+        return kept
+
+    def _select_many(self, probabilities: Array, forecast: LayerForecast) -> Array:
         on_node = node_map(forecast)
         weights = top_weights(probabilities, self.k)
         asked = demand(weights > 0, on_node)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from bs_coordinator.forecast import Float, LayerForecast
 from bs_coordinator.selection.demand import Chosen, demand, no_slower, node_map, place, weights_of
+from bs_coordinator.selection.one_token import OneToken, one_row
 from bs_coordinator.selection.topk import Experts, top_weights
 from wire.tensors import Array
 
@@ -35,6 +36,58 @@ class Capacity(Struct, frozen=True, forbid_unknown_fields=True):
 
     def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
         """See `Policy.select`."""
+        if len(probabilities) == 1:
+            return self._select_one(probabilities, forecast)
+        return self._select_many(probabilities, forecast)
+
+    def _select_one(self, probabilities: Array, forecast: LayerForecast) -> Array:
+        """The same for a single token."""
+        costs = OneToken(forecast)
+        weights = top_weights(probabilities, self.k)
+        (p,), (share,) = probabilities.tolist(), weights.tolist()
+        top = [expert for expert, weight in enumerate(share) if weight]
+        caps = self._caps_of_one(share, top, costs)
+        kept: list[int] = []
+        over: list[int] = []
+        used = [0] * len(caps)
+        # What stays comes first in its node's queue, then by weight.
+        for expert in sorted(top, key=lambda e: (share[e] < self.limit, -share[e])):
+            node = costs.holder[expert]
+            used[node] += 1
+            (over if used[node] > caps[node] and share[expert] < self.limit else kept).append(expert)
+        if not over:
+            return weights
+        if self.move:
+            for expert in kept:
+                caps[costs.holder[expert]] -= 1
+            others = sorted((e for e, x in enumerate(p) if x > 0 and e not in top), key=lambda e: -p[e])
+            for _ in over:
+                expert = next((e for e in others if caps[costs.holder[e]] > 0), -1)
+                if expert >= 0:
+                    caps[costs.holder[expert]] -= 1
+                    kept.append(expert)
+        kept = kept or [p.index(max(p))]
+        if costs.layer_s(set(kept)) > costs.layer_s(top):
+            return weights
+        return weights_of(probabilities, one_row(kept, len(p)))
+
+    def _caps_of_one(self, share: list[float], top: list[int], costs: OneToken) -> list[int]:
+        """By node, rows that it can answer by the deadline."""
+        must = costs.asked(expert for expert in top if share[expert] >= self.limit)
+        kept_s = max((costs.node_s(node, count) for node, count in must.items()), default=0.0)
+        asked = costs.asked(top)
+        row_s = [max(s, 1e-12) for s in costs.row_s]
+        ready_s = [f + max(asked.get(n, 0), 1) * costs.expert_s[n] for n, f in enumerate(costs.fixed_s)]
+        fill_s, speed, head_start = float("inf"), 0.0, 0.0
+        for ready, row in sorted(zip(ready_s, row_s, strict=True)):
+            speed += 1 / row
+            head_start += ready / row
+            fill_s = min(fill_s, (len(top) + head_start) / speed)
+        deadline_s = self.slack * max(kept_s, fill_s)
+        rows = ((deadline_s - ready) / row + 1e-6 for ready, row in zip(ready_s, row_s, strict=True))
+        return [int(min(max(r, 0), len(top))) for r in rows]
+
+    def _select_many(self, probabilities: Array, forecast: LayerForecast) -> Array:
         weights = top_weights(probabilities, self.k)
         caps = self._caps(weights, forecast)
         token, expert = np.nonzero(weights)

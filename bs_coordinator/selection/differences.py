@@ -41,12 +41,17 @@ class DifferenceTable:
         model_sha256: of the model that it is about.
         values: float32 [layers, experts, experts]; [l, a, b] is the mean of ‖E_a(x) − E_b(x)‖ / ‖E_a(x)‖ over
             hidden states x that layer l's gate routed to a.
+        or_nobody: float32 [layers, experts, experts + 1], the same with 0 for an expert itself, and in the last column
+            1 for nobody in its place.
     """
 
     # Not a dataclass: msgspec would then read it from a document instead of leaving it to the registry.
     def __init__(self, model_sha256: str, values: Array) -> None:
         self.model_sha256 = model_sha256
         self.values = values
+        layers, experts, _ = values.shape
+        self.or_nobody = np.concatenate([values, np.ones((layers, experts, 1), np.float32)], axis=2)
+        self.or_nobody[:, np.arange(experts), np.arange(experts)] = 0
 
 
 def read_differences(path: Path) -> DifferenceTable:

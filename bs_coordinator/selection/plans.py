@@ -26,9 +26,31 @@ _TURNS = 20
 _STEP, _STEP_TURNS = 0.8, 6
 
 
+class Plans:
+    """Sets of experts that tokens choose among. Two of them are never equal, so that results can be kept by them.
+
+    Attributes:
+        members: float64 [plans, experts], 1 where a plan asks an expert, else 0; no row empty.
+    """
+
+    def __init__(self, members: Float) -> None:
+        self.members = members
+        self._sizes: Float = members.sum(axis=1)
+
+    def index_of(self, sets: Chosen) -> NDArray[np.intp]:
+        """Which plan each of some sets of experts is, intp [tokens].
+
+        Args:
+            sets: bool [tokens, experts], each one of the plans.
+        """
+        # Twice what they share less the plan's size: largest, and that set's own size, where both are the same.
+        found: NDArray[np.intp] = (2.0 * sets @ self.members.T - self._sizes).argmax(axis=1)
+        return found
+
+
 @lru_cache(maxsize=8)
-def subsets(experts: int, k: int) -> Float:
-    """All sets of 1 to `k` experts, float64 [plans, experts], 1 where a set has an expert.
+def subsets(experts: int, k: int) -> Plans:
+    """All sets of 1 to `k` experts.
 
     Raises:
         ValueError: there are more than `MAX_PLANS`.
@@ -40,35 +62,25 @@ def subsets(experts: int, k: int) -> Float:
     members = np.zeros((len(rows), experts))
     for i, row in enumerate(rows):
         members[i, row] = 1
-    members.flags.writeable = False
-    return members
-
-
-def index_of(members: Float, sets: Chosen) -> NDArray[np.intp]:
-    """Which of some sets each of others is, intp [tokens].
-
-    Args:
-        members: float64 [plans, experts], from `subsets`.
-        sets: bool [tokens, experts], each one of them.
-    """
-    # Twice what they share less the plan's size: largest, and that set's own size, where both are the same.
-    found: NDArray[np.intp] = (2.0 * sets @ members.T - members.sum(axis=1)).argmax(axis=1)
-    return found
+    return Plans(members)
 
 
 @lru_cache(maxsize=8)
-def substitutions(experts: int, k: int) -> NDArray[np.intp]:
-    """All ways to fill `k` places with an expert or with nobody (which is `experts`), intp [plans, k].
+def substitutions(experts: int, k: int) -> tuple[NDArray[np.intp], Plans]:
+    """All ways to fill `k` places with an expert or with nobody, but for the one where all places stay empty.
 
-    Left out is the one where all places stay empty.
+    Returns:
+        intp [plans, k], an expert or, for nobody, `experts`; and the sets of experts that these are.
 
     Raises:
         ValueError: there are more than `MAX_PLANS`.
     """
     _check_count((experts + 1) ** k - 1, experts, k)
-    plans = np.array(list(product(range(experts + 1), repeat=k))[:-1], np.intp)
-    plans.flags.writeable = False
-    return plans
+    places = np.array(list(product(range(experts + 1), repeat=k))[:-1], np.intp)
+    places.flags.writeable = False
+    members = np.zeros((len(places), experts + 1))
+    members[np.arange(len(places))[:, None], places] = 1
+    return places, Plans(members[:, :-1].copy())
 
 
 def _check_count(count: int, experts: int, k: int) -> None:
@@ -77,12 +89,12 @@ def _check_count(count: int, experts: int, k: int) -> None:
 
 
 def choose_plans(
-    members: Float, loss: Float, top: NDArray[np.intp], price: float, forecast: LayerForecast
+    plans: Plans, loss: Float, top: NDArray[np.intp], price: float, forecast: LayerForecast
 ) -> NDArray[np.intp]:
     """A plan for each token, so that T / T_top + `price` · mean loss is small, T being the predicted time of the layer.
 
     Args:
-        members: float64 [plans, experts], 1 where a plan asks an expert, else 0; no row empty.
+        plans: what tokens choose among.
         loss: float64 [tokens, plans], at least 0, infinite for a plan that a token must not choose.
         top: intp [tokens], the plan that is top-k's choice. It is taken to lose nothing, makes T_top, and is what all
             choose where nothing better is found, so that T is never above T_top.
@@ -91,14 +103,20 @@ def choose_plans(
     Returns:
         intp [tokens], each token's plan.
     """
-    load = _Load(members, forecast)
     scaled = (price / len(loss)) * loss
     scaled[np.arange(len(loss)), top] = 0
     if len(loss) == 1:
-        time_s = load.layer_s(load.uses, load.busy_s(load.uses, load.held))
+        time_s = _alone_s(plans, forecast)
         best: NDArray[np.intp] = (time_s / time_s[top] + scaled).argmin(axis=1)
         return best
-    return _choose_together(load, scaled, top)
+    return _choose_together(_Load(plans, forecast), scaled, top)
+
+
+@lru_cache(maxsize=2)
+def _alone_s(plans: Plans, forecast: LayerForecast) -> Float:
+    """float64 [plans], time of the layer for a single token. Kept, since many may be asked for one after the other."""
+    load = _Load(plans, forecast)
+    return load.layer_s(load.uses, load.busy_s(load.uses, load.held))
 
 
 def _choose_together(load: "_Load", loss: Float, top: NDArray[np.intp]) -> NDArray[np.intp]:
@@ -136,9 +154,9 @@ class _Load:
         air_s: float64 [nodes], of a row where all share a channel, else 0.
     """
 
-    def __init__(self, members: Float, forecast: LayerForecast) -> None:
+    def __init__(self, plans: Plans, forecast: LayerForecast) -> None:
         self._forecast = forecast
-        self._members = members
+        self._members = members = plans.members
         self._on_node: Float = node_map(forecast).astype(np.float64)
         self.held = members @ self._on_node
         self.uses: Float = (self.held > 0).astype(np.float64)

@@ -50,22 +50,17 @@ class Similar(Struct, frozen=True, forbid_unknown_fields=True):
                 f"the table of expert differences does not fit layer {forecast.layer} of {experts} experts"
             )
         k = min(self.k, experts)
-        plans = substitutions(experts, k)
+        ways, plans = substitutions(experts, k)
         weights = top_weights(probabilities, k)
         places = np.argsort(-weights, axis=1, kind="stable")[:, :k]
-        share = np.take_along_axis(weights, places, axis=1)
-        # Last column: nobody.
-        difference = np.ones((experts, experts + 1), np.float32)
-        difference[:, :-1] = self.table.values[forecast.layer]
-        np.fill_diagonal(difference, 0)
-        error = np.zeros((tokens, len(plans)))
+        share = weights[np.arange(tokens)[:, None], places]
+        difference = self.table.or_nobody[forecast.layer]
+        error = np.zeros((tokens, len(ways)))
         for i in range(k):
-            error += (share[:, i, None] * difference[places[:, i]])[:, plans[:, i]]
-        members = np.zeros((len(plans), experts + 1))
-        members[np.arange(len(plans))[:, None], plans] = 1
+            error += (share[:, i, None] * difference[places[:, i]])[:, ways[:, i]]
         error[error > self.budget] = np.inf
-        top = places @ (experts + 1) ** np.arange(k)[::-1]  # nothing replaced; plans count in these digits
-        chosen = plans[choose_plans(members[:, :-1], error, top, self.price, forecast)]
+        top = places @ (experts + 1) ** np.arange(k)[::-1]  # nothing replaced; ways count in these digits
+        chosen = ways[choose_plans(plans, error, top, self.price, forecast)]
         changed = np.zeros((tokens, experts + 1), np.float32)
         for i in range(k):
             changed[np.arange(tokens), chosen[:, i]] += share[:, i]

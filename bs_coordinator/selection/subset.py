@@ -7,7 +7,7 @@ from msgspec import Meta, Struct
 
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.selection.demand import weights_of
-from bs_coordinator.selection.plans import Price, choose_plans, index_of, subsets
+from bs_coordinator.selection.plans import Price, choose_plans, subsets
 from bs_coordinator.selection.topk import Experts, top_weights
 from wire.tensors import Array
 
@@ -37,11 +37,12 @@ class Subset(Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             ValueError: the model has too many experts for this `k`.
         """
-        members = subsets(probabilities.shape[1], self.k)
+        plans = subsets(probabilities.shape[1], self.k)
         # In float64: in float32 sets that differ in their last expert may weigh the same.
-        mass = probabilities.astype(np.float64) @ members.T
+        mass = probabilities.astype(np.float64) @ plans.members.T
         most = mass.max(axis=1, keepdims=True)
         allowed = (mass >= self.share * most) & (mass > 0)
         loss = np.where(allowed, 1 - mass / most, np.inf)
-        top = index_of(members, top_weights(probabilities, self.k) > 0)
-        return weights_of(probabilities, members[choose_plans(members, loss, top, self.price, forecast)] > 0)
+        top = plans.index_of(top_weights(probabilities, self.k) > 0)
+        chosen = choose_plans(plans, loss, top, self.price, forecast)
+        return weights_of(probabilities, plans.members[chosen] > 0)

@@ -1,5 +1,7 @@
 """The WDMoE papers' training-free rule: tokens whose gate does not lean on slow experts give up their weakest one."""
 
+import math
+from operator import mul
 from typing import Annotated
 
 import numpy as np
@@ -7,6 +9,7 @@ from msgspec import Meta, Struct
 
 from bs_coordinator.forecast import Float, LayerForecast
 from bs_coordinator.selection.demand import weights_of
+from bs_coordinator.selection.one_token import one_row
 from bs_coordinator.selection.topk import Experts, top_weights
 from wire.tensors import Array
 
@@ -45,6 +48,8 @@ class Wdmoe(Struct, frozen=True, forbid_unknown_fields=True):
 
     def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
         """See `Policy.select`."""
+        if len(probabilities) == 1:
+            return self._select_one(probabilities, forecast)
         weights = top_weights(probabilities, self.k)
         chosen = weights > 0
         time_s = np.maximum(forecast.one_row_s, _TINY_S)
@@ -55,6 +60,24 @@ class Wdmoe(Struct, frozen=True, forbid_unknown_fields=True):
         theta = self._theta(likeness, lost, total=float((weights / time_s).sum()), pairs=int(chosen.sum()))
         dropped = token[likeness <= theta]
         chosen[dropped, weakest[dropped]] = False
+        return weights_of(probabilities, chosen) if self.renormalise else np.where(chosen, weights, np.float32(0))
+
+    @property
+    def _steps(self) -> int:
+        return int((self.stop - self.start) / self.step + 1e-9)
+
+    def _select_one(self, probabilities: Array, forecast: LayerForecast) -> Array:
+        """The same for a single token: θ rises to its end, or stops at once where nothing need be gained."""
+        weights = top_weights(probabilities, self.k)
+        (p,), (share,) = probabilities.tolist(), weights.tolist()
+        time_s = np.maximum(forecast.one_row_s, _TINY_S).tolist()
+        likeness = sum(map(mul, p, time_s)) / math.sqrt(sum(map(mul, p, p)) * sum(map(mul, time_s, time_s)))
+        theta = self.start + (self.step * self._steps if self.gain >= 1 else 0)
+        top = [expert for expert, weight in enumerate(share) if weight]
+        if len(top) == 1 or likeness > theta:
+            return weights_of(probabilities, weights > 0) if self.renormalise else weights
+        top.remove(min(top, key=share.__getitem__))
+        chosen = one_row(top, len(p))
         return weights_of(probabilities, chosen) if self.renormalise else np.where(chosen, weights, np.float32(0))
 
     def _theta(self, likeness: Float, lost: Float, *, total: float, pairs: int) -> float:
@@ -68,7 +91,7 @@ class Wdmoe(Struct, frozen=True, forbid_unknown_fields=True):
             lost: float64 [n], weight ÷ time of the pair that each of them would drop.
             total: sum of weight ÷ time over the pairs of top-k, whose number is `pairs`.
         """
-        thetas = self.start + self.step * np.arange(int((self.stop - self.start) / self.step + 1e-9) + 1)
+        thetas = self.start + self.step * np.arange(self._steps + 1)
         order = np.argsort(likeness, kind="stable")
         reached = np.searchsorted(likeness[order], thetas, side="right")
         lost_sum = np.concatenate([[0.0], np.cumsum(lost[order])])[reached]

@@ -16,7 +16,7 @@ from bs_coordinator.selection.bottleneck import Bottleneck
 from bs_coordinator.selection.capacity import Capacity, fill_s
 from bs_coordinator.selection.demand import demand, node_map, place, predicted_s
 from bs_coordinator.selection.differences import DifferenceTable
-from bs_coordinator.selection.plans import index_of, subsets
+from bs_coordinator.selection.plans import subsets
 from bs_coordinator.selection.similar import Similar
 from bs_coordinator.selection.subset import Subset
 from bs_coordinator.selection.wdmoe import Wdmoe
@@ -173,9 +173,9 @@ def test_subset_of_many_tokens_keeps_its_limits(
 
 
 def test_every_set_is_found_among_many_experts() -> None:
-    members = subsets(64, 2)
-    order = np.random.default_rng(11).permutation(len(members))
-    np.testing.assert_array_equal(index_of(members, members[order] > 0), order)
+    plans = subsets(64, 2)
+    order = np.random.default_rng(11).permutation(len(plans.members))
+    np.testing.assert_array_equal(plans.index_of(plans.members[order] > 0), order)
 
 
 @pytest.mark.parametrize("shared_air", [False, True])
@@ -367,3 +367,22 @@ def test_demand_counts_a_token_once_per_node() -> None:
     rows, experts = demand(chosen, node_map(forecast))
     assert rows.tolist() == [2, 2, 0]
     assert experts.tolist() == [2, 1, 0]
+
+
+@settings(max_examples=400)
+@given(
+    exact_layers(max_tokens=1),
+    st.integers(1, 3),
+    st.sampled_from([0.25, 0.5, 0.75]),
+    st.booleans(),
+    st.sampled_from([1.0, 1.1, 2.0]),
+)
+def test_one_token_alone_is_treated_as_in_company(
+    layer: tuple[Array, LayerForecast], k: int, limit: float, move: bool, factor: float
+) -> None:
+    """There are two ways through these policies; the one for many tokens can do with one as well."""
+    probabilities, forecast = layer
+    for policy in (Bottleneck(k, factor, limit, move), Capacity(k, factor, limit, move)):
+        alone, many = policy.select(probabilities, forecast), policy._select_many(probabilities, forecast)
+        np.testing.assert_array_equal(alone > 0, many > 0)
+        np.testing.assert_allclose(alone, many, rtol=1e-6)
