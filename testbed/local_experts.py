@@ -11,8 +11,8 @@ import numpy as np
 
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.model import ExpertOutput, Ready
+from bs_coordinator.travelled import travelled
 from edge_node.runtime import ExpertRuntime
-from wire import tensors
 from wire.experts import ExpertId
 from wire.manifest import load_manifest
 from wire.tensors import Array, WireDtype
@@ -41,12 +41,12 @@ class LocalExperts:
 
     def begin(self, layer: int, hidden: Array, gate: Array) -> Ready:
         """See `Experts.begin`."""
-        hidden = tensors.travelled(hidden, self._wire)
+        hidden = travelled(hidden, self._wire)
         output = np.zeros(hidden.shape, np.float32)
         for expert in np.flatnonzero(gate.any(axis=0)).tolist():
             rows = np.flatnonzero(gate[:, expert])
             y = self._runtime.run(ExpertId(layer, expert), hidden[rows])
-            output[rows] += tensors.travelled(y * gate[rows, expert, None], self._wire)
+            output[rows] += travelled(y * gate[rows, expert, None], self._wire)
         return Ready(ExpertOutput(output))
 
     def forecast(self, layer: int) -> LayerForecast:

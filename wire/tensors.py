@@ -68,12 +68,5 @@ def decode(buffer: memoryview, tokens: int, hidden: int, dtype: WireDtype) -> Ar
     return x
 
 
-def travelled(x: Array, dtype: WireDtype) -> Array:
-    """What is left of float32 [tokens, hidden] after a journey as `dtype`; for who computes as if it had been made."""
-    if dtype is WireDtype.FP32:
-        return x
-    return decode(memoryview(b"".join(encode(x, dtype))), len(x), x.shape[1], dtype)
-
-
 def _raw(array: NDArray[np.generic]) -> memoryview:
     return np.ascontiguousarray(array).data.cast("B")

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from bs_coordinator.resident.choice import choose_resident
 from bs_coordinator.resident.traffic import Traffic, write_traffic
+from bs_coordinator.travelled import travelled
 from edge_node.memory import available_bytes, fitting
 from edge_node.runtime import ExpertRuntime
-from wire import tensors
 from wire.errors import MemoryBudgetError, StorageError, WdmoeError
 from wire.experts import ExpertId
 from wire.frames import ExpertSlice
@@ -175,11 +175,11 @@ class ResidentExperts:
 
     def _compute(self, layer: int, hidden: Array, experts: Sequence[ExpertSlice], asked_ns: int) -> Computed:
         begun_ns = time.perf_counter_ns()
-        x = tensors.travelled(hidden, self._wire)
+        x = travelled(hidden, self._wire)
         output = np.zeros(hidden.shape, np.float32)
         for slice_ in experts:
             y = self._runtime.run(ExpertId(layer, slice_.expert), x[slice_.tokens])
-            output[slice_.tokens] += tensors.travelled(y * slice_.weights[:, None], self._wire)
+            output[slice_.tokens] += travelled(y * slice_.weights[:, None], self._wire)
         done_ns = time.perf_counter_ns()
         return Computed(output, begun_ns - asked_ns, done_ns - begun_ns, done_ns)
 

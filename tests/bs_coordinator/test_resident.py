@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from bs_coordinator.fleet import HERE
 from bs_coordinator.resident import ResidentExperts, Traffic, read_traffic, traffic_of_log
@@ -16,9 +17,11 @@ from bs_coordinator.resident.choice import choose_resident
 from bs_coordinator.resident.traffic import HALVED_AT, write_traffic
 from bs_coordinator.sampling import SamplingConfig
 from bs_coordinator.station import ResidentConfig, Station, StationConfig, open_station
+from bs_coordinator.travelled import travelled
 from edge_node.memory import largest, needed_bytes
 from edge_node.runtime import ExpertRuntime
 from testbed.local_fleet import LocalFleet
+from wire import tensors
 from wire.errors import MemoryBudgetError, StorageError
 from wire.experts import ExpertId
 from wire.frames import ExpertSlice
@@ -28,6 +31,17 @@ from wire.tensors import WireDtype
 Bundle = Callable[[Scheme], Path]
 DIMS = Dims(hidden=8, intermediate=8, layers=2, experts=4, top_k=2, vocab=8, max_positions=8)
 HERE_S, AWAY_S = 0.001, 0.010
+
+
+@settings(deadline=None)
+@given(
+    hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2), elements=st.floats(width=32, allow_nan=False)),
+    st.sampled_from(WireDtype),
+)
+def test_what_stays_here_is_rounded_as_on_the_wire(x: tensors.Array, dtype: WireDtype) -> None:
+    sent = memoryview(b"".join(tensors.encode(x, dtype)))
+    arrived = tensors.decode(sent, len(x), x.shape[1], dtype)
+    np.testing.assert_array_equal(travelled(x, dtype).view(np.uint32), arrived.view(np.uint32))
 
 
 def _pairs(counts: dict[tuple[int, int, int], float], layers: int = 2, experts: int = 4) -> np.ndarray:
