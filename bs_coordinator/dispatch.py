@@ -7,7 +7,6 @@ are reported as lost.
 
 import contextlib
 import logging
-import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -24,14 +23,13 @@ from bs_coordinator.health import QUARANTINE_S, Health
 from bs_coordinator.holders import Holders
 from bs_coordinator.intake import Answered, Gone, Intake
 from bs_coordinator.join_watch import JoinWatch
-from bs_coordinator.links import LinkMonitor, LinkSample
+from bs_coordinator.links import LinkMonitor
 from bs_coordinator.links.prober import Prober
 from bs_coordinator.model import ExpertOutput
-from bs_coordinator.records import DispatchRecord
+from bs_coordinator.outbox import Outbox
 from bs_coordinator.requests import chosen_experts, plan_requests
-from bs_coordinator.round import Answer, Part, Round, Sent
+from bs_coordinator.round import Answer, Part, Round
 from bs_coordinator.telemetry import TelemetryInbox
-from wire import frames, tensors
 from wire.errors import (
     BrokerAuthError,
     BrokerError,
@@ -41,8 +39,8 @@ from wire.errors import (
     WdmoeError,
 )
 from wire.experts import ExpertId, format_selector
-from wire.frames import ErrorFrame, PingFrame, RequestId, ResultFrame, Status, WorkFrame
-from wire.seal import ClusterKey, Seal
+from wire.frames import ErrorFrame, ResultFrame, Status
+from wire.seal import ClusterKey
 from wire.status import SocketFacts
 from wire.tensors import Array, WireDtype
 from wire.topics import Topics
@@ -53,17 +51,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_PATIENCE = 4.0
-_GRACE_S = 0.3
-"""A request is overdue after `_PATIENCE` times its predicted time and this: enough for a retransmission."""
 _BROKER_PATIENCE_S = 60.0
 _NODES_PATIENCE_S = 12.0
 """After the broker is back: nodes try again within seconds of each other and tell their status every few seconds."""
 _PROBE_LOOK_S = 0.01
 """Between two looks at which probes are due; the links' own pauses between probes are longer."""
 _CLOCK_EVERY_S = 0.05
-_FAMILIAR = 8
-"""Requests that a node must have answered before its predictions are deadlines."""
 
 
 def _no_facts() -> Mapping[str, SocketFacts]:
@@ -150,28 +143,25 @@ class Dispatcher:
         self.links = links or LinkMonitor()
         self.health = Health()
         self.fleet = fleet
-        self._transport = transport
-        self._topics = topics
-        self._dtype = dtype
+        self._outbox = Outbox(
+            transport, topics, self.links,
+            hidden=fleet.dims.hidden, dtype=dtype, timeout_s=timeout_s, cluster_key=cluster_key,
+        )  # fmt: skip
         self._timeout_s = timeout_s
         self._last_holder_s = timeout_s if last_holder_s is None else min(last_holder_s, timeout_s)
         self._join_watch = JoinWatch()
         self._guard = GainGuard(fleet.dims.layers)
-        self._session = secrets.randbits(64)
-        self._next_request = 0
         self._reconnect = reconnect
-        self._cluster_key = cluster_key
         self._broker_sockets = broker_sockets
-        self._row_bytes = tensors.encoded_bytes(1, fleet.dims.hidden, dtype)
         self._holders = Holders(
             fleet,
             self.health,
             self.links,
-            message_bytes=frames.HEADER_BYTES + self._row_bytes,
+            message_bytes=self._outbox.frame_bytes[0] + self._outbox.row_bytes[1],
             last_resort=last_holder_s is None,
         )
-        self._prober = Prober(self.links, self.health, self._send_ping, self._new_id)
-        self._intake = Intake(topics, fleet, self.health, self.links, self._prober, self._seal)
+        self._prober = Prober(self.links, self.health, self._outbox.send_ping, self._outbox.new_id)
+        self._intake = Intake(topics, fleet, self.health, self.links, self._prober, self._outbox.seal)
         self._open: list[Asked] = []
         self._done: list[_Done] = []
         self._next_probe_s = 0.0
@@ -228,8 +218,8 @@ class Dispatcher:
             self._holders.index(layer),
             available=self._holders.available(layer),
             now_s=now_s,
-            frame_bytes=(frames.HEADER_BYTES, frames.RESULT_BYTES),
-            row_bytes=(self._row_bytes + frames.ROW_BYTES, self._row_bytes),
+            frame_bytes=self._outbox.frame_bytes,
+            row_bytes=self._outbox.row_bytes,
         )
 
     def fill_residents(self) -> None:
@@ -310,13 +300,13 @@ class Dispatcher:
 
     def _receive(self, timeout_s: float) -> Message | None:
         asked_ns = time.perf_counter_ns()
-        message = self._transport.receive(timeout_s)
+        message = self._outbox.transport.receive(timeout_s)
         self._intake.waited(asked_ns, message.arrived_ns if message else time.perf_counter_ns())
         return message
 
     def close(self) -> None:
         """Leave the broker."""
-        self._transport.close()
+        self._outbox.transport.close()
 
     def recover(self, lost: BrokerError) -> None:
         """Connect again after a loss, and hear from the nodes again: what they said before, another broker heard.
@@ -327,7 +317,7 @@ class Dispatcher:
         if self._reconnect is None:
             raise lost
         log.warning("%s; trying again for %.0f s", lost, _BROKER_PATIENCE_S)
-        self._transport.close()
+        self._outbox.transport.close()
         attempts = Retrying(
             stop=stop_after_delay(_BROKER_PATIENCE_S),
             wait=wait_random_exponential(multiplier=0.2, max=3.0),
@@ -338,11 +328,11 @@ class Dispatcher:
         log.warning("the broker is back, %d nodes are online", len(self.fleet.nodes))
 
     def _rejoin(self, connect: Callable[[], Transport]) -> None:
-        self._transport = connect()
+        self._outbox.transport = connect()
         self.fleet.forget()
         self._intake.fresh_only = True
         try:
-            self._intake.subscribe(self._transport)
+            self._intake.subscribe(self._outbox.transport)
             deadline = time.monotonic() + _NODES_PATIENCE_S
             while self.fleet.missing() and time.monotonic() < deadline:
                 self.pump(0.1)
@@ -382,7 +372,7 @@ class Dispatcher:
         else:
             self._holders.refresh(time.perf_counter())
             holder = {expert: self._holder(asked.layer, expert) for expert in chosen_experts(asked.gate)}
-        requests = plan_requests(asked.gate, holder, max_tokens=self._max_tokens(asked.hidden))
+        requests = plan_requests(asked.gate, holder, max_tokens=self._outbox.max_tokens)
         asked.round = Round(
             asked.layer, asked.hidden, requests,
             hand_on=asked.node is None, deadline_s=time.monotonic() + self._timeout_s,
@@ -446,67 +436,19 @@ class Dispatcher:
         """What answered requests say of links and nodes."""
         done, self._done = self._done, []
         for round, parts, took_ns in done:
-            self.links.observe([_sample(part, answer.record) for part, answer in parts])
+            self.links.observe([part.sample(answer.record) for part, answer in parts])
             if round.hand_on and len(round.hidden) == 1:
                 slowest = max((answer.record for _, answer in parts), key=lambda record: record.round_trip_ns).node
                 if warning := self._join_watch.observe(self.fleet.nodes, took_ns, slowest):
                     log.warning("%s", warning)
 
-    def _max_tokens(self, hidden: Array) -> int:
-        return frames.max_tokens(hidden.shape[1], self._dtype)
-
-    def _new_id(self) -> RequestId:
-        id = RequestId(self._session, self._next_request)
-        self._next_request += 1
-        return id
-
-    def _seal(self, node: str) -> Seal | None:
-        return self._cluster_key.seal(node) if self._cluster_key else None
-
-    def _send_ping(self, node: str, frame: PingFrame) -> tuple[int, int]:
-        payload = frames.encode(frame, seal=self._seal(node))
-        sent_ns = time.perf_counter_ns()
-        self._transport.publish(self._topics.work(node), payload)
-        return len(payload), sent_ns
-
     def _send(self, round: Round, parts: Sequence[Part]) -> None:
-        sent = []
+        away = [part for part in parts if part.request.node != HERE]
+        self._outbox.send(round, away, lambda node: sum(asked.round.outstanding(node) for asked in self._open))
         # What is computed here comes last: the nodes should not wait for it.
-        for part in sorted(parts, key=lambda part: part.request.node == HERE):
-            request = part.request
-            if self._here and request.node == HERE:
-                self._here.ask(round, part, self._new_id())
-                continue
-            frame = WorkFrame(
-                id=self._new_id(),
-                layer=round.layer,
-                deadline_ms=int(self._timeout_s * 1000),
-                experts=request.experts,
-                hidden=round.rows(request),
-                dtype=self._dtype,
-            )
-            payload = frames.encode(frame, seal=self._seal(request.node))
-            sent.append((part, frame.id, len(payload), time.perf_counter_ns()))
-            self._transport.publish(self._topics.work(request.node), payload)
-        # All are on their way before anything is predicted.
-        now_s, unix_ns = time.monotonic(), time.time_ns() - time.perf_counter_ns()
-        for part, id, down_bytes, sent_ns in sent:
-            request = part.request
-            rows = sum(len(s.tokens) for s in request.experts)
-            predicted_s = self.links.predict_s(
-                request.node,
-                down_bytes=down_bytes,
-                up_bytes=frames.RESULT_BYTES + len(request.rows) * self._row_bytes,
-                experts=len(request.experts),
-                rows=rows,
-            )
-            ahead = sum(other.round.outstanding(request.node) for other in self._open)
-            patience_s = self._patience_s(request.node, rows, (1 + ahead) * predicted_s)
-            patience_s += self.links.worst_load_s(request.node, experts=len(request.experts))
-            round.sent(
-                part,
-                Sent(id, sent_ns, unix_ns + sent_ns, down_bytes, int(1e9 * predicted_s), ahead, now_s + patience_s),
-            )
+        for part in parts:
+            if self._here and part.request.node == HERE:
+                self._here.ask(round, part, self._outbox.new_id())
 
     def _take_from_here(self, round: Round) -> bool:
         """Take in what was computed here; whether there was anything."""
@@ -521,13 +463,6 @@ class Dispatcher:
                 self.fleet.hold_here(frozenset())
                 self._failed(round, part, f"{_experts(round, part)} could not be computed here: {answer}")
         return bool(answered)
-
-    def _patience_s(self, node: str, rows: int, predicted_s: float) -> float:
-        """How long to wait for an answer before others are asked."""
-        requests, most_rows = self.links.experience(node)
-        if requests < _FAMILIAR:
-            return self._timeout_s
-        return (_PATIENCE if rows <= most_rows else _PATIENCE**2) * predicted_s + _GRACE_S
 
     def _collect(self, round: Round) -> None:
         """Take in messages until a round is done; those for other rounds as well."""
@@ -584,7 +519,7 @@ class Dispatcher:
         if frame.layer != round.layer or frame.output.shape != (len(part.request.rows), round.hidden.shape[1]):
             self.dropped["wrong shape"] += 1
             return
-        answer = Answer(frame.output, _record(part, frame, message))
+        answer = Answer(frame.output, part.record(frame, message))
         gain = largest_gain(round.rows(part.request), frame.output)
         if self._guard.suspects(round.layer, gain):
             if part.doubtful is None and (part.heirs or self._hand_on(round, part)):
@@ -636,41 +571,9 @@ class Dispatcher:
         if holder is None:
             return False
         gate = part.request.gate(len(round.hidden), self.fleet.dims.experts)
-        self._send(round, part.hand_on(plan_requests(gate, holder, max_tokens=self._max_tokens(round.hidden))))
+        self._send(round, part.hand_on(plan_requests(gate, holder, max_tokens=self._outbox.max_tokens)))
         return True
 
 
 def _experts(round: Round, part: Part) -> str:
     return format_selector(ExpertId(round.layer, s.expert) for s in part.request.experts)
-
-
-def _record(part: Part, frame: ResultFrame, message: Message) -> DispatchRecord:
-    request, sent = part.request, part.sent
-    assert sent is not None  # noqa: S101 - its answer was awaited
-    return DispatchRecord(
-        node=request.node,
-        experts=tuple(s.expert for s in request.experts),
-        tokens=len(request.rows),
-        sent_unix_ns=sent.sent_unix_ns,
-        round_trip_ns=message.arrived_ns - sent.sent_ns,
-        durations=frame.durations,
-        down_bytes=sent.down_bytes,
-        up_bytes=len(message.payload),
-        predicted_ns=sent.predicted_ns,
-    )
-
-
-def _sample(part: Part, record: DispatchRecord) -> LinkSample:
-    assert part.sent is not None  # noqa: S101 - its answer was awaited
-    return LinkSample(
-        time_s=(part.sent.sent_ns + record.round_trip_ns) / 1e9,
-        node=record.node,
-        down_bytes=record.down_bytes,
-        up_bytes=record.up_bytes,
-        round_trip_s=record.round_trip_ns / 1e9,
-        node_s=record.durations.total_ns / 1e9,
-        experts=len(record.experts),
-        rows=sum(len(s.tokens) for s in part.request.experts),
-        load_s=record.durations.load_ns / 1e9,
-        queued=part.sent.ahead > 0,
-    )

@@ -9,10 +9,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from bs_coordinator.links import LinkSample
 from bs_coordinator.records import DispatchRecord
 from bs_coordinator.requests import Request
-from wire.frames import RequestId
+from wire.frames import RequestId, ResultFrame
 from wire.tensors import Array
+from wire.transport import Message
 
 if TYPE_CHECKING:
     from bs_coordinator.resident import Computed
@@ -67,6 +69,38 @@ class Part:
     def done(self) -> bool:
         """Whether its rows' answers are all there."""
         return self.answer is not None or (bool(self.heirs) and all(heir.done for heir in self.heirs))
+
+    def record(self, frame: ResultFrame, message: Message) -> DispatchRecord:
+        """What its answer took."""
+        request, sent = self.request, self.sent
+        assert sent is not None  # noqa: S101 - its answer was awaited
+        return DispatchRecord(
+            node=request.node,
+            experts=tuple(s.expert for s in request.experts),
+            tokens=len(request.rows),
+            sent_unix_ns=sent.sent_unix_ns,
+            round_trip_ns=message.arrived_ns - sent.sent_ns,
+            durations=frame.durations,
+            down_bytes=sent.down_bytes,
+            up_bytes=len(message.payload),
+            predicted_ns=sent.predicted_ns,
+        )
+
+    def sample(self, record: DispatchRecord) -> LinkSample:
+        """What its answer says of the link and the node."""
+        assert self.sent is not None  # noqa: S101 - its answer was awaited
+        return LinkSample(
+            time_s=(self.sent.sent_ns + record.round_trip_ns) / 1e9,
+            node=record.node,
+            down_bytes=record.down_bytes,
+            up_bytes=record.up_bytes,
+            round_trip_s=record.round_trip_ns / 1e9,
+            node_s=record.durations.total_ns / 1e9,
+            experts=len(record.experts),
+            rows=sum(len(s.tokens) for s in self.request.experts),
+            load_s=record.durations.load_ns / 1e9,
+            queued=self.sent.ahead > 0,
+        )
 
     def hand_on(self, requests: Sequence[Request]) -> list["Part"]:
         """Let others take over."""

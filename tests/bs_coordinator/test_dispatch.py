@@ -104,6 +104,7 @@ class _Network:
         self.deaf: set[str] = set()
         self.absurd: set[str] = set()
         self.asked: list[tuple[str, tuple[int, ...]]] = []
+        self.ids: list[RequestId] = []
         self.dispatcher = Dispatcher(
             self.transport, TOPICS, Fleet(DIMS, "m"), dtype=WireDtype.FP32, timeout_s=timeout_s,
             last_holder_s=last_holder_s,
@@ -125,6 +126,7 @@ class _Network:
             return
         assert isinstance(frame, WorkFrame)
         self.asked.append((node, tuple(s.expert for s in frame.experts)))
+        self.ids.append(frame.id)
         yield from self.extra
         if node not in self.mute:
             output = np.zeros(frame.hidden.shape, np.float32)
@@ -155,13 +157,14 @@ def test_strange_messages_are_counted_and_change_nothing() -> None:
     network = _Network(a="L*:E0-1", b="L*:E2-3")
     ones = np.ones((3, 8), np.float32)
     stale = network.result(RequestId(1, 2), 0, ones)
-    session = network.dispatcher._session  # a forger on the same broker could overhear it
+    network.ask(GATE)
+    session, last, _ = network.ids[-1]  # a forger on the same broker could overhear it
     network.extra = [
         (TOPICS.results("a"), b"garbage"),
         (TOPICS.results("a"), stale),
-        (TOPICS.results("b"), network.result(RequestId(session, 0), 0, ones)),  # b speaks for a
-        (TOPICS.results("a"), network.result(RequestId(session, 0), 1, ones)),  # another layer
-        (TOPICS.results("a"), network.result(RequestId(session, 0), 0, ones[:1, :4])),  # another shape
+        (TOPICS.results("b"), network.result(RequestId(session, last + 1), 0, ones)),  # b speaks for a
+        (TOPICS.results("a"), network.result(RequestId(session, last + 1), 1, ones)),  # another layer
+        (TOPICS.results("a"), network.result(RequestId(session, last + 1), 0, ones[:1, :4])),  # another shape
         (TOPICS.results("a"), stale[:20]),
         (TOPICS.status("a"), b"{"),
         (TOPICS.status("c"), b""),
@@ -174,8 +177,7 @@ def test_strange_messages_are_counted_and_change_nothing() -> None:
 def test_an_answer_counts_once() -> None:
     network = _Network(a="L*:E*")
     np.testing.assert_allclose(network.ask(GATE), EXPECTED)
-    last = network.dispatcher._next_request - 1
-    replay = network.result(RequestId(network.dispatcher._session, last), 0, np.full((3, 8), 99, np.float32))
+    replay = network.result(network.ids[-1], 0, np.full((3, 8), 99, np.float32))
     network.extra = [(TOPICS.results("a"), replay)]
     np.testing.assert_allclose(network.ask(GATE), EXPECTED)
 
@@ -197,8 +199,10 @@ def test_a_node_that_leaves_is_named_at_once() -> None:
 
 def test_a_refusal_is_passed_on() -> None:
     network = _Network(a="L*:E*")
+    network.ask(GATE)
     network.mute = {"a"}
-    refusal = ErrorFrame(RequestId(network.dispatcher._session, 0), 0, Status.UNKNOWN_EXPERT, "does not hold L00:E0")
+    session, last, _ = network.ids[-1]
+    refusal = ErrorFrame(RequestId(session, last + 1), 0, Status.UNKNOWN_EXPERT, "does not hold L00:E0")
     network.extra = [(TOPICS.results("a"), frames.encode(refusal))]
     with pytest.raises(DispatchError, match=r"'a' refused.*unknown_expert, does not hold L00:E0"):
         network.ask(GATE)
