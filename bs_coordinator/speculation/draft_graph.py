@@ -29,8 +29,10 @@ class DraftGraph:
         self.manifest: DraftManifest = load_draft(folder)
         options = ort.SessionOptions()
         options.intra_op_num_threads = min(_MOST_THREADS, os.cpu_count() or 1)
-        # Between two drafts the processor belongs to the trunk, and on one machine to the nodes.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # A draft is hundreds of products of some ten microseconds: threads that slept between them would take a third
+        # longer. Between two drafts the processor belongs to the trunk, and on one machine to the nodes.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
         path = folder / self.manifest.files[0].path
         try:
