@@ -12,7 +12,7 @@ help:
 	@echo "make test   set everything up and run the tests, but for those that take minutes: make test-slow"
 	@echo "make check  formatting, lint and types"
 	@echo "make bench  benchmarks: a table, and JSON with raw samples under runs/"
-	@echo "make reproduce DATA=folder  the README's tables of policies for single tokens, as root, in about half an hour"
+	@echo "make reproduce DATA=folder  the README's tables of policies for single tokens, as root, in half an hour"
 	@echo "make reproduce-batches DATA=folder  those for batches, in as much time again"
 	@echo "make chaos  200 answers under random faults, as root (docs/reliability.md)"
 	@echo "make arm    nodes from aarch64 wheels on an emulated Pi 5 and Pi 4, against this machine (needs qemu-user-static)"
