@@ -444,11 +444,13 @@ class Dispatcher:
 
     def _send(self, round: Round, parts: Sequence[Part]) -> None:
         away = [part for part in parts if part.request.node != HERE]
-        self._outbox.send(round, away, lambda node: sum(asked.round.outstanding(node) for asked in self._open))
+        published = self._outbox.send(round, away)
         # What is computed here comes last: the nodes should not wait for it.
         for part in parts:
             if self._here and part.request.node == HERE:
                 self._here.ask(round, part, self._outbox.new_id())
+        # All are on their way before anything is predicted.
+        self._outbox.expect(round, published, lambda node: sum(asked.round.outstanding(node) for asked in self._open))
 
     def _take_from_here(self, round: Round) -> bool:
         """Take in what was computed here; whether there was anything."""

@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from bs_coordinator.links import LinkMonitor
 from bs_coordinator.round import Part, Round, Sent
@@ -18,6 +19,15 @@ _GRACE_S = 0.3
 """A request is overdue after `_PATIENCE` times its predicted time and this: enough for a retransmission."""
 _FAMILIAR = 8
 """Requests that a node must have answered before its predictions are deadlines."""
+
+
+class Published(NamedTuple):
+    """A part that is on its way."""
+
+    part: Part
+    id: RequestId
+    down_bytes: int
+    sent_ns: int
 
 
 class Outbox:
@@ -51,9 +61,9 @@ class Outbox:
         """
         self.transport = transport
         self.max_tokens = frames.max_tokens(hidden, dtype)
-        self._answer_row_bytes = tensors.encoded_bytes(1, hidden, dtype)
+        row_bytes = tensors.encoded_bytes(1, hidden, dtype)
         self.frame_bytes = frames.HEADER_BYTES, frames.RESULT_BYTES
-        self.row_bytes = self._answer_row_bytes + frames.ROW_BYTES, self._answer_row_bytes
+        self.row_bytes = row_bytes + frames.ROW_BYTES, row_bytes
         self._topics = topics
         self._links = links
         self._dtype = dtype
@@ -83,16 +93,13 @@ class Outbox:
         self.transport.publish(self._topics.work(node), payload)
         return len(payload), sent_ns
 
-    def send(self, round: Round, parts: Iterable[Part], outstanding: Callable[[str], int]) -> None:
-        """Publish parts of a round; from now on their answers are awaited.
-
-        Args:
-            outstanding: requests that a node has not answered, of all rounds.
+    def send(self, round: Round, parts: Iterable[Part]) -> list[Published]:
+        """Publish parts of a round, whose answers are then to be awaited.
 
         Raises:
             BrokerError: the connection is lost.
         """
-        sent = []
+        published = []
         for part in parts:
             request = part.request
             frame = WorkFrame(
@@ -104,17 +111,24 @@ class Outbox:
                 dtype=self._dtype,
             )
             payload = frames.encode(frame, seal=self.seal(request.node))
-            sent.append((part, frame.id, len(payload), time.perf_counter_ns()))
+            published.append(Published(part, frame.id, len(payload), time.perf_counter_ns()))
             self.transport.publish(self._topics.work(request.node), payload)
-        # All are on their way before anything is predicted.
+        return published
+
+    def expect(self, round: Round, published: Iterable[Published], outstanding: Callable[[str], int]) -> None:
+        """Await the answers, each for as long as is predicted and some more.
+
+        Args:
+            outstanding: requests that a node has not answered, of all rounds.
+        """
         now_s, unix_ns = time.monotonic(), time.time_ns() - time.perf_counter_ns()
-        for part, id, down_bytes, sent_ns in sent:
+        for part, id, down_bytes, sent_ns in published:
             request = part.request
             rows = sum(len(s.tokens) for s in request.experts)
             predicted_s = self._links.predict_s(
                 request.node,
                 down_bytes=down_bytes,
-                up_bytes=frames.RESULT_BYTES + len(request.rows) * self._answer_row_bytes,
+                up_bytes=self.frame_bytes[1] + len(request.rows) * self.row_bytes[1],
                 experts=len(request.experts),
                 rows=rows,
             )

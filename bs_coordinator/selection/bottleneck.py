@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.selection.demand import Chosen, demand, node_map, place, weights_of
-from bs_coordinator.selection.one_token import OneToken, one_row
+from bs_coordinator.selection.one_token import OneToken, asked_experts, one_row
 from bs_coordinator.selection.topk import Experts, top_weights
 from wire.tensors import Array
 
@@ -47,7 +47,7 @@ class Bottleneck(Struct, frozen=True, forbid_unknown_fields=True):
         costs = OneToken(forecast)
         weights = top_weights(probabilities, self.k)
         (p,) = probabilities.tolist()
-        top = chosen = [expert for expert, weight in enumerate(weights[0].tolist()) if weight]
+        top = chosen = asked_experts(weights)
         layer_s = costs.layer_s(top)
         for _ in range(2 * len(costs.fixed_s)):
             relieved = self._relieve_one(p, chosen, costs)

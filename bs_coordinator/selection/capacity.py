@@ -1,14 +1,16 @@
 """Every node gets a share of the rows that suits its speed; what is too much goes elsewhere or is dropped."""
 
+import math
+from collections.abc import Iterable
 from typing import Annotated
 
 import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from bs_coordinator.forecast import Float, LayerForecast
+from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.selection.demand import Chosen, demand, no_slower, node_map, place, weights_of
-from bs_coordinator.selection.one_token import OneToken, one_row
+from bs_coordinator.selection.one_token import OneToken, asked_experts, one_row
 from bs_coordinator.selection.topk import Experts, top_weights
 from wire.tensors import Array
 
@@ -45,7 +47,7 @@ class Capacity(Struct, frozen=True, forbid_unknown_fields=True):
         costs = OneToken(forecast)
         weights = top_weights(probabilities, self.k)
         (p,), (share,) = probabilities.tolist(), weights.tolist()
-        top = [expert for expert, weight in enumerate(share) if weight]
+        top = asked_experts(weights)
         caps = self._caps_of_one(share, top, costs)
         kept: list[int] = []
         over: list[int] = []
@@ -78,12 +80,7 @@ class Capacity(Struct, frozen=True, forbid_unknown_fields=True):
         asked = costs.asked(top)
         row_s = [max(s, 1e-12) for s in costs.row_s]
         ready_s = [f + max(asked.get(n, 0), 1) * costs.expert_s[n] for n, f in enumerate(costs.fixed_s)]
-        fill_s, speed, head_start = float("inf"), 0.0, 0.0
-        for ready, row in sorted(zip(ready_s, row_s, strict=True)):
-            speed += 1 / row
-            head_start += ready / row
-            fill_s = min(fill_s, (len(top) + head_start) / speed)
-        deadline_s = self.slack * max(kept_s, fill_s)
+        deadline_s = self.slack * max(kept_s, fill_s(ready_s, row_s, len(top)))
         rows = ((deadline_s - ready) / row + 1e-6 for ready, row in zip(ready_s, row_s, strict=True))
         return [int(min(max(r, 0), len(top))) for r in rows]
 
@@ -119,22 +116,24 @@ class Capacity(Struct, frozen=True, forbid_unknown_fields=True):
         ready_s = forecast.fixed_s + np.maximum(experts, 1) * forecast.expert_s
         row_s = np.maximum(forecast.row_air_s + forecast.row_compute_s, 1e-12)
         pairs = int(np.count_nonzero(chosen))
-        deadline_s = self.slack * max(kept_s, fill_s(ready_s, row_s, pairs))
+        deadline_s = self.slack * max(kept_s, fill_s(ready_s.tolist(), row_s.tolist(), pairs))
         return np.clip(np.floor((deadline_s - ready_s) / row_s + 1e-6), 0, pairs).astype(np.int64)
 
 
-def fill_s(ready_s: Float, row_s: Float, rows: int) -> float:
+def fill_s(ready_s: Iterable[float], row_s: Iterable[float], rows: int) -> float:
     """The time by which nodes that share `rows` rows at will can all be done, if rows could be split.
 
     Args:
-        ready_s: float64 [nodes], before a node's first row.
-        row_s: float64 [nodes], per row, above 0.
+        ready_s: by node, before its first row.
+        row_s: by node, per row, above 0.
     """
-    order = np.argsort(ready_s)
-    speed = np.cumsum(1 / row_s[order])
-    head_start = np.cumsum((ready_s / row_s)[order])
-    # With the first j nodes in use; one node too many, or one too few, makes it later.
-    return float(((rows + head_start) / speed).min())
+    soonest_s, speed, head_start = math.inf, 0.0, 0.0
+    # With the first nodes in use; one node too many, or one too few, makes it later.
+    for ready, row in sorted(zip(ready_s, row_s, strict=True)):
+        speed += 1 / row
+        head_start += ready / row
+        soonest_s = min(soonest_s, (rows + head_start) / speed)
+    return soonest_s
 
 
 def _nobody_alone(chosen: Chosen, probabilities: Array) -> Chosen:

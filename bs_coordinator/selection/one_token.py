@@ -10,6 +10,7 @@ import numpy as np
 
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.selection.demand import Chosen
+from wire.tensors import Array
 
 
 class OneToken:
@@ -35,16 +36,13 @@ class OneToken:
             counts[node] = counts.get(node, 0) + 1
         return counts
 
-    def node_s(self, node: int, experts: int) -> float:
+    def node_s(self, node: int, experts: int, rows: int = 1) -> float:
         """Time of a request for so many experts."""
-        return self.fixed_s[node] + experts * self.expert_s[node] + self.row_s[node]
+        return self.fixed_s[node] + experts * self.expert_s[node] + rows * self.row_s[node]
 
     def with_one_more_s(self, asked: dict[int, int]) -> list[float]:
         """By node, its time if it computes one row and one distinct expert more than it is asked for."""
-        return [
-            self.fixed_s[n] + (asked.get(n, 0) + 1) * self.expert_s[n] + (1 + (n in asked)) * self.row_s[n]
-            for n in range(len(self.fixed_s))
-        ]
+        return [self.node_s(n, asked.get(n, 0) + 1, rows=1 + (n in asked)) for n in range(len(self.fixed_s))]
 
     def layer_s(self, experts: Iterable[int]) -> float:
         """Time until the last answer."""
@@ -53,6 +51,11 @@ class OneToken:
             return max(times_s.values(), default=0.0)
         air_s = self._air_s
         return sum(air_s[n] for n in times_s) + max((s - air_s[n] for n, s in times_s.items()), default=0.0)
+
+
+def asked_experts(weights: Array) -> list[int]:
+    """The experts that have any of the weight of float32 [1, experts]."""
+    return [expert for expert, weight in enumerate(weights[0].tolist()) if weight]
 
 
 def one_row(experts: Collection[int], count: int) -> Chosen:

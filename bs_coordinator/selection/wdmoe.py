@@ -9,7 +9,7 @@ from msgspec import Meta, Struct
 
 from bs_coordinator.forecast import Float, LayerForecast
 from bs_coordinator.selection.demand import weights_of
-from bs_coordinator.selection.one_token import one_row
+from bs_coordinator.selection.one_token import asked_experts, one_row
 from bs_coordinator.selection.topk import Experts, top_weights
 from wire.tensors import Array
 
@@ -73,7 +73,7 @@ class Wdmoe(Struct, frozen=True, forbid_unknown_fields=True):
         time_s = np.maximum(forecast.one_row_s, _TINY_S).tolist()
         likeness = sum(map(mul, p, time_s)) / math.sqrt(sum(map(mul, p, p)) * sum(map(mul, time_s, time_s)))
         theta = self.start + (self.step * self._steps if self.gain >= 1 else 0)
-        top = [expert for expert, weight in enumerate(share) if weight]
+        top = asked_experts(weights)
         if len(top) == 1 or likeness > theta:
             return weights_of(probabilities, weights > 0) if self.renormalise else weights
         top.remove(min(top, key=share.__getitem__))
