@@ -53,7 +53,8 @@ class LinkSample:
         round_trip_s: by the base station's clock; of a train, from its first counted arrival to the last.
         node_s: the node's own account of its time, to be taken off.
         experts, rows: distinct experts and hidden states of a request; 0 for probes.
-        contention_s: time it presumably waited for other nodes' frames on shared air, to be taken off too.
+        contention_s: time it presumably waited for other nodes' frames, on shared air or on machines that all of
+            them pass, to be taken off too.
         load_s: the part of `node_s` that went into reading experts into memory.
         queued: the node had other requests to answer first, so that the round trip says little about the link.
         train: the round trip is not in it (see `links.train`).

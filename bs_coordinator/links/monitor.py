@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from bs_coordinator.fleet import HERE
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.links.compute import ComputeEstimator
+from bs_coordinator.links.crowd import CROWD_BYTES, Crowd
 from bs_coordinator.links.estimator import LinkEstimate, LinkEstimator, LinkSample
 from bs_coordinator.links.loads import LoadEstimator
 from bs_coordinator.links.train import plan_train
@@ -44,7 +45,10 @@ class _Kind(Enum):
 
 _CHECK = (_Kind.DOWN, _Kind.UP)
 _AT_FIRST = (_Kind.PING, *_CHECK, *_CHECK, _Kind.PING, *_CHECK)
-_AFTER_JUMP = (*_CHECK, *_CHECK, _Kind.PING, *_CHECK)
+_AFTER_JUMP = (*_CHECK, _Kind.PING)
+"""If it is the rates that have jumped, these trains are odd, and others follow until they agree."""
+_KNOWN_SAMPLES = 3
+"""With fewer a link is stale, and too little known to tell what it is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,7 @@ class LinkMonitor:
         self.shared_air = shared_air
         self._log = log
         self._nodes: dict[str, _Node] = {}
+        self._crowd = Crowd()
         self._outstanding: dict[str, float] = {}
         self._last_probe_s = self._checked_s = -math.inf
         self._last_air_s = 0.0
@@ -149,14 +154,15 @@ class LinkMonitor:
     def forget(self) -> None:
         """Begin again without knowledge."""
         self._nodes.clear()
+        self._crowd = Crowd()
         self._outstanding.clear()
         self._last_probe_s = self._checked_s = -math.inf
         self._last_air_s = 0.0
 
     def observe(self, samples: Sequence[LinkSample]) -> None:
         """Take in what one layer's requests took, in the order in which they were sent; or one probe."""
-        if self.shared_air and len(samples) > 1:
-            samples = self._with_contention(samples)
+        if len(samples) > 1:
+            samples = self._with_contention(samples) if self.shared_air else self._without_crowd(samples)
         for sample in samples:
             if sample.node != HERE:
                 self._log(sample)
@@ -165,8 +171,11 @@ class LinkMonitor:
             if not sample.queued:
                 node.link.observe(sample)
             if node.link.alarms > alarms:
-                # Trains that found a jump have measured it already; the other direction may have jumped as well.
-                self._jumped(node, sample.time_s, wanted=_CHECK if sample.train else _AFTER_JUMP)
+                # Trains that found a jump have measured it already; the other direction may have jumped as well, and
+                # other links. Work may as well have waited for something on its way.
+                node.wanted = list(_CHECK if sample.train else _AFTER_JUMP)
+                if sample.train:
+                    self._check_others(sample.time_s)
             elif sample.train:
                 # Chance or change: the next one of that direction tells.
                 trains, kind = (
@@ -304,8 +313,7 @@ class LinkMonitor:
             known = self._nodes[name] = _Node(_NoLink() if name == HERE else LinkEstimator())
         return known
 
-    def _jumped(self, node: _Node, time_s: float, *, wanted: Sequence[_Kind]) -> None:
-        node.wanted = list(wanted)
+    def _check_others(self, time_s: float) -> None:
         if time_s - self._checked_s > _CHECK_EVERY_S:
             self._checked_s = time_s
             for other in self._nodes.values():
@@ -320,6 +328,19 @@ class LinkMonitor:
         if node.link.unsure_of_rates() or node.link.relative_std()[0] > _UNSURE_RTT:
             return 3
         return 4 if node.worked_s > node.probed_s and now_s > node.next_train_s else 0
+
+    def _without_crowd(self, samples: Sequence[LinkSample]) -> Sequence[LinkSample]:
+        """Less what they waited for each other on machines that all messages pass."""
+        away = [sample for sample in samples if sample.node != HERE]
+        if len(away) < 2 or sum(sample.down_bytes + sample.up_bytes for sample in away) < CROWD_BYTES:
+            return samples
+        links = [self._node(sample.node).link for sample in away]
+        if all(link.samples >= _KNOWN_SAMPLES for link in links):
+            predicted_s = [
+                link.predict_s(sample.down_bytes, sample.up_bytes)[0] for link, sample in zip(links, away, strict=True)
+            ]
+            self._crowd.learn(away, predicted_s)
+        return [*self._crowd.take_off(away), *(sample for sample in samples if sample.node == HERE)]
 
     def _with_contention(self, samples: Sequence[LinkSample]) -> list[LinkSample]:
         """Others' frames that were presumably on the air first: requests sent before, answers that arrived before."""

@@ -47,7 +47,7 @@ class Queue:
     Attributes:
         node: its number.
         rate_bps: goodput.
-        waiting: frames with the time of their arrival.
+        waiting: frames with the time of their arrival and their bits.
         waiting_bits: their sum.
         sent_frames: that reached the other end; likewise `sent_bytes`.
         dropped_frames: for which there was no room.
@@ -78,7 +78,7 @@ class Queue:
         self.delay_s = 0.0
         self.jitter_s = 0.0
         self.loss = 0.0
-        self.waiting: deque[tuple[float, bytes]] = deque()
+        self.waiting: deque[tuple[float, float, bytes]] = deque()
         self.waiting_bits = 0.0
         self.last_due = 0.0
         self.channel = Channel()
@@ -192,12 +192,17 @@ class AirModel:
         if queue.waiting_bits + bits > queue.rate_bps * self._queue_s and len(queue.waiting) >= MIN_QUEUE_FRAMES:
             queue.dropped_frames += 1
             return False
+        channel = queue.channel
+        if not channel.asked and channel.free_at <= now:
+            # Nobody waits, so that its turn is now.
+            self._put_on_air(queue, now, bits, frame)
+            return True
         if not queue.waiting:
-            queue.channel.add(queue)
-        queue.waiting.append((now, frame))
+            channel.add(queue)
+        queue.waiting.append((now, bits, frame))
         queue.waiting_bits += bits
-        if not queue.channel.asked:
-            self._ask(queue.channel, max(now, queue.channel.free_at))
+        if not channel.asked:
+            self._ask(channel, channel.free_at)
         return True
 
     def due(self, now: float) -> Iterator[tuple[int, Direction, bytes]]:
@@ -247,18 +252,20 @@ class AirModel:
         if not channel.wanted:
             return
         queue = channel.next()
-        arrived, frame = queue.waiting.popleft()
-        bits = air_bits(len(frame))
+        arrived, bits, frame = queue.waiting.popleft()
         queue.waiting_bits = queue.waiting_bits - bits if queue.waiting else 0.0
         # `time` and not the clock: a relay that wakes late does not lose capacity.
-        channel.free_at = max(time, arrived) + bits / queue.rate_bps
+        self._put_on_air(queue, max(time, arrived), bits, frame)
+        if channel.wanted:
+            self._ask(channel, channel.free_at)
+
+    def _put_on_air(self, queue: Queue, time: float, bits: float, frame: bytes) -> None:
+        queue.channel.free_at = free_at = time + bits / queue.rate_bps
         if queue.loss and self._random() < queue.loss:
             queue.lost_frames += 1
         else:
             delay_s = queue.delay_s
             if queue.jitter_s:
                 delay_s += queue.jitter_s * (2 * self._random() - 1)
-            queue.last_due = max(queue.last_due, channel.free_at + delay_s)
+            queue.last_due = max(queue.last_due, free_at + delay_s)
             self._push(queue.last_due, queue, frame)
-        if channel.wanted:
-            self._ask(channel, channel.free_at)

@@ -253,6 +253,33 @@ def test_shared_air_is_not_taken_for_slow_links() -> None:
         assert world.estimate(node).link.down_mbps > 10
 
 
+@pytest.mark.parametrize("host_ns_per_byte", [0.0, 10.0, 40.0])
+def test_a_crowd_is_not_taken_for_slow_links(host_ns_per_byte: float) -> None:
+    """Prompts ask all nodes at once, through hosts that carry one message after the other."""
+    names = [f"n{i}" for i in range(8)]
+    world = World(dict.fromkeys(names, Link(5, 100, 100, jitter_ms=0.1)))
+    world.idle(2.0)
+    for _ in range(100):
+        world.layer(world.rng.choice(names, 2, replace=False).tolist())
+    alarms = {n: world.monitor._nodes[n].link.alarms for n in names}
+    for _ in range(30):
+        rows = dict(zip(names, world.rng.integers(5, 30, len(names)).tolist(), strict=True))
+        sizes = {n: (64 + 1160 * r, 80 + 1152 * r) for n, r in rows.items()}
+        samples = []
+        for n in names:
+            others = sum(sum(sizes[m]) for m in names if m != n)
+            network_s = world.links[n].network_s(*sizes[n], world.rng) + 1e-9 * host_ns_per_byte * others
+            took_s = network_s + 1e-3
+            samples.append(LinkSample(world.now_s + took_s, n, *sizes[n], took_s, 1e-3, experts=1, rows=rows[n]))
+        world.now_s += 0.05
+        world.monitor.observe(samples)
+    assert {n: world.monitor._nodes[n].link.alarms for n in names} == alarms
+    world.errors.clear()
+    for _ in range(8):
+        world.layer(world.rng.choice(names, 2, replace=False).tolist())
+    assert _median_error(world.errors) < 0.08
+
+
 def _forecast(world: World) -> LayerForecast:
     return world.monitor.forecast(
         0, list("abc"), np.array([0, 1, 2]), now_s=world.now_s, frame_bytes=(48, 80), row_bytes=(1160, 1152)

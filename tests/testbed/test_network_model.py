@@ -174,10 +174,11 @@ def test_a_full_queue_drops_the_newest() -> None:
     link = Link(down_mbps=8, up_mbps=8, delay_ms=0)
     model = _model([link], shared_air=False, queue_s=0.1)
     taken = [model.offer(0.0, 0, Direction.DOWN, bytes(1014)) for _ in range(300)]
-    kept = int(0.1 / _air_s(link, Direction.DOWN, 1014))
+    # One is on the air; what waits is the queue.
+    kept = 1 + int(0.1 / _air_s(link, Direction.DOWN, 1014))
     assert taken == [True] * kept + [False] * (300 - kept)
     slow = _model([Link(down_mbps=0.1, delay_ms=0)], shared_air=False, queue_s=0.1)
-    assert sum(slow.offer(0.0, 0, Direction.DOWN, bytes(1014)) for _ in range(50)) == MIN_QUEUE_FRAMES
+    assert sum(slow.offer(0.0, 0, Direction.DOWN, bytes(1014)) for _ in range(50)) == 1 + MIN_QUEUE_FRAMES
 
 
 def test_loss_and_jitter_are_as_configured() -> None:
