@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 BATCH_ROWS = 16
 """Hidden states of a batch: what a draft, or a few callers together, bring to one expert."""
+_LONELY_ROWS = 2
+"""onnxruntime has kernels of its own for a single row, and some of them round differently (int4 on processors with AVX2
+only); two rows take no longer there, since it is the weights that have to be read."""
 LARGE_EXPERT_BYTES = 16 << 20
 """Smaller ones have no matrix that fills huge pages."""
 
@@ -52,6 +55,7 @@ class ExpertRuntime:
 
     Attributes:
         most_loaded: experts in memory at once; None for all.
+        least_rows: that are computed at once: 2 where a hidden state by itself would get another output than in company.
         loads: since the start.
     """
 
@@ -84,6 +88,7 @@ class ExpertRuntime:
         share_thread_pool(threads)
         self.manifest = manifest
         self.most_loaded = most_loaded
+        self.least_rows = 0
         self.loads = Loads()
         self._bundle = bundle
         self._provider = provider
@@ -92,7 +97,7 @@ class ExpertRuntime:
         self._entries: dict[ExpertId, ExpertEntry] = {}
         self._sessions: dict[ExpertId, ExpertSession] = {}  # the one used last comes last
         self._verified: dict[Path, tuple[int, ...]] = {}
-        self._reserve(1)
+        self._reserve(_LONELY_ROWS)
         for entry in manifest.entries(ids):
             self._make_room()
             self._load(entry)
@@ -138,10 +143,12 @@ class ExpertRuntime:
         if self.most_loaded is not None:
             self._sessions[id] = self._sessions.pop(id)
         n = len(x)
-        if n > len(self._x):
-            self._reserve(n)
+        rows = max(n, self.least_rows)
+        if rows > len(self._x):
+            self._reserve(rows)
         self._x[:n] = x
-        session.run(self._x, self._y, n)
+        self._x[n:rows] = 0.0
+        session.run(self._x, self._y, rows)
         return self._y[:n]
 
     def batch_invariant(self, id: ExpertId) -> bool:
@@ -176,6 +183,8 @@ class ExpertRuntime:
         model = prepacked_model(self._bundle, entry, prepacked) if prepacked else self._bundle / entry.files[0].path
         session = ExpertSession(model, self._hidden, self._provider)
         self._prove(entry, session)
+        # Experts are alike, so that one tells for all.
+        self.least_rows = self.least_rows or _least_rows(session, self._hidden)
         self._entries[entry.id] = entry
         self._sessions[entry.id] = session
         return_freed_memory()
@@ -214,6 +223,24 @@ class ExpertRuntime:
                 f"expert {entry.id} computes something else here than where it was exported: relative error "
                 f"{error:.2g} on the probe input, {tolerance:.2g} allowed; try another --quant for this CPU"
             )
+
+
+def _least_rows(session: ExpertSession, hidden: int) -> int:
+    """1 or 2, see `ExpertRuntime.least_rows`; 1 too where even two rows don't help."""
+    x = probe_input(hidden, BATCH_ROWS)
+    together = np.empty_like(x)
+    session.run(x, together, BATCH_ROWS)
+    some, y = np.zeros((_LONELY_ROWS, hidden), np.float32), np.empty((_LONELY_ROWS, hidden), np.float32)
+
+    def alike(rows: int) -> bool:
+        for row, expected in zip(x, together, strict=True):
+            some[0] = row
+            session.run(some, y, rows)
+            if not np.array_equal(y[0], expected):
+                return False
+        return True
+
+    return _LONELY_ROWS if not alike(1) and alike(_LONELY_ROWS) else 1
 
 
 def _identity(path: Path) -> tuple[int, ...]:
