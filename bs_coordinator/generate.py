@@ -151,6 +151,9 @@ class Answer:
         self._fed = self._pending[:prefill_tokens]
         self._draft = Draft()
         drafter = self._sequence.drafter
+        if not self.decoding and drafter is not None and len(self._fed) == len(self._pending) and sequences == 1:
+            # Drafts of one among many are short, if there are any.
+            drafter.prepare(self._ids)
         if self.decoding and drafter is not None:
             # The last token that may be generated needs no guess after it.
             generated = len(self._ids) - self._prompt_tokens

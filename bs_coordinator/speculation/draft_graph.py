@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,12 @@ class DraftGraph:
         except Exception as error:  # noqa: BLE001
             # onnxruntime raises a dozen unrelated classes, all for the same reason: not a loadable model.
             raise BundleError(f"{path} can't be loaded: {str(error).partition(chr(10))[0]}") from None
+        # One prompt at a time, while the base station waits for the nodes' work on the same.
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="draft")
 
     def drafter(self) -> ModelDrafter:
         """For one sequence."""
-        return ModelDrafter(_GraphReader(self))
+        return ModelDrafter(_GraphReader(self), background=self._background)
 
 
 class _GraphReader:

@@ -20,6 +20,9 @@ class Guess(NamedTuple):
 class Drafter(Protocol):
     """Guesses for one sequence; each drafter belongs to one."""
 
+    def prepare(self, ids: Sequence[int]) -> None:
+        """Guesses after these tokens, or some more, will be wanted soon: begin in the background what takes time."""
+
     def guesses(self, ids: Sequence[int]) -> Iterator[Guess]:
         """What may follow `ids`, token by token, each worked out when it is asked for; ends where it does not know."""
 
@@ -39,6 +42,9 @@ class NgramDrafter:
         self._lengths = range(longest, shortest - 1, -1)
         self._after: dict[tuple[int, ...], int] = {}
         self._known: list[int] = []
+
+    def prepare(self, ids: Sequence[int]) -> None:
+        """See `Drafter`."""
 
     def guesses(self, ids: Sequence[int]) -> Iterator[Guess]:
         """See `Drafter`."""
@@ -80,6 +86,11 @@ class FirstOf:
             share: of guesses like this one that were right.
         """
         self._lookup, self._other, self._share = lookup, other, share
+
+    def prepare(self, ids: Sequence[int]) -> None:
+        """See `Drafter`."""
+        self._lookup.prepare(ids)
+        self._other.prepare(ids)
 
     def guesses(self, ids: Sequence[int]) -> Iterator[Guess]:
         """See `Drafter`."""

@@ -2,6 +2,7 @@
 
 from bisect import bisect
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
 from typing import Protocol
 
 from bs_coordinator.speculation.drafts import Guess
@@ -31,18 +32,38 @@ class Reader(Protocol):
 class ModelDrafter:
     """Greedy continuations; what was read once is not read again."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, *, background: Executor | None = None) -> None:
+        """Nothing is read yet.
+
+        Args:
+            background: where prompts are read that are not needed yet; None for a model that may not run beside others.
+        """
         self._reader = reader
+        self._background = background
+        self._reading: Future[object] | None = None
         self._first = 0
         self._read: list[int] = []
 
+    def prepare(self, ids: Sequence[int]) -> None:
+        """See `Drafter`."""
+        if self._background is not None:
+            self._wait()
+            self._reading = self._background.submit(self._next, list(ids))
+
     def guesses(self, ids: Sequence[int]) -> Iterator[Guess]:
         """See `Drafter`."""
+        self._wait()
         known = list(ids)
         while True:
             id, probability = self._next(known)
             yield Guess(id, f"model {bisect(_EDGES, probability)}", probability)
             known.append(id)
+
+    def _wait(self) -> None:
+        """Until nothing but this thread uses the reader."""
+        if self._reading is not None:
+            reading, self._reading = self._reading, None
+            reading.result()
 
     def _next(self, ids: list[int]) -> tuple[int, float]:
         seen, shared = ids[self._first :], 0

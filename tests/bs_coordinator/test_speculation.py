@@ -35,6 +35,9 @@ class _Hindsight:
     def __init__(self, text: Sequence[int], wrong: int) -> None:
         self._text, self._wrong = text, wrong
 
+    def prepare(self, ids: Sequence[int]) -> None:
+        pass
+
     def guesses(self, ids: Sequence[int]) -> Iterator[Guess]:
         for place in range(len(ids), len(self._text)):
             right = self._text[place]
