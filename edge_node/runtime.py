@@ -55,7 +55,7 @@ class ExpertRuntime:
 
     Attributes:
         most_loaded: experts in memory at once; None for all.
-        least_rows: that are computed at once: 2 where a hidden state by itself would get another output than in company.
+        least_rows: computed at once: 2 where a hidden state by itself would get another output than in company.
         loads: since the start.
     """
 

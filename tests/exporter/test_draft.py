@@ -1,6 +1,7 @@
 """Draft models: a dense Llama as one quantised graph, in a bundle or on its own."""
 
 import shutil
+import threading
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bs_coordinator.speculation import load_draft_model
+from bs_coordinator.speculation.drafts import Drafter
 from bs_coordinator.speculation.model_drafter import MOST_READ
 from bs_coordinator.tokenizer import Tokenizer
 from exporter.draft import export_draft
@@ -108,6 +110,37 @@ def test_what_was_refused_is_forgotten(bundle: Path) -> None:
     went_on = [g.id for g in islice(drafter.guesses(other), 4)]
     assert went_on == [g.id for g in islice(model.drafter().guesses(other), 4)]
     assert [g.id for g in islice(drafter.guesses(ids), 6)] == first
+
+
+def _ids(drafter: Drafter, ids: list[int]) -> list[int]:
+    return [guess.id for guess in islice(drafter.guesses(ids), 4)]
+
+
+def test_a_prompt_is_read_beforehand_and_not_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = load_manifest(bundle)
+    model = load_draft_model(bundle, manifest, Tokenizer(bundle / "trunk").ids, folder=None, device="cpu")
+    assert model is not None
+    ids = np.random.default_rng(4).integers(40000, size=60).tolist()
+    expected = _ids(model.drafter(), [*ids, 5])
+    drafter = model.drafter()
+    read: list[tuple[int, str]] = []
+    reader = drafter._reader  # type: ignore[attr-defined]
+    before = reader.read
+
+    def noted(some: list[int], past: int) -> tuple[int, float]:
+        read.append((len(some), threading.current_thread().name))
+        return before(some, past)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(reader, "read", noted)
+    drafter.prepare(ids)
+    assert _ids(drafter, [*ids, 5]) == expected
+    assert [length for length, _ in read] == [60, 1, 1, 1, 1]
+    assert read[0][1].startswith("draft")
+    assert read[1][1] == threading.current_thread().name
+    # Another prompt meanwhile is another beginning.
+    drafter.prepare(ids[:30])
+    drafter.prepare(ids)
+    assert _ids(drafter, [*ids, 5]) == expected
 
 
 def test_of_a_long_prompt_the_end_is_read(bundle: Path) -> None:
