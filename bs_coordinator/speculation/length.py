@@ -25,6 +25,7 @@ MAX_DRAFT = 15
 
 _OWED_SHARE = 0.02
 _OWED_STEPS = 0.5
+_STAKE = 0.5
 _MOST_SAVED_STEPS = 8.0
 _MAKING_MEMORY = 0.8
 _LOOK_STEPS = 8
@@ -65,7 +66,7 @@ class DraftLength:
             most: guesses.
             sequences: that will share the step.
         """
-        if most < 1 or not self._cost.known or not self._may_owe(sequences):
+        if most < 1 or not self._cost.known:
             return Draft()
         price = self._cost.tokens_per_s(sequences)
         # Whether drafting pays is not known for long without a look at what plain decoding takes.
@@ -76,8 +77,10 @@ class DraftLength:
         row_s = self._cost.row_s
         taken: list[Guess] = []
         chance = 1.0
+        # Half of what may still be lost: so that after a bad guess there is something left to try again with.
+        affordable = _STAKE * self._may_lose_s(sequences) / max(row_s + self._making_s, 1e-9)
         # What many rows cost is not known before a few were tried.
-        most = min(most, MAX_DRAFT, 2 * self._cost.widest + 1)
+        most = min(most, MAX_DRAFT, 2 * self._cost.widest + 1, int(affordable))
         while len(taken) < most and chance > price * (row_s + self._making_s):
             asked = self._clock()
             guess = next(guesses, None)
@@ -110,5 +113,6 @@ class DraftLength:
         # A good beginning does not pay for an endless bad time.
         self._saved_s = min(self._saved_s, _MOST_SAVED_STEPS * plain_s)
 
-    def _may_owe(self, sequences: int) -> bool:
-        return self._saved_s > -(_OWED_SHARE * self._taken_s + _OWED_STEPS * self._cost.plain_s(sequences))
+    def _may_lose_s(self, sequences: int) -> float:
+        may_owe_s = _OWED_SHARE * self._taken_s + _OWED_STEPS * self._cost.plain_s(sequences)
+        return max(0.0, self._saved_s + may_owe_s)

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -141,19 +142,38 @@ def test_an_answer_never_takes_much_longer_than_plain(
 ) -> None:
     """Whatever guesses are worth, whatever they cost, and whatever was believed of them before."""
     step_s = 0.2
-    time_s, draws = _answer_in_virtual_time(tokens, acceptance, prior, step_s, row * step_s, making * step_s, seed)
+    luck = random.Random(seed)  # noqa: S311 (not a secret)
+    time_s, draws = _answer_in_virtual_time(
+        tokens, lambda _: luck.random() < acceptance, prior, step_s, row * step_s, making * step_s
+    )
     # What can be lost: half a step and 2 % that may be owed, and the one draft that is made before it shows.
     assert time_s <= tokens * step_s * 1.03 + step_s * (0.5 + 15 * row + 16 * making)
     if draws and acceptance > 0.95 and prior > 0.5 and row < 0.05 and making < 0.02 and tokens > 100:
         assert time_s < 0.45 * tokens * step_s
 
 
+def test_a_bad_beginning_does_not_end_all_drafting() -> None:
+    """A few tokens that nobody would guess, and then what everybody would: twenty answers, one after the other."""
+    step_s, tokens, cost, shares = 0.2, 39, StepCost(), Acceptance()
+    times_s = [
+        _answer_in_virtual_time(tokens, lambda i: i >= 3, 0.8, step_s, 0.07 * step_s, 0.03 * step_s, cost, shares)[0]
+        for _ in range(20)
+    ]
+    assert statistics.median(times_s) < tokens * step_s / 2
+    assert max(times_s) < tokens * step_s
+
+
 def _answer_in_virtual_time(
-    tokens: int, acceptance: float, prior: float, step_s: float, row_s: float, making_s: float, seed: int
-) -> tuple[float, int]:
-    random_ = random.Random(seed)  # noqa: S311 (luck, not a secret)
+    tokens: int, right: Callable[[int], bool], prior: float, step_s: float, row_s: float, making_s: float,
+    cost: StepCost | None = None, shares: Acceptance | None = None,
+) -> tuple[float, int]:  # fmt: skip
+    """What an answer takes, and in how many steps it drafted.
+
+    Args:
+        right: whether a guess of that token is.
+    """
     now = 0.0
-    cost, shares = StepCost(), Acceptance()
+    cost, shares = cost or StepCost(), shares or Acceptance()
     length = DraftLength(cost, shares, clock=lambda: now)
     draws = 0
 
@@ -170,7 +190,7 @@ def _answer_in_virtual_time(
         took_s = step_s + row_s * len(draft.guesses)
         now += took_s
         accepted = 0
-        while accepted < len(draft.guesses) and random_.random() < acceptance:
+        while accepted < len(draft.guesses) and right(made + accepted):
             accepted += 1
         length.observe(draft, accepted, took_s, rows=1 + len(draft.guesses))
         cost.observe(1 + len(draft.guesses), took_s, tokens=1 + accepted)
