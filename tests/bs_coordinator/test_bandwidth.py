@@ -79,12 +79,14 @@ def scipy_sum_s(instance: Instance) -> float:
         ],
         "options": {"maxiter": 1000, "ftol": 1e-13},
     }
-    x = np.concatenate([np.full(nodes, 1 / nodes), 1.1 * equal_s / unit_s])
-    for _ in range(3):  # badly scaled instances need fresh starts
-        x = minimize(total, x, **arguments).x
-    share = x[:nodes] / x[:nodes].sum()
-    sum_s: float = instance.seconds(share * TOTAL_HZ).sum()
-    return sum_s
+    share, seconds = np.full(nodes, 1 / nodes), equal_s
+    least_s = float(unit_s)
+    for _ in range(8):  # badly scaled instances need fresh starts, with room in every constraint
+        x = minimize(total, np.concatenate([share, 1.1 * seconds / unit_s]), **arguments).x
+        share = x[:nodes] / x[:nodes].sum()
+        seconds = instance.seconds(share * TOTAL_HZ)
+        least_s = min(least_s, float(seconds.sum()))
+    return least_s
 
 
 @pytest.mark.parametrize("seed", range(40))

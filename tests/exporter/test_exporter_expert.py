@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,11 @@ def test_fp32_export_equals_transformers(dtype: str, shards: str, tmp_path: Path
             assert relative_error(found, wanted.numpy()) < 1e-6
 
 
+def saturates() -> bool:
+    """Whether products of int8-dynamic are added up in 16 bits here (see `exporter.graph`)."""
+    return platform.machine() == "x86_64" and "vnni" not in Path("/proc/cpuinfo").read_text()
+
+
 @pytest.mark.parametrize(
     ("scheme", "block", "symmetric", "limit"),
     [
@@ -47,7 +53,7 @@ def test_fp32_export_equals_transformers(dtype: str, shards: str, tmp_path: Path
         ("fp16", 0, False, 1e-3),
         ("int8", 32, False, 0.02),
         ("int8", 128, True, 0.03),
-        ("int8-dynamic", 0, False, 0.05),
+        ("int8-dynamic", 0, False, 0.1 if saturates() else 0.05),
         ("int4", 32, False, 0.2),
         ("int4", 32, True, 0.2),
         ("int4", 64, False, 0.22),
