@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from exporter.checkpoint import open_checkpoint
 from exporter.expert import ExpertJob, export_expert, hash_source, silu
 from exporter.probe import check_probe, relative_error, run_rows
 from tests.exporter.checkpoints import EXPERTS, HIDDEN, save_mixtral
+from tests.exporter.processors import saturates
 from wire.errors import ProbeError
 from wire.experts import ExpertId
 from wire.manifest import ExpertEntry, Quantisation, Scheme, probe_input
@@ -39,11 +39,6 @@ def test_fp32_export_equals_transformers(dtype: str, shards: str, tmp_path: Path
                 wanted = (torch.nn.functional.silu(gate) * up) @ experts.down_proj[expert].T
             found = run_rows(tmp_path / f"bundle/experts/L{layer:02d}/E{expert}.onnx", x)
             assert relative_error(found, wanted.numpy()) < 1e-6
-
-
-def saturates() -> bool:
-    """Whether products of int8-dynamic are added up in 16 bits here (see `exporter.graph`)."""
-    return platform.machine() == "x86_64" and "vnni" not in Path("/proc/cpuinfo").read_text()
 
 
 @pytest.mark.parametrize(
