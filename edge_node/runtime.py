@@ -157,6 +157,13 @@ class ExpertRuntime:
         alone = np.concatenate([self.run(id, row[None]).copy() for row in x])
         return np.array_equal(alone, self.run(id, x))
 
+    def _find_least_rows(self, id: ExpertId) -> None:
+        """See `least_rows`; 1 too where even two rows don't help."""
+        for self.least_rows in (1, _LONELY_ROWS):
+            if self.batch_invariant(id):
+                return
+        self.least_rows = 1
+
     def _reserve(self, tokens: int) -> None:
         self._x = np.zeros((tokens, self._hidden), np.float32)
         self._y = np.zeros((tokens, self._hidden), np.float32)
@@ -183,10 +190,11 @@ class ExpertRuntime:
         model = prepacked_model(self._bundle, entry, prepacked) if prepacked else self._bundle / entry.files[0].path
         session = ExpertSession(model, self._hidden, self._provider)
         self._prove(entry, session)
-        # Experts are alike, so that one tells for all.
-        self.least_rows = self.least_rows or _least_rows(session, self._hidden)
         self._entries[entry.id] = entry
         self._sessions[entry.id] = session
+        if not self.least_rows:
+            # Experts are alike, so that the first one tells for all.
+            self._find_least_rows(entry.id)
         return_freed_memory()
         if entry.bytes >= LARGE_EXPERT_BYTES:
             use_huge_pages()
@@ -223,24 +231,6 @@ class ExpertRuntime:
                 f"expert {entry.id} computes something else here than where it was exported: relative error "
                 f"{error:.2g} on the probe input, {tolerance:.2g} allowed; try another --quant for this CPU"
             )
-
-
-def _least_rows(session: ExpertSession, hidden: int) -> int:
-    """1 or 2, see `ExpertRuntime.least_rows`; 1 too where even two rows don't help."""
-    x = probe_input(hidden, BATCH_ROWS)
-    together = np.empty_like(x)
-    session.run(x, together, BATCH_ROWS)
-    some, y = np.zeros((_LONELY_ROWS, hidden), np.float32), np.empty((_LONELY_ROWS, hidden), np.float32)
-
-    def alike(rows: int) -> bool:
-        for row, expected in zip(x, together, strict=True):
-            some[0] = row
-            session.run(some, y, rows)
-            if not np.array_equal(y[0], expected):
-                return False
-        return True
-
-    return _LONELY_ROWS if not alike(1) and alike(_LONELY_ROWS) else 1
 
 
 def _identity(path: Path) -> tuple[int, ...]:
