@@ -14,7 +14,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from wire.errors import BundleError, StorageError
-from wire.manifest import ExpertEntry
+from wire.manifest import EXACT_SUMS, ExpertEntry
 
 _MODEL, _WEIGHTS = "expert.onnx", "expert.weights"
 
@@ -22,15 +22,15 @@ _MODEL, _WEIGHTS = "expert.onnx", "expert.weights"
 def prepacked_model(bundle: Path, entry: ExpertEntry, folder: Path) -> Path:
     """The prepacked copy of a verified expert, made at its first use.
 
-    Copies are kept by the expert's hashes, onnxruntime's version and the processor, since each decides the arrangement.
+    Copies are kept by the expert's hashes, onnxruntime's version and settings, and the processor, since each decides
+    the arrangement.
 
     Raises:
         BundleError: onnxruntime can't load the expert.
         StorageError: there is no room in `folder`, or no right to write.
     """
-    key = hashlib.sha256(
-        "\n".join([*(f.sha256 for f in entry.files), ort.__version__, platform.machine(), processor()]).encode()
-    ).hexdigest()
+    decisive = [*(f.sha256 for f in entry.files), ort.__version__, *EXACT_SUMS, platform.machine(), processor()]
+    key = hashlib.sha256("\n".join(decisive).encode()).hexdigest()
     target = folder / key
     if not target.exists():
         try:
@@ -52,6 +52,7 @@ def _save(model: Path, folder: Path) -> None:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
+    options.add_session_config_entry(*EXACT_SUMS)
     options.optimized_model_filepath = os.fspath(folder / _MODEL)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", _WEIGHTS)
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")

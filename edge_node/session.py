@@ -12,6 +12,7 @@ import onnxruntime as ort
 from edge_node.providers import ProviderError, session_providers
 from wire.devices import Provider
 from wire.errors import BundleError
+from wire.manifest import EXACT_SUMS
 from wire.tensors import Array
 
 _shared_pool_threads: int | None = None
@@ -45,6 +46,7 @@ class ExpertSession:
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
         options.log_severity_level = 3
+        options.add_session_config_entry(*EXACT_SUMS)
         wanted = session_providers(provider)
         if provider != "cpu":
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

@@ -10,10 +10,9 @@ How each scheme multiplies:
     fp32           Gemm with the weights transposed, so that they stay as the checkpoint stores them
     fp16           the same behind a Cast: fp16 on disk, computed in fp32
 
-int8-dynamic stores signed weights. x86 processors with AVX2 but without VNNI add two u8·s8 products in 16
-bits and can saturate there; ARM and VNNI can't. The scheme is meant for ARM without dot product, where
-signed weights cost nothing; a probe on a saturating machine shows it. Unsigned weights would be exact
-everywhere, and took 1.1 times as long at one row and 2.3 times at 128 on an x86 core with VNNI.
+int8-dynamic stores signed weights, which cost nothing on the ARM processors without dot product that the scheme is
+meant for. Unsigned ones took 1.1 times as long at one row and 2.3 times at 128 on an x86 core with VNNI; where
+there is none, onnxruntime is told to convert them (`wire.manifest.EXACT_SUMS`).
 """
 
 from dataclasses import dataclass

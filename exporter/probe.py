@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from wire.errors import BundleError, ProbeError
-from wire.manifest import ExpertEntry, Quantisation, decode_probe_output, probe_input
+from wire.manifest import EXACT_SUMS, ExpertEntry, Quantisation, decode_probe_output, probe_input
 from wire.tensors import Array
 
 # Rows that the output error of an expert is measured on; row 0 is what its manifest entry stores.
@@ -44,6 +44,7 @@ def run_rows(graph: Path, inputs: Array, threads: int = 1) -> Array:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry(*EXACT_SUMS)
     # Each buffer is as large as its tensor: an arena would round them up and keep them.
     options.enable_cpu_mem_arena = False
     try:

@@ -22,6 +22,10 @@ SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 
+EXACT_SUMS = ("session.x64quantprecision", "1")
+"""onnxruntime's setting for every session of an expert, so that int8-dynamic gives the same outputs everywhere. Without
+it, x86 processors with AVX2 but no VNNI add pairs of products in 16 bits, which overflow."""
+
 Scheme = Literal["int4", "int8", "int8-dynamic", "fp16", "fp32"]
 Positive = Annotated[int, Meta(ge=1)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]

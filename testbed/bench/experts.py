@@ -18,7 +18,7 @@ from edge_node.runtime import ExpertRuntime
 from testbed.bench.big_expert import ID, export_big_expert, random_weights
 from testbed.bench.rows import Row, Settings, in_turns
 from testbed.demo_assets import demo_bundle
-from wire.manifest import Manifest, Quantisation, Scheme, load_manifest, probe_input
+from wire.manifest import EXACT_SUMS, Manifest, Quantisation, Scheme, load_manifest, probe_input
 
 TARGET = 1.5
 """Of the preset of machines with dot-product instructions."""
@@ -137,6 +137,7 @@ def _parts_ms(model: Path, x: np.ndarray) -> dict[str, float]:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
+        options.add_session_config_entry(*EXACT_SUMS)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

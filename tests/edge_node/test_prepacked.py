@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from edge_node.runtime import ExpertRuntime
 from wire.manifest import Scheme, load_manifest, probe_input
@@ -11,8 +12,11 @@ from wire.manifest import Scheme, load_manifest, probe_input
 Bundle = Callable[[Scheme], Path]
 
 
-def test_a_prepacked_expert_answers_the_same_and_is_made_once(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    bundle = tiny_bundle("int4")
+@pytest.mark.parametrize("scheme", ["int4", "int8-dynamic"])
+def test_a_prepacked_expert_answers_the_same_and_is_made_once(
+    scheme: Scheme, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    bundle = tiny_bundle(scheme)
     manifest = load_manifest(bundle)
     ids = [entry.id for entry in manifest.experts[:2]]
     plain = ExpertRuntime(bundle, manifest, ids)
