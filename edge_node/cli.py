@@ -202,7 +202,7 @@ def serve(
             because=device.because,
             provider=chosen.provider,
             provider_reason=chosen.reason,
-            batch_invariant=runtime.batch_invariant(ids[0]),
+            batch_invariant=runtime.same_in_batch,
         ),
         folder=bundle,
         limits=Limits(max_celsius=max_temperature, min_available_bytes=free_bytes),

@@ -56,6 +56,7 @@ class ExpertRuntime:
     Attributes:
         most_loaded: experts in memory at once; None for all.
         least_rows: computed at once: 2 where a hidden state by itself would get another output than in company.
+        same_in_batch: whether it gets the same then, as found with the first expert.
         loads: since the start.
     """
 
@@ -89,6 +90,7 @@ class ExpertRuntime:
         self.manifest = manifest
         self.most_loaded = most_loaded
         self.least_rows = 0
+        self.same_in_batch = False
         self.loads = Loads()
         self._bundle = bundle
         self._provider = provider
@@ -160,7 +162,8 @@ class ExpertRuntime:
     def _find_least_rows(self, id: ExpertId) -> None:
         """See `least_rows`; 1 too where even two rows don't help."""
         for self.least_rows in (1, _LONELY_ROWS):
-            if self.batch_invariant(id):
+            self.same_in_batch = self.batch_invariant(id)
+            if self.same_in_batch:
                 return
         self.least_rows = 1
 

@@ -28,6 +28,8 @@ _FIRST_NOISE = 0.3
 _LEAST_NOISE = 0.02
 _TRANSFER_ERROR = 0.06
 """Relative error of the linear model for large messages: slow start, pacing, acknowledgements on shared air."""
+KNOWN_SAMPLES = 3
+"""With fewer a link is too little known."""
 _SILENCE_S = 15.0
 _UNSURE_RATE = 0.12
 _PLAUSIBLE_S = 600.0
@@ -252,7 +254,7 @@ class LinkEstimator:
 
     def stale(self, now_s: float) -> bool:
         """Whether the estimate should be renewed before it is trusted."""
-        return now_s - self._sampled_s > _SILENCE_S or self.samples < 3
+        return now_s - self._sampled_s > _SILENCE_S or self.samples < KNOWN_SAMPLES
 
     def unsure_of_rates(self) -> bool:
         """Whether messages of other sizes would tell what is not known yet."""

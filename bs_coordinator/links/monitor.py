@@ -15,7 +15,7 @@ from bs_coordinator.fleet import HERE
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.links.compute import ComputeEstimator
 from bs_coordinator.links.crowd import CROWD_BYTES, Crowd
-from bs_coordinator.links.estimator import LinkEstimate, LinkEstimator, LinkSample
+from bs_coordinator.links.estimator import KNOWN_SAMPLES, LinkEstimate, LinkEstimator, LinkSample
 from bs_coordinator.links.loads import LoadEstimator
 from bs_coordinator.links.train import plan_train
 from wire.status import SocketFacts
@@ -47,8 +47,6 @@ _CHECK = (_Kind.DOWN, _Kind.UP)
 _AT_FIRST = (_Kind.PING, *_CHECK, *_CHECK, _Kind.PING, *_CHECK)
 _AFTER_JUMP = (*_CHECK, _Kind.PING)
 """If it is the rates that have jumped, these trains are odd, and others follow until they agree."""
-_KNOWN_SAMPLES = 3
-"""With fewer a link is stale, and too little known to tell what it is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +333,7 @@ class LinkMonitor:
         if len(away) < 2 or sum(sample.down_bytes + sample.up_bytes for sample in away) < CROWD_BYTES:
             return samples
         links = [self._node(sample.node).link for sample in away]
-        if all(link.samples >= _KNOWN_SAMPLES for link in links):
+        if all(link.samples >= KNOWN_SAMPLES for link in links):
             predicted_s = [
                 link.predict_s(sample.down_bytes, sample.up_bytes)[0] for link, sample in zip(links, away, strict=True)
             ]
