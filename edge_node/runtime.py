@@ -27,7 +27,7 @@ BATCH_ROWS = 16
 """Hidden states of a batch: what a draft, or a few callers together, bring to one expert."""
 _LONELY_ROWS = 2
 """onnxruntime has kernels of its own for a single row, and some of them round differently (int4 on processors with AVX2
-only). Two rows take 2 to 29 % longer there (docs/devices.md)."""
+only, for one). Two rows take 2 to 29 % longer there (docs/devices.md)."""
 LARGE_EXPERT_BYTES = 16 << 20
 """Smaller ones have no matrix that fills huge pages."""
 
