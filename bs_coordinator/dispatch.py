@@ -39,7 +39,7 @@ from wire.errors import (
     WdmoeError,
 )
 from wire.experts import ExpertId, format_selector
-from wire.frames import ErrorFrame, ResultFrame, Status
+from wire.frames import TARGET_FRAME_BYTES, ErrorFrame, ResultFrame, Status
 from wire.seal import ClusterKey
 from wire.status import SocketFacts
 from wire.tensors import Array, WireDtype
@@ -57,6 +57,9 @@ _NODES_PATIENCE_S = 12.0
 _PROBE_LOOK_S = 0.01
 """Between two looks at which probes are due; the links' own pauses between probes are longer."""
 _CLOCK_EVERY_S = 0.05
+_MOST_LOSSES = 4
+"""Connections lost over one layer's requests: a broker that restarts is away once, one that hangs up on what it is sent does
+so each time."""
 
 
 def _no_facts() -> Mapping[str, SocketFacts]:
@@ -69,6 +72,7 @@ class Asked:
     Attributes:
         node: the only one that may be asked; None for whoever holds the experts.
         round: its requests under way.
+        losses: connections lost meanwhile.
     """
 
     round: Round
@@ -79,6 +83,7 @@ class Asked:
         self.hidden = hidden
         self.gate = gate
         self.node = node
+        self.losses = 0
         self.began_ns = time.perf_counter_ns()
 
     def result(self) -> ExpertOutput:
@@ -385,13 +390,21 @@ class Dispatcher:
         """After the broker is back: nobody will answer what was asked before.
 
         Raises:
-            BrokerError: it stays away.
+            BrokerError: it stays away, or was lost too often over the same requests.
         """
         lost: BrokerError | None = error
         while lost is not None:
+            under_way = list(dict.fromkeys([*self._open, *more]))
+            for asked in under_way:
+                asked.losses += 1
+                if asked.losses > _MOST_LOSSES:
+                    raise BrokerError(
+                        f"{lost}; it was the {asked.losses}th time while layer {asked.layer} was asked for: does the broker "
+                        f"refuse messages of {TARGET_FRAME_BYTES >> 10} KiB (mosquitto: message_size_limit, max_packet_size)?"
+                    ) from None
             self.recover(lost)
             lost = None
-            for asked in dict.fromkeys([*self._open, *more]):
+            for asked in under_way:
                 try:
                     self._ask(asked)
                 except BrokerError as again:
@@ -521,14 +534,18 @@ class Dispatcher:
         if frame.layer != round.layer or frame.output.shape != (len(part.request.rows), round.hidden.shape[1]):
             self.dropped["wrong shape"] += 1
             return
+        if part.doubtful is not None:
+            self.dropped["not awaited"] += 1  # repeating itself makes it no more credible
+            return
         answer = Answer(frame.output, part.record(frame, message))
         gain = largest_gain(round.rows(part.request), frame.output)
-        if self._guard.suspects(round.layer, gain):
-            if part.doubtful is None and (part.heirs or self._hand_on(round, part)):
-                part.doubtful = answer
-                return
+        if not self._guard.suspects(round.layer, gain):
+            self._guard.learn(round.layer, len(frame.output), gain)
+        elif part.heirs or self._hand_on(round, part):
+            part.doubtful = answer
+            return
+        else:
             log.debug("node '%s' gave %s unusually large values; nobody to ask", node, _experts(round, part))
-        self._guard.learn(round.layer, len(frame.output), gain)
         round.settle(part, answer)
 
     def _compare(self, round: Round) -> None:
@@ -541,6 +558,8 @@ class Dispatcher:
                     theirs[other.request.rows] += other.answer.output
             rows, node = part.request.rows, part.request.node
             if agree(part.doubtful.output, theirs[rows]):
+                gain = largest_gain(round.rows(part.request), part.doubtful.output)
+                self._guard.learn(round.layer, len(rows), gain)
                 continue
             self.dropped["absurd"] += 1
             why = f"node '{node}' answered {_experts(round, part)} with absurdly large values"

@@ -14,6 +14,7 @@ MOST_PAUSE_S = 60.0
 QUARANTINE_S = 600.0
 """For a node that computes nonsense: it may be broken, or hostile."""
 PING_TIMEOUT_S = 2.0
+_MOST_DOUBLINGS = 10
 _FORGIVEN_S = 120.0
 """After this long without a failure the next one counts as the first."""
 
@@ -45,7 +46,7 @@ class Health:
         if now_s - record.out_until_s > _FORGIVEN_S:
             record.failures = 0
         pause_s = max(least_pause_s, min(MOST_PAUSE_S, FIRST_PAUSE_S * 2**record.failures))
-        record.failures += 1
+        record.failures = min(record.failures + 1, _MOST_DOUBLINGS)
         record.out_until_s, record.back, record.why = now_s + pause_s, False, why
         self.changes += 1
         log.warning("node '%s' is left out for %.0f s: %s", node, pause_s, why)

@@ -118,6 +118,6 @@ class Intake:
         gone = self._fleet.apply(document)
         if gone:
             self._health.forget(node)
-        if document.uplink is not None and document.online:
+        if document.uplink is not None and node in self._fleet.nodes:
             self._links.anchor(node, document.uplink, towards_node=False, time_s=message.arrived_ns / 1e9)
         return Gone(node) if gone else None

@@ -8,13 +8,17 @@ from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 
+_LEAST_TEMPERATURE = 1e-4
+"""Below it logits would overflow, and the most probable token is drawn anyway."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingConfig:
     """How tokens are chosen.
 
     Attributes:
         max_tokens: to generate at most.
-        temperature: 0 takes the most probable token.
+        temperature: 0, and anything below 1e-4, takes the most probable token.
         top_p: smallest probability mass to draw from; 1 for all.
         seed: of the draw; the same seed gives the same tokens.
         skip: draws that were already made, by a process that ended.
@@ -31,7 +35,7 @@ class Sampler:
     """Chooses tokens by a `SamplingConfig`; holds the state of its random numbers."""
 
     def __init__(self, config: SamplingConfig) -> None:
-        self._greedy = config.temperature == 0.0
+        self._greedy = config.temperature < _LEAST_TEMPERATURE
         self._generator = torch.Generator().manual_seed(config.seed)
         self._skip = config.skip
         self._warpers = []

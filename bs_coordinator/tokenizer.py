@@ -60,7 +60,15 @@ class TextStream:
     def __init__(self, backend: Any) -> None:
         self._backend = backend
         self._stream = DecodeStream(skip_special_tokens=True)
+        self._last: list[int] = []
 
     def push(self, id: int) -> str:
-        """Text that has become certain with this token, perhaps empty."""
-        return self._stream.step(self._backend, id) or ""
+        """Text that has become certain with this token, perhaps empty; U+FFFD for bytes that became no character."""
+        try:
+            text = self._stream.step(self._backend, id)
+        except Exception:  # noqa: BLE001 - tokenizers has no class of its own for it
+            # A byte that was the beginning of nothing, after one that was: it stumbles over the text that it gave out.
+            self._stream = DecodeStream(ids=self._last, skip_special_tokens=True)
+            text = self._stream.step(self._backend, id)
+        self._last = [id]
+        return text or ""

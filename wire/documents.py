@@ -1,10 +1,14 @@
 """JSON documents that a node publishes of itself: what all of them have in common. Pure."""
 
-from typing import Protocol, TypeVar
+from typing import Annotated, Protocol, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from wire.errors import FrameError
+
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+"""JSON's integers have no end: what becomes a float or a table's 64 bits needs one."""
 
 
 class _Document(Protocol):

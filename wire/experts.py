@@ -17,6 +17,10 @@ _CLAUSE = re.compile(r"L(?P<layers>[\d,*-]+):E(?P<experts>[\d,*-]+)")
 _ITEM = re.compile(r"(\d+)(?:-(\d+))?")
 
 
+_MOST_REPEATS = 4
+"""How often a selector may name everything there is: a text of a node's can't keep its reader busy."""
+
+
 class ExpertId(NamedTuple):
     """Layer and expert index, both counted from 0."""
 
@@ -31,11 +35,12 @@ def parse_index_set(text: str, size: int) -> tuple[int, ...]:
     """Sorted indices named by a set such as `*`, `3` or `0,2-4`.
 
     Raises:
-        ValueError: not a set, or an index is not below `size`.
+        ValueError: not a set, an index is not below `size`, or the same ones are named over and over.
     """
     if text == "*":
         return tuple(range(size))
     chosen: set[int] = set()
+    named = 0
     for item in text.split(","):
         match = _ITEM.fullmatch(item)
         if match is None:
@@ -45,6 +50,9 @@ def parse_index_set(text: str, size: int) -> tuple[int, ...]:
             raise ValueError(f"range '{item}' runs backwards: write '{last}-{first}'")
         if last >= size:
             raise ValueError(f"index {last} is out of range: there are {size} (0 to {size - 1})")
+        named += last + 1 - first
+        if named > _MOST_REPEATS * size:
+            raise ValueError(f"the same of {size} are named over and over")
         chosen.update(range(first, last + 1))
     return tuple(sorted(chosen))
 
@@ -53,15 +61,20 @@ def parse_selector(text: str, *, layers: int, experts: int) -> tuple[ExpertId, .
     """Sorted expert ids that a selector names, for a model of `layers` × `experts`.
 
     Raises:
-        ValueError: the text is not a selector or names something that the model lacks.
+        ValueError: the text is not a selector, names something that the model lacks, or the same over and over.
     """
     chosen: set[ExpertId] = set()
+    named = 0
     for clause in text.replace(";", " ").split():
         match = _CLAUSE.fullmatch(clause)
         if match is None:
             raise ValueError(f"'{clause}' is not an expert selector: write 'L*:E3' or 'L0-14:E0,2'")
-        for layer in parse_index_set(match["layers"], layers):
-            chosen.update(ExpertId(layer, e) for e in parse_index_set(match["experts"], experts))
+        named_layers = parse_index_set(match["layers"], layers)
+        named_experts = parse_index_set(match["experts"], experts)
+        named += len(named_layers) * len(named_experts)
+        if named > _MOST_REPEATS * layers * experts:
+            raise ValueError(f"the same of {layers * experts} experts are named over and over")
+        chosen.update(ExpertId(layer, expert) for layer in named_layers for expert in named_experts)
     if not chosen:
         raise ValueError("no expert selected: write for example 'L*:E3'")
     return tuple(sorted(chosen))

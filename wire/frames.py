@@ -42,6 +42,8 @@ HEADER_BYTES = _HEADER.size + _CRC.size
 _ROW = struct.Struct("<HHI")  # expert, zero, count
 _DURATIONS = struct.Struct("<QQQQ")
 _MOST_LOAD_US = 2**32 - 1
+_MOST_NS = 2**60
+"""36 years: five such durations add up to what fits the 64 bits of tables."""
 RESULT_BYTES = HEADER_BYTES + _DURATIONS.size
 """Of a result without its tensor."""
 ROW_BYTES = 8
@@ -303,9 +305,7 @@ def decode(data: bytes | bytearray, *, seal: Seal | None = None) -> Frame:
             if len(body) < _DURATIONS.size:
                 raise FrameError("length", "result frame ends within its durations")
             x = _tensor(body[_DURATIONS.size :], tokens, hidden, dtype)
-            queue_ns, decode_ns, compute_ns, encode_ns = _DURATIONS.unpack_from(body)
-            durations = NodeDurations(queue_ns, decode_ns, compute_ns, encode_ns, 1000 * deadline_ms)
-            return ResultFrame(id, layer, x, dtype, durations)
+            return ResultFrame(id, layer, x, dtype, _durations(body, load_us=deadline_ms))
         case Kind.ERROR:
             _check_body(body, tokens)
             return ErrorFrame(id, layer, status, bytes(body).decode(errors="replace"))
@@ -314,8 +314,7 @@ def decode(data: bytes | bytearray, *, seal: Seal | None = None) -> Frame:
             return PingFrame(id, bytes(body), hidden)
         case Kind.PONG:
             _check_body(body, _DURATIONS.size + tokens)
-            durations = NodeDurations(*_DURATIONS.unpack_from(body))
-            return PongFrame(id, bytes(body[_DURATIONS.size :]), durations)
+            return PongFrame(id, bytes(body[_DURATIONS.size :]), _durations(body))
 
 
 def _check_seal(data: bytes | bytearray, flags: int, seal: Seal | None) -> int:
@@ -356,6 +355,13 @@ def _check_limits(kind: Kind, tokens: int, hidden: int) -> None:
 def _check_body(body: memoryview, expected: int) -> None:
     if len(body) != expected:
         raise FrameError("length", f"body has {len(body)} bytes, the header promises {expected}")
+
+
+def _durations(body: memoryview, *, load_us: int = 0) -> NodeDurations:
+    durations = _DURATIONS.unpack_from(body)
+    if max(durations) > _MOST_NS:
+        raise FrameError("limit", "a node can't have been busy for 36 years")
+    return NodeDurations(*durations, 1000 * load_us)
 
 
 def _tensor(body: memoryview, tokens: int, hidden: int, dtype: WireDtype) -> Array:

@@ -21,18 +21,24 @@ from wire.tensors import Array
 SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
+MOST_EXPERTS = 1 << 16
+"""Of all layers; three times those of the largest models there are."""
 
 EXACT_SUMS = ("session.x64quantprecision", "1")
 """onnxruntime's setting for every session of an expert, so that int8-dynamic gives the same outputs everywhere. Without
 it, x86 processors with AVX2 but no VNNI add pairs of products in 16 bits, which overflow."""
 
 Scheme = Literal["int4", "int8", "int8-dynamic", "fp16", "fp32"]
-Positive = Annotated[int, Meta(ge=1)]
+Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class Dims(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Dimensions of the model, as counts."""
+    """Dimensions of the model, as counts.
+
+    Raises:
+        ValueError: more than `MOST_EXPERTS` in all. A node's status names them, which is expanded.
+    """
 
     hidden: Positive
     intermediate: Positive
@@ -41,6 +47,10 @@ class Dims(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     top_k: Positive
     vocab: Positive
     max_positions: Positive
+
+    def __post_init__(self) -> None:
+        if self.layers * self.experts > MOST_EXPERTS:
+            raise ValueError(f"{self.layers} layers of {self.experts} experts: at most {MOST_EXPERTS} in all")
 
 
 class Quantisation(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

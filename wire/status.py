@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from wire.documents import decode_document
+from wire.documents import Count, decode_document
 from wire.errors import FrameError
 from wire.experts import ExpertId, parse_selector
 from wire.manifest import Dims
@@ -28,7 +28,7 @@ class Holding(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     model_sha256: str
     dims: Dims
     quantisation: str
-    resident_bytes: int
+    resident_bytes: Count
 
 
 class Residency(Struct, frozen=True, kw_only=True):
@@ -43,10 +43,10 @@ class Residency(Struct, frozen=True, kw_only=True):
     """
 
     loaded: str
-    most_loaded: Annotated[int, Meta(ge=1)]
-    loads: Annotated[int, Meta(ge=0)]
+    most_loaded: Count
+    loads: Count
     load_ms: Annotated[float, Meta(ge=0)]
-    evictions: Annotated[int, Meta(ge=0)]
+    evictions: Count
 
 
 class Machine(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -57,15 +57,15 @@ class Machine(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """
 
     host: str
-    pid: int
+    pid: Count
     arch: str
-    cpus: int
-    threads: int
-    ram_bytes: int
-    available_bytes: int
+    cpus: Count
+    threads: Count
+    ram_bytes: Count
+    available_bytes: Count
     wdmoe: str
     onnxruntime: str
-    disk_free_bytes: int | None = None
+    disk_free_bytes: Count | None = None
 
 
 class DeviceFacts(Struct, frozen=True, kw_only=True):
@@ -96,8 +96,8 @@ class SocketFacts(Struct, frozen=True, kw_only=True):
     """
 
     endpoint: str
-    min_rtt_us: Annotated[int, Meta(ge=0)]
-    delivery_bytes_per_s: Annotated[int, Meta(ge=0)]
+    min_rtt_us: Count
+    delivery_bytes_per_s: Count
     app_limited: bool
 
 
@@ -120,7 +120,7 @@ class NodeStatus(Struct, frozen=True, kw_only=True):
     node: str
     boot_id: str
     state: Literal["online", "offline"]
-    since_unix_ms: Annotated[int, Meta(ge=0)]
+    since_unix_ms: Count
     reason: str = ""
     holding: Holding | None = None
     machine: Machine | None = None

@@ -9,15 +9,13 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from wire.documents import decode_document
+from wire.documents import Count, decode_document
 
 SCHEMA = 1
 MAX_TELEMETRY_BYTES = 16 << 10
 MAX_SENSORS = 64
 """Temperatures and rails that one document may name."""
 
-_MOST = 2**63 - 1
-Count = Annotated[int, Meta(ge=0, le=_MOST)]
 Small = Annotated[int, Meta(ge=-(2**31), le=2**31)]
 Name = Annotated[str, Meta(max_length=64)]
 _Celsius = Annotated[dict[Name, float], Meta(max_length=MAX_SENSORS)]

@@ -13,9 +13,10 @@ import re
 from typing import NamedTuple
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_STATUS = re.compile(r"wdmoe/v1/(?P<cluster>[^/]+)/nodes/(?P<node>[^/]+)/status")
-_TELEMETRY = re.compile(r"wdmoe/v1/(?P<cluster>[^/]+)/nodes/(?P<node>[^/]+)/telemetry")
-_RESULT = re.compile(r"wdmoe/v1/(?P<cluster>[^/]+)/results/(?P<node>[^/]+)")
+_NODE = rf"(?P<node>{_NAME.pattern})"
+_STATUS = re.compile(rf"wdmoe/v1/(?P<cluster>[^/]+)/nodes/{_NODE}/status")
+_TELEMETRY = re.compile(rf"wdmoe/v1/(?P<cluster>[^/]+)/nodes/{_NODE}/telemetry")
+_RESULT = re.compile(rf"wdmoe/v1/(?P<cluster>[^/]+)/results/{_NODE}")
 
 
 def check_name(kind: str, name: str) -> str:

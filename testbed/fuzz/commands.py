@@ -36,7 +36,7 @@ def fuzz(frames: int, documents: int, wanted: tuple[str, ...], seed: int, out: P
     from wire.files import atomic_write
     from wire.manifest import load_manifest
     from wire.seal import Seal
-    from wire.status import SCHEMA, Holding, NodeStatus, encode_status
+    from wire.status import SCHEMA, Holding, NodeStatus, SocketFacts, encode_status
 
     console = Console(highlight=False)
     names = wanted or (*_FRAMES, *_DOCUMENTS)
@@ -60,9 +60,13 @@ def fuzz(frames: int, documents: int, wanted: tuple[str, ...], seed: int, out: P
                         experts="L*:E3", model_sha256=manifest.model_sha256, dims=manifest.dims, quantisation="int4",
                         resident_bytes=1 << 20,
                     )  # fmt: skip
-                    good = NodeStatus(
-                        schema=SCHEMA, node="a", state="online", boot_id="b", since_unix_ms=1, holding=holding
+                    uplink = SocketFacts(
+                        endpoint="10.0.0.2:4711", min_rtt_us=2100, delivery_bytes_per_s=5_000_000, app_limited=True
                     )
+                    good = NodeStatus(
+                        schema=SCHEMA, node="a", state="online", boot_id="b", since_unix_ms=1, holding=holding,
+                        uplink=uplink,
+                    )  # fmt: skip
                     return targets.status_target(encode_status(good))
                 case "manifest":
                     return targets.manifest_target(bundle, folder / "manifest")

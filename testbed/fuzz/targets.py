@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bs_coordinator.fleet import Fleet
+from bs_coordinator.links.estimator import LinkEstimator
 from testbed.experiment.plan import read_plan
 from testbed.network.spec import read_spec
 from wire import frames, status
@@ -60,8 +62,16 @@ def frame_target(seal: Seal | None = None, *, other_end: Seal | None = None) -> 
 
 
 def status_target(good: bytes) -> Target:
-    """Retained statuses of nodes."""
-    return Target([good], lambda data: status.decode_status(data, "a"), (FrameError,))
+    """Retained statuses of nodes, and what a base station does with them."""
+
+    def take(data: bytes) -> None:
+        document = status.decode_status(data, "a")
+        if document.holding is not None:
+            Fleet(document.holding.dims, document.holding.model_sha256).apply(document)
+        if document.uplink is not None:
+            LinkEstimator().anchor(document.uplink, towards_node=False, time_s=0.0)
+
+    return Target([good], take, (FrameError,))
 
 
 def url_target() -> Target:

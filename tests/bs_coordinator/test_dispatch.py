@@ -16,7 +16,7 @@ from bs_coordinator.guard import LEARN_ROWS
 from bs_coordinator.requests import plan_requests
 from tests.support import MemoryTransport
 from wire import frames, status
-from wire.errors import DispatchError, ExpertsLostError, PlacementError
+from wire.errors import BrokerError, DispatchError, ExpertsLostError, PlacementError
 from wire.experts import ExpertId, parse_selector
 from wire.frames import ErrorFrame, NodeDurations, PingFrame, PongFrame, RequestId, ResultFrame, Status, WorkFrame
 from wire.manifest import Dims
@@ -103,6 +103,7 @@ class _Network:
         self.mute: set[str] = set()
         self.deaf: set[str] = set()
         self.absurd: set[str] = set()
+        self.copies = 1
         self.asked: list[tuple[str, tuple[int, ...]]] = []
         self.ids: list[RequestId] = []
         self.dispatcher = Dispatcher(
@@ -134,7 +135,8 @@ class _Network:
                 output[tokens] += weights[:, None] * (expert + 1)
             if node in self.absurd:
                 output *= 1e6
-            yield TOPICS.results(node), self.result(frame.id, frame.layer, output)
+            for _ in range(self.copies):
+                yield TOPICS.results(node), self.result(frame.id, frame.layer, output)
 
     def result(self, id: RequestId, layer: int, output: Array) -> bytes:
         return frames.encode(ResultFrame(id, layer, output, WireDtype.FP32, NodeDurations(1, 2, 3, 4)))
@@ -300,15 +302,59 @@ def test_a_node_that_recovers_is_proven_by_a_ping_and_used_again() -> None:
     np.testing.assert_allclose(network.ask(GATE), EXPECTED)
 
 
-def test_absurd_answers_put_a_node_into_quarantine() -> None:
+@pytest.mark.parametrize("copies", [1, 2])
+def test_absurd_answers_put_a_node_into_quarantine(copies: int) -> None:
     network = _experienced(a="L*:E0-3", b="L*:E0-3")
     for _ in range(LEARN_ROWS):
         network.ask(GATE)
     liar = network.asked[-1][0]
-    network.absurd = {liar}
+    network.absurd, network.copies = {liar}, copies
     np.testing.assert_allclose(network.ask(GATE), EXPECTED)
     assert network.dispatcher.dropped["absurd"] >= 1
     assert not network.dispatcher.health.usable(liar)
+
+
+def test_large_answers_that_two_nodes_agree_on_are_believed_and_learnt() -> None:
+    network = _experienced(a="L*:E0-3", b="L*:E0-3")
+    for _ in range(LEARN_ROWS):
+        network.ask(GATE)
+    network.absurd = {"a", "b"}
+    for asked in (4, 2):  # two experts; the second time nobody else is asked for them
+        network.asked.clear()
+        np.testing.assert_allclose(network.ask(GATE[:1]), 1e6 * EXPECTED[:1])
+        assert len(network.asked) == asked
+    assert not network.dispatcher.dropped["absurd"]
+
+
+def test_a_broker_that_hangs_up_on_every_request_ends_the_layer() -> None:
+    joined = 0
+
+    def refuse(topic: str, payload: bytes) -> Iterable[tuple[str, bytes]]:
+        if topic.endswith("/work") and isinstance(frames.decode(payload), WorkFrame):
+            raise BrokerError("the broker closed the connection")
+        return ()
+
+    def connect() -> MemoryTransport:
+        nonlocal joined
+        joined += 1
+        transport = MemoryTransport(refuse)
+        subscribe = transport.subscribe
+
+        def with_retained(topic_filter: str, *, qos: int = 0) -> None:
+            subscribe(topic_filter, qos=qos)
+            if topic_filter == TOPICS.status("+"):
+                transport.put(TOPICS.status("a"), status.encode_status(_online("a", "L*:E*")))
+
+        transport.subscribe = with_retained  # type: ignore[method-assign]
+        return transport
+
+    dispatcher = Dispatcher(
+        connect(), TOPICS, Fleet(DIMS, "m"), dtype=WireDtype.FP32, timeout_s=1.0, reconnect=connect
+    )  # fmt: skip
+    dispatcher.pump(0.01)
+    with pytest.raises(BrokerError, match="layer 1 .*message_size_limit"):
+        dispatcher.apply(1, np.ones((3, 8), np.float32), GATE)
+    assert 2 <= joined <= 6
 
 
 def test_the_fleet_knows_who_gives_a_token_another_result_in_a_batch() -> None:

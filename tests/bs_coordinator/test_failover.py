@@ -63,6 +63,11 @@ def test_pauses_double_up_to_a_limit_and_end_with_a_proof() -> None:
         pauses.append(now_s - began_s)
         health.proven("a")
         assert health.usable("a")
+    for _ in range(2000):
+        now_s += MOST_PAUSE_S
+        health.failed("a", now_s, "why")
+        assert not health.usable("a")
+        health.proven("a")
     assert pauses[:4] == [FIRST_PAUSE_S * 2**i for i in range(4)]
     assert pauses[-1] == MOST_PAUSE_S
 

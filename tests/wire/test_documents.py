@@ -48,6 +48,14 @@ def test_topics_name_their_node(node: str) -> None:
     assert topics.node_of_status(topics.work(node)) is None
 
 
+@pytest.mark.parametrize("name", ["@bs", "-a", "a b", "x" * 65, "é"])
+def test_topics_of_names_that_no_node_can_have_are_nobodys(name: str) -> None:
+    topics = Topics("lab")
+    assert topics.node_of_status(topics.status(name)) is None
+    assert topics.node_of_result(topics.results(name)) is None
+    assert topics.node_of_telemetry(topics.telemetry(name)) is None
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "+", "#", "a b", "-a", "x" * 65, "a\n"])
 def test_names_that_break_topics_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="not valid"):
@@ -66,9 +74,19 @@ def _status(**changes: object) -> bytes:
     return json.dumps({**fields, **changes}).encode()
 
 
+_UPLINK = {"endpoint": "10.0.0.2:9", "min_rtt_us": 900, "delivery_bytes_per_s": 10**6, "app_limited": True}
+
+
+def _holding(selector: str, **dims: int) -> bytes:
+    holding = json.loads(_status())["holding"]
+    return _status(holding={**holding, "experts": selector, "dims": {**holding["dims"], **dims}})
+
+
 def test_status_is_read() -> None:
     read = status.decode_status(_status(from_the_future=1), "n1")
     assert read.expert_ids() == (ExpertId(0, 0), ExpertId(1, 0))
+    assert status.decode_status(_status(uplink=_UPLINK), "n1").uplink is not None
+    assert len(status.decode_status(_holding("L*:E*", layers=256, experts=256), "n1").expert_ids()) == 1 << 16
     assert status.decode_status(status.encode_status(read), "n1") == read
 
 
@@ -78,6 +96,11 @@ def test_status_is_read() -> None:
         b"", b"[]", b"\xff\xfe", b"{}", _status(schema=2), _status(node="n2"), _status(state="happy"),
         _status(since_unix_ms=-1), _status(holding={}), b"[" * 100_000,
         _status(holding={**json.loads(_status())["holding"], "experts": "L9:E0"}),
+        _status(since_unix_ms=10**400), _status(uplink={**_UPLINK, "min_rtt_us": 10**400}),
+        _status(uplink={**_UPLINK, "delivery_bytes_per_s": 2**63}),
+        _holding("L*:E*", layers=5000, experts=5000), _holding("L*:E*", layers=2**31),
+        _holding("L*:E* " * 10_000, layers=256, experts=256),
+        _holding(f"L{'0-255,' * 10_000}0:E*", layers=256, experts=256),
     ],
 )  # fmt: skip
 def test_bad_statuses_are_refused(payload: bytes) -> None:
