@@ -58,8 +58,8 @@ _PROBE_LOOK_S = 0.01
 """Between two looks at which probes are due; the links' own pauses between probes are longer."""
 _CLOCK_EVERY_S = 0.05
 _MOST_LOSSES = 4
-"""Connections lost over one layer's requests: a broker that restarts is away once, one that hangs up on what it is sent does
-so each time."""
+"""Connections lost over one layer's requests: a broker that restarts is away once, one that hangs up on what it is
+sent does so each time."""
 
 
 def _no_facts() -> Mapping[str, SocketFacts]:
@@ -399,8 +399,9 @@ class Dispatcher:
                 asked.losses += 1
                 if asked.losses > _MOST_LOSSES:
                     raise BrokerError(
-                        f"{lost}; it was the {asked.losses}th time while layer {asked.layer} was asked for: does the broker "
-                        f"refuse messages of {TARGET_FRAME_BYTES >> 10} KiB (mosquitto: message_size_limit, max_packet_size)?"
+                        f"{lost}; it was the {asked.losses}th time while layer {asked.layer} was asked for: does the "
+                        f"broker refuse messages of {TARGET_FRAME_BYTES >> 10} KiB "
+                        "(mosquitto: message_size_limit, max_packet_size)?"
                     ) from None
             self.recover(lost)
             lost = None

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-
 _LEAST_TEMPERATURE = 1e-4
 """Below it logits would overflow, and the most probable token is drawn anyway."""
 

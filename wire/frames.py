@@ -358,10 +358,10 @@ def _check_body(body: memoryview, expected: int) -> None:
 
 
 def _durations(body: memoryview, *, load_us: int = 0) -> NodeDurations:
-    durations = _DURATIONS.unpack_from(body)
+    queue_ns, decode_ns, compute_ns, encode_ns = durations = _DURATIONS.unpack_from(body)
     if max(durations) > _MOST_NS:
         raise FrameError("limit", "a node can't have been busy for 36 years")
-    return NodeDurations(*durations, 1000 * load_us)
+    return NodeDurations(queue_ns, decode_ns, compute_ns, encode_ns, 1000 * load_us)
 
 
 def _tensor(body: memoryview, tokens: int, hidden: int, dtype: WireDtype) -> Array:

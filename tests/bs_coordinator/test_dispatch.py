@@ -352,7 +352,7 @@ def test_a_broker_that_hangs_up_on_every_request_ends_the_layer() -> None:
         connect(), TOPICS, Fleet(DIMS, "m"), dtype=WireDtype.FP32, timeout_s=1.0, reconnect=connect
     )  # fmt: skip
     dispatcher.pump(0.01)
-    with pytest.raises(BrokerError, match="layer 1 .*message_size_limit"):
+    with pytest.raises(BrokerError, match=r"layer 1 .*message_size_limit"):
         dispatcher.apply(1, np.ones((3, 8), np.float32), GATE)
     assert 2 <= joined <= 6
 
