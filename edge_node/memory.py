@@ -135,7 +135,11 @@ def check_memory(needed: int, *, budget: int | None) -> None:
 
 
 def _cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes left under the memory limit of our cgroup (v2), or None where there is no limit."""
+    """Bytes left under the memory limits of our cgroup and those around it (v2), or None where there is no limit.
+
+    What files take in the page cache counts as left, as in the kernel's own MemAvailable: else a node that has read its
+    experts once would never have any.
+    """
     try:
         own = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
     except OSError:
@@ -150,6 +154,18 @@ def _cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup")) -> int | None:
         except (OSError, ValueError):
             continue
         if limit.isdigit():
-            left = int(limit) - current
+            left = int(limit) - max(0, current - _cache_bytes(folder))
             free = left if free is None else min(free, left)
     return free
+
+
+def _cache_bytes(group: Path) -> int:
+    """Page cache that the kernel drops when the cgroup needs memory; 0 where it doesn't tell.
+
+    Locked pages and those of a tmpfs, which can't be dropped, are on other lists.
+    """
+    try:
+        rows = [line.split() for line in (group / "memory.stat").read_text().splitlines()]
+        return sum(int(value) for name, value in rows if name in ("inactive_file", "active_file"))
+    except (OSError, ValueError):
+        return 0
