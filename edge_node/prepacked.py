@@ -37,11 +37,36 @@ def prepacked_model(bundle: Path, entry: ExpertEntry, folder: Path) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".part-", dir=folder, ignore_cleanup_errors=True) as part:
                 _save(bundle / entry.files[0].path, Path(part) / "whole")
+                # A power cut must not leave a copy under its name without what is in it.
+                for path in (*(Path(part) / "whole").iterdir(), Path(part) / "whole"):
+                    _sync(path)
                 (Path(part) / "whole").rename(target)
         except OSError as error:
             if not target.exists():  # else another process was faster
                 raise StorageError(f"can't keep prepacked experts in {folder}: {error.strerror or error}") from None
     return target / _MODEL
+
+
+def discard(model: Path) -> None:
+    """Remove a copy that is of no use, so that the next `prepacked_model` makes it again.
+
+    Raises:
+        StorageError: it can't be removed.
+    """
+    try:
+        shutil.rmtree(model.parent)
+    except FileNotFoundError:
+        pass  # another process was faster
+    except OSError as error:
+        raise StorageError(f"can't remove the prepacked copy {model.parent}: {error.strerror or error}") from None
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _save(model: Path, folder: Path) -> None:

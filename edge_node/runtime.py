@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_node.memory import return_freed_memory, use_huge_pages
-from edge_node.prepacked import prepacked_model
+from edge_node.prepacked import discard, prepacked_model
 from edge_node.providers import ProviderError, probe_tolerance
 from edge_node.session import ExpertSession, share_thread_pool
 from wire.devices import Provider
@@ -189,10 +189,10 @@ class ExpertRuntime:
 
     def _load(self, entry: ExpertEntry) -> ExpertSession:
         self._verify(entry)
-        prepacked = self._prepacked
-        model = prepacked_model(self._bundle, entry, prepacked) if prepacked else self._bundle / entry.files[0].path
-        session = ExpertSession(model, self._hidden, self._provider)
-        self._prove(entry, session)
+        if self._prepacked is None:
+            session = self._open(entry, self._bundle / entry.files[0].path)
+        else:
+            session = self._open_prepacked(entry, self._prepacked)
         self._entries[entry.id] = entry
         self._sessions[entry.id] = session
         if not self.least_rows:
@@ -202,6 +202,24 @@ class ExpertRuntime:
         if entry.bytes >= LARGE_EXPERT_BYTES:
             use_huge_pages()
         return session
+
+    def _open(self, entry: ExpertEntry, model: Path) -> ExpertSession:
+        session = ExpertSession(model, self._hidden, self._provider)
+        self._prove(entry, session)
+        return session
+
+    def _open_prepacked(self, entry: ExpertEntry, folder: Path) -> ExpertSession:
+        """From the prepacked copy. It has no hash of its own, so one that a power cut damaged is found here, and made
+        once more."""
+        model = prepacked_model(self._bundle, entry, folder)
+        try:
+            return self._open(entry, model)
+        except Exception as error:  # noqa: BLE001
+            # A damaged model may load and then raise whatever onnxruntime raises.
+            first_line = str(error).partition("\n")[0]
+            log.warning("the prepacked copy of expert %s is of no use and is made again: %s", entry.id, first_line)
+            discard(model)
+        return self._open(entry, prepacked_model(self._bundle, entry, folder))
 
     def _verify(self, entry: ExpertEntry) -> None:
         """Hash the files, unless they are those that were hashed before: an expert may be loaded many times."""
