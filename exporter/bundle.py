@@ -1,7 +1,8 @@
 """A checkpoint becomes a bundle: trunk copied, experts by a pool of processes, manifest last.
 
 An export that was interrupted goes on where it stopped: every finished expert leaves a row in a journal,
-and is kept when its files still match. `manifest.json` is written last, so a folder with one is complete.
+and is kept when its files still match. `manifest.json` is written last, so a folder with one is complete; where a
+bundle is repaired, the one before waits beside the journal until then.
 """
 
 import importlib.metadata
@@ -27,7 +28,7 @@ from exporter.journal import (
     start_journal,
 )
 from exporter.probe import probe_tolerance
-from exporter.trunk import copy_trunk, trunk_bytes
+from exporter.trunk import check_tokenizer, copy_trunk, texts_current, trunk_bytes
 from exporter.workers import export_all
 from wire import __version__
 from wire.errors import BundleError, StorageError
@@ -41,9 +42,11 @@ from wire.manifest import (
     Manifest,
     Quantisation,
     load_manifest,
-    verify_file,
 )
 
+_BEFORE_NAME = "manifest-before.json"
+# As in `wire.signature`, which needs cryptography: an environment for optimum has none.
+_SIGNATURE_NAME = "manifest.sig"
 _TOOLS = ("numpy", "onnx", "onnxruntime")
 # Graphs, journal and manifest: about what they take per expert.
 _EXTRA_BYTES = 16 << 10
@@ -57,16 +60,15 @@ class ExportResult:
     Attributes:
         kept: experts that were already there, complete and undamaged.
         source_bytes: of the exported experts in the checkpoint.
+        up_to_date: whether there was nothing to do.
+        lost: what the bundle had and has no longer, a line each.
     """
 
     manifest: Manifest
     kept: int
     source_bytes: int
-
-    @property
-    def up_to_date(self) -> bool:
-        """Whether there was nothing to do."""
-        return self.kept == len(self.manifest.experts)
+    up_to_date: bool
+    lost: tuple[str, ...]
 
 
 def export_bundle(
@@ -82,6 +84,9 @@ def export_bundle(
 ) -> ExportResult:
     """Export the trunk and the chosen experts of a checkpoint.
 
+    A draft model that the bundle has stays in it while its files are right, and a signature while the manifest is what
+    was signed.
+
     Args:
         layers, experts: which; None for all.
         jobs: processes.
@@ -89,11 +94,12 @@ def export_bundle(
         progress: called with the number of finished experts and of all.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged or no Mixtral.
+        CheckpointError: the checkpoint is missing, damaged or no Mixtral, or has no tokenizer.
         BundleError: `out` holds something else, or another export is writing there.
         StorageError: `out` can't be written or is too small.
     """
     source = open_checkpoint(checkpoint)
+    check_tokenizer(source)
     inside = out.resolve()
     if inside == checkpoint.resolve() or checkpoint.resolve() in inside.parents:
         raise StorageError(f"{out} lies inside the checkpoint: choose another folder for the bundle")
@@ -104,8 +110,7 @@ def export_bundle(
     ]
     export = _Export(source, out, quantisation, ids, preset)
     with export.folder():
-        manifest, kept = export.run(jobs, progress)
-    return ExportResult(manifest, kept, sum(source.experts[id].bytes for id in ids))
+        return export.run(jobs, progress)
 
 
 class _Export:
@@ -149,19 +154,22 @@ class _Export:
                 shutil.rmtree(self._out, ignore_errors=True)
             raise
 
-    def run(self, jobs: int, progress: Progress | None) -> tuple[Manifest, int]:
-        """The manifest, and how many experts were there already."""
+    def run(self, jobs: int, progress: Progress | None) -> ExportResult:
+        """Do what is left to do."""
+        source = self._source
+        source_bytes = sum(source.experts[id].bytes for id in self._ids)
         finished = self._finished()
         if finished is not None:
             journal_path(self._out).unlink(missing_ok=True)
-            return finished, len(self._ids)
+            (self._out / _BEFORE_NAME).unlink(missing_ok=True)
+            return ExportResult(finished, len(self._ids), source_bytes, up_to_date=True, lost=())
         todo = [id for id in self._ids if id not in self._done]
         kept = len(self._ids) - len(todo)
         self._check_space(len(todo))
         start_journal(self._out, self._header, self._done)
-        (self._out / MANIFEST_NAME).unlink(missing_ok=True)
-        trunk = tuple(copy_trunk(self._source, self._out))
-        source = self._source
+        if (self._out / MANIFEST_NAME).exists():
+            (self._out / MANIFEST_NAME).replace(self._out / _BEFORE_NAME)
+        trunk = tuple(copy_trunk(source, self._out))
         work = [
             ExpertJob(id, source.experts[id], source.dims, self._quantisation, self._out, preset=self._preset)
             for id in todo
@@ -171,11 +179,33 @@ class _Export:
             self._done[entry.id] = entry
             if progress:
                 progress(len(self._done), len(self._ids))
-        manifest = self._manifest(trunk)
+        manifest, lost = self._complete(trunk)
+        return ExportResult(manifest, kept, source_bytes, up_to_date=False, lost=tuple(lost))
+
+    def _complete(self, trunk: tuple[FileEntry, ...]) -> tuple[Manifest, list[str]]:
+        """Write the manifest; returns it, and `ExportResult.lost`."""
+        draft, lost = self._draft()
+        manifest = self._manifest(trunk, draft)
+        raw = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+        before, signature = self._out / _BEFORE_NAME, self._out / _SIGNATURE_NAME
+        if signature.exists() and not (before.exists() and before.read_bytes() == raw):
+            signature.unlink()
+            lost.append(f"removed {signature}, which is not over the new manifest: 'wdmoe-export sign' signs it again")
         with atomic_write(self._out / MANIFEST_NAME) as file:
-            file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+            file.write(raw)
+        before.unlink(missing_ok=True)
         journal_path(self._out).unlink()
-        return manifest, kept
+        return manifest, lost
+
+    def _draft(self) -> tuple[tuple[FileEntry, ...], list[str]]:
+        """Files of the draft model that the bundle had, and what to say where it can't stay."""
+        try:
+            before = msgspec.json.decode((self._out / _BEFORE_NAME).read_bytes(), type=Manifest)
+        except (OSError, msgspec.DecodeError):
+            return (), []
+        if is_intact(self._out, before.draft):
+            return before.draft, []
+        return (), [f"the draft model in {self._out} is damaged and left out: 'wdmoe-export draft' makes it again"]
 
     def _finished(self) -> Manifest | None:
         """The complete bundle in the folder; None, with `_done` filled, where something is left to do."""
@@ -200,19 +230,11 @@ class _Export:
                 f"{self._out} was made from other weights than {self._source.folder} holds now: "
                 "choose another folder or remove it"
             )
-        self._done = {entry.id: entry for entry in manifest.experts if is_intact(self._out, entry)}
-        whole = len(self._done) == len(self._ids) and self._trunk_intact(manifest)
-        return manifest if whole else None
+        self._done = {entry.id: entry for entry in manifest.experts if is_intact(self._out, entry.files)}
+        whole = len(self._done) == len(self._ids) and is_intact(self._out, (*manifest.trunk, *manifest.draft))
+        return manifest if whole and texts_current(self._source, manifest.trunk) else None
 
-    def _trunk_intact(self, manifest: Manifest) -> bool:
-        try:
-            for file in manifest.trunk:
-                verify_file(self._out, file)
-        except (BundleError, OSError):
-            return False
-        return True
-
-    def _manifest(self, trunk: tuple[FileEntry, ...]) -> Manifest:
+    def _manifest(self, trunk: tuple[FileEntry, ...], draft: tuple[FileEntry, ...]) -> Manifest:
         return Manifest(
             schema=SCHEMA,
             source=self._source.source,
@@ -222,6 +244,7 @@ class _Export:
             experts=tuple(self._done[id] for id in self._ids),
             trunk=trunk,
             tools=self._tools,
+            draft=draft,
         )
 
     def _check_space(self, experts: int) -> None:

@@ -105,6 +105,8 @@ def bundle(
         click.echo(f"{out} is up to date: all files match their hashes")
     elif result.kept:
         click.echo(f"kept {result.kept} experts that were already there and match their hashes")
+    for line in result.lost:
+        click.echo(line)
     _summary(result.manifest, result.source_bytes, time.monotonic() - began)
     click.echo(f"bundle in {out}")
 

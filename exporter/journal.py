@@ -7,7 +7,7 @@ an unfinished bundle and goes away when the manifest is there.
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from wire.console import describe_os_error
 from wire.errors import BundleError, StorageError
 from wire.experts import ExpertId
 from wire.files import atomic_write
-from wire.manifest import ExpertEntry, Quantisation, Source, verify_file
+from wire.manifest import ExpertEntry, FileEntry, Quantisation, Source, verify_file
 
 JOURNAL_NAME = "export-state.jsonl"
 
@@ -70,15 +70,15 @@ def read_journal(bundle: Path, header: JournalHeader) -> dict[ExpertId, ExpertEn
             # The last row may be cut short by whatever ended the export.
             with suppress(msgspec.DecodeError, UnicodeDecodeError):
                 entry = msgspec.json.decode(row, type=ExpertEntry)
-                if is_intact(bundle, entry):
+                if is_intact(bundle, entry.files):
                     done[entry.id] = entry
     return done
 
 
-def is_intact(bundle: Path, entry: ExpertEntry) -> bool:
-    """Whether the expert's files match their hashes."""
+def is_intact(bundle: Path, files: Iterable[FileEntry]) -> bool:
+    """Whether these files of the bundle match their hashes."""
     try:
-        for file in entry.files:
+        for file in files:
             verify_file(bundle, file)
     except (BundleError, OSError):
         return False

@@ -1,6 +1,7 @@
 """The trunk of a bundle: all that is no expert, with config and tokenizer, as transformers reads it."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ _FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 # Exponent bits, all set in NaN and infinities only.
 _EXPONENTS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)}
 
@@ -42,23 +44,52 @@ def copy_trunk(source: Checkpoint, out: Path) -> Iterator[FileEntry]:
                 _check_finite(tensor, chunk)
                 writer.write(chunk)
     yield writer.entry()
-    for name in _FILES:
-        path = source.folder / name
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise CheckpointError(f"can't read {path}: {error.strerror}") from None
-        with open_writer(out, f"trunk/{name}") as writer:
+    for path, data in _texts(source):
+        with open_writer(out, path) as writer:
             writer.write(data)
         yield writer.entry()
+
+
+def check_tokenizer(source: Checkpoint) -> None:
+    """Make sure that the base station will have a tokenizer.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not any(all((source.folder / name).is_file() for name in names) for names in _TOKENIZERS):
+        known = ", ".join(" with ".join(names) for names in _TOKENIZERS)
+        raise CheckpointError(
+            f"{source.folder} has no tokenizer (none of {known}), and without one a base station can't read a prompt: "
+            "copy it there from where the weights are from"
+        )
+
+
+def texts_current(source: Checkpoint, trunk: Iterable[FileEntry]) -> bool:
+    """Whether these files of a bundle's trunk have config and tokenizer as they are in the checkpoint now.
+
+    Raises:
+        CheckpointError: one can't be read.
+    """
+    held = {file.path: file.sha256 for file in trunk}
+    return all(held.get(path) == hashlib.sha256(data).hexdigest() for path, data in _texts(source))
 
 
 def trunk_bytes(source: Checkpoint) -> int:
     """About how many bytes `copy_trunk` writes."""
     files = (source.folder / name for name in _FILES)
     return sum(ref.bytes for ref in source.trunk) + sum(p.stat().st_size for p in files if p.exists())
+
+
+def _texts(source: Checkpoint) -> Iterator[tuple[str, bytes]]:
+    """Path in a bundle and content of all that is no tensor."""
+    for name in _FILES:
+        path = source.folder / name
+        try:
+            yield f"trunk/{name}", path.read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise CheckpointError(f"can't read {path}: {error.strerror}") from None
 
 
 def _check_finite(tensor: TensorRef, chunk: memoryview) -> None:

@@ -1,4 +1,4 @@
-"""Small random Mixtral checkpoints, saved by transformers itself, and ways to break them."""
+"""Small random Mixtral checkpoints with a tokenizer, saved by transformers itself, and ways to break them."""
 
 import json
 import shutil
@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 HIDDEN, INTERMEDIATE, LAYERS, EXPERTS = 64, 96, 2, 4
+VOCABULARY = 48
 
 
 def save_mixtral(folder: Path, dtype: str, *, shard_size: str = "1GB", layers: int = LAYERS) -> Any:
     """Save a random model and return it (transformers' MixtralForCausalLM, already in `dtype`)."""
     import torch
+    from tokenizers import Tokenizer, models
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
@@ -23,13 +25,15 @@ def save_mixtral(folder: Path, dtype: str, *, shard_size: str = "1GB", layers: i
         num_experts_per_tok=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=48,
+        vocab_size=VOCABULARY,
         max_position_embeddings=64,
         # Weights of a size that gives outputs of the size of the inputs.
         initializer_range=0.15,
     )
     model = MixtralForCausalLM(config).to(getattr(torch, dtype)).eval()
     model.save_pretrained(folder, max_shard_size=shard_size)
+    vocabulary = {"<unk>": 0} | {f"w{i}": i for i in range(1, VOCABULARY)}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
     return model
 
 

@@ -1,5 +1,6 @@
 """Bundles through the real command: resume, repair, refusal, full disks, Ctrl-C, dying workers."""
 
+import hashlib
 import os
 import shutil
 import signal
@@ -9,15 +10,19 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from exporter.bundle import export_bundle
 from exporter.presets import choose_quantisation
 from tests.conftest import Run
 from tests.exporter.checkpoints import copy_checkpoint, poke
-from wire.errors import BundleError
-from wire.manifest import Quantisation, load_manifest
+from wire.errors import BundleError, SignatureError
+from wire.manifest import ExpertEntry, FileEntry, Quantisation, load_manifest
+from wire.signature import sign
 
 INT4 = Quantisation(scheme="int4", block=32)
 JOURNAL = "export-state.jsonl"
@@ -152,6 +157,109 @@ def test_up_to_date_and_repair(mixtral: Callable[..., Path], tmp_path: Path, run
     assert repaired.returncode == 0
     assert "kept 7 experts" in repaired.stdout
     assert_bundle_is_whole(out, mixtral(), tmp_path / "scratch")
+
+
+@pytest.mark.parametrize(
+    "names", [("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt")], ids=lambda names: names[0]
+)
+def test_a_tokenizer_of_any_kind_will_do(names: tuple[str, ...], mixtral: Callable[..., Path], tmp_path: Path) -> None:
+    source, out = copy_checkpoint(mixtral(), tmp_path / "checkpoint"), tmp_path / "out"
+    tokenizer = (source / "tokenizer.json").read_bytes()
+    (source / "tokenizer.json").unlink()
+    for name in names:
+        (source / name).write_bytes(tokenizer)
+    manifest = export_bundle(source, out, INT4, layers=[0], experts=[0]).manifest
+    assert {f"trunk/{name}" for name in names} <= {file.path for file in manifest.trunk}
+
+
+def test_what_is_new_beside_the_weights_is_copied_without_the_experts(
+    mixtral: Callable[..., Path], tmp_path: Path, run: Run
+) -> None:
+    source, out = copy_checkpoint(mixtral(), tmp_path / "checkpoint"), tmp_path / "out"
+    (source / "tokenizer.json").rename(source / "tokenizer.model")
+    export_bundle(source, out, INT4)
+    experts = {path: path.stat().st_mtime_ns for path in out.glob("experts/*/*")}
+    shutil.copy(mixtral() / "tokenizer.json", source)
+    for template in ("one", "another"):
+        (source / "chat_template.jinja").write_text(template)
+        added = run("exporter", "bundle", source, out)
+        assert added.returncode == 0, added.stderr
+        assert "kept 8 experts" in added.stdout
+        assert "up to date" not in added.stdout
+        assert (out / "trunk/chat_template.jinja").read_text() == template
+    assert (out / "trunk/tokenizer.json").read_bytes() == (mixtral() / "tokenizer.json").read_bytes()
+    assert {path: path.stat().st_mtime_ns for path in out.glob("experts/*/*")} == experts
+    assert "up to date" in run("exporter", "bundle", source, out).stdout
+    assert run("exporter", "verify", out).returncode == 0
+
+
+@pytest.fixture
+def signed(mixtral: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
+    """A bundle with a draft model (of any bytes) and a signature, and the public key."""
+    out, private, public = tmp_path / "out", tmp_path / "bundle.key", tmp_path / "bundle.pub"
+    manifest = export_bundle(mixtral(), out, INT4).manifest
+    (out / "draft").mkdir()
+    (out / "draft/draft.json").write_bytes(b"a draft")
+    digest = hashlib.sha256(b"a draft").hexdigest()
+    draft = (FileEntry(path="draft/draft.json", bytes=7, sha256=digest),)
+    raw = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(manifest, draft=draft)), indent=1)
+    (out / "manifest.json").write_bytes(raw)
+    key = Ed25519PrivateKey.generate()
+    private.touch(mode=0o600)
+    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    sign(raw, out, private)
+    return out, public
+
+
+def test_a_repair_leaves_draft_and_signature_as_they_are(
+    signed: tuple[Path, Path], mixtral: Callable[..., Path], run: Run
+) -> None:
+    out, public = signed
+    before = load_manifest(out, key=public)
+    (out / "experts/L01/E3.weights").write_bytes(b"")
+    repaired = run("exporter", "bundle", mixtral(), out)
+    assert "kept 7 experts" in repaired.stdout
+    assert "manifest.sig" not in repaired.stdout
+    assert load_manifest(out, key=public) == before
+    assert not (out / "manifest-before.json").exists()
+
+
+def test_an_interrupted_repair_does_not_forget_the_draft(
+    signed: tuple[Path, Path], mixtral: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, public = signed
+    before = load_manifest(out, key=public)
+    (out / "experts/L01/E3.weights").write_bytes(b"")
+
+    def interrupted(*_args: object) -> Iterator[ExpertEntry]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("exporter.bundle.export_all", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export_bundle(mixtral(), out, INT4)
+    assert not (out / "manifest.json").exists()
+    result = export_bundle(mixtral(), out, INT4)
+    assert (result.kept, result.lost) == (7, ())
+    assert load_manifest(out, key=public) == before
+    assert sorted(path.name for path in out.iterdir()) == ["draft", "experts", "manifest.json", "manifest.sig", "trunk"]
+
+
+def test_a_damaged_draft_is_left_out_and_a_changed_manifest_unsigned(
+    signed: tuple[Path, Path], mixtral: Callable[..., Path], run: Run
+) -> None:
+    out, public = signed
+    (out / "draft/draft.json").write_bytes(b"another")
+    result = run("exporter", "bundle", mixtral(), out)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("the draft model in") == 1
+    assert result.stdout.count("manifest.sig, which is not over the new manifest") == 1
+    assert load_manifest(out).draft == ()
+    assert not (out / "manifest.sig").exists()
+    with pytest.raises(SignatureError, match="is not signed"):
+        load_manifest(out, key=public)
+    assert "up to date" in run("exporter", "bundle", mixtral(), out).stdout
 
 
 def test_verify_and_inspect(mixtral: Callable[..., Path], tmp_path: Path, run: Run) -> None:

@@ -67,6 +67,8 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickled": (pickled, "save it with save_pretrained"),
     "fused": (fused, "fused experts"),
     "no weights": (lambda f: (f / SINGLE).unlink(), "has neither"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer (none of tokenizer.json, "),
+    "half a tokenizer": (lambda f: (f / "tokenizer.json").rename(f / "vocab.json"), "vocab.json with merges.txt)"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "bad config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     "llama": (

@@ -39,6 +39,12 @@ def test_without_optimum_one_line_says_what_to_do(mixtral: Callable[..., Path], 
     assert not (tmp_path / "out").exists()
 
 
+def test_an_export_needs_none_of_what_the_environment_for_optimum_lacks() -> None:
+    blocked = "import sys; sys.modules['cryptography'] = None; import exporter.bundle, exporter.cli"
+    done = subprocess.run([sys.executable, "-c", blocked], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_arm_devices_get_the_arm_preset() -> None:
     assert {choose_preset(device) for device in ("pi4", "pi5", "jetson-orin", "generic-arm64")} == {"arm64"}
 
