@@ -209,12 +209,12 @@ def serve(
     host: str, port: int, max_live: int, max_waiting: int, api_key_file: Path | None, stats: bool, **options: Any
 ) -> None:  # fmt: skip
     """Answer HTTP requests as OpenAI's clients send them."""
-    from bs_coordinator.serve_command import check_exposure, serve_station
+    from bs_coordinator.serve_command import read_api_key, serve_station
 
-    check_exposure(host, api_key_file)
+    api_key = read_api_key(api_key_file, host=host)
     with _station(**options) as station:
         serve_station(
-            station, host=host, port=port, max_live=max_live, max_waiting=max_waiting, api_key_file=api_key_file,
+            station, host=host, port=port, max_live=max_live, max_waiting=max_waiting, api_key=api_key,
             layer_timeout_s=options["layer_timeout"],
         )  # fmt: skip
 

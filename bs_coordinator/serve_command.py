@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wire.broker_url import is_loopback
-from wire.errors import ServeError
+from wire.errors import KeyFileError, ServeError
 from wire.private_files import read_private
 from wire.systemd import notify
 
@@ -18,14 +18,13 @@ _GRACE_S = 5
 
 
 def serve_station(
-    station: "Station", *, host: str, port: int, max_live: int, max_waiting: int, api_key_file: Path | None,
+    station: "Station", *, host: str, port: int, max_live: int, max_waiting: int, api_key: str | None,
     layer_timeout_s: float,
 ) -> None:  # fmt: skip
     """Serve HTTP until a signal ends it.
 
     Raises:
         ServeError: the port can't be had.
-        KeyFileError: the API key can't be read.
     """
     import uvicorn
 
@@ -33,7 +32,6 @@ def serve_station(
     from bs_coordinator.scheduler import Scheduler
     from bs_coordinator.serving import AnswerServer
 
-    api_key = read_private(api_key_file).decode().strip() if api_key_file else None
     server = AnswerServer(
         Scheduler(station.model, max_live=max_live),
         station.new_sequence,
@@ -57,11 +55,20 @@ def serve_station(
         server.stop()
 
 
-def check_exposure(host: str, api_key_file: Path | None) -> None:
-    """Make sure that not just anybody in the network can use the model.
+def read_api_key(key_file: Path | None, *, host: str) -> str | None:
+    """The key that callers must have, so that not just anybody in the network can use the model.
 
     Raises:
         ServeError: beyond loopback without a key.
+        KeyFileError: the file can't be read, or holds no key that a caller could send.
     """
-    if api_key_file is None and not is_loopback(host):
+    if key_file is None and not is_loopback(host):
         raise ServeError(f"--host {host} can be reached from outside: say --api-key-file, and put TLS in front of it")
+    if key_file is None:
+        return None
+    key = read_private(key_file).decode("ascii", "replace").strip()
+    if not key:
+        raise KeyFileError(f"the API key file {key_file} is empty")
+    if not (key.isascii() and key.isprintable()):
+        raise KeyFileError(f"{key_file} holds no API key: that is one line of printable ASCII characters")
+    return key

@@ -190,9 +190,17 @@ def test_health_is_not_well_while_experts_are_lost(server: Server, fleet: LocalF
         time.sleep(0.2)
 
 
-def test_what_can_not_be_served_is_said_at_once(run: Run, fleet: LocalFleet) -> None:
+def test_what_can_not_be_served_is_said_at_once(run: Run, fleet: LocalFleet, tmp_path: Path) -> None:
     argv = ("bs_coordinator", "serve", "--bundle", fleet.bundle, "--host", "192.0.2.1")
     done = run(*argv)
     assert done.returncode == 45
     assert "--api-key-file" in done.stderr
     assert os.linesep.join(done.stderr.splitlines()[:-1]) == ""
+    for key in (b"", b" \n", "schlüssel".encode(), b"\xff\xfe", b"two\nlines"):
+        file = tmp_path / "key"
+        file.write_bytes(key)
+        file.chmod(0o600)
+        done = run(*argv, "--api-key-file", file)
+        assert done.returncode == 51
+        (line,) = done.stderr.splitlines()
+        assert str(file) in line
