@@ -5,64 +5,30 @@ Source: the OpenAI API reference (completions, chat completions, models). Starle
 
 import asyncio
 import contextlib
-import hmac
 import secrets
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal, TypeVar
+from hmac import compare_digest
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct
+from jinja2 import TemplateError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from bs_coordinator.generate import StopReason, TokenEvent, Tokenizer
+from bs_coordinator.http_requests import Chat, Completion, Options, parse_request
 from bs_coordinator.sampling import SamplingConfig
 from bs_coordinator.serving import AnswerServer, News
 from wire.errors import BusyError, ContextLengthError, WdmoeError
 
 MAX_BODY_BYTES = 1 << 20
-_DISCONNECT_S = 1.0
 _FINISH: dict[StopReason, str] = {"eos": "stop", "max-tokens": "length", "context": "length"}
 
-
-class _Options(Struct, kw_only=True):
-    model: str = ""
-    max_tokens: Annotated[int, Meta(ge=1)] = 256
-    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=10)] = 0.0
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    seed: Annotated[int, Meta(ge=0)] = 0
-    stream: bool = False
-    # What would change the answer if it were ignored is refused instead.
-    n: Literal[1] | None = None
-    stop: None = None
-    logprobs: None = None
-    tools: None = None
-
-    @property
-    def sampling(self) -> SamplingConfig:
-        tokens = self.max_completion_tokens or self.max_tokens
-        return SamplingConfig(tokens, self.temperature, self.top_p, self.seed)
-
-
-class _Completion(_Options, kw_only=True):
-    prompt: Annotated[str, Meta(min_length=1)]
-
-
-class _Message(Struct):
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
-class _Chat(_Options, kw_only=True):
-    messages: Annotated[list[_Message], Meta(min_length=1)]
-
-
-_Asked = TypeVar("_Asked", bound=_Options)
+_Asked = TypeVar("_Asked", bound=Options)
 
 
 def http_app(
@@ -78,21 +44,25 @@ def http_app(
 
     def check_key(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if api_key is not None and not hmac.compare_digest(given, api_key.encode()):
+        if api_key is not None and not compare_digest(given, api_key.encode()):
             raise HTTPException(401, "a valid API key is needed: Authorization: Bearer …")
 
     async def completions(request: Request) -> Response:
         check_key(request)
-        asked = await _body(request, _Completion)
-        return await _answer(server, request, asked, tokenizer.encode(asked.prompt), _Shape("text_completion", model))
+        asked = await _body(request, Completion)
+        ids = tokenizer.encode(asked.prompt)
+        return await _answer(server, request, asked, ids, _Shape("text_completion", model, len(ids)))
 
     async def chat(request: Request) -> Response:
         check_key(request)
         if not tokenizer.has_chat_template:
             raise HTTPException(400, "this model has no chat template: use /v1/completions")
-        asked = await _body(request, _Chat)
-        ids = tokenizer.encode_chat([{"role": m.role, "content": m.content} for m in asked.messages])
-        return await _answer(server, request, asked, ids, _Shape("chat.completion", model))
+        asked = await _body(request, Chat)
+        try:
+            ids = tokenizer.encode_chat(asked.conversation)
+        except TemplateError as error:
+            raise HTTPException(400, f"the model's chat template refuses these messages: {error}") from None
+        return await _answer(server, request, asked, ids, _Shape("chat.completion", model, len(ids)))
 
     async def models(request: Request) -> Response:
         check_key(request)
@@ -117,111 +87,161 @@ def http_app(
             Route("/v1/models", models),
             Route("/health", health),
         ],
-        exception_handlers={HTTPException: _http_error},  # type: ignore[dict-item] # handlers take their own kind
+        # Each handler takes its own kind of exception.
+        exception_handlers={HTTPException: _http_error, Exception: _unforeseen},  # type: ignore[dict-item]
     )
+
+
+class _Token(NamedTuple):
+    """What a caller is told of a token; 58 KiB of records of its steps must not pile up for those who read slowly."""
+
+    text: str
+    stop: StopReason | None
+    degraded: bool
 
 
 class _Shape:
     """How one answer is written: completions and chat differ in names only."""
 
-    def __init__(self, kind: Literal["text_completion", "chat.completion"], model: str) -> None:
+    def __init__(self, kind: Literal["text_completion", "chat.completion"], model: str, prompt_tokens: int) -> None:
         self._chat = kind == "chat.completion"
         self._head = {"id": f"wdmoe-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self._kind = kind
+        self._prompt_tokens = prompt_tokens
 
-    def whole(self, text: str, finish: str, usage: dict[str, int], degraded: int) -> dict[str, Any]:
+    def whole(self, made: list[_Token]) -> dict[str, Any]:
+        text = "".join(token.text for token in made)
         content = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+        return {**self._head, "object": self._kind, "choices": [_choice(content, made[-1])], **self._account(made)}
+
+    def piece(self, token: _Token, *, first: bool = False) -> bytes:
+        role = {"role": "assistant"} if first else {}
+        content = {"delta": {**role, "content": token.text}} if self._chat else {"text": token.text}
+        return self._chunk({"choices": [_choice(content, token)]})
+
+    def account(self, made: list[_Token]) -> bytes:
+        return self._chunk({"choices": [], **self._account(made)})
+
+    def _chunk(self, content: dict[str, Any]) -> bytes:
+        return _sse({**self._head, "object": f"{self._kind}.chunk" if self._chat else self._kind, **content})
+
+    def _account(self, made: list[_Token]) -> dict[str, Any]:
+        prompt, new = self._prompt_tokens, len(made)
         return {
-            **self._head, "object": self._kind, "choices": [{"index": 0, **content, "finish_reason": finish}],
-            "usage": usage, "wdmoe": {"degraded_tokens": degraded},
-        }  # fmt: skip
-
-    def piece(self, text: str, finish: str | None) -> bytes:
-        content = {"delta": {"content": text}} if self._chat else {"text": text}
-        kind = f"{self._kind}.chunk" if self._chat else self._kind
-        return _sse({**self._head, "object": kind, "choices": [{"index": 0, **content, "finish_reason": finish}]})
+            "usage": {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new},
+            "wdmoe": {"degraded_tokens": sum(token.degraded for token in made)},
+        }
 
 
-async def _answer(server: AnswerServer, request: Request, asked: _Options, ids: list[int], shape: _Shape) -> Response:
+def _choice(content: dict[str, Any], last: _Token) -> dict[str, Any]:
+    return {"index": 0, **content, "finish_reason": _FINISH[last.stop] if last.stop else None}
+
+
+async def _answer(server: AnswerServer, request: Request, asked: Options, ids: list[int], shape: _Shape) -> Response:
+    if not ids:
+        raise HTTPException(400, "the prompt has no tokens")
+    tokens = _tokens(server, request, ids, asked.sampling)
+    # What can't be answered shows before the first token, while there is a status line to say so.
+    first = await anext(tokens)
+    if asked.stream:
+        stream = _stream(first, tokens, shape, usage=bool(asked.stream_options.include_usage))
+        return StreamingResponse(stream, media_type="text/event-stream")
+    return JSONResponse(shape.whole([first, *[token async for token in tokens]]))
+
+
+async def _stream(first: _Token, rest: AsyncIterator[_Token], shape: _Shape, *, usage: bool) -> AsyncIterator[bytes]:
+    made = [first]
+    try:
+        yield shape.piece(first, first=True)
+        async for token in rest:
+            made.append(token)
+            yield shape.piece(token)
+        if usage:
+            yield shape.account(made)
+    except HTTPException as error:
+        # The status line has been sent: the error is the stream's last word.
+        yield _sse(_error(error))
+    yield b"data: [DONE]\n\n"
+
+
+def _tokens(server: AnswerServer, request: Request, ids: list[int], sampling: SamplingConfig) -> AsyncIterator[_Token]:
+    """Take a place: the answer's tokens as they come, the last of them with `stop`.
+
+    Raises:
+        HTTPException: there is no place; from the iterator: the answer failed, or the caller has hung up.
+    """
     loop = asyncio.get_running_loop()
-    arrived: asyncio.Queue[News] = asyncio.Queue()
+    arrived: asyncio.Queue[list[_Token] | HTTPException] = asyncio.Queue()
 
     def deliver(news: News) -> None:
+        what = _failure(news.error) if news.error else [_token(event) for event in news.events]
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is listening any more
-            loop.call_soon_threadsafe(arrived.put_nowait, news)
+            loop.call_soon_threadsafe(arrived.put_nowait, what)
 
     try:
-        accepted = server.submit(ids, asked.sampling, deliver)
+        accepted = server.submit(ids, sampling, deliver)
     except BusyError as error:
         raise HTTPException(429, str(error), {"Retry-After": f"{error.retry_after_s:.0f}"}) from None
 
-    async def events() -> AsyncIterator[TokenEvent]:
-        try:
-            while True:
-                try:
-                    news = await asyncio.wait_for(arrived.get(), _DISCONNECT_S)
-                except TimeoutError:
-                    if await request.is_disconnected():
-                        return
-                    continue
-                if news.error:
-                    raise news.error
-                for event in news.events:
-                    yield event
-                    if event.stop:
-                        return
-        finally:
-            server.cancel(accepted)
+    async def free_place() -> None:
+        # ASGI says so when the caller hangs up, and after the response, when there is nothing left to cancel.
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        server.cancel(accepted)
+        arrived.put_nowait(HTTPException(400, "the caller has hung up"))
 
-    if asked.stream:
-        return StreamingResponse(_stream(events(), shape), media_type="text/event-stream")
-    text, count, degraded, finish = "", 0, 0, "stop"
-    try:
-        async for event in events():
-            text += event.text
-            count += 1
-            degraded += _is_degraded(event)
-            finish = _FINISH[event.stop] if event.stop else finish
-    except WdmoeError as error:
-        raise HTTPException(400 if isinstance(error, ContextLengthError) else 503, str(error)) from None
-    usage = {"prompt_tokens": len(ids), "completion_tokens": count, "total_tokens": len(ids) + count}
-    return JSONResponse(shape.whole(text, finish, usage, degraded))
+    # Kept by the request: a task that nobody refers to may be collected.
+    request.state.free_place = asyncio.create_task(free_place())
+
+    async def tokens() -> AsyncIterator[_Token]:
+        while True:
+            news = await arrived.get()
+            if isinstance(news, HTTPException):
+                raise news
+            for token in news:
+                yield token
+                if token.stop:
+                    return
+
+    return tokens()
 
 
-async def _stream(events: AsyncIterator[TokenEvent], shape: _Shape) -> AsyncIterator[bytes]:
-    try:
-        async for event in events:
-            yield shape.piece(event.text, _FINISH[event.stop] if event.stop else None)
-    except WdmoeError as error:
-        # The status line has been sent: the error is the stream's last word.
-        yield _sse(_error(503, str(error)))
-    yield b"data: [DONE]\n\n"
+def _token(event: TokenEvent) -> _Token:
+    degraded = any(layer.degraded for step in event.steps for layer in step.layers)
+    return _Token(event.text, event.stop, degraded)
+
+
+def _failure(error: WdmoeError) -> HTTPException:
+    return HTTPException(400 if isinstance(error, ContextLengthError) else 503, str(error))
 
 
 async def _body(request: Request, kind: type[_Asked]) -> _Asked:
     raw = b""
-    async for part in request.stream():
-        raw += part
-        if len(raw) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the request is longer than {MAX_BODY_BYTES} bytes")
     try:
-        return msgspec.json.decode(raw, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        async for part in request.stream():
+            raw += part
+            if len(raw) > MAX_BODY_BYTES:
+                raise HTTPException(413, f"the request is longer than {MAX_BODY_BYTES} bytes")
+        return parse_request(raw, kind)
+    except ClientDisconnect:
+        raise HTTPException(400, "the caller has hung up") from None
+    except ValueError as error:
         raise HTTPException(400, f"not a request that can be answered: {error}") from None
-
-
-def _is_degraded(event: TokenEvent) -> bool:
-    return any(layer.degraded for step in event.steps for layer in step.layers)
 
 
 def _sse(document: dict[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(document) + b"\n\n"
 
 
-def _error(code: int, message: str) -> dict[str, Any]:
-    kind = "server_error" if code >= 500 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "code": code}}
+def _error(error: HTTPException) -> dict[str, Any]:
+    kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
+    return {"error": {"message": error.detail, "type": kind, "code": error.status_code}}
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    return JSONResponse(_error(error.status_code, error.detail), error.status_code, headers=error.headers)
+    return JSONResponse(_error(error), error.status_code, headers=error.headers)
+
+
+async def _unforeseen(request: Request, error: Exception) -> Response:
+    # Starlette raises it again behind this response, for uvicorn to log.
+    return await _http_error(request, HTTPException(500, "this failed in a way that was not foreseen: see the log"))

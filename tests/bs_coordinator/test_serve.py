@@ -98,13 +98,22 @@ def test_answers_are_those_of_the_command_line(server: Server, fleet: LocalFleet
     assert status == 200
     assert body["choices"][0]["message"]["content"] == chatted.stdout.rstrip("\n")
     connection, response = server.open(
-        "POST", "/v1/chat/completions", {"messages": messages, "max_tokens": 12, "stream": True}
+        "POST",
+        "/v1/chat/completions",
+        {"messages": messages, "max_tokens": 12, "stream": True, "stream_options": {"include_usage": True}},
     )
     lines = [line.removeprefix("data: ") for line in response.read().decode().split("\n\n") if line]
     connection.close()
     assert lines[-1] == "[DONE]"
-    pieces = [json.loads(line)["choices"][0]["delta"]["content"] for line in lines[:-1]]
-    assert "".join(pieces) == chatted.stdout.rstrip("\n")
+    *pieces, account = (json.loads(line) for line in lines[:-1])
+    assert "".join(p["choices"][0]["delta"]["content"] for p in pieces) == chatted.stdout.rstrip("\n")
+    assert account["usage"] == body["usage"]
+    sampled = [
+        server.ask("POST", "/v1/completions", _completion("Hello", temperature=1.5, seed=seed))[2]["choices"][0]["text"]
+        for seed in (None, None, 5, 5, -5)
+    ]
+    assert len(set(sampled)) == 4
+    assert sampled[2] == sampled[3]
     assert server.ask("GET", "/v1/models")[2]["data"][0]["id"]
 
 
@@ -114,8 +123,10 @@ def test_bad_requests_are_told_why(server: Server) -> None:
         (400, "prompt", server.ask(*post, {})),
         (400, "max_tokens", server.ask(*post, _completion("x", 0))),
         (400, "stop", server.ask(*post, _completion("x", stop="."))),
+        (400, "seed", server.ask(*post, _completion("x", seed=2**63))),
         (400, "not a request", server.ask(*post, b"\xff{")),
         (400, "context", server.ask(*post, _completion("word " * 9000))),
+        (400, "context", server.ask(*post, _completion("word " * 9000, stream=True))),
         (413, "longer", server.ask(*post, b" " * (2 << 20))),
         (401, "API key", server.ask(*post, _completion("x"), key="guess")),
     ]:
@@ -163,14 +174,23 @@ def test_more_than_can_be_served_wait_or_are_told_to_retry(server: Server) -> No
 
 
 def test_who_hangs_up_frees_the_place(server: Server) -> None:
-    for _ in range(LIVE + WAITING):
-        connection, response = server.open("POST", "/v1/completions", _completion("Hello", 4000, stream=True))
-        response.read(10)
-        connection.close()
-    deadline = time.monotonic() + 30
-    while server.ask("GET", "/health")[2]["requests"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    def until_requests_are(number: int, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while server.ask("GET", "/health")[2]["requests"] != number:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+    for stream in (True, False):
+        callers = [HTTPConnection("127.0.0.1", server.port) for _ in range(LIVE + WAITING)]
+        asked = json.dumps(_completion("Hello", 4000, stream=stream))
+        for caller in callers:
+            caller.request("POST", "/v1/completions", asked, {"Authorization": f"Bearer {KEY}"})
+        until_requests_are(len(callers), 30)
+        if stream:
+            callers[0].getresponse().read(10)
+        for caller in callers:
+            caller.close()
+        until_requests_are(0, 10)
     assert server.ask("POST", "/v1/completions", _completion("Hello", 2))[0] == 200
 
 

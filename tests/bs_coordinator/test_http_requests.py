@@ -1,0 +1,128 @@
+"""What callers may ask for, option by option."""
+
+import json
+from typing import Any
+
+import pytest
+
+from bs_coordinator.http_requests import Chat, Completion, parse_request
+from bs_coordinator.sampling import SamplingConfig
+
+
+def _completion(**options: object) -> Completion:
+    return parse_request(json.dumps({"prompt": "Hello", **options}).encode(), Completion)
+
+
+def _chat(*messages: object, **options: object) -> Chat:
+    return parse_request(json.dumps({"messages": messages, **options}).encode(), Chat)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict.fromkeys(["max_tokens", "max_completion_tokens", "temperature", "top_p", "stream", "stream_options", "n"]),
+        {"n": 1, "best_of": 1, "echo": False, "suffix": "", "presence_penalty": 0, "frequency_penalty": 0.0},
+        {"logprobs": None, "logit_bias": {}, "response_format": {"type": "text"}, "stop": [], "modalities": ["text"]},
+        {"logprobs": False, "tools": [], "tool_choice": "none", "functions": [], "top_logprobs": 0, "stop": None},
+        {"model": "any", "user": "me", "metadata": {"a": 1}, "store": True, "service_tier": "auto"},
+        {"stream": False, "stream_options": {"include_usage": None}},
+    ],
+)
+def test_what_says_nothing_changes_nothing(options: dict[str, object]) -> None:
+    plain = SamplingConfig(seed=7)
+    assert _completion(seed=7, **options).sampling == plain
+    assert _chat({"role": "user", "content": "Hi"}, seed=7, **options).sampling == plain
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", -1),
+        ("logit_bias", {"1": 5}),
+        ("response_format", {"type": "json_object"}),
+        ("echo", True),
+        ("best_of", 3),
+        ("n", 2),
+        ("suffix", "."),
+        ("stop", "."),
+        ("stop", ["."]),
+        ("functions", [{"name": "f"}]),
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("logprobs", True),
+        ("logprobs", 0),
+        ("top_logprobs", 2),
+        ("reasoning_effort", "high"),
+        ("top_k", 3),
+        ("max_tokens", 0),
+        ("max_tokens", 1.5),
+        ("temperature", 2.01),
+        ("temperature", -0.1),
+        ("temperature", "1"),
+        ("top_p", 0),
+        ("seed", 2**63),
+        ("seed", -(2**63) - 1),
+        ("seed", 2**200),
+        ("stream_options", {"include_usage": 1}),
+        ("stream_options", {"chunk_size": 1}),
+    ],
+)
+def test_what_would_change_the_answer_is_refused_by_name(name: str, value: object) -> None:
+    for ask in (_completion, lambda **options: _chat({"role": "user", "content": "Hi"}, **options)):
+        with pytest.raises(ValueError, match=name) as refused:
+            ask(**{name: value})
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"[]",
+        b"\xff",
+        b'{"prompt": ""}',
+        b'{"prompt": null}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "x", "temperature": NaN}',
+        b'{"prompt": "x", "temperature": 1e999}',
+        b'{"prompt": "x", "user": ' + b"[" * 100_000,
+    ],
+)
+def test_nonsense_is_refused(raw: bytes) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        parse_request(raw, Completion)
+
+
+def test_limits_are_taken_as_they_are() -> None:
+    asked = _completion(max_tokens=3, max_completion_tokens=5, temperature=2, top_p=0.5, seed=-(2**63))
+    assert asked.sampling == SamplingConfig(5, 2.0, 0.5, -(2**63))
+    assert _completion(seed=2**63 - 1).sampling.seed == 2**63 - 1
+
+
+def test_without_a_seed_each_request_has_its_own() -> None:
+    seeds = {_completion(**asked).sampling.seed for asked in ({}, {}, {"seed": None}, {"seed": None})}
+    assert len(seeds) == 4
+
+
+def test_messages() -> None:
+    parts = [{"type": "text", "text": "Good "}, {"type": "text", "text": "day"}]
+    earlier: dict[str, object] = {
+        "role": "assistant",
+        "content": "Yes?",
+        "refusal": None,
+        "annotations": [],
+        "tool_calls": None,
+    }
+    asked = _chat({"role": "user", "content": parts}, earlier)
+    assert asked.conversation == [{"role": "user", "content": "Good day"}, {"role": "assistant", "content": "Yes?"}]
+    bad: list[tuple[str, Any]] = [
+        ("content", {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}),
+        ("content", {"role": "assistant", "content": None}),
+        ("role", {"role": "tool", "content": "4"}),
+        ("name", {"role": "user", "content": "Hi", "name": "Bob"}),
+        ("tool_calls", {"role": "assistant", "content": "", "tool_calls": [{}]}),
+    ]
+    for word, message in bad:
+        with pytest.raises(ValueError, match=word):
+            _chat(message)
