@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import IO, cast
 
 import pyarrow as pa
 
@@ -18,6 +19,9 @@ MAX_BYTES = 16 << 30
 """Of all files unpacked; a night of eight nodes takes far less than one GiB."""
 MAX_FILES = 200_000
 _BUFFER_BYTES = 1 << 20
+_HEADER_BYTES = 64 << 10
+"""What may stand between two files: headers, padding, and what is read ahead. Headers of ours take 512 bytes, those of
+GNU tar with long names and extended attributes a few KiB."""
 _MOST_PATH = 400
 
 
@@ -75,21 +79,56 @@ def unpack(archive: Path, folder: Path, *, max_bytes: int = MAX_BYTES, max_files
     return folder
 
 
+class _Rationed:
+    """A stream that gives no more than it was told to.
+
+    tarfile reads extended headers whole, however long they claim to be, and they are no file whose size could be
+    looked at before.
+    """
+
+    def __init__(self, archive: Path, stream: IO[bytes]) -> None:
+        self._archive, self._stream = archive, stream
+        self.left = _HEADER_BYTES
+        """Bytes until the next file must have begun."""
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, fewer at the end.
+
+        Raises:
+            ArchiveError: there are more than there may be.
+        """
+        block = self._stream.read(min(size, self.left + 1))
+        self.left -= len(block)
+        if self.left < 0:
+            raise ArchiveError(
+                f"{self._archive} has a header of more than {_HEADER_BYTES >> 10} KiB: not a run's archive"
+            )
+        return block
+
+
 def _extract(archive: Path, folder: Path, max_bytes: int, max_files: int) -> dict[str, str]:
     """SHA-256 by path of what was unpacked."""
     found: dict[str, str] = {}
-    left = max_bytes
-    with open_compressed(archive, "rb") as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-        for member in tar:
+    left, members = max_bytes, 0
+    with (
+        open_compressed(archive, "rb") as compressed,
+        tarfile.open(fileobj=cast(IO[bytes], stream := _Rationed(archive, compressed)), mode="r|") as tar,
+    ):
+        while (member := tar.next()) is not None:
+            # It would keep them all, each with its headers.
+            tar.members, tar.pax_headers = [], {}  # type: ignore[attr-defined]
+            stream.left = _HEADER_BYTES
+            members += 1
+            if members > max_files or not 0 <= member.size <= left:
+                raise ArchiveError(
+                    f"{archive} holds more than {max_bytes >> 20} MiB or {max_files} files: not a run's archive"
+                )
             if member.isdir():
                 continue
             path = _inside(archive, member)
             if path in found:
                 raise ArchiveError(f"{archive} holds {path} twice")
-            if member.size > left or len(found) >= max_files:
-                raise ArchiveError(
-                    f"{archive} holds more than {max_bytes >> 20} MiB or {max_files} files: not a run's archive"
-                )
+            stream.left += member.size
             left -= member.size
             source = tar.extractfile(member)
             assert source is not None  # noqa: S101 (it is a plain file)
@@ -109,7 +148,8 @@ def _inside(archive: Path, member: tarfile.TarInfo) -> str:
     pure = PurePosixPath(member.name)
     parts = pure.parts
     odd = pure.is_absolute() or ".." in parts or len(parts) < 2 or "\\" in member.name or "\0" in member.name
-    if not member.isreg() or odd or len(member.name) > _MOST_PATH:
+    # Of a sparse file the archive holds less than its size says.
+    if not member.isreg() or member.issparse() or odd or len(member.name) > _MOST_PATH:
         raise ArchiveError(f"{archive} holds {member.name[:80]!r}, which is no plain file below one folder")
     return PurePosixPath(*parts[1:]).as_posix()
 

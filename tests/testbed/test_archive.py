@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from testbed.archive.dictionary import dictionary
-from testbed.archive.export import CHECKSUMS, export_run
+from testbed.archive.export import CHECKSUMS, export_run, open_compressed
 from testbed.archive.pseudonyms import Pseudonyms
 from testbed.archive.unpack import unpack
 from testbed.experiment.rundir import RunDir
@@ -180,6 +181,40 @@ def test_archives_that_are_none_leave_nothing(tmp_path: Path, members: list[tupl
         unpack(archive, tmp_path / "out" / "run")
     assert list((tmp_path / "out").iterdir()) == []
     assert {path.name for path in tmp_path.iterdir()} == {"x.tar.gz", "out"}
+
+
+@pytest.mark.parametrize("ending", [".tar.gz", ".tar.zst"])
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("before", [b"", tarfile.DIRTYPE])
+def test_a_header_that_claims_to_be_huge_is_not_read(tmp_path: Path, ending: str, kind: bytes, before: bytes) -> None:
+    def header(kind: bytes, size: int) -> bytes:
+        info = tarfile.TarInfo("run/x")
+        info.type, info.size = kind, size
+        return info.tobuf(tarfile.USTAR_FORMAT)
+
+    archive = tmp_path / f"x{ending}"
+    with open_compressed(archive, "wb") as file:
+        # A folder has no bytes, whatever it says: they are no ration for the next header.
+        file.write((header(before, 1 << 30) if before else b"") + header(kind, 64 << 20))
+        for _ in range(64):
+            file.write(bytes(1 << 20))
+        file.write(header(tarfile.REGTYPE, 0) + bytes(1024))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ArchiveError, match="header of more than"):
+            unpack(archive, tmp_path / "run")
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_sparse_file_is_none_of_ours(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("run/manifest.json")
+    info.pax_headers = {"GNU.sparse.size": str(1 << 30), "GNU.sparse.map": "0,1"}
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info)
+    with pytest.raises(ArchiveError, match="no plain file"):
+        unpack(tmp_path / "x.tar.gz", tmp_path / "run")
 
 
 def test_limits_and_damage(finished: RunDir, key: Path, tmp_path: Path) -> None:
