@@ -21,12 +21,13 @@ from starlette.routing import Route
 
 from bs_coordinator.generate import StopReason, TokenEvent, Tokenizer
 from bs_coordinator.http_requests import Chat, Completion, Options, parse_request
-from bs_coordinator.sampling import SamplingConfig
 from bs_coordinator.serving import AnswerServer, News
+from bs_coordinator.stop_text import StopText
 from wire.errors import BusyError, ContextLengthError, WdmoeError
 
 MAX_BODY_BYTES = 1 << 20
-_FINISH: dict[StopReason, str] = {"eos": "stop", "max-tokens": "length", "context": "length"}
+_Finish = Literal["stop", "length"]
+_FINISH: dict[StopReason, _Finish] = {"eos": "stop", "max-tokens": "length", "context": "length"}
 
 _Asked = TypeVar("_Asked", bound=Options)
 
@@ -96,7 +97,7 @@ class _Token(NamedTuple):
     """What a caller is told of a token; 58 KiB of records of its steps must not pile up for those who read slowly."""
 
     text: str
-    stop: StopReason | None
+    finish: _Finish | None
     degraded: bool
 
 
@@ -134,13 +135,13 @@ class _Shape:
 
 
 def _choice(content: dict[str, Any], last: _Token) -> dict[str, Any]:
-    return {"index": 0, **content, "finish_reason": _FINISH[last.stop] if last.stop else None}
+    return {"index": 0, **content, "finish_reason": last.finish}
 
 
 async def _answer(server: AnswerServer, request: Request, asked: Options, ids: list[int], shape: _Shape) -> Response:
     if not ids:
         raise HTTPException(400, "the prompt has no tokens")
-    tokens = _tokens(server, request, ids, asked.sampling)
+    tokens = _tokens(server, request, ids, asked)
     # What can't be answered shows before the first token, while there is a status line to say so.
     first = await anext(tokens)
     if asked.stream:
@@ -164,8 +165,8 @@ async def _stream(first: _Token, rest: AsyncIterator[_Token], shape: _Shape, *, 
     yield b"data: [DONE]\n\n"
 
 
-def _tokens(server: AnswerServer, request: Request, ids: list[int], sampling: SamplingConfig) -> AsyncIterator[_Token]:
-    """Take a place: the answer's tokens as they come, the last of them with `stop`.
+def _tokens(server: AnswerServer, request: Request, ids: list[int], asked: Options) -> AsyncIterator[_Token]:
+    """Take a place: the answer's tokens as they come, the last of them with `finish`.
 
     Raises:
         HTTPException: there is no place; from the iterator: the answer failed, or the caller has hung up.
@@ -179,7 +180,7 @@ def _tokens(server: AnswerServer, request: Request, ids: list[int], sampling: Sa
             loop.call_soon_threadsafe(arrived.put_nowait, what)
 
     try:
-        accepted = server.submit(ids, sampling, deliver)
+        accepted = server.submit(ids, asked.sampling, deliver)
     except BusyError as error:
         raise HTTPException(429, str(error), {"Retry-After": f"{error.retry_after_s:.0f}"}) from None
 
@@ -194,21 +195,28 @@ def _tokens(server: AnswerServer, request: Request, ids: list[int], sampling: Sa
     request.state.free_place = asyncio.create_task(free_place())
 
     async def tokens() -> AsyncIterator[_Token]:
+        text = StopText(asked.stops)
         while True:
             news = await arrived.get()
             if isinstance(news, HTTPException):
                 raise news
             for token in news:
-                yield token
-                if token.stop:
+                certain = text.push(token.text)
+                if text.hit:
+                    server.cancel(accepted)
+                    yield _Token(certain, "stop", token.degraded)
                     return
+                if token.finish:
+                    yield token._replace(text=certain + text.rest())
+                    return
+                yield token._replace(text=certain)
 
     return tokens()
 
 
 def _token(event: TokenEvent) -> _Token:
     degraded = any(layer.degraded for step in event.steps for layer in step.layers)
-    return _Token(event.text, event.stop, degraded)
+    return _Token(event.text, _FINISH[event.stop] if event.stop else None, degraded)
 
 
 def _failure(error: WdmoeError) -> HTTPException:

@@ -33,13 +33,15 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "n": (1,),
     "presence_penalty": (0,),
     "response_format": ({"type": "text"},),
-    "stop": ([],),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
 }
 """Options that are not implemented, with the values that ask for nothing."""
+
+
+_Stop = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
@@ -60,6 +62,7 @@ class Options(Struct, kw_only=True, forbid_unknown_fields=True):
         max_completion_tokens: the newer name of `max_tokens`, which it overrides.
         seed: of what torch's generator takes, what fits into 64 bits with a sign; drawn anew for whoever says none, so
             that asking again gives another answer.
+        stop: the answer ends before the first of these.
     """
 
     model: str = ""
@@ -68,6 +71,7 @@ class Options(Struct, kw_only=True, forbid_unknown_fields=True):
     temperature: Annotated[float, Meta(ge=0, le=2)] = 0.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] = msgspec.field(default_factory=lambda: secrets.randbits(63))
+    stop: _Stop | Annotated[list[_Stop], Meta(max_length=16)] = []
     stream: bool = False
     stream_options: StreamOptions = msgspec.field(default_factory=StreamOptions)
 
@@ -76,6 +80,12 @@ class Options(Struct, kw_only=True, forbid_unknown_fields=True):
         """How the answer's tokens are chosen."""
         tokens = self.max_completion_tokens or self.max_tokens
         return SamplingConfig(tokens, self.temperature, self.top_p, self.seed)
+
+
+    @property
+    def stops(self) -> list[str]:
+        """Strings that end the answer."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop
 
 
 class Completion(Options, kw_only=True):

@@ -177,6 +177,18 @@ def test_streams_begin_with_the_role_and_end_with_what_was_used(site: _Site, ans
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_ends_the_answer_and_frees_its_place(site: _Site, answers: _Answers, stream: bool) -> None:
+    answers.script = [_news("One. "), _news("Two"), _news(".\n"), _news("\nThree"), _news("", "eos")]
+    body = site.post("/v1/completions", {"prompt": "Hello", "stop": ["Four", "\n\n"], "stream": stream})[2]
+    made = [document["choices"][0] for document in (_documents(body) if stream else [json.loads(body)])]
+    assert "".join(choice["text"] for choice in made) == "One. Two."
+    assert made[-1]["finish_reason"] == "stop"
+    assert answers.cancelled.is_set()
+    body = site.post("/v1/completions", {"prompt": "Hello", "stop": "Three!"})[2]
+    assert json.loads(body)["choices"][0]["text"] == "One. Two.\n\nThree"
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_who_hangs_up_is_noticed_while_tokens_come(site: _Site, answers: _Answers, stream: bool) -> None:
     answers.script = [_news("a")]
     caller = site.send("/v1/completions", {"prompt": "Hello", "stream": stream})

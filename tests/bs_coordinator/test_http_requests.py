@@ -4,9 +4,12 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bs_coordinator.http_requests import Chat, Completion, parse_request
 from bs_coordinator.sampling import SamplingConfig
+from bs_coordinator.stop_text import StopText
 
 
 def _completion(**options: object) -> Completion:
@@ -45,8 +48,9 @@ def test_what_says_nothing_changes_nothing(options: dict[str, object]) -> None:
         ("best_of", 3),
         ("n", 2),
         ("suffix", "."),
-        ("stop", "."),
-        ("stop", ["."]),
+        ("stop", ""),
+        ("stop", ["."] * 17),
+        ("stop", [7]),
         ("functions", [{"name": "f"}]),
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
@@ -98,6 +102,36 @@ def test_limits_are_taken_as_they_are() -> None:
     asked = _completion(max_tokens=3, max_completion_tokens=5, temperature=2, top_p=0.5, seed=-(2**63))
     assert asked.sampling == SamplingConfig(5, 2.0, 0.5, -(2**63))
     assert _completion(seed=2**63 - 1).sampling.seed == 2**63 - 1
+
+
+def test_stops_are_one_or_several() -> None:
+    assert [_completion(stop=stop).stops for stop in (".", [".", "!"], [], None)] == [["."], [".", "!"], [], []]
+
+
+_letters = st.text("ab", min_size=1, max_size=4)
+
+
+@given(st.lists(_letters, max_size=8), st.lists(_letters, max_size=3))
+def test_a_text_ends_before_the_first_stop_in_whatever_pieces_it_comes(pieces: list[str], stops: list[str]) -> None:
+    text = StopText(stops)
+    given = ""
+    for piece in pieces:
+        given += text.push(piece)
+        if text.hit:
+            break
+    else:
+        given += text.rest()
+    whole = "".join(pieces)
+    ends = [n for n in range(len(whole) + 1) if whole[:n].endswith(tuple(stops))]
+    wanted = min((whole[: ends[0] - len(s)] for s in stops if whole[: ends[0]].endswith(s)), key=len) if ends else whole
+    assert (given, text.hit) == (wanted, bool(ends))
+
+
+def test_a_text_is_held_back_only_where_a_stop_may_have_begun() -> None:
+    text = StopText(["\n\n", "END"])
+    assert [text.push(piece) for piece in ("Hello", "\n", "world E", "N", "d", "\n", "\n")] == [
+        "Hello", "", "\nworld ", "", "ENd", "", "",
+    ]  # fmt: skip
 
 
 def test_without_a_seed_each_request_has_its_own() -> None:
