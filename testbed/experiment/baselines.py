@@ -27,7 +27,7 @@ from testbed.experiment.networks import Loopback, Network
 from testbed.experiment.plan import BaselineKind, Plan
 from testbed.experiment.rundir import BundleFacts, RunDir
 from testbed.experiment.site import Site, in_process_site
-from wire.errors import StorageError, WdmoeError
+from wire.errors import StorageError
 from wire.manifest import load_manifest
 
 FILE = "baselines.jsonl"
@@ -96,8 +96,9 @@ def measure_baselines(
                 with _site(kind, profile, plan, bundle, network, open_site) as site:
                     over = _over(kind, profile, routes() if plan.external else {})
                     made = _measured(msgspec.structs.replace(made, over=over), site, plan, bundle.top_k)
-            except (_NotHereError, WdmoeError, OSError) as error:
-                made = msgspec.structs.replace(made, why_not=" ".join(str(error).split()))
+            except Exception as error:  # noqa: BLE001 (libraries raise what they like: it must not keep cells away)
+                why_not = " ".join(str(error).split()) or type(error).__name__
+                made = msgspec.structs.replace(made, why_not=why_not)
             _append(run, made)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ _PACKAGES = ("torch", "transformers", "onnxruntime", "numpy", "paho-mqtt", "amqt
 _ROOT = Path(__file__).resolve().parents[2]
 
 
+@cache  # what changes later is not what this process has loaded
 def commit() -> tuple[str, bool]:
     """The project's commit and whether its files differ from it; `unknown` for an installed package.
 
@@ -30,6 +32,11 @@ def commit() -> tuple[str, bool]:
     if not (head := output(*git, "rev-parse", "HEAD")):
         return "unknown", False
     return head, bool(output(*git, "status", "--porcelain", "--untracked-files=no"))
+
+
+def code_name(commit: str, dirty: bool) -> str:
+    """For people: `eb27f00a1b2c with changes`."""
+    return commit[:12] + (" with changes" if dirty else "")
 
 
 def versions() -> dict[str, str]:

@@ -97,6 +97,7 @@ class Marker(Struct, frozen=True, kw_only=True):
         nodes: that were asked, of a cell on nodes.
         holders: [layers][experts], which of `nodes` each expert was asked of.
         shared_air: whether forecasts assumed one channel for all links.
+        commit, dirty: of the code that measured it, which `resume` may find changed; empty in old runs.
     """
 
     id: str
@@ -112,6 +113,8 @@ class Marker(Struct, frozen=True, kw_only=True):
     nodes: list[str] = []
     holders: list[list[int]] = []
     shared_air: bool = False
+    commit: str = ""
+    dirty: bool = False
 
 
 class RunDir:
@@ -133,6 +136,10 @@ class RunDir:
         if self.manifest.schema != SCHEMA:
             raise RunDirectoryError(f"{path} has schema {self.manifest.schema}, this version reads {SCHEMA}")
         self.plan = self.manifest.plan
+
+    def code_of(self, marker: Marker) -> tuple[str, bool]:
+        """Commit of the code that measured a cell, and whether its files differed from it."""
+        return (marker.commit, marker.dirty) if marker.commit else (self.manifest.commit, self.manifest.dirty)
 
     @classmethod
     def create(cls, path: Path, manifest: RunManifest) -> "RunDir":

@@ -5,6 +5,7 @@ its attempts are spent; the run goes on. Every wait below has a deadline.
 """
 
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -55,6 +56,9 @@ def execute(run: RunDir, network: Network, *, say: Say = lambda line: None) -> O
     cells = run.cells()
     left = [(number, cell) for number, cell in enumerate(cells, 1) if not run.is_complete(cell)]
     session = _record_start(run, len(left))
+    if left and facts.commit() != (run.manifest.commit, run.manifest.dirty):
+        began, now = (facts.code_name(*code) for code in ((run.manifest.commit, run.manifest.dirty), facts.commit()))
+        say(f"the code is {now} now, the run was made with {began}: its report will say so")
     failed = 0
     with Watch(run, say).running() as watch, _Sites(run, network, watch, say) as sites:
         try:
@@ -79,7 +83,8 @@ def _record_start(run: RunDir, left: int) -> int:
     """Which start of the runner this is, from 1."""
     events = run.events()
     # A new boot tells a machine that was restarted from a runner that was.
-    about = {"boot": facts.boot_id(), "power": facts.power()}
+    commit, dirty = facts.commit()
+    about = {"boot": facts.boot_id(), "power": facts.power(), "commit": commit, "dirty": dirty}
     # Operators' notes, which come at any time, are no part of the runner's work.
     own = [event for event in events if event["event"] != NOTE]
     if not own:
@@ -99,8 +104,12 @@ def _run_with_retries(run: RunDir, sites: "_Sites", cell: Cell, say: Say) -> boo
             marker = _run_cell(run, sites, cell, attempt)
         except StorageError:
             raise
-        except (WdmoeError, OSError, ValueError) as error:
-            run.event("cell_failed", cell=cell.id, attempt=attempt, error=_one_line(error), kind=type(error).__name__)
+        # Libraries raise what they like (torch RuntimeError when memory is short, onnxruntime and pyarrow their own
+        # classes). Left to end the run, it would end it at this cell whenever it is resumed.
+        except Exception as error:  # noqa: BLE001
+            told = {} if isinstance(error, WdmoeError) else {"traceback": traceback.format_exc()}
+            kind = type(error).__name__
+            run.event("cell_failed", cell=cell.id, attempt=attempt, error=_one_line(error), kind=kind, **told)
             say(f"   failed: {_one_line(error)}")
             sites.close()
         else:
@@ -143,6 +152,7 @@ def _run_cell(run: RunDir, sites: "_Sites", cell: Cell, attempt: int) -> Marker:
         recorder.take_clocks("after")
     seconds = time.monotonic() - began
     tables = recorder.tables()
+    commit, dirty = facts.commit()
     marker = Marker(
         id=cell.id,
         cell=cell,
@@ -154,6 +164,8 @@ def _run_cell(run: RunDir, sites: "_Sites", cell: Cell, attempt: int) -> Marker:
         log_ns=recorder.log_ns,
         tokens=recorder.tokens,
         write_ns=0,
+        commit=commit,
+        dirty=dirty,
         **_placement(site),
     )
     run.commit(cell, tables, marker)

@@ -18,7 +18,7 @@ from testbed.experiment.rundir import SCHEMA, BundleFacts, RunDir, RunManifest
 from testbed.experiment.runner import Outcome, Say, execute
 from testbed.experiment.site import broker_of
 from testbed.network.namespaces import check_privileges
-from wire.errors import PlanError
+from wire.errors import PlanError, RunDirectoryError
 from wire.manifest import MANIFEST_NAME, Scheme, load_manifest, sha256_file
 
 SCHEMES: tuple[Scheme, ...] = ("int4", "int8", "int8-dynamic", "fp16", "fp32")
@@ -121,11 +121,34 @@ def run_cells(run: RunDir, *, say: Say) -> Outcome:
     """Run what is left, holding the folder's lock.
 
     Raises:
-        RunDirectoryError: somebody else runs it.
+        RunDirectoryError: somebody else runs it, or what it was begun with has changed.
         NetworkError, PrivilegeError: the plan's network does not come up.
     """
+    if not all(run.is_complete(cell) for cell in run.cells()):
+        check_unchanged(run)
     with run.lock(), _sigterm_interrupts(), open_network(run.plan) as network:
         return execute(run, network, say=say)
+
+
+def check_unchanged(run: RunDir) -> None:
+    """Refuse to add cells that were measured on other bundles, data or links than those that are there.
+
+    Raises:
+        RunDirectoryError: with the files that are gone or hold something else than at the beginning.
+    """
+    manifest = run.manifest
+    wanted = {Path(bundle.path) / MANIFEST_NAME: bundle.manifest_sha256 for bundle in manifest.bundles}
+    wanted |= {Path(path): sha256 for path, sha256 in manifest.datasets.items()}
+    odd = [path for path, sha256 in wanted.items() if not path.is_file() or sha256_file(path) != sha256]
+    if run.plan.emulated:
+        network = Path(run.plan.emulated)
+        odd += [network] if not network.is_file() or network.read_text() != manifest.network else []
+    if odd:
+        differ = ", ".join(f"{path} {'has changed' if path.exists() else 'is missing'}" for path in odd)
+        raise RunDirectoryError(
+            f"{run.path} can't go on, its cells could not be compared: {differ} since it was begun; put the old file "
+            "back, or start a new run"
+        )
 
 
 @contextmanager

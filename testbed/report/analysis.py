@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from testbed.experiment.facts import code_name
 from testbed.experiment.plan import Generate
 from testbed.experiment.rundir import RunDir
 from testbed.report.cells import CellRows, numbers, read_cells
@@ -56,6 +57,7 @@ class Analysis:
         units: by arm and workload.
         requests: by policy, how many requests asked a node for an expert, keyed (expert, node).
         links: the cells' `link_samples`, each with its profile.
+        code: how many cells each version of the code measured.
     """
 
     run: RunDir
@@ -65,6 +67,7 @@ class Analysis:
     requests: dict[str, Counter[tuple[int, str]]] = field(default_factory=lambda: defaultdict(Counter))
     links: list[pa.Table] = field(default_factory=list)
     logger: Logger = field(default_factory=Logger)
+    code: Counter[str] = field(default_factory=Counter)
 
 
 def analyse(run: RunDir, *, also: Callable[[CellRows], None] = lambda rows: None) -> Analysis:
@@ -86,6 +89,7 @@ def analyse(run: RunDir, *, also: Callable[[CellRows], None] = lambda rows: None
 def _take(analysis: Analysis, rows: CellRows) -> None:
     cell = rows.cell
     analysis.complete += 1
+    analysis.code[code_name(*analysis.run.code_of(rows.marker))] += 1
     workloads = analysis.units[Arm(cell.bundle, cell.profile, cell.policy)]
     mine = workloads.setdefault(cell.workload, WorkloadUnits())
     mine.cells += 1

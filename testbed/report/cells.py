@@ -74,11 +74,12 @@ def _with_all_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
 def with_coordinates(run: RunDir, rows: CellRows, table: pa.Table) -> pa.Table:
     """The table with the columns in front that say where each row comes from."""
     cell = rows.cell
+    commit, _ = run.code_of(rows.marker)
     values = dict(
         zip(
             COORDINATES,
             (
-                *(run.manifest.name, run.manifest.commit, cell.id, cell.repetition),
+                *(run.manifest.name, commit, cell.id, cell.repetition),
                 *(cell.bundle, cell.profile, cell.workload, cell.policy),
             ),
             strict=True,

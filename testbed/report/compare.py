@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from testbed.experiment.facts import code_name
 from testbed.experiment.plan import Choice, Perplexity
 from testbed.experiment.rundir import RunDir, RunManifest
 from testbed.report.analysis import Analysis, Arm, WorkloadUnits, analyse
-from testbed.report.contents import points_text, ratio_text, value_text
+from testbed.report.contents import different_code, points_text, ratio_text, value_text
 from testbed.report.document import Table
 from testbed.report.metrics import ITEM_METRICS, METRICS, Metric
 from testbed.report.session import NOTHING
@@ -39,6 +40,7 @@ def compare_runs(runs: Sequence[RunDir], *, resamples: int = RESAMPLES) -> tuple
         for run, a in zip(runs, analyses, strict=True)
         if a.complete < a.planned
     ]
+    notes += [f"{a.run.path}: {line}" for a in analyses for line in different_code(a.code)]
     for run in runs[1:]:
         notes += [f"{run.path}: {line}" for line in differences(runs[0].manifest, run.manifest)]
     return notes, list(_tables(analyses, resamples))
@@ -55,7 +57,7 @@ def differences(first: RunManifest, other: RunManifest) -> list[str]:
 
 
 def _code(manifest: RunManifest) -> dict[str, Any]:
-    return {"commit": manifest.commit[:12] + (" with changes" if manifest.dirty else "")}
+    return {"commit": code_name(manifest.commit, manifest.dirty)}
 
 
 def _bundles(manifest: RunManifest) -> dict[str, Any]:

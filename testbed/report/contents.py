@@ -1,6 +1,6 @@
 """What a report says, from the summary's numbers and the drawn figures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -49,9 +49,18 @@ def warnings(summary: Summary) -> list[str]:
             f"{len(summary.without_costs)} cells in one process found no costs measured on nodes: policies that look "
             "at links saw equal ones there."
         )
+    found += different_code(summary.code)
     if summary.dirty:
         found.append("The code differed from its commit: numbers can't be reproduced from the commit alone.")
     return found
+
+
+def different_code(code: Mapping[str, int]) -> list[str]:
+    """A warning if the cells that are compared were not measured by the same code."""
+    if len(code) < 2:
+        return []
+    counts = ", ".join(f"{name} ({count})" for name, count in code.items())
+    return [f"Cells measured by different versions: {counts}. What differs may be the code."]
 
 
 def value_text(interval: Interval | None, metric: Metric) -> str:
@@ -204,11 +213,14 @@ def _method(summary: Summary) -> Section:
         "Method",
         [
             f"Intervals are percentile bootstraps ({method['resamples']} resamples, seed {method['seed']}) that draw "
-            "whole answers, batches, texts or items, because the tokens of one answer are not independent. A mean is "
-            "total time over total tokens of what was drawn. Comparisons draw the same units for both policies. "
-            "Quantiles are by nearest rank; a p95 of fewer than 129 tokens is not given, and no interval of fewer than "
-            f"{LEAST_UNITS} units. The warm-up before each cell is left out everywhere. n is the number of answers, "
-            "items or texts; shares and times of multiple choice are drawn by batch.",
+            "whole answers, batches or texts, because the tokens of one answer are not independent, widened by "
+            "t(n − 1) / 1.96 × √(n / (n − 1)) for n of them. A mean is total time over total tokens of what was drawn. "
+            "Comparisons draw the same units for both policies. Accuracy has Wilson's interval; its difference on the "
+            "same items Bonett and Price's, on different ones Newcombe's. Quantiles are by nearest rank; a p95 of "
+            "fewer than 129 tokens is not given, no interval of fewer than "
+            f"{LEAST_UNITS} units, and none of a p95 itself of fewer than 59. The warm-up before each cell is left out "
+            "everywhere. n is the number of answers, items or texts; shares and times of multiple choice are drawn by "
+            "batch.",
             "An interval speaks of these prompts and items on this machine; it is blind to what no repetition varied.",
         ],
     )

@@ -92,6 +92,7 @@ class Summary(Struct, frozen=True, kw_only=True):
     """A run in numbers.
 
     Attributes:
+        code: how many cells each version of the code measured; more than one where it changed before a `resume`.
         complete: whether every cell of the plan is there.
         failures: failed attempts, in order.
         gaps: pauses of the runner.
@@ -105,6 +106,7 @@ class Summary(Struct, frozen=True, kw_only=True):
     created: str
     commit: str
     dirty: bool
+    code: dict[str, int]
     complete: bool
     planned_cells: int
     complete_cells: int
@@ -147,12 +149,14 @@ def summarise(analysis: Analysis, *, resamples: int = RESAMPLES) -> Summary:
         created=manifest.created,
         commit=manifest.commit,
         dirty=manifest.dirty,
+        code=dict(analysis.code),
         complete=analysis.complete == analysis.planned,
         planned_cells=analysis.planned,
         complete_cells=analysis.complete,
         baseline=plan.baseline_policy,
         method={
-            "interval": "percentile bootstrap over answers, batches, texts or items",
+            "interval": "percentile bootstrap over answers, batches or texts, widened by t(n-1) / 1.96 * sqrt(n/(n-1))",
+            "accuracy": "Wilson; paired differences Bonett and Price, of two runs Newcombe",
             "confidence": CONFIDENCE,
             "resamples": resamples,
             "seed": plan.seed,

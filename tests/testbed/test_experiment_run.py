@@ -10,13 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
+from testbed.experiment import runner
+from testbed.experiment.networks import Loopback
+from testbed.experiment.plan import Network, read_plan
 from testbed.experiment.rundir import RunDir
+from testbed.experiment.start import check_unchanged, create_run
 from tests.conftest import Run
-from wire.errors import RunDirectoryError
+from wire.errors import DispatchError, RunDirectoryError, StorageError
 from wire.manifest import Scheme
 
 Bundle = Callable[[Scheme], Path]
@@ -237,6 +243,79 @@ def test_failures_are_counted_and_the_run_goes_on(run: Run, tiny_bundle: Bundle,
     assert all("items.jsonl" in event["error"] for event in failed)
     assert len(_events(run_dir, "cell_given_up")) == 4
     assert "8 failed attempts, 4 cells" in run("testbed", "status", tmp_path / "run").stdout
+
+
+def _unstarted(plan: Path, folder: Path) -> RunDir:
+    return create_run(read_plan(plan), folder, console=Console(quiet=True))
+
+
+def test_an_error_of_any_class_fails_its_cell_only(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch, onnxruntime and pyarrow have classes of their own."""
+    run_dir = _unstarted(_write_plan(tmp_path, tiny_bundle("int4"), repetitions=1), tmp_path / "run")
+    errors = [RuntimeError("can't allocate\nmemory"), OverflowError(), DispatchError("node0 left"), MemoryError()]
+
+    def fail(*args: object) -> None:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(runner, "_run_cell", fail)
+    assert runner.execute(run_dir, Loopback()) == runner.Outcome(done=0, failed=2)
+    failed = _events(run_dir, "cell_failed")
+    assert [e["error"] for e in failed] == ["can't allocate memory", "OverflowError", "node0 left", "MemoryError"]
+    assert [e["attempt"] for e in failed] == [1, 2, 1, 2]
+    assert "in fail" in failed[0]["traceback"]
+    assert "traceback" not in failed[2]
+    assert len(_events(run_dir, "cell_given_up")) == 2
+
+
+@pytest.mark.parametrize("error", [StorageError("disk full"), KeyboardInterrupt()])
+def test_what_must_end_a_run_ends_it(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    run_dir = _unstarted(_write_plan(tmp_path, tiny_bundle("int4"), repetitions=1), tmp_path / "run")
+
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(runner, "_run_cell", fail)
+    with pytest.raises(type(error)):
+        runner.execute(run_dir, Loopback())
+    assert not _events(run_dir, "cell_failed")
+
+
+def test_a_run_goes_on_only_with_what_it_began_with(run: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle("int4"), bundle)
+    plan = _write_plan(tmp_path, bundle, repetitions=1, more=CHOICE)
+    run_dir = _unstarted(plan, tmp_path / "run")
+    check_unchanged(run_dir)
+    network = tmp_path / "net.yaml"
+    network.write_text("links: fast\n")
+    emulated = msgspec.structs.replace(run_dir.plan, network=Network(emulated=str(network)))
+    run_dir.plan, run_dir.manifest = emulated, msgspec.structs.replace(run_dir.manifest, network="links: fast\n")
+    check_unchanged(run_dir)
+    for path in (bundle / "manifest.json", tmp_path / "items.jsonl", network):
+        before = path.read_bytes()
+        path.write_bytes(before + b"\n")
+        with pytest.raises(RunDirectoryError, match=f"{path} has changed.*start a new run"):
+            check_unchanged(run_dir)
+        path.unlink()
+        with pytest.raises(RunDirectoryError, match=f"{path} is missing"):
+            check_unchanged(run_dir)
+        path.write_bytes(before)
+    (tmp_path / "items.jsonl").write_text("{}")
+    resumed = run("testbed", "resume", run_dir.path)
+    assert resumed.returncode == 61
+    assert resumed.stderr.count("\n") == 1
+    assert not run_dir.events()
+
+
+def test_a_complete_run_needs_nothing_any_more(run: Run, finished: RunDir, tmp_path: Path) -> None:
+    shutil.copytree(finished.path, tmp_path / "run")
+    path = tmp_path / "run" / "manifest.json"
+    path.write_text(path.read_text().replace("items.jsonl", "gone.jsonl"))
+    assert run("testbed", "resume", tmp_path / "run").returncode == 0
 
 
 def test_sigterm_ends_a_run_cleanly(tiny_bundle: Bundle, tmp_path: Path) -> None:
