@@ -5,7 +5,6 @@ highest summed log-probability (`acc`). Items are JSON lines with `question`, `c
 perplexity have `domain` and `text`.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -149,14 +148,6 @@ def losses(
         logits, _ = model.step([Feed(i, model.trunk.new_cache()) for i in ids], all_logits=True)
         result += [(-_log_likelihood(scored[:-1], i[1:]), len(i) - 1) for scored, i in zip(logits, ids, strict=True)]
     return result
-
-
-def wilson_interval(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
-    share = right / count
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return centre - half, centre + half
 
 
 def _log_likelihood(logits: Tensor, ids: list[int]) -> float:

@@ -17,15 +17,9 @@ from bs_coordinator.generate import Tokenizer
 from bs_coordinator.model import DistributedMixtral
 from bs_coordinator.selection import TopK
 from bs_coordinator.trunk import Trunk
-from testbed.evaluation import (
-    ChoiceItem,
-    DomainText,
-    choose,
-    losses,
-    read_items,
-    wilson_interval,
-)
+from testbed.evaluation import ChoiceItem, DomainText, choose, losses, read_items
 from testbed.local_experts import LocalExperts
+from testbed.report.statistics import wilson_interval
 from wire.files import atomic_write
 from wire.manifest import load_manifest
 

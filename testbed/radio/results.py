@@ -11,7 +11,7 @@ from bs_coordinator.selection import parse_policy
 from testbed.radio.replay import ALLOCATIONS, PHASES, Allocation, Phase, batch_seconds, batches, replay
 from testbed.radio.setting import Cell
 from testbed.radio.traces import RoutingTrace
-from testbed.report.statistics import Interval, Ratio, difference, measured, ratio
+from testbed.report.statistics import Interval, Proportion, Ratio, difference, measured, ratio
 
 VANILLA = "topk"
 
@@ -128,7 +128,7 @@ def compare_accuracy(
     for policy, tasks in right.items():
         for task, marks in tasks.items():
             points, of_vanilla = (
-                Ratio(m.astype(np.float64), np.ones(len(m)), 100.0) for m in (marks, right[VANILLA][task])
+                Proportion(m.astype(np.float64), np.ones(len(m)), 100.0) for m in (marks, right[VANILLA][task])
             )
             rows.append(
                 Accuracy(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from testbed.report.statistics import Measure, Quantile, Ratio
+from testbed.report.statistics import Measure, Proportion, Quantile, Ratio, Share
 from testbed.report.units import Units
 
 _MS = 1e-6
@@ -48,7 +48,7 @@ def _token_quantile(share: float) -> Callable[[Units], Measure | None]:
 
 def _dropped(units: Units) -> Measure | None:
     asked, full = units.sum("pairs"), units.sum("full_pairs")
-    return Ratio(full - asked, full) if units.has("full_pairs") else None
+    return Share(full - asked, full) if units.has("full_pairs") else None
 
 
 def _bytes(units: Units) -> Measure | None:
@@ -60,6 +60,10 @@ def _bytes(units: Units) -> Measure | None:
 def _prediction_error(units: Units) -> Measure | None:
     quantile = Quantile(units.errors(), 0.5)
     return quantile if quantile.enough else None
+
+
+def _accuracy(units: Units) -> Measure | None:
+    return Proportion(units.sum("right"), units.sum("items")) if units.has("items") else None
 
 
 def _perplexity(units: Units) -> Measure | None:
@@ -87,7 +91,7 @@ STEP_METRICS = (
     Metric("predicted_layer_wait_ms", "predicted layer wait, ms", 2, _ratio("predicted_ns", "predicted_layers", _MS)),
 )
 ITEM_METRICS = (
-    Metric("accuracy", "accuracy, %", 1, _ratio("right", "items"), scale=100.0, points=True),
+    Metric("accuracy", "accuracy, %", 1, _accuracy, scale=100.0, points=True),
     Metric("perplexity", "perplexity", 3, _perplexity),
 )
 METRICS = {
@@ -103,4 +107,4 @@ def same_tokens(units: Units, baseline: Units) -> Measure:
     prefix = [
         next((i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), min(map(len, pair))) for pair in both
     ]
-    return Ratio(np.array(prefix, float), np.array([max(map(len, pair)) for pair in both], float))
+    return Share(np.array(prefix, float), np.array([max(map(len, pair)) for pair in both], float))
