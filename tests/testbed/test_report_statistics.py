@@ -71,7 +71,7 @@ def test_intervals_hold_what_they_promise_though_tokens_depend_on_their_answer()
 @pytest.mark.parametrize(("spread", "least"), [("normal", 0.915), ("lognormal", 0.87)])
 @pytest.mark.parametrize("units", [5, 8])
 def test_intervals_of_few_units_are_wide_enough(units: int, spread: str, least: float) -> None:
-    """Percentiles alone hold 0.79 to 0.90. 400 trials spread by 0.012; docs/measurement.md has the means that they are drawn from."""
+    """Percentiles alone hold 0.79 to 0.90. 400 trials spread by 0.012 around the shares in docs/measurement.md."""
     rng = np.random.default_rng(units)
     ones = np.ones(units)
     held = dict.fromkeys(("mean", "ratio", "difference", "apart"), 0)
