@@ -133,7 +133,8 @@ def uninstall(inventory: Path, limit: str | None, purge: bool) -> None:
 @click.option("--glibc", default="2.36", show_default=True, help="Of the device's C library.")
 @click.option("--extra", type=click.Choice(["edge", "bs", "testbed"]), default="edge", show_default=True)
 @click.option("--cache", type=_PATH, help="[default: in the user's cache folder]")
-def wheels(machine: str, python: str, glibc: str, extra: str, cache: Path | None) -> None:
+@click.option("--check", is_flag=True, help="Fetch nothing.")
+def wheels(machine: str, python: str, glibc: str, extra: str, cache: Path | None, check: bool) -> None:
     """Fetch the wheels that a kind of device needs; says where they are, as JSON."""
     import platformdirs
 
@@ -144,7 +145,7 @@ def wheels(machine: str, python: str, glibc: str, extra: str, cache: Path | None
     except msgspec.ValidationError as error:
         raise click.UsageError(str(error)) from None
     folder = cache or Path(platformdirs.user_cache_dir("wdmoe")) / "wheels"
-    click.echo(msgspec.json.encode(wheelhouse(target, folder.absolute(), source_root())))
+    click.echo(msgspec.json.encode(wheelhouse(target, folder.absolute(), source_root(), check=check)))
 
 
 @fleet.command()
@@ -169,7 +170,7 @@ def _deploy(inventory: Path, limit: str | None, timeout_s: float, variables: Map
     from testbed.fleet.prepare import prepare_bundles, prepare_keys
 
     read = read_inventory(inventory)
-    for line in (*prepare_keys(read), *prepare_bundles(read)):
+    for line in (*prepare_keys(read, check=check), *prepare_bundles(read, check=check)):
         click.echo(line)
     _run("site", inventory, variables, limit=limit, timeout_s=timeout_s, check=check)
 

@@ -16,11 +16,14 @@ _CERTIFICATE_DAYS = 365.0
 _DEFAULT_PORT = 8883
 
 
-def prepare_keys(inventory: Inventory) -> list[str]:
+def prepare_keys(inventory: Inventory, *, check: bool = False) -> list[str]:
     """Make keys for the broker, the base station and all nodes, as far as they are missing.
 
+    Args:
+        check: make none.
+
     Returns:
-        What was made, a line each.
+        What was made, or with `check` would be, a line each.
 
     Raises:
         FleetError: the keys are another broker's.
@@ -28,6 +31,8 @@ def prepare_keys(inventory: Inventory) -> list[str]:
         StorageError: it can't be written.
     """
     folder, address = _keys_folder(inventory), inventory.address()
+    if not folder.exists() and check:
+        return [f"would make keys of a new cluster in {folder}"]
     if not folder.exists():
         variables = inventory.variables.get(inventory.base_station, {})
         create(
@@ -44,15 +49,20 @@ def prepare_keys(inventory: Inventory) -> list[str]:
             f"at {address}: set wdmoe_address, or name another folder as wdmoe_keys"
         )
     new = [node for node in inventory.nodes if node not in keys.nodes]
+    if new and check:
+        return [f"would make keys for {', '.join(new)} in {folder}"]
     keys.add(new, days=_CERTIFICATE_DAYS)
     return [f"keys for {', '.join(new)} in {folder}"] if new else []
 
 
-def prepare_bundles(inventory: Inventory) -> list[str]:
+def prepare_bundles(inventory: Inventory, *, check: bool = False) -> list[str]:
     """Check that all bundles are of one model and have what the inventory asks of them, and sign those that are not.
 
+    Args:
+        check: sign none.
+
     Returns:
-        What was signed, and which experts nobody holds, a line each.
+        What was signed, or with `check` would be, and which experts nobody holds, a line each.
 
     Raises:
         FleetError: a host has no bundle or experts, or bundles are not of one model.
@@ -80,8 +90,10 @@ def prepare_bundles(inventory: Inventory) -> list[str]:
             missing -= set(parse_selector(str(experts), layers=dims.layers, experts=dims.experts))
         else:
             missing = set(parse_selector("L*:E*", layers=dims.layers, experts=dims.experts))
-        if _sign(bundle, keys):
-            said.append(f"signed {bundle} with the cluster's key")
+        if not _signed(bundle, keys):
+            if not check:
+                sign((bundle / MANIFEST_NAME).read_bytes(), bundle, keys / "bundle.key")
+            said.append(f"{'would sign' if check else 'signed'} {bundle} with the cluster's key")
     if len(models) > 1:
         raise FleetError(f"the bundles of {' and '.join(models.values())} are of different models")
     if missing:
@@ -93,11 +105,11 @@ def _keys_folder(inventory: Inventory) -> Path:
     return inventory.path(inventory.base_station, "wdmoe_keys") or inventory.folder / "keys"
 
 
-def _sign(bundle: Path, keys: Path) -> bool:
-    raw = (bundle / MANIFEST_NAME).read_bytes()
+def _signed(bundle: Path, keys: Path) -> bool:
+    if not keys.exists():
+        return False
     try:
-        check_signature(raw, bundle, keys / "bs" / "bundle.pub")
+        check_signature((bundle / MANIFEST_NAME).read_bytes(), bundle, keys / "bs" / "bundle.pub")
     except SignatureError:
-        sign(raw, bundle, keys / "bundle.key")
-        return True
-    return False
+        return False
+    return True

@@ -64,7 +64,7 @@ class Wheelhouse(Struct, frozen=True):
 
     Attributes:
         release: names the code and its dependencies: equal for all targets of one checkout.
-        changed: something had to be fetched.
+        changed: something had to be fetched, or would have to be.
     """
 
     folder: str
@@ -93,8 +93,8 @@ def release_name(root: Path) -> str:
     return f"{__version__}-{digest.hexdigest()[:12]}"
 
 
-def wheelhouse(target: Target, cache: Path, root: Path) -> Wheelhouse:
-    """The wheels for a target, from the cache or fetched.
+def wheelhouse(target: Target, cache: Path, root: Path, *, check: bool = False) -> Wheelhouse:
+    """The wheels for a target, from the cache or fetched; with `check` only where they would be.
 
     Raises:
         DownloadError: pip finds no wheel of something for that target, or can't reach its index.
@@ -102,6 +102,8 @@ def wheelhouse(target: Target, cache: Path, root: Path) -> Wheelhouse:
     """
     release = release_name(root)
     folder = cache / release / str(target)
+    if check:
+        return Wheelhouse(str(folder), release, changed=not (folder / LOCK).is_file())
     with _alone(cache):
         if (folder / LOCK).is_file():
             return Wheelhouse(str(folder), release, changed=False)

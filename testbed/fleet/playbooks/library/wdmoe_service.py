@@ -44,6 +44,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     unit, timeout_s = module.params["name"], module.params["timeout_s"]
+    paths = [Path(path) for path in module.params["paths"]]
 
     def systemctl(*arguments: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(["systemctl", *arguments], capture_output=True, text=True, timeout=timeout_s, check=False)
@@ -51,8 +52,9 @@ def main() -> None:
     shown = systemctl("show", unit, "-p", "ActiveState,MainPID,UnitFileState,NeedDaemonReload").stdout
     facts = dict(line.split("=", 1) for line in shown.splitlines())
     begun = started_at(int(facts.get("MainPID", "0") or 0))
-    # A second: the kernel's own clock tick and the boot time's rounding.
-    stale = newest_change(Path(path) for path in module.params["paths"]) > begun + 1.0
+    # In check mode files may not be there yet. A second: the kernel's own clock tick and the boot time's rounding.
+    to_come = module.check_mode and not all(os.path.lexists(path) for path in paths)
+    stale = to_come or newest_change(paths) > begun + 1.0
     steps = []
     if facts.get("NeedDaemonReload") == "yes":
         steps.append(["daemon-reload"])
