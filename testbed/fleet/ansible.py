@@ -25,7 +25,7 @@ class HostRecap(Struct, frozen=True):
 
     Attributes:
         changed_tasks: names of the tasks that changed something.
-        error: the first failure; empty when all went well.
+        error: the last failure; empty when all went well.
     """
 
     ok: int

@@ -66,9 +66,11 @@ def update(inventory: Path, limit: str | None, timeout_s: float) -> None:
 @_INVENTORY
 @_LIMIT
 @_TIMEOUT
-def rollback(inventory: Path, limit: str | None, timeout_s: float) -> None:
-    """Go back to the release before; run again to come back."""
-    _run("rollback", inventory, {}, limit=limit, timeout_s=timeout_s)
+@click.argument("release", required=False)
+def rollback(inventory: Path, limit: str | None, timeout_s: float, release: str | None) -> None:
+    """Go back to RELEASE, or to the one that the base station had before; run again to come back."""
+    variables = {} if release is None else {"wdmoe_target": release}
+    _run("rollback", inventory, variables, limit=limit, timeout_s=timeout_s)
 
 
 @fleet.command()

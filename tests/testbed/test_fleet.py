@@ -16,7 +16,7 @@ from types import ModuleType
 import msgspec
 import pytest
 
-from testbed.fleet.ansible import PLAYBOOKS, Inventory, read_inventory
+from testbed.fleet.ansible import PLAYBOOKS, HostRecap, Inventory, read_inventory, run_playbook
 from testbed.fleet.files import Needed, needed_files
 from testbed.fleet.prepare import prepare_bundles, prepare_keys
 from testbed.fleet.wheelhouse import LOCK, Target, lock, release_name, source_root
@@ -61,6 +61,43 @@ def inventory(folder: Path, bundle: Path, **experts: str) -> Path:
         )
     )
     return path
+
+
+def local_inventory(folder: Path, bundle: Path, *nodes: str) -> Path:
+    """An inventory of a base station and nodes that are all this machine, each with folders of its own."""
+    own = {
+        host: {"wdmoe_root": str(folder / host / "opt"), "wdmoe_state": str(folder / host / "var")}
+        for host in ("bs", *nodes)
+    }
+    shared = {
+        "ansible_connection": "local", "ansible_pipelining": True, "ansible_become": False,
+        "ansible_python_interpreter": sys.executable,
+        "wdmoe_python": sys.executable, "wdmoe_bundle": str(bundle), "wdmoe_experts": "L*:E*",
+        "wdmoe_address": "127.0.0.1",
+    }  # fmt: skip
+    groups = {"base_station": {"hosts": {"bs": own.pop("bs")}}, "nodes": {"hosts": own}}
+    path = folder / "fleet.yaml"
+    path.write_bytes(msgspec.yaml.encode({"all": {"vars": shared, "children": groups}}))
+    return path
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    """A shell script in place of a program."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+SYSTEMCTL = """case "$1" in
+    --version) echo systemd 252;;
+    show) echo LoadState=loaded; echo ActiveState=active;;
+esac
+"""
+
+
+def play(name: str, path: Path, *, check: bool = False, **variables: object) -> dict[str, HostRecap]:
+    """Run a playbook on all hosts."""
+    return run_playbook(name, path, variables=variables, limit=None, check=check, quiet=not check, timeout_s=500)
 
 
 class TestWheels:
@@ -167,7 +204,7 @@ class TestOnTheDevice:
         (device / files[0]["path"]).unlink()
         assert wrong_files(device, files) == [files[0]["path"], files[1]["path"]]
 
-    def test_releases_change_and_come_back_and_old_ones_go(self, tmp_path: Path) -> None:
+    def test_releases_change_and_are_taken_back_and_old_ones_go(self, tmp_path: Path) -> None:
         release = module("wdmoe_release")
         root, history = tmp_path / "opt", tmp_path / "releases.log"
 
@@ -179,23 +216,30 @@ class TestOnTheDevice:
 
         for age, name in enumerate(("d", "c", "b", "a")):
             install(name, age)
-        with pytest.raises(release.ReleaseError, match="no release before"):
-            release.rollback(root, history, check=False)
         assert release.switch(root, "a", history, check=False)
         assert not release.switch(root, "a", history, check=False)
         assert release.switch(root, "b", history, check=True)
         assert (root / "current").readlink() == Path("releases/a")
         assert release.switch(root, "b", history, check=False)
-        assert release.rollback(root, history, check=False) == "a"
-        assert release.rollback(root, history, check=False) == "b"
+        # d does not serve: the next rollback must not come to it.
+        assert release.switch(root, "d", history, check=False)
+        assert release.restore(root, "b", "a", history, check=True)
+        assert release.linked(root / "current") == "d"
+        assert release.restore(root, "b", "a", history, check=False)
+        assert [release.linked(root / link) for link in ("current", "previous")] == ["b", "a"]
+        assert not release.restore(root, "b", None, history, check=False)
+        assert release.linked(root / "previous") == "a"
         assert release.switch(root, "d", history, check=False)
         # a is the oldest and not in use; c is, too, but among the newest two.
         assert release.prune(root, 2, check=False) == ["a"]
         assert {path.name for path in (root / "releases").iterdir()} == {"b", "c", "d"}
         assert [line.split(" ", 1)[1] for line in history.read_text().splitlines()] == [
-            "switched to a from nothing", "switched to b from a", "rolled back to a from b", "rolled back to b from a",
-            "switched to d from b",
+            "switched to a from nothing", "switched to b from a", "switched to d from b", "switched to b from d",
+            "d did not serve", "switched to d from b",
         ]  # fmt: skip
+        # The switch to d has removed a.
+        assert release.restore(root, "b", "a", history, check=False)
+        assert [release.linked(root / link) for link in ("current", "previous")] == ["b", None]
         (root / "releases" / "d" / release.COMPLETE).unlink()
         with pytest.raises(release.ReleaseError, match="not installed"):
             release.switch(root, "d", history, check=False)
@@ -268,6 +312,23 @@ class TestInventory:
         with pytest.raises(FleetError, match=re.escape(said)):
             read_inventory(path)
 
+    def test_what_the_inventory_says_counts_more_than_defaults_in_any_group(self, tmp_path: Path) -> None:
+        path = tmp_path / "fleet.yaml"
+        path.write_text(
+            "all: {vars: {wdmoe_clock: false}, children: {base_station: {hosts: {a: {}}},"
+            " nodes: {vars: {wdmoe_python: python3.11}, hosts: {b: {wdmoe_cpu_governor: ''}, c: {}}}}}"
+        )
+        done = subprocess.run(
+            [sys.executable, "-m", "ansible", "inventory", "-i", path, "--playbook-dir", PLAYBOOKS, "--list"],
+            env={"LC_ALL": "C.UTF-8", **os.environ, "ANSIBLE_CONFIG": str(PLAYBOOKS / "ansible.cfg")},
+            capture_output=True, text=True, timeout=300, check=True,
+        )  # fmt: skip
+        hosts = msgspec.json.decode(done.stdout)["_meta"]["hostvars"]
+        names = ("wdmoe_clock", "wdmoe_python", "wdmoe_cpu_governor")
+        assert [[hosts[host][name] for name in names] for host in "abc"] == [
+            [False, "python3", "performance"], [False, "python3.11", ""], [False, "python3.11", "performance"]
+        ]  # fmt: skip
+
     def test_a_missing_inventory_names_the_command_that_makes_one(self, tmp_path: Path, run: Run) -> None:
         done = run("testbed", "fleet", "status", "-i", tmp_path / "none.yaml")
         assert done.returncode == FleetError.exit_code
@@ -283,6 +344,125 @@ class TestInventory:
         assert done.returncode == FleetError.exit_code
         assert done.stderr.strip().splitlines()[-1].startswith("wdmoe-testbed: error: ")
         assert "Traceback" not in done.stderr
+
+
+@has_ansible
+class TestPlaybooks:
+    """On this machine, with a systemctl of the test's own."""
+
+    def test_check_tells_of_a_bare_device_and_makes_nothing(
+        self, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        self.as_in(tmp_path, monkeypatch)
+        (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+        (tmp_path / "sys/fs/cgroup/cgroup.controllers").write_text("cpuset cpu io pids\n")
+        bundle = tmp_path / "bundle"
+        shutil.copytree(tiny_bundle("int4"), bundle)
+        program(tmp_path / "bin", "systemctl", SYSTEMCTL)
+        path = local_inventory(tmp_path, bundle, "pi5")
+        read = read_inventory(path)
+        there = set(tmp_path.rglob("*"))
+        assert [line.split(" /")[0] for line in prepare_keys(read, check=True)] == [
+            "would make keys of a new cluster in"
+        ]
+        assert prepare_bundles(read, check=True)[0] == f"would sign {bundle} with the cluster's key"
+        hosts = play("site", path, check=True, ansible_facts={"service_mgr": "systemd", "pkg_mgr": "apt"})
+        assert set(tmp_path.rglob("*")) == there
+        # Nothing of it is there, keys included: all that can be told is told.
+        every = {"release : Say that it would be installed", "bundle : Say what would be sent"}
+        steps = {"Make this release the current one", "Service", "Run it, with what is there now"}
+        assert every | {f"node : {step}" for step in steps} <= set(hosts["pi5"].changed_tasks)
+        assert every | {"base_station : Command"} <= set(hosts["bs"].changed_tasks)
+        assert capfd.readouterr().out.count("its kernel has no memory controller") == 1
+
+    def test_a_rollback_after_a_failed_update_does_not_come_to_what_failed(
+        self, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = local_inventory(tmp_path, tiny_bundle("int4"), "pi4", "pi5")
+        self.as_in(tmp_path, monkeypatch)
+        prepare_keys(read_inventory(path))
+        for folder in ("wdmoe/keys", "systemd/system"):
+            (tmp_path / "etc" / folder).mkdir(parents=True)
+        for node in ("pi4", "pi5"):
+            (tmp_path / node / "var/bundle").mkdir(parents=True)
+            (tmp_path / node / "var/bundle" / MANIFEST_NAME).touch()
+        new = tmp_path / "pi5/opt/releases/new"
+        program(tmp_path / "bin", "systemd-analyze", "")
+        program(
+            tmp_path / "bin", "systemctl",
+            f'{SYSTEMCTL}[ "$1" != restart ] || [ "$(readlink -f {tmp_path}/pi5/opt/current)" != {new} ]',
+        )  # fmt: skip
+        release = module("wdmoe_release")
+        for host in ("bs", "pi4", "pi5"):
+            root, history = tmp_path / host / "opt", tmp_path / host / "var/releases.log"
+            history.parent.mkdir(parents=True, exist_ok=True)
+            for name in ("older", "old", "new"):
+                (root / "releases" / name).mkdir(parents=True)
+                (root / "releases" / name / release.COMPLETE).touch()
+            for name in ("older", "old"):
+                release.switch(root, name, history, check=False)
+        release.switch(tmp_path / "bs/opt", "new", tmp_path / "bs/var/releases.log", check=False)
+
+        def links() -> dict[str, list[str]]:
+            names = ("current", "previous")
+            return {h: [release.linked(tmp_path / h / "opt" / n) for n in names] for h in ("bs", "pi4", "pi5")}
+
+        with pytest.raises(FleetError, match="the one before serves again"):
+            play("node", path, wdmoe_release="new", wdmoe_serial=1)
+        assert links() == {"bs": ["new", "old"], "pi4": ["new", "old"], "pi5": ["old", "older"]}
+        # Fails for another reason, with nothing new: it keeps what it has.
+        release.switch(tmp_path / "pi5/opt", "new", tmp_path / "pi5/var/releases.log", check=False)
+        with pytest.raises(FleetError, match="the node does not serve:"):
+            play("node", path, wdmoe_release="new", wdmoe_serial=1)
+        assert links()["pi5"] == ["new", "old"]
+        release.restore(tmp_path / "pi5/opt", "old", "older", tmp_path / "pi5/var/releases.log", check=False)
+
+        hosts = play("rollback", path)
+        assert links() == {"bs": ["old", "new"], "pi4": ["old", "new"], "pi5": ["old", "older"]}
+        assert "Go back" not in hosts["pi5"].changed_tasks
+        lacks = tmp_path / "pi4/opt/releases/older" / release.COMPLETE
+        lacks.unlink()
+        with pytest.raises(FleetError, match="pi4: Say that it is not: release older is not installed here"):
+            play("rollback", path, wdmoe_target="older")
+        assert links() == {"bs": ["old", "new"], "pi4": ["old", "new"], "pi5": ["old", "older"]}
+        lacks.touch()
+        play("rollback", path, wdmoe_target="older")
+        assert links() == {host: ["older", "old"] for host in ("bs", "pi4", "pi5")}
+
+    def test_the_clock_s_list_has_addresses_only(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """chronyd ends at names that do not resolve."""
+        self.as_in(tmp_path, monkeypatch)
+        path = local_inventory(tmp_path, tmp_path, "by-name", "v4", "v6", "off", "mute")
+        read = msgspec.yaml.decode(path.read_bytes())
+        nodes = read["all"]["children"]["nodes"]["hosts"]
+        nodes["v4"]["ansible_host"], nodes["v6"]["ansible_host"] = "192.168.1.21", "fd00::1:2"
+        nodes["off"] |= {"ansible_connection": "ssh", "ansible_host": "off.invalid"}
+        nodes["mute"]["wdmoe_python"] = "/nonexistent"
+        path.write_bytes(msgspec.yaml.encode(read))
+        program(tmp_path / "bin", "systemctl", SYSTEMCTL)
+        (tmp_path / "etc/chrony/conf.d").mkdir(parents=True)
+        play("clock", path)
+        lines = (tmp_path / "etc/chrony/conf.d/wdmoe.conf").read_text().splitlines()
+        assert lines[3:6] == ["allow 127.0.0.1", "allow 192.168.1.21", "allow fd00::1:2"]
+        assert [line.split(",")[0] for line in lines[6:]] == [
+            "# off may not ask: off.invalid is no address", "# mute may not ask: mute is no address"
+        ]  # fmt: skip
+
+    def as_in(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All playbooks, and some for one role each, with /etc in `root` and files of whoever runs the test."""
+        copy = root / "playbooks"
+        shutil.copytree(PLAYBOOKS, copy)
+        for file in (path for path in copy.rglob("*") if path.suffix in (".yml", ".j2")):
+            text = re.sub(r"(?m)^ +(owner|group): wdmoe\n", "", file.read_text())
+            file.write_text(re.sub(r"(?<= )/(etc|sys/fs/cgroup)/", rf"{root}/\1/", text))
+        # As in site.yml.
+        node = {"hosts": "nodes", "serial": 1, "any_errors_fatal": True, "roles": ["node"]}
+        clock = {"hosts": "base_station", "strategy": "free", "roles": ["clock"]}
+        for name, one in (("node", node), ("clock", clock)):
+            (copy / f"{name}.yml").write_bytes(msgspec.yaml.encode([one]))
+        monkeypatch.setattr("testbed.fleet.ansible.PLAYBOOKS", copy)
+        monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+        monkeypatch.setenv("PATH", f"{root / 'bin'}:{os.environ['PATH']}")
 
 
 class TestPrepare:

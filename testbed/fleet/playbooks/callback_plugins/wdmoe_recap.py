@@ -9,7 +9,7 @@ from ansible.plugins.callback import CallbackBase
 
 
 class CallbackModule(CallbackBase):  # type: ignore[misc] # Ansible has no types
-    """Per host: counts, which tasks changed something, and the first failure."""
+    """Per host: counts, which tasks changed something, and the last failure."""
 
     CALLBACK_VERSION = 2.0
     CALLBACK_TYPE = "aggregate"
@@ -32,7 +32,8 @@ class CallbackModule(CallbackBase):  # type: ignore[misc] # Ansible has no types
             what = result._result
             said = what.get("msg") or ""
             detail = (what.get("stderr") or "").strip().splitlines()[-1:] + (what.get("last_words") or [])[-1:]
-            self._failed.setdefault(_host(result), f"{_task(result)}: {' — '.join([str(said), *detail])}")
+            # The last failure, since what rescues from the first one says what came of it.
+            self._failed[_host(result)] = f"{_task(result)}: {' — '.join([str(said), *detail])}"
 
     def v2_runner_on_unreachable(self, result: Any) -> None:
         """A host can't be reached."""

@@ -1,4 +1,4 @@
-"""Ansible module: point `current` to a release, go back to the one before, and remove the oldest ones.
+"""Ansible module: point `current` to a release, or take that back, and remove the oldest ones.
 
     ROOT/releases/0.1.0-3fa9c1d2e4b5/   a virtual environment, complete when `.complete` is in it
     ROOT/current, ROOT/previous         links
@@ -40,20 +40,24 @@ def switch(root: Path, release: str, history: Path, *, check: bool) -> bool:
     return True
 
 
-def rollback(root: Path, history: Path, *, check: bool) -> str:
-    """Exchange current and previous; returns what is current then.
+def restore(root: Path, release: str, previous: "str | None", history: Path, *, check: bool) -> bool:
+    """Take a switch back: `release` is current again, and `previous` the one before it.
+
+    What did not work does not stay behind as previous: a later rollback must not find it.
 
     Raises:
-        ReleaseError: there is no previous release.
+        ReleaseError: `release` is not installed completely.
     """
-    before, target = linked(root / "current"), linked(root / "previous")
-    if before is None or target is None or not (root / "releases" / target / COMPLETE).exists():
-        raise ReleaseError("there is no release before this one")
-    if not check:
-        _link(root / "current", target)
-        _link(root / "previous", before)
-        _note(history, f"rolled back to {target} from {before}")
-    return target
+    failed = linked(root / "current")
+    changed = switch(root, release, history, check=check)
+    if changed and not check:
+        # Nothing is previous if the switch has removed what was.
+        if previous is not None and (root / "releases" / previous / COMPLETE).exists():
+            _link(root / "previous", previous)
+        else:
+            (root / "previous").unlink(missing_ok=True)
+        _note(history, f"{failed} did not serve")
+    return changed
 
 
 def prune(root: Path, keep: int, *, check: bool) -> list[str]:
@@ -94,27 +98,26 @@ def main() -> None:
         argument_spec={
             "root": {"type": "path", "default": "/opt/wdmoe"},
             "history": {"type": "path", "default": "/var/lib/wdmoe/releases.log"},
-            "release": {"type": "str"},
-            "state": {"type": "str", "choices": ["current", "previous"], "default": "current"},
-            "keep": {"type": "int", "default": 3},
+            "release": {"type": "str", "required": True},
+            "state": {"type": "str", "choices": ["current", "restored"], "default": "current"},
+            "previous": {"type": "str"},
+            "keep": {"type": "int"},
         },
-        required_if=[("state", "current", ["release"])],
         supports_check_mode=True,
     )
     asked: dict[str, Any] = module.params
     root, history = Path(asked["root"]), Path(asked["history"])
     try:
-        if asked["state"] == "previous":
-            changed, current = True, rollback(root, history, check=module.check_mode)
-            pruned = []
+        before = {name: linked(root / name) for name in ("current", "previous")}
+        if asked["state"] == "restored":
+            changed = restore(root, asked["release"], asked["previous"], history, check=module.check_mode)
         else:
-            current = asked["release"]
-            changed = switch(root, current, history, check=module.check_mode)
-            pruned = prune(root, asked["keep"], check=module.check_mode)
+            changed = switch(root, asked["release"], history, check=module.check_mode)
+        pruned = prune(root, asked["keep"], check=module.check_mode) if asked["keep"] else []
     except (OSError, ReleaseError) as error:
         module.fail_json(msg=str(error))
     else:
-        module.exit_json(changed=changed or bool(pruned), current=current, pruned=pruned)
+        module.exit_json(changed=changed or bool(pruned), switched=changed, before=before, pruned=pruned)
 
 
 if __name__ == "__main__":
