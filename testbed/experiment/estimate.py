@@ -69,8 +69,14 @@ def describe(plan: Plan) -> list[str]:
     e = estimate(plan)
     kind = "emulated" if plan.emulated else "external" if plan.external else "localhost"
     return [
-        f"{plan.name}: {e.cells} cells over {kind}: {len(plan.policies)} policies, {len(plan.bundles)} bundles, "
-        f"{len(plan.profile_names)} link profiles, {len(plan.workloads)} workloads, {plan.repetitions} repetitions",
-        f"{e.answers} answers of at most {e.tokens} tokens, {e.items} items, {e.texts} texts",
+        f"{plan.name}: {_count(e.cells, 'cell')} over {kind}: {_count(len(plan.policies), 'policy', 'policies')}, "
+        f"{_count(len(plan.bundles), 'bundle')}, {_count(len(plan.profile_names), 'link profile')}, "
+        f"{_count(len(plan.workloads), 'workload')}, {_count(plan.repetitions, 'repetition')}",
+        f"{_count(e.answers, 'answer')}, at most {_count(e.tokens, 'token')} in all, {_count(e.items, 'item')}, "
+        f"{_count(e.texts, 'text')}",
         f"roughly {e.seconds / 60:.0f} min on a two-core machine with the demo model, slow links not counted",
     ]
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"

@@ -7,8 +7,10 @@ report compares, so they take turns within each block of otherwise equal cells, 
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -334,12 +336,34 @@ def read_plan(path: Path, *, data: Path | None = None) -> Plan:
     except OSError as error:
         raise PlanError(f"can't read the plan {path}: {error.strerror}") from None
     except msgspec.DecodeError as error:
-        raise PlanError(f"{path}: {error}") from None
+        raise PlanError(f"{path}: {error}{_nearest(str(error))}") from None
     try:
         check_plan(plan)
         return _with_paths(plan, path.parent, data)
     except ValueError as error:
         raise PlanError(f"{path}: {error}") from None
+
+
+_UNKNOWN = re.compile(r"unknown field `(?P<field>.*?)`(?: - at `\$\.(?:\w+\.)*(?P<where>\w+)[^.]*`)?$")
+_FIELDS_OF: dict[str | None, tuple[type[Struct], ...]] = {
+    None: (Plan,),
+    "network": (Network,),
+    "external": (Broker,),
+    "workloads": (Generate, Choice, Perplexity),  # msgspec does not say which kind it is
+    "churn": (Churn,),
+    "baselines": (Baselines,),
+    "limits": (Limits,),
+}
+
+
+def _nearest(message: str) -> str:
+    """What to say after msgspec's message: of an unknown field the one that may be meant."""
+    unknown = _UNKNOWN.search(message)
+    if unknown is None:
+        return ""
+    fields = [field for struct in _FIELDS_OF.get(unknown["where"], ()) for field in struct.__struct_fields__]
+    near = get_close_matches(unknown["field"], fields, n=1)
+    return f": is '{near[0]}' meant?" if near else ""
 
 
 def check_plan(plan: Plan, *, top_k: int = 2) -> None:

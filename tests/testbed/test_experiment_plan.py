@@ -95,6 +95,10 @@ GOOD = {"name": "x", "policies": "[topk]", "workloads": "[{kind: generate}]"}
         ({"policies": "[]"}, ("$.policies",)),
         ({"repetitions": "0"}, ("$.repetitions",)),
         ({"repeat": "3"}, ("unknown field `repeat`",)),
+        ({"polices": "3"}, ("unknown field `polices`", "is 'policies' meant?")),
+        ({"limits": "{least_mbs: 2}"}, ("$.limits", "is 'least_mbps' meant?")),
+        ({"network": "{external: {broker: x, cafile: y}}"}, ("$.network.external", "is 'ca_file' meant?")),
+        ({"workloads": "[{kind: generate, max_token: 3}]"}, ("$.workloads[0]", "is 'max_tokens' meant?")),
         ({"network": "{}"}, ("network", "emulated")),
         ({"network": "{external: {}}"}, ("$.network.external", "broker")),
         ({"profiles": "[slow]"}, ("profiles", "emulated")),
@@ -141,6 +145,8 @@ def test_plan_as_a_command(run: Run, tmp_path: Path) -> None:
     done = run("testbed", "plan", path, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert len([line for line in done.stdout.splitlines() if "generate topk" in line]) == 1
+    assert "1 cell over localhost: 1 policy, 1 bundle, 1 link profile, 1 workload, 1 repetition\n" in done.stdout
+    assert "4 answers, at most 128 tokens in all, 0 items, 0 texts" in done.stdout
     missing = run("testbed", "plan", tmp_path / "none.yaml")
     assert missing.returncode == 60
     assert "none.yaml" in missing.stderr
