@@ -1,5 +1,6 @@
 """`wdmoe-testbed`: demo, quality of the quantisations, benchmarks."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -151,4 +152,5 @@ radio_commands.register(cli)
 
 def main() -> None:
     """Console entry."""
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of its caches, at the first plot
     run_console(cli, "wdmoe-testbed")
