@@ -70,12 +70,12 @@ def _ask(
 
 def _print_tables(answers: Sequence[AnswerStats], console: Console) -> None:
     table = Table(
-        title="per answer; ms and KiB after the first token are means per decoded token", pad_edge=False, padding=(0, 0)
+        title="per answer; all after the first token are means per decoded token", pad_edge=False, padding=(0, 0)
     )
-    # Two short words at most above each number: the table must fit into 80 columns.
+    # Short words, one above the other: the table must fit into 80 columns.
     for column in (
-        "answer", "tokens", "first\ntoken", "per\ntoken", "trunk", "net-\nwork", "node\ncomp.", "node\nwait",
-        "fram-\ning", "KiB\ndown", "KiB\nup",
+        "", "tokens", "first\ntoken\nms", "each\ntoken\nms", "trunk\nms", "network\nms", "node\ncompute\nms",
+        "node\nwait\nms", "framing\nms", "down\nKiB", "up\nKiB",
     ):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
     for i, a in enumerate(answers, 1):
