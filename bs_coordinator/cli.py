@@ -26,6 +26,8 @@ from wire.sizes import parse_bytes
 from wire.topics import Topics, check_name
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from bs_coordinator.dispatch import Dispatcher
     from bs_coordinator.generate import Sequence, TokenEvent
     from bs_coordinator.links import LinkSample, NodeEstimate
@@ -38,6 +40,10 @@ _BROKER_HELP = "embedded, mosquitto (both private, loopback only), or mqtt://[us
 
 _TELEMETRY_S = 1.2
 """Within which every node tells of itself once."""
+_COMPACT: dict[str, Any] = {"pad_edge": False, "show_edge": False, "padding": 0}
+"""Tables have to fit into a terminal's usual width with their figures whole."""
+_NARROWEST = 80
+_UNLIMITED = 10_000
 
 
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -229,7 +235,6 @@ def nodes(
     **trust: Any,
 ) -> None:
     """List the nodes that are online and the experts that nobody holds."""
-    from rich.console import Console
     from rich.table import Table
 
     from bs_coordinator.telemetry import describe
@@ -239,7 +244,12 @@ def nodes(
         if fleet.nodes:
             dispatcher.pump(_TELEMETRY_S)
         told = dispatcher.telemetry.latest()
-    table = Table("node", "host", "experts", "quantisation", "experts' RAM", "free RAM", "device", "now")
+    table = Table(**_COMPACT)
+    for column in ("node", "host", "experts", "quantisation", "experts'\nRAM", "free\nRAM", "device", "now"):
+        figures = column.endswith("RAM")
+        table.add_column(
+            column, justify="right" if figures else "left", no_wrap=figures or column == "quantisation", overflow="fold"
+        )
     for name, status in sorted(fleet.nodes.items()):
         holding, machine = status.holding, status.machine
         if holding and machine:
@@ -247,7 +257,7 @@ def nodes(
             device = f"{status.device.profile}, {status.device.provider}" if status.device else ""
             now = describe(told[name].telemetry) if name in told else ""
             table.add_row(name, machine.host, holding.experts, holding.quantisation, *ram, device, now)
-    Console().print(table)
+    _print_table(table)
     for name, why in sorted(fleet.ignored.items()):
         click.echo(f"ignored {name}: {why}")
     if fleet.missing():
@@ -373,15 +383,25 @@ def _fleet(
         yield dispatcher
 
 
-def _print_links(estimates: "list[NodeEstimate]") -> None:
+def _print_table(table: "Table") -> None:
+    """Text folds at a terminal's edge, which wraps lines itself if it is narrower than tables are made for; what is
+    piped has lines as long as they need be."""
     from rich.console import Console
+
+    console = Console()
+    console.width = max(console.width, _NARROWEST) if console.is_terminal else _UNLIMITED
+    console.print(table)
+
+
+def _print_links(estimates: "list[NodeEstimate]") -> None:
     from rich.table import Table
 
-    table = Table(title="links: estimate ± one standard deviation")
+    table = Table(title="links: estimate ± one standard deviation", **_COMPACT)
     for column in (
         "node", "RTT\nms", "down\nMbit/s", "up\nMbit/s", "jitter\nms", "samples", "ms per\nrequest", "ms per\nexpert",
     ):  # fmt: skip
-        table.add_column(column, justify="left" if column == "node" else "right")
+        text = column == "node"
+        table.add_column(column, justify="left" if text else "right", no_wrap=not text, overflow="fold")
     for node in estimates:
         link = node.link
         known = node.requests > 0
@@ -395,7 +415,7 @@ def _print_links(estimates: "list[NodeEstimate]") -> None:
             f"{1e3 * node.fixed_s:.2f}" if known else "–",
             f"{1e3 * (node.expert_s + node.row_s):.2f}" if known else "–",
         )
-    Console().print(table)
+    _print_table(table)
 
 
 def _rate(mbps: float, std_mbps: float) -> str:

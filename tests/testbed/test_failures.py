@@ -75,6 +75,11 @@ def test_nodes_are_listed(run: Run, full_fleet: LocalFleet) -> None:
     done = run("bs_coordinator", "nodes", "--bundle", full_fleet.bundle, *_cluster(full_fleet))
     assert done.returncode == 0, done.stderr
     assert all(f"n{k}" in done.stdout for k in range(4))
+    assert "…" not in done.stdout
+    probed = run("bs_coordinator", "links", "--bundle", full_fleet.bundle, *_cluster(full_fleet), "--seconds", 0.5)
+    assert probed.returncode == 0, probed.stderr
+    assert "±" in probed.stdout
+    assert "…" not in probed.stdout
 
 
 def test_chat_remembers(run: Run, full_fleet: LocalFleet) -> None:
