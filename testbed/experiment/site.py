@@ -125,7 +125,10 @@ def distributed_site(
             fleet = stack.enter_context(
                 local_fleet(config.bundle, address, folder, nodes, prefixes=prefixes, threads=plan.node_threads)
             )
-        station = stack.enter_context(open_station(config, address, say=say))
+            # What is missing is no news while nodes start, and nothing for the user to start; a timeout names it.
+            say("waiting for the nodes")
+        tell_missing = say if outside else lambda line: None
+        station = stack.enter_context(open_station(config, address, say=tell_missing))
         model = ObservedMixtral(station.model.trunk, station.dispatcher, station.model.policy)
         if plan.churn and tell:
             # Not before the station is ready: what it waits for would never be there.
