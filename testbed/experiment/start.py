@@ -1,9 +1,11 @@
 """From a plan to a run's folder, and from a folder to a running executor."""
 
+import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -22,6 +24,8 @@ from wire.errors import PlanError, RunDirectoryError
 from wire.manifest import MANIFEST_NAME, Scheme, load_manifest, sha256_file
 
 SCHEMES: tuple[Scheme, ...] = ("int4", "int8", "int8-dynamic", "fp16", "fp32")
+_STOPPING = b"stopping: the cell in progress is given up; 'resume' does it again\n"
+_AGAIN_S = 0.02
 
 
 def create_run(plan: Plan, out: Path, *, console: Console) -> RunDir:
@@ -118,16 +122,20 @@ def demo_scheme(name: str) -> tuple[Scheme, int]:
 
 
 def run_cells(run: RunDir, *, say: Say) -> Outcome:
-    """Run what is left, holding the folder's lock.
+    """Run what is left, holding the folder's lock; of a complete run nothing is started and nothing written.
 
     Raises:
         RunDirectoryError: somebody else runs it, or what it was begun with has changed.
         NetworkError, PrivilegeError: the plan's network does not come up.
     """
-    if not all(run.is_complete(cell) for cell in run.cells()):
+    with run.lock():
+        cells = run.cells()
+        if all(run.is_complete(cell) for cell in cells):
+            say(f"{run.path} is complete: there is nothing to resume")
+            return Outcome(done=len(cells), failed=0)
         check_unchanged(run)
-    with run.lock(), _sigterm_interrupts(), open_network(run.plan) as network:
-        return execute(run, network, say=say)
+        with signals_interrupt(), open_network(run.plan) as network:
+            return execute(run, network, say=say)
 
 
 def check_unchanged(run: RunDir) -> None:
@@ -152,14 +160,31 @@ def check_unchanged(run: RunDir) -> None:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does: with its events written and its children ended."""
+def signals_interrupt() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does: with its events written and its children ended, which takes a while and so
+    is said at once."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGALRM:
+            # Not by print: the signal may have come in the middle of one, whose buffer can't be entered again.
+            with suppress(OSError):
+                os.write(sys.stderr.fileno(), _STOPPING)
+        if _in_finaliser(frame):
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
+            return
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _in_finaliser(frame: FrameType | None) -> bool:
+    """Whether an exception that is raised there would be swallowed, and the run go on as if nothing had been."""
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None

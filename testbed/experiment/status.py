@@ -80,7 +80,8 @@ def lines(status: Status) -> list[str]:
     if status.left_s and status.complete < status.cells:
         text.append(f"about {status.left_s / 60:.1f} min of cells are left")
     if status.gaps_s:
-        text.append(f"resumed {len(status.gaps_s)} times after {', '.join(f'{gap:.0f}' for gap in status.gaps_s)} s")
+        times = "once" if len(status.gaps_s) == 1 else f"{len(status.gaps_s)} times"
+        text.append(f"resumed {times} after {', '.join(f'{gap:.0f}' for gap in status.gaps_s)} s")
     text += [f"alert: {alert}" for alert in status.alerts]
     text.append(
         f"{status.failed_attempts} failed attempts, {len(status.failures)} cells without a result because of them"

@@ -1,6 +1,7 @@
 """Runs of real cells over a real broker and node processes, killed and resumed."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from testbed.experiment import runner
 from testbed.experiment.networks import Loopback
 from testbed.experiment.plan import Network, read_plan
 from testbed.experiment.rundir import RunDir
-from testbed.experiment.start import check_unchanged, create_run
+from testbed.experiment.start import check_unchanged, create_run, signals_interrupt
 from tests.conftest import Run
 from wire.errors import DispatchError, RunDirectoryError, StorageError
 from wire.manifest import Scheme
@@ -205,9 +206,14 @@ def test_kill_in_mid_run_then_resume(run: Run, tiny_bundle: Bundle, tmp_path: Pa
     assert len(answers) == len(set(answers)) == 8 * 3
     tokens = [(t["cell"].id, t["answer"], t["token"]) for t in _rows(resumed, "tokens")]
     assert len(tokens) == len(set(tokens)) == sum(a["tokens"] for a in _rows(resumed, "answers"))
+    events = resumed.events()
     again = run("testbed", "resume", folder)
     assert again.returncode == 0
     assert "8 cells are complete" in again.stdout
+    assert "nothing to resume" in again.stdout
+    assert resumed.events() == events
+    assert "waiting for the nodes" in done.stdout
+    assert "no node holds" not in done.stdout
 
 
 def test_one_runner_per_folder(run: Run, finished: RunDir) -> None:
@@ -330,9 +336,27 @@ def test_sigterm_ends_a_run_cleanly(tiny_bundle: Bundle, tmp_path: Path) -> None
             process.terminate()
         _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
+    assert "stopping: the cell in progress is given up" in errors
     assert "interrupted" in errors
     assert not psutil.wait_procs(children, timeout=5)[1]
     assert RunDir(folder).events()[-1]["event"] == "run_interrupted"
+
+
+def test_an_interruption_in_a_finaliser_is_not_lost() -> None:
+    """Exceptions raised there are swallowed."""
+
+    class Finalised:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0)  # the handler runs here
+
+    def run_on() -> None:
+        with signals_interrupt():
+            Finalised()
+            time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_on()
 
 
 def test_folders_that_cannot_be_used(run: Run, tiny_bundle: Bundle, finished: RunDir, tmp_path: Path) -> None:
