@@ -46,7 +46,7 @@ def open_broker(
         yield parse_broker_url(spec, access)
         return
     with tempfile.TemporaryDirectory(prefix="wdmoe-broker-") as folder:
-        port = port or free_port(host)
+        port = _check_free(host, port) if port else free_port(host)
         make_argv = _embedded_argv if spec == "embedded" else _mosquitto_argv
         argv = make_argv(Path(folder), host, port)
         with broker_process(argv, (host, port), spec, Path(folder) / "broker.log"):
@@ -82,6 +82,17 @@ def free_port(host: str = LOOPBACK) -> int:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def _check_free(host: str, port: int) -> int:
+    """The port. Else whoever has it would be taken for the child that did not get it."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as brokers do: not hindered by old connections
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise BrokerError(f"no broker can listen on {host}:{port} ({error.strerror}): say another port") from None
+    return port
 
 
 def die_with_parent(argv: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import queue
 import signal
 import sys
@@ -160,7 +161,8 @@ def generate(
     top_p: float, seed: int, stats: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Answer one prompt; the text streams to stdout."""
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    prompt = _unicode("--prompt", sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt))
+    system = _unicode("--system", os.fsencode(system)) if system else None
     if not prompt.strip():
         raise click.UsageError("--prompt is empty")
     with _station(**options) as station:
@@ -191,12 +193,14 @@ def chat(
     **options: Any,
 ) -> None:
     """Talk with the model; an empty line or Ctrl-D ends."""
+    system = _unicode("--system", os.fsencode(system)) if system else None
     with _station(**options) as station:
         if not station.tokenizer.has_chat_template:
             raise click.UsageError("this model has no chat template: use 'wdmoe-bs generate --raw'")
         sequence, messages = station.new_sequence(), _system(system)
         config = _sampling(max_tokens, temperature, top_p, seed)
-        while line := _read_line("> ", while_waiting=lambda: station.dispatcher.pump(0.1)):
+        while typed := _read_line("> ", while_waiting=lambda: station.dispatcher.pump(0.1)):
+            line = _unicode("this line", typed)
             messages.append({"role": "user", "content": line})
             ids = station.tokenizer.encode_chat(messages)
             text = _answer(station, sequence, ids, config, stats)
@@ -531,15 +535,24 @@ def _answer_in_session(
         _answer(station, station.new_sequence(), prompt + session.ids, left, show_stats, keep=keep)
 
 
-def _read_line(prompt: str, *, while_waiting: Callable[[], None]) -> str:
+def _unicode(what: str, raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"{what} is not UTF-8: byte {error.start + 1} is 0x{raw[error.start]:02x}") from None
+
+
+def _read_line(prompt: str, *, while_waiting: Callable[[], None]) -> bytes:
     """A line from the terminal, empty at its end; meanwhile the connection is kept alive from this thread."""
-    lines: queue.Queue[str] = queue.Queue()
+    lines: queue.Queue[bytes] = queue.Queue()
 
     def read() -> None:
         try:
-            lines.put(input(prompt))
+            lines.put(os.fsencode(input(prompt)))
         except EOFError:
-            lines.put("")
+            lines.put(b"")
+        except UnicodeDecodeError as error:  # a terminal's, which is more strict than a pipe's
+            lines.put(error.object)
 
     threading.Thread(target=read, daemon=True).start()
     while True:

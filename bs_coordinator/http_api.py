@@ -43,6 +43,8 @@ def http_app(
         stall_s: without progress for longer than this the server does not call itself healthy.
     """
 
+    listed = {"id": model, "object": "model", "owned_by": "wdmoe"}
+
     def check_key(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
         if api_key is not None and not compare_digest(given, api_key.encode()):
@@ -67,7 +69,13 @@ def http_app(
 
     async def models(request: Request) -> Response:
         check_key(request)
-        return JSONResponse({"object": "list", "data": [{"id": model, "object": "model", "owned_by": "wdmoe"}]})
+        return JSONResponse({"object": "list", "data": [listed]})
+
+    async def the_model(request: Request) -> Response:
+        check_key(request)
+        if request.path_params["id"] != model:
+            raise HTTPException(404, f"there is one model, '{model}'")
+        return JSONResponse(listed)
 
     async def health(request: Request) -> Response:
         load = server.load()
@@ -86,6 +94,7 @@ def http_app(
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/models", models),
+            Route("/v1/models/{id:path}", the_model),
             Route("/health", health),
         ],
         # Each handler takes its own kind of exception.

@@ -81,7 +81,6 @@ class Options(Struct, kw_only=True, forbid_unknown_fields=True):
         tokens = self.max_completion_tokens or self.max_tokens
         return SamplingConfig(tokens, self.temperature, self.top_p, self.seed)
 
-
     @property
     def stops(self) -> list[str]:
         """Strings that end the answer."""

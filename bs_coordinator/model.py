@@ -1,6 +1,7 @@
 """One forward step of the distributed model: trunk here, experts wherever they are."""
 
 import itertools
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -21,6 +22,8 @@ from wire.tensors import Array
 
 if TYPE_CHECKING:
     from bs_coordinator.trunk_graphs import GraphedDecoder
+
+log = logging.getLogger(__name__)
 
 
 class ExpertOutput(NamedTuple):
@@ -171,9 +174,10 @@ class DistributedMixtral:
         attended_ns = time.perf_counter_ns()
         try:
             wave.pending = self._experts.begin(layer, wave.x, wave.choice.gate)
-        except _LOST:
+        except _LOST as lost:
             if not self.degrade:
                 raise
+            log.warning("%s; going on without", lost)
             wave.pending = Ready(self._ask_others(layer, wave))
         # Nodes compute by now: what is for the next layer costs nothing here.
         wave.forecast = self._experts.forecast(layer + 1) if layer + 1 < self.trunk.layers else None
@@ -186,9 +190,10 @@ class DistributedMixtral:
         assert wave.pending is not None  # noqa: S101 - it was begun
         try:
             combined = wave.pending.result()
-        except _LOST:
+        except _LOST as lost:
             if not self.degrade:
                 raise
+            log.warning("%s; going on without", lost)
             combined = self._ask_others(layer, wave)
         wave.pending = None
         wave.passage.add(combined.output)

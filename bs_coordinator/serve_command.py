@@ -1,6 +1,8 @@
 """`wdmoe-bs serve`: what the command adds to `http_api` and `serving`."""
 
+import asyncio
 import logging
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,16 +43,30 @@ def serve_station(
     app = http_app(
         server, station.tokenizer, model=station.manifest.source.name, api_key=api_key, stall_s=2 * layer_timeout_s
     )
-    http = uvicorn.Server(
-        uvicorn.Config(app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=_GRACE_S)
-    )
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                notify("READY=1")
+                log.info("answers at http://%s:%d/v1", host, port)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            # First, so that answers under way end with a word of it, and not with their connections.
+            await asyncio.to_thread(server.stop)
+            await super().shutdown(sockets)
+
+    config = uvicorn.Config(
+        app, host=host, port=port, log_config=None, log_level="warning", access_log=False,
+        timeout_graceful_shutdown=_GRACE_S,
+    )  # fmt: skip
     server.start()
-    notify("READY=1")
-    log.info("answers at http://%s:%d/v1 as soon as nothing below says otherwise", host, port)
     try:
-        http.run()
+        Server(config).run()
     except SystemExit:  # what uvicorn does when it can't listen
         raise ServeError(f"can't listen on {host}:{port}: is the port taken? say another --port") from None
+    except KeyboardInterrupt:  # uvicorn gives the signal back when it is done: how a service ends
+        log.info("stopped")
     finally:
         server.stop()
 

@@ -136,7 +136,8 @@ class AnswerServer:
             except Exception:
                 # A defect of ours. Nobody may wait for ever because of it, and the next request may fare better.
                 log.exception("a step failed in a way that was not foreseen")
-                self._give_up_all()
+                self._give_up_all("the server failed in a way that was not foreseen: see its log")
+        self._give_up_all("the server was stopped")
 
     def _wait(self) -> None:
         try:
@@ -184,7 +185,7 @@ class AnswerServer:
                 self._answer_s = _MEMORY * self._answer_s + (1 - _MEMORY) * took_s
         request.deliver(News(progress.events, progress.error))
 
-    def _give_up_all(self) -> None:
+    def _give_up_all(self, why: str) -> None:
         with self._lock:
             given_up = list(self._requests.values())
             self._requests.clear()
@@ -192,7 +193,7 @@ class AnswerServer:
         for request, answer in given_up:
             if answer is not None:
                 self._scheduler.cancel(answer)
-            request.deliver(News([], WdmoeError("the server failed in a way that was not foreseen: see its log")))
+            request.deliver(News([], WdmoeError(why)))
 
     def _forget(self, request: Request) -> None:
         with self._lock:

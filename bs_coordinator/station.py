@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from bs_coordinator.dispatch import Dispatcher
 from bs_coordinator.fleet import Fleet
 from bs_coordinator.generate import Sequence, Tokenizer
@@ -19,9 +17,9 @@ from bs_coordinator.links.broker_sockets import BrokerSockets, is_local
 from bs_coordinator.links.log import link_log, no_log
 from bs_coordinator.model import DistributedMixtral
 from bs_coordinator.readiness import measure_broker, prove_nodes, try_residents, wait_for_experts
-from bs_coordinator.selection import TopK, parse_policy
+from bs_coordinator.selection import Policy, TopK, parse_policy
 from bs_coordinator.speculation import DraftMode, Speculation, load_draft_model
-from bs_coordinator.trunk import Trunk, TrunkDtype
+from bs_coordinator.trunk import Trunk, TrunkDtype, check_device
 from wire.awake import awake
 from wire.broker_url import BrokerAddress
 from wire.errors import BundleError
@@ -146,8 +144,7 @@ def open_station(
     policy = parse_policy(config.policy, top_k=manifest.dims.top_k, model_sha256=manifest.model_sha256)
     for file in manifest.trunk:
         verify_file(config.bundle, file)
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise BundleError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    check_device(config.device)
     cluster_key = read_cluster_key(config.cluster_key, config.cluster) if config.cluster_key else None
     client_id = f"wdmoe-bs-{secrets.token_hex(4)}"
     topics = Topics(config.cluster)
@@ -163,8 +160,7 @@ def open_station(
         tokenizer = Tokenizer(folder, fallback_eos=trunk.eos_id)
         # Elsewhere what a token gets depends on those beside it: a little, which can turn the balance between two
         # tokens, or, where a policy looks at links and loads, by design.
-        exact = trunk.batch_invariant and manifest.quantisation.scheme != "int8-dynamic" and isinstance(policy, TopK)
-        speculation = _speculation(config, manifest, tokenizer, exact=exact)
+        speculation = _speculation(config, manifest, tokenizer, _why_no_drafts(config, trunk, manifest, policy))
         sample_log = stack.enter_context(link_log(config.link_log)) if config.link_log else no_log
         sockets = BrokerSockets()
         if is_local(address.host):
@@ -191,8 +187,8 @@ def open_station(
         wait_for_experts(dispatcher, timeout_s=config.nodes_timeout_s, on_wait=say)
         nodes_ms = prove_nodes(dispatcher, manifest)
         try_residents(dispatcher, manifest)
-        if config.draft == "auto" and (unsure := dispatcher.fleet.batch_variant()):
-            log.warning("no drafts: on %s a token's result depends on those beside it", ", ".join(unsure))
+        if speculation.mode == "auto" and (unsure := dispatcher.fleet.batch_variant()):
+            log.info("no drafts: on %s a token's result depends on those beside it", ", ".join(unsure))
             speculation = Speculation()
         dispatcher.measure_links(_FIRST_LOOK_S)
         model = DistributedMixtral(trunk, dispatcher, policy, degrade=config.degrade)
@@ -231,12 +227,20 @@ def _residents(config: StationConfig, manifest: Manifest, links: LinkMonitor) ->
         experts.close()
 
 
-def _speculation(config: StationConfig, manifest: Manifest, tokenizer: Tokenizer, *, exact: bool) -> Speculation:
-    if config.draft == "auto" and not exact:
-        log.warning(
-            "no drafts: the same answers with them are promised for a CPU trunk in fp32, experts other than "
-            "int8-dynamic, and the policies topk and top1"
-        )
+def _why_no_drafts(config: StationConfig, trunk: Trunk, manifest: Manifest, policy: Policy) -> str:
+    """Why answers with drafts would not be those without; empty where they are."""
+    if not trunk.batch_invariant:
+        return f"the trunk runs on {config.device} in {config.dtype}, not on cpu in fp32"
+    if manifest.quantisation.scheme == "int8-dynamic":
+        return "experts are int8-dynamic"
+    if not isinstance(policy, TopK):
+        return f"the policy {config.policy} looks at links and loads"
+    return ""
+
+
+def _speculation(config: StationConfig, manifest: Manifest, tokenizer: Tokenizer, why_not: str) -> Speculation:
+    if config.draft == "auto" and why_not:
+        log.info("no drafts, with which answers could differ: %s", why_not)
         return Speculation()
     model = None
     if config.draft in ("dense", "auto"):

@@ -26,7 +26,7 @@ from bs_coordinator.trunk_rows import Rows
 
 if TYPE_CHECKING:
     from bs_coordinator.trunk_graphs import GraphedDecoder
-from wire.errors import BundleError
+from wire.errors import BundleError, TrunkError
 
 TrunkDtype = Literal["fp32", "bf16", "fp16"]
 _TORCH_DTYPE: dict[TrunkDtype, torch.dtype] = {
@@ -56,6 +56,22 @@ class StepContext:
         self.cache = cache
         self.rotary = rotary
         self.mask = mask
+
+
+def check_device(name: str) -> None:
+    """Make sure that a trunk can run there.
+
+    Raises:
+        TrunkError: it is no device, one that trunks don't run on, or not in this machine.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise TrunkError(f"--device {name}: the trunk runs on cpu, cuda or a certain GPU such as cuda:1")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise TrunkError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA GPUs here; use --device cpu")
 
 
 class Trunk:

@@ -120,11 +120,14 @@ def draft(out: Path, base: str | None) -> None:
     The base station lets it guess the next tokens. It must have the model's vocabulary.
     """
     from exporter.draft import export_draft
+    from wire.manifest import MANIFEST_NAME, load_manifest
 
     with _progress("draft model") as show:
         made = export_draft(out, base=base, progress=show)
     size = sum(file.bytes for file in made.files) / 2**20
     click.echo(f"draft model {made.source}: {made.layers} layers as {made.quantisation}, {size:.0f} MiB, in {out}")
+    if (out / MANIFEST_NAME).exists() and load_manifest(out).quantisation.scheme == "int8-dynamic":
+        click.echo("its experts are int8-dynamic, with which answers could differ: only --draft dense uses it")
 
 
 @cli.command()

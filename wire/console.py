@@ -14,6 +14,8 @@ import click
 
 from wire.errors import StorageError, WdmoeError
 
+DEFECT = 70
+"""Exit code of what nobody foresaw (sysexits.h: EX_SOFTWARE)."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -50,6 +52,11 @@ def _exit_code(call: Callable[[], Any], prog_name: str, debug: bool) -> int:
         if debug:
             raise
         return _fail(prog_name, describe_os_error(error), StorageError.exit_code)
+    except Exception as error:
+        if debug:
+            raise
+        what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return _fail(prog_name, f"a defect of ours, {what} (WDMOE_DEBUG=1 shows where)", DEFECT)
     return result if isinstance(result, int) else 0
 
 

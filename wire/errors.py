@@ -21,7 +21,7 @@
     ├── ShapingError             43   the down-link can't be shaped as asked
     ├── BusyError                44   more is asked at once than is served
     ├── ServeError               45   the HTTP interface can't be opened as asked
-    ├── TrunkError               46   the GPU that the trunk runs on failed
+    ├── TrunkError               46   the trunk can't run on the device that was asked for, or its GPU failed
     ├── FrameError               50   bytes that are not a valid frame (counted and dropped, rarely fatal)
     ├── KeyFileError             51   a key file is missing, not one, or can be read by others
     ├── PlanError                60   an experiment's plan is wrong
@@ -40,7 +40,7 @@
     ├── AgreementError           74   an emulated processor computes something else than this one
     └── ArchiveError             75   a run's archive is damaged, unsafe, or can't be made as asked
 
-Exit code 2 is click's own for a malformed command line; 130 is Ctrl-C.
+Exit code 2 is click's own for a malformed command line; 70 is a defect of ours; 130 is Ctrl-C.
 """
 
 
@@ -187,7 +187,7 @@ class ServeError(WdmoeError):
 
 
 class TrunkError(WdmoeError):
-    """The GPU that the trunk runs on failed."""
+    """The trunk can't run on the device that was asked for, or its GPU failed."""
 
     exit_code = 46
 

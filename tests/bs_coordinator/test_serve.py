@@ -114,7 +114,9 @@ def test_answers_are_those_of_the_command_line(server: Server, fleet: LocalFleet
     ]
     assert len(set(sampled)) == 4
     assert sampled[2] == sampled[3]
-    assert server.ask("GET", "/v1/models")[2]["data"][0]["id"]
+    (listed,) = server.ask("GET", "/v1/models")[2]["data"]
+    assert server.ask("GET", f"/v1/models/{listed['id']}")[2] == listed
+    assert server.ask("GET", "/v1/models/another")[0] == 404
 
 
 def test_bad_requests_are_told_why(server: Server) -> None:
@@ -208,6 +210,17 @@ def test_health_is_not_well_while_experts_are_lost(server: Server, fleet: LocalF
     while server.ask("GET", "/health")[0] != 200:
         assert time.monotonic() < deadline + 30
         time.sleep(0.2)
+
+
+def test_a_service_that_is_stopped_says_so_to_who_is_listening(server: Server) -> None:
+    connection, response = server.open("POST", "/v1/completions", _completion("Hello", 4000, stream=True))
+    response.readline()
+    server.process.send_signal(signal.SIGTERM)
+    *_, error, done, _ = response.read().split(b"\n\n")
+    connection.close()
+    assert b"the server was stopped" in error
+    assert done == b"data: [DONE]"
+    assert server.process.wait(30) == 0
 
 
 def test_what_can_not_be_served_is_said_at_once(run: Run, fleet: LocalFleet, tmp_path: Path) -> None:
