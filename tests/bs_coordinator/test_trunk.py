@@ -13,8 +13,8 @@ from bs_coordinator.feeds import Feed
 from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.model import DistributedMixtral, ExpertOutput, Ready
 from bs_coordinator.selection import TopK
-from bs_coordinator.trunk import Trunk, TrunkDtype
-from wire.errors import BundleError, DispatchError
+from bs_coordinator.trunk import Trunk, TrunkDtype, check_device
+from wire.errors import BundleError, DispatchError, TrunkError
 from wire.tensors import Array
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -143,3 +143,10 @@ def test_a_trunk_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(BundleError, match="can't read"):
         Trunk(tmp_path)
+
+
+def test_a_trunk_runs_on_processors_and_gpus_that_are_there() -> None:
+    check_device("cpu")
+    for name in ("", "banana", "mps", "meta", f"cuda:{torch.cuda.device_count()}"):
+        with pytest.raises(TrunkError, match=rf"--device {name}:"):
+            check_device(name)

@@ -168,6 +168,7 @@ def test_the_manifest_says_what_was_run(finished: RunDir) -> None:
     assert [len(sha) for sha in manifest.datasets.values()] == [64]
 
 
+@pytest.mark.slow
 def test_kill_in_mid_run_then_resume(run: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
     plan = _write_plan(tmp_path, tiny_bundle("int4"), repetitions=4, tokens=16)
     folder = tmp_path / "run"
@@ -236,6 +237,7 @@ def _digest(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_failures_are_counted_and_the_run_goes_on(run: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
     plan = _write_plan(tmp_path, tiny_bundle("int4"), repetitions=1, more=CHOICE)
     (tmp_path / "items.jsonl").write_text("not json\n")

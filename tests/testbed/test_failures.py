@@ -224,25 +224,21 @@ def test_wrong_arguments(run: Run, tiny_bundle: Bundle, arguments: list[str], wo
     assert "hush" not in done.stderr
 
 
-@pytest.mark.parametrize("device", ["banana", "mps", "cuda:99"])
-def test_a_device_that_trunks_can_not_run_on(run: Run, tiny_bundle: Bundle, device: str) -> None:
-    done = run("bs_coordinator", "generate", "--bundle", tiny_bundle("fp32"), "--prompt", "x", "--device", device)
-    assert done.returncode == 46
-    assert device in done.stderr.splitlines()[-1]
+def test_a_device_that_trunks_can_not_run_on(run: Run, tiny_bundle: Bundle) -> None:
+    done = run("bs_coordinator", "generate", "--bundle", tiny_bundle("fp32"), "--prompt", "x", "--device", "banana")
+    _one_line(done, 46, "--device banana")
 
 
 def test_a_prompt_that_is_no_text(run: Run, tiny_bundle: Bundle) -> None:
     prompt = os.fsdecode(b"caf\xe9")
     done = run("bs_coordinator", "generate", "--bundle", tiny_bundle("fp32"), "--prompt", prompt)
-    assert done.returncode == 2
-    assert "--prompt is not UTF-8: byte 4 is 0xe9" in done.stderr
+    _one_line(done, 2, "--prompt is not UTF-8: byte 4 is 0xe9")
 
 
 @pytest.mark.parametrize("kind", ["embedded", "mosquitto"])
 def test_a_port_that_another_broker_has(run: Run, broker: BrokerAddress, kind: str) -> None:
     done = run("bs_coordinator", "broker", "--kind", kind, "--port", broker.port)
-    assert done.returncode == 30
-    assert "say another port" in done.stderr
+    _one_line(done, 30, "say another port")
 
 
 def test_a_folder_that_is_no_bundle(run: Run, tmp_path: Path) -> None:

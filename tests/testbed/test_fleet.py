@@ -346,6 +346,7 @@ class TestInventory:
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @has_ansible
 class TestPlaybooks:
     """On this machine, with a systemctl of the test's own."""

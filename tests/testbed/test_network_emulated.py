@@ -102,6 +102,7 @@ def _goodputs(network: EmulatedNetwork, nodes: list[str], *, reverse: bool = Fal
         return list(pool.map(one, nodes))
 
 
+@pytest.mark.slow
 @needs_root
 def test_iperf3_and_ping_see_what_is_configured(run: Run, spec: Path, tmp_path: Path) -> None:
     assert run("testbed", "net", "up", spec).returncode == 0

@@ -134,6 +134,7 @@ def test_a_broker_restart_in_mid_answer(restartable: tuple[LocalFleet, ExitStack
     fleet.check()
 
 
+@pytest.mark.slow
 def test_a_killed_coordinator_goes_on_where_it_ended(pairs: LocalFleet, tmp_path: Path) -> None:
     session = tmp_path / "answer.session"
     sampled = ("--temperature", 1.0, "--seed", 3, "--session")
