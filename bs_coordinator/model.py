@@ -175,10 +175,7 @@ class DistributedMixtral:
         try:
             wave.pending = self._experts.begin(layer, wave.x, wave.choice.gate)
         except _LOST as lost:
-            if not self.degrade:
-                raise
-            log.warning("%s; going on without", lost)
-            wave.pending = Ready(self._ask_others(layer, wave))
+            wave.pending = Ready(self._ask_others(layer, wave, lost))
         # Nodes compute by now: what is for the next layer costs nothing here.
         wave.forecast = self._experts.forecast(layer + 1) if layer + 1 < self.trunk.layers else None
         tally.trunk_ns += attended_ns - began_ns
@@ -191,10 +188,7 @@ class DistributedMixtral:
         try:
             combined = wave.pending.result()
         except _LOST as lost:
-            if not self.degrade:
-                raise
-            log.warning("%s; going on without", lost)
-            combined = self._ask_others(layer, wave)
+            combined = self._ask_others(layer, wave, lost)
         wave.pending = None
         wave.passage.add(combined.output)
         tally.dispatch_ns += time.perf_counter_ns() - began_ns
@@ -220,8 +214,11 @@ class DistributedMixtral:
         gate, degraded = select_available(self.policy, probabilities, forecast)
         return _Choice(gate, forecast, tuple(degraded.tolist()))
 
-    def _ask_others(self, layer: int, wave: "_Wave") -> ExpertOutput:
-        """Where some experts are lost: choose again among those that are left."""
+    def _ask_others(self, layer: int, wave: "_Wave", lost: Exception) -> ExpertOutput:
+        """Where some experts are lost: choose again among those that are left, if that is allowed."""
+        if not self.degrade:
+            raise lost
+        log.warning("%s; going on without", lost)
         # Each turn loses at least one node, and a layer has no more of them than experts.
         for turn in itertools.count(1):
             wave.choice = self._choose(wave.probabilities, self._experts.forecast(layer))

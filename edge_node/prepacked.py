@@ -14,6 +14,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from wire.errors import BundleError, StorageError
+from wire.files import sync
 from wire.manifest import EXACT_SUMS, ExpertEntry
 
 _MODEL, _WEIGHTS = "expert.onnx", "expert.weights"
@@ -39,7 +40,7 @@ def prepacked_model(bundle: Path, entry: ExpertEntry, folder: Path) -> Path:
                 _save(bundle / entry.files[0].path, Path(part) / "whole")
                 # A power cut must not leave a copy under its name without what is in it.
                 for path in (*(Path(part) / "whole").iterdir(), Path(part) / "whole"):
-                    _sync(path)
+                    sync(path)
                 (Path(part) / "whole").rename(target)
         except OSError as error:
             if not target.exists():  # else another process was faster
@@ -59,14 +60,6 @@ def discard(model: Path) -> None:
         pass  # another process was faster
     except OSError as error:
         raise StorageError(f"can't remove the prepacked copy {model.parent}: {error.strerror or error}") from None
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _save(model: Path, folder: Path) -> None:

@@ -37,6 +37,7 @@ from wire.files import atomic_write
 from wire.manifest import (
     MANIFEST_NAME,
     SCHEMA,
+    SIGNATURE_NAME,
     ExpertEntry,
     FileEntry,
     Manifest,
@@ -45,8 +46,6 @@ from wire.manifest import (
 )
 
 _BEFORE_NAME = "manifest-before.json"
-# As in `wire.signature`, which needs cryptography: an environment for optimum has none.
-_SIGNATURE_NAME = "manifest.sig"
 _TOOLS = ("numpy", "onnx", "onnxruntime")
 # Graphs, journal and manifest: about what they take per expert.
 _EXTRA_BYTES = 16 << 10
@@ -187,7 +186,7 @@ class _Export:
         draft, lost = self._draft()
         manifest = self._manifest(trunk, draft)
         raw = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
-        before, signature = self._out / _BEFORE_NAME, self._out / _SIGNATURE_NAME
+        before, signature = self._out / _BEFORE_NAME, self._out / SIGNATURE_NAME
         if signature.exists() and not (before.exists() and before.read_bytes() == raw):
             signature.unlink()
             lost.append(f"removed {signature}, which is not over the new manifest: 'wdmoe-export sign' signs it again")

@@ -21,8 +21,7 @@ from wire import __version__
 from wire.draft import DRAFT_FOLDER, DRAFT_NAME, DRAFT_SCHEMA, DraftManifest, tokens_sha256
 from wire.errors import CheckpointError
 from wire.files import atomic_write
-from wire.manifest import MANIFEST_NAME, FileEntry, Manifest, load_manifest, sha256_file
-from wire.signature import SIGNATURE_NAME
+from wire.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileEntry, Manifest, load_manifest, sha256_file
 
 GRAPH_NAME, WEIGHTS_NAME = "draft.onnx", "draft.weights"
 

@@ -44,6 +44,11 @@ Exit code 2 is click's own for a malformed command line; 70 is a defect of ours;
 """
 
 
+def one_line(error: Exception) -> str:
+    """What an error of any library says, without line breaks; its class where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class WdmoeError(Exception):
     """Base of all errors of this project: `str(error)` is the one line that the user reads."""
 

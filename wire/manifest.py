@@ -20,6 +20,8 @@ from wire.tensors import Array
 
 SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
+SIGNATURE_NAME = "manifest.sig"
+"""See `wire.signature`, which needs cryptography: an environment for optimum has none."""
 MAX_MANIFEST_BYTES = 64 << 20
 MOST_EXPERTS = 1 << 16
 """Of all layers; three times those of the largest models there are."""

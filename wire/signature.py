@@ -9,9 +9,9 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 
 from wire.errors import KeyFileError, SignatureError
 from wire.files import atomic_write
+from wire.manifest import SIGNATURE_NAME
 from wire.private_files import read_private
 
-SIGNATURE_NAME = "manifest.sig"
 _WORD = b"wdmoe-ed25519-v1 "
 _CONTEXT = b"wdmoe bundle manifest v1\n"
 _MOST_BYTES = 4096

@@ -27,7 +27,7 @@ from testbed.experiment.networks import Loopback, Network
 from testbed.experiment.plan import BaselineKind, Plan
 from testbed.experiment.rundir import BundleFacts, RunDir
 from testbed.experiment.site import Site, in_process_site
-from wire.errors import StorageError
+from wire.errors import StorageError, one_line
 from wire.manifest import load_manifest
 
 FILE = "baselines.jsonl"
@@ -97,8 +97,7 @@ def measure_baselines(
                     over = _over(kind, profile, routes() if plan.external else {})
                     made = _measured(msgspec.structs.replace(made, over=over), site, plan, bundle.top_k)
             except Exception as error:  # noqa: BLE001 (libraries raise what they like: it must not keep cells away)
-                why_not = " ".join(str(error).split()) or type(error).__name__
-                made = msgspec.structs.replace(made, why_not=why_not)
+                made = msgspec.structs.replace(made, why_not=one_line(error))
             _append(run, made)
 
 

@@ -24,7 +24,7 @@ from msgspec import Struct
 
 from testbed.experiment.plan import Cell, Plan, expand
 from wire.errors import RunDirectoryError, StorageError
-from wire.files import atomic_write
+from wire.files import atomic_write, sync
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -239,21 +239,13 @@ class RunDir:
             began_ns = time.perf_counter_ns()
             for name, table in tables.items():
                 pq.write_table(table, temporary / f"{name}.parquet", compression="zstd")
-                _sync(temporary / f"{name}.parquet")
+                sync(temporary / f"{name}.parquet")
             marker = msgspec.structs.replace(marker, write_ns=time.perf_counter_ns() - began_ns)
             with atomic_write(temporary / MARKER) as file:
                 file.write(msgspec.json.encode(marker))
-            _sync(temporary)
+            sync(temporary)
             temporary.rename(self.cell_path(cell))
-            _sync(temporary.parent)
+            sync(temporary.parent)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise StorageError(f"can't write cell {cell.id}: {error.strerror or error}") from error
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

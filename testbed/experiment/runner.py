@@ -26,7 +26,7 @@ from testbed.experiment.rundir import NOTE, BundleFacts, Marker, RunDir
 from testbed.experiment.site import Site, distributed_site, in_process_site
 from testbed.experiment.watch import Watch
 from testbed.experiment.workloads import run_workload, warm_up
-from wire.errors import BrokerError, StorageError, WdmoeError
+from wire.errors import BrokerError, StorageError, WdmoeError, one_line
 
 Say = Callable[[str], None]
 
@@ -109,8 +109,8 @@ def _run_with_retries(run: RunDir, sites: "_Sites", cell: Cell, say: Say) -> boo
         except Exception as error:  # noqa: BLE001
             told = {} if isinstance(error, WdmoeError) else {"traceback": traceback.format_exc()}
             kind = type(error).__name__
-            run.event("cell_failed", cell=cell.id, attempt=attempt, error=_one_line(error), kind=kind, **told)
-            say(f"   failed: {_one_line(error)}")
+            run.event("cell_failed", cell=cell.id, attempt=attempt, error=one_line(error), kind=kind, **told)
+            say(f"   failed: {one_line(error)}")
             sites.close()
         else:
             run.event("cell_finished", cell=cell.id, attempt=attempt, seconds=marker.seconds)
@@ -300,7 +300,3 @@ class _Sites:
                 yield site
             finally:
                 self.watch.unfollow()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -6,8 +6,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from wire.experts import parse_selector
-from wire.manifest import MANIFEST_NAME, FileEntry, Manifest, load_manifest
-from wire.signature import SIGNATURE_NAME
+from wire.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileEntry, Manifest, load_manifest
 
 
 class Needed(Struct, frozen=True):
