@@ -56,7 +56,7 @@ arm: $(READY)
 	$(BIN)/wdmoe-testbed arm
 
 fleet-proof: $(READY)
-	$(BIN)/python -m testbed.fleet.proof
+	$(BIN)/python -m testbed.proof.fleet_proof
 
 clean:
 	rm -rf $(VENV) .venvs build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

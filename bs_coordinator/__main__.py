@@ -1,5 +1,5 @@
 """`python -m bs_coordinator`: the same as `wdmoe-bs`."""
 
-from bs_coordinator.cli import main
+from bs_coordinator.commands.main import main
 
 main()

@@ -21,18 +21,19 @@ import msgspec
 import onnxruntime
 import psutil
 
+from common.systemd import notify
+from edge_node.errors import DuplicateNodeError
+from edge_node.experts.runtime import ExpertRuntime
 from edge_node.limits import Limits
-from edge_node.runtime import ExpertRuntime
 from edge_node.telemetry.process import EVERY_S as TELEMETRY_S
 from edge_node.telemetry.process import TelemetryProcess
 from edge_node.worker import Worker
 from wire import __version__, status
 from wire.broker_url import BrokerAddress
-from wire.errors import BrokerAuthError, BrokerError, DuplicateNodeError, FrameError
+from wire.errors import BrokerAuthError, BrokerError, FrameError
 from wire.experts import format_selector
 from wire.mqtt import KEEPALIVE_S, LastWill, MqttTransport
 from wire.status import DeviceFacts, Holding, Machine, NodeStatus, Residency, SocketFacts
-from wire.systemd import notify
 from wire.topics import Topics
 from wire.transport import Message, Transport
 

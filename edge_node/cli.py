@@ -10,15 +10,15 @@ from typing import Any, Literal
 
 import click
 
-from edge_node.tune_command import tune
+from common.console import run as run_console
+from common.cpu_idle import cpu_idle_disabled
+from common.devices import PROFILES, DeviceName, Provider
+from common.sizes import parse_bytes
+from edge_node.tuning.command import tune
 from wire import __version__
-from wire.awake import awake
 from wire.broker_url import Access, parse_broker_url
-from wire.console import run as run_console
-from wire.devices import PROFILES, DeviceName, Provider
 from wire.experts import format_selector, parse_selector
-from wire.seal import read_node_seal
-from wire.sizes import parse_bytes
+from wire.frame_auth import read_node_authenticator
 from wire.topics import Topics, check_name
 
 log = logging.getLogger("wdmoe-node")
@@ -114,14 +114,14 @@ def serve(
     except ValueError as error:
         raise click.UsageError(str(error)) from None
 
-    seal = read_node_seal(frame_key, cluster, node) if frame_key else None
+    authenticator = read_node_authenticator(frame_key, cluster, node) if frame_key else None
 
     from edge_node import devices
 
     device = devices.detect() if profile == "auto" else devices.named(profile)
     providers = device.profile.providers if provider == "auto" else (provider,)
     if tuned is not None:
-        from edge_node.tune import Variants
+        from edge_node.tuning.tune import Variants
 
         try:
             variants = Variants(
@@ -152,17 +152,17 @@ def serve(
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     from edge_node.agent import NodeAgent, residency_status
+    from edge_node.experts.memory import check_memory, fitting, largest, needed_bytes, room_bytes
+    from edge_node.experts.providers import first_that_proves
+    from edge_node.experts.runtime import ExpertRuntime
     from edge_node.failure import failure_told
     from edge_node.limits import Limits
-    from edge_node.memory import check_memory, fitting, largest, needed_bytes, room_bytes
-    from edge_node.providers import first_that_proves
-    from edge_node.runtime import ExpertRuntime
     from edge_node.worker import Worker
-    from wire.manifest import load_manifest
+    from wire.signature import load_trusted_manifest
     from wire.status import DeviceFacts, Holding
 
     with failure_told(address, topics, node):
-        manifest = load_manifest(bundle, key=bundle_key)
+        manifest = load_trusted_manifest(bundle, bundle_key)
     dims = manifest.dims
     try:
         ids = parse_selector(selector, layers=dims.layers, experts=dims.experts)
@@ -189,7 +189,7 @@ def serve(
     log.info("proved %d experts (%s) with %s in %.1f s", len(ids), manifest.quantisation, chosen.provider, seconds)
     if runtime.most_loaded is not None:
         log.info("there is room for %d of them at once: others are loaded when they are asked for", most_loaded)
-    worker = Worker(runtime, seal=seal)
+    worker = Worker(runtime, authenticator=authenticator)
     agent = NodeAgent(
         node=node,
         topics=topics,
@@ -215,7 +215,7 @@ def serve(
         ),
         residency=lambda: residency_status(runtime),
     )
-    with awake() if stay_awake else nullcontext():
+    with cpu_idle_disabled() if stay_awake else nullcontext():
         agent.run(stop, on_ready=lambda: log.info("'%s' serves %s at %s", node, format_selector(ids), address))
     log.info("'%s' stopped; %s", node, ", ".join(f"{k} {n}" for k, n in worker.counts.items()) or "no work came")
 

@@ -5,9 +5,10 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 
+from common.errors import WdmoeError
 from wire import status
 from wire.broker_url import BrokerAddress
-from wire.errors import BrokerError, FrameError, WdmoeError
+from wire.errors import BrokerError, FrameError
 from wire.mqtt import MqttTransport
 from wire.status import NodeStatus
 from wire.topics import Topics

@@ -6,13 +6,14 @@ from collections import Counter
 
 import numpy as np
 
-from edge_node.runtime import ExpertRuntime
+from common.errors import WdmoeError
+from edge_node.experts.runtime import ExpertRuntime
 from wire import frames
 from wire.clock import stamped_payload
-from wire.errors import FrameError, WdmoeError
+from wire.errors import FrameError
 from wire.experts import ExpertId
+from wire.frame_auth import FrameAuthenticator, ReplayWindow
 from wire.frames import ErrorFrame, NodeDurations, PingFrame, PongFrame, ResultFrame, Status, WorkFrame
-from wire.seal import ReplayWindow, Seal
 
 log = logging.getLogger(__name__)
 
@@ -24,15 +25,15 @@ class Worker:
         counts: answered and refused frames and dropped bytes by reason, for logs.
     """
 
-    def __init__(self, runtime: ExpertRuntime, *, seal: Seal | None = None) -> None:
+    def __init__(self, runtime: ExpertRuntime, *, authenticator: FrameAuthenticator | None = None) -> None:
         """Take frames from now on.
 
         Args:
-            seal: only frames with its tag are answered, and none twice.
+            authenticator: only frames with its tag are answered, and none twice.
         """
         self.counts: Counter[str] = Counter()
         self._runtime = runtime
-        self._seal = seal
+        self._authenticator = authenticator
         self._window = ReplayWindow()
         self._hidden = runtime.manifest.dims.hidden
 
@@ -44,12 +45,12 @@ class Worker:
         """
         begun_ns = time.perf_counter_ns()
         try:
-            frame = frames.decode(payload, seal=self._seal)
+            frame = frames.decode(payload, authenticator=self._authenticator)
         except FrameError as error:
             self.counts[f"dropped:{error.reason}"] += 1
             return None
         # Without a tag anybody could make a request look old by sending its number first.
-        if self._seal is not None and not self._window.is_new(*frame.id):
+        if self._authenticator is not None and not self._window.is_new(*frame.id):
             self.counts["dropped:replayed"] += 1
             return None
         match frame:
@@ -57,7 +58,7 @@ class Worker:
                 self.counts["pings"] += 1
                 durations = NodeDurations(queue_ns=begun_ns - arrived_ns, decode_ns=time.perf_counter_ns() - begun_ns)
                 payload = stamped_payload(arrived_ns, frame.reply_bytes)
-                return frames.encode(PongFrame(frame.id, payload, durations), seal=self._seal)
+                return frames.encode(PongFrame(frame.id, payload, durations), authenticator=self._authenticator)
             case WorkFrame():
                 return self._work(frame, arrived_ns, begun_ns)
             case _:
@@ -95,10 +96,10 @@ class Worker:
         compute_ns = computed_ns - decoded_ns - load_ns
         durations = NodeDurations(queue_ns, decoded_ns - begun_ns, compute_ns, load_ns=load_ns)
         result = ResultFrame(frame.id, frame.layer, output, frame.dtype, durations)
-        reply = frames.encode(result, began_ns=computed_ns, seal=self._seal)
+        reply = frames.encode(result, began_ns=computed_ns, authenticator=self._authenticator)
         self.counts["answered"] += 1
         return reply
 
     def _refuse(self, frame: WorkFrame, status: Status, why: str) -> bytes:
         self.counts[f"refused:{status.name.lower()}"] += 1
-        return frames.encode(ErrorFrame(frame.id, frame.layer, status, why), seal=self._seal)
+        return frames.encode(ErrorFrame(frame.id, frame.layer, status, why), authenticator=self._authenticator)

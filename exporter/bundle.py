@@ -14,6 +14,8 @@ from pathlib import Path
 
 import msgspec
 
+from common.errors import StorageError
+from common.files import atomic_write
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.expert import ExpertJob, hash_source
 from exporter.graph import plan_layout
@@ -31,9 +33,8 @@ from exporter.probe import probe_tolerance
 from exporter.trunk import check_tokenizer, copy_trunk, texts_current, trunk_bytes
 from exporter.workers import export_all
 from wire import __version__
-from wire.errors import BundleError, StorageError
+from wire.errors import BundleError
 from wire.experts import ExpertId, format_selector
-from wire.files import atomic_write
 from wire.manifest import (
     MANIFEST_NAME,
     SCHEMA,

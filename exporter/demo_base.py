@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from common.console import describe_os_error
+from common.errors import StorageError
+from common.files import atomic_write
+from exporter.errors import CheckpointError, DownloadError
 from exporter.safetensors_file import read_header
-from wire.console import describe_os_error
-from wire.errors import CheckpointError, DownloadError, StorageError
-from wire.files import atomic_write
 from wire.manifest import sha256_file
 
 if TYPE_CHECKING:

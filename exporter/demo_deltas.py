@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter.demo_base import DenseShape, sha256_of
+from exporter.errors import CheckpointError
 from exporter.safetensors_file import read_header
-from wire.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.console import describe_os_error
+from common.errors import StorageError
 from exporter.demo_base import (
     GGUF_SHA256,
     Base,
@@ -27,9 +29,8 @@ from exporter.demo_base import (
     open_base,
 )
 from exporter.demo_deltas import Deltas
+from exporter.errors import CheckpointError
 from exporter.safetensors_file import TensorRef, encode_header
-from wire.console import describe_os_error
-from wire.errors import CheckpointError, StorageError
 
 if TYPE_CHECKING:
     import torch

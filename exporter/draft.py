@@ -1,7 +1,7 @@
 """A dense Llama becomes a draft model: one quantised graph that a base station's processor runs in a few milliseconds.
 
 The base station lets it guess the next tokens, and the real model then checks several guesses at once
-(`bs_coordinator.speculation`). Only a model with the same vocabulary can draft.
+(`bs_coordinator.engine.speculation`). Only a model with the same vocabulary can draft.
 """
 
 import importlib.metadata
@@ -11,16 +11,16 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from common.files import atomic_write
 from exporter.demo_base import Base, Progress, fingerprint, locate_base, open_base
 from exporter.draft_graph import QUANTISATION, Matrix, build_draft, plan_draft
 from exporter.encoders import Stored, make_encoder
+from exporter.errors import CheckpointError
 from exporter.expert import HashingWriter, open_writer
 from exporter.journal import exclusive
 from exporter.slabs import slab_rows
 from wire import __version__
 from wire.draft import DRAFT_FOLDER, DRAFT_NAME, DRAFT_SCHEMA, DraftManifest, tokens_sha256
-from wire.errors import CheckpointError
-from wire.files import atomic_write
 from wire.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileEntry, Manifest, load_manifest, sha256_file
 
 GRAPH_NAME, WEIGHTS_NAME = "draft.onnx", "draft.weights"

@@ -14,10 +14,11 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from wire.console import describe_os_error
-from wire.errors import BundleError, StorageError
+from common.console import describe_os_error
+from common.errors import StorageError
+from common.files import atomic_write
+from wire.errors import BundleError
 from wire.experts import ExpertId
-from wire.files import atomic_write
 from wire.manifest import ExpertEntry, FileEntry, Quantisation, Source, verify_file
 
 JOURNAL_NAME = "export-state.jsonl"

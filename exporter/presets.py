@@ -1,6 +1,6 @@
 """Which quantisation suits which device, and why, in words that the command line repeats."""
 
-from wire.devices import PROFILES, DeviceName
+from common.devices import PROFILES, DeviceName
 from wire.manifest import Quantisation, Scheme
 
 DEFAULT_BLOCK = 32

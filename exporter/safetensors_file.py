@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from wire.errors import CheckpointError
+from exporter.errors import CheckpointError
 
 # The limit of the reference implementation: a longer header is not a safetensors file.
 MAX_HEADER_BYTES = 100_000_000

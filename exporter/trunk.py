@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from exporter.checkpoint import Checkpoint
+from exporter.errors import CheckpointError
 from exporter.expert import open_writer
 from exporter.safetensors_file import TensorReader, TensorRef, encode_header
-from wire.errors import CheckpointError
 from wire.manifest import FileEntry
 
 _FILES = (

@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
+from common.errors import WdmoeError
 from exporter.expert import ExpertJob, export_expert
-from wire.errors import WdmoeError
 from wire.experts import ExpertId
 from wire.manifest import ExpertEntry
 

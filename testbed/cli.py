@@ -6,19 +6,19 @@ from pathlib import Path
 
 import click
 
-from testbed.arm import commands as arm_commands
+from common.console import run as run_console
 from testbed.bench.sections import SECTIONS
-from testbed.chaos import commands as chaos_commands
+from testbed.evaluation.variants import VARIANTS
 from testbed.experiment import commands
 from testbed.fleet import commands as fleet_commands
-from testbed.fuzz import commands as fuzz_commands
 from testbed.keys import commands as keys_commands
-from testbed.machines import commands as machines_commands
 from testbed.network import commands as network_commands
+from testbed.proof.arm import commands as arm_commands
+from testbed.proof.chaos import commands as chaos_commands
+from testbed.proof.fuzz import commands as fuzz_commands
+from testbed.proof.machines import commands as machines_commands
 from testbed.radio import commands as radio_commands
-from testbed.variants import VARIANTS
 from wire import __version__
-from wire.console import run as run_console
 
 
 @click.group()
@@ -69,7 +69,7 @@ def quality(
     from rich.console import Console
 
     from testbed.demo_assets import demo_bundle
-    from testbed.quality import measure_quality, print_quality, write_quality
+    from testbed.evaluation.quality import measure_quality, print_quality, write_quality
 
     console = Console()
     rows = []
@@ -97,7 +97,7 @@ def quality(
 def differences(bundle: Path, text: Path, tokens: int, chunk: int, out: Path) -> None:
     """Measure on TEXT how much the experts of BUNDLE differ, for the policy 'similar'."""
     from bs_coordinator.selection.differences import write_differences
-    from testbed.differences import measure_differences
+    from testbed.evaluation.differences import measure_differences
 
     document = measure_differences(
         bundle, text, tokens=tokens, chunk=chunk, threads=os.cpu_count() or 1,
@@ -117,7 +117,7 @@ def link_accuracy(spec: Path, profiles: tuple[str, ...], seconds: float, out: Pa
     from rich.console import Console
 
     from testbed.demo_assets import demo_bundle
-    from testbed.link_accuracy import measure_accuracy
+    from testbed.proof.link_accuracy import measure_accuracy
 
     console = Console()
     measure_accuracy(spec, demo_bundle("int4", console=console), profiles, seconds=seconds, out=out, console=console)

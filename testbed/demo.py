@@ -8,14 +8,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bs_coordinator.brokers import open_broker
-from bs_coordinator.generate import TokenEvent
-from bs_coordinator.sampling import SamplingConfig
-from bs_coordinator.station import Station, StationConfig, open_station
-from bs_coordinator.stats import AnswerStats, summarise
+from bs_coordinator.base_station import BaseStation, BaseStationConfig, open_base_station
+from bs_coordinator.broker.processes import open_broker
+from bs_coordinator.engine.answer_stats import AnswerStats, summarise
+from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.engine.sequence import TokenEvent
 from testbed.demo_assets import demo_bundle
 from testbed.latency_log import LatencyLog
-from testbed.local_fleet import local_fleet
+from testbed.local_nodes import local_nodes
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -39,8 +39,8 @@ def run_demo(
     experts = {f"node{k}": f"L*:E{','.join(map(str, range(k, 8, nodes)))}" for k in range(nodes)}
     with (
         open_broker(broker) as address,
-        local_fleet(bundle, address, folder / "nodes", experts),
-        open_station(StationConfig(bundle=bundle), address, say=lambda line: None) as station,
+        local_nodes(bundle, address, folder / "nodes", experts),
+        open_base_station(BaseStationConfig(bundle=bundle), address, say=lambda line: None) as station,
     ):
         console.print(
             f"{len(station.nodes_ms)} nodes are ready; broker round trip {station.broker_ms:.2f} ms, one token "
@@ -54,7 +54,7 @@ def run_demo(
 
 
 def _ask(
-    station: Station, log: LatencyLog, number: int, question: str, max_tokens: int, console: Console
+    station: BaseStation, log: LatencyLog, number: int, question: str, max_tokens: int, console: Console
 ) -> AnswerStats:
     console.print(f"[bold]> {question}[/bold]", highlight=False)
     ids = station.tokenizer.encode_chat([{"role": "user", "content": question}])

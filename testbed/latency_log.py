@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from bs_coordinator.generate import TokenEvent
+from bs_coordinator.engine.sequence import TokenEvent
 
 COLUMNS = (
     "answer",

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from bs_coordinator.brokers import open_broker
+from bs_coordinator.broker.processes import open_broker
 from testbed.demo_assets import demo_model, export_demo_bundle
-from testbed.local_fleet import LocalFleet
+from testbed.local_nodes import LocalNodes
 from wire.broker_url import BrokerAddress
 from wire.manifest import Scheme
 
@@ -64,11 +64,11 @@ def fleet(
     tiny_bundle: Callable[[Scheme], Path],
     tmp_path: Path,
     request: pytest.FixtureRequest,
-) -> Iterator[LocalFleet]:
+) -> Iterator[LocalNodes]:
     """An empty fleet on the shared broker, in a cluster of the test's own; fp32 unless told otherwise."""
     scheme: Scheme = getattr(request, "param", "fp32")
     cluster = f"t-{abs(hash(request.node.nodeid)) % 10**12}"
-    fleet = LocalFleet(tiny_bundle(scheme), broker, tmp_path / "nodes", cluster=cluster)
+    fleet = LocalNodes(tiny_bundle(scheme), broker, tmp_path / "nodes", cluster=cluster)
     yield fleet
     fleet.stop()
 

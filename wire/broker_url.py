@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from common.private_files import check_private
 from wire.errors import BrokerAuthError, PlaintextError
-from wire.private_files import check_private
 
 _DEFAULT_PORT = {"mqtt": 1883, "mqtts": 8883}
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from wire import tensors
 from wire.errors import FrameError
-from wire.seal import TAG_BYTES, Seal
+from wire.frame_auth import TAG_BYTES, FrameAuthenticator
 from wire.tensors import Array, WireDtype
 
 MAGIC = b"WDMo"
@@ -194,13 +194,13 @@ def max_tokens(hidden: int, dtype: WireDtype) -> int:
     return max(1, TARGET_FRAME_BYTES // (tensors.encoded_bytes(1, hidden, dtype) + 16))
 
 
-def encode(frame: Frame, *, began_ns: int | None = None, seal: Seal | None = None) -> bytes:
+def encode(frame: Frame, *, began_ns: int | None = None, authenticator: FrameAuthenticator | None = None) -> bytes:
     """The bytes of a frame.
 
     Args:
         began_ns: for results, the `time.perf_counter_ns()` from which `durations.encode_ns` counts; it then
             replaces the value in `frame`, since only here the conversion's end is known.
-        seal: appends a tag.
+        authenticator: appends a tag.
 
     Raises:
         FrameError: the frame breaks a limit, so that no receiver would take it.
@@ -237,7 +237,7 @@ def encode(frame: Frame, *, began_ns: int | None = None, seal: Seal | None = Non
             tokens = len(frame.payload)
             body = [_DURATIONS.pack(d.queue_ns, d.decode_ns, d.compute_ns, d.encode_ns), frame.payload]
     _check_limits(kind, tokens, hidden)
-    flags = 0 if seal is None else _SEALED
+    flags = 0 if authenticator is None else _SEALED
     header = _HEADER.pack(
         MAGIC, VERSION, kind, dtype, flags, frame.id.session, frame.id.request, frame.id.attempt,
         layer, tokens, hidden, deadline_ms, n_experts, status,
@@ -246,19 +246,19 @@ def encode(frame: Frame, *, began_ns: int | None = None, seal: Seal | None = Non
     for part in body:
         crc = zlib.crc32(part, crc)
     parts = [header, _CRC.pack(crc), *body]
-    if seal is not None:
-        parts.append(seal.tag(parts))
+    if authenticator is not None:
+        parts.append(authenticator.tag(parts))
     encoded = b"".join(parts)
     if len(encoded) > MAX_FRAME_BYTES:
         raise FrameError("limit", f"frame of {len(encoded)} bytes exceeds {MAX_FRAME_BYTES}")
     return encoded
 
 
-def decode(data: bytes | bytearray, *, seal: Seal | None = None) -> Frame:
+def decode(data: bytes | bytearray, *, authenticator: FrameAuthenticator | None = None) -> Frame:
     """The frame in `data`.
 
     Args:
-        seal: only frames with its tag are taken; without it, only frames that have none.
+        authenticator: only frames with its tag are taken; without it, only frames that have none.
 
     Raises:
         FrameError: with reason `length`, `magic`, `version`, `flags`, `sealed`, `unsealed`, `forged`, `kind`,
@@ -286,7 +286,7 @@ def decode(data: bytes | bytearray, *, seal: Seal | None = None) -> Frame:
         raise FrameError("magic", "this is no WDMoE frame")
     if version != VERSION:
         raise FrameError("version", f"frame version {version}, this side speaks {VERSION}")
-    end = _check_seal(data, flags, seal)
+    end = _check_seal(data, flags, authenticator)
     kind = _member(_KINDS, kind, "kind")
     dtype = _member(_DTYPES, dtype, "dtype")
     status = _member(_STATUSES, status, "status")
@@ -317,21 +317,21 @@ def decode(data: bytes | bytearray, *, seal: Seal | None = None) -> Frame:
             return PongFrame(id, bytes(body[_DURATIONS.size :]), _durations(body))
 
 
-def _check_seal(data: bytes | bytearray, flags: int, seal: Seal | None) -> int:
+def _check_seal(data: bytes | bytearray, flags: int, authenticator: FrameAuthenticator | None) -> int:
     """Where the body ends. Nothing else of a frame is looked at before its tag was."""
     if flags & ~_SEALED:
         raise FrameError("flags", f"unknown flags {flags:#x}")
     if not flags:
-        if seal is not None:
+        if authenticator is not None:
             raise FrameError("unsealed", "the frame has no tag: does the sender have a key?")
         return len(data)
-    if seal is None:
+    if authenticator is None:
         raise FrameError("sealed", "the frame has a tag, and this side has no key to check it with")
     end = len(data) - TAG_BYTES
     if end < HEADER_BYTES:
         raise FrameError("length", "the frame ends within its tag")
     view = memoryview(data)
-    seal.check(view[:end], view[end:])
+    authenticator.check(view[:end], view[end:])
     return end
 
 

@@ -21,7 +21,7 @@ from wire.tensors import Array
 SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
 SIGNATURE_NAME = "manifest.sig"
-"""See `wire.signature`, which needs cryptography: an environment for optimum has none."""
+"""Written and checked by `wire.signature`; named here because that module needs cryptography."""
 MAX_MANIFEST_BYTES = 64 << 20
 MOST_EXPERTS = 1 << 16
 """Of all layers; three times those of the largest models there are."""
@@ -213,29 +213,39 @@ def decode_probe_output(text: str, hidden: int) -> Array:
     return np.frombuffer(raw, "<f2").astype(np.float32)
 
 
-def load_manifest(bundle: Path, *, key: Path | None = None) -> Manifest:
+def load_manifest(bundle: Path) -> Manifest:
     """Read and check `manifest.json` of a bundle folder.
 
-    Args:
-        key: public key of which the bundle must have a signature.
+    Raises:
+        BundleError: there is none, or it is not a valid manifest of this schema version.
+    """
+    return decode_manifest(read_manifest(bundle), bundle)
+
+
+def read_manifest(bundle: Path) -> bytes:
+    """The bytes of `manifest.json` in a bundle folder, at most `MAX_MANIFEST_BYTES`.
 
     Raises:
-        SignatureError: it has none.
-        BundleError: there is none, or it is not a valid manifest of this schema version.
+        BundleError: there is none, or it is too large.
     """
     path = bundle / MANIFEST_NAME
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES >> 20} MiB: not a manifest")
-        raw = path.read_bytes()
+        return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(
             f"{bundle} is not a finished bundle (no {MANIFEST_NAME}): make one with 'wdmoe-export bundle'"
         ) from None
-    if key is not None:
-        from wire.signature import check_signature
 
-        check_signature(raw, bundle, key)
+
+def decode_manifest(raw: bytes, bundle: Path) -> Manifest:
+    """The manifest in `raw`, as read from `bundle`.
+
+    Raises:
+        BundleError: it is not a valid manifest of this schema version.
+    """
+    path = bundle / MANIFEST_NAME
     try:
         schema = msgspec.json.decode(raw, type=_SchemaOnly).schema
         if schema != SCHEMA:

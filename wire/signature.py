@@ -7,10 +7,11 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
-from wire.errors import KeyFileError, SignatureError
-from wire.files import atomic_write
-from wire.manifest import SIGNATURE_NAME
-from wire.private_files import read_private
+from common.errors import KeyFileError
+from common.files import atomic_write
+from common.private_files import read_private
+from wire.errors import SignatureError
+from wire.manifest import SIGNATURE_NAME, Manifest, decode_manifest, read_manifest
 
 _WORD = b"wdmoe-ed25519-v1 "
 _CONTEXT = b"wdmoe bundle manifest v1\n"
@@ -40,6 +41,22 @@ def sign(manifest: bytes, bundle: Path, key: Path) -> Path:
     with atomic_write(path) as file:
         file.write(_WORD + base64.b64encode(private.sign(_CONTEXT + manifest)) + b"\n")
     return path
+
+
+def load_trusted_manifest(bundle: Path, key: Path | None) -> Manifest:
+    """The manifest of a bundle folder; with a public key, only if that key's owner signed it.
+
+    The signature is checked before the manifest is parsed.
+
+    Raises:
+        KeyFileError: the public key can't be read, or is of another kind.
+        SignatureError: the bundle is not signed with the private half of `key`.
+        BundleError: there is no manifest, or it is not a valid one of this schema version.
+    """
+    raw = read_manifest(bundle)
+    if key is not None:
+        check_signature(raw, bundle, key)
+    return decode_manifest(raw, bundle)
 
 
 def check_signature(manifest: bytes, bundle: Path, key: Path) -> None:

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from bs_coordinator.links.kalman import RobustFilter
-from bs_coordinator.links.train import RateWindow
+from bs_coordinator.links.packet_train import RateWindow
 from wire.status import SocketFacts
 
 _Vector = tuple[float, float, float, float]

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from bs_coordinator.links.estimator import LinkSample
-from wire.errors import StorageError
+from common.errors import StorageError
 
 log = logging.getLogger(__name__)
 

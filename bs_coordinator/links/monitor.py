@@ -11,13 +11,13 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from bs_coordinator.fleet import HERE
-from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.links.compute import ComputeEstimator
-from bs_coordinator.links.crowd import CROWD_BYTES, Crowd
+from bs_coordinator.links.cross_traffic import CROWD_BYTES, CrossTraffic
 from bs_coordinator.links.estimator import KNOWN_SAMPLES, LinkEstimate, LinkEstimator, LinkSample
 from bs_coordinator.links.loads import LoadEstimator
-from bs_coordinator.links.train import plan_train
+from bs_coordinator.links.packet_train import plan_train
+from bs_coordinator.nodes.registry import LOCAL_NODE
+from bs_coordinator.selection.forecast import LayerForecast
 from wire.status import SocketFacts
 
 PROBE_EVERY_S = 0.1
@@ -144,7 +144,7 @@ class LinkMonitor:
         self.shared_air = shared_air
         self._log = log
         self._nodes: dict[str, _Node] = {}
-        self._crowd = Crowd()
+        self._crowd = CrossTraffic()
         self._outstanding: dict[str, float] = {}
         self._last_probe_s = self._checked_s = -math.inf
         self._last_air_s = 0.0
@@ -152,7 +152,7 @@ class LinkMonitor:
     def forget(self) -> None:
         """Begin again without knowledge."""
         self._nodes.clear()
-        self._crowd = Crowd()
+        self._crowd = CrossTraffic()
         self._outstanding.clear()
         self._last_probe_s = self._checked_s = -math.inf
         self._last_air_s = 0.0
@@ -162,7 +162,7 @@ class LinkMonitor:
         if len(samples) > 1:
             samples = self._with_contention(samples) if self.shared_air else self._without_crowd(samples)
         for sample in samples:
-            if sample.node != HERE:
+            if sample.node != LOCAL_NODE:
                 self._log(sample)
             node = self._node(sample.node)
             alarms = node.link.alarms
@@ -288,7 +288,7 @@ class LinkMonitor:
         """All nodes, by name, as unsure as they are by now; not the base station itself."""
         result = []
         for name, node in sorted(self._nodes.items()):
-            if name == HERE:
+            if name == LOCAL_NODE:
                 continue
             node.link.advance(now_s)
             fixed_s, expert_s, row_s = node.compute.costs_s
@@ -308,7 +308,7 @@ class LinkMonitor:
     def _node(self, name: str) -> _Node:
         known = self._nodes.get(name)
         if known is None:
-            known = self._nodes[name] = _Node(_NoLink() if name == HERE else LinkEstimator())
+            known = self._nodes[name] = _Node(_NoLink() if name == LOCAL_NODE else LinkEstimator())
         return known
 
     def _check_others(self, time_s: float) -> None:
@@ -329,7 +329,7 @@ class LinkMonitor:
 
     def _without_crowd(self, samples: Sequence[LinkSample]) -> Sequence[LinkSample]:
         """Less what they waited for each other on machines that all messages pass."""
-        away = [sample for sample in samples if sample.node != HERE]
+        away = [sample for sample in samples if sample.node != LOCAL_NODE]
         if len(away) < 2 or sum(sample.down_bytes + sample.up_bytes for sample in away) < CROWD_BYTES:
             return samples
         links = [self._node(sample.node).link for sample in away]
@@ -338,7 +338,7 @@ class LinkMonitor:
                 link.predict_s(sample.down_bytes, sample.up_bytes)[0] for link, sample in zip(links, away, strict=True)
             ]
             self._crowd.learn(away, predicted_s)
-        return [*self._crowd.take_off(away), *(sample for sample in samples if sample.node == HERE)]
+        return [*self._crowd.take_off(away), *(sample for sample in samples if sample.node == LOCAL_NODE)]
 
     def _with_contention(self, samples: Sequence[LinkSample]) -> list[LinkSample]:
         """Others' frames that were presumably on the air first: requests sent before, answers that arrived before."""

@@ -31,7 +31,7 @@ class ReplayedNode:
 
 
 def replay(samples: Iterable[LinkSample], *, shared_air: bool = False) -> list[ReplayedNode]:
-    """Feed samples, in the order of the log, to new estimators."""
+    """SequenceInput samples, in the order of the log, to new estimators."""
     monitor = LinkMonitor(shared_air=shared_air)
     errors: dict[str, list[float]] = {}
     counts: dict[str, int] = {}

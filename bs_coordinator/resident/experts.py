@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from bs_coordinator.resident.choice import choose_resident
 from bs_coordinator.resident.traffic import Traffic, write_traffic
-from bs_coordinator.travelled import travelled
-from edge_node.memory import available_bytes, fitting
-from edge_node.runtime import ExpertRuntime
-from wire.errors import MemoryBudgetError, StorageError, WdmoeError
+from bs_coordinator.resident.wire_rounding import round_to_wire
+from common.errors import StorageError, WdmoeError
+from edge_node.errors import MemoryBudgetError
+from edge_node.experts.memory import available_bytes, fitting
+from edge_node.experts.runtime import ExpertRuntime
 from wire.experts import ExpertId
 from wire.frames import ExpertSlice
 from wire.manifest import Manifest
@@ -175,11 +176,11 @@ class ResidentExperts:
 
     def _compute(self, layer: int, hidden: Array, experts: Sequence[ExpertSlice], asked_ns: int) -> Computed:
         begun_ns = time.perf_counter_ns()
-        x = travelled(hidden, self._wire)
+        x = round_to_wire(hidden, self._wire)
         output = np.zeros(hidden.shape, np.float32)
         for slice_ in experts:
             y = self._runtime.run(ExpertId(layer, slice_.expert), x[slice_.tokens])
-            output[slice_.tokens] += travelled(y * slice_.weights[:, None], self._wire)
+            output[slice_.tokens] += round_to_wire(y * slice_.weights[:, None], self._wire)
         done_ns = time.perf_counter_ns()
         return Computed(output, begun_ns - asked_ns, done_ns - begun_ns, done_ns)
 

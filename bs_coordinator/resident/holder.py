@@ -5,11 +5,11 @@ from concurrent.futures import wait
 
 import numpy as np
 
-from bs_coordinator.fleet import HERE
+from bs_coordinator.dispatch.layer_requests import LayerRequests, NodeAnswer, Sent, SubRequest
+from bs_coordinator.engine.step_records import DispatchRecord
 from bs_coordinator.links import LinkMonitor
-from bs_coordinator.records import DispatchRecord
+from bs_coordinator.nodes.registry import LOCAL_NODE
 from bs_coordinator.resident.experts import Computed, ResidentExperts
-from bs_coordinator.round import Answer, Part, Round, Sent
 from wire.frames import NodeDurations, RequestId
 
 _NEVER_S = float("inf")
@@ -22,25 +22,27 @@ class ResidentHolder:
         self.experts = experts
         self._links = links
 
-    def ask(self, round: Round, part: Part, id: RequestId) -> None:
+    def ask(self, round: LayerRequests, part: SubRequest, id: RequestId) -> None:
         """Begin to compute a request."""
         request = part.request
         rows = sum(len(s.tokens) for s in request.experts)
-        predicted_s = self._links.predict_s(HERE, down_bytes=0, up_bytes=0, experts=len(request.experts), rows=rows)
+        predicted_s = self._links.predict_s(
+            LOCAL_NODE, down_bytes=0, up_bytes=0, experts=len(request.experts), rows=rows
+        )
         sent = Sent(id, time.perf_counter_ns(), time.time_ns(), 0, int(1e9 * predicted_s), 0, _NEVER_S)
         part.here = self.experts.submit(round.layer, round.hidden[request.rows], request.experts)
         round.sent(part, sent)
 
-    def answered(self, round: Round, timeout_s: float) -> list[tuple[Part, Answer | str]]:
+    def answered(self, round: LayerRequests, timeout_s: float) -> list[tuple[SubRequest, NodeAnswer | str]]:
         """Requests that are done, each with its answer or why there is none.
 
         Waits for one only where the layer waits for nothing else.
         """
-        hopes = round.hopes()
-        asked = [(part, part.here) for part in hopes if part.here is not None]
-        if asked and len(asked) == len(hopes):
+        outstanding = round.outstanding()
+        asked = [(part, part.here) for part in outstanding if part.here is not None]
+        if asked and len(asked) == len(outstanding):
             wait([future for _, future in asked], timeout_s, return_when="FIRST_COMPLETED")
-        results: list[tuple[Part, Answer | str]] = []
+        results: list[tuple[SubRequest, NodeAnswer | str]] = []
         for part, future in asked:
             if not future.done():
                 continue
@@ -49,13 +51,13 @@ class ResidentHolder:
         return results
 
 
-def _answer(part: Part, computed: Computed) -> Answer | str:
+def _answer(part: SubRequest, computed: Computed) -> NodeAnswer | str:
     request, sent = part.request, part.sent
     assert sent is not None  # noqa: S101 - it was asked
     if not np.isfinite(computed.output).all():
         return "an output was not finite"
     record = DispatchRecord(
-        node=HERE,
+        node=LOCAL_NODE,
         experts=tuple(s.expert for s in request.experts),
         tokens=len(request.rows),
         sent_unix_ns=sent.sent_unix_ns,
@@ -65,4 +67,4 @@ def _answer(part: Part, computed: Computed) -> Answer | str:
         up_bytes=0,
         predicted_ns=sent.predicted_ns,
     )
-    return Answer(computed.output, record)
+    return NodeAnswer(computed.output, record)

@@ -12,8 +12,8 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from wire.errors import StorageError
-from wire.files import atomic_write
+from common.errors import StorageError
+from common.files import atomic_write
 from wire.manifest import Dims, Sha256
 from wire.tensors import Array
 

@@ -8,8 +8,8 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.selection.demand import Chosen, demand, no_slower, node_map, place, weights_of
+from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.selection.one_token import OneToken, asked_experts, one_row
 from bs_coordinator.selection.topk import Experts, top_weights
 from wire.tensors import Array

@@ -3,9 +3,9 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from bs_coordinator.forecast import LayerForecast
+from bs_coordinator.errors import ExpertsLostError
+from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.selection.policy import Policy
-from wire.errors import ExpertsLostError
 from wire.tensors import Array
 
 

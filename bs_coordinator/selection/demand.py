@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from bs_coordinator.forecast import LayerForecast
+from bs_coordinator.selection.forecast import LayerForecast
 from wire.tensors import Array
 
 Chosen = NDArray[np.bool_]

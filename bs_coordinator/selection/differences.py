@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from wire.files import atomic_write
+from common.files import atomic_write
 from wire.manifest import Sha256
 from wire.tensors import Array
 

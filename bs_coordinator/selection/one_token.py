@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable
 
 import numpy as np
 
-from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.selection.demand import Chosen
+from bs_coordinator.selection.forecast import LayerForecast
 from wire.tensors import Array
 
 

@@ -15,8 +15,8 @@ import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
 
-from bs_coordinator.forecast import Float, LayerForecast
 from bs_coordinator.selection.demand import Chosen, node_map
+from bs_coordinator.selection.forecast import Float, LayerForecast
 
 MAX_PLANS = 4096
 Price = Annotated[float, Meta(ge=1e-6, le=1e6)]

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from bs_coordinator.forecast import LayerForecast
+from bs_coordinator.selection.forecast import LayerForecast
 from wire.tensors import Array
 
 

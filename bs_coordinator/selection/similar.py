@@ -5,8 +5,8 @@ from typing import Annotated
 import numpy as np
 from msgspec import Meta, Struct
 
-from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.selection.differences import DifferenceTable
+from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.selection.plans import Price, choose_plans, substitutions
 from bs_coordinator.selection.topk import Experts, top_weights
 from wire.tensors import Array

@@ -7,7 +7,7 @@ from typing import Annotated
 import numpy as np
 from msgspec import Meta, Struct
 
-from bs_coordinator.forecast import LayerForecast
+from bs_coordinator.selection.forecast import LayerForecast
 from wire.tensors import Array
 
 Experts = Annotated[int, Meta(ge=1)]

@@ -7,8 +7,8 @@ from typing import Annotated
 import numpy as np
 from msgspec import Meta, Struct
 
-from bs_coordinator.forecast import Float, LayerForecast
 from bs_coordinator.selection.demand import weights_of
+from bs_coordinator.selection.forecast import Float, LayerForecast
 from bs_coordinator.selection.one_token import asked_experts, one_row
 from bs_coordinator.selection.topk import Experts, top_weights
 from wire.tensors import Array

@@ -17,17 +17,18 @@ import pyarrow.parquet as pq
 from msgspec import Struct
 from PIL import Image, ImageOps
 
+from common.console import describe_os_error
+from common.errors import StorageError
+from common.private_files import read_private
 from testbed.archive.dictionary import dictionary_json, dictionary_markdown
 from testbed.archive.pseudonyms import Kind, Pseudonyms, texts_under
+from testbed.errors import ArchiveError, RunDirectoryError
 from testbed.experiment.baselines import FILE as BASELINES_FILE
 from testbed.experiment.notes import PHOTOS
 from testbed.experiment.plan import BASELINES, Cell
 from testbed.experiment.rundir import EVENTS, MANIFEST, MARKER, RunDir
 from testbed.report.write import write_report
-from wire.console import describe_os_error
-from wire.errors import ArchiveError, RunDirectoryError, StorageError
 from wire.manifest import sha256_file
-from wire.private_files import read_private
 
 CHECKSUMS = "SHA256SUMS"
 DICTIONARY = "DICTIONARY.md"

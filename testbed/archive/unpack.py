@@ -10,10 +10,11 @@ from typing import IO, cast
 
 import pyarrow as pa
 
+from common.console import describe_os_error
+from common.errors import StorageError
 from testbed.archive.export import CHECKSUMS, ENDINGS, archive_name, open_compressed
+from testbed.errors import ArchiveError
 from testbed.experiment.rundir import MANIFEST, RunDir
-from wire.console import describe_os_error
-from wire.errors import ArchiveError, StorageError
 
 MAX_BYTES = 16 << 30
 """Of all files unpacked; a night of eight nodes takes far less than one GiB."""

@@ -6,11 +6,11 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 
-from bs_coordinator.generate import Answer, Sequence
-from bs_coordinator.records import StepRecord
-from bs_coordinator.sampling import SamplingConfig
-from bs_coordinator.scheduler import Scheduler
-from bs_coordinator.station import Station
+from bs_coordinator.base_station import BaseStation
+from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.engine.scheduler import Scheduler
+from bs_coordinator.engine.sequence import Answer, Sequence
+from bs_coordinator.engine.step_records import StepRecord
 from testbed.bench.chat_prompts import CHAT_PROMPTS
 from testbed.bench.rows import Result, Row, Settings, Skipped
 from testbed.bench.speculation import EIGHT, RTT_MS, open_site
@@ -49,7 +49,7 @@ class _Batch:
         token_ms: of each step in which all of them got a token, divided by their number.
     """
 
-    def __init__(self, station: Station, count: int) -> None:
+    def __init__(self, station: BaseStation, count: int) -> None:
         self.count = count
         self.token_ms: list[float] = []
         self._station = station

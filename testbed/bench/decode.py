@@ -3,8 +3,8 @@
 import statistics
 from collections.abc import Iterator
 
-from bs_coordinator.records import StepRecord
-from bs_coordinator.sampling import SamplingConfig
+from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.engine.step_records import StepRecord
 from testbed.bench.alone import Parts
 from testbed.bench.floor import Link, causes_ms, floor_ms
 from testbed.bench.rows import Result, Row, Settings, Skipped

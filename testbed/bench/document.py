@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from common.files import atomic_write
 from testbed.bench.rows import WARM_UP, Result, Row, Settings, Skipped
 from testbed.experiment import facts
-from wire.files import atomic_write
 
 SCHEMA = 2
 

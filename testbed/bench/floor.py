@@ -7,7 +7,7 @@ all layers and the head. What was measured beyond it is told apart by cause.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from bs_coordinator.records import DispatchRecord, LayerRecord, StepRecord
+from bs_coordinator.engine.step_records import DispatchRecord, LayerRecord, StepRecord
 
 
 class Link(NamedTuple):

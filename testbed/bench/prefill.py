@@ -4,8 +4,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from bs_coordinator.feeds import Feed
-from bs_coordinator.generate import PREFILL_CHUNK_TOKENS
+from bs_coordinator.engine.sequence import PREFILL_CHUNK_TOKENS
+from bs_coordinator.trunk.inputs import SequenceInput
 from testbed.bench.decode import NODES
 from testbed.bench.rows import Result, Row, Settings, Skipped, in_turns
 from testbed.bench.system import DEDICATED_MBPS, System, running, why_not
@@ -58,7 +58,7 @@ def prefill(system: System, tokens: int, *, together: bool) -> dict[str, float]:
         step = ids[start : start + PREFILL_CHUNK_TOKENS]
         pieces = [step] if together else _pieces(step, model.piece_tokens)
         for piece in pieces:
-            _, record = model.step([Feed(piece, cache)])
+            _, record = model.step([SequenceInput(piece, cache)])
             trunk_ns += record.head_ns + sum(layer.trunk_ns for layer in record.layers)
             waited_ns += sum(layer.dispatch_ns for layer in record.layers)
         start += len(step)

@@ -8,20 +8,21 @@ from pathlib import Path
 
 import numpy as np
 
-from bs_coordinator.brokers import mosquitto_path, open_broker
-from bs_coordinator.fleet import HERE
-from bs_coordinator.generate import TokenEvent
+from bs_coordinator.base_station import BaseStation, BaseStationConfig, ResidentConfig, open_base_station
+from bs_coordinator.broker.processes import mosquitto_path, open_broker
+from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.engine.sequence import TokenEvent
+from bs_coordinator.nodes.registry import LOCAL_NODE
 from bs_coordinator.resident.choice import choose_resident
-from bs_coordinator.sampling import SamplingConfig
-from bs_coordinator.station import ResidentConfig, Station, StationConfig, open_station
-from edge_node.memory import needed_bytes
+from common.errors import WdmoeError
+from common.files import atomic_write
+from edge_node.experts.memory import needed_bytes
 from testbed.bench.rows import Row, Settings, Skipped
 from testbed.demo_assets import demo_bundle
+from testbed.errors import PrivilegeError
 from testbed.experiment.prompts import PROMPTS
-from testbed.local_fleet import local_fleet
-from wire.errors import PrivilegeError, WdmoeError
+from testbed.local_nodes import local_nodes
 from wire.experts import ExpertId
-from wire.files import atomic_write
 from wire.manifest import load_manifest
 
 NODES = 8
@@ -58,7 +59,7 @@ def measure(settings: Settings) -> Iterator[Row | Skipped]:
             order = list(arms) if i % 2 else list(reversed(arms))
             ids = {}
             for arm in order:
-                station.dispatcher.fleet.hold_here(arms[arm])
+                station.dispatcher.fleet.hold_locally(arms[arm])
                 events = _answer(station, prompt)
                 ids[arm] = [event.id for event in events]
                 samples_ms[arm].append(_token_ms(events))
@@ -77,7 +78,7 @@ def measure(settings: Settings) -> Iterator[Row | Skipped]:
             yield Row(f"decode, {arm}, {RTT_MS} ms", "all experts on nodes", ours_ms, none_ms, None, parameters)
 
 
-def _arms(station: Station) -> dict[str, frozenset[ExpertId]]:
+def _arms(station: BaseStation) -> dict[str, frozenset[ExpertId]]:
     """By name the experts that are kept: chosen as the base station does, and by each expert's own traffic."""
     fleet, residents = station.dispatcher.fleet, station.residents
     assert residents is not None  # noqa: S101 - configured below
@@ -89,9 +90,9 @@ def _arms(station: Station) -> dict[str, frozenset[ExpertId]]:
                 d.durations.compute_ns / 1e9 / len(d.experts)
                 for layer in step.layers
                 for d in layer.dispatches
-                if d.node == HERE and d.tokens == 1
+                if d.node == LOCAL_NODE and d.tokens == 1
             ]
-    fleet.hold_here(frozenset())
+    fleet.hold_locally(frozenset())
     for prompt in PROMPTS[:LEARNT_FROM]:
         _answer(station, prompt)
     layers = range(fleet.dims.layers)
@@ -106,7 +107,7 @@ def _arms(station: Station) -> dict[str, frozenset[ExpertId]]:
     return arms
 
 
-def _answer(station: Station, prompt: str) -> list[TokenEvent]:
+def _answer(station: BaseStation, prompt: str) -> list[TokenEvent]:
     ids = station.tokenizer.encode_chat([{"role": "user", "content": prompt}])
     return list(station.new_sequence().generate(ids, SamplingConfig(max_tokens=_TOKENS)))
 
@@ -119,7 +120,7 @@ def _token_ms(events: Sequence[TokenEvent]) -> float:
 
 
 @contextmanager
-def _station(settings: Settings, bundle: Path) -> Iterator[Station]:
+def _station(settings: Settings, bundle: Path) -> Iterator[BaseStation]:
     """A system with room for all experts on the base station; this thread is there meanwhile."""
     from testbed.network import namespaces
     from testbed.network.daemon import BASE_STATION
@@ -137,7 +138,7 @@ def _station(settings: Settings, bundle: Path) -> Iterator[Station]:
         emulated(spec) as network,
         namespaces.inside(namespaces.namespace(network.spec.name, BASE_STATION)),
         open_broker("mosquitto", host=network.bs_address) as address,
-        local_fleet(bundle, address, settings.folder / "nodes", nodes, prefixes={n: network.prefix(n) for n in nodes}),
-        open_station(StationConfig(bundle=bundle, resident=room), address) as station,
+        local_nodes(bundle, address, settings.folder / "nodes", nodes, prefixes={n: network.prefix(n) for n in nodes}),
+        open_base_station(BaseStationConfig(bundle=bundle, resident=room), address) as station,
     ):
         yield station

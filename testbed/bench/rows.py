@@ -23,7 +23,7 @@ class Settings:
         broker: `embedded`, `mosquitto` or an URL, for what runs on loopback.
         samples: of a row whose sample takes a few milliseconds; rows of slower ones take fewer.
         folder: for plots and logs.
-        stays_awake: cores do not sleep while they wait, see `wire.awake`.
+        stays_awake: cores do not sleep while they wait, see `common.cpu_idle`.
     """
 
     broker: str

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from common.cpu_idle import cpu_idle_disabled
+from common.errors import WdmoeError
 from testbed.bench.document import print_results, write_document
 from testbed.bench.rows import Result, Row, Settings, Skipped
 from testbed.bench.sections import SECTIONS
-from wire.awake import awake
-from wire.errors import WdmoeError
 
 
 def run_bench(settings: Settings, sections: Sequence[str], out: Path) -> None:
@@ -23,7 +23,7 @@ def run_bench(settings: Settings, sections: Sequence[str], out: Path) -> None:
         WdmoeError: something that a benchmark needs does not come up; what was measured before is kept.
     """
     results: dict[str, list[Result]] = {}
-    with awake() as stays_awake:
+    with cpu_idle_disabled() as stays_awake:
         settings = replace(settings, stays_awake=stays_awake)
         for section in sections or tuple(SECTIONS):
             settings.console.rule(section, align="left")

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bs_coordinator.brokers import LOOPBACK, open_broker
-from bs_coordinator.records import StepRecord
+from bs_coordinator.broker.processes import LOOPBACK, open_broker
+from bs_coordinator.engine.step_records import StepRecord
+from common.files import atomic_write
 from testbed.bench.alone import Parts
 from testbed.bench.decode import decode
 from testbed.bench.floor import Link, floor_ms
@@ -20,7 +21,6 @@ from testbed.bench.system import DEDICATED_MBPS, running, why_not
 from testbed.bench.transport import compare, echoes, link
 from testbed.demo_assets import demo_bundle
 from testbed.experiment.prompts import PROMPTS
-from wire.files import atomic_write
 from wire.mqtt import MqttTransport
 
 _RTT_MS = 5.0

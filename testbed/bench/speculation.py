@@ -14,11 +14,11 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from bs_coordinator.generate import Sequence
-from bs_coordinator.sampling import SamplingConfig
-from bs_coordinator.speculation import DraftMode, Speculation
-from bs_coordinator.station import Station
-from bs_coordinator.stats import summarise
+from bs_coordinator.base_station import BaseStation
+from bs_coordinator.engine.answer_stats import summarise
+from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.engine.sequence import Sequence
+from bs_coordinator.engine.speculation import DraftMode, Speculation
 from testbed.bench.chat_prompts import CHAT_PROMPTS
 from testbed.bench.rows import Result, Row, Settings, Skipped
 from testbed.bench.system import running, why_not
@@ -91,7 +91,7 @@ def _read(log: Path) -> dict[tuple[int, DraftMode], _Answer]:
 
 
 @contextmanager
-def open_site(settings: Settings, nodes: Mapping[str, str]) -> Iterator[Station]:
+def open_site(settings: Settings, nodes: Mapping[str, str]) -> Iterator[BaseStation]:
     """Nodes on links of their own.
 
     Args:
@@ -103,7 +103,7 @@ def open_site(settings: Settings, nodes: Mapping[str, str]) -> Iterator[Station]
         yield system.station
 
 
-def _answer(station: Station, number: int, prompt: str, speculation: Speculation, max_tokens: int) -> _Answer:
+def _answer(station: BaseStation, number: int, prompt: str, speculation: Speculation, max_tokens: int) -> _Answer:
     ids = station.tokenizer.encode_chat([{"role": "user", "content": prompt}])
     sequence = Sequence(station.model, station.tokenizer, speculation=speculation)
     began = time.perf_counter()

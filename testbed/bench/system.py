@@ -10,14 +10,14 @@ from pathlib import Path
 
 import psutil
 
-from bs_coordinator.brokers import mosquitto_path, open_broker
-from bs_coordinator.speculation import DraftMode
-from bs_coordinator.station import Station, StationConfig, open_station
+from bs_coordinator.base_station import BaseStation, BaseStationConfig, open_base_station
+from bs_coordinator.broker.processes import mosquitto_path, open_broker
+from bs_coordinator.engine.speculation import DraftMode
+from common.files import atomic_write
 from testbed.bench.rows import Settings
-from testbed.local_fleet import local_fleet
+from testbed.errors import PrivilegeError
+from testbed.local_nodes import local_nodes
 from testbed.network.emulated import EmulatedNetwork, emulated
-from wire.errors import PrivilegeError
-from wire.files import atomic_write
 
 DEDICATED_MBPS = 100
 
@@ -32,7 +32,7 @@ class System:
     """
 
     network: EmulatedNetwork
-    station: Station
+    station: BaseStation
     processes: Mapping[str, Sequence[int]]
 
     def core_ms(self) -> dict[str, float]:
@@ -69,7 +69,7 @@ def running(
     Args:
         nodes: experts by node.
         rtts_ms: there is a profile `rtt<ms>` for each.
-        draft, draft_model: as in `StationConfig`.
+        draft, draft_model: as in `BaseStationConfig`.
     """
     from testbed.network import namespaces
     from testbed.network.daemon import BASE_STATION
@@ -81,10 +81,10 @@ def running(
         emulated(spec) as network,
         namespaces.inside(namespaces.namespace(network.spec.name, BASE_STATION)),
         open_broker("mosquitto", host=network.bs_address) as address,
-        local_fleet(
+        local_nodes(
             bundle, address, settings.folder / "nodes", nodes, prefixes={node: network.prefix(node) for node in nodes}
         ) as fleet,
-        open_station(StationConfig(bundle=bundle, draft=draft, draft_model=draft_model), address) as station,
+        open_base_station(BaseStationConfig(bundle=bundle, draft=draft, draft_model=draft_model), address) as station,
     ):
         brokers = [p.pid for p in psutil.Process().children(recursive=True) if p.name() == "mosquitto"]
         processes = {

@@ -10,12 +10,12 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 
 import numpy as np
 
-from bs_coordinator.brokers import LOOPBACK, open_broker
+from bs_coordinator.broker.processes import LOOPBACK, open_broker
+from common.files import atomic_write
 from testbed.bench.rows import Result, Row, Settings, Skipped, in_turns
 from testbed.bench.system import why_not
 from wire import frames
 from wire.broker_url import BrokerAddress
-from wire.files import atomic_write
 from wire.frames import ExpertSlice, NodeDurations, RequestId, ResultFrame, WorkFrame
 from wire.mqtt import MqttTransport
 from wire.tensors import Array, WireDtype

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from bs_coordinator.feeds import Feed
-from bs_coordinator.forecast import LayerForecast
-from bs_coordinator.model import DistributedMixtral, ExpertOutput, Ready
+from bs_coordinator.engine.experts import ExpertOutput, Ready
+from bs_coordinator.engine.model import DistributedMixtral
 from bs_coordinator.selection import TopK
-from bs_coordinator.trunk import Trunk
+from bs_coordinator.selection.forecast import LayerForecast
+from bs_coordinator.trunk.inputs import SequenceInput
+from bs_coordinator.trunk.trunk import Trunk
 from testbed.bench.rows import Result, Row, Settings, Skipped, in_turns
 from wire.tensors import Array
 
@@ -65,13 +66,13 @@ def measure(settings: Settings) -> Iterator[Result]:
 def _row(name: str, trunk: Trunk, read_bytes: int, settings: Settings) -> Row:
     model = DistributedMixtral(trunk, _InstantExperts(8, 4096), TopK(2))
     cache = trunk.new_cache()
-    model.step([Feed(list(range(_PAST_TOKENS)), cache)])
+    model.step([SequenceInput(list(range(_PAST_TOKENS)), cache)])
     # A copy reads and writes: half as many bytes move as many.
     source = torch.empty(read_bytes // 2, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
 
     def step() -> None:
-        model.step([Feed([7], cache)])
+        model.step([SequenceInput([7], cache)])
 
     def copy() -> None:
         target.copy_(source)

@@ -19,15 +19,15 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from bs_coordinator.generate import Sequence
-from bs_coordinator.sampling import SamplingConfig
+from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.engine.sequence import Sequence
 from bs_coordinator.selection import TopK
-from edge_node.memory import check_memory, needed_bytes
+from common.errors import StorageError, one_line
+from edge_node.experts.memory import check_memory, needed_bytes
 from testbed.experiment.networks import Loopback, Network
 from testbed.experiment.plan import BaselineKind, Plan
 from testbed.experiment.rundir import BundleFacts, RunDir
 from testbed.experiment.site import Site, in_process_site
-from wire.errors import StorageError, one_line
 from wire.manifest import load_manifest
 
 FILE = "baselines.jsonl"

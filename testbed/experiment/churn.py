@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from testbed.experiment.plan import Churn
-from testbed.local_fleet import LocalFleet
+from testbed.local_nodes import LocalNodes
 
 Tell = Callable[..., None]
 
@@ -20,7 +20,7 @@ def waits_s(churn: Churn, seed: str) -> Iterator[float]:
 
 
 @contextmanager
-def churning(fleet: LocalFleet, churn: Churn, *, seed: str, tell: Tell) -> Iterator[None]:
+def churning(fleet: LocalNodes, churn: Churn, *, seed: str, tell: Tell) -> Iterator[None]:
     """Meanwhile one node after the other is lost and comes back.
 
     Args:
@@ -36,7 +36,7 @@ def churning(fleet: LocalFleet, churn: Churn, *, seed: str, tell: Tell) -> Itera
         thread.join()
 
 
-def _churn(fleet: LocalFleet, churn: Churn, seed: str, tell: Tell, stop: threading.Event) -> None:
+def _churn(fleet: LocalNodes, churn: Churn, seed: str, tell: Tell, stop: threading.Event) -> None:
     # This thread stays for as long as its nodes: the kernel ends a child with the thread that started it
     # (`die_with_parent`).
     rng = random.Random(f"{seed} node")  # noqa: S311 (a schedule, not a secret)

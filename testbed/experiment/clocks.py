@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from bs_coordinator.clocks import ClockSample, NodeClock
+from bs_coordinator.nodes.clock_offsets import ClockSample, NodeClock
 
 Row = tuple[object, ...]
 Moment = Literal["before", "during", "after"]

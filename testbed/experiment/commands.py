@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from wire.errors import FailedCellsError, PreflightError
+from testbed.errors import FailedCellsError, PreflightError
 
 _PLAN = click.argument("plan_path", metavar="PLAN", type=click.Path(path_type=Path))
 _RUN = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))

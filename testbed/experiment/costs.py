@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from bs_coordinator.forecast import Float, LayerForecast
 from bs_coordinator.links import NodeEstimate
+from bs_coordinator.selection.forecast import Float, LayerForecast
 from testbed.experiment.plan import Cell
 from testbed.experiment.rundir import RunDir
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from bs_coordinator.brokers import mosquitto_path
+from bs_coordinator.broker.processes import mosquitto_path
 from wire import __version__
 
 _SYS = Path("/sys")

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from bs_coordinator.brokers import LOOPBACK
+from bs_coordinator.broker.processes import LOOPBACK
+from testbed.errors import PlanError
 from testbed.experiment.plan import DEFAULT_PROFILE, Plan
-from wire.errors import PlanError
 
 if TYPE_CHECKING:
     from testbed.network.emulated import EmulatedNetwork

@@ -3,9 +3,10 @@
 import shutil
 from pathlib import Path
 
+from common.console import describe_os_error
+from common.errors import StorageError
+from testbed.errors import RunDirectoryError
 from testbed.experiment.rundir import NOTE, RunDir
-from wire.console import describe_os_error
-from wire.errors import RunDirectoryError, StorageError
 from wire.manifest import sha256_file
 
 PHOTOS = "photos"

@@ -17,12 +17,12 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from bs_coordinator.engine.speculation import DraftMode
 from bs_coordinator.selection import parse_policy
-from bs_coordinator.speculation import DraftMode
+from common.sizes import parse_bytes
+from testbed.errors import PlanError
 from testbed.experiment.prompts import PROMPTS
 from wire.broker_url import Access
-from wire.errors import PlanError
-from wire.sizes import parse_bytes
 from wire.topics import check_name
 
 Count = Annotated[int, Meta(ge=1)]
@@ -78,7 +78,7 @@ class Generate(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, ta
         prompts: texts, or how many of the built-in ones.
         prompts_per_cell: a repetition takes this many, the next one those that follow; all when not set.
         seed: of the draw of tokens; each repetition adds its number.
-        draft: how tokens are guessed (`bs_coordinator.speculation`); answers stay the same.
+        draft: how tokens are guessed (`bs_coordinator.engine.speculation`); answers stay the same.
         repetitions: instead of the plan's.
     """
 
@@ -111,7 +111,7 @@ class Choice(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_
     """Multiple choice; what accuracy is measured on.
 
     Attributes:
-        dataset: JSON lines (`testbed.evaluation.ChoiceItem`); relative to `--data`, else to the plan.
+        dataset: JSON lines (`testbed.evaluation.items.ChoiceItem`); relative to `--data`, else to the plan.
         items: how many, or [first, one past the last].
         batch: items per forward step.
         where: on the nodes, or all experts in this process with the nodes' costs as they were measured.
@@ -143,7 +143,7 @@ class Perplexity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, 
 
     Attributes:
         texts: texts, or how many of each domain of `dataset`.
-        dataset: JSON lines (`testbed.evaluation.DomainText`), where `texts` is a number.
+        dataset: JSON lines (`testbed.evaluation.items.DomainText`), where `texts` is a number.
         tokens: of each text at most, from its beginning.
     """
 
@@ -230,7 +230,7 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         churn: of node processes that the run starts; None for none.
         baselines: None for none.
         limits: of alerts and preflight.
-        stay_awake: keep the cores of the base station's machine from sleeping, see `wire.awake`.
+        stay_awake: keep the cores of the base station's machine from sleeping, see `common.cpu_idle`.
     """
 
     name: Name

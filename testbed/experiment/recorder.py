@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from bs_coordinator.clocks import ClockSample
-from bs_coordinator.records import StepRecord
-from bs_coordinator.telemetry import Arrived
+from bs_coordinator.engine.step_records import StepRecord
+from bs_coordinator.nodes.clock_offsets import ClockSample
+from bs_coordinator.nodes.telemetry_inbox import Arrived
 from testbed.experiment.clocks import Moment, Probe, node_clocks, offset_rows, probe_rows
 from testbed.experiment.tables import SCHEMAS, table
 from testbed.experiment.telemetry import sensor_rows, telemetry_row

@@ -22,9 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from msgspec import Struct
 
+from common.errors import StorageError
+from common.files import atomic_write, sync
+from testbed.errors import RunDirectoryError
 from testbed.experiment.plan import Cell, Plan, expand
-from wire.errors import RunDirectoryError, StorageError
-from wire.files import atomic_write, sync
 
 SCHEMA = 1
 MANIFEST = "manifest.json"

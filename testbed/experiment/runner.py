@@ -13,9 +13,10 @@ from typing import Any
 
 import msgspec
 
-from bs_coordinator.clocks import ClockSample
+from bs_coordinator.nodes.clock_offsets import ClockSample
+from bs_coordinator.nodes.telemetry_inbox import Arrived
 from bs_coordinator.selection import parse_policy
-from bs_coordinator.telemetry import Arrived
+from common.errors import StorageError, WdmoeError, one_line
 from testbed.experiment import facts
 from testbed.experiment.baselines import Phase, measure_baselines
 from testbed.experiment.costs import TRUTH, LinkRow, estimate_rows, forecast_rows, measured_costs
@@ -26,7 +27,7 @@ from testbed.experiment.rundir import NOTE, BundleFacts, Marker, RunDir
 from testbed.experiment.site import Site, distributed_site, in_process_site
 from testbed.experiment.watch import Watch
 from testbed.experiment.workloads import run_workload, warm_up
-from wire.errors import BrokerError, StorageError, WdmoeError, one_line
+from wire.errors import BrokerError
 
 Say = Callable[[str], None]
 

@@ -9,24 +9,25 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bs_coordinator.brokers import mosquitto_path, open_broker
-from bs_coordinator.feeds import Feed
-from bs_coordinator.generate import Tokenizer
-from bs_coordinator.model import DistributedMixtral, Experts
-from bs_coordinator.records import StepRecord
+from bs_coordinator.base_station import BaseStation, BaseStationConfig, ResidentConfig, open_base_station
+from bs_coordinator.broker.processes import mosquitto_path, open_broker
+from bs_coordinator.engine.experts import Experts
+from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.sequence import Tokenizer
+from bs_coordinator.engine.step_records import StepRecord
 from bs_coordinator.selection import Policy, TopK
-from bs_coordinator.station import ResidentConfig, Station, StationConfig, open_station
-from bs_coordinator.trunk import Trunk
+from bs_coordinator.trunk.inputs import SequenceInput
+from bs_coordinator.trunk.trunk import Trunk
+from common.errors import WdmoeError
+from common.sizes import parse_bytes
 from testbed.demo_assets import demo_draft
+from testbed.evaluation.local_experts import LocalExperts
 from testbed.experiment.churn import Tell, churning
 from testbed.experiment.networks import Network
 from testbed.experiment.plan import Plan
 from testbed.experiment.rundir import BundleFacts
-from testbed.local_experts import LocalExperts
-from testbed.local_fleet import local_fleet
+from testbed.local_nodes import local_nodes
 from wire.broker_url import BrokerAddress
-from wire.errors import WdmoeError
-from wire.sizes import parse_bytes
 from wire.tensors import WireDtype
 
 
@@ -45,7 +46,7 @@ class ObservedMixtral(DistributedMixtral):
         self.on_step: Callable[[], None] = lambda: None
         self.deadline = float("inf")
 
-    def step(self, feeds: Sequence[Feed], *, all_logits: bool = False) -> tuple[list[Tensor], StepRecord]:
+    def step(self, feeds: Sequence[SequenceInput], *, all_logits: bool = False) -> tuple[list[Tensor], StepRecord]:
         """See `DistributedMixtral.step`.
 
         Raises:
@@ -74,7 +75,7 @@ class Site:
 
     model: ObservedMixtral
     tokenizer: Tokenizer
-    station: Station | None
+    station: BaseStation | None
     address: BrokerAddress | None = None
     cluster: str = ""
     local: LocalExperts | None = None
@@ -103,7 +104,7 @@ def distributed_site(
         WdmoeError: something does not come up.
     """
     outside = plan.external
-    config = StationConfig(
+    config = BaseStationConfig(
         bundle=Path(bundle.path),
         cluster=outside.cluster if outside else "default",
         wire=WireDtype.named(plan.wire),
@@ -123,12 +124,12 @@ def distributed_site(
             nodes = plan.node_experts(bundle.experts)
             prefixes = {node: network.prefix(node) for node in nodes}
             fleet = stack.enter_context(
-                local_fleet(config.bundle, address, folder, nodes, prefixes=prefixes, threads=plan.node_threads)
+                local_nodes(config.bundle, address, folder, nodes, prefixes=prefixes, threads=plan.node_threads)
             )
             # What is missing is no news while nodes start, and nothing for the user to start; a timeout names it.
             say("waiting for the nodes")
         tell_missing = say if outside else lambda line: None
-        station = stack.enter_context(open_station(config, address, say=tell_missing))
+        station = stack.enter_context(open_base_station(config, address, say=tell_missing))
         model = ObservedMixtral(station.model.trunk, station.dispatcher, station.model.policy)
         if plan.churn and tell:
             # Not before the station is ready: what it waits for would never be there.

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from exporter.presets import DEFAULT_BLOCK
 from testbed.demo_assets import demo_bundle
+from testbed.errors import PlanError, RunDirectoryError
 from testbed.experiment import facts
 from testbed.experiment.networks import check_network, open_network
 from testbed.experiment.plan import Choice, Perplexity, Plan, check_plan, expand
@@ -20,7 +21,6 @@ from testbed.experiment.rundir import SCHEMA, BundleFacts, RunDir, RunManifest
 from testbed.experiment.runner import Outcome, Say, execute
 from testbed.experiment.site import broker_of
 from testbed.network.namespaces import check_privileges
-from wire.errors import PlanError, RunDirectoryError
 from wire.manifest import MANIFEST_NAME, Scheme, load_manifest, sha256_file
 
 SCHEMES: tuple[Scheme, ...] = ("int4", "int8", "int8-dynamic", "fp16", "fp32")

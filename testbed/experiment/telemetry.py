@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from bs_coordinator.telemetry import Arrived
+from bs_coordinator.nodes.telemetry_inbox import Arrived
 from testbed.experiment.tables import CLOCKS, POWER, THERMAL, WIFI
 
 Row = tuple[object, ...]

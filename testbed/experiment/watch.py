@@ -18,14 +18,15 @@ import msgspec
 import psutil
 from msgspec import Struct
 
-from bs_coordinator.telemetry import Arrived, TelemetryInbox
+from bs_coordinator.nodes.telemetry_inbox import Arrived, TelemetryInbox
+from common.errors import StorageError
 from edge_node.limits import processor_celsius
 from testbed.experiment.alerts import STATION, Alerts, Change, Progress, Seen
 from testbed.experiment.baselines import Route
 from testbed.experiment.rundir import RunDir
 from wire import status
 from wire.broker_url import BrokerAddress
-from wire.errors import BrokerError, FrameError, StorageError
+from wire.errors import BrokerError, FrameError
 from wire.mqtt import MqttTransport
 from wire.status import NodeStatus
 from wire.telemetry import Telemetry

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from bs_coordinator.generate import Sequence
-from bs_coordinator.sampling import SamplingConfig
+from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.engine.sequence import Sequence
+from bs_coordinator.engine.speculation import Speculation
 from bs_coordinator.selection import TopK
-from bs_coordinator.speculation import Speculation
-from testbed.evaluation import ChoiceItem, DomainText, EachAlone, choose, losses, read_items
+from testbed.errors import PlanError
+from testbed.evaluation.items import ChoiceItem, DomainText, EachAlone, choose, losses, read_items
 from testbed.experiment.plan import Cell, Choice, Generate, Perplexity, Workload
 from testbed.experiment.recorder import Recorder
 from testbed.experiment.site import Site
-from wire.errors import PlanError
 
 _WARM_UP_PROMPT = "Say hello."
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from wire.errors import FleetError
+from testbed.errors import FleetError
 
 PLAYBOOKS = Path(__file__).parent / "playbooks"
 BASE_STATION, NODES = "base_station", "nodes"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from wire.errors import FleetError
+from testbed.errors import FleetError
 
 if TYPE_CHECKING:
     from testbed.fleet.ansible import HostRecap

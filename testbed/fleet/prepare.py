@@ -2,11 +2,12 @@
 
 from pathlib import Path, PurePosixPath
 
+from testbed.errors import FleetError
 from testbed.fleet.ansible import Inventory
 from testbed.fleet.files import needed_files
 from testbed.keys.authority import hosts_of
 from testbed.keys.folder import KeyFolder, create
-from wire.errors import FleetError, SignatureError
+from wire.errors import SignatureError
 from wire.experts import ExpertId, parse_selector
 from wire.manifest import MANIFEST_NAME, load_manifest
 from wire.signature import check_signature, sign

@@ -23,8 +23,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from exporter.errors import DownloadError
+from testbed.errors import FleetError
 from wire import __version__
-from wire.errors import DownloadError, FleetError
 from wire.manifest import sha256_file
 
 LOCK = "requirements.txt"

@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 
 import click
 
-from wire.errors import KeyFileError
+from common.errors import KeyFileError
 from wire.topics import check_name
 
 _FOLDER = click.argument("folder", type=click.Path(path_type=Path))

@@ -26,12 +26,12 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from common.errors import KeyFileError, StorageError
+from common.files import atomic_write
+from common.private_files import read_private
 from testbed.keys.authority import Authority, Issued, expiry, hosts_of, new_authority
 from testbed.keys.mosquitto import BASE_STATION, access_list, configuration
-from wire.errors import KeyFileError, StorageError
-from wire.files import atomic_write
-from wire.private_files import read_private
-from wire.seal import KEY_BYTES, ClusterKey, cluster_key_line, node_key_line
+from wire.frame_auth import KEY_BYTES, ClusterKey, cluster_key_line, node_key_line
 from wire.topics import check_name
 
 BROKER = "broker"

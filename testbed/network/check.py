@@ -21,10 +21,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from testbed.errors import NetworkError, PreflightError
 from testbed.network.emulated import EmulatedNetwork
 from testbed.network.model import ETHERNET_BYTES, MTU_BYTES, air_bits
 from testbed.network.spec import Link
-from wire.errors import NetworkError, PreflightError
 
 RATE_TOLERANCE = 0.08
 RTT_TOLERANCE_MS = 0.7

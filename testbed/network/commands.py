@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from wire.errors import NetworkError
+from testbed.errors import NetworkError
 
 if TYPE_CHECKING:
     from testbed.network.control import NetworkStatus

@@ -12,8 +12,8 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from testbed.errors import NetworkError, PrivilegeError
 from testbed.network.spec import Link
-from wire.errors import NetworkError, PrivilegeError
 
 MAX_REQUEST_BYTES = 4096
 MAX_REPLY_BYTES = 1 << 20

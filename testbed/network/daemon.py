@@ -18,6 +18,7 @@ from types import FrameType
 
 import msgspec
 
+from common.errors import WdmoeError
 from testbed.network import namespaces
 from testbed.network.control import ControlServer, Counters, Hold, NetworkStatus, NodeStatus, Request, SetProfile
 from testbed.network.model import MTU_BYTES, AirModel
@@ -25,7 +26,6 @@ from testbed.network.relay import Relay, mac
 from testbed.network.spec import NetworkSpec, read_spec
 from testbed.network.state import State
 from testbed.network.timeline import Timeline
-from wire.errors import WdmoeError
 
 BASE_STATION = "bs"
 READY = "ready"

@@ -14,12 +14,12 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from testbed.errors import NetworkError, PrivilegeError
 from testbed.network import namespaces, state
 from testbed.network.control import GetStatus, Hold, NetworkStatus, Request, SetProfile, ask
 from testbed.network.daemon import BASE_STATION, READY
 from testbed.network.spec import NetworkSpec, read_spec
 from testbed.network.state import State
-from wire.errors import NetworkError, PrivilegeError
 
 _READY_S = 20.0
 _STOP_S = 5.0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pyroute2 import IPRoute, NetlinkError, netns
 
-from wire.errors import NetworkError, PrivilegeError
+from testbed.errors import NetworkError, PrivilegeError
 
 FOLDER = Path("/run/netns")
 PREFIX = "wdmoe"

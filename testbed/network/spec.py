@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from wire.errors import NetworkSpecError
+from testbed.errors import NetworkSpecError
 from wire.topics import check_name
 
 MAX_NODES = 200

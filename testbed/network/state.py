@@ -12,7 +12,7 @@ import msgspec
 import psutil
 from msgspec import Struct
 
-from wire.errors import NetworkError, PrivilegeError
+from testbed.errors import NetworkError, PrivilegeError
 
 ROOT = Path("/run/wdmoe-net")
 _LOCK_S = 30.0

@@ -7,18 +7,19 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import closing
 from datetime import UTC, datetime
 
-from bs_coordinator.dispatch import Dispatcher
-from bs_coordinator.fleet import Fleet
-from bs_coordinator.readiness import prove_expert
+from bs_coordinator.dispatch.dispatcher import Dispatcher
+from bs_coordinator.dispatch.readiness import prove_expert
+from bs_coordinator.errors import DispatchError
+from bs_coordinator.nodes.registry import NodeRegistry
 from testbed.experiment.clocks import node_clocks
 from testbed.preflight.iperf import measure_rate
 from testbed.preflight.verdicts import NodeFacts, Rate
 from wire import status
 from wire.broker_url import BrokerAddress
-from wire.errors import BrokerError, DispatchError, FrameError
+from wire.errors import BrokerError, FrameError
+from wire.frame_auth import ClusterKey
 from wire.manifest import Manifest
 from wire.mqtt import MqttTransport
-from wire.seal import ClusterKey
 from wire.status import NodeStatus
 from wire.tensors import WireDtype
 from wire.topics import Topics
@@ -101,7 +102,7 @@ def gather(
     """
     topics = Topics(cluster)
     transport = MqttTransport(address, f"wdmoe-preflight-{secrets.token_hex(4)}")
-    fleet = Fleet(manifest.dims, manifest.model_sha256)
+    fleet = NodeRegistry(manifest.dims, manifest.model_sha256)
     listener = _Listener(transport, topics)
     with closing(transport):
         dispatcher = Dispatcher(

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import psutil
 
-from bs_coordinator.brokers import mosquitto_path
-from bs_coordinator.readiness import measure_broker
+from bs_coordinator.broker.processes import mosquitto_path
+from bs_coordinator.dispatch.readiness import measure_broker
 from bs_coordinator.selection import parse_policy
+from common.errors import WdmoeError
 from testbed.demo_assets import demo_bundle_path
-from testbed.evaluation import ChoiceItem, DomainText, read_items
+from testbed.evaluation.items import ChoiceItem, DomainText, read_items
 from testbed.experiment import facts
 from testbed.experiment.estimate import estimate
 from testbed.experiment.networks import check_network
@@ -23,7 +24,6 @@ from testbed.experiment.plan import Choice, Perplexity, Plan, check_plan
 from testbed.experiment.start import demo_scheme
 from testbed.preflight.verdicts import Check, Level
 from wire.broker_url import BrokerAddress
-from wire.errors import WdmoeError
 from wire.experts import ExpertId, format_selector, parse_selector
 from wire.manifest import MANIFEST_NAME, Manifest, load_manifest, sha256_file
 from wire.mqtt import MqttTransport

@@ -13,21 +13,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bs_coordinator.brokers import open_broker, stop_child
-from bs_coordinator.fleet import Fleet
+from bs_coordinator.broker.processes import open_broker, stop_child
+from bs_coordinator.nodes.registry import NodeRegistry
+from common.errors import WdmoeError
 from testbed.experiment.networks import Network, open_network
 from testbed.experiment.plan import Broker, Plan
 from testbed.experiment.site import broker_of
 from testbed.keys.authority import expiry
 from testbed.keys.folder import KeyFolder
-from testbed.local_fleet import LocalFleet
+from testbed.local_nodes import LocalNodes
 from testbed.preflight.nodes import gather
 from testbed.preflight.plan_checks import asked, broker_check, bundle_checks, machine_checks, plan_checks
 from testbed.preflight.verdicts import Check, Level, NodeFacts, certificate, judge
 from wire.broker_url import BrokerAddress
-from wire.errors import WdmoeError
+from wire.frame_auth import read_cluster_key
 from wire.manifest import Manifest
-from wire.seal import read_cluster_key
 
 Say = Callable[[str], None]
 _START_S = 60.0
@@ -103,7 +103,7 @@ def _outside(
 
 
 def _held(manifest: Manifest, facts: Sequence[NodeFacts]) -> Check:
-    fleet = Fleet(manifest.dims, manifest.model_sha256)
+    fleet = NodeRegistry(manifest.dims, manifest.model_sha256)
     for node in facts:
         if node.status is not None:
             fleet.apply(node.status)
@@ -150,7 +150,7 @@ def _emulated(plan: Plan, bundle: str, manifest: Manifest, say: Say) -> list[Che
             address = stack.enter_context(open_broker(broker_of(plan), host=network.address))
             check = broker_check(address, "default")
             logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wdmoe-preflight-")))
-            fleet = LocalFleet(folder, address, logs)
+            fleet = LocalNodes(folder, address, logs)
             stack.callback(fleet.stop)
             for node, selector in experts.items():
                 fleet.start(node, selector, threads=plan.node_threads, prefix=network.prefix(node))
@@ -169,7 +169,7 @@ def _emulated(plan: Plan, bundle: str, manifest: Manifest, say: Say) -> list[Che
     ]
 
 
-def _wait(fleet: LocalFleet) -> dict[str, str]:
+def _wait(fleet: LocalNodes) -> dict[str, str]:
     """By node that ended in its first moments, the last line of its log."""
     time.sleep(2.0)
     ended = {}

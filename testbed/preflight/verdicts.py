@@ -9,7 +9,7 @@ from datetime import datetime
 from statistics import median
 from typing import Literal
 
-from bs_coordinator.clocks import Offset
+from bs_coordinator.nodes.clock_offsets import Offset
 from testbed.experiment.plan import Limits
 from wire.status import NodeStatus
 from wire.telemetry import Telemetry, Wifi

@@ -7,20 +7,21 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bs_coordinator.forecast import LayerForecast
-from bs_coordinator.generate import Tokenizer
-from bs_coordinator.model import DistributedMixtral, Experts, Pending
+from bs_coordinator.engine.experts import Experts, Pending
+from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.sequence import Tokenizer
 from bs_coordinator.selection import Policy
-from bs_coordinator.trunk import Trunk
-from testbed.evaluation import ChoiceItem, choose, read_items
-from testbed.local_experts import LocalExperts
-from testbed.quality import TASKS
+from bs_coordinator.selection.forecast import LayerForecast
+from bs_coordinator.trunk.trunk import Trunk
+from testbed.evaluation.items import ChoiceItem, choose, read_items
+from testbed.evaluation.local_experts import LocalExperts
+from testbed.evaluation.quality import TASKS
 from testbed.radio.setting import Cell
 from wire.tensors import Array
 
 
 class SimulatedLinks:
-    """`bs_coordinator.model.Experts` that forecasts a draw of a cell; its answers come from other experts.
+    """`bs_coordinator.engine.model.Experts` that forecasts a draw of a cell; its answers come from other experts.
 
     Attributes:
         draw: whose links are forecast.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from wire.errors import SimulationError
+from testbed.errors import SimulationError
 
 _PATH = click.Path(path_type=Path)
 _DATA_HELP = "Folder of evaluation data, see docs/measurement.md."

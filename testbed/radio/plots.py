@@ -9,11 +9,11 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from common.files import atomic_write
 from testbed.radio.replay import ALLOCATIONS, PHASES
 from testbed.radio.results import Latency
 from testbed.radio.sensitivity import Point
 from testbed.report.statistics import Interval
-from wire.files import atomic_write
 
 _STYLE: Any = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "figure.dpi": 120}
 # Okabe and Ito's, which colour-blind readers can tell apart.

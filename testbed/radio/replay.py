@@ -8,11 +8,11 @@ from typing import Literal
 
 import numpy as np
 
-from bs_coordinator.bandwidth import Float, allocate_common, allocate_layer, layer_seconds
+from bs_coordinator.airtime.allocation import Float, allocate_common, allocate_layer, layer_seconds
 from bs_coordinator.selection import Policy
+from testbed.errors import SimulationError
 from testbed.radio.setting import Cell
 from testbed.radio.traces import RoutingTrace
-from wire.errors import SimulationError
 from wire.tensors import Array
 
 Phase = Literal["prefill", "decode"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bs_coordinator.bandwidth import Float
+from bs_coordinator.airtime.allocation import Float
 from bs_coordinator.selection import parse_policy
 from testbed.radio.replay import ALLOCATIONS, PHASES, Allocation, Phase, batch_seconds, batches, replay
 from testbed.radio.setting import Cell

@@ -11,9 +11,9 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from bs_coordinator.bandwidth import Float, ShannonLinks
-from bs_coordinator.forecast import LayerForecast
-from wire.errors import SimulationError
+from bs_coordinator.airtime.allocation import Float, ShannonLinks
+from bs_coordinator.selection.forecast import LayerForecast
+from testbed.errors import SimulationError
 
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]

@@ -9,15 +9,15 @@ from typing import Any
 import msgspec
 
 from bs_coordinator.selection import parse_policy
+from common.files import atomic_write
+from testbed.errors import SimulationError
+from testbed.evaluation.quality import TASKS
 from testbed.experiment import facts
-from testbed.quality import TASKS
 from testbed.radio.replay import PHASES
 from testbed.radio.results import VANILLA, Accuracy, accuracy_table, compare_accuracy, compare_latency, latency_table
 from testbed.radio.sensitivity import sweep
 from testbed.radio.setting import Cell, Setting
 from testbed.radio.traces import RoutingTrace, read_trace
-from wire.errors import SimulationError
-from wire.files import atomic_write
 from wire.manifest import load_manifest, sha256_file
 
 

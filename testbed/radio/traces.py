@@ -10,17 +10,17 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from bs_coordinator.feeds import Feed
-from bs_coordinator.forecast import LayerForecast
-from bs_coordinator.generate import Tokenizer
-from bs_coordinator.model import DistributedMixtral
+from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.sequence import Tokenizer
 from bs_coordinator.selection import Policy, TopK
-from bs_coordinator.trunk import Trunk
-from testbed.evaluation import ChoiceItem, DomainText, read_items
-from testbed.local_experts import LocalExperts
-from testbed.quality import DOMAINS, TASKS
-from wire.errors import SimulationError
-from wire.files import atomic_write
+from bs_coordinator.selection.forecast import LayerForecast
+from bs_coordinator.trunk.inputs import SequenceInput
+from bs_coordinator.trunk.trunk import Trunk
+from common.files import atomic_write
+from testbed.errors import SimulationError
+from testbed.evaluation.items import ChoiceItem, DomainText, read_items
+from testbed.evaluation.local_experts import LocalExperts
+from testbed.evaluation.quality import DOMAINS, TASKS
 from wire.manifest import load_manifest, sha256_file
 from wire.tensors import Array
 
@@ -82,7 +82,7 @@ class _Recorder:
 def trace_prompts(model: DistributedMixtral, policy: Policy, prompts: Sequence[Sequence[int]]) -> list[Array]:
     """The gates' probabilities for each prompt, float32 [tokens, layers, experts].
 
-    Attention looks back only, so that these are also what the gates say when the same tokens come one by one.
+    ArrivalTiming looks back only, so that these are also what the gates say when the same tokens come one by one.
 
     Args:
         policy: what the model routes with meanwhile.
@@ -92,7 +92,7 @@ def trace_prompts(model: DistributedMixtral, policy: Policy, prompts: Sequence[S
     for ids in prompts:
         recorder = _Recorder(policy)
         model.policy = recorder
-        model.step([Feed(list(ids), model.trunk.new_cache())])
+        model.step([SequenceInput(list(ids), model.trunk.new_cache())])
         traces.append(np.stack(recorder.shown, axis=1))
     return traces
 

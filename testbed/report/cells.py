@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from testbed.errors import RunDirectoryError
 from testbed.experiment.plan import Cell, Workload
 from testbed.experiment.rundir import MARKER, Marker, RunDir
 from testbed.experiment.tables import COORDINATES, SCHEMAS
-from wire.errors import RunDirectoryError
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ def contents(run: RunDir, summary: Summary, figures: dict[str, list[Figure]]) ->
         *_quality(summary, figures["front"]),
         *_links(summary, figures["links"]),
         *([Section("Requests", [*figures["requests"]])] if figures["requests"] else []),
-        _course(summary),
+        _run_history(summary),
         *session_sections(run),
         _method(summary),
         _conditions(run),
@@ -183,7 +183,7 @@ def _links(summary: Summary, figures: Sequence[Figure]) -> list[Section]:
     return [Section("Links: estimate and truth", [*blocks, *figures])]
 
 
-def _course(summary: Summary) -> Section:
+def _run_history(summary: Summary) -> Section:
     blocks: list[str | Table | Figure] = []
     if summary.failures:
         rows = [[clock(f["unix_ns"]), f["what"], f["kind"], f["error"], str(f["attempt"])] for f in summary.failures]

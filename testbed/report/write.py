@@ -4,6 +4,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from common.console import describe_os_error
+from common.errors import StorageError
+from testbed.errors import RunDirectoryError
 from testbed.experiment.rundir import RunDir
 from testbed.report.analysis import analyse
 from testbed.report.cells import CellRows
@@ -14,8 +17,6 @@ from testbed.report.plots import draw_plots
 from testbed.report.statistics import RESAMPLES
 from testbed.report.summary import Summary, encode, summarise
 from testbed.report.trace import TOKENS_PER_CELL, Trace
-from wire.console import describe_os_error
-from wire.errors import RunDirectoryError, StorageError
 
 PAGE = "report.html"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq, minimize
 
-from bs_coordinator.bandwidth import (
+from bs_coordinator.airtime.allocation import (
     Float,
     ShannonLinks,
     ShareLinks,

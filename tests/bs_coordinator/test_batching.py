@@ -5,16 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from bs_coordinator.generate import Answer, Sequence, Tokenizer
-from bs_coordinator.model import DistributedMixtral, Ready
-from bs_coordinator.sampling import SamplingConfig
-from bs_coordinator.scheduler import Scheduler
+from bs_coordinator.engine.experts import Ready
+from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.engine.scheduler import Scheduler
+from bs_coordinator.engine.sequence import Answer, Sequence, Tokenizer
+from bs_coordinator.engine.speculation import Speculation
+from bs_coordinator.errors import DispatchError
 from bs_coordinator.selection import TopK
-from bs_coordinator.speculation import Speculation
-from bs_coordinator.trunk import Trunk
+from bs_coordinator.trunk.trunk import Trunk
+from testbed.evaluation.local_experts import LocalExperts
 from testbed.experiment.prompts import PROMPTS
-from testbed.local_experts import LocalExperts
-from wire.errors import DispatchError
 from wire.manifest import Scheme
 from wire.tensors import Array, WireDtype
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from bs_coordinator.clocks import ClockSample, NodeClock
+from bs_coordinator.nodes.clock_offsets import ClockSample, NodeClock
 
 S, MS, US = 1_000_000_000, 1_000_000, 1_000
 T0 = 1_790_000_000 * S

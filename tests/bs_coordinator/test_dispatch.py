@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bs_coordinator.dispatch import Dispatcher
-from bs_coordinator.fleet import Fleet
-from bs_coordinator.guard import LEARN_ROWS
-from bs_coordinator.requests import plan_requests
+from bs_coordinator.dispatch.dispatcher import Dispatcher
+from bs_coordinator.dispatch.output_guard import LEARN_ROWS
+from bs_coordinator.dispatch.plan_requests import plan_requests
+from bs_coordinator.errors import DispatchError, ExpertsLostError, PlacementError
+from bs_coordinator.nodes.registry import NodeRegistry
 from tests.support import MemoryTransport
 from wire import frames, status
-from wire.errors import BrokerError, DispatchError, ExpertsLostError, PlacementError
+from wire.errors import BrokerError
 from wire.experts import ExpertId, parse_selector
 from wire.frames import ErrorFrame, NodeDurations, PingFrame, PongFrame, RequestId, ResultFrame, Status, WorkFrame
 from wire.manifest import Dims
@@ -43,8 +44,8 @@ def _offline(node: str) -> NodeStatus:
     return NodeStatus(schema=1, node=node, boot_id="b0", state="offline", since_unix_ms=1)
 
 
-def _fleet(**experts_by_node: str) -> Fleet:
-    fleet = Fleet(DIMS, "m")
+def _fleet(**experts_by_node: str) -> NodeRegistry:
+    fleet = NodeRegistry(DIMS, "m")
     for node, experts in experts_by_node.items():
         fleet.apply(_online(node, experts))
     return fleet
@@ -107,7 +108,7 @@ class _Network:
         self.asked: list[tuple[str, tuple[int, ...]]] = []
         self.ids: list[RequestId] = []
         self.dispatcher = Dispatcher(
-            self.transport, TOPICS, Fleet(DIMS, "m"), dtype=WireDtype.FP32, timeout_s=timeout_s,
+            self.transport, TOPICS, NodeRegistry(DIMS, "m"), dtype=WireDtype.FP32, timeout_s=timeout_s,
             last_holder_s=last_holder_s,
         )  # fmt: skip
         for node, experts in experts_by_node.items():
@@ -349,7 +350,7 @@ def test_a_broker_that_hangs_up_on_every_request_ends_the_layer() -> None:
         return transport
 
     dispatcher = Dispatcher(
-        connect(), TOPICS, Fleet(DIMS, "m"), dtype=WireDtype.FP32, timeout_s=1.0, reconnect=connect
+        connect(), TOPICS, NodeRegistry(DIMS, "m"), dtype=WireDtype.FP32, timeout_s=1.0, reconnect=connect
     )  # fmt: skip
     dispatcher.pump(0.01)
     with pytest.raises(BrokerError, match=r"layer 1 .*message_size_limit"):
@@ -358,7 +359,7 @@ def test_a_broker_that_hangs_up_on_every_request_ends_the_layer() -> None:
 
 
 def test_the_fleet_knows_who_gives_a_token_another_result_in_a_batch() -> None:
-    fleet = Fleet(DIMS, "m")
+    fleet = NodeRegistry(DIMS, "m")
     for node, found in (("a", True), ("b", None), ("c", False)):
         device = DeviceFacts(profile="pi4", because="told", provider="cpu", batch_invariant=found)
         sent = msgspec.structs.replace(_online(node, "L0-1:E0-3"), device=device)

@@ -5,7 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
-from bs_coordinator.brokers import open_broker
+from bs_coordinator.broker.processes import open_broker
 from wire.broker_url import BrokerAddress
 from wire.mqtt import MqttTransport
 from wire.topics import Topics

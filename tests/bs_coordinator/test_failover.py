@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bs_coordinator.assignment import HYSTERESIS, assign
-from bs_coordinator.forecast import LayerForecast
-from bs_coordinator.health import FIRST_PAUSE_S, MOST_PAUSE_S, PING_TIMEOUT_S, Health
-from bs_coordinator.join_watch import WINDOW, JoinWatch
+from bs_coordinator.dispatch.assignment import HYSTERESIS, assign
+from bs_coordinator.dispatch.health import FIRST_PAUSE_S, MOST_PAUSE_S, PING_TIMEOUT_S, Health
+from bs_coordinator.dispatch.join_watch import WINDOW, JoinWatch
+from bs_coordinator.errors import ExpertsLostError
 from bs_coordinator.selection import parse_policy
 from bs_coordinator.selection.degraded import select_available
-from wire.errors import ExpertsLostError
+from bs_coordinator.selection.forecast import LayerForecast
 from wire.tensors import Array
 
 NODES = ["a", "b", "c", "d"]

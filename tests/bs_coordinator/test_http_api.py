@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import uvicorn
 
-from bs_coordinator.brokers import free_port
-from bs_coordinator.generate import StopReason, TokenEvent, Tokenizer
-from bs_coordinator.http_api import http_app
-from bs_coordinator.serving import Load, News
-from wire.errors import ContextLengthError, DispatchError
+from bs_coordinator.broker.processes import free_port
+from bs_coordinator.engine.sequence import StopReason, TokenEvent, Tokenizer
+from bs_coordinator.errors import ContextLengthError, DispatchError
+from bs_coordinator.http.answer_server import Load, StreamUpdate
+from bs_coordinator.http.openai_api import http_app
 
 MIXTRAL_TEMPLATE = (  # of mistralai/Mixtral-8x7B-Instruct-v0.1
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -41,7 +41,7 @@ class _Answers:
     """Hands out what the test puts into `script`; keeps who was accepted and who cancelled."""
 
     def __init__(self) -> None:
-        self.script: list[News] = []
+        self.script: list[StreamUpdate] = []
         self.deliver: Any = None
         self.cancelled = threading.Event()
 
@@ -60,9 +60,9 @@ class _Answers:
         return Load(0, 0.0, "")
 
 
-def _news(text: str, stop: StopReason | None = None, step: _Step | None = None) -> News:
+def _news(text: str, stop: StopReason | None = None, step: _Step | None = None) -> StreamUpdate:
     steps: Any = (step or _Step(),)
-    return News([TokenEvent(1, text, steps, stop)])
+    return StreamUpdate([TokenEvent(1, text, steps, stop)])
 
 
 class _Site:
@@ -148,12 +148,12 @@ def test_a_defect_is_told_in_json_and_logged(site: _Site, caplog: pytest.LogCapt
 
 def test_what_fails_before_the_first_token_has_a_status_of_its_own(site: _Site, answers: _Answers) -> None:
     for error, expected in ((ContextLengthError("too long"), 400), (DispatchError("no answer"), 503)):
-        answers.script = [News([]), News([], error)]
+        answers.script = [StreamUpdate([]), StreamUpdate([], error)]
         for stream in (False, True):
             status, kind, body = site.post("/v1/completions", {"prompt": "Hello", "stream": stream})
             assert (status, kind) == (expected, "application/json")
             assert json.loads(body)["error"]["message"] == str(error)
-    answers.script = [_news("He"), News([], DispatchError("no answer"))]
+    answers.script = [_news("He"), StreamUpdate([], DispatchError("no answer"))]
     assert site.post("/v1/completions", {"prompt": "Hello"})[0] == 503
     status, _, body = site.post("/v1/completions", {"prompt": "Hello", "stream": True})
     assert status == 200

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bs_coordinator.http_requests import Chat, Completion, parse_request
-from bs_coordinator.sampling import SamplingConfig
-from bs_coordinator.stop_text import StopText
+from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.http.openai_schema import Chat, Completion, parse_request
+from bs_coordinator.http.stop_strings import StopText
 
 
 def _completion(**options: object) -> Completion:

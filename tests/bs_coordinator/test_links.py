@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.links import LinkMonitor, LinkSample, NodeEstimate, Probe
 from bs_coordinator.links.broker_sockets import parse_ss
 from bs_coordinator.links.log import link_log, read_link_log
+from bs_coordinator.links.packet_train import ArrivalTiming, dispersion_s, plan_train
 from bs_coordinator.links.replay import replay
-from bs_coordinator.links.train import Attention, dispersion_s, plan_train
-from wire.errors import StorageError
+from bs_coordinator.selection.forecast import LayerForecast
+from common.errors import StorageError
 from wire.status import SocketFacts
 
 WORK = 1216, 1232
@@ -410,7 +410,7 @@ def test_arrivals_that_are_not_sure_do_not_count() -> None:
 
 
 def test_who_was_away_does_not_know_when_messages_came() -> None:
-    attention = Attention()
+    attention = ArrivalTiming()
     moments = [
         (0.0, 3.0, True),  # waited 3 ms for it
         (3.1, 3.2, True),  # it came while the last one was handled

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bs_coordinator.planner import Device, Placement, place
+from bs_coordinator.errors import PlacementError
+from bs_coordinator.placement import Device, Placement, place
 from tests.conftest import Run
-from wire.errors import PlacementError
 from wire.experts import ExpertId
 from wire.manifest import Scheme
 from wire.tensors import Array

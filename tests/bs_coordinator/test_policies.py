@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 
-from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.selection import TopK, parse_policy
 from bs_coordinator.selection.bottleneck import Bottleneck
 from bs_coordinator.selection.capacity import Capacity, fill_s
 from bs_coordinator.selection.demand import demand, node_map, place, predicted_s
 from bs_coordinator.selection.differences import DifferenceTable
+from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.selection.plans import subsets
 from bs_coordinator.selection.similar import Similar
 from bs_coordinator.selection.subset import Subset
 from bs_coordinator.selection.wdmoe import Wdmoe
-from testbed.evaluation import EachAlone
+from testbed.evaluation.items import EachAlone
 from wire.tensors import Array
 
 EXPERTS = 6

@@ -11,18 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from bs_coordinator.fleet import HERE
+from bs_coordinator.base_station import BaseStation, BaseStationConfig, ResidentConfig, open_base_station
+from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.nodes.registry import LOCAL_NODE
 from bs_coordinator.resident import ResidentExperts, Traffic, read_traffic, traffic_of_log
 from bs_coordinator.resident.choice import choose_resident
 from bs_coordinator.resident.traffic import HALVED_AT, write_traffic
-from bs_coordinator.sampling import SamplingConfig
-from bs_coordinator.station import ResidentConfig, Station, StationConfig, open_station
-from bs_coordinator.travelled import travelled
-from edge_node.memory import largest, needed_bytes
-from edge_node.runtime import ExpertRuntime
-from testbed.local_fleet import LocalFleet
+from bs_coordinator.resident.wire_rounding import round_to_wire
+from common.errors import StorageError
+from edge_node.errors import MemoryBudgetError
+from edge_node.experts.memory import largest, needed_bytes
+from edge_node.experts.runtime import ExpertRuntime
+from testbed.local_nodes import LocalNodes
 from wire import tensors
-from wire.errors import MemoryBudgetError, StorageError
 from wire.experts import ExpertId
 from wire.frames import ExpertSlice
 from wire.manifest import Dims, Scheme, load_manifest, probe_input
@@ -41,7 +42,7 @@ HERE_S, AWAY_S = 0.001, 0.010
 def test_what_stays_here_is_rounded_as_on_the_wire(x: tensors.Array, dtype: WireDtype) -> None:
     sent = memoryview(b"".join(tensors.encode(x, dtype)))
     arrived = tensors.decode(sent, len(x), x.shape[1], dtype)
-    np.testing.assert_array_equal(travelled(x, dtype).view(np.uint32), arrived.view(np.uint32))
+    np.testing.assert_array_equal(round_to_wire(x, dtype).view(np.uint32), arrived.view(np.uint32))
 
 
 def _pairs(counts: dict[tuple[int, int, int], float], layers: int = 2, experts: int = 4) -> np.ndarray:
@@ -236,54 +237,54 @@ def test_a_budget_is_enough_for_one_and_not_more_than_there_is(tiny_bundle: Bund
     assert residents(_room(bundle, 5)).slots == 5
 
 
-def _config(fleet: LocalFleet, resident: ResidentConfig | None) -> StationConfig:
-    return StationConfig(bundle=fleet.bundle, cluster=fleet.cluster, resident=resident)
+def _config(fleet: LocalNodes, resident: ResidentConfig | None) -> BaseStationConfig:
+    return BaseStationConfig(bundle=fleet.bundle, cluster=fleet.cluster, resident=resident)
 
 
-def _answer(station: Station, tokens: int = 12) -> tuple[list[int], set[str]]:
+def _answer(station: BaseStation, tokens: int = 12) -> tuple[list[int], set[str]]:
     """Token ids of a greedy answer, and who computed for it."""
     prompt = station.tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
     events = list(station.new_sequence().generate(prompt, SamplingConfig(max_tokens=tokens)))
     records = [d for event in events for step in event.steps for layer in step.layers for d in layer.dispatches]
-    assert all(d.down_bytes == d.up_bytes == 0 for d in records if d.node == HERE)
+    assert all(d.down_bytes == d.up_bytes == 0 for d in records if d.node == LOCAL_NODE)
     return [event.id for event in events], {d.node for d in records}
 
 
 @pytest.mark.parametrize("fleet", ["int4"], indirect=True)
-def test_tokens_do_not_depend_on_where_experts_are(fleet: LocalFleet, tmp_path: Path) -> None:
+def test_tokens_do_not_depend_on_where_experts_are(fleet: LocalNodes, tmp_path: Path) -> None:
     """Over an fp16 wire, with none, some and all experts here; in the end without any node."""
     for k in range(8):
         fleet.start(f"n{k}", f"L*:E{k}")
     resident = ResidentConfig(_room(fleet.bundle, 16), traffic=tmp_path / "traffic.json")
-    with open_station(_config(fleet, resident), fleet.address) as station:
+    with open_base_station(_config(fleet, resident), fleet.address) as station:
         every = station.dispatcher.fleet.here
         assert len(every) == 16
         # A base station that keeps everything waits for nobody.
         deadline = time.monotonic() + 60
         while len(station.dispatcher.fleet.nodes) < 8 and time.monotonic() < deadline:
             station.dispatcher.pump(0.1)
-        hold_here = station.dispatcher.fleet.hold_here
-        hold_here(frozenset())
+        hold_locally = station.dispatcher.fleet.hold_locally
+        hold_locally(frozenset())
         ids, nodes = _answer(station)
-        assert HERE not in nodes
+        assert LOCAL_NODE not in nodes
         for some in ({ExpertId(0, e) for e in range(8)}, {i for i in every if i.expert % 2}, {ExpertId(1, 3)}):
-            hold_here(frozenset(some))
+            hold_locally(frozenset(some))
             again, nodes = _answer(station)
             assert again == ids
-            assert HERE in nodes
+            assert LOCAL_NODE in nodes
             assert len(nodes) > 1
-        hold_here(every)
+        hold_locally(every)
         fleet.stop()
-        assert _answer(station) == (ids, {HERE})
+        assert _answer(station) == (ids, {LOCAL_NODE})
     kept = read_traffic(tmp_path / "traffic.json", station.manifest.dims, station.manifest.model_sha256)
     assert kept.pairs[0].diagonal().sum() > 5 * 12 * 2
 
 
 @pytest.mark.parametrize("fleet", ["int4"], indirect=True)
-def test_the_base_station_keeps_what_no_node_holds_and_takes_over(fleet: LocalFleet) -> None:
+def test_the_base_station_keeps_what_no_node_holds_and_takes_over(fleet: LocalNodes) -> None:
     fleet.start("a", "L*:E0-5")
     fleet.start("b", "L*:E0-3")
-    with open_station(_config(fleet, ResidentConfig(_room(fleet.bundle, 6))), fleet.address) as station:
+    with open_base_station(_config(fleet, ResidentConfig(_room(fleet.bundle, 6))), fleet.address) as station:
         here = station.dispatcher.fleet.here
         assert {ExpertId(layer, e) for layer in range(2) for e in (6, 7)} <= here
         ids, _ = _answer(station, 8)
@@ -295,5 +296,5 @@ def test_the_base_station_keeps_what_no_node_holds_and_takes_over(fleet: LocalFl
         began = time.monotonic()
         output = station.dispatcher.apply(layer, probe_input(576), gate)
         assert time.monotonic() - began < 0.5
-        assert [d.node for d in output.dispatches] == [HERE]
+        assert [d.node for d in output.dispatches] == [LOCAL_NODE]
     assert len(ids) == 8

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bs_coordinator.feeds import Feed
-from bs_coordinator.model import DistributedMixtral
+from bs_coordinator.engine.model import DistributedMixtral
 from bs_coordinator.selection import TopK
-from bs_coordinator.trunk import Trunk
-from testbed.local_experts import LocalExperts
+from bs_coordinator.trunk.inputs import SequenceInput
+from bs_coordinator.trunk.trunk import Trunk
+from testbed.evaluation.local_experts import LocalExperts
 from wire.manifest import Scheme
 from wire.tensors import WireDtype
 
@@ -24,14 +24,14 @@ def test_a_token_gets_bitwise_the_same_alone_in_a_draft_and_in_a_batch(
     model = DistributedMixtral(trunk, LocalExperts(bundle, threads=1, wire=WireDtype.FP16), TopK(2))
     ids = torch.randint(0, 40000, (60,), generator=torch.Generator().manual_seed(3)).tolist()
     alone = trunk.new_cache()
-    model.step([Feed(ids[:30], alone)])
-    expected = [model.step([Feed([id], alone)])[0][0] for id in ids[30:46]]
+    model.step([SequenceInput(ids[:30], alone)])
+    expected = [model.step([SequenceInput([id], alone)])[0][0] for id in ids[30:46]]
     other = trunk.new_cache()
-    model.step([Feed(ids[10:50], other)])
+    model.step([SequenceInput(ids[10:50], other)])
     for count in (2, 3, 5, 8, 9, 16):
         cache = trunk.new_cache()
-        model.step([Feed(ids[:30], cache)])
-        feeds = [Feed([ids[7]], other), Feed(ids[30 : 30 + count], cache, rows=list(range(count)))]
+        model.step([SequenceInput(ids[:30], cache)])
+        feeds = [SequenceInput([ids[7]], other), SequenceInput(ids[30 : 30 + count], cache, rows=list(range(count)))]
         (_, logits), _ = model.step(feeds)
         for row, one in zip(logits, expected[:count], strict=True):
             assert torch.equal(row, one[0]), count

@@ -12,11 +12,11 @@ from hypothesis.extra import numpy as hnp
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from bs_coordinator.forecast import LayerForecast
 from bs_coordinator.selection import POLICY_NAMES, Policy, TopK, parse_policy
 from bs_coordinator.selection.bottleneck import Bottleneck
 from bs_coordinator.selection.demand import predicted_s
 from bs_coordinator.selection.differences import DifferenceDocument, write_differences
+from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.selection.similar import Similar
 from bs_coordinator.selection.wdmoe import Wdmoe
 from wire.tensors import Array

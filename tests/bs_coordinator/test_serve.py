@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from bs_coordinator.brokers import free_port
-from testbed.local_fleet import LocalFleet
+from bs_coordinator.broker.processes import free_port
+from testbed.local_nodes import LocalNodes
 from tests.conftest import Run
 
 LIVE, WAITING = 8, 8
@@ -27,7 +27,7 @@ KEY = "open sesame"
 class Server:
     """A running `wdmoe-bs serve`."""
 
-    def __init__(self, fleet: LocalFleet, folder: Path) -> None:
+    def __init__(self, fleet: LocalNodes, folder: Path) -> None:
         self.port = free_port()
         key = folder / "key"
         key.write_text(KEY)
@@ -67,7 +67,7 @@ class Server:
 
 
 @pytest.fixture
-def server(fleet: LocalFleet, tmp_path: Path) -> Iterator[Server]:
+def server(fleet: LocalNodes, tmp_path: Path) -> Iterator[Server]:
     for k in range(4):
         fleet.start(f"n{k}", f"L*:E{k},{k + 4}")
     server = Server(fleet, tmp_path)
@@ -84,7 +84,7 @@ def _completion(prompt: str, tokens: int = 12, **more: object) -> dict[str, obje
     return {"prompt": prompt, "max_tokens": tokens, **more}
 
 
-def test_answers_are_those_of_the_command_line(server: Server, fleet: LocalFleet, run: Run) -> None:
+def test_answers_are_those_of_the_command_line(server: Server, fleet: LocalNodes, run: Run) -> None:
     common = ["--broker", fleet.address, "--cluster", fleet.cluster, "--max-tokens", 12]
     plain = run("bs_coordinator", "generate", "--bundle", fleet.bundle, *common, "--prompt", "Hello", "--raw")
     status, _, body = server.ask("POST", "/v1/completions", _completion("Hello"))
@@ -196,7 +196,7 @@ def test_who_hangs_up_frees_the_place(server: Server) -> None:
     assert server.ask("POST", "/v1/completions", _completion("Hello", 2))[0] == 200
 
 
-def test_health_is_not_well_while_experts_are_lost(server: Server, fleet: LocalFleet) -> None:
+def test_health_is_not_well_while_experts_are_lost(server: Server, fleet: LocalNodes) -> None:
     assert server.ask("GET", "/health")[0] == 200
     fleet.processes["n1"].terminate()
     fleet.processes["n1"].wait(20)
@@ -223,7 +223,7 @@ def test_a_service_that_is_stopped_says_so_to_who_is_listening(server: Server) -
     assert server.process.wait(30) == 0
 
 
-def test_what_can_not_be_served_is_said_at_once(run: Run, fleet: LocalFleet, tmp_path: Path) -> None:
+def test_what_can_not_be_served_is_said_at_once(run: Run, fleet: LocalNodes, tmp_path: Path) -> None:
     argv = ("bs_coordinator", "serve", "--bundle", fleet.bundle, "--host", "192.0.2.1")
     done = run(*argv)
     assert done.returncode == 45

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from bs_coordinator.sampling import SamplingConfig
-from bs_coordinator.serving import AnswerServer, News
-from wire.errors import BusyError
+from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.errors import BusyError
+from bs_coordinator.http.answer_server import AnswerServer, StreamUpdate
 
 
 class _Scheduler:
@@ -35,7 +35,7 @@ class _Scheduler:
 class _Idle:
     """A dispatcher with nothing to do, and a sequence whose answers are themselves."""
 
-    fleet = type("Fleet", (), {"missing": lambda self: ()})()
+    fleet = type("NodeRegistry", (), {"missing": lambda self: ()})()
 
     def pump(self, seconds: float) -> None:
         return
@@ -48,7 +48,7 @@ def test_a_defect_ends_requests_instead_of_hanging_them() -> None:
     idle: Any = _Idle()
     scheduler: Any = _Scheduler()
     server = AnswerServer(scheduler, lambda: idle, max_waiting=0, dispatcher=idle)
-    news: queue.Queue[News] = queue.Queue()
+    news: queue.Queue[StreamUpdate] = queue.Queue()
     server.submit([1], SamplingConfig(), news.put)
     with pytest.raises(BusyError):
         server.submit([1], SamplingConfig(), news.put)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from bs_coordinator.airtime.shaping import NodeLink, shape_commands, time_shares
+from bs_coordinator.errors import ShapingError
 from bs_coordinator.links import LinkSample
 from bs_coordinator.links.log import link_log
-from bs_coordinator.shaping import NodeLink, shape_commands, time_shares
-from wire.errors import ShapingError
 
 SLOW, FAST = "10.77.0.2", "10.77.0.3"
 

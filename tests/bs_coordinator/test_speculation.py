@@ -11,21 +11,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bs_coordinator.generate import Answer
-from bs_coordinator.generate import Sequence as TokenSequence
-from bs_coordinator.model import DistributedMixtral
-from bs_coordinator.sampling import Sampler, SamplingConfig
-from bs_coordinator.scheduler import Scheduler
+from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.sampling import Sampler, SamplingConfig
+from bs_coordinator.engine.scheduler import Scheduler
+from bs_coordinator.engine.sequence import Answer
+from bs_coordinator.engine.sequence import Sequence as TokenSequence
+from bs_coordinator.engine.speculation import NgramDrafter, Speculation
+from bs_coordinator.engine.speculation.acceptance import Acceptance
+from bs_coordinator.engine.speculation.cost import StepCost
+from bs_coordinator.engine.speculation.drafts import DraftToken
+from bs_coordinator.engine.speculation.length import Draft, DraftLength
+from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import TopK
-from bs_coordinator.speculation import NgramDrafter, Speculation
-from bs_coordinator.speculation.acceptance import Acceptance
-from bs_coordinator.speculation.cost import StepCost
-from bs_coordinator.speculation.drafts import Guess
-from bs_coordinator.speculation.length import Draft, DraftLength
-from bs_coordinator.tokenizer import Tokenizer
-from bs_coordinator.trunk import Trunk
+from bs_coordinator.trunk.trunk import Trunk
+from testbed.evaluation.local_experts import LocalExperts
 from testbed.experiment.prompts import PROMPTS
-from testbed.local_experts import LocalExperts
 from wire.manifest import Scheme
 from wire.tensors import WireDtype
 
@@ -39,10 +39,10 @@ class _Hindsight:
     def prepare(self, ids: Sequence[int]) -> None:
         pass
 
-    def guesses(self, ids: Sequence[int]) -> Iterator[Guess]:
+    def guesses(self, ids: Sequence[int]) -> Iterator[DraftToken]:
         for place in range(len(ids), len(self._text)):
             right = self._text[place]
-            yield Guess(right if place % self._wrong else right + 1, "hindsight", 0.8)
+            yield DraftToken(right if place % self._wrong else right + 1, "hindsight", 0.8)
 
 
 class _Model:
@@ -59,13 +59,13 @@ class _Model:
 class _Eager(DraftLength):
     """Always drafts, whether it pays or not: on a busy machine it may not."""
 
-    def draft(self, guesses: Iterator[Guess], most: int, *, sequences: int = 1) -> Draft:
+    def draft(self, guesses: Iterator[DraftToken], most: int, *, sequences: int = 1) -> Draft:
         return Draft(tuple(itertools.islice(guesses, min(most, 5))))
 
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bs_coordinator.generate.DraftLength", _Eager)
+    monkeypatch.setattr("bs_coordinator.engine.sequence.DraftLength", _Eager)
 
 
 @pytest.fixture(scope="module")
@@ -177,11 +177,11 @@ def _answer_in_virtual_time(
     length = DraftLength(cost, shares, clock=lambda: now)
     draws = 0
 
-    def guesses() -> Iterator[Guess]:
+    def guesses() -> Iterator[DraftToken]:
         nonlocal now
         for number in itertools.count():
             now += making_s
-            yield Guess(number, "any", prior)
+            yield DraftToken(number, "any", prior)
 
     made = 0
     while made < tokens:
@@ -212,7 +212,7 @@ def test_drafts_get_shorter_where_more_sequences_share_a_step() -> None:
     cost, shares = StepCost(), Acceptance()
     for i in range(40):
         cost.observe(1 + i % 8, 0.2 + 0.01 * (i % 8))
-    certain = [Guess(i, "any", 0.7) for i in range(20)]
+    certain = [DraftToken(i, "any", 0.7) for i in range(20)]
     lengths = [
         len(DraftLength(cost, shares, clock=lambda: 0.0).draft(iter(certain), 15, sequences=n).guesses)
         for n in (1, 4, 16)

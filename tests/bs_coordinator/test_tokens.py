@@ -4,8 +4,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
 
-from bs_coordinator.sampling import Sampler, SamplingConfig
-from bs_coordinator.tokenizer import TextStream
+from bs_coordinator.engine.sampling import Sampler, SamplingConfig
+from bs_coordinator.engine.tokenizer import TextStream
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-40, 1e-9, 1e-3])

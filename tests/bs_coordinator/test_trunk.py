@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from bs_coordinator.feeds import Feed
-from bs_coordinator.forecast import LayerForecast
-from bs_coordinator.model import DistributedMixtral, ExpertOutput, Ready
+from bs_coordinator.engine.experts import ExpertOutput, Ready
+from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.errors import DispatchError, TrunkError
 from bs_coordinator.selection import TopK
-from bs_coordinator.trunk import Trunk, TrunkDtype, check_device
-from wire.errors import BundleError, DispatchError, TrunkError
+from bs_coordinator.selection.forecast import LayerForecast
+from bs_coordinator.trunk.inputs import SequenceInput
+from bs_coordinator.trunk.trunk import Trunk, TrunkDtype, check_device
+from wire.errors import BundleError
 from wire.tensors import Array
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -69,7 +71,7 @@ def test_steps_are_transformers_steps(
     model = DistributedMixtral(trunk, ReferenceExperts(reference), TopK(2))
     cache = trunk.new_cache()
     pieces = [ids[:20], ids[20:33], *([i] for i in ids[33:])]
-    logits = torch.cat([model.step([Feed(piece, cache)], all_logits=True)[0][0] for piece in pieces])
+    logits = torch.cat([model.step([SequenceInput(piece, cache)], all_logits=True)[0][0] for piece in pieces])
     assert float((logits - expected).norm() / expected.norm()) <= tolerance
 
 
@@ -87,10 +89,10 @@ def test_graphs_are_the_eager_steps(tmp_path: Path, dtype: TrunkDtype, tolerance
         model = DistributedMixtral(trunk, ReferenceExperts(reference), TopK(2))
         cache = trunk.new_cache()
         assert (trunk.graphs(ids[:1], cache) is not None) is graphs
-        model.step([Feed(ids[:250], cache)])
-        logits = [model.step([Feed([i], cache)])[0][0] for i in ids[250:280]]
+        model.step([SequenceInput(ids[:250], cache)])
+        logits = [model.step([SequenceInput([i], cache)])[0][0] for i in ids[250:280]]
         trunk.truncate(cache, 260)
-        logits += [model.step([Feed([i], cache)])[0][0] for i in ids[280:]]
+        logits += [model.step([SequenceInput([i], cache)])[0][0] for i in ids[280:]]
         results.append(torch.cat(logits))
     assert float((results[0] - results[1]).norm() / results[1].norm()) <= tolerance
 
@@ -100,15 +102,15 @@ def test_a_failed_step_leaves_the_cache_as_it_was(tmp_path: Path) -> None:
     trunk, experts = Trunk(tmp_path), ReferenceExperts(reference)
     model = DistributedMixtral(trunk, experts, TopK(2))
     cache = trunk.new_cache()
-    model.step([Feed([1, 2, 3], cache)])
+    model.step([SequenceInput([1, 2, 3], cache)])
     for layer in (0, 1, 2):
         experts.fail_at = layer
         with pytest.raises(DispatchError):
-            model.step([Feed([4, 5], cache)])
+            model.step([SequenceInput([4, 5], cache)])
         assert [kept.get_seq_length() for kept in cache.layers] == [3, 3, 3]
     experts.fail_at = None
-    (after,), _ = model.step([Feed([4, 5], cache)])
-    (fresh,), _ = model.step([Feed([1, 2, 3, 4, 5], trunk.new_cache())])
+    (after,), _ = model.step([SequenceInput([4, 5], cache)])
+    (fresh,), _ = model.step([SequenceInput([1, 2, 3, 4, 5], trunk.new_cache())])
     np.testing.assert_allclose(after.numpy(), fresh.numpy(), atol=1e-5)
 
 
@@ -118,16 +120,16 @@ def test_a_failed_token_can_be_tried_again(tmp_path: Path, device: str) -> None:
     trunk, experts = Trunk(tmp_path, device=device), ReferenceExperts(reference)
     model = DistributedMixtral(trunk, experts, TopK(2))
     cache = trunk.new_cache()
-    model.step([Feed([1, 2, 3], cache)])
+    model.step([SequenceInput([1, 2, 3], cache)])
     for layer in (0, 1, 2):
         experts.fail_at = layer
         with pytest.raises(DispatchError):
-            model.step([Feed([4], cache)])
+            model.step([SequenceInput([4], cache)])
         # Others may want the GPU before this sequence does.
         experts.fail_at = None
-        model.step([Feed([1, 2, 3], trunk.new_cache())])
-    (after,), _ = model.step([Feed([4], cache)])
-    (fresh,), _ = model.step([Feed([1, 2, 3, 4], trunk.new_cache())])
+        model.step([SequenceInput([1, 2, 3], trunk.new_cache())])
+    (after,), _ = model.step([SequenceInput([4], cache)])
+    (fresh,), _ = model.step([SequenceInput([1, 2, 3, 4], trunk.new_cache())])
     np.testing.assert_allclose(after.numpy(), fresh.numpy(), atol=1e-5)
 
 

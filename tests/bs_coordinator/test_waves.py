@@ -10,20 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicCache
 
-from bs_coordinator.feeds import Feed, cut_feeds
-from bs_coordinator.forecast import LayerForecast
-from bs_coordinator.model import DistributedMixtral, ExpertOutput
+from bs_coordinator.engine.experts import ExpertOutput
+from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.errors import DispatchError, ExpertsLostError, PlacementError
 from bs_coordinator.selection import TopK
-from bs_coordinator.trunk import Trunk
-from testbed.local_experts import LocalExperts
-from wire.errors import DispatchError, ExpertsLostError, PlacementError
+from bs_coordinator.selection.forecast import LayerForecast
+from bs_coordinator.trunk.inputs import SequenceInput, cut_inputs
+from bs_coordinator.trunk.trunk import Trunk
+from testbed.evaluation.local_experts import LocalExperts
 from wire.manifest import Scheme
 from wire.tensors import Array, WireDtype
 
 CACHE = DynamicCache()
 feeds_of_a_step = st.lists(
     st.builds(
-        Feed,
+        SequenceInput,
         st.lists(st.integers(0, 9), min_size=1, max_size=40),
         st.just(CACHE),
         rows=st.none() | st.just([0]),
@@ -34,21 +35,21 @@ feeds_of_a_step = st.lists(
 
 
 @given(feeds_of_a_step, st.integers(1, 12), st.booleans())
-def test_pieces_hold_every_token_once_and_in_order(feeds: list[Feed], most: int, all_logits: bool) -> None:
-    waves = cut_feeds(feeds, most_tokens=most, all_logits=all_logits)
+def test_pieces_hold_every_token_once_and_in_order(feeds: list[SequenceInput], most: int, all_logits: bool) -> None:
+    waves = cut_inputs(feeds, most_tokens=most, all_logits=all_logits)
     step = [id for feed in feeds for id in feed.ids]
     for number, feed in enumerate(feeds):
         pieces = [piece for wave in waves for piece in wave if piece.number == number]
-        assert [id for piece in pieces for id in piece.feed.ids] == feed.ids
+        assert [id for piece in pieces for id in piece.inputs.ids] == feed.ids
         assert [wave.index(piece) for wave, piece in zip(waves, pieces, strict=False)]  # one per wave, from the first
         if len(pieces) > 1:
-            sizes = [len(piece.feed.ids) for piece in pieces]
+            sizes = [len(piece.inputs.ids) for piece in pieces]
             assert max(sizes) <= most
             assert max(sizes) - min(sizes) <= 1
-            assert [piece.feed.rows for piece in pieces] == [[]] * (len(pieces) - 1) + [None]
+            assert [piece.inputs.rows for piece in pieces] == [[]] * (len(pieces) - 1) + [None]
         for piece in pieces:
-            end = piece.first_token + len(piece.feed.ids)
-            assert step[piece.first_token : end] == piece.feed.ids
+            end = piece.first_token + len(piece.inputs.ids)
+            assert step[piece.first_token : end] == piece.inputs.ids
     assert all(wave for wave in waves)
 
 
@@ -106,12 +107,12 @@ def test_pieces_under_way_together_give_bitwise_what_they_give_one_by_one(bundle
     one_by_one = trunk.new_cache()
     logits = []
     for start, end in ((0, 25), (25, 51), (51, 77), (77, 103)):
-        (some,), _ = model.step([Feed(IDS[start:end], one_by_one)], all_logits=True)
+        (some,), _ = model.step([SequenceInput(IDS[start:end], one_by_one)], all_logits=True)
         logits.append(some)
     assert experts.most == 1
     model.piece_tokens = 26
     together = trunk.new_cache()
-    (whole,), record = model.step([Feed(IDS, together)], all_logits=True)
+    (whole,), record = model.step([SequenceInput(IDS, together)], all_logits=True)
     assert experts.most == 4
     assert torch.equal(whole, torch.cat(logits))
     for kept, other in zip(together.layers, one_by_one.layers, strict=True):
@@ -119,10 +120,10 @@ def test_pieces_under_way_together_give_bitwise_what_they_give_one_by_one(bundle
         assert torch.equal(kept.values, other.values)
     assert (record.tokens, [layer.pairs for layer in record.layers]) == (103, [206, 206])
     # The last token's alone, beside another sequence in the first piece.
-    (last, beside), _ = model.step([Feed(IDS, trunk.new_cache()), Feed([5], trunk.new_cache())])
+    (last, beside), _ = model.step([SequenceInput(IDS, trunk.new_cache()), SequenceInput([5], trunk.new_cache())])
     trunk.truncate(one_by_one, 77)
-    (expected,), _ = model.step([Feed(IDS[77:], one_by_one)])
-    (alone,), _ = model.step([Feed([5], trunk.new_cache())])
+    (expected,), _ = model.step([SequenceInput(IDS[77:], one_by_one)])
+    (alone,), _ = model.step([SequenceInput([5], trunk.new_cache())])
     assert torch.equal(last, expected)
     assert torch.equal(beside, alone)
 
@@ -132,10 +133,10 @@ def test_a_failure_cancels_what_is_under_way_and_leaves_the_cache_as_it_was(bund
     model = DistributedMixtral(trunk, experts, TopK(2))
     model.piece_tokens = 26
     cache = trunk.new_cache()
-    model.step([Feed(IDS[:7], cache)])
+    model.step([SequenceInput(IDS[:7], cache)])
     experts.fail_at = 1
     with pytest.raises(DispatchError, match="as told"):
-        model.step([Feed(IDS, cache)])
+        model.step([SequenceInput(IDS, cache)])
     assert experts.under_way
     assert all(pending.cancelled for pending in experts.under_way)
     assert [layer.get_seq_length() for layer in cache.layers] == [7, 7]
@@ -159,12 +160,12 @@ def test_lost_experts_are_named_by_the_step_s_own_tokens(bundle: Path) -> None:
     experts = Losing(bundle)
     model = DistributedMixtral(trunk, experts, TopK(2), degrade=True)
     model.piece_tokens = 52
-    _, record = model.step([Feed(IDS, trunk.new_cache())])
+    _, record = model.step([SequenceInput(IDS, trunk.new_cache())])
     whole = DistributedMixtral(trunk, LocalExperts(bundle, threads=1, wire=WireDtype.FP16), TopK(2), degrade=True)
     assert isinstance(whole._experts, LocalExperts)
     whole._experts.lost = frozenset({3})
     whole.piece_tokens = 52
-    _, expected = whole.step([Feed(IDS, trunk.new_cache())])
+    _, expected = whole.step([SequenceInput(IDS, trunk.new_cache())])
     assert record.layers[0].degraded
     assert set(record.layers[0].degraded) == set(expected.layers[0].degraded)
 
@@ -181,8 +182,10 @@ def test_a_holder_that_leaves_between_forecast_and_request_is_done_without(bundl
             return super().begin(layer, hidden, gate)
 
     trunk = Trunk(bundle / "trunk")
-    _, record = DistributedMixtral(trunk, Leaving(bundle), TopK(2), degrade=True).step([Feed(IDS, trunk.new_cache())])
+    _, record = DistributedMixtral(trunk, Leaving(bundle), TopK(2), degrade=True).step(
+        [SequenceInput(IDS, trunk.new_cache())]
+    )
     assert not record.layers[0].degraded
     assert record.layers[1].degraded
     with pytest.raises(PlacementError, match="as told"):
-        DistributedMixtral(trunk, Leaving(bundle), TopK(2)).step([Feed(IDS, trunk.new_cache())])
+        DistributedMixtral(trunk, Leaving(bundle), TopK(2)).step([SequenceInput(IDS, trunk.new_cache())])

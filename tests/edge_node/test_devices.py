@@ -8,14 +8,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from common.devices import PROFILES, DeviceName, Provider
 from edge_node import devices
 from edge_node.devices import Device
-from edge_node.providers import ProviderError, first_that_proves, unavailable
-from edge_node.runtime import ExpertRuntime
-from edge_node.session import ExpertSession
+from edge_node.experts.providers import ProviderError, first_that_proves, unavailable
+from edge_node.experts.runtime import ExpertRuntime
+from edge_node.experts.session import ExpertSession
 from exporter.presets import choose_quantisation
-from testbed.local_fleet import LocalFleet
-from wire.devices import PROFILES, DeviceName, Provider
+from testbed.local_nodes import LocalNodes
 from wire.experts import ExpertId
 from wire.manifest import Manifest, Scheme, load_manifest
 from wire.mqtt import MqttTransport
@@ -146,7 +146,7 @@ def test_a_gpu_proves_itself(tiny_bundle: Callable[[Scheme], Path], scheme: Sche
 
 
 @pytest.mark.skipif(not unavailable("cuda"), reason="this onnxruntime has CUDA")
-def test_a_node_that_is_asked_for_cuda_serves_with_the_cpu_and_says_why(fleet: LocalFleet) -> None:
+def test_a_node_that_is_asked_for_cuda_serves_with_the_cpu_and_says_why(fleet: LocalNodes) -> None:
     fleet.start("g", "L*:E0", options=["--profile", "jetson-orin", "--provider", "cuda"])
     status = _status(fleet, "g")
     assert status.device is not None
@@ -157,7 +157,7 @@ def test_a_node_that_is_asked_for_cuda_serves_with_the_cpu_and_says_why(fleet: L
     assert "profile jetson-orin (as told)" in log
 
 
-def _status(fleet: LocalFleet, node: str) -> NodeStatus:
+def _status(fleet: LocalNodes, node: str) -> NodeStatus:
     with closing(MqttTransport(fleet.address, f"look-{fleet.cluster}")) as transport:
         transport.subscribe(Topics(fleet.cluster).status(node), qos=1)
         for _ in range(100):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from edge_node.limits import Limits
-from testbed.local_fleet import LocalFleet
+from testbed.local_nodes import LocalNodes
 from wire import status
 from wire.mqtt import MqttTransport
 from wire.topics import Topics
@@ -37,7 +37,7 @@ def test_memory_must_be_there_with_a_margin() -> None:
         assert (limits.unfit() == "") is fit, mebibytes
 
 
-def test_a_node_short_of_memory_leaves_the_fleet_and_says_why(fleet: LocalFleet) -> None:
+def test_a_node_short_of_memory_leaves_the_fleet_and_says_why(fleet: LocalNodes) -> None:
     argv = _argv(fleet, "--min-free-memory", "900T")
     with closing(MqttTransport(fleet.address, "t-watch")) as watch:
         watch.subscribe(Topics(fleet.cluster).status("n0"), qos=1)
@@ -51,7 +51,7 @@ def test_a_node_short_of_memory_leaves_the_fleet_and_says_why(fleet: LocalFleet)
     assert "short of memory" in seen[-1].reason
 
 
-def test_systemd_is_told(fleet: LocalFleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_systemd_is_told(fleet: LocalNodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
         told.bind(str(tmp_path / "n"))
         told.settimeout(30)
@@ -69,7 +69,7 @@ def test_systemd_is_told(fleet: LocalFleet, tmp_path: Path, monkeypatch: pytest.
             process.wait(20)
 
 
-def _argv(fleet: LocalFleet, *more: str) -> list[str]:
+def _argv(fleet: LocalNodes, *more: str) -> list[str]:
     return [
         sys.executable, "-m", "edge_node", "--bundle", str(fleet.bundle), "--broker", str(fleet.address), "--id", "n0",
         "--experts", "L0:E0", "--cluster", fleet.cluster, *more,

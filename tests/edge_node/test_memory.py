@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from edge_node.memory import needed_bytes, use_huge_pages
+from edge_node.experts.memory import needed_bytes, use_huge_pages
 from wire.manifest import Scheme, load_manifest
 
 _LOAD = """
 import gc, json, sys
 from pathlib import Path
 import numpy as np, psutil
-from edge_node.runtime import ExpertRuntime
+from edge_node.experts.runtime import ExpertRuntime
 from wire.manifest import load_manifest
 bundle = Path(sys.argv[1])
 manifest = load_manifest(bundle)

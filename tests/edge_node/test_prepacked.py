@@ -9,8 +9,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_node.runtime import ExpertRuntime
-from wire.errors import ProbeError, StorageError
+from common.errors import StorageError
+from edge_node.experts.runtime import ExpertRuntime
+from wire.errors import ProbeError
 from wire.manifest import Scheme, load_manifest, probe_input
 
 Bundle = Callable[[Scheme], Path]

@@ -14,10 +14,10 @@ import pytest
 
 from bs_coordinator.links import LinkMonitor, LinkSample
 from edge_node.agent import residency_status
-from edge_node.memory import fitting, largest, needed_bytes
-from edge_node.runtime import ExpertRuntime
+from edge_node.experts.memory import fitting, largest, needed_bytes
+from edge_node.experts.runtime import ExpertRuntime
 from edge_node.worker import Worker
-from testbed.local_fleet import LocalFleet
+from testbed.local_nodes import LocalNodes
 from wire import frames
 from wire.errors import BundleError
 from wire.experts import ExpertId
@@ -129,7 +129,7 @@ _SERVE = """
 import json, resource, sys
 from pathlib import Path
 import numpy as np, psutil
-from edge_node.runtime import ExpertRuntime
+from edge_node.experts.runtime import ExpertRuntime
 from wire.manifest import load_manifest
 bundle, most_loaded, requests, limit = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 manifest = load_manifest(bundle)
@@ -177,7 +177,7 @@ def test_memory_stays_where_it_is(tiny_bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("fleet", ["int4"], indirect=True)
-def test_a_node_says_what_it_keeps(fleet: LocalFleet) -> None:
+def test_a_node_says_what_it_keeps(fleet: LocalNodes) -> None:
     entries = load_manifest(fleet.bundle).experts
     budget = needed_bytes(largest(entries, 5), "int4")
     options = ["--residency", "lru", "--memory-budget", str(budget)]

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_node.tune import thread_numbers
-from edge_node.tuning import NEAR, Conditions, Rule, Trial, decide, read_tuning
-from wire.errors import TuningError
+from edge_node.errors import TuningError
+from edge_node.tuning.tune import thread_numbers
+from edge_node.tuning.tuning_file import NEAR, Conditions, Rule, TuningMeasurement, decide, read_tuning
 from wire.manifest import Scheme
 
 Bundle = Callable[[Scheme], Path]
@@ -30,7 +30,7 @@ _CONDITIONS = Conditions(
 _MS = st.floats(0.01, 100, allow_nan=False).map(lambda ms: (ms,))
 _TRIALS = st.lists(
     st.builds(
-        Trial,
+        TuningMeasurement,
         quantisation=st.sampled_from(["int4 b32", "int8-dynamic", "fp16"]),
         threads=st.sampled_from([1, 2, 4]),
         token_ms=_MS,
@@ -46,7 +46,9 @@ _RULES = st.builds(Rule, prefer=st.sampled_from(["token", "batch"]), max_error=s
 
 
 @given(_TRIALS, _RULES)
-def test_nothing_that_may_be_used_is_clearly_faster_or_as_fast_and_better(trials: list[Trial], rule: Rule) -> None:
+def test_nothing_that_may_be_used_is_clearly_faster_or_as_fast_and_better(
+    trials: list[TuningMeasurement], rule: Rule
+) -> None:
     fit = [t for t in trials if not t.refused and t.error <= rule.max_error and (t.same_in_batch or not rule.exact)]
     if not fit:
         with pytest.raises(TuningError, match="no bundle can be used"):
@@ -55,7 +57,7 @@ def test_nothing_that_may_be_used_is_clearly_faster_or_as_fast_and_better(trials
     tuning = decide(trials, rule, _CONDITIONS)
     (chosen,) = [t for t in fit if (t.quantisation, t.threads) == (tuning.quantisation, tuning.threads)]
 
-    def ms(trial: Trial) -> float:
+    def ms(trial: TuningMeasurement) -> float:
         return (trial.token_ms if rule.prefer == "token" else trial.batch_ms)[0]
 
     fastest = min(map(ms, fit))

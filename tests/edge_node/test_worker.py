@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_node import memory
-from edge_node.memory import check_memory, needed_bytes
-from edge_node.runtime import ExpertRuntime
+from edge_node.errors import MemoryBudgetError
+from edge_node.experts import memory
+from edge_node.experts.memory import check_memory, needed_bytes
+from edge_node.experts.runtime import ExpertRuntime
 from edge_node.worker import Worker
 from wire import frames
-from wire.errors import BundleError, MemoryBudgetError, ProbeError
+from wire.errors import BundleError, ProbeError
 from wire.experts import ExpertId, parse_selector
 from wire.frames import (
     ErrorFrame,

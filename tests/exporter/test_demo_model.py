@@ -26,10 +26,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from common.errors import StorageError
 from exporter import demo_base, demo_model
 from exporter.demo_base import GgufBase
 from exporter.demo_model import DEFAULT_DELTAS, RECORD_NAME, assemble_demo_model
-from wire.errors import CheckpointError, DownloadError, StorageError
+from exporter.errors import CheckpointError, DownloadError
 
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCABULARY = 32, 48, 3, 4, 2, 64
 EXPERTS, RANK = 4, 2

@@ -12,14 +12,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bs_coordinator.speculation import load_draft_model
-from bs_coordinator.speculation.drafts import Drafter
-from bs_coordinator.speculation.model_drafter import MOST_READ
-from bs_coordinator.tokenizer import Tokenizer
+from bs_coordinator.engine.speculation import load_draft_model
+from bs_coordinator.engine.speculation.drafts import Drafter
+from bs_coordinator.engine.speculation.model_drafter import MOST_READ
+from bs_coordinator.engine.tokenizer import Tokenizer
 from exporter.draft import export_draft
 from exporter.draft_graph import QUANTISATION
 from exporter.encoders import make_encoder
-from wire.errors import BundleError, CheckpointError
+from exporter.errors import CheckpointError
+from wire.errors import BundleError
 from wire.manifest import Scheme, load_manifest
 
 Run = Callable[..., Any]

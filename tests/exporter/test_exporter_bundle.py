@@ -22,7 +22,7 @@ from tests.conftest import Run
 from tests.exporter.checkpoints import copy_checkpoint, poke
 from wire.errors import BundleError, SignatureError
 from wire.manifest import ExpertEntry, FileEntry, Quantisation, load_manifest
-from wire.signature import sign
+from wire.signature import load_trusted_manifest, sign
 
 INT4 = Quantisation(scheme="int4", block=32)
 JOURNAL = "export-state.jsonl"
@@ -216,12 +216,12 @@ def test_a_repair_leaves_draft_and_signature_as_they_are(
     signed: tuple[Path, Path], mixtral: Callable[..., Path], run: Run
 ) -> None:
     out, public = signed
-    before = load_manifest(out, key=public)
+    before = load_trusted_manifest(out, public)
     (out / "experts/L01/E3.weights").write_bytes(b"")
     repaired = run("exporter", "bundle", mixtral(), out)
     assert "kept 7 experts" in repaired.stdout
     assert "manifest.sig" not in repaired.stdout
-    assert load_manifest(out, key=public) == before
+    assert load_trusted_manifest(out, public) == before
     assert not (out / "manifest-before.json").exists()
 
 
@@ -229,7 +229,7 @@ def test_an_interrupted_repair_does_not_forget_the_draft(
     signed: tuple[Path, Path], mixtral: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, public = signed
-    before = load_manifest(out, key=public)
+    before = load_trusted_manifest(out, public)
     (out / "experts/L01/E3.weights").write_bytes(b"")
 
     def interrupted(*_args: object) -> Iterator[ExpertEntry]:
@@ -242,7 +242,7 @@ def test_an_interrupted_repair_does_not_forget_the_draft(
     assert not (out / "manifest.json").exists()
     result = export_bundle(mixtral(), out, INT4)
     assert (result.kept, result.lost) == (7, ())
-    assert load_manifest(out, key=public) == before
+    assert load_trusted_manifest(out, public) == before
     assert sorted(path.name for path in out.iterdir()) == ["draft", "experts", "manifest.json", "manifest.sig", "trunk"]
 
 
@@ -258,7 +258,7 @@ def test_a_damaged_draft_is_left_out_and_a_changed_manifest_unsigned(
     assert load_manifest(out).draft == ()
     assert not (out / "manifest.sig").exists()
     with pytest.raises(SignatureError, match="is not signed"):
-        load_manifest(out, key=public)
+        load_trusted_manifest(out, public)
     assert "up to date" in run("exporter", "bundle", mixtral(), out).stdout
 
 

@@ -14,15 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from common.errors import KeyFileError
 from testbed.archive.dictionary import dictionary
 from testbed.archive.export import CHECKSUMS, export_run, open_compressed
 from testbed.archive.pseudonyms import Pseudonyms
 from testbed.archive.unpack import unpack
+from testbed.errors import ArchiveError
 from testbed.experiment.rundir import RunDir
 from testbed.experiment.tables import SCHEMAS, table
 from testbed.report.merge import FAILURES, GAPS
 from tests.conftest import Run
-from wire.errors import ArchiveError, KeyFileError
 from wire.manifest import Scheme
 
 KEY = b"k" * 32

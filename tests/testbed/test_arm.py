@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bs_coordinator.brokers import mosquitto_path
-from testbed.arm import userland
-from testbed.arm.agreement import BoardResult, markdown
-from testbed.arm.boards import BOARDS
-from testbed.arm.run import Settings, run_arm
-from wire.errors import EmulationError
+from bs_coordinator.broker.processes import mosquitto_path
+from testbed.errors import EmulationError
+from testbed.proof.arm import userland
+from testbed.proof.arm.agreement import BoardResult, markdown
+from testbed.proof.arm.boards import BOARDS
+from testbed.proof.arm.run import Settings, run_arm
 
 
 @pytest.mark.slow

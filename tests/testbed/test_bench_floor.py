@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bs_coordinator.records import DispatchRecord, LayerRecord, StepRecord
+from bs_coordinator.engine.step_records import DispatchRecord, LayerRecord, StepRecord
 from testbed.bench.floor import Alone, Link, causes_ms, floor_ms
 from testbed.bench.scaling import fit_line
 from wire.frames import NodeDurations

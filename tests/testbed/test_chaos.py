@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bs_coordinator.brokers import mosquitto_path
-from testbed.chaos.schedule import KINDS, Kind, draw
-from testbed.chaos.stage import network_description
+from bs_coordinator.broker.processes import mosquitto_path
 from testbed.network.spec import read_spec
+from testbed.proof.chaos.schedule import KINDS, Kind, draw
+from testbed.proof.chaos.stage import network_description
 from tests.conftest import Run
 
 NODES = [f"node{k}" for k in range(8)]

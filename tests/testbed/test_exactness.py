@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bs_coordinator.brokers import open_broker
-from bs_coordinator.feeds import Feed
-from bs_coordinator.sampling import SamplingConfig
-from bs_coordinator.station import Station, StationConfig, open_station
+from bs_coordinator.base_station import BaseStation, BaseStationConfig, open_base_station
+from bs_coordinator.broker.processes import open_broker
+from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.trunk.inputs import SequenceInput
 from testbed.demo_assets import demo_bundle, demo_model
-from testbed.local_fleet import local_fleet
+from testbed.local_nodes import local_nodes
 from wire.broker_url import BrokerAddress
 from wire.manifest import Scheme
 from wire.tensors import WireDtype
@@ -32,26 +32,26 @@ PROMPTS = (
 
 
 @contextmanager
-def _station(bundle: Path, address: BrokerAddress, folder: Path, wire: WireDtype) -> Iterator[Station]:
+def _station(bundle: Path, address: BrokerAddress, folder: Path, wire: WireDtype) -> Iterator[BaseStation]:
     experts = {f"n{k}": f"L*:E{k}" for k in range(8)}
-    config = StationConfig(bundle=bundle, wire=wire)
-    with local_fleet(bundle, address, folder, experts), open_station(config, address) as station:
+    config = BaseStationConfig(bundle=bundle, wire=wire)
+    with local_nodes(bundle, address, folder, experts), open_base_station(config, address) as station:
         yield station
 
 
-def _licence_ids(station: Station, count: int) -> list[int]:
+def _licence_ids(station: BaseStation, count: int) -> list[int]:
     """Real text of this repository, `count` tokens of it."""
     text = (Path(__file__).parents[2] / "LICENSE").read_text()
     return station.tokenizer.encode(text)[:count]
 
 
-def _compare(model: Path, station: Station, *, positions: int, prompts: int, tokens: int) -> None:
+def _compare(model: Path, station: BaseStation, *, positions: int, prompts: int, tokens: int) -> None:
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     ids = _licence_ids(station, positions)
     assert len(ids) == positions
     with torch.inference_mode():
         expected = reference(torch.tensor([ids])).logits[0]
-    (logits,), _ = station.model.step([Feed(ids, station.model.trunk.new_cache())], all_logits=True)
+    (logits,), _ = station.model.step([SequenceInput(ids, station.model.trunk.new_cache())], all_logits=True)
     error = float((logits - expected).norm() / expected.norm())
     assert error <= 1e-4
     for prompt in PROMPTS[:prompts]:
@@ -92,9 +92,9 @@ def test_a_batch_and_a_reused_cache_change_nothing(
     with _station(tiny_bundle("fp32"), broker, tmp_path, WireDtype.FP32) as station:
         model, ids = station.model, _licence_ids(station, 60)
         parts = [ids[:10], ids[10:35], ids[35:]]
-        together, _ = model.step([Feed(part, model.trunk.new_cache()) for part in parts])
+        together, _ = model.step([SequenceInput(part, model.trunk.new_cache()) for part in parts])
         for part, joint in zip(parts, together, strict=True):
-            (alone,), _ = model.step([Feed(part, model.trunk.new_cache())])
+            (alone,), _ = model.step([SequenceInput(part, model.trunk.new_cache())])
             assert float((joint - alone).norm() / alone.norm()) < 1e-5
         config = SamplingConfig(max_tokens=6)
         sequence = station.new_sequence()

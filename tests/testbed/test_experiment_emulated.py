@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from testbed.errors import PrivilegeError
 from testbed.experiment.costs import measured_costs
 from testbed.experiment.rundir import RunDir
 from testbed.network.emulated import down, leftovers
 from testbed.network.namespaces import check_privileges
 from tests.conftest import Run
-from wire.errors import PrivilegeError
 from wire.manifest import Scheme
 
 Bundle = Callable[[Scheme], Path]

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from testbed.errors import PlanError
 from testbed.experiment.estimate import describe, estimate
 from testbed.experiment.plan import Generate, Perplexity, Plan, blocks, expand, read_plan
 from tests.conftest import Run
-from wire.errors import PlanError
 
 POLICIES = ("topk", "top1", "topk:k=3", "topk:k=4")
 

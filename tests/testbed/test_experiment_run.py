@@ -17,13 +17,15 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from bs_coordinator.errors import DispatchError
+from common.errors import StorageError
+from testbed.errors import RunDirectoryError
 from testbed.experiment import runner
 from testbed.experiment.networks import Loopback
 from testbed.experiment.plan import Network, read_plan
 from testbed.experiment.rundir import RunDir
 from testbed.experiment.start import check_unchanged, create_run, signals_interrupt
 from tests.conftest import Run
-from wire.errors import DispatchError, RunDirectoryError, StorageError
 from wire.manifest import Scheme
 
 Bundle = Callable[[Scheme], Path]

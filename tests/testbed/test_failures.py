@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from bs_coordinator.brokers import free_port
-from testbed.local_fleet import LocalFleet
+from bs_coordinator.broker.processes import free_port
+from testbed.local_nodes import LocalNodes
 from tests.conftest import Run
 from wire.broker_url import BrokerAddress
 from wire.manifest import Scheme
@@ -35,18 +35,18 @@ def _one_line(done: subprocess.CompletedProcess[str], code: int, *words: str) ->
         assert word in lines[0]
 
 
-def _cluster(fleet: LocalFleet) -> list[str]:
+def _cluster(fleet: LocalNodes) -> list[str]:
     return ["--broker", str(fleet.address), "--cluster", fleet.cluster]
 
 
-def _generate(run: Run, fleet: LocalFleet, *extra: object) -> subprocess.CompletedProcess[str]:
+def _generate(run: Run, fleet: LocalNodes, *extra: object) -> subprocess.CompletedProcess[str]:
     return run(
         "bs_coordinator", "generate", "--bundle", fleet.bundle, *_cluster(fleet), "--prompt", "Hello",
         "--max-tokens", 8, *extra,
     )  # fmt: skip
 
 
-def _endless_argv(fleet: LocalFleet) -> list[str]:
+def _endless_argv(fleet: LocalNodes) -> list[str]:
     """An answer long enough to be interrupted."""
     return [
         sys.executable, "-m", "bs_coordinator", "generate", "--bundle", str(fleet.bundle),
@@ -55,13 +55,13 @@ def _endless_argv(fleet: LocalFleet) -> list[str]:
 
 
 @pytest.fixture
-def full_fleet(fleet: LocalFleet) -> LocalFleet:
+def full_fleet(fleet: LocalNodes) -> LocalNodes:
     for k in range(4):
         fleet.start(f"n{k}", f"L*:E{k},{k + 4}")
     return fleet
 
 
-def test_text_comes_out(run: Run, full_fleet: LocalFleet) -> None:
+def test_text_comes_out(run: Run, full_fleet: LocalNodes) -> None:
     done = _generate(run, full_fleet)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
@@ -69,7 +69,7 @@ def test_text_comes_out(run: Run, full_fleet: LocalFleet) -> None:
     assert _generate(run, full_fleet).stdout == done.stdout
 
 
-def test_nodes_are_listed(run: Run, full_fleet: LocalFleet) -> None:
+def test_nodes_are_listed(run: Run, full_fleet: LocalNodes) -> None:
     for k in range(4):
         _wait_for_status(full_fleet, f"n{k}", online=True)
     done = run("bs_coordinator", "nodes", "--bundle", full_fleet.bundle, *_cluster(full_fleet))
@@ -82,7 +82,7 @@ def test_nodes_are_listed(run: Run, full_fleet: LocalFleet) -> None:
     assert "…" not in probed.stdout
 
 
-def test_chat_remembers(run: Run, full_fleet: LocalFleet) -> None:
+def test_chat_remembers(run: Run, full_fleet: LocalNodes) -> None:
     done = run(
         "bs_coordinator", "chat", "--bundle", full_fleet.bundle, *_cluster(full_fleet), "--max-tokens", 4,
         input="Hello\nAnd again\n\n",
@@ -99,17 +99,17 @@ def test_no_broker(run: Run, tiny_bundle: Bundle) -> None:
     _one_line(run("edge_node", *node), 30, "no broker at")
 
 
-def test_an_expert_that_no_node_holds(run: Run, fleet: LocalFleet) -> None:
+def test_an_expert_that_no_node_holds(run: Run, fleet: LocalNodes) -> None:
     fleet.start("n0", "L*:E0-6")
     _one_line(_generate(run, fleet, "--nodes-timeout", 4), 40, "no node holds L0-1:E7", "online: n0", "wdmoe-node")
 
 
-def test_a_prompt_longer_than_the_context(run: Run, full_fleet: LocalFleet) -> None:
+def test_a_prompt_longer_than_the_context(run: Run, full_fleet: LocalNodes) -> None:
     done = _generate(run, full_fleet, "--prompt", "word " * 9000)
     _one_line(done, 42, "context is 8192")
 
 
-def test_two_nodes_with_one_id(run: Run, fleet: LocalFleet) -> None:
+def test_two_nodes_with_one_id(run: Run, fleet: LocalNodes) -> None:
     fleet.start("twin", "L*:E0")
     _wait_for_status(fleet, "twin", online=True)
     began = time.monotonic()
@@ -119,7 +119,7 @@ def test_two_nodes_with_one_id(run: Run, fleet: LocalFleet) -> None:
     fleet.check()
 
 
-def test_a_node_that_was_killed_comes_back_under_its_id(fleet: LocalFleet) -> None:
+def test_a_node_that_was_killed_comes_back_under_its_id(fleet: LocalNodes) -> None:
     fleet.start("phoenix", "L*:E0")
     _wait_for_status(fleet, "phoenix", online=True)
     fleet.processes["phoenix"].kill()
@@ -129,7 +129,7 @@ def test_a_node_that_was_killed_comes_back_under_its_id(fleet: LocalFleet) -> No
     _wait_for_status(fleet, "phoenix", online=True)
 
 
-def test_sigterm_says_good_bye(fleet: LocalFleet) -> None:
+def test_sigterm_says_good_bye(fleet: LocalNodes) -> None:
     fleet.start("polite", "L*:E0")
     _wait_for_status(fleet, "polite", online=True)
     fleet.processes["polite"].terminate()
@@ -137,7 +137,7 @@ def test_sigterm_says_good_bye(fleet: LocalFleet) -> None:
     _wait_for_status(fleet, "polite", online=False, reason="stopped")
 
 
-def test_a_node_lost_in_mid_answer(full_fleet: LocalFleet) -> None:
+def test_a_node_lost_in_mid_answer(full_fleet: LocalNodes) -> None:
     argv = [*_endless_argv(full_fleet), "--no-degrade"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -148,7 +148,7 @@ def test_a_node_lost_in_mid_answer(full_fleet: LocalFleet) -> None:
     assert process.returncode in (40, 41)  # gone while asked, or before it could be asked again
 
 
-def test_ctrl_c_stops_cleanly(full_fleet: LocalFleet) -> None:
+def test_ctrl_c_stops_cleanly(full_fleet: LocalNodes) -> None:
     argv = _endless_argv(full_fleet)
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -160,7 +160,7 @@ def test_ctrl_c_stops_cleanly(full_fleet: LocalFleet) -> None:
     full_fleet.check()
 
 
-def test_garbage_on_every_topic_changes_nothing(run: Run, full_fleet: LocalFleet) -> None:
+def test_garbage_on_every_topic_changes_nothing(run: Run, full_fleet: LocalNodes) -> None:
     """Noise is counted and dropped by both sides; the answer is the one without noise."""
     quiet = _generate(run, full_fleet)
     assert quiet.returncode == 0, quiet.stderr
@@ -315,7 +315,7 @@ def test_an_access_list_that_forbids_the_node(
     _one_line(done, 31, "does not pass on wdmoe/v1/default/nodes/pi2/status", "user 'pi1'", "node 'pi2'")
 
 
-def _wait_for_status(fleet: LocalFleet, node: str, *, online: bool, reason: str = "") -> None:
+def _wait_for_status(fleet: LocalNodes, node: str, *, online: bool, reason: str = "") -> None:
     topic = Topics(fleet.cluster).status(node)
     deadline = time.monotonic() + 30
     with closing(MqttTransport(fleet.address, f"watch-{time.time_ns()}")) as watch:

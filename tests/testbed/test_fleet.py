@@ -16,13 +16,14 @@ from types import ModuleType
 import msgspec
 import pytest
 
+from testbed.errors import FleetError
 from testbed.fleet.ansible import PLAYBOOKS, HostRecap, Inventory, read_inventory, run_playbook
 from testbed.fleet.files import Needed, needed_files
 from testbed.fleet.prepare import prepare_bundles, prepare_keys
 from testbed.fleet.wheelhouse import LOCK, Target, lock, release_name, source_root
 from testbed.keys.folder import KeyFolder
 from tests.conftest import Run
-from wire.errors import BundleError, FleetError
+from wire.errors import BundleError
 from wire.manifest import MANIFEST_NAME, FileEntry, Scheme, load_manifest, verify_file
 from wire.signature import check_signature
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from testbed.fuzz.run import fuzz
-from testbed.fuzz.targets import Target
+from testbed.proof.fuzz.run import fuzz
+from testbed.proof.fuzz.targets import Target
 from tests.conftest import Run
 from wire import status
 from wire.errors import FrameError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bs_coordinator.brokers import mosquitto_path
+from bs_coordinator.broker.processes import mosquitto_path
 from tests.conftest import Run
 
 SPEC = Path(__file__).parents[2] / "testbed" / "network" / "specs" / "wifi.yaml"

@@ -17,12 +17,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from testbed.errors import NetworkError, PrivilegeError
 from testbed.network.control import ask
 from testbed.network.emulated import EmulatedNetwork, attach, emulated
 from testbed.network.namespaces import check_privileges, existing
 from testbed.network.state import State
 from tests.conftest import Run
-from wire.errors import NetworkError, PrivilegeError
 
 NAME = f"t{os.getpid()}"
 SPEC = f"""

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from testbed.errors import NetworkSpecError
 from testbed.network.spec import Link, NetworkSpec, read_spec
 from testbed.network.timeline import Timeline
-from wire.errors import NetworkSpecError
 
 SHIPPED = Path("testbed/network/specs/wifi.yaml")
 BASE = "name: t\nnodes: 2\nprofiles:\n  p: "

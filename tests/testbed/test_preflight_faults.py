@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from bs_coordinator.brokers import mosquitto_path, open_broker, stop_child
-from testbed.local_fleet import LocalFleet
+from bs_coordinator.broker.processes import mosquitto_path, open_broker, stop_child
+from testbed.errors import PrivilegeError
+from testbed.local_nodes import LocalNodes
 from testbed.network.daemon import BASE_STATION
 from testbed.network.emulated import EmulatedNetwork, down, leftovers, up
 from testbed.network.namespaces import check_privileges, inside, namespace
-from wire.errors import PrivilegeError
 from wire.manifest import Scheme
 
 NAME = f"p{os.getpid()}"
@@ -121,7 +121,7 @@ def test_every_planted_fault_is_found(
         }  # fmt: skip
         bundles = {"bent": bent, "full": small / "bundle"}
         for node in network.nodes:
-            fleet = LocalFleet(bundles.get(node, bundle), address, tmp_path / "logs")
+            fleet = LocalNodes(bundles.get(node, bundle), address, tmp_path / "logs")
             stack.callback(fleet.stop)
             # nsenter first: what follows runs on the node.
             fleet.start(node, "L*:E*", prefix=[*network.prefix(node), *prefixes.get(node, ())])
@@ -129,7 +129,7 @@ def test_every_planted_fault_is_found(
                 argv = [*network.prefix(node), "iperf3", "--server"]
                 server = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 stack.callback(stop_child, server)
-        second = LocalFleet(bundle, address, tmp_path / "second")
+        second = LocalNodes(bundle, address, tmp_path / "second")
         stack.callback(second.stop)
         deadline = time.monotonic() + 60
         while "serves" not in (tmp_path / "logs" / "twin.log").read_text():

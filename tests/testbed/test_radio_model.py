@@ -10,10 +10,10 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from bs_coordinator.generate import Tokenizer
+from bs_coordinator.engine.sequence import Tokenizer
 from bs_coordinator.selection import parse_policy
 from testbed.cli import cli
-from testbed.quality import DOMAINS, TASKS
+from testbed.evaluation.quality import DOMAINS, TASKS
 from testbed.radio.accuracy import evaluate
 from testbed.radio.setting import Cell, Setting
 from testbed.radio.traces import read_trace

@@ -10,12 +10,12 @@ from click.testing import CliRunner
 
 from bs_coordinator.selection import TopK, parse_policy
 from testbed.cli import cli
+from testbed.errors import SimulationError
 from testbed.radio.replay import ALLOCATIONS, batch_seconds, batches, replay
 from testbed.radio.results import compare_accuracy, compare_latency
 from testbed.radio.sensitivity import sweep
 from testbed.radio.setting import Cell, Device, Setting, expert_flops, read_setting
 from testbed.radio.traces import RoutingTrace, TraceFacts, read_trace, write_trace
-from wire.errors import SimulationError
 
 FACTS = TraceFacts(
     model_sha256="0" * 64,

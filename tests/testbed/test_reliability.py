@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from bs_coordinator.brokers import free_port, mosquitto_path, open_broker
-from testbed.local_fleet import LocalFleet
+from bs_coordinator.broker.processes import free_port, mosquitto_path, open_broker
+from testbed.local_nodes import LocalNodes
 from wire.manifest import Scheme
 
 TOKENS = 160
 """Of the two-layer model: a few seconds."""
 
 
-def _argv(fleet: LocalFleet, *extra: object) -> list[str]:
+def _argv(fleet: LocalNodes, *extra: object) -> list[str]:
     return [
         sys.executable, "-m", "bs_coordinator", "generate", "--bundle", str(fleet.bundle), "--broker",
         str(fleet.address), "--cluster", fleet.cluster, "--prompt", "Hello", "--raw", "--wire", "fp32",
@@ -28,13 +28,13 @@ def _argv(fleet: LocalFleet, *extra: object) -> list[str]:
     ]  # fmt: skip
 
 
-def _undisturbed(fleet: LocalFleet) -> str:
+def _undisturbed(fleet: LocalNodes) -> str:
     done = subprocess.run(_argv(fleet), capture_output=True, text=True, timeout=120, check=True)
     assert f"{TOKENS} tokens" in done.stderr
     return done.stdout
 
 
-def _disturbed(fleet: LocalFleet, fault: Callable[[], None], *extra: object) -> tuple[int, str, str]:
+def _disturbed(fleet: LocalNodes, fault: Callable[[], None], *extra: object) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of an answer during which, after its first characters, `fault` happens."""
     with (
         tempfile.TemporaryFile("w+") as log,
@@ -55,14 +55,14 @@ def _disturbed(fleet: LocalFleet, fault: Callable[[], None], *extra: object) -> 
 
 
 @pytest.fixture
-def pairs(fleet: LocalFleet) -> LocalFleet:
+def pairs(fleet: LocalNodes) -> LocalNodes:
     """Every expert on two of four nodes."""
     for k in range(4):
         fleet.start(f"n{k}", f"L*:E{2 * k},{2 * k + 1},{(2 * k + 2) % 8},{(2 * k + 3) % 8}")
     return fleet
 
 
-def test_a_killed_node_with_replicas_costs_nothing_but_time(pairs: LocalFleet) -> None:
+def test_a_killed_node_with_replicas_costs_nothing_but_time(pairs: LocalNodes) -> None:
     expected = _undisturbed(pairs)
     code, out, err = _disturbed(pairs, pairs.processes["n1"].kill)
     assert code == 0, err
@@ -70,7 +70,7 @@ def test_a_killed_node_with_replicas_costs_nothing_but_time(pairs: LocalFleet) -
     assert "degraded" not in err
 
 
-def test_a_stopped_node_is_left_out_and_comes_back(pairs: LocalFleet) -> None:
+def test_a_stopped_node_is_left_out_and_comes_back(pairs: LocalNodes) -> None:
     expected = _undisturbed(pairs)
     process = pairs.processes["n2"]
 
@@ -90,7 +90,7 @@ def test_a_stopped_node_is_left_out_and_comes_back(pairs: LocalFleet) -> None:
     raise AssertionError(f"the stopped node was never left out: {err}")
 
 
-def test_without_replicas_the_answer_goes_on_and_says_so(fleet: LocalFleet) -> None:
+def test_without_replicas_the_answer_goes_on_and_says_so(fleet: LocalNodes) -> None:
     for k in range(4):
         fleet.start(f"n{k}", f"L*:E{2 * k},{2 * k + 1}")
     code, out, err = _disturbed(fleet, fleet.processes["n1"].kill)
@@ -101,14 +101,14 @@ def test_without_replicas_the_answer_goes_on_and_says_so(fleet: LocalFleet) -> N
 
 
 @pytest.fixture
-def restartable(tmp_path: Path, tiny_bundle: Callable[[Scheme], Path]) -> Iterator[tuple[LocalFleet, ExitStack]]:
+def restartable(tmp_path: Path, tiny_bundle: Callable[[Scheme], Path]) -> Iterator[tuple[LocalNodes, ExitStack]]:
     """A fleet, and its broker, which ends when the stack is closed."""
     if mosquitto_path() is None:
         pytest.skip("mosquitto is not installed")
     port = free_port()
     with ExitStack() as broker:
         address = broker.enter_context(open_broker("mosquitto", port=port))
-        fleet = LocalFleet(tiny_bundle("fp32"), address, tmp_path)
+        fleet = LocalNodes(tiny_bundle("fp32"), address, tmp_path)
         for k in range(4):
             fleet.start(f"n{k}", f"L*:E{2 * k},{2 * k + 1}")
         yield fleet, broker
@@ -117,7 +117,7 @@ def restartable(tmp_path: Path, tiny_bundle: Callable[[Scheme], Path]) -> Iterat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("down_s", [0.0, 6.0])
-def test_a_broker_restart_in_mid_answer(restartable: tuple[LocalFleet, ExitStack], down_s: float) -> None:
+def test_a_broker_restart_in_mid_answer(restartable: tuple[LocalNodes, ExitStack], down_s: float) -> None:
     fleet, broker = restartable
     expected = _undisturbed(fleet)
     with ExitStack() as second:
@@ -135,7 +135,7 @@ def test_a_broker_restart_in_mid_answer(restartable: tuple[LocalFleet, ExitStack
 
 
 @pytest.mark.slow
-def test_a_killed_coordinator_goes_on_where_it_ended(pairs: LocalFleet, tmp_path: Path) -> None:
+def test_a_killed_coordinator_goes_on_where_it_ended(pairs: LocalNodes, tmp_path: Path) -> None:
     session = tmp_path / "answer.session"
     sampled = ("--temperature", 1.0, "--seed", 3, "--session")
     whole = subprocess.run(_argv(pairs, *sampled, tmp_path / "whole"), capture_output=True, text=True, check=True)

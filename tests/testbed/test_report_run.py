@@ -18,7 +18,7 @@ import pytest
 
 from testbed.experiment.rundir import RunDir
 from testbed.experiment.tables import COORDINATES, SCHEMAS
-from testbed.local_fleet import LocalFleet
+from testbed.local_nodes import LocalNodes
 from tests.conftest import Run
 from wire.manifest import Scheme
 
@@ -395,7 +395,7 @@ def test_preflight_says_what_a_plan_lacks(run: Run, plan_path: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_preflight_asks_running_nodes(run: Run, fleet: LocalFleet, tmp_path: Path) -> None:
+def test_preflight_asks_running_nodes(run: Run, fleet: LocalNodes, tmp_path: Path) -> None:
     plan_path = tmp_path / "plan.yaml"
     plan_path.write_text(
         f"{{name: outside, network: {{external: {{broker: '{fleet.address}', cluster: {fleet.cluster}}}}}, "

@@ -14,12 +14,13 @@ from pathlib import Path, PurePosixPath
 import psutil
 import pytest
 
-from bs_coordinator.brokers import free_port, mosquitto_path
+from bs_coordinator.broker.processes import free_port, mosquitto_path
+from common.errors import KeyFileError
 from testbed.keys.authority import Authority, new_authority
 from testbed.keys.folder import KeyFolder, create
 from tests.conftest import Run
 from wire.broker_url import Access, BrokerAddress, parse_broker_url
-from wire.errors import BrokerAuthError, BrokerError, KeyFileError, PlaintextError
+from wire.errors import BrokerAuthError, BrokerError, PlaintextError
 from wire.manifest import Scheme
 from wire.mqtt import MqttTransport
 from wire.topics import Topics

@@ -5,13 +5,13 @@ from contextlib import closing
 
 import msgspec
 
-from bs_coordinator.dispatch import Dispatcher
-from bs_coordinator.fleet import Fleet
-from bs_coordinator.telemetry import Arrived
+from bs_coordinator.dispatch.dispatcher import Dispatcher
+from bs_coordinator.nodes.registry import NodeRegistry
+from bs_coordinator.nodes.telemetry_inbox import Arrived
 from testbed.experiment.recorder import Recorder
 from testbed.experiment.tables import CLOCKS, POWER, THERMAL, WIFI
 from testbed.experiment.telemetry import sensor_rows
-from testbed.local_fleet import LocalFleet
+from testbed.local_nodes import LocalNodes
 from tests.wire.test_telemetry import SAMPLE
 from wire.manifest import load_manifest
 from wire.mqtt import MqttTransport
@@ -36,14 +36,14 @@ def test_sensors_are_rows_of_their_own() -> None:
     ]
 
 
-def test_samples_of_nodes_become_rows(fleet: LocalFleet) -> None:
+def test_samples_of_nodes_become_rows(fleet: LocalNodes) -> None:
     fleet.start("a", "L*:E0-3")
     fleet.start("b", "L*:E4-7")
     manifest = load_manifest(fleet.bundle)
     topics = Topics(fleet.cluster)
     with closing(MqttTransport(fleet.address, f"look-{fleet.cluster}")) as transport:
         dispatcher = Dispatcher(
-            transport, topics, Fleet(manifest.dims, manifest.model_sha256), dtype=WireDtype.FP32, timeout_s=5.0
+            transport, topics, NodeRegistry(manifest.dims, manifest.model_sha256), dtype=WireDtype.FP32, timeout_s=5.0
         )
         recorder = Recorder(top_k=2, sample_s=1.0, telemetry=dispatcher.telemetry.drain)
         deadline = time.monotonic() + 20

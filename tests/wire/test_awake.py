@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from wire.awake import DEVICE, awake
+from common.cpu_idle import DEVICE, cpu_idle_disabled
 
 
 def _held_us() -> int:
@@ -19,7 +19,7 @@ def _held_us() -> int:
 @pytest.mark.skipif(not os.access(DEVICE, os.R_OK | os.W_OK), reason="needs /dev/cpu_dma_latency")
 def test_the_kernel_is_asked_and_released() -> None:
     before = _held_us()
-    with awake() as held:
+    with cpu_idle_disabled() as held:
         assert held
         assert _held_us() == 0
     assert _held_us() == before
@@ -27,7 +27,7 @@ def test_the_kernel_is_asked_and_released() -> None:
 
 def test_without_the_device_the_reason_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     missing = tmp_path / "cpu_dma_latency"
-    with awake(missing) as held:
+    with cpu_idle_disabled(missing) as held:
         assert not held
     assert f"can't open {missing}: No such file or directory" in caplog.text
     assert not missing.exists()

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.errors import StorageError
+from common.files import atomic_write
 from wire import status
 from wire.broker_url import Access, parse_broker_url, read_secret
-from wire.errors import BrokerAuthError, BundleError, FrameError, StorageError
+from wire.errors import BrokerAuthError, BundleError, FrameError
 from wire.experts import ExpertId, format_selector, parse_selector
-from wire.files import atomic_write
 from wire.manifest import FileEntry, decode_probe_output, encode_probe_output, load_manifest, probe_input
 from wire.status import NodeStatus
 from wire.topics import Topics, check_name

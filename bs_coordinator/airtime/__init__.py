@@ -1,0 +1,1 @@
+"""Sharing the down-link's bandwidth between nodes."""

@@ -1,0 +1,1 @@
+"""Private brokers as child processes."""

@@ -1,0 +1,1 @@
+"""The `wdmoe-bs` commands."""

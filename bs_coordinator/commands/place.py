@@ -1,0 +1,108 @@
+"""`wdmoe-bs place`: see `bs_coordinator.placement`."""
+
+import csv
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+
+from common.errors import StorageError
+
+if TYPE_CHECKING:
+    from wire.experts import ExpertId
+    from wire.manifest import Manifest
+    from wire.tensors import Array
+
+_UNITS = {"M": 2**20, "G": 2**30}
+
+
+def _nodes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, tuple[float, float]]:
+    """Each `NAME=RAM[,MS]`: bytes and ms."""
+    found = {}
+    for value in values:
+        name, _, facts = value.partition("=")
+        ram, _, ms = facts.partition(",")
+        try:
+            found[name] = float(ram[:-1]) * _UNITS[ram[-1:].upper()], float(ms or 1.0)
+        except (KeyError, ValueError):
+            raise click.BadParameter(f"'{value}' is not NAME=RAM[,MS], such as pi1=3.5G,12") from None
+        if not name or min(found[name]) <= 0:
+            raise click.BadParameter(f"'{value}' is not NAME=RAM[,MS], such as pi1=3.5G,12")
+    return found
+
+
+@click.command()
+@click.option("--bundle", type=click.Path(path_type=Path), required=True)
+@click.option(
+    "--node",
+    "nodes",
+    multiple=True,
+    required=True,
+    callback=_nodes,
+    help="NAME=RAM[,MS]: RAM for experts (M, G) and ms of one row there and back; repeatable.",
+)
+@click.option("--replicas", type=click.IntRange(1), default=2, show_default=True, help="Copies of each expert.")
+@click.option("--traffic", type=click.Path(path_type=Path), help="latency.csv of a run; else all experts alike.")
+@click.option("--keep", type=click.Path(path_type=Path), help="Placement that devices have now, from --out.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the placement as JSON.")
+def place(
+    bundle: Path, nodes: dict[str, tuple[float, float]], replicas: int, traffic: Path | None, keep: Path | None,
+    out: Path | None,
+) -> None:  # fmt: skip
+    """Plan which device holds which experts; prints what to start each node with, and why."""
+    from bs_coordinator.placement import Device
+    from bs_coordinator.placement import place as plan
+    from common.files import atomic_write
+    from wire.experts import format_selector
+    from wire.manifest import load_manifest
+
+    manifest = load_manifest(bundle)
+    expert_bytes = max(entry.bytes for entry in manifest.experts)
+    devices = [Device(name, int(ram // expert_bytes), ms) for name, (ram, ms) in nodes.items()]
+    placement = plan(devices, _traffic(traffic, manifest), replicas, current=_current(keep, manifest))
+    selectors = {name: format_selector(ids) for name, ids in placement.experts.items() if ids}
+    for name, selector in selectors.items():
+        click.echo(f"wdmoe-node --id {name} --experts '{selector}' …")
+    for reason in placement.reasons:
+        click.echo(reason, err=True)
+    if out:
+        with atomic_write(out) as file:
+            file.write(msgspec.json.format(msgspec.json.encode(selectors)))
+
+
+def _traffic(path: Path | None, manifest: "Manifest") -> "Array":
+    """Rows asked of each expert in a latency log, [layers, experts]; a row is kept so that none counts for nothing."""
+    import numpy as np
+
+    counts = np.ones((manifest.dims.layers, manifest.dims.experts), np.float32)
+    if path is None:
+        return counts
+    rows: Counter[tuple[int, int]] = Counter()
+    try:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                for expert in row["experts"].split():
+                    rows[int(row["layer"]), int(expert)] += int(row["tokens"])
+        for at, count in rows.items():
+            counts[at] += count
+    except (OSError, KeyError, ValueError, IndexError):
+        raise StorageError(f"{path} is no latency.csv of this model: it needs columns layer, experts, tokens") from None
+    return counts
+
+
+def _current(path: Path | None, manifest: "Manifest") -> "Mapping[str, tuple[ExpertId, ...]] | None":
+    from wire.experts import parse_selector
+
+    if path is None:
+        return None
+    try:
+        selectors = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
+        dims = manifest.dims
+        return {
+            name: parse_selector(text, layers=dims.layers, experts=dims.experts) for name, text in selectors.items()
+        }
+    except (OSError, ValueError, msgspec.DecodeError) as error:
+        raise StorageError(f"{path} is no placement for this model: {error}") from None

@@ -1,0 +1,1 @@
+"""Expert requests on their way to the nodes and back."""

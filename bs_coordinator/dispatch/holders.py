@@ -1,0 +1,115 @@
+"""Who is asked for each expert now: holders that are online and can be relied on, spread by how fast they are."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bs_coordinator.dispatch.assignment import assign
+from bs_coordinator.dispatch.health import Health
+from bs_coordinator.links import LinkMonitor
+from bs_coordinator.nodes.registry import LOCAL_NODE, NodeRegistry
+from bs_coordinator.selection.forecast import Float, Index
+from wire.experts import ExpertId
+
+_REVIEW_EVERY_S = 1.0
+"""Where experts have several holders: how often their links are compared again."""
+
+
+class Holders:
+    """The current assignment of all layers, made again when nodes come, go, fail or recover."""
+
+    def __init__(
+        self, fleet: NodeRegistry, health: Health, links: LinkMonitor, *, message_bytes: int, last_resort: bool
+    ) -> None:
+        """Nothing is assigned yet.
+
+        Args:
+            message_bytes: of one hidden state on the wire, for comparing links.
+            last_resort: where all holders of an expert are left out, ask one of them all the same.
+        """
+        self._fleet = fleet
+        self._health = health
+        self._links = links
+        self._message_bytes = message_bytes
+        self._assigned: list[list[str | None]] = []
+        self._names: list[str] = []
+        self._index: list[Index] = []
+        self._available: list[NDArray[np.bool_] | None] = []
+        self._last_resort = last_resort
+        self._changes = (-1, -1)
+        self._review_s = 0.0
+        self._replicated = False
+
+    def refresh(self, now_s: float) -> None:
+        """Assign again if that is due."""
+        changes = (self._fleet.changes, self._health.changes)
+        if changes != self._changes or (self._replicated and now_s >= self._review_s):
+            self._changes = changes
+            self._assign(now_s)
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Nodes in the order in which `index` counts them."""
+        return self._names
+
+    def index(self, layer: int) -> Index:
+        """intp [experts]: the node to ask; meaningless where nobody is available."""
+        return self._index[layer]
+
+    def available(self, layer: int) -> NDArray[np.bool_] | None:
+        """bool [experts]: whether anybody can be asked; None where that holds for all."""
+        return self._available[layer]
+
+    def node(self, layer: int, expert: int) -> str | None:
+        """The node to ask for one expert."""
+        return self._assigned[layer][expert]
+
+    def others(self, layer: int, experts: Sequence[int], asked: frozenset[str]) -> dict[int, str] | None:
+        """Holders of `experts` that were not asked before; None if one has none."""
+        free = [[n for n in self._usable(ExpertId(layer, e)) if n not in asked] for e in experts]
+        found = assign(free, self._costs_s())
+        named = {e: node for e, node in zip(experts, found, strict=True) if node is not None}
+        return named if len(named) == len(experts) else None
+
+    def away_s(self) -> Float:
+        """float64 [layers, experts]: one hidden state to an expert's fastest node and back; inf where there is none."""
+        dims = self._fleet.dims
+        costs_s = self._costs_s()
+        away_s = np.full((dims.layers, dims.experts), np.inf)
+        for layer, expert in np.ndindex(away_s.shape):
+            nodes = (node for node in self._usable(ExpertId(layer, expert)) if node != LOCAL_NODE)
+            away_s[layer, expert] = min((costs_s[node] for node in nodes), default=np.inf)
+        return away_s
+
+    def here_s(self) -> float:
+        """One hidden state through an expert on the base station."""
+        return self._links.predict_s(LOCAL_NODE, down_bytes=0, up_bytes=0, experts=1, rows=1)
+
+    def _usable(self, id: ExpertId) -> list[str]:
+        return [node for node in self._fleet.holders(id) if self._health.usable(node)]
+
+    def _askable(self, id: ExpertId) -> Sequence[str]:
+        return self._usable(id) or (self._fleet.holders(id) if self._last_resort else ())
+
+    def _costs_s(self) -> dict[str, float]:
+        size = self._message_bytes
+        predict = self._links.predict_s
+        costs_s = {n: predict(n, down_bytes=size, up_bytes=size, experts=1, rows=1) for n in self._fleet.nodes}
+        return costs_s | {LOCAL_NODE: self.here_s()}
+
+    def _assign(self, now_s: float) -> None:
+        dims = self._fleet.dims
+        costs_s = self._costs_s()
+        before = self._assigned
+        self._assigned, self._replicated = [], False
+        for layer in range(dims.layers):
+            usable = [self._askable(ExpertId(layer, expert)) for expert in range(dims.experts)]
+            self._replicated |= any(len(nodes) > 1 for nodes in usable)
+            self._assigned.append(assign(usable, costs_s, before[layer] if before else None))
+        self._names = sorted({name for row in self._assigned for name in row if name is not None}) or [""]
+        index = {name: i for i, name in enumerate(self._names)}
+        self._index = [np.array([index.get(name or "", 0) for name in row], np.intp) for row in self._assigned]
+        present = [np.array([name is not None for name in row]) for row in self._assigned]
+        self._available = [None if row.all() else row for row in present]
+        self._review_s = now_s + _REVIEW_EVERY_S

@@ -1,0 +1,139 @@
+"""Pings that keep the estimates fresh and prove that a node is back: what `LinkMonitor` and `Health` ask for, sent."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from bs_coordinator.dispatch.health import Health
+from bs_coordinator.links.estimator import LinkSample
+from bs_coordinator.links.monitor import LinkMonitor, Probe
+from bs_coordinator.links.packet_train import dispersion_s
+from bs_coordinator.nodes.clock_offsets import ClockSample
+from wire.clock import STAMP_BYTES, read_stamps
+from wire.frames import PingFrame, PongFrame, RequestId
+from wire.transport import Message
+
+_PING_TIMEOUT_S = 10.0
+_PROOF_BYTES = 64
+_MOST_CLOCK_SAMPLES = 1 << 16
+
+
+@dataclass(slots=True)
+class _Ping:
+    """One ping or a train under way; `down_bytes` is the frame's length, `up_bytes` the answer's payload."""
+
+    probe: Probe
+    expires_s: float
+    proves: bool
+    for_clock: bool
+    sent_ns: int = 0
+    sent_unix_ns: int = 0
+    down_bytes: int = 0
+    arrivals: list[tuple[float, bool]] = field(default_factory=list)
+
+
+class Prober:
+    """Pings under way."""
+
+    def __init__(
+        self,
+        links: LinkMonitor,
+        health: Health,
+        send: Callable[[str, PingFrame], tuple[int, int]],
+        new_id: Callable[[], RequestId],
+    ) -> None:
+        """Nothing is sent yet.
+
+        Args:
+            send: publishes a frame to a node; its length in bytes and `time.perf_counter_ns()` just before.
+        """
+        self._links = links
+        self._health = health
+        self._send = send
+        self._new_id = new_id
+        self._pings: dict[RequestId, _Ping] = {}
+        self._clocks: deque[ClockSample] = deque(maxlen=_MOST_CLOCK_SAMPLES)
+
+    def probe(self, nodes: Iterable[str], now_s: float) -> None:
+        """Send what is due to nodes that are online. Cheap when nothing is."""
+        for node in self._health.to_prove(now_s):
+            if node in nodes:
+                self._ping(Probe(node, _PROOF_BYTES, _PROOF_BYTES), now_s, proves=True)
+        probe = self._links.next_probe([node for node in nodes if self._health.usable(node)], now_s)
+        if probe is not None:
+            self._ping(probe, now_s)
+
+    def ask_clocks(self, nodes: Iterable[str], now_s: float) -> None:
+        """Ask nodes what time it is. Links are not judged by it: a node may be at work meanwhile."""
+        for node in nodes:
+            self._ping(Probe(node, 0, STAMP_BYTES), now_s, for_clock=True)
+
+    def take_clocks(self) -> list[ClockSample]:
+        """What nodes' clocks showed since the last call; every answer but a train's that is long enough tells."""
+        taken, self._clocks = list(self._clocks), deque(maxlen=_MOST_CLOCK_SAMPLES)
+        return taken
+
+    def take(self, frame: PongFrame, node: str, message: Message, *, sure: bool) -> bool:
+        """Take in an answer from `node`; False if no such ping is under way.
+
+        Args:
+            sure: it arrived when it was read.
+        """
+        ping = self._pings.get(frame.id)
+        if ping is None or node != ping.probe.node or len(frame.payload) != ping.probe.up_bytes:
+            return False
+        del self._pings[frame.id]
+        if ping.proves:
+            self._health.proven(node)
+        if ping.probe.count == 1 and (stamps := read_stamps(frame.payload)) is not None:
+            # Our clock may be set meanwhile: the way back is measured by the steady one.
+            arrived_unix_ns = ping.sent_unix_ns + message.arrived_ns - ping.sent_ns
+            self._clocks.append(ClockSample(node, ping.sent_unix_ns, *stamps, arrived_unix_ns))
+        if ping.for_clock:
+            return True
+        ping.arrivals.append((message.arrived_ns / 1e9, sure))
+        if len(ping.arrivals) == ping.probe.count:
+            sample = _sample(ping, frame, message) if ping.probe.count > 1 or sure else None
+            if sample:
+                self._links.observe([sample])
+            else:
+                self._links.answered(node)
+        return True
+
+    def _ping(self, probe: Probe, now_s: float, *, proves: bool = False, for_clock: bool = False) -> None:
+        for id in [id for id, ping in self._pings.items() if ping.expires_s < now_s]:
+            del self._pings[id]
+        ping = _Ping(probe, now_s + _PING_TIMEOUT_S, proves, for_clock)
+        for _ in range(probe.count):
+            id = self._new_id()
+            frame = PingFrame(id, bytes(probe.down_bytes), probe.up_bytes)
+            ping.down_bytes, ping.sent_ns = self._send(probe.node, frame)
+            self._pings[id] = ping
+        ping.sent_unix_ns = time.time_ns() - (time.perf_counter_ns() - ping.sent_ns)
+
+
+def _sample(ping: _Ping, frame: PongFrame, message: Message) -> LinkSample | None:
+    probe = ping.probe
+    if probe.count == 1:
+        return LinkSample(
+            time_s=message.arrived_ns / 1e9,
+            node=probe.node,
+            down_bytes=ping.down_bytes,
+            up_bytes=len(message.payload),
+            round_trip_s=(message.arrived_ns - ping.sent_ns) / 1e9,
+            node_s=frame.durations.total_ns / 1e9,
+        )
+    found = dispersion_s(ping.arrivals, probe.lead)
+    if found is None:
+        return None
+    gaps, total_s = found
+    return LinkSample(
+        time_s=message.arrived_ns / 1e9,
+        node=probe.node,
+        down_bytes=gaps * ping.down_bytes if probe.down_bytes else 0,
+        up_bytes=gaps * len(message.payload) if probe.up_bytes else 0,
+        round_trip_s=total_s,
+        node_s=0.0,
+        train=True,
+    )

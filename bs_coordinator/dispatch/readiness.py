@@ -1,0 +1,145 @@
+"""Before the first prompt: is the broker fast, is every expert held, does every node compute?
+
+A heartbeat proves none of it, so each check here sends real traffic.
+"""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from bs_coordinator.dispatch.dispatcher import Dispatcher
+from bs_coordinator.errors import BrokerDelayError, DispatchError, PlacementError
+from bs_coordinator.nodes.registry import LOCAL_NODE
+from wire.errors import BrokerError
+from wire.manifest import ExpertEntry, Manifest, decode_probe_output, probe_input
+from wire.mqtt import MqttTransport
+
+_NAGLE_MS = 30.0
+"""A missing TCP_NODELAY costs at least 40 ms in nearly every burst."""
+_ECHOES = 9
+_WARM_UP = 24
+"""Single messages first: a young TCP connection acknowledges its first 16 segments at once."""
+_BURST_LENGTH = 3
+_REVIEW_S = 1.0
+_RESIDENTS_ASKED = 16
+_PROBE_ERROR = 0.5
+"""Relative error at which a node's answer is not this model's: quantisation stays below 0.2, another expert's
+output is at about 1.4."""
+
+
+def measure_broker(transport: MqttTransport, topic: str, *, timeout_s: float = 10.0) -> float:
+    """Median round trip of a small message through the broker and back to us, in ms.
+
+    Single messages never meet Nagle's algorithm; of a burst, all but the first wait for an acknowledgement
+    where TCP_NODELAY is missing. Lower quartiles are compared: no lucky burst decides, and no busy host either.
+
+    Raises:
+        BrokerDelayError: bursts show that wait.
+        BrokerError: an echo did not come back in time.
+    """
+    transport.subscribe(topic)
+    for _ in range(_WARM_UP):
+        _echo_ms(transport, topic, 1, timeout_s)
+    singles_ms = [_echo_ms(transport, topic, 1, timeout_s) for _ in range(_ECHOES)]
+    bursts_ms = [_echo_ms(transport, topic, _BURST_LENGTH, timeout_s) for _ in range(_ECHOES)]
+    extra_ms = float(np.quantile(bursts_ms, 0.25) - np.quantile(singles_ms, 0.25))
+    if extra_ms > _NAGLE_MS:
+        raise BrokerDelayError(
+            f"a burst through the broker takes {extra_ms:.0f} ms longer than one message: it runs "
+            "without TCP_NODELAY; in mosquitto.conf say 'set_tcp_nodelay true' and restart it"
+        )
+    return float(np.median(singles_ms))
+
+
+def _echo_ms(transport: MqttTransport, topic: str, count: int, timeout_s: float) -> float:
+    token = time.perf_counter_ns().to_bytes(8, "little")
+    began_ns = time.perf_counter_ns()
+    # Sent one by one, each message could carry the acknowledgement that the broker waits for.
+    with transport.in_one_segment():
+        for i in range(count):
+            transport.publish(topic, token + bytes([i]))
+    deadline = time.monotonic() + timeout_s
+    arrived = 0
+    while arrived < count:
+        message = transport.receive(max(0.0, deadline - time.monotonic()))
+        if message is None:
+            raise BrokerError(f"a message on {topic} did not come back within {timeout_s:g} s: check the ACL")
+        arrived += message.topic == topic and message.payload[:8] == token
+    return (time.perf_counter_ns() - began_ns) / 1e6
+
+
+def wait_for_experts(dispatcher: Dispatcher, *, timeout_s: float, on_wait: Callable[[str], None] | None = None) -> None:
+    """Wait until every expert of the model has a holder.
+
+    Args:
+        on_wait: told what is missing, at once and then whenever that changes.
+
+    Raises:
+        PlacementError: some are still missing at the deadline.
+    """
+    deadline = time.monotonic() + timeout_s
+    said, next_review_s = "", 0.0
+    dispatcher.pump(0.2)  # retained statuses of nodes that are already there
+    while dispatcher.fleet.missing():
+        line = dispatcher.fleet.describe_missing()
+        if time.monotonic() >= deadline:
+            raise PlacementError(f"after {timeout_s:g} s {line}")
+        if on_wait and line != said:
+            on_wait(line)
+            said = line
+        # What no node holds may be kept here; those that are only late will be given back to them.
+        review = time.monotonic() >= next_review_s
+        dispatcher.tend_residents(review=review)
+        next_review_s = time.monotonic() + _REVIEW_S if review else next_review_s
+        dispatcher.pump(0.2)
+
+
+def try_residents(dispatcher: Dispatcher, manifest: Manifest) -> None:
+    """Ask some of the experts that are kept here, so that it is known from the first token on what they cost.
+
+    Raises:
+        ExpertsLostError: they can't be computed.
+    """
+    x = probe_input(manifest.dims.hidden)
+    for id in sorted(dispatcher.fleet.here)[:_RESIDENTS_ASKED]:
+        gate = np.zeros((1, manifest.dims.experts), np.float32)
+        gate[0, id.expert] = 1.0
+        dispatcher.ask(LOCAL_NODE, id.layer, x, gate)
+
+
+def prove_nodes(dispatcher: Dispatcher, manifest: Manifest) -> dict[str, float]:
+    """Send one token to one expert of every node, and check its answer.
+
+    Returns:
+        LayerRequests trip in ms by node.
+
+    Raises:
+        DispatchError: a node does not answer, refuses, or answers with something else than this model's.
+    """
+    round_trip_ms: dict[str, float] = {}
+    entries = {entry.id: entry for entry in manifest.experts}
+    for node, status in sorted(dispatcher.fleet.nodes.items()):
+        held = next((id for id in status.expert_ids() if id in entries), None)
+        if held is not None:
+            round_trip_ms[node] = prove_expert(dispatcher, manifest, node, entries[held])
+    return round_trip_ms
+
+
+def prove_expert(dispatcher: Dispatcher, manifest: Manifest, node: str, entry: ExpertEntry) -> float:
+    """Send one token to one expert of one node, and check its answer; its round trip in ms.
+
+    Raises:
+        DispatchError: as `prove_nodes`.
+    """
+    gate = np.zeros((1, manifest.dims.experts), np.float32)
+    gate[0, entry.expert] = 1.0
+    output, dispatches = dispatcher.ask(node, entry.layer, probe_input(manifest.dims.hidden), gate)
+    expected = decode_probe_output(entry.probe_output, manifest.dims.hidden)
+    error = float(np.linalg.norm(output[0] - expected) / np.linalg.norm(expected))
+    if not error < _PROBE_ERROR:
+        raise DispatchError(
+            f"node '{node}' answers {entry.id} with something else than this model's expert "
+            f"(relative error {error:.2g}): is its bundle the same?"
+        )
+    return dispatches[0].round_trip_ns / 1e6

@@ -1,0 +1,1 @@
+"""Token generation: from prompts to answers, one forward step after another."""

@@ -1,0 +1,103 @@
+"""An answer in the making on disk, so that a coordinator that was killed goes on with the same tokens.
+
+JSON lines: first what was asked, then one line per token. A last line that a crash cut off does not count.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+from msgspec import Struct
+
+from bs_coordinator.engine.sampling import SamplingConfig
+from common.errors import StorageError
+
+
+class Asked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an answer depends on."""
+
+    model_sha256: str
+    quantisation: str
+    prompt: list[int]
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+    @classmethod
+    def of(cls, prompt: list[int], config: SamplingConfig, *, model_sha256: str, quantisation: str) -> "Asked":
+        """From how a generation is described elsewhere."""
+        return cls(
+            model_sha256=model_sha256,
+            quantisation=quantisation,
+            prompt=prompt,
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=config.seed,
+        )
+
+
+class SessionFile:
+    """One answer's file, open for appending.
+
+    Attributes:
+        ids: tokens that it holds.
+        finished: whether the answer is complete.
+    """
+
+    def __init__(self, file: BinaryIO, ids: list[int], finished: bool) -> None:
+        self._file = file
+        self.ids = ids
+        self.finished = finished
+
+    def add(self, id: int, *, last: bool) -> None:
+        """Write a token down; it is with the kernel when this returns.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        try:
+            self._file.write(msgspec.json.encode([id, last]) + b"\n")
+        except OSError as error:
+            raise StorageError(f"can't write {self._file.name}: {error.strerror}") from error
+        self.ids.append(id)
+
+
+@contextmanager
+def session_file(path: Path, asked: Asked) -> Iterator[SessionFile]:
+    """Begin a file, or go on with one that holds the same question.
+
+    Raises:
+        StorageError: it can't be read or written, or belongs to another question.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        whole = lines[:-1]
+        ids, finished = _read(path, whole, asked)
+        with path.open("r+b" if path.exists() else "w+b", buffering=0) as file:
+            os.fchmod(file.fileno(), 0o600)  # prompts are nobody else's business
+            file.truncate(sum(len(line) + 1 for line in whole))
+            file.seek(0, os.SEEK_END)
+            if not whole:
+                file.write(msgspec.json.encode(asked) + b"\n")
+            yield SessionFile(file, ids, finished)
+    except OSError as error:
+        raise StorageError(f"can't use the session file {path}: {error.strerror}") from error
+
+
+def _read(path: Path, lines: list[bytes], asked: Asked) -> tuple[list[int], bool]:
+    if not lines:
+        return [], False
+    try:
+        known = msgspec.json.decode(lines[0], type=Asked)
+        tokens = [msgspec.json.decode(line, type=tuple[int, bool]) for line in lines[1:]]
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise StorageError(f"{path} is no session file: name another one") from None
+    if known != asked:
+        different = [f for f in Asked.__struct_fields__ if getattr(known, f) != getattr(asked, f)]
+        raise StorageError(f"{path} holds an answer with another {', '.join(different)}: name another --session file")
+    return [id for id, _ in tokens], any(last for _, last in tokens)

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP interface of a base station."""

@@ -1,0 +1,1 @@
+"""What the base station knows of its nodes: status, telemetry and clocks."""

@@ -1,0 +1,1 @@
+"""What every room uses and no protocol depends on: console entry, files, sizes, devices, CPU idle states."""

@@ -1,0 +1,1 @@
+"""Experts in onnxruntime on one device: sessions, execution providers, memory, prepacked models."""

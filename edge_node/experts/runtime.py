@@ -1,0 +1,267 @@
+"""The experts of a device: which it answers for, which of them are in memory, and that each computes what it should.
+
+The same runtime serves experts on nodes and on a base station that keeps some itself.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.devices import Provider
+from edge_node.experts.memory import return_freed_memory, use_huge_pages
+from edge_node.experts.prepacked import discard, prepacked_model
+from edge_node.experts.providers import ProviderError, probe_tolerance
+from edge_node.experts.session import ExpertSession, share_thread_pool
+from wire.errors import BundleError, ProbeError
+from wire.experts import ExpertId
+from wire.manifest import ExpertEntry, Manifest, decode_probe_output, probe_input, verify_file
+from wire.tensors import Array
+
+log = logging.getLogger(__name__)
+
+BATCH_ROWS = 16
+"""Hidden states of a batch: what a draft, or a few callers together, bring to one expert."""
+_LONELY_ROWS = 2
+"""onnxruntime has kernels of its own for a single row, and some of them round differently (int4 on processors with AVX2
+only, for one). Two rows take 2 to 29 % longer there (docs/devices.md)."""
+LARGE_EXPERT_BYTES = 16 << 20
+"""Smaller ones have no matrix that fills huge pages."""
+
+
+@dataclass(slots=True)
+class Loads:
+    """What keeping only some experts in memory has cost.
+
+    Attributes:
+        count: experts that a request had to wait for.
+        ns: how long requests waited for them in all.
+        evictions: experts that made room.
+    """
+
+    count: int = 0
+    ns: int = 0
+    evictions: int = 0
+
+
+class ExpertRuntime:
+    """Experts of one bundle.
+
+    `run` is not thread-safe: all experts share one input and one output buffer. `add` and `drop` may be called from
+    another thread, one at a time, as long as the expert is not run meanwhile.
+
+    Attributes:
+        most_loaded: experts in memory at once; None for all.
+        least_rows: computed at once: 2 where a hidden state by itself would get another output than in company.
+        same_in_batch: whether it gets the same then, as found with the first expert.
+        loads: since the start.
+    """
+
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        ids: Iterable[ExpertId],
+        *,
+        threads: int = 1,
+        prepacked: Path | None = None,
+        most_loaded: int | None = None,
+        provider: Provider = "cpu",
+    ) -> None:
+        """Verify, load and prove the experts, each of them, also where only some can stay.
+
+        Args:
+            prepacked: folder of copies that are mapped instead of allocated (`edge_node.experts.prepacked`).
+            most_loaded: keep this many, those used last; others are loaded when they are asked for.
+            provider: what computes; prepacked copies are for the CPU only.
+
+        Raises:
+            BundleError: a file is missing, changed, or no valid model.
+            StorageError: no prepacked copy can be kept.
+            ProbeError: an expert's output differs from the one recorded at export.
+            ProviderError: the same on a GPU, or it can't compute an expert at all.
+        """
+        if most_loaded is not None and most_loaded < 1:
+            raise ValueError("most_loaded must be at least 1")
+        share_thread_pool(threads)
+        self.manifest = manifest
+        self.most_loaded = most_loaded
+        self.least_rows = 0
+        self.same_in_batch = False
+        self.loads = Loads()
+        self._bundle = bundle
+        self._provider = provider
+        self._prepacked = prepacked if provider == "cpu" else None
+        self._hidden = manifest.dims.hidden
+        self._entries: dict[ExpertId, ExpertEntry] = {}
+        self._sessions: dict[ExpertId, ExpertSession] = {}  # the one used last comes last
+        self._verified: dict[Path, tuple[int, ...]] = {}
+        self._reserve(_LONELY_ROWS)
+        for entry in manifest.entries(ids):
+            self._make_room()
+            self._load(entry)
+
+    @property
+    def ids(self) -> Sequence[ExpertId]:
+        """Experts that it answers for, in the order in which it got them."""
+        return tuple(self._entries)
+
+    @property
+    def loaded(self) -> Sequence[ExpertId]:
+        """Experts in memory; those used last come last where not all are."""
+        return tuple(self._sessions)
+
+    def __contains__(self, id: ExpertId) -> bool:
+        return id in self._entries
+
+    def add(self, id: ExpertId) -> None:
+        """Verify, load and prove one more.
+
+        Raises:
+            BundleError, StorageError, ProbeError: as the constructor.
+        """
+        (entry,) = self.manifest.entries([id])
+        self._load(entry)
+
+    def drop(self, id: ExpertId) -> None:
+        """Answer for it no longer, and free its memory."""
+        del self._entries[id]
+        self._sessions.pop(id, None)
+        return_freed_memory()
+
+    def run(self, id: ExpertId, x: Array) -> Array:
+        """The expert's output, float32 [tokens, hidden], for `x` of the same shape.
+
+        The result is a view that the next call overwrites.
+
+        Raises:
+            KeyError: it does not answer for this expert.
+            BundleError, StorageError, ProbeError: the expert was not in memory and can no longer be loaded.
+        """
+        session = self._sessions.get(id) or self._load_on_demand(self._entries[id])
+        if self.most_loaded is not None:
+            self._sessions[id] = self._sessions.pop(id)
+        n = len(x)
+        rows = max(n, self.least_rows)
+        if rows > len(self._x):
+            self._reserve(rows)
+        self._x[:n] = x
+        self._x[n:rows] = 0.0
+        session.run(self._x, self._y, rows)
+        return self._y[:n]
+
+    def batch_invariant(self, id: ExpertId) -> bool:
+        """Whether this expert gave `BATCH_ROWS` hidden states the same outputs, to the last bit, alone and together."""
+        x = probe_input(self._hidden, BATCH_ROWS)
+        alone = np.concatenate([self.run(id, row[None]).copy() for row in x])
+        return np.array_equal(alone, self.run(id, x))
+
+    def _find_least_rows(self, id: ExpertId) -> None:
+        """See `least_rows`; 1 too where even two rows don't help."""
+        for self.least_rows in (1, _LONELY_ROWS):
+            self.same_in_batch = self.batch_invariant(id)
+            if self.same_in_batch:
+                return
+        self.least_rows = 1
+
+    def _reserve(self, tokens: int) -> None:
+        self._x = np.zeros((tokens, self._hidden), np.float32)
+        self._y = np.zeros((tokens, self._hidden), np.float32)
+
+    def _load_on_demand(self, entry: ExpertEntry) -> ExpertSession:
+        began_ns = time.perf_counter_ns()
+        self.loads.evictions += self._make_room()
+        session = self._load(entry)
+        self.loads.count += 1
+        self.loads.ns += time.perf_counter_ns() - began_ns
+        return session
+
+    def _make_room(self) -> int:
+        """Forget those that were not used for longest; how many."""
+        evicted = 0
+        while self.most_loaded is not None and len(self._sessions) >= self.most_loaded:
+            del self._sessions[next(iter(self._sessions))]
+            evicted += 1
+        return evicted
+
+    def _load(self, entry: ExpertEntry) -> ExpertSession:
+        self._verify(entry)
+        if self._prepacked is None:
+            session = self._open(entry, self._bundle / entry.files[0].path)
+        else:
+            session = self._open_prepacked(entry, self._prepacked)
+        self._entries[entry.id] = entry
+        self._sessions[entry.id] = session
+        if not self.least_rows:
+            # Experts are alike, so that the first one tells for all.
+            self._find_least_rows(entry.id)
+        return_freed_memory()
+        if entry.bytes >= LARGE_EXPERT_BYTES:
+            use_huge_pages()
+        return session
+
+    def _open(self, entry: ExpertEntry, model: Path) -> ExpertSession:
+        session = ExpertSession(model, self._hidden, self._provider)
+        self._prove(entry, session)
+        return session
+
+    def _open_prepacked(self, entry: ExpertEntry, folder: Path) -> ExpertSession:
+        """From the prepacked copy. It has no hash of its own, so one that a power cut damaged is found here, and made
+        once more."""
+        model = prepacked_model(self._bundle, entry, folder)
+        try:
+            return self._open(entry, model)
+        except Exception as error:  # noqa: BLE001
+            # A damaged model may load and then raise whatever onnxruntime raises.
+            first_line = str(error).partition("\n")[0]
+            log.warning("the prepacked copy of expert %s is of no use and is made again: %s", entry.id, first_line)
+            discard(model)
+        return self._open(entry, prepacked_model(self._bundle, entry, folder))
+
+    def _verify(self, entry: ExpertEntry) -> None:
+        """Hash the files, unless they are those that were hashed before: an expert may be loaded many times."""
+        for file in entry.files:
+            path = self._bundle / file.path
+            if path not in self._verified or _identity(path) != self._verified[path]:
+                before = _identity(path)
+                verify_file(self._bundle, file)
+                self._verified[path] = before
+
+    def _prove(self, entry: ExpertEntry, session: ExpertSession) -> None:
+        x = probe_input(self._hidden)
+        y = np.empty_like(x)
+        try:
+            session.run(x, y, 1)
+        except Exception as failure:
+            if self._provider == "cpu":
+                raise
+            # A GPU that the wheel has no kernels for is found out only now.
+            first_line = str(failure).partition("\n")[0]
+            raise ProviderError(f"expert {entry.id} can't be computed: {first_line}") from None
+        expected = decode_probe_output(entry.probe_output, self._hidden)
+        norm = float(np.linalg.norm(expected))
+        error = float(np.linalg.norm(y[0] - expected)) / norm if norm else float(np.abs(y).max())
+        # fp16 storage of the expected output alone can cost half a unit in the last place.
+        tolerance = probe_tolerance(self.manifest, self._provider) + 2.0**-11
+        if not error <= tolerance:  # also when error is NaN
+            kind = ProbeError if self._provider == "cpu" else ProviderError
+            raise kind(
+                f"expert {entry.id} computes something else here than where it was exported: relative error "
+                f"{error:.2g} on the probe input, {tolerance:.2g} allowed; try another --quant for this CPU"
+            )
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What changes with a file's content, as far as the file system tells.
+
+    Raises:
+        BundleError: it is missing.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise BundleError(f"{path} can't be read ({error.strerror}): copy it again") from None
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

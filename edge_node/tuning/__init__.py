@@ -1,0 +1,1 @@
+"""Measuring which bundle and thread count suit this device."""

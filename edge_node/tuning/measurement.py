@@ -1,0 +1,131 @@
+"""Measuring one quantisation with one number of threads on this device.
+
+Each trial is a process of its own: onnxruntime's thread pool can't be changed within one, and a kernel that this
+processor can't run ends only the trial.
+"""
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import msgspec
+import numpy as np
+
+from common.console import run as run_console
+from common.devices import Provider
+from edge_node.experts.providers import first_that_proves
+from edge_node.experts.runtime import BATCH_ROWS, ExpertRuntime
+from edge_node.tuning.tuning_file import TuningMeasurement
+from wire.experts import ExpertId, format_selector, parse_selector
+from wire.manifest import ExpertEntry, Manifest, decode_probe_output, load_manifest, probe_input
+from wire.tensors import Array
+
+_SPREAD_BYTES = 64 << 20
+_MOST_EXPERTS = 32
+"""Experts are measured in turn, as tokens come to them: as many as no processor's cache holds, if there are."""
+_LEAST_S, _MOST_S, _LEAST_CALLS = 0.5, 4.0, 48
+TIMEOUT_S = 300.0
+
+
+def sample(entries: Sequence[ExpertEntry]) -> list[ExpertEntry]:
+    """Experts to measure on, spread over those that the device will hold."""
+    size = max(1, max(entry.bytes for entry in entries))
+    count = min(len(entries), _MOST_EXPERTS, max(2, -(-_SPREAD_BYTES // size)))
+    return [entries[k * len(entries) // count] for k in range(count)]
+
+
+def measure(
+    bundle: Path, manifest: Manifest, ids: Sequence[ExpertId], threads: int, providers: Sequence[Provider]
+) -> TuningMeasurement:
+    """Measure in this process, with the first of the providers that does.
+
+    Raises:
+        BundleError, ProbeError: these experts can't be used here.
+    """
+    runtime, chosen = first_that_proves(
+        providers, lambda provider: ExpertRuntime(bundle, manifest, ids, threads=threads, provider=provider)
+    )
+    hidden = manifest.dims.hidden
+    entries = manifest.entries(ids)
+    x = probe_input(hidden, BATCH_ROWS)
+    deviation = 0.0
+    for entry in entries:
+        expected = decode_probe_output(entry.probe_output, hidden)
+        error = np.linalg.norm(runtime.run(entry.id, x[:1])[0] - expected) / np.linalg.norm(expected)
+        deviation = max(deviation, float(error))
+    return TuningMeasurement(
+        quantisation=str(manifest.quantisation),
+        threads=threads,
+        provider=chosen.provider,
+        experts=len(ids),
+        token_ms=(_median_ms(runtime, x[:1]),),
+        batch_ms=(_median_ms(runtime, x),),
+        error=statistics.fmean(entry.error for entry in entries),
+        deviation=deviation,
+        same_in_batch=all(runtime.batch_invariant(id) for id in ids),
+    )
+
+
+def measure_apart(
+    bundle: Path, manifest: Manifest, ids: Sequence[ExpertId], threads: int, providers: Sequence[Provider]
+) -> TuningMeasurement:
+    """Measure in a process of its own; what goes wrong there is the trial's `refused`."""
+    command = [
+        sys.executable,
+        "-m",
+        "edge_node.tuning.measurement",
+        str(bundle),
+        format_selector(ids),
+        str(threads),
+        *providers,
+    ]
+    quantisation = str(manifest.quantisation)
+    try:
+        done = subprocess.run(command, capture_output=True, check=False, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        return TuningMeasurement(
+            quantisation=quantisation, threads=threads, refused=f"took longer than {TIMEOUT_S:.0f} s"
+        )
+    if done.returncode == 0:
+        return msgspec.json.decode(done.stdout, type=TuningMeasurement)
+    if done.returncode < 0:
+        refused = f"ended by signal {-done.returncode}"
+    else:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no output"]
+        refused = lines[-1].rpartition("error: ")[2]
+    return TuningMeasurement(quantisation=quantisation, threads=threads, refused=refused)
+
+
+def _median_ms(runtime: ExpertRuntime, x: Array) -> float:
+    for id in runtime.ids:
+        runtime.run(id, x)
+    samples_ms: list[float] = []
+    began = time.perf_counter()
+    while True:
+        for id in runtime.ids:
+            start_ns = time.perf_counter_ns()
+            runtime.run(id, x)
+            samples_ms.append((time.perf_counter_ns() - start_ns) / 1e6)
+        spent_s = time.perf_counter() - began
+        if spent_s > _MOST_S or (spent_s > _LEAST_S and len(samples_ms) >= _LEAST_CALLS):
+            return statistics.median(samples_ms)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("experts")
+@click.argument("threads", type=int)
+@click.argument("providers", nargs=-1)
+def _command(bundle: Path, experts: str, threads: int, providers: tuple[Provider, ...]) -> None:
+    """Print one trial as JSON."""
+    manifest = load_manifest(bundle)
+    ids = parse_selector(experts, layers=manifest.dims.layers, experts=manifest.dims.experts)
+    sys.stdout.buffer.write(msgspec.json.encode(measure(bundle, manifest, ids, threads, providers)))
+
+
+if __name__ == "__main__":
+    run_console(_command, "trial")

@@ -1,0 +1,142 @@
+"""Bundles of one model in several quantisations: which to serve from, as measured on this device."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import onnxruntime
+
+from common.devices import Provider
+from common.systemd import notify
+from edge_node.errors import TuningError
+from edge_node.experts.memory import fitting, needed_bytes, room_bytes
+from edge_node.experts.prepacked import processor
+from edge_node.tuning.measurement import TIMEOUT_S, measure_apart, sample
+from edge_node.tuning.tuning_file import (
+    Conditions,
+    Rule,
+    Tuning,
+    TuningMeasurement,
+    decide,
+    read_tuning,
+    what_changed,
+    write_tuning,
+)
+from wire.experts import format_selector, parse_selector
+from wire.manifest import Manifest
+from wire.signature import load_trusted_manifest
+
+log = logging.getLogger(__name__)
+ROUNDS = 2
+
+
+class Variants:
+    """The bundles to choose from, and what a device is to hold of them."""
+
+    def __init__(
+        self,
+        bundles: Sequence[Path],
+        selector: str,
+        *,
+        key: Path | None = None,
+        budget: int | None = None,
+        all_resident: bool = True,
+        most_threads: int,
+        threads: Sequence[int] = (),
+        providers: Sequence[Provider] = ("cpu",),
+    ) -> None:
+        """Read the manifests.
+
+        Args:
+            key: public key of which the bundles must have signatures.
+            budget: the user's own limit of memory in bytes.
+            all_resident: all experts have to be in memory at once.
+            most_threads: more are not tried.
+            threads: numbers to try; powers of two and `most_threads` if empty.
+            providers: to compute with, see `edge_node.experts.providers`.
+
+        Raises:
+            ValueError: the selector makes no sense.
+            BundleError: a bundle is none, or lacks an expert.
+            TuningError: the bundles are not variants of one model.
+        """
+        self._manifests: dict[str, tuple[Path, Manifest]] = {}
+        for bundle in bundles:
+            manifest = load_trusted_manifest(bundle, key)
+            name = str(manifest.quantisation)
+            if name in self._manifests:
+                raise TuningError(f"{self._manifests[name][0]} and {bundle} are both {name}: name one of them")
+            self._manifests[name] = (bundle, manifest)
+        first_bundle, first = next(iter(self._manifests.values()))
+        for bundle, manifest in self._manifests.values():
+            if manifest.model_sha256 != first.model_sha256:
+                raise TuningError(f"{bundle} and {first_bundle} were cut from different checkpoints")
+        self._ids = parse_selector(selector, layers=first.dims.layers, experts=first.dims.experts)
+        self._budget = budget
+        self._all_resident = all_resident
+        self._threads_given = bool(threads)
+        self._threads = tuple(threads) or thread_numbers(most_threads)
+        self._providers = tuple(providers)
+        self._conditions = Conditions(
+            model_sha256=first.model_sha256,
+            experts=format_selector(self._ids),
+            available=tuple(sorted(self._manifests)),
+            threads=self._threads,
+            providers=self._providers,
+            processor=hashlib.sha256(processor().encode()).hexdigest()[:16],
+            onnxruntime=onnxruntime.__version__,
+        )
+
+    def chosen(self, file: Path) -> tuple[Path, Tuning]:
+        """The bundle to serve from by the choice in `file`, which is made first where there is none that holds.
+
+        Raises:
+            TuningError: none can be used, or the file is something else.
+            StorageError: the choice can't be kept.
+        """
+        tuning = read_tuning(file)
+        if tuning is not None and not self._threads_given:
+            self._threads = tuning.conditions.threads
+            self._conditions = msgspec.structs.replace(self._conditions, threads=self._threads)
+        if tuning is None:
+            log.info("choosing quantisation and threads: measuring them once on this device")
+            tuning = self.tune(file, Rule())
+        elif changed := what_changed(tuning.conditions, self._conditions):
+            log.info("measuring anew: %s changed since %s was written", changed, file)
+            tuning = self.tune(file, tuning.rule)
+        return self._manifests[tuning.quantisation][0], tuning
+
+    def tune(self, file: Path, rule: Rule) -> Tuning:
+        """Measure, choose and keep the choice; as `chosen`."""
+        trials: dict[tuple[str, int], TuningMeasurement] = {}
+        arms = [(name, threads) for name in self._manifests for threads in self._threads]
+        for round in range(ROUNDS):
+            # There and back, so that no arm always has the warmer processor.
+            for name, threads in arms if round % 2 == 0 else reversed(arms):
+                if (before := trials.get((name, threads))) and before.refused:
+                    continue
+                notify(f"EXTEND_TIMEOUT_USEC={int(2 * TIMEOUT_S * 1e6)}")
+                trial = self._measure(name, threads)
+                trials[name, threads] = before.joined(trial) if before else trial
+                log.info("%s on %d threads: %s", name, threads, trial.refused or f"{trial.token_ms[0]:.3g} ms")
+        tuning = decide(list(trials.values()), rule, self._conditions)
+        write_tuning(file, tuning)
+        return tuning
+
+    def _measure(self, name: str, threads: int) -> TuningMeasurement:
+        bundle, manifest = self._manifests[name]
+        entries, scheme = manifest.entries(self._ids), manifest.quantisation.scheme
+        room, tried = room_bytes(self._budget), sample(entries)
+        fits = needed_bytes(entries, scheme) <= room if self._all_resident else fitting(entries, scheme, room) > 0
+        if not fits or needed_bytes(tried, scheme) > room:
+            needed = needed_bytes(entries, scheme) >> 20
+            why = f"needs about {needed} MiB of RAM, there are {room >> 20}"
+            return TuningMeasurement(quantisation=name, threads=threads, refused=why)
+        return measure_apart(bundle, manifest, [entry.id for entry in tried], threads, self._providers)
+
+
+def thread_numbers(most: int) -> tuple[int, ...]:
+    """Powers of two below `most`, and `most`."""
+    return (*(1 << k for k in range(most.bit_length()) if 1 << k < most), most)

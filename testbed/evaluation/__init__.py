@@ -1,0 +1,1 @@
+"""Quality of the model: tasks, perplexity, expert differences."""

@@ -1,0 +1,100 @@
+"""Measure how much the experts of each layer differ: the table that the policy `similar` works from.
+
+Source: after SiftMoE, arXiv 2603.23888; `DifferenceTable` gives the measure.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bs_coordinator.engine.experts import ExpertOutput, Ready
+from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.sequence import Tokenizer
+from bs_coordinator.selection import TopK
+from bs_coordinator.selection.differences import SCHEMA, DifferenceDocument
+from bs_coordinator.selection.forecast import LayerForecast
+from bs_coordinator.trunk.inputs import SequenceInput
+from bs_coordinator.trunk.trunk import Trunk
+from common.errors import WdmoeError
+from edge_node.experts.runtime import ExpertRuntime
+from wire.experts import ExpertId
+from wire.manifest import load_manifest, sha256_file
+from wire.tensors import Array
+
+
+class _ComparedExperts:
+    """Runs every expert on whatever is routed to any, and adds up how far the others' outputs lie from it."""
+
+    def __init__(self, runtime: ExpertRuntime, layers: int, experts: int) -> None:
+        self._runtime = runtime
+        self._experts = experts
+        self.rows = np.zeros((layers, experts), np.int64)
+        self.sums = np.zeros((layers, experts, experts))
+
+    def begin(self, layer: int, hidden: Array, gate: Array) -> Ready:
+        """See `bs_coordinator.engine.model.Experts.begin`."""
+        outputs = np.stack([self._runtime.run(ExpertId(layer, e), hidden).copy() for e in range(self._experts)])
+        for expert in range(self._experts):
+            rows = np.flatnonzero(gate[:, expert])
+            own = outputs[expert, rows]
+            distance = np.linalg.norm(outputs[:, rows] - own, axis=2) / np.maximum(np.linalg.norm(own, axis=1), 1e-30)
+            self.sums[layer, expert] += distance.sum(axis=1)
+            self.rows[layer, expert] += len(rows)
+        return Ready(ExpertOutput(np.einsum("te,etd->td", gate, outputs).astype(np.float32)))
+
+    def forecast(self, layer: int) -> LayerForecast:
+        """See `bs_coordinator.engine.model.Experts.forecast`."""
+        return LayerForecast.even(layer, self._experts)
+
+
+def measure_differences(
+    bundle: Path, text: Path, *, tokens: int, chunk: int, threads: int, progress: Callable[[int], None]
+) -> DifferenceDocument:
+    """The table of a bundle, measured on a text.
+
+    Args:
+        text: UTF-8.
+        tokens: of the text, from its beginning.
+        chunk: tokens per forward step, each with a context of its own.
+        progress: told how many tokens are done.
+
+    Raises:
+        WdmoeError: the text can't be read, or is too short to reach every expert.
+    """
+    manifest = load_manifest(bundle)
+    dims = manifest.dims
+    tokenizer = Tokenizer(bundle / "trunk", fallback_eos=0)
+    ids = _read(text, tokenizer, tokens)
+    trunk = Trunk(bundle / "trunk")
+    runtime = ExpertRuntime(bundle, manifest, [e.id for e in manifest.experts], threads=threads)
+    experts = _ComparedExperts(runtime, dims.layers, dims.experts)
+    model = DistributedMixtral(trunk, experts, TopK(dims.top_k))
+    for start in range(0, len(ids), chunk):
+        model.step([SequenceInput(list(ids[start : start + chunk]), trunk.new_cache())])
+        progress(min(start + chunk, len(ids)))
+    if (experts.rows == 0).any():
+        layer, expert = np.argwhere(experts.rows == 0)[0].tolist()
+        raise WdmoeError(
+            f"{len(ids)} tokens of {text} never reached {ExpertId(layer, expert)}: use more, and more varied, text"
+        )
+    return DifferenceDocument(
+        schema=SCHEMA,
+        model_sha256=manifest.model_sha256,
+        text_sha256=sha256_file(text),
+        tokens=len(ids),
+        rows=experts.rows.tolist(),
+        differences=(experts.sums / experts.rows[:, :, None]).round(5).tolist(),
+    )
+
+
+def _read(text: Path, tokenizer: Tokenizer, tokens: int) -> Sequence[int]:
+    try:
+        ids = tokenizer.encode(text.read_text("utf-8"))[:tokens]
+    except OSError as error:
+        raise WdmoeError(f"can't read {text}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise WdmoeError(f"{text} is not UTF-8 text") from None
+    if len(ids) < tokens:
+        raise WdmoeError(f"{text} has {len(ids)} tokens, {tokens} are wanted (--tokens)")
+    return ids

@@ -1,0 +1,160 @@
+"""How good a model's answers are: multiple choice by log-likelihood, and perplexity.
+
+Prompts and scoring follow lm-evaluation-harness: `Question: …\\nAnswer:`, and of the choices the one with the
+highest summed log-probability (`acc`). Items are JSON lines with `question`, `choices` and `label`; texts for
+perplexity have `domain` and `text`.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import numpy as np
+import torch
+from msgspec import Struct
+from torch import Tensor
+
+from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.sequence import Tokenizer
+from bs_coordinator.selection import Policy
+from bs_coordinator.selection.forecast import LayerForecast
+from bs_coordinator.trunk.inputs import SequenceInput
+from bs_coordinator.trunk.trunk import Packing
+from common.errors import WdmoeError
+from wire.tensors import Array
+
+_BATCH_ITEMS = 16
+T = TypeVar("T")
+
+
+class EachAlone:
+    """A `Policy` that another one makes for each token of a step on its own, as when decoding one sequence.
+
+    What a policy costs of accuracy there can so be measured on many tokens at once.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
+        """See `Policy.select`."""
+        return np.concatenate([self._policy.select(row[None], forecast) for row in probabilities])
+
+
+class ChoiceItem(Struct, frozen=True):
+    """One question with several answers, of which `choices[label]` is right."""
+
+    question: str
+    choices: list[str]
+    label: int
+
+
+class DomainText(Struct, frozen=True):
+    """Held-out text of one domain."""
+
+    domain: str
+    text: str
+
+
+def read_items(path: Path, kind: type[T], count: int | None = None) -> list[T]:
+    """The first `count` JSON lines of a file.
+
+    Raises:
+        WdmoeError: the file is missing or a line is not such an item.
+    """
+    try:
+        lines = path.read_bytes().splitlines()[:count]
+        return [msgspec.json.decode(line, type=kind) for line in lines]
+    except FileNotFoundError:
+        raise WdmoeError(f"evaluation data {path} is missing: see docs/measurement.md for its format") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise WdmoeError(f"{path} is not JSON lines of {kind.__name__}: {error}") from None
+
+
+def choose(
+    model: DistributedMixtral, tokenizer: Tokenizer, items: Sequence[ChoiceItem], *, batch: int = _BATCH_ITEMS
+) -> list[int]:
+    """The model's choice for each item.
+
+    Args:
+        batch: items per forward step.
+    """
+    chosen: list[int] = []
+    for some in _batches(items, size=batch):
+        prompts = [tokenizer.encode(f"Question: {item.question}\nAnswer:") for item in some]
+        choices = [(i, tokenizer.encode(f" {choice}")) for i, item in enumerate(some) for choice in item.choices]
+        scores = _score(model, prompts, choices)
+        by_item: list[list[float]] = [[] for _ in some]
+        for (i, _), score in zip(choices, scores, strict=True):
+            by_item[i].append(score)
+        chosen += [max(range(len(sums)), key=sums.__getitem__) for sums in by_item]
+    return chosen
+
+
+def _score(
+    model: DistributedMixtral, prompts: Sequence[list[int]], choices: Sequence[tuple[int, list[int]]]
+) -> list[float]:
+    """Log-likelihood of each choice after its prompt, in two steps for all of them.
+
+    Args:
+        choices: which prompt, and the token ids that follow it.
+    """
+    cache = model.trunk.new_cache()
+    owner = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor([len(p) for p in prompts]))
+    ends = [sum(len(p) for p in prompts[: i + 1]) - 1 for i in range(len(prompts))]
+    packing = Packing(_positions([len(p) for p in prompts]), _own_past(owner))
+    (first,), _ = model.step([SequenceInput([id for p in prompts for id in p], cache, packing, ends)])
+    # The prompt predicts a choice's first token, and each token the next: nobody needs to see the last.
+    seen = [ids[:-1] for _, ids in choices]
+    lengths = [len(ids) for ids in seen]
+    rest = torch.empty((0, first.shape[1]))
+    if sum(lengths):
+        which = torch.repeat_interleave(torch.arange(len(choices)), torch.tensor(lengths))
+        prompt = torch.tensor([i for i, _ in choices])[which]
+        starts = torch.tensor([len(p) for p in prompts])[prompt]
+        visible = torch.cat([prompt[:, None] == owner[None], _own_past(which)], dim=1)
+        ids = [id for ids in seen for id in ids]
+        feed = SequenceInput(ids, cache, Packing(starts + _positions(lengths), visible), list(range(len(ids))))
+        (rest,), _ = model.step([feed])
+    continued = torch.split(rest, lengths)
+    return [
+        _log_likelihood(torch.cat([first[i, None], following]), ids)
+        for (i, ids), following in zip(choices, continued, strict=True)
+    ]
+
+
+def _positions(lengths: Sequence[int]) -> Tensor:
+    """0, 1, … for each of several sequences one after the other, int64."""
+    return torch.cat([torch.arange(n) for n in lengths])
+
+
+def _own_past(owner: Tensor) -> Tensor:
+    """bool [tokens, tokens]: whether a token comes after or is another one of the same sequence."""
+    return (owner[:, None] == owner[None]).tril()
+
+
+def losses(
+    model: DistributedMixtral, tokenizer: Tokenizer, texts: Sequence[str], *, tokens: int
+) -> list[tuple[float, int]]:
+    """Per text the summed negative log-likelihood (nats) and the number of predicted tokens.
+
+    Args:
+        tokens: of each text at most this many from its beginning.
+    """
+    result: list[tuple[float, int]] = []
+    for batch in _batches(texts, size=4):
+        ids = [tokenizer.encode(text)[:tokens] for text in batch]
+        logits, _ = model.step([SequenceInput(i, model.trunk.new_cache()) for i in ids], all_logits=True)
+        result += [(-_log_likelihood(scored[:-1], i[1:]), len(i) - 1) for scored, i in zip(logits, ids, strict=True)]
+    return result
+
+
+def _log_likelihood(logits: Tensor, ids: list[int]) -> float:
+    log_probabilities = torch.log_softmax(logits, dim=-1)
+    return float(log_probabilities.gather(1, torch.tensor(ids)[:, None]).sum())
+
+
+def _batches(items: Sequence[T], size: int = _BATCH_ITEMS) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,119 @@
+"""What each quantisation costs in answers: one table from one command.
+
+Experts run in this process with the nodes' own runtime, so that only the quantisation differs.
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.sequence import Tokenizer
+from bs_coordinator.selection import TopK
+from bs_coordinator.trunk.trunk import Trunk
+from common.files import atomic_write
+from testbed.evaluation.items import ChoiceItem, DomainText, choose, losses, read_items
+from testbed.evaluation.local_experts import LocalExperts
+from testbed.report.statistics import wilson_interval
+from wire.manifest import load_manifest
+
+TASKS = {"ARC-Easy": "arc_easy_test.jsonl", "PIQA": "piqa_valid.jsonl"}
+DOMAINS = "domains.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Right answers of a number of items, with the 95 % Wilson interval."""
+
+    right: int
+    items: int
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.right / self.items:.1f} ({100 * self.low:.1f}–{100 * self.high:.1f})"
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """One bundle's row.
+
+    Attributes:
+        lost: expert indices that were done without.
+        expert_bytes: of all experts' files.
+        perplexity: exp of the mean loss per token over all domains' texts.
+        domain_loss: nats per token, by domain.
+    """
+
+    quantisation: str
+    lost: list[int]
+    expert_bytes: int
+    perplexity: float
+    domain_loss: dict[str, float]
+    accuracy: dict[str, Accuracy]
+
+
+def measure_quality(
+    bundle: Path, data: Path, *, items: int, texts_per_domain: int, tokens: int, threads: int,
+    lost: Sequence[int] = (),
+) -> Quality:  # fmt: skip
+    """Evaluate one bundle.
+
+    Args:
+        data: folder with the files of `TASKS` and `DOMAINS`.
+        items: of each task, from its beginning.
+        texts_per_domain: of each domain, from its beginning.
+        tokens: of each text, at most.
+        lost: expert indices to do without in every layer, as after the loss of nodes without replicas.
+    """
+    manifest = load_manifest(bundle)
+    tokenizer = Tokenizer(bundle / "trunk")
+    experts = LocalExperts(bundle, threads=threads)
+    experts.lost = frozenset(lost)
+    model = DistributedMixtral(Trunk(bundle / "trunk"), experts, TopK(manifest.dims.top_k), degrade=True)
+    accuracy: dict[str, Accuracy] = {}
+    for task, file in TASKS.items():
+        questions = read_items(data / file, ChoiceItem, items)
+        chosen = choose(model, tokenizer, questions)
+        right = sum(c == q.label for c, q in zip(chosen, questions, strict=True))
+        accuracy[task] = Accuracy(right, len(questions), *wilson_interval(right, len(questions)))
+    texts: dict[str, list[str]] = defaultdict(list)
+    for item in read_items(data / DOMAINS, DomainText):
+        if len(texts[item.domain]) < texts_per_domain:
+            texts[item.domain].append(item.text)
+    by_domain = {domain: losses(model, tokenizer, t, tokens=tokens) for domain, t in sorted(texts.items())}
+    total = [pair for pairs in by_domain.values() for pair in pairs]
+    return Quality(
+        quantisation=str(manifest.quantisation),
+        lost=sorted(lost),
+        expert_bytes=sum(entry.bytes for entry in manifest.experts),
+        perplexity=math.exp(sum(loss for loss, _ in total) / sum(n for _, n in total)),
+        domain_loss={d: sum(x for x, _ in p) / sum(n for _, n in p) for d, p in by_domain.items()},
+        accuracy=accuracy,
+    )
+
+
+def print_quality(rows: Sequence[Quality], console: Console) -> None:
+    """The table, as Markdown-like as a terminal allows."""
+    table = Table("experts", "MiB", "perplexity", *TASKS)
+    for row in rows:
+        table.add_row(
+            row.quantisation + (f" without E{','.join(map(str, row.lost))}" if row.lost else ""),
+            f"{row.expert_bytes / 2**20:.0f}",
+            f"{row.perplexity:.3f}",
+            *(str(row.accuracy[task]) for task in TASKS),
+        )
+    console.print(table)
+
+
+def write_quality(rows: Sequence[Quality], path: Path, parameters: dict[str, int]) -> None:
+    """All numbers as one JSON document."""
+    with atomic_write(path) as file:
+        document = {"parameters": parameters, "rows": [asdict(row) for row in rows]}
+        file.write(json.dumps(document, indent=1).encode())

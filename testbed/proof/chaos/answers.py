@@ -1,0 +1,136 @@
+"""One answer by a base station in a process of its own, and how it ended."""
+
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+from testbed.proof.chaos.schedule import Fault
+from testbed.proof.chaos.stage import Stage
+
+Outcome = Literal["right", "degraded", "failed", "wrong", "hung", "crashed"]
+DEADLINE_S = 150.0
+"""Longer than anything in the base station waits: 60 s for a broker and 12 s for its nodes, twice."""
+_POLL_S = 0.01
+
+
+class Answer(Struct, frozen=True, kw_only=True):
+    """What became of one answer.
+
+    Attributes:
+        outcome: `right`: the tokens of the undisturbed answer. `degraded`: complete and says so. `failed`: ended
+            with one clear line. `wrong`: other tokens and not said so. `hung`, `crashed`: what must not happen.
+        detail: the line that was said.
+        longest_pause_s: between two tokens.
+    """
+
+    number: int
+    prompt: int
+    faults: list[Fault]
+    outcome: Outcome
+    seconds: float
+    longest_pause_s: float
+    tokens: int
+    resumed: int
+    detail: str = ""
+
+
+def make_answer(
+    stage: Stage, bundle: Path, folder: Path, *, number: int, prompt: int, text: str, tokens: int,
+    faults: Sequence[Fault], expected: list[int] | None, seed: int,
+) -> Answer:  # fmt: skip
+    """Ask, disturb, and judge.
+
+    Args:
+        expected: ids of the undisturbed answer; None for making that one.
+    """
+    session = folder / f"answer-{number}.jsonl"
+    session.unlink(missing_ok=True)
+    link_log = ["--link-log", "/dev/full"] if any(f.kind == "disk" for f in faults) else []
+    argv = [
+        sys.executable, "-m", "bs_coordinator", "generate", "--bundle", str(bundle), "--broker", str(stage.address),
+        "--cluster", "chaos", "--prompt", text, "--raw", "--wire", "fp32", "--max-tokens", str(tokens),
+        "--session", str(session), *link_log,
+    ]  # fmt: skip
+    waiting = list(faults)
+    happening: list[Future[None]] = []
+    began = changed = time.monotonic()
+    count, longest_s, resumed = 0, 0.0, 0
+    with (folder / f"answer-{number}.log").open("wb") as log:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log)
+        hung = False
+        while True:
+            now = time.monotonic()
+            if now - began > DEADLINE_S:
+                hung = True
+                process.kill()
+            if (there := _count(session)) > count:
+                if count:
+                    longest_s = max(longest_s, now - changed)
+                count, changed = there, now
+            for fault in [f for f in waiting if count >= f.after_tokens]:
+                waiting.remove(fault)
+                if fault.kind == "coordinator":
+                    process.kill()
+                    process.wait()
+                    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log)
+                    resumed += 1
+                else:
+                    rng = random.Random(f"{seed} {number} {fault.kind}")  # noqa: S311 - to be reproduced
+                    happening.append(stage.begin(fault, rng))
+            if process.poll() is not None:
+                break
+            time.sleep(_POLL_S)
+    done, unfinished = wait(happening, 30.0)
+    errors = [str(error) for future in done if (error := future.exception())]
+    errors += ["a fault did not end"] * len(unfinished)
+    said = (folder / f"answer-{number}.log").read_text(errors="replace")
+    ids = _ids(session)
+    outcome, detail = _judge(process.returncode, said, ids, expected, hung=hung)
+    if errors:
+        outcome, detail = "crashed", f"the stage: {errors[0]}"
+    return Answer(
+        number=number, prompt=prompt, faults=list(faults), outcome=outcome, seconds=time.monotonic() - began,
+        longest_pause_s=longest_s, tokens=len(ids), resumed=resumed, detail=detail,
+    )  # fmt: skip
+
+
+def _judge(code: int, said: str, ids: list[int], expected: list[int] | None, *, hung: bool) -> tuple[Outcome, str]:
+    lines = [line for line in said.splitlines() if re.search(r"\berror: ", line)]
+    if hung:
+        return "hung", said.strip().splitlines()[-1] if said.strip() else ""
+    if code < 0 or "Traceback" in said or (code > 0 and len(lines) != 1):
+        return "crashed", f"exit code {code}"
+    if code > 0:
+        return "failed", f"{code}: {lines[0]}"
+    if re.search(r"degraded: \d+ of", said):
+        return "degraded", ""
+    return ("right", "") if expected is None or ids == expected else ("wrong", "")
+
+
+def _count(session: Path) -> int:
+    try:
+        return max(0, session.read_bytes().count(b"\n") - 1)
+    except OSError:
+        return 0
+
+
+def _ids(session: Path) -> list[int]:
+    try:
+        lines = session.read_bytes().split(b"\n")[1:-1]
+    except OSError:
+        return []
+    return [msgspec.json.decode(line, type=tuple[int, bool])[0] for line in lines]
+
+
+def session_ids(folder: Path, number: int) -> list[int]:
+    """The tokens of an answer that was made."""
+    return _ids(folder / f"answer-{number}.jsonl")

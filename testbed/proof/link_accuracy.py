@@ -1,0 +1,244 @@
+"""How well links are estimated: real nodes over an emulated network, one hidden state per message, against iperf3.
+
+Every message has the same size, which is the hardest case: only probes tell the round trip from the rates.
+"""
+
+import math
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from bs_coordinator.broker.processes import open_broker
+from bs_coordinator.dispatch.dispatcher import Dispatcher
+from bs_coordinator.dispatch.readiness import wait_for_experts
+from bs_coordinator.engine.step_records import DispatchRecord
+from bs_coordinator.nodes.registry import NodeRegistry
+from common.files import atomic_write
+from testbed.local_nodes import local_nodes
+from testbed.network import namespaces
+from testbed.network.check import check_node
+from testbed.network.daemon import BASE_STATION
+from testbed.network.emulated import EmulatedNetwork, emulated
+from wire import frames, tensors
+from wire.manifest import load_manifest
+from wire.mqtt import MqttTransport
+from wire.tensors import WireDtype
+from wire.topics import Topics
+
+_TRUNK_S = 0.003
+"""Between two messages, as the base station's own work is."""
+_WARM_UP = 64
+"""Messages of each node before its predictions count, and before its rates are compared."""
+_NEIGHBOURS = 8
+_FOLLOWED = 0.15
+Float = NDArray[np.float64]
+
+
+class ProfileAccuracy(Struct, frozen=True, kw_only=True):
+    """One link profile.
+
+    Attributes:
+        messages: that count.
+        error: median |predicted − typical| / typical network time; typical is the median of a message and its
+            neighbours on the same link, so that a message's own jitter is not counted as an error of the prediction.
+        single_error: median |predicted − measured| / measured, jitter included.
+        spread: median |measured − typical| / typical: what no prediction can foresee.
+        down_error, up_error: median over nodes and time of |estimated − configured| / configured goodput.
+        iperf_node: the node whose link was also measured with iperf3: at the end, when links were held as they were
+            and each had carried 64 more messages, within which a step is to be followed.
+        down_mbps, up_mbps: estimated then.
+        iperf_down_mbps, iperf_up_mbps: measured then.
+        step_messages: after a step of the links, messages on each link until the estimated goodput of both directions
+            was within 15 % of the new one; −1 for never. Empty without a step.
+    """
+
+    profile: str
+    messages: int
+    error: float
+    single_error: float
+    spread: float
+    down_error: float
+    up_error: float
+    iperf_node: str
+    down_mbps: float
+    up_mbps: float
+    iperf_down_mbps: float
+    iperf_up_mbps: float
+    step_messages: list[int]
+
+    @property
+    def iperf_errors(self) -> tuple[float, float]:
+        """|estimated − iperf3| / iperf3, down and up."""
+        return abs(self.down_mbps / self.iperf_down_mbps - 1), abs(self.up_mbps / self.iperf_up_mbps - 1)
+
+
+class _Trace:
+    """One link's messages: predicted and measured network time, estimated and true goodput."""
+
+    def __init__(self) -> None:
+        self.predicted_s: list[float] = []
+        self.measured_s: list[float] = []
+        self.estimated: list[tuple[float, float]] = []
+        self.true: list[tuple[float, float]] = []
+
+    def typical_s(self) -> Float:
+        measured = np.array(self.measured_s)
+        return np.array(
+            [np.median(measured[max(0, i - _NEIGHBOURS) : i + _NEIGHBOURS + 1]) for i in range(len(measured))]
+        )
+
+    def step_messages(self) -> int | None:
+        """See `ProfileAccuracy`; of the first step."""
+        true = np.array(self.true)
+        jumps = np.flatnonzero(np.abs(np.diff(true[:, 0])) > 0.3 * true[:-1, 0])
+        if not len(jumps):
+            return None
+        start = int(jumps[0]) + 1
+        errors = np.abs(np.array(self.estimated)[start:] / true[start:] - 1).max(axis=1)
+        within = np.flatnonzero(errors <= _FOLLOWED)
+        return int(within[0]) if len(within) else -1
+
+
+def measure_accuracy(
+    spec: Path, bundle: Path, profiles: Sequence[str], *, seconds: float, out: Path, console: Console
+) -> list[ProfileAccuracy]:
+    """Run every profile, print a table and write it.
+
+    Args:
+        profiles: all of the network's when empty.
+        seconds: of messages in each profile.
+        out: JSON.
+
+    Raises:
+        PrivilegeError, NetworkSpecError, NetworkError: no such network here.
+        BrokerError, PlacementError, DispatchError: the system does not come up.
+    """
+    manifest = load_manifest(bundle)
+    with (
+        emulated(spec) as network,
+        namespaces.inside(namespaces.namespace(network.spec.name, BASE_STATION)),
+        open_broker("mosquitto", host=network.bs_address) as address,
+        local_nodes(
+            bundle,
+            address,
+            out.parent / "link-accuracy-logs",
+            {node: f"L*:E{k}" for k, node in enumerate(network.nodes)},
+            prefixes={node: network.prefix(node) for node in network.nodes},
+        ),
+        closing(MqttTransport(address, "wdmoe-bs-accuracy")) as transport,
+    ):
+        fleet = NodeRegistry(manifest.dims, manifest.model_sha256)
+        dispatcher = Dispatcher(transport, Topics("default"), fleet, dtype=WireDtype.FP16, timeout_s=30.0)
+        wait_for_experts(dispatcher, timeout_s=60.0)
+        results = []
+        for profile in profiles or tuple(network.spec.profiles):
+            with console.status(profile):
+                results.append(_measure_profile(network, dispatcher, profile, seconds))
+            _print(results[-1:], console)
+    with atomic_write(out) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(results)))
+    _print(results, console)
+    return results
+
+
+def _measure_profile(network: EmulatedNetwork, dispatcher: Dispatcher, profile: str, seconds: float) -> ProfileAccuracy:
+    rng = np.random.default_rng(0)
+    dispatcher.links.forget()
+    dispatcher.links.shared_air = network.spec.profiles[profile].shared_air
+    network.set_profile(profile)
+    dispatcher.measure_links(1.0)
+    traces: dict[str, _Trace] = defaultdict(_Trace)
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        at_s = time.monotonic() - began + 1.0
+        predicted, records = _exchange(network, dispatcher, rng)
+        estimates = {e.node: e.link for e in dispatcher.links.estimates(time.perf_counter())}
+        for record in records:
+            trace, estimate = traces[record.node], estimates[record.node]
+            truth = network.spec.profiles[profile].link(record.node, at_s)
+            trace.predicted_s.append(predicted[record.node])
+            trace.measured_s.append(record.network_ns / 1e9)
+            trace.estimated.append((estimate.down_mbps, estimate.up_mbps))
+            trace.true.append((truth.down_mbps, truth.up_mbps))
+    network.hold(network.status().at_s)
+    carried: Counter[str] = Counter()
+    while any(carried[node] < _WARM_UP for node in network.nodes):
+        carried.update(record.node for record in _exchange(network, dispatcher, rng)[1])
+    return _summary(network, dispatcher, profile, traces)
+
+
+def _exchange(
+    network: EmulatedNetwork, dispatcher: Dispatcher, rng: np.random.Generator
+) -> tuple[dict[str, float], Sequence[DispatchRecord]]:
+    """One hidden state to two nodes and back: what their links' part was predicted to be, and what it took."""
+    dims, nodes = dispatcher.fleet.dims, network.nodes
+    row_bytes = tensors.encoded_bytes(1, dims.hidden, WireDtype.FP16)
+    down_bytes, up_bytes = frames.HEADER_BYTES + 2 * frames.ROW_BYTES + row_bytes, frames.RESULT_BYTES + row_bytes
+    chosen = rng.choice(len(nodes), 2, replace=False)
+    gate = np.zeros((1, dims.experts), np.float32)
+    gate[0, chosen] = 0.5
+    link_s = dispatcher.links.link_s
+    predicted = {nodes[k]: link_s(nodes[k], down_bytes=down_bytes, up_bytes=up_bytes) for k in chosen}
+    hidden = rng.standard_normal((1, dims.hidden)).astype(np.float32)
+    _, records = dispatcher.apply(int(rng.integers(dims.layers)), hidden, gate)
+    dispatcher.pump(_TRUNK_S)
+    return predicted, records
+
+
+def _summary(
+    network: EmulatedNetwork, dispatcher: Dispatcher, profile: str, traces: dict[str, _Trace]
+) -> ProfileAccuracy:
+    node = network.nodes[0]
+    estimate = next(e.link for e in dispatcher.links.estimates(time.perf_counter()) if e.node == node)
+    iperf = check_node(network, profile, node)
+    counted = list(traces.values())
+    predicted, measured, typical = (
+        np.concatenate([part[_WARM_UP:] for part in parts])
+        for parts in (
+            [t.predicted_s for t in counted], [t.measured_s for t in counted], [t.typical_s() for t in counted],
+        )
+    )  # fmt: skip
+    estimated = np.concatenate([np.array(t.estimated)[_WARM_UP:] for t in counted])
+    true = np.concatenate([np.array(t.true)[_WARM_UP:] for t in counted])
+    rates_off = np.median(np.abs(estimated / true - 1), axis=0)
+    steps = [s for t in traces.values() if (s := t.step_messages()) is not None]
+    return ProfileAccuracy(
+        profile=profile,
+        messages=len(predicted),
+        error=float(np.median(np.abs(predicted / typical - 1))),
+        single_error=float(np.median(np.abs(predicted / measured - 1))),
+        spread=float(np.median(np.abs(measured / typical - 1))),
+        down_error=float(rates_off[0]),
+        up_error=float(rates_off[1]),
+        iperf_node=node,
+        down_mbps=estimate.down_mbps,
+        up_mbps=estimate.up_mbps,
+        iperf_down_mbps=iperf.down.measured_mbps,
+        iperf_up_mbps=iperf.up.measured_mbps,
+        step_messages=steps,
+    )
+
+
+def _print(results: Sequence[ProfileAccuracy], console: Console) -> None:
+    table = Table(title="errors of estimates, medians in %")
+    for column in (
+        "profile", "mes-\nsages", "round\ntrip", "each\none", "their\nspread", "down", "up", "iperf3\ndown",
+        "iperf3\nup", "step,\nmessages",
+    ):  # fmt: skip
+        table.add_column(column, justify="left" if column == "profile" else "right")
+    for r in results:
+        shares = (r.error, r.single_error, r.spread, r.down_error, r.up_error, *r.iperf_errors)
+        followed = [count if count >= 0 else math.inf for count in r.step_messages]
+        step = f"{statistics.median(followed):.0f}" if followed else "–"
+        table.add_row(r.profile, str(r.messages), *(f"{100 * share:.1f}" for share in shares), step)
+    console.print(table)

@@ -1,0 +1,161 @@
+"""Debian root filesystems, made once by debootstrap and kept in the user's cache folder.
+
+They hold what a board's image holds: systemd, sshd, Python, rsync, a user who may sudo. Machines run on an overlay
+above them, so that each starts fresh.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import platformdirs
+
+from testbed.errors import MachineError
+
+USER = "pi"
+"""Who logs in, as on a board's image: not root, sudo without a password."""
+
+ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
+_PACKAGES = (
+    "systemd", "systemd-sysv", "dbus", "openssh-server", "sudo", "python3", "rsync", "chrony", "iproute2",
+    "iputils-ping", "iperf3", "procps", "ca-certificates",
+)  # fmt: skip
+_BROKER = "mosquitto"
+_BUILD_S = 3600.0
+_BINFMT = Path("/proc/sys/fs/binfmt_misc")
+_BINFMT_RULE = Path("/usr/lib/binfmt.d/qemu-aarch64.conf")
+
+_FINISH = f"""
+set -e
+useradd --create-home --shell /bin/bash {USER}
+echo '{USER} ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/{USER}
+chmod 440 /etc/sudoers.d/{USER}
+printf 'PasswordAuthentication no\\nUseDNS no\\n' > /etc/ssh/sshd_config.d/machines.conf
+# A package of a service starts it; on a board nobody has installed a broker yet.
+[ ! -e /usr/sbin/mosquitto ] || systemctl disable mosquitto
+systemctl disable chrony apt-daily.timer apt-daily-upgrade.timer e2scrub_all.timer console-getty
+systemctl mask getty.target
+rm -f /etc/ssh/ssh_host_* /etc/machine-id /var/lib/dbus/machine-id
+: > /etc/machine-id
+rm -rf /var/cache/apt/archives/*.deb /var/lib/apt/lists/*
+"""
+
+
+def rootfs(architecture: str) -> Path:
+    """A root filesystem with the release of this machine's own Debian, made if it is not there.
+
+    Args:
+        architecture: `amd64` or `arm64`.
+
+    Raises:
+        MachineError: a tool is missing, or debootstrap fails.
+    """
+    _need("debootstrap", "chroot")
+    mirror, release = debian_mirror()
+    recipe = hashlib.sha256(repr((_packages(architecture), _FINISH)).encode()).hexdigest()[:8]
+    folder = Path(platformdirs.user_cache_dir("wdmoe")) / "rootfs" / f"debian-{release}-{architecture}-{recipe}"
+    if not folder.is_dir():
+        if ARCHITECTURES[architecture] != platform.machine():
+            ensure_emulation(architecture)
+        with _part(folder) as part:
+            _build(part, architecture, release, mirror)
+    return folder
+
+
+def debian_mirror() -> tuple[str, str]:
+    """The mirror that apt uses here, and the release that is installed.
+
+    Raises:
+        MachineError: this is no Debian, or apt knows no mirror of it.
+    """
+    facts = dict(
+        line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line
+    )  # fmt: skip
+    release = facts.get("VERSION_CODENAME", "").strip('"')
+    if facts.get("ID", "").strip('"') != "debian" or not release:
+        raise MachineError("machines are made by debootstrap from this machine's Debian mirror: this is no Debian")
+    _need("apt-get")
+    listed = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(SITE) $(CODENAME) $(COMPONENT) $(CREATED_BY)"],
+        capture_output=True, text=True, timeout=60, check=False,
+    ).stdout  # fmt: skip
+    for line in listed.splitlines():
+        site, *rest = line.split()
+        if rest == [release, "main", "Packages"]:
+            return site, release
+    raise MachineError(f"apt knows no mirror of Debian {release}: run 'apt-get update'")
+
+
+def ensure_emulation(architecture: str) -> None:
+    """Have the kernel run programs of another architecture through qemu-user, as Debian's package asks for.
+
+    Raises:
+        MachineError: it can't be had.
+    """
+    if architecture != "arm64":
+        raise MachineError(f"machines of {architecture} need a machine of {ARCHITECTURES[architecture]}")
+    if (_BINFMT / "qemu-aarch64").exists():
+        return
+    if not _BINFMT_RULE.exists():
+        raise MachineError("arm64 machines need qemu-user: apt-get install qemu-user-static")
+    try:
+        if not (_BINFMT / "register").exists():
+            subprocess.run(
+                ["mount", "-t", "binfmt_misc", "binfmt_misc", str(_BINFMT)], check=True, capture_output=True, timeout=30
+            )
+        (_BINFMT / "register").write_text(_BINFMT_RULE.read_text())
+    except (OSError, subprocess.SubprocessError) as error:
+        raise MachineError(f"the kernel does not take qemu-user for arm64 programs: {error}") from None
+
+
+def _build(folder: Path, architecture: str, release: str, mirror: str) -> None:
+    command = [
+        "debootstrap",
+        f"--arch={architecture}",
+        "--variant=minbase",
+        f"--include={','.join(_packages(architecture))}",
+    ]
+    _run([*command, release, str(folder), mirror], "debootstrap")
+    _run(["chroot", str(folder), "/bin/sh", "-c", _FINISH], "finishing the root filesystem")
+
+
+def _packages(architecture: str) -> tuple[str, ...]:
+    """Base stations are never emulated: a trunk would take minutes per token."""
+    return (*_PACKAGES, _BROKER) if ARCHITECTURES[architecture] == platform.machine() else _PACKAGES
+
+
+def _run(command: list[str], what: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise MachineError(f"{what} took more than {_BUILD_S:.0f} s") from None
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        raise MachineError(f"{what} failed: {said[-1] if said else f'exit code {done.returncode}'}")
+
+
+def _need(*tools: str) -> None:
+    missing = [tool for tool in tools if shutil.which(tool) is None]
+    if missing:
+        raise MachineError(f"{', '.join(missing)} missing: apt-get install debootstrap")
+
+
+@contextmanager
+def _part(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that takes its name when the body succeeds."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f".{folder.name}.{os.getpid()}")
+    part.mkdir()
+    # debootstrap's root must be its own world: others read it when they log in.
+    part.chmod(0o755)
+    try:
+        yield part
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
