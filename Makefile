@@ -10,7 +10,7 @@ READY  := $(VENV)/.ready
 help:
 	@echo "make demo   set everything up, build the demo model and bundle, answer three questions over MQTT"
 	@echo "make test   set everything up and run the tests, but for those that take minutes: make test-slow"
-	@echo "make check  formatting, lint and types"
+	@echo "make check  formatting, lint, types and import rules"
 	@echo "make bench  benchmarks: a table, and JSON with raw samples under runs/"
 	@echo "make reproduce DATA=folder  the README's tables of policies for single tokens, as root, in half an hour"
 	@echo "make reproduce-batches DATA=folder  those for batches, in as much time again"
@@ -38,6 +38,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(READY)
 	$(BIN)/wdmoe-testbed bench

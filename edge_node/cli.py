@@ -12,11 +12,11 @@ import click
 
 from common.console import run as run_console
 from common.cpu_idle import cpu_idle_disabled
-from common.devices import PROFILES, DeviceName, Provider
 from common.sizes import parse_bytes
 from edge_node.tuning.command import tune
 from wire import __version__
 from wire.broker_url import Access, parse_broker_url
+from wire.device_profiles import PROFILES, DeviceName, Provider
 from wire.experts import format_selector, parse_selector
 from wire.frame_auth import read_node_authenticator
 from wire.topics import Topics, check_name

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 
-from common.devices import PROFILES, DeviceName, DeviceProfile
+from wire.device_profiles import PROFILES, DeviceName, DeviceProfile
 
 if TYPE_CHECKING:
     from wire.manifest import Scheme

@@ -13,8 +13,8 @@ import click
 import msgspec
 
 from common.console import run as run_console
-from common.devices import PROFILES
 from wire import __version__
+from wire.device_profiles import PROFILES
 from wire.experts import format_selector, parse_index_set, parse_selector
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Which quantisation suits which device, and why, in words that the command line repeats."""
 
-from common.devices import PROFILES, DeviceName
+from wire.device_profiles import PROFILES, DeviceName
 from wire.manifest import Quantisation, Scheme
 
 DEFAULT_BLOCK = 32

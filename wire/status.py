@@ -72,7 +72,7 @@ class DeviceFacts(Struct, frozen=True, kw_only=True):
     """What the node takes its device for, and what computes.
 
     Attributes:
-        profile: see `common.devices`; because: what it was recognised by.
+        profile: see `wire.device_profiles`; because: what it was recognised by.
         provider: see there; provider_reason: why not what was asked for, empty if it is.
         batch_invariant: a hidden state's output is the same to the last bit whatever is beside it, as tried at the
             start; None where it was not.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import onnxruntime as ort
 
-from common.devices import Provider
+from wire.device_profiles import Provider
 from wire.errors import ProbeError
 from wire.manifest import Manifest, Scheme
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from common.devices import Provider
 from edge_node.experts.providers import ProviderError, session_providers
+from wire.device_profiles import Provider
 from wire.errors import BundleError
 from wire.manifest import EXACT_SUMS
 from wire.tensors import Array

@@ -5,8 +5,8 @@ from typing import Literal
 
 import click
 
-from common.devices import PROFILES, DeviceName, Provider
 from common.sizes import parse_bytes
+from wire.device_profiles import PROFILES, DeviceName, Provider
 
 
 @click.command()

@@ -16,10 +16,10 @@ import msgspec
 import numpy as np
 
 from common.console import run as run_console
-from common.devices import Provider
 from edge_node.experts.providers import first_that_proves
 from edge_node.experts.runtime import BATCH_ROWS, ExpertRuntime
 from edge_node.tuning.tuning_file import TuningMeasurement
+from wire.device_profiles import Provider
 from wire.experts import ExpertId, format_selector, parse_selector
 from wire.manifest import ExpertEntry, Manifest, decode_probe_output, load_manifest, probe_input
 from wire.tensors import Array

@@ -8,7 +8,6 @@ from pathlib import Path
 import msgspec
 import onnxruntime
 
-from common.devices import Provider
 from common.systemd import notify
 from edge_node.errors import TuningError
 from edge_node.experts.memory import fitting, needed_bytes, room_bytes
@@ -24,6 +23,7 @@ from edge_node.tuning.tuning_file import (
     what_changed,
     write_tuning,
 )
+from wire.device_profiles import Provider
 from wire.experts import format_selector, parse_selector
 from wire.manifest import Manifest
 from wire.signature import load_trusted_manifest

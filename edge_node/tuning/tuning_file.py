@@ -11,10 +11,10 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from common.devices import Provider
 from common.files import atomic_write
 from edge_node.errors import TuningError
 from edge_node.experts.runtime import BATCH_ROWS
+from wire.device_profiles import Provider
 
 SCHEMA = 1
 MAX_BYTES = 1 << 20

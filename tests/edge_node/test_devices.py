@@ -8,7 +8,6 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from common.devices import PROFILES, DeviceName, Provider
 from edge_node import devices
 from edge_node.devices import Device
 from edge_node.experts.providers import ProviderError, first_that_proves, unavailable
@@ -16,6 +15,7 @@ from edge_node.experts.runtime import ExpertRuntime
 from edge_node.experts.session import ExpertSession
 from exporter.presets import choose_quantisation
 from testbed.local_nodes import LocalNodes
+from wire.device_profiles import PROFILES, DeviceName, Provider
 from wire.experts import ExpertId
 from wire.manifest import Manifest, Scheme, load_manifest
 from wire.mqtt import MqttTransport

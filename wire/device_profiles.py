@@ -6,7 +6,7 @@ The thread limits and providers were not measured on these boards; `docs/devices
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    # It needs numpy, which the sampler of telemetry goes without: 15 MiB.
+    # wire.manifest needs numpy (15 MiB), which the telemetry process does without.
     from wire.manifest import Scheme
 
 DeviceName = Literal["pi4", "pi5", "jetson-orin", "generic-arm64", "x86"]
