@@ -14,6 +14,7 @@ from hypothesis import settings
 from bs_coordinator.broker.processes import open_broker
 from testbed.demo_assets import demo_model, export_demo_bundle
 from testbed.local_nodes import LocalNodes
+from tests.checkpoints import save_mixtral
 from wire.broker_url import BrokerAddress
 from wire.manifest import Scheme
 
@@ -54,6 +55,21 @@ def tiny_bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> C
             made[scheme] = tmp_path_factory.mktemp("bundles") / scheme
             export_demo_bundle(tiny_model, made[scheme], scheme)
         return made[scheme]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`mixtral(dtype, shard_size)`: a random checkpoint folder, saved once per kind."""
+    made: dict[tuple[object, ...], Path] = {}
+
+    def get(dtype: str = "bfloat16", shard_size: str = "1GB", layers: int = 2) -> Path:
+        key = (dtype, shard_size, layers)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("checkpoints") / f"mixtral-{dtype}"
+            save_mixtral(made[key], dtype, shard_size=shard_size, layers=layers)
+        return made[key]
 
     return get
 

@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from exporter.bundle import export_bundle
 from exporter.presets import choose_quantisation
+from tests.checkpoints import copy_checkpoint, poke
 from tests.conftest import Run
-from tests.exporter.checkpoints import copy_checkpoint, poke
 from wire.errors import BundleError, SignatureError
 from wire.manifest import ExpertEntry, FileEntry, Quantisation, load_manifest
 from wire.signature import load_trusted_manifest, sign

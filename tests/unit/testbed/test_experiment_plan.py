@@ -132,7 +132,7 @@ def test_paths_are_found_beside_the_plan_and_data(tmp_path: Path) -> None:
     assert workload.dataset == str(tmp_path / "data/q.jsonl")
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "testbed/experiment/plans").glob("*.yaml")))
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[3] / "testbed/experiment/plans").glob("*.yaml")))
 def test_the_plans_of_the_project_are_valid(path: Path) -> None:
     plan = read_plan(path)
     assert estimate(plan).cells == len(expand(plan))

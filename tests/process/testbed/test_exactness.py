@@ -41,7 +41,7 @@ def _station(bundle: Path, address: BrokerAddress, folder: Path, wire: WireDtype
 
 def _licence_ids(station: BaseStation, count: int) -> list[int]:
     """Real text of this repository, `count` tokens of it."""
-    text = (Path(__file__).parents[2] / "LICENSE").read_text()
+    text = (Path(__file__).parents[3] / "LICENSE").read_text()
     return station.tokenizer.encode(text)[:count]
 
 

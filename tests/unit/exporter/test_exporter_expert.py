@@ -15,7 +15,7 @@ from exporter.checkpoint import open_checkpoint
 from exporter.expert import ExpertJob, expert_paths, export_expert, hash_source, silu
 from exporter.graph import matrix_shape, plan_layout
 from exporter.probe import check_probe, relative_error, run_rows
-from tests.exporter.checkpoints import EXPERTS, HIDDEN, save_mixtral
+from tests.checkpoints import EXPERTS, HIDDEN, save_mixtral
 from wire.errors import ProbeError
 from wire.experts import ExpertId
 from wire.manifest import Dims, ExpertEntry, Quantisation, Scheme, probe_input

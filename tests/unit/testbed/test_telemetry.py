@@ -12,7 +12,7 @@ from testbed.experiment.recorder import Recorder
 from testbed.experiment.tables import CLOCKS, POWER, THERMAL, WIFI
 from testbed.experiment.telemetry import sensor_rows
 from testbed.local_nodes import LocalNodes
-from tests.wire.test_telemetry import SAMPLE
+from tests.unit.wire.test_telemetry import SAMPLE
 from wire.manifest import load_manifest
 from wire.mqtt import MqttTransport
 from wire.status import NodeStatus

@@ -10,11 +10,11 @@ import pytest
 from exporter.bundle import export_bundle
 from exporter.optimum_backend import choose_preset
 from exporter.probe import check_probe
+from tests.checkpoints import HIDDEN
 from tests.conftest import Run
-from tests.exporter.checkpoints import HIDDEN
 from wire.manifest import Quantisation, load_manifest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from bs_coordinator.broker.processes import mosquitto_path
 from tests.conftest import Run
 
-SPEC = Path(__file__).parents[2] / "testbed" / "network" / "specs" / "wifi.yaml"
+SPEC = Path(__file__).parents[3] / "testbed" / "network" / "specs" / "wifi.yaml"
 
 
 @pytest.mark.slow

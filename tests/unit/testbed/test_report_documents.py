@@ -11,7 +11,7 @@ from testbed.report.labels import policy_label
 from testbed.report.merge import FAILURES, GAPS
 from testbed.report.metrics import METRICS, SAME_TOKENS
 
-TEXT = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text()
+TEXT = (Path(__file__).parents[3] / "docs" / "experiments.md").read_text()
 NAMED = set(re.findall(r"`([A-Za-z0-9_]+)`", TEXT)) | set(re.findall(r"\{(\w+): ", TEXT))
 
 

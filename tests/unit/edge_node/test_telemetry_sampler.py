@@ -13,7 +13,7 @@ import pytest
 from edge_node.telemetry.commands import Commands
 from edge_node.telemetry.process import TelemetryProcess
 from edge_node.telemetry.sampler import Sampler
-from tests.edge_node.test_telemetry_parsers import RECORDINGS, tree
+from tests.unit.edge_node.test_telemetry_parsers import RECORDINGS, tree
 from wire.telemetry import Telemetry, decode_telemetry, encode_telemetry
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Run
-from tests.exporter.checkpoints import (
+from tests.checkpoints import (
     copy_checkpoint,
     drop_tensor,
     edit_config,
@@ -16,6 +15,7 @@ from tests.exporter.checkpoints import (
     read_raw,
     write_raw,
 )
+from tests.conftest import Run
 
 W2 = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
 GATE = "model.layers.0.block_sparse_moe.gate.weight"
