@@ -7,13 +7,12 @@ are reported as lost.
 
 import contextlib
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from tenacity import Retrying, retry_if_exception, wait_random_exponential
 
 from bs_coordinator.dispatch.health import QUARANTINE_S, Health
 from bs_coordinator.dispatch.holders import Holders
@@ -31,6 +30,7 @@ from bs_coordinator.nodes.clock_offsets import ClockSample
 from bs_coordinator.nodes.registry import LOCAL_NODE, NodeRegistry
 from bs_coordinator.nodes.telemetry_inbox import TelemetryInbox
 from bs_coordinator.selection.forecast import LayerForecast
+from common.clock import SYSTEM_CLOCK, Clock
 from common.errors import WdmoeError
 from wire.errors import BrokerAuthError, BrokerError
 from wire.experts import ExpertId, format_selector
@@ -79,7 +79,7 @@ class Asked:
         self.gate = gate
         self.node = node
         self.losses = 0
-        self.began_ns = time.perf_counter_ns()
+        self.began_ns = dispatcher.clock.perf_ns()
 
     def result(self) -> ExpertOutput:
         """Wait for the answers and add them up. After a lost connection, everything under way is asked again.
@@ -110,6 +110,7 @@ class Dispatcher:
     Attributes:
         links: what is known of the nodes and their links.
         health: which nodes are left out.
+        clock: what every deadline and duration is read from.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Dispatcher:
         broker_sockets: Callable[[], Mapping[str, SocketFacts]] = _no_facts,
         cluster_key: ClusterKey | None = None,
         here: "ResidentHolder | None" = None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         """Subscribe to status and results.
 
@@ -138,7 +140,9 @@ class Dispatcher:
             broker_sockets: gives new facts of the broker's connections to its clients, by the clients' endpoints.
             cluster_key: frames carry tags, and only those that do are taken.
             here: experts that are computed here.
+            clock: what every deadline and duration is read from.
         """
+        self.clock = clock
         self._here = here
         self.links = links or LinkMonitor()
         self.health = Health()
@@ -146,6 +150,7 @@ class Dispatcher:
         self._sender = RequestSender(
             transport, topics, self.links,
             hidden=fleet.dims.hidden, dtype=dtype, timeout_s=timeout_s, cluster_key=cluster_key,
+            clock=clock,
         )  # fmt: skip
         self._timeout_s = timeout_s
         self._last_holder_s = timeout_s if last_holder_s is None else min(last_holder_s, timeout_s)
@@ -160,7 +165,7 @@ class Dispatcher:
             message_bytes=self._sender.frame_bytes[0] + self._sender.row_bytes[1],
             last_resort=last_holder_s is None,
         )
-        self._prober = Prober(self.links, self.health, self._sender.send_ping, self._sender.new_id)
+        self._prober = Prober(self.links, self.health, self._sender.send_ping, self._sender.new_id, clock=clock)
         self._router = MessageRouter(topics, fleet, self.health, self.links, self._prober, self._sender.authenticator)
         self._open: list[Asked] = []
         self._done: list[_Done] = []
@@ -205,12 +210,12 @@ class Dispatcher:
     @property
     def holder_names(self) -> Sequence[str]:
         """The nodes that experts are asked of, in the order of a forecast's nodes."""
-        self._holders.refresh(time.perf_counter())
+        self._holders.refresh(self.clock.monotonic_s())
         return self._holders.names
 
     def forecast(self, layer: int) -> LayerForecast:
         """See `Experts.forecast`."""
-        now_s = time.perf_counter()
+        now_s = self.clock.monotonic_s()
         self._holders.refresh(now_s)
         return self.links.forecast(
             layer,
@@ -252,7 +257,7 @@ class Dispatcher:
     def probe(self) -> None:
         """Send the probes that are due, if any, to nodes that have no work under way, and none that shares the air with
         such work; answers are taken in whenever they come."""
-        now_s = time.perf_counter()
+        now_s = self.clock.monotonic_s()
         if now_s < self._next_probe_s or (self._open and self.links.shared_air):
             return
         self._next_probe_s = now_s + _PROBE_LOOK_S
@@ -270,14 +275,14 @@ class Dispatcher:
 
     def measure_links(self, seconds: float) -> None:
         """Probe idle links for a while."""
-        deadline = time.monotonic() + seconds
-        while (remaining := deadline - time.monotonic()) > 0:
+        deadline = self.clock.monotonic_s() + seconds
+        while (remaining := deadline - self.clock.monotonic_s()) > 0:
             self.probe()
             self.pump(min(remaining, 0.01))
 
     def ask_clocks(self) -> None:
         """Ask all nodes what time it is; answers are taken in whenever they come, see `clock_samples`."""
-        self._prober.ask_clocks(self.fleet.nodes, time.perf_counter())
+        self._prober.ask_clocks(self.fleet.nodes, self.clock.monotonic_s())
 
     def clock_samples(self) -> list[ClockSample]:
         """What nodes' clocks showed since the last call."""
@@ -285,23 +290,23 @@ class Dispatcher:
 
     def measure_clocks(self, seconds: float) -> None:
         """Ask idle nodes what time it is, over and over."""
-        deadline = time.monotonic() + seconds
-        while (remaining := deadline - time.monotonic()) > 0:
+        deadline = self.clock.monotonic_s() + seconds
+        while (remaining := deadline - self.clock.monotonic_s()) > 0:
             self.ask_clocks()
             self.pump(min(remaining, _CLOCK_EVERY_S))
 
     def pump(self, timeout_s: float) -> None:
         """Take in status messages while nothing is asked; keeps the connection alive."""
-        deadline = time.monotonic() + timeout_s
-        while (remaining := deadline - time.monotonic()) > 0:
+        deadline = self.clock.monotonic_s() + timeout_s
+        while (remaining := deadline - self.clock.monotonic_s()) > 0:
             message = self._receive(remaining)
             if message:
                 self._router.take(message)
 
     def _receive(self, timeout_s: float) -> Message | None:
-        asked_ns = time.perf_counter_ns()
+        asked_ns = self.clock.perf_ns()
         message = self._sender.transport.receive(timeout_s)
-        self._router.waited(asked_ns, message.arrived_ns if message else time.perf_counter_ns())
+        self._router.waited(asked_ns, message.arrived_ns if message else self.clock.perf_ns())
         return message
 
     def close(self) -> None:
@@ -318,8 +323,10 @@ class Dispatcher:
             raise lost
         log.warning("%s; trying again for %.0f s", lost, _BROKER_PATIENCE_S)
         self._sender.transport.close()
+        give_up_s = self.clock.monotonic_s() + _BROKER_PATIENCE_S
         attempts = Retrying(
-            stop=stop_after_delay(_BROKER_PATIENCE_S),
+            stop=lambda state: self.clock.monotonic_s() >= give_up_s,
+            sleep=self.clock.sleep_s,
             wait=wait_random_exponential(multiplier=0.2, max=3.0),
             retry=retry_if_exception(lambda e: isinstance(e, BrokerError) and not isinstance(e, BrokerAuthError)),
             reraise=True,
@@ -333,8 +340,8 @@ class Dispatcher:
         self._router.fresh_only = True
         try:
             self._router.subscribe(self._sender.transport)
-            deadline = time.monotonic() + _NODES_PATIENCE_S
-            while self.fleet.missing() and time.monotonic() < deadline:
+            deadline = self.clock.monotonic_s() + _NODES_PATIENCE_S
+            while self.fleet.missing() and self.clock.monotonic_s() < deadline:
                 self.pump(0.1)
         finally:
             self._router.fresh_only = False
@@ -370,12 +377,12 @@ class Dispatcher:
         if asked.node is not None:
             holder = dict.fromkeys(chosen_experts(asked.gate), asked.node)
         else:
-            self._holders.refresh(time.perf_counter())
+            self._holders.refresh(self.clock.monotonic_s())
             holder = {expert: self._holder(asked.layer, expert) for expert in chosen_experts(asked.gate)}
         requests = plan_requests(asked.gate, holder, max_tokens=self._sender.max_tokens)
         asked.round = LayerRequests(
             asked.layer, asked.hidden, requests,
-            reroute=asked.node is None, deadline_s=time.monotonic() + self._timeout_s,
+            reroute=asked.node is None, deadline_s=self.clock.monotonic_s() + self._timeout_s,
         )  # fmt: skip
         if asked not in self._open:
             self._open.append(asked)
@@ -432,7 +439,7 @@ class Dispatcher:
             else:
                 output[part.request.rows] += answer.output
         records = tuple(answer.record for _, answer in answered)
-        self._done.append(_Done(round, answered, time.perf_counter_ns() - asked.began_ns))
+        self._done.append(_Done(round, answered, self.clock.perf_ns() - asked.began_ns))
         if self.links.shared_air or {part.request.node for part in round.parts}.issuperset(self.fleet.nodes):
             self._probe_meanwhile()
         return ExpertOutput(output, records)
@@ -463,7 +470,9 @@ class Dispatcher:
 
     def _take_from_here(self, round: LayerRequests) -> bool:
         """Take in what was computed here; whether there was anything."""
-        answered = self._here.answered(round, max(0.0, round.deadline_s - time.monotonic())) if self._here else []
+        answered = (
+            self._here.answered(round, max(0.0, round.deadline_s - self.clock.monotonic_s())) if self._here else []
+        )
         for part, answer in answered:
             if isinstance(answer, NodeAnswer):
                 gain = largest_gain(round.hidden[part.request.rows], answer.output)
@@ -482,12 +491,12 @@ class Dispatcher:
                 raise ExpertsLostError(round.lost)
             if self._take_from_here(round):
                 continue
-            now = time.monotonic()
+            now = self.clock.monotonic_s()
             if now >= round.deadline_s:
                 late = ", ".join(sorted({part.request.node for part in round.open() if not part.failed}))
                 for part in round.open():
                     if part.request.node != LOCAL_NODE:
-                        self.health.failed(part.request.node, time.perf_counter(), "did not answer in time")
+                        self.health.failed(part.request.node, self.clock.monotonic_s(), "did not answer in time")
                 raise DispatchError(
                     f"no answer for layer {round.layer} from {late} within {self._timeout_s:g} s"
                     ": is the device overloaded or its link down? (--layer-timeout)"
@@ -524,7 +533,7 @@ class Dispatcher:
         if isinstance(frame, ErrorFrame):
             why = f"node '{node}' refused {_experts(round, part)}: {frame.status.name.lower()}, {frame.message}"
             pause_s = QUARANTINE_S if frame.status is Status.NOT_FINITE else 0.0
-            self.health.failed(node, time.perf_counter(), why, least_pause_s=pause_s)
+            self.health.failed(node, self.clock.monotonic_s(), why, least_pause_s=pause_s)
             self._failed(round, part, why)
             return
         if frame.layer != round.layer or frame.output.shape != (len(part.request.rows), round.hidden.shape[1]):
@@ -559,22 +568,22 @@ class Dispatcher:
                 continue
             self.dropped["absurd"] += 1
             why = f"node '{node}' answered {_experts(round, part)} with absurdly large values"
-            self.health.failed(node, time.perf_counter(), why, least_pause_s=QUARANTINE_S)
+            self.health.failed(node, self.clock.monotonic_s(), why, least_pause_s=QUARANTINE_S)
 
     def _overdue(self, round: LayerRequests, part: SubRequest) -> None:
         """Ask others; where there are none, wait for as long as the last holder is given."""
         assert part.sent is not None  # noqa: S101 - only what was sent can be overdue
         node = part.request.node
-        waited_s = (time.perf_counter_ns() - part.sent.sent_ns) / 1e9
+        waited_s = (self.clock.perf_ns() - part.sent.sent_ns) / 1e9
         why = f"node '{node}' did not answer {_experts(round, part)} within {waited_s:.2f} s"
         if self._reroute(round, part):
-            self.health.failed(node, time.perf_counter(), why)
+            self.health.failed(node, self.clock.monotonic_s(), why)
             return
         if self._last_holder_s < self._timeout_s and waited_s >= self._last_holder_s:
-            self.health.failed(node, time.perf_counter(), why)
+            self.health.failed(node, self.clock.monotonic_s(), why)
             self._failed(round, part, why)
         left_s = max(0.0, self._last_holder_s - waited_s) if self._last_holder_s < self._timeout_s else float("inf")
-        part.sent = part.sent._replace(overdue_s=time.monotonic() + left_s)
+        part.sent = part.sent._replace(overdue_s=self.clock.monotonic_s() + left_s)
 
     def _failed(self, round: LayerRequests, part: SubRequest, why: str) -> None:
         """There will be no answer from this node."""

@@ -1,6 +1,5 @@
 """Pings that keep the estimates fresh and prove that a node is back: what `LinkMonitor` and `Health` ask for, sent."""
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from bs_coordinator.links.estimator import LinkSample
 from bs_coordinator.links.monitor import LinkMonitor, Probe
 from bs_coordinator.links.packet_train import dispersion_s
 from bs_coordinator.nodes.clock_offsets import ClockSample
+from common.clock import Clock
 from wire.clock import STAMP_BYTES, read_stamps
 from wire.frames import PingFrame, PongFrame, RequestId
 from wire.transport import Message
@@ -42,16 +42,19 @@ class Prober:
         health: Health,
         send: Callable[[str, PingFrame], tuple[int, int]],
         new_id: Callable[[], RequestId],
+        *,
+        clock: Clock,
     ) -> None:
         """Nothing is sent yet.
 
         Args:
-            send: publishes a frame to a node; its length in bytes and `time.perf_counter_ns()` just before.
+            send: publishes a frame to a node; its length in bytes and `Clock.perf_ns` just before.
         """
         self._links = links
         self._health = health
         self._send = send
         self._new_id = new_id
+        self._clock = clock
         self._pings: dict[RequestId, _Ping] = {}
         self._clocks: deque[ClockSample] = deque(maxlen=_MOST_CLOCK_SAMPLES)
 
@@ -110,7 +113,7 @@ class Prober:
             frame = PingFrame(id, bytes(probe.down_bytes), probe.up_bytes)
             ping.down_bytes, ping.sent_ns = self._send(probe.node, frame)
             self._pings[id] = ping
-        ping.sent_unix_ns = time.time_ns() - (time.perf_counter_ns() - ping.sent_ns)
+        ping.sent_unix_ns = self._clock.unix_ns() - (self._clock.perf_ns() - ping.sent_ns)
 
 
 def _sample(ping: _Ping, frame: PongFrame, message: Message) -> LinkSample | None:

@@ -3,7 +3,6 @@
 A heartbeat proves none of it, so each check here sends real traffic.
 """
 
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from bs_coordinator.dispatch.dispatcher import Dispatcher
 from bs_coordinator.errors import BrokerDelayError, DispatchError, PlacementError
 from bs_coordinator.nodes.registry import LOCAL_NODE
+from common.clock import SYSTEM_CLOCK, Clock
 from wire.errors import BrokerError
 from wire.manifest import ExpertEntry, Manifest, decode_probe_output, probe_input
 from wire.mqtt import MqttTransport
@@ -28,7 +28,9 @@ _PROBE_ERROR = 0.5
 output is at about 1.4."""
 
 
-def measure_broker(transport: MqttTransport, topic: str, *, timeout_s: float = 10.0) -> float:
+def measure_broker(
+    transport: MqttTransport, topic: str, *, timeout_s: float = 10.0, clock: Clock = SYSTEM_CLOCK
+) -> float:
     """Median round trip of a small message through the broker and back to us, in ms.
 
     Single messages never meet Nagle's algorithm; of a burst, all but the first wait for an acknowledgement
@@ -40,9 +42,9 @@ def measure_broker(transport: MqttTransport, topic: str, *, timeout_s: float = 1
     """
     transport.subscribe(topic)
     for _ in range(_WARM_UP):
-        _echo_ms(transport, topic, 1, timeout_s)
-    singles_ms = [_echo_ms(transport, topic, 1, timeout_s) for _ in range(_ECHOES)]
-    bursts_ms = [_echo_ms(transport, topic, _BURST_LENGTH, timeout_s) for _ in range(_ECHOES)]
+        _echo_ms(transport, topic, 1, timeout_s, clock)
+    singles_ms = [_echo_ms(transport, topic, 1, timeout_s, clock) for _ in range(_ECHOES)]
+    bursts_ms = [_echo_ms(transport, topic, _BURST_LENGTH, timeout_s, clock) for _ in range(_ECHOES)]
     extra_ms = float(np.quantile(bursts_ms, 0.25) - np.quantile(singles_ms, 0.25))
     if extra_ms > _NAGLE_MS:
         raise BrokerDelayError(
@@ -52,21 +54,21 @@ def measure_broker(transport: MqttTransport, topic: str, *, timeout_s: float = 1
     return float(np.median(singles_ms))
 
 
-def _echo_ms(transport: MqttTransport, topic: str, count: int, timeout_s: float) -> float:
-    token = time.perf_counter_ns().to_bytes(8, "little")
-    began_ns = time.perf_counter_ns()
+def _echo_ms(transport: MqttTransport, topic: str, count: int, timeout_s: float, clock: Clock) -> float:
+    token = clock.perf_ns().to_bytes(8, "little")
+    began_ns = clock.perf_ns()
     # Sent one by one, each message could carry the acknowledgement that the broker waits for.
     with transport.in_one_segment():
         for i in range(count):
             transport.publish(topic, token + bytes([i]))
-    deadline = time.monotonic() + timeout_s
+    deadline = clock.monotonic_s() + timeout_s
     arrived = 0
     while arrived < count:
-        message = transport.receive(max(0.0, deadline - time.monotonic()))
+        message = transport.receive(max(0.0, deadline - clock.monotonic_s()))
         if message is None:
             raise BrokerError(f"a message on {topic} did not come back within {timeout_s:g} s: check the ACL")
         arrived += message.topic == topic and message.payload[:8] == token
-    return (time.perf_counter_ns() - began_ns) / 1e6
+    return (clock.perf_ns() - began_ns) / 1e6
 
 
 def wait_for_experts(dispatcher: Dispatcher, *, timeout_s: float, on_wait: Callable[[str], None] | None = None) -> None:
@@ -78,20 +80,20 @@ def wait_for_experts(dispatcher: Dispatcher, *, timeout_s: float, on_wait: Calla
     Raises:
         PlacementError: some are still missing at the deadline.
     """
-    deadline = time.monotonic() + timeout_s
+    deadline = dispatcher.clock.monotonic_s() + timeout_s
     said, next_review_s = "", 0.0
     dispatcher.pump(0.2)  # retained statuses of nodes that are already there
     while dispatcher.fleet.missing():
         line = dispatcher.fleet.describe_missing()
-        if time.monotonic() >= deadline:
+        if dispatcher.clock.monotonic_s() >= deadline:
             raise PlacementError(f"after {timeout_s:g} s {line}")
         if on_wait and line != said:
             on_wait(line)
             said = line
         # What no node holds may be kept here; those that are only late will be given back to them.
-        review = time.monotonic() >= next_review_s
+        review = dispatcher.clock.monotonic_s() >= next_review_s
         dispatcher.tend_residents(review=review)
-        next_review_s = time.monotonic() + _REVIEW_S if review else next_review_s
+        next_review_s = dispatcher.clock.monotonic_s() + _REVIEW_S if review else next_review_s
         dispatcher.pump(0.2)
 
 

@@ -1,12 +1,12 @@
 """Requests on their way to the nodes: their ids and frames, and until when an answer is patiently awaited."""
 
 import secrets
-import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from bs_coordinator.dispatch.layer_requests import LayerRequests, Sent, SubRequest
 from bs_coordinator.links import LinkMonitor
+from common.clock import Clock
 from wire import frames, tensors
 from wire.frame_auth import ClusterKey, FrameAuthenticator
 from wire.frames import PingFrame, RequestId, WorkFrame
@@ -50,6 +50,7 @@ class RequestSender:
         dtype: WireDtype,
         timeout_s: float,
         cluster_key: ClusterKey | None,
+        clock: Clock,
     ) -> None:
         """Nothing was sent yet.
 
@@ -69,6 +70,7 @@ class RequestSender:
         self._dtype = dtype
         self._timeout_s = timeout_s
         self._cluster_key = cluster_key
+        self._clock = clock
         self._session = secrets.randbits(64)
         self._next_request = 0
 
@@ -83,13 +85,13 @@ class RequestSender:
         return self._cluster_key.authenticator(node) if self._cluster_key else None
 
     def send_ping(self, node: str, frame: PingFrame) -> tuple[int, int]:
-        """Publish a ping; its length in bytes and `time.perf_counter_ns()` just before.
+        """Publish a ping; its length in bytes and `Clock.perf_ns` just before.
 
         Raises:
             BrokerError: the connection is lost.
         """
         payload = frames.encode(frame, authenticator=self.authenticator(node))
-        sent_ns = time.perf_counter_ns()
+        sent_ns = self._clock.perf_ns()
         self.transport.publish(self._topics.work(node), payload)
         return len(payload), sent_ns
 
@@ -111,7 +113,7 @@ class RequestSender:
                 dtype=self._dtype,
             )
             payload = frames.encode(frame, authenticator=self.authenticator(request.node))
-            published.append(Published(part, frame.id, len(payload), time.perf_counter_ns()))
+            published.append(Published(part, frame.id, len(payload), self._clock.perf_ns()))
             self.transport.publish(self._topics.work(request.node), payload)
         return published
 
@@ -121,7 +123,7 @@ class RequestSender:
         Args:
             unanswered: requests that a node has not answered, of all rounds.
         """
-        now_s, unix_ns = time.monotonic(), time.time_ns() - time.perf_counter_ns()
+        now_s, unix_ns = self._clock.monotonic_s(), self._clock.unix_ns() - self._clock.perf_ns()
         for part, id, down_bytes, sent_ns in published:
             request = part.request
             rows = sum(len(s.tokens) for s in request.experts)

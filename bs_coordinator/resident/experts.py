@@ -7,7 +7,6 @@ a fast link would look like a slow one.
 import logging
 import queue
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from bs_coordinator.resident.choice import choose_resident
 from bs_coordinator.resident.traffic import Traffic, write_traffic
 from bs_coordinator.resident.wire_rounding import round_to_wire
+from common.clock import SYSTEM_CLOCK, Clock
 from common.errors import StorageError, WdmoeError
 from edge_node.errors import MemoryBudgetError
 from edge_node.experts.memory import available_bytes, fitting
@@ -43,7 +43,7 @@ class Computed(NamedTuple):
     Attributes:
         output: float32 [rows, hidden], Σ over its experts of gate weight × expert output.
         queue_ns: until the thread took it.
-        done_ns: `time.perf_counter_ns()` at its end.
+        done_ns: `Clock.perf_ns` at its end.
     """
 
     output: Array
@@ -75,6 +75,7 @@ class ResidentExperts:
         traffic_path: Path | None = None,
         prepacked: Path | None = None,
         review_every_s: float = REVIEW_EVERY_S,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         """Nothing is loaded yet.
 
@@ -105,6 +106,7 @@ class ResidentExperts:
         self._traffic_path = traffic_path
         self._manifest = manifest
         self._wire = wire
+        self._clock = clock
         self._runtime = ExpertRuntime(bundle, manifest, [], threads=threads, prepacked=prepacked)
         self._computing = ThreadPoolExecutor(1, thread_name_prefix="resident-experts")
         self._under_way: list[Future[Computed]] = []
@@ -130,7 +132,7 @@ class ResidentExperts:
 
     def submit(self, layer: int, hidden: Array, experts: Sequence[ExpertSlice]) -> "Future[Computed]":
         """Compute a request of one layer; `hidden` float32 [rows, hidden] must not change meanwhile."""
-        future = self._computing.submit(self._compute, layer, hidden, experts, time.perf_counter_ns())
+        future = self._computing.submit(self._compute, layer, hidden, experts, self._clock.perf_ns())
         self._under_way = [other for other in self._under_way if not other.done()]
         self._under_way.append(future)
         return future
@@ -145,11 +147,11 @@ class ResidentExperts:
 
     def review_is_due(self) -> bool:
         """Whether the choice should be looked at again."""
-        return time.monotonic() >= self._next_review_s
+        return self._clock.monotonic_s() >= self._next_review_s
 
     def review(self, away_s: Away, here_s: float) -> None:
         """Look at it again, and exchange experts, in the background; nothing happens while that goes on."""
-        self._next_review_s = time.monotonic() + self._review_every_s
+        self._next_review_s = self._clock.monotonic_s() + self._review_every_s
         if self._exchange is None or not self._exchange.is_alive():
             pairs = self.traffic.pairs.copy()
             self._exchange = threading.Thread(
@@ -171,17 +173,17 @@ class ResidentExperts:
             if self._stop.is_set():
                 break
             self._runtime.add(id)
-        self._next_review_s = time.monotonic() + self._review_every_s
+        self._next_review_s = self._clock.monotonic_s() + self._review_every_s
         return self.ids
 
     def _compute(self, layer: int, hidden: Array, experts: Sequence[ExpertSlice], asked_ns: int) -> Computed:
-        begun_ns = time.perf_counter_ns()
+        begun_ns = self._clock.perf_ns()
         x = round_to_wire(hidden, self._wire)
         output = np.zeros(hidden.shape, np.float32)
         for slice_ in experts:
             y = self._runtime.run(ExpertId(layer, slice_.expert), x[slice_.tokens])
             output[slice_.tokens] += round_to_wire(y * slice_.weights[:, None], self._wire)
-        done_ns = time.perf_counter_ns()
+        done_ns = self._clock.perf_ns()
         return Computed(output, begun_ns - asked_ns, done_ns - begun_ns, done_ns)
 
     def _exchange_experts(self, pairs: NDArray[np.float64], away_s: Away, here_s: float) -> None:

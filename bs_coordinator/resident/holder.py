@@ -1,6 +1,5 @@
 """The resident experts as one more holder of a layer's requests."""
 
-import time
 from concurrent.futures import wait
 
 import numpy as np
@@ -10,6 +9,7 @@ from bs_coordinator.engine.step_records import DispatchRecord
 from bs_coordinator.links import LinkMonitor
 from bs_coordinator.nodes.registry import LOCAL_NODE
 from bs_coordinator.resident.experts import Computed, ResidentExperts
+from common.clock import SYSTEM_CLOCK, Clock
 from wire.frames import NodeDurations, RequestId
 
 _NEVER_S = float("inf")
@@ -18,9 +18,10 @@ _NEVER_S = float("inf")
 class ResidentHolder:
     """Asked like a node, with neither frames nor a link."""
 
-    def __init__(self, experts: ResidentExperts, links: LinkMonitor) -> None:
+    def __init__(self, experts: ResidentExperts, links: LinkMonitor, *, clock: Clock = SYSTEM_CLOCK) -> None:
         self.experts = experts
         self._links = links
+        self._clock = clock
 
     def ask(self, round: LayerRequests, part: SubRequest, id: RequestId) -> None:
         """Begin to compute a request."""
@@ -29,7 +30,7 @@ class ResidentHolder:
         predicted_s = self._links.predict_s(
             LOCAL_NODE, down_bytes=0, up_bytes=0, experts=len(request.experts), rows=rows
         )
-        sent = Sent(id, time.perf_counter_ns(), time.time_ns(), 0, int(1e9 * predicted_s), 0, _NEVER_S)
+        sent = Sent(id, self._clock.perf_ns(), self._clock.unix_ns(), 0, int(1e9 * predicted_s), 0, _NEVER_S)
         part.here = self.experts.submit(round.layer, round.hidden[request.rows], request.experts)
         round.sent(part, sent)
 

@@ -1,6 +1,5 @@
 """Dispatch without a network: who is asked for what, and which answers count."""
 
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +14,7 @@ from bs_coordinator.dispatch.output_guard import LEARN_ROWS
 from bs_coordinator.dispatch.plan_requests import plan_requests
 from bs_coordinator.errors import DispatchError, ExpertsLostError, PlacementError
 from bs_coordinator.nodes.registry import NodeRegistry
+from common.clock import ManualClock
 from tests.support import MemoryTransport
 from wire import frames, status
 from wire.errors import BrokerError
@@ -99,7 +99,8 @@ class _Network:
     """Nodes that answer each token with gate weight × expert index + 1, unless told otherwise."""
 
     def __init__(self, *, timeout_s: float = 0.2, last_holder_s: float | None = None, **experts_by_node: str) -> None:
-        self.transport = MemoryTransport(self._react)
+        self.clock = ManualClock()
+        self.transport = MemoryTransport(self._react, clock=self.clock)
         self.extra: list[tuple[str, bytes]] = []
         self.mute: set[str] = set()
         self.deaf: set[str] = set()
@@ -109,7 +110,7 @@ class _Network:
         self.ids: list[RequestId] = []
         self.dispatcher = Dispatcher(
             self.transport, TOPICS, NodeRegistry(DIMS, "m"), dtype=WireDtype.FP32, timeout_s=timeout_s,
-            last_holder_s=last_holder_s,
+            last_holder_s=last_holder_s, clock=self.clock,
         )  # fmt: skip
         for node, experts in experts_by_node.items():
             self.say(_online(node, experts))
@@ -227,9 +228,9 @@ def _experienced(**kwargs: Any) -> _Network:
 def test_silence_is_handed_on_to_another_holder() -> None:
     network = _experienced(a="L*:E0-1", b="L*:E2-3", c="L*:E0-3")
     network.mute = {"b"}
-    began = time.monotonic()
+    began_s = network.clock.monotonic_s()
     np.testing.assert_allclose(network.ask(GATE), EXPECTED)
-    assert time.monotonic() - began < 2  # the layer's own deadline is 5 s
+    assert network.clock.monotonic_s() - began_s < 2  # the layer's own deadline is 5 s
     network.asked.clear()
     np.testing.assert_allclose(network.ask(GATE), EXPECTED)
     assert "b" not in {node for node, _ in network.asked}  # it is left out from the next layer on
@@ -249,9 +250,9 @@ def test_a_node_that_leaves_is_replaced_at_once() -> None:
     network = _experienced(a="L*:E0-1", b="L*:E2-3", c="L*:E0-3")
     network.mute = {"b"}
     network.extra = [(TOPICS.status("b"), status.encode_status(_offline("b")))]
-    began = time.monotonic()
+    began_s = network.clock.monotonic_s()
     np.testing.assert_allclose(network.ask(GATE), EXPECTED)
-    assert time.monotonic() - began < 0.2
+    assert network.clock.monotonic_s() - began_s < 0.2
 
 
 def test_the_first_answer_counts_and_the_late_one_is_dropped() -> None:
@@ -267,10 +268,10 @@ def test_the_first_answer_counts_and_the_late_one_is_dropped() -> None:
                 for i, (node, id) in enumerate(asked):
                     yield TOPICS.results(node), network.result(id, 0, np.full(frame.hidden.shape, i + 1, np.float32))
 
-    network.transport._react = late
+    network.transport.react = late
     gate = np.array([[1, 0, 0, 0]], np.float32)
     np.testing.assert_array_equal(network.ask(gate), np.ones((1, 8)))
-    network.transport._react = network._react
+    network.transport.react = network._react
     network.mute = set()
     dropped = network.dispatcher.dropped["not awaited"]
     network.ask(gate)
@@ -280,10 +281,10 @@ def test_the_first_answer_counts_and_the_late_one_is_dropped() -> None:
 def test_lost_experts_are_reported_after_the_last_holders_time() -> None:
     network = _experienced(a="L*:E0-1", b="L*:E2-3", last_holder_s=0.5)
     network.deaf = {"b"}
-    began = time.monotonic()
+    began_s = network.clock.monotonic_s()
     with pytest.raises(ExpertsLostError, match=r"'b' did not answer L0:E2-3 within 0\.5"):
         network.ask(GATE)
-    assert 0.4 < time.monotonic() - began < 2
+    assert 0.4 < network.clock.monotonic_s() - began_s < 2
     available = network.dispatcher.forecast(0).available
     assert available is not None
     assert available.tolist() == [True, True, False, False]
@@ -297,8 +298,8 @@ def test_a_node_that_recovers_is_proven_by_a_ping_and_used_again() -> None:
     with pytest.raises(ExpertsLostError):
         network.ask(GATE)
     network.deaf = set()
-    deadline = time.monotonic() + 5
-    while network.dispatcher.forecast(0).available is not None and time.monotonic() < deadline:
+    deadline_s = network.clock.monotonic_s() + 5
+    while network.dispatcher.forecast(0).available is not None and network.clock.monotonic_s() < deadline_s:
         network.dispatcher.measure_links(0.1)
     np.testing.assert_allclose(network.ask(GATE), EXPECTED)
 
@@ -328,7 +329,7 @@ def test_large_answers_that_two_nodes_agree_on_are_believed_and_learnt() -> None
 
 
 def test_a_broker_that_hangs_up_on_every_request_ends_the_layer() -> None:
-    joined = 0
+    joined, clock = 0, ManualClock()
 
     def refuse(topic: str, payload: bytes) -> Iterable[tuple[str, bytes]]:
         if topic.endswith("/work") and isinstance(frames.decode(payload), WorkFrame):
@@ -338,7 +339,7 @@ def test_a_broker_that_hangs_up_on_every_request_ends_the_layer() -> None:
     def connect() -> MemoryTransport:
         nonlocal joined
         joined += 1
-        transport = MemoryTransport(refuse)
+        transport = MemoryTransport(refuse, clock=clock)
         subscribe = transport.subscribe
 
         def with_retained(topic_filter: str, *, qos: int = 0) -> None:
@@ -350,7 +351,8 @@ def test_a_broker_that_hangs_up_on_every_request_ends_the_layer() -> None:
         return transport
 
     dispatcher = Dispatcher(
-        connect(), TOPICS, NodeRegistry(DIMS, "m"), dtype=WireDtype.FP32, timeout_s=1.0, reconnect=connect
+        connect(), TOPICS, NodeRegistry(DIMS, "m"), dtype=WireDtype.FP32, timeout_s=1.0, reconnect=connect,
+        clock=clock,
     )  # fmt: skip
     dispatcher.pump(0.01)
     with pytest.raises(BrokerError, match=r"layer 1 .*message_size_limit"):
