@@ -5,7 +5,9 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench reproduce reproduce-batches chaos arm fleet-proof clean
+# Each worker imports torch: more than eight of them cost more memory and start-up than they save time.
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal
+.PHONY: help demo test test-slow test-slow-process test-slow-root check fmt bench reproduce reproduce-batches chaos arm fleet-proof clean
 
 help:
 	@echo "make demo   set everything up, build the demo model and bundle, answer three questions over MQTT"
@@ -29,15 +31,26 @@ demo: $(READY)
 	$(BIN)/wdmoe-testbed demo
 
 test: $(READY)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest $(PARALLEL) -m "not slow" tests/unit tests/process
 
-test-slow: $(READY)
-	$(BIN)/pytest -m slow
+test-slow: test-slow-process test-slow-root
+
+test-slow-process: $(READY)
+	$(BIN)/pytest $(PARALLEL) -m slow tests/unit tests/process
+
+# One after the other: they measure emulated networks, which need the machine for themselves.
+test-slow-root: $(READY)
+	$(BIN)/pytest tests/root
 
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 	$(BIN)/lint-imports
 
 bench: $(READY)
@@ -60,5 +73,5 @@ fleet-proof: $(READY)
 	$(BIN)/python -m testbed.proof.fleet_proof
 
 clean:
-	rm -rf $(VENV) .venvs build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venvs build dist runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,20 +1,24 @@
 """What the tests share: a real broker, the demo model cut to two layers, its bundles, real node processes."""
 
-import shutil
+import os
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from filelock import FileLock
 from hypothesis import settings
 
-from bs_coordinator.broker.processes import open_broker
+from bs_coordinator.broker.processes import mosquitto_path, open_broker
 from testbed.demo_assets import demo_model, export_demo_bundle
 from testbed.local_nodes import LocalNodes
 from tests.checkpoints import save_mixtral
+from tests.needs import missing_packages
 from wire.broker_url import BrokerAddress
 from wire.manifest import Scheme
 
@@ -22,39 +26,61 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_configure() -> None:
-    """Let Ctrl-C through: a shell's background jobs ignore it, and so would the processes that tests start.
+    """Settings of every run.
 
-    No example has a deadline: on a busy machine each of them may have to wait for a core.
+    SIGINT gets Python's handler, as a shell's background jobs ignore it, and so would the processes that tests start.
+    Hypothesis' examples have no deadline: on a busy machine each of them may have to wait for a core. Parallel workers
+    share the cores: threads that spin on each other's cores cost several times the work.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+        threads = max(1, (os.cpu_count() or 1) // int(workers))
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        torch.set_num_threads(threads)
     settings.register_profile("patient", deadline=None)
     settings.load_profile("patient")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line about tests that were skipped for want of system packages, with the command that installs them."""
+    reports = terminalreporter.getreports("skipped")
+    count, packages = missing_packages(str(report.longrepr) for report in reports)
+    if count:
+        terminalreporter.write_line(f"skipped {count} tests: apt-get install {' '.join(packages)}", yellow=True)
 
 
 @pytest.fixture(scope="session")
 def broker() -> Iterator[BrokerAddress]:
     """A broker in a process of its own: mosquitto, as in the field, where it is installed."""
-    installed = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
-    with open_broker("mosquitto" if installed else "embedded") as address:
+    with open_broker("mosquitto" if mosquitto_path() else "embedded") as address:
         yield address
 
 
 @pytest.fixture(scope="session")
-def tiny_model() -> Path:
-    """The demo model's first two layers, a Hugging Face folder."""
-    return demo_model(layers=2)
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the parallel workers of one run share, for what is dear to make."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Scheme], Path]:
+def tiny_model(shared_folder: Path) -> Path:
+    """The demo model's first two layers, a Hugging Face folder."""
+    with FileLock(shared_folder / "tiny-model.lock"):
+        return demo_model(layers=2)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_model: Path, shared_folder: Path) -> Callable[[Scheme], Path]:
     """Bundles of the two-layer model, made once per scheme."""
-    made: dict[Scheme, Path] = {}
 
     def get(scheme: Scheme) -> Path:
-        if scheme not in made:
-            made[scheme] = tmp_path_factory.mktemp("bundles") / scheme
-            export_demo_bundle(tiny_model, made[scheme], scheme)
-        return made[scheme]
+        folder = shared_folder / f"bundle-{scheme}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                export_demo_bundle(tiny_model, partial := Path(f"{folder}.partial"), scheme)
+                partial.rename(folder)
+        return folder
 
     return get
 
@@ -83,7 +109,7 @@ def fleet(
 ) -> Iterator[LocalNodes]:
     """An empty fleet on the shared broker, in a cluster of the test's own; fp32 unless told otherwise."""
     scheme: Scheme = getattr(request, "param", "fp32")
-    cluster = f"t-{abs(hash(request.node.nodeid)) % 10**12}"
+    cluster = f"t-{zlib.crc32(request.node.nodeid.encode())}"
     fleet = LocalNodes(tiny_bundle(scheme), broker, tmp_path / "nodes", cluster=cluster)
     yield fleet
     fleet.stop()

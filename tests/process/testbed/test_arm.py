@@ -1,25 +1,20 @@
 """A node from aarch64 wheels under emulation joins a base station here, and answers as a node here does."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from bs_coordinator.broker.processes import mosquitto_path
 from testbed.errors import EmulationError
 from testbed.proof.arm import userland
 from testbed.proof.arm.agreement import BoardResult, markdown
 from testbed.proof.arm.boards import BOARDS
 from testbed.proof.arm.run import Settings, run_arm
+from tests.needs import needs
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    shutil.which("qemu-aarch64-static") is None and shutil.which("qemu-aarch64") is None,
-    reason="needs qemu-user-static",
-)
-@pytest.mark.skipif(mosquitto_path() is None, reason="needs mosquitto")
+@needs("qemu-aarch64-static", "mosquitto")
 def test_emulated_boards_join_and_answer_as_this_machine_does(tmp_path: Path) -> None:
     settings = Settings(
         variants=["int4-b32"], boards=BOARDS, experts="L*:E0", layers=2, rows=3, tokens=0, apt_sources=None,

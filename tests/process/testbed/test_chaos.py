@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bs_coordinator.broker.processes import mosquitto_path
 from testbed.network.spec import read_spec
 from testbed.proof.chaos.schedule import KINDS, Kind, draw
 from testbed.proof.chaos.stage import network_description
 from tests.conftest import Run
+from tests.needs import needs
 
 NODES = [f"node{k}" for k in range(8)]
 
@@ -40,9 +40,8 @@ def test_the_network_has_a_profile_for_every_link_fault(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@needs("mosquitto")
 def test_a_short_run_on_localhost(run: Run, tmp_path: Path) -> None:
-    if mosquitto_path() is None:
-        pytest.skip("mosquitto is not installed")
     faults = [word for kind in ("kill", "broker", "noise", "coordinator", "disk") for word in ("--fault", kind)]
     done = run(
         "testbed", "chaos", "--localhost", "--answers", 5, "--nodes", 4, "--tokens", 48, *faults, "--out", tmp_path,

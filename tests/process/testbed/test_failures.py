@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from bs_coordinator.broker.processes import free_port
+from bs_coordinator.broker.processes import free_port, mosquitto_path
 from testbed.local_nodes import LocalNodes
 from tests.conftest import Run
+from tests.needs import needs, skip_without
 from wire.broker_url import BrokerAddress
 from wire.manifest import Scheme
 from wire.mqtt import MqttTransport
@@ -235,7 +236,7 @@ def test_a_prompt_that_is_no_text(run: Run, tiny_bundle: Bundle) -> None:
     _one_line(done, 2, "--prompt is not UTF-8: byte 4 is 0xe9")
 
 
-@pytest.mark.parametrize("kind", ["embedded", "mosquitto"])
+@pytest.mark.parametrize("kind", ["embedded", pytest.param("mosquitto", marks=needs("mosquitto"))])
 def test_a_port_that_another_broker_has(run: Run, broker: BrokerAddress, kind: str) -> None:
     done = run("bs_coordinator", "broker", "--kind", kind, "--port", broker.port)
     _one_line(done, 30, "say another port")
@@ -248,9 +249,8 @@ def test_a_folder_that_is_no_bundle(run: Run, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def mosquitto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], BrokerAddress]]:
     """Starts mosquitto with given configuration lines; skips where it is not installed."""
-    binary = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
-    if binary is None:
-        pytest.skip("mosquitto is not installed")
+    skip_without("mosquitto")
+    binary = str(mosquitto_path())
     running: list[subprocess.Popen[bytes]] = []
 
     def start(lines: str) -> BrokerAddress:

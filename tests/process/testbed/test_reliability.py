@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from bs_coordinator.broker.processes import free_port, mosquitto_path, open_broker
+from bs_coordinator.broker.processes import free_port, open_broker
 from testbed.local_nodes import LocalNodes
+from tests.needs import skip_without
 from wire.manifest import Scheme
 
 TOKENS = 160
@@ -103,8 +104,7 @@ def test_without_replicas_the_answer_goes_on_and_says_so(fleet: LocalNodes) -> N
 @pytest.fixture
 def restartable(tmp_path: Path, tiny_bundle: Callable[[Scheme], Path]) -> Iterator[tuple[LocalNodes, ExitStack]]:
     """A fleet, and its broker, which ends when the stack is closed."""
-    if mosquitto_path() is None:
-        pytest.skip("mosquitto is not installed")
+    skip_without("mosquitto")
     port = free_port()
     with ExitStack() as broker:
         address = broker.enter_context(open_broker("mosquitto", port=port))

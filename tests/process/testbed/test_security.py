@@ -19,6 +19,7 @@ from common.errors import KeyFileError
 from testbed.keys.authority import Authority, new_authority
 from testbed.keys.folder import KeyFolder, create
 from tests.conftest import Run
+from tests.needs import needs
 from wire.broker_url import Access, BrokerAddress, parse_broker_url
 from wire.errors import BrokerAuthError, BrokerError, PlaintextError
 from wire.manifest import Scheme
@@ -30,7 +31,7 @@ CLUSTER = "lab"
 TOPICS = Topics(CLUSTER)
 HOST = "127.0.0.1"
 
-pytestmark = pytest.mark.skipif(mosquitto_path() is None, reason="mosquitto is not installed")
+pytestmark = needs("mosquitto")
 
 
 class Site:

@@ -1,8 +1,6 @@
 """Shares of the down-link: what they come to, and that the kernel does it, in a network namespace of the test's own."""
 
-import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +15,7 @@ from bs_coordinator.airtime.shaping import NodeLink, shape_commands, time_shares
 from bs_coordinator.errors import ShapingError
 from bs_coordinator.links import LinkSample
 from bs_coordinator.links.log import link_log
+from tests.needs import skip_without
 
 SLOW, FAST = "10.77.0.2", "10.77.0.3"
 
@@ -37,11 +36,9 @@ def test_an_address_must_be_one() -> None:
 @pytest.fixture
 def namespace() -> Iterator[str]:
     """A namespace with one interface, `bs0`, whose other end answers for both nodes."""
-    if os.geteuid() != 0 or not shutil.which("tc") or not shutil.which("ip"):
-        pytest.skip("needs root and iproute2")
+    skip_without("tc", "ip", network=True)
     name = f"wdmoe-test-{uuid.uuid4().hex[:8]}"
-    if subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode:
-        pytest.skip("this kernel or container has no network namespaces")
+    subprocess.run(["ip", "netns", "add", name], check=True)
     try:
         for command in (
             "ip link add bs0 type veth peer name nodes0",

@@ -13,12 +13,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from testbed.errors import PrivilegeError
 from testbed.experiment.costs import measured_costs
 from testbed.experiment.rundir import RunDir
 from testbed.network.emulated import down, leftovers
-from testbed.network.namespaces import check_privileges
 from tests.conftest import Run
+from tests.needs import needs
 from wire.manifest import Scheme
 
 Bundle = Callable[[Scheme], Path]
@@ -46,15 +45,7 @@ workloads:
 ITEMS = [{"question": f"What is {i}?", "choices": ["a number", "a bird", "rain"], "label": 0} for i in range(6)]
 
 
-def _why_not() -> str:
-    try:
-        check_privileges()
-    except PrivilegeError as error:
-        return str(error)
-    return ""
-
-
-pytestmark = pytest.mark.skipif(bool(_why_not()), reason=_why_not())
+pytestmark = needs(network=True)
 
 
 @pytest.fixture

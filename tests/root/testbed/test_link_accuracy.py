@@ -1,22 +1,19 @@
 """Estimates of an emulated link against what it is: the whole command, briefly."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import pytest
 
-from bs_coordinator.broker.processes import mosquitto_path
 from tests.conftest import Run
+from tests.needs import needs
 
 SPEC = Path(__file__).parents[3] / "testbed" / "network" / "specs" / "wifi.yaml"
 
 
 @pytest.mark.slow
+@needs("mosquitto", "iperf3", network=True)
 def test_round_trips_are_foretold(run: Run, tmp_path: Path) -> None:
-    if os.getuid() != 0 or mosquitto_path() is None or shutil.which("iperf3") is None:
-        pytest.skip("needs root, mosquitto and iperf3")
     out = tmp_path / "links.json"
     done = run("testbed", "link-accuracy", SPEC, "--profile", "uniform", "--seconds", 10, "--out", out, timeout=300)
     assert done.returncode == 0, done.stderr

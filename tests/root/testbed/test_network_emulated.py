@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,9 +19,10 @@ import pytest
 from testbed.errors import NetworkError, PrivilegeError
 from testbed.network.control import ask
 from testbed.network.emulated import EmulatedNetwork, attach, emulated
-from testbed.network.namespaces import check_privileges, existing
+from testbed.network.namespaces import existing
 from testbed.network.state import State
 from tests.conftest import Run
+from tests.needs import needs, skip_without
 
 NAME = f"t{os.getpid()}"
 SPEC = f"""
@@ -44,15 +44,7 @@ profiles:
 """
 
 
-def _why_not() -> str:
-    try:
-        check_privileges()
-    except PrivilegeError as error:
-        return str(error)
-    return next((f"{tool} is not installed" for tool in ("iperf3", "ping", "ip") if shutil.which(tool) is None), "")
-
-
-needs_root = pytest.mark.skipif(bool(_why_not()), reason=_why_not())
+needs_network = needs("iperf3", "ping", "ip", network=True)
 
 
 @pytest.fixture
@@ -103,7 +95,7 @@ def _goodputs(network: EmulatedNetwork, nodes: list[str], *, reverse: bool = Fal
 
 
 @pytest.mark.slow
-@needs_root
+@needs_network
 def test_iperf3_and_ping_see_what_is_configured(run: Run, spec: Path, tmp_path: Path) -> None:
     assert run("testbed", "net", "up", spec).returncode == 0
     out = tmp_path / "check.json"
@@ -122,7 +114,7 @@ def test_iperf3_and_ping_see_what_is_configured(run: Run, spec: Path, tmp_path: 
     assert rows["lossy"]["lost_percent"] > 0
 
 
-@needs_root
+@needs_network
 def test_check_finds_a_link_that_is_not_what_is_configured(run: Run, spec: Path) -> None:
     with emulated(spec) as network:
         shaper = ["tc", "qdisc", "add", "dev", "wifi0", "root", "tbf"]
@@ -137,7 +129,7 @@ def test_check_finds_a_link_that_is_not_what_is_configured(run: Run, spec: Path)
     assert "1 of 1 links differ by more than 8% or 0.7 ms from what is configured (calm node0)" in done.stderr
 
 
-@needs_root
+@needs_network
 def test_air_times_add_up_on_shared_air_only(spec: Path) -> None:
     with emulated(spec) as network:
         network.set_profile("shared")
@@ -150,7 +142,7 @@ def test_air_times_add_up_on_shared_air_only(spec: Path) -> None:
     assert dedicated == pytest.approx([40, 40], rel=0.08)
 
 
-@needs_root
+@needs_network
 def test_nodes_reach_the_base_station_and_nobody_else(spec: Path) -> None:
     def pings(prefix: list[str], address: str) -> bool:
         argv = ["ping", "-n", "-q", "-c", "2", "-i", "0.1", "-W", "1", address]
@@ -166,7 +158,7 @@ def test_nodes_reach_the_base_station_and_nobody_else(spec: Path) -> None:
         assert re.search(r"10\.77\.0\.2 dev wifi0 lladdr 02:57:44:4d:00:01", arp)
 
 
-@needs_root
+@needs_network
 def test_profiles_move_links_and_the_truth_is_written(spec: Path) -> None:
     with emulated(spec) as network:
         began = time.time()
@@ -195,7 +187,7 @@ def test_profiles_move_links_and_the_truth_is_written(spec: Path) -> None:
     assert 4 <= len(ramp) <= 6
 
 
-@needs_root
+@needs_network
 def test_kill_9_leaves_nothing_that_up_or_down_can_not_clean(run: Run, spec: Path) -> None:
     before = _interfaces()
     foreign = f"other-{NAME}"
@@ -225,7 +217,7 @@ def test_kill_9_leaves_nothing_that_up_or_down_can_not_clean(run: Run, spec: Pat
         subprocess.run(["ip", "netns", "del", foreign], check=True)
 
 
-@needs_root
+@needs_network
 def test_a_recycled_process_number_is_not_killed(run: Run, spec: Path) -> None:
     assert run("testbed", "net", "up", spec).returncode == 0
     relay = State(NAME).relay()
@@ -241,7 +233,7 @@ def test_a_recycled_process_number_is_not_killed(run: Run, spec: Path) -> None:
         bystander.kill()
 
 
-@needs_root
+@needs_network
 def test_a_running_network_is_shared_by_processes_in_its_namespaces(run: Run, spec: Path, tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from testbed.network.emulated import attach\n"
@@ -272,7 +264,7 @@ def test_a_running_network_is_shared_by_processes_in_its_namespaces(run: Run, sp
         attach(spec)
 
 
-@needs_root
+@needs_network
 def test_the_control_socket_bears_clients_that_misbehave(spec: Path) -> None:
     @contextlib.contextmanager
     def connected(path: Path) -> Iterator[socket.socket]:
@@ -317,8 +309,7 @@ def test_asking_a_network_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 def test_without_root_there_is_one_line_and_the_way_out(command: tuple[str, ...]) -> None:
     nobody: list[str] = []
     if os.geteuid() == 0:
-        if shutil.which("setpriv") is None:
-            pytest.skip("setpriv is not installed: this test can't become somebody else")
+        skip_without("setpriv")
         nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     argv = [*nobody, sys.executable, "-m", "testbed", "net", *command]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)

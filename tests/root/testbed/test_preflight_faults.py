@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from bs_coordinator.broker.processes import mosquitto_path, open_broker, stop_child
-from testbed.errors import PrivilegeError
 from testbed.local_nodes import LocalNodes
 from testbed.network.daemon import BASE_STATION
 from testbed.network.emulated import EmulatedNetwork, down, leftovers, up
-from testbed.network.namespaces import check_privileges, inside, namespace
+from testbed.network.namespaces import inside, namespace
+from tests.needs import needs
 from wire.manifest import Scheme
 
 NAME = f"p{os.getpid()}"
@@ -48,18 +48,7 @@ WORDS = {
 }  # fmt: skip
 
 
-def _why_not() -> str:
-    try:
-        check_privileges()
-    except PrivilegeError as error:
-        return str(error)
-    lacks = [tool for tool in ("faketime", "iperf3", "unshare", "mount") if shutil.which(tool) is None]
-    if mosquitto_path() is None:
-        lacks.append("mosquitto")
-    return f"needs {', '.join(lacks)}" if lacks else ""
-
-
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(_why_not()), reason=_why_not())]
+pytestmark = [pytest.mark.slow, needs("faketime", "iperf3", "unshare", "mount", "mosquitto", network=True)]
 
 
 @pytest.fixture(scope="module")

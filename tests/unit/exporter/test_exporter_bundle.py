@@ -20,6 +20,7 @@ from exporter.bundle import export_bundle
 from exporter.presets import choose_quantisation
 from tests.checkpoints import copy_checkpoint, poke
 from tests.conftest import Run
+from tests.needs import skip_without
 from wire.errors import BundleError, SignatureError
 from wire.manifest import ExpertEntry, FileEntry, Quantisation, load_manifest
 from wire.signature import load_trusted_manifest, sign
@@ -318,11 +319,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
     place = tmp_path / "disk"
     place.mkdir()
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting needs root")
+    skip_without("mount")
     command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
     if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("this machine allows no mounts")
+        pytest.skip("mounting needs root")
     yield place
     subprocess.run(["umount", str(place)], check=True)
 
