@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 .DEFAULT_GOAL := help
 # Each worker imports torch: more than eight of them cost more memory and start-up than they save time.
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
-.PHONY: help demo test test-slow test-slow-process test-slow-root check fmt bench reproduce reproduce-batches chaos arm fleet-proof clean
+.PHONY: help demo test test-slow test-slow-process test-slow-root check fmt bench reproduce reproduce-batches chaos fuzz arm fleet-proof clean
 
 help:
 	@echo "make demo   set everything up, build the demo model and bundle, answer three questions over MQTT"
@@ -17,6 +17,7 @@ help:
 	@echo "make reproduce DATA=folder  the README's tables of policies for single tokens, as root, in half an hour"
 	@echo "make reproduce-batches DATA=folder  those for batches, in as much time again"
 	@echo "make chaos  200 answers under random faults, as root (docs/reliability.md)"
+	@echo "make fuzz   damaged inputs to every reader of outside data, 100,000 each, in about an hour"
 	@echo "make arm    nodes from aarch64 wheels on an emulated Pi 5 and Pi 4, against this machine (needs qemu-user-static)"
 	@echo "make fleet-proof  deploy to five fresh Debian machines and prove it, as root (docs/deploy.md)"
 	@echo "make clean  remove the environment and everything built here (downloads stay in the user cache)"
@@ -65,6 +66,9 @@ reproduce reproduce-batches: $(READY)
 
 chaos: $(READY)
 	$(BIN)/wdmoe-testbed chaos
+
+fuzz: $(READY)
+	$(BIN)/pytest tests/unit/testbed/test_fuzz.py --hypothesis-profile=fuzz --timeout=0
 
 arm: $(READY)
 	$(BIN)/wdmoe-testbed arm

@@ -15,7 +15,6 @@ from testbed.keys import commands as keys_commands
 from testbed.network import commands as network_commands
 from testbed.proof.arm import commands as arm_commands
 from testbed.proof.chaos import commands as chaos_commands
-from testbed.proof.fuzz import commands as fuzz_commands
 from testbed.proof.machines import commands as machines_commands
 from testbed.radio import commands as radio_commands
 from wire import __version__
@@ -143,7 +142,6 @@ commands.register(cli)
 arm_commands.register(cli)
 chaos_commands.register(cli)
 fleet_commands.register(cli)
-fuzz_commands.register(cli)
 keys_commands.register(cli)
 machines_commands.register(cli)
 network_commands.register(cli)

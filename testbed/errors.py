@@ -57,12 +57,6 @@ class ChaosError(WdmoeError):
     exit_code = 68
 
 
-class FuzzError(WdmoeError):
-    """A reader neither understood nor refused an input."""
-
-    exit_code = 69
-
-
 class MachineError(WdmoeError):
     """Machines to try deployment on can't be made, or do not come up."""
 

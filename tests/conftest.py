@@ -39,6 +39,8 @@ def pytest_configure() -> None:
         torch.set_num_threads(threads)
     settings.register_profile("patient", deadline=None)
     settings.load_profile("patient")
+    # `--hypothesis-profile=fuzz` takes its place.
+    settings.register_profile("fuzz", deadline=None, max_examples=100_000, print_blob=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

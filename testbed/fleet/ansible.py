@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from testbed.errors import FleetError
+from wire.topics import check_name
 
 PLAYBOOKS = Path(__file__).parent / "playbooks"
 BASE_STATION, NODES = "base_station", "nodes"
@@ -81,6 +82,11 @@ def read_inventory(path: Path) -> Inventory:
             f"{path} needs one host in the group 'base_station' and some in 'nodes': it has "
             f"{len(groups[BASE_STATION])} and {len(groups[NODES])}"
         )
+    for host in (*groups[BASE_STATION], *groups[NODES]):
+        try:
+            check_name("host name", host)
+        except ValueError as error:
+            raise FleetError(f"{path}: {error}") from None
     return Inventory(path.absolute().parent, groups[BASE_STATION][0], groups[NODES], variables)
 
 
@@ -99,9 +105,10 @@ def run_playbook(
     """
     with tempfile.TemporaryDirectory(prefix="wdmoe-fleet-") as folder:
         recap, extra = Path(folder) / "recap.json", Path(folder) / "extra.json"
-        extra.write_bytes(msgspec.json.encode(dict(variables)))
-        arguments = ["playbook", "-i", str(inventory), "--extra-vars", f"@{extra}", str(PLAYBOOKS / f"{name}.yml")]
-        arguments += ["--limit", f"{limit},localhost"] if limit else []
+        extra.write_bytes(msgspec.json.encode(_as_data(variables)))
+        arguments = ["playbook", "-i", str(inventory.absolute()), "--extra-vars", f"@{extra}"]
+        arguments += [str(PLAYBOOKS / f"{name}.yml")]
+        arguments += [f"--limit={limit},localhost"] if limit else []
         arguments += ["--check", "--diff"] if check else []
         try:
             done = _ansible(*arguments, timeout_s=timeout_s, quiet=quiet, WDMOE_RECAP=str(recap))
@@ -118,6 +125,19 @@ def run_playbook(
     if done.returncode:
         raise FleetError(f"the playbook {name} failed: exit code {done.returncode}")
     return {host: did for host, did in hosts.items() if host != "localhost"}
+
+
+def _as_data(value: Any) -> Any:
+    """Mark every text in a JSON value as data: in a plain extra variable Ansible would evaluate `{{ … }}`."""
+    match value:
+        case str():
+            return {"__ansible_unsafe": value}
+        case Mapping():
+            return {name: _as_data(item) for name, item in value.items()}
+        case list() | tuple():
+            return [_as_data(item) for item in value]
+        case _:
+            return value
 
 
 def _ansible(

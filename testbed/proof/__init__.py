@@ -1,1 +1,4 @@
-"""Proof of the software itself: faults, fuzzing, other processors, deployment to fresh machines. Not in the wheel."""
+"""Proof of the software itself: faults, other processors, deployment to fresh machines, accuracy of link estimates.
+
+It needs a clone of the repository and is not in the wheel.
+"""

@@ -20,7 +20,7 @@ from testbed.proof.arm.boards import BOARDS, Board
 _ROOT = Path(__file__).resolve().parents[3]
 # libstdc++6 is what the wheels take for granted; every system image has it.
 _PACKAGES = ("python3", "libstdc++6")
-_OURS = ("wire", "edge_node")
+_OURS = ("common", "wire", "edge_node")
 _OLDEST_GLIBC = 17
 _APT_TIMEOUT_S, _PIP_TIMEOUT_S, _FIRST_RUN_TIMEOUT_S = 300, 600, 120
 

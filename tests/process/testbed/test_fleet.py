@@ -138,7 +138,7 @@ class TestWheels:
     def test_a_release_is_named_by_what_is_in_it(self, tmp_path: Path) -> None:
         root = source_root()
         clone = tmp_path / "clone"
-        for name in ("wire", "exporter", "edge_node", "bs_coordinator", "testbed"):
+        for name in ("common", "wire", "exporter", "edge_node", "bs_coordinator", "testbed"):
             shutil.copytree(root / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
             shutil.copy(root / name, clone / name)
@@ -345,6 +345,25 @@ class TestInventory:
         assert done.returncode == FleetError.exit_code
         assert done.stderr.strip().splitlines()[-1].startswith("wdmoe-testbed: error: ")
         assert "Traceback" not in done.stderr
+
+
+@has_ansible
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "{{ lookup('pipe', 'touch evaluated') }} {% raw %} {# comment #}",
+        "\"double\" 'single' \\ $(touch evaluated) `touch evaluated`\nsecond line: {{ wdmoe_state }}",
+        '{"json": [1, 2]}',
+    ],
+)
+def test_a_prompt_is_data_and_never_a_template(prompt: str, run: Run, tmp_path: Path) -> None:
+    path = local_inventory(tmp_path, tmp_path, "pi5")
+    program(tmp_path / "bin", "wdmoe-fleet-bs", "cat")
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = run("testbed", "fleet", "ask", "-i", path, prompt, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{prompt}\n"
+    assert not list(tmp_path.rglob("evaluated"))
 
 
 @pytest.mark.slow
