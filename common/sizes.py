@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes in bytes as users write them: `800M`, `2G`."""
 
 import re
 
@@ -15,3 +15,8 @@ def parse_bytes(text: str) -> int:
     if match is None:
         raise ValueError(f"'{text}' is not a size: write 800M or 2G")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def format_bytes(size: int) -> str:
+    """The shortest exact form that `parse_bytes` reads: `64M` for 67108864."""
+    return next(f"{size // factor}{unit}" for unit, factor in reversed(_UNITS.items()) if size % factor == 0)

@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bs_coordinator.base_station import BaseStation, BaseStationConfig, open_base_station
+from bs_coordinator.base_station import BaseStation, open_base_station
 from bs_coordinator.broker.processes import open_broker
+from bs_coordinator.config import BaseStationConfig, SamplingConfig
 from bs_coordinator.engine.answer_stats import AnswerStats, summarise
-from bs_coordinator.engine.sampling import SamplingConfig
 from bs_coordinator.engine.sequence import TokenEvent
 from testbed.demo_assets import demo_bundle
 from testbed.latency_log import LatencyLog
@@ -40,7 +40,7 @@ def run_demo(
     with (
         open_broker(broker) as address,
         local_nodes(bundle, address, folder / "nodes", experts),
-        open_base_station(BaseStationConfig(bundle=bundle), address, say=lambda line: None) as station,
+        open_base_station(BaseStationConfig(bundle=bundle, degrade=False, draft="none"), address) as station,
     ):
         console.print(
             f"{len(station.nodes_ms)} nodes are ready; broker round trip {station.broker_ms:.2f} ms, one token "

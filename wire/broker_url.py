@@ -7,8 +7,10 @@ import ipaddress
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import unquote, urlsplit
 
+from common.config import Config, Option
 from common.private_files import check_private
 from wire.errors import BrokerAuthError, PlaintextError
 
@@ -16,22 +18,20 @@ _DEFAULT_PORT = {"mqtt": 1883, "mqtts": 8883}
 
 
 @dataclass(frozen=True, slots=True)
-class Access:
-    """What a user says beside the URL.
+class Access(Config):
+    """Broker credentials and TLS."""
 
-    Attributes:
-        password_file: of the URL's user, mode 600.
-        ca_file: certificates to trust instead of the system's; TLS only.
-        tls_cert: our own certificate, for brokers that ask for one.
-        tls_key: its key, mode 600.
-        allow_plaintext: go without TLS beyond loopback.
-    """
-
-    password_file: Path | None = None
-    ca_file: Path | None = None
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    allow_plaintext: bool = False
+    password_file: Annotated[Path | None, Option("Password of the user in the broker's URL; a file of mode 600.")] = (
+        None
+    )
+    ca_file: Annotated[
+        Path | None, Option("CA certificates to trust for mqtts:// instead of the system's.", exists=True)
+    ] = None
+    tls_cert: Annotated[
+        Path | None, Option("Client certificate for mqtts:// brokers that require one.", exists=True)
+    ] = None
+    tls_key: Annotated[Path | None, Option("Private key of the client certificate; a file of mode 600.")] = None
+    allow_plaintext: Annotated[bool, Option("Allow mqtt:// without TLS to other machines.")] = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ mosquitto with a configuration made here. Both listen on loopback only; devices 
 
 import contextlib
 import importlib.util
+import logging
 import shutil
 import socket
 import subprocess
@@ -13,11 +14,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from bs_coordinator.config import ClusterConfig
+from common.config import ConfigError
 from wire.broker_url import Access, BrokerAddress, parse_broker_url
 from wire.errors import BrokerError
+
+log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 PRIVATE_BROKERS = ("embedded", "mosquitto")
@@ -51,6 +56,24 @@ def open_broker(
         argv = make_argv(Path(folder), host, port)
         with broker_process(argv, (host, port), spec, Path(folder) / "broker.log"):
             yield BrokerAddress(host, port)
+
+
+@contextmanager
+def configured_broker(config: ClusterConfig) -> Iterator[BrokerAddress]:
+    """The broker that a config names; a private one lives as long as the context.
+
+    Raises:
+        ConfigError: the URL is wrong.
+        BrokerError: a private broker does not come up.
+    """
+    with ExitStack() as stack:
+        try:
+            address = stack.enter_context(open_broker(config.broker, port=config.broker_port, access=config.access))
+        except ValueError as error:
+            raise ConfigError(f"--broker: {error}") from None
+        if config.broker in PRIVATE_BROKERS:
+            log.info("broker at %s: start nodes with --broker %s", address, address)
+        yield address
 
 
 @contextmanager

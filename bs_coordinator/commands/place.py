@@ -1,4 +1,4 @@
-"""`wdmoe-bs place`: see `bs_coordinator.placement`."""
+"""`wdmoe-bs place`: the command; `bs_coordinator.placement` decides."""
 
 import csv
 from collections import Counter
@@ -10,49 +10,64 @@ import click
 import msgspec
 
 from common.errors import StorageError
+from common.options import Command
+from common.sizes import parse_bytes
 
 if TYPE_CHECKING:
     from wire.experts import ExpertId
     from wire.manifest import Manifest
     from wire.tensors import Array
 
-_UNITS = {"M": 2**20, "G": 2**30}
+_SMALLEST_BYTES = 2**20
+"""Less RAM than this was meant in another unit."""
 
 
-def _nodes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, tuple[float, float]]:
-    """Each `NAME=RAM[,MS]`: bytes and ms."""
+def _nodes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, tuple[int, float]]:
+    """RAM in bytes and ms by node, from `NAME=RAM[,MS]` each."""
     found = {}
     for value in values:
         name, _, facts = value.partition("=")
         ram, _, ms = facts.partition(",")
         try:
-            found[name] = float(ram[:-1]) * _UNITS[ram[-1:].upper()], float(ms or 1.0)
-        except (KeyError, ValueError):
-            raise click.BadParameter(f"'{value}' is not NAME=RAM[,MS], such as pi1=3.5G,12") from None
-        if not name or min(found[name]) <= 0:
+            found[name] = parse_bytes(ram), float(ms or 1.0)
+        except ValueError:
+            found[name] = 0, 0.0
+        if not name or found[name][0] < _SMALLEST_BYTES or found[name][1] <= 0:
             raise click.BadParameter(f"'{value}' is not NAME=RAM[,MS], such as pi1=3.5G,12")
     return found
 
 
-@click.command()
-@click.option("--bundle", type=click.Path(path_type=Path), required=True)
+@click.command(cls=Command)
+@click.option("--bundle", type=click.Path(path_type=Path), required=True, help="Bundle to place.")
 @click.option(
     "--node",
     "nodes",
     multiple=True,
     required=True,
     callback=_nodes,
-    help="NAME=RAM[,MS]: RAM for experts (M, G) and ms of one row there and back; repeatable.",
+    metavar="NAME=RAM[,MS]",
+    help="A device: RAM for experts, such as 3.5G, and ms that one hidden state takes there and back; repeatable.",
 )
 @click.option("--replicas", type=click.IntRange(1), default=2, show_default=True, help="Copies of each expert.")
-@click.option("--traffic", type=click.Path(path_type=Path), help="latency.csv of a run; else all experts alike.")
-@click.option("--keep", type=click.Path(path_type=Path), help="Placement that devices have now, from --out.")
+@click.option(
+    "--traffic",
+    type=click.Path(path_type=Path),
+    help="latency.csv of a run: how often experts are used.",
+)
+@click.option(
+    "--keep",
+    type=click.Path(path_type=Path),
+    help="Present placement, from --out: move little.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Write the placement as JSON.")
 def place(
-    bundle: Path, nodes: dict[str, tuple[float, float]], replicas: int, traffic: Path | None, keep: Path | None,
+    bundle: Path, nodes: dict[str, tuple[int, float]], replicas: int, traffic: Path | None, keep: Path | None,
     out: Path | None,
 ) -> None:  # fmt: skip
-    """Plan which device holds which experts; prints what to start each node with, and why."""
+    """Plan which device holds which experts.
+
+    Prints the options to start each node with, and on stderr the reasons.
+    """
     from bs_coordinator.placement import Device
     from bs_coordinator.placement import place as plan
     from common.files import atomic_write
@@ -61,7 +76,7 @@ def place(
 
     manifest = load_manifest(bundle)
     expert_bytes = max(entry.bytes for entry in manifest.experts)
-    devices = [Device(name, int(ram // expert_bytes), ms) for name, (ram, ms) in nodes.items()]
+    devices = [Device(name, ram // expert_bytes, ms) for name, (ram, ms) in nodes.items()]
     placement = plan(devices, _traffic(traffic, manifest), replicas, current=_current(keep, manifest))
     selectors = {name: format_selector(ids) for name, ids in placement.experts.items() if ids}
     for name, selector in selectors.items():
@@ -74,7 +89,7 @@ def place(
 
 
 def _traffic(path: Path | None, manifest: "Manifest") -> "Array":
-    """Rows asked of each expert in a latency log, [layers, experts]; a row is kept so that none counts for nothing."""
+    """Hidden states asked of each expert, plus one so that none weighs zero: float32 [layers, experts]."""
     import numpy as np
 
     counts = np.ones((manifest.dims.layers, manifest.dims.experts), np.float32)

@@ -1,4 +1,4 @@
-"""`wdmoe-bs shape`: see `bs_coordinator.airtime.shaping`."""
+"""`wdmoe-bs shape`: the command; `bs_coordinator.airtime.shaping` talks to the kernel."""
 
 import time
 from collections import Counter
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from common.options import Command
 
 if TYPE_CHECKING:
     from bs_coordinator.airtime import shaping
@@ -34,7 +36,7 @@ def _addresses(ctx: click.Context, param: click.Parameter, values: tuple[str, ..
     return found
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("interface")
 @click.option("--link", "links", multiple=True, callback=_per_node, help="ADDRESS=MBPS of a node's link; repeatable.")
 @click.option(
@@ -57,7 +59,10 @@ def shape(
     interface: str, links: dict[str, float], rows: dict[str, float], follow: Path | None, nodes: dict[str, str],
     every: float, off: bool,
 ) -> None:  # fmt: skip
-    """Share an interface's air time among nodes so that all have their hidden states at the same time (root)."""
+    """Share an interface's air time among the nodes (root).
+
+    The shares are such that hidden states reach all nodes at the same time.
+    """
     from bs_coordinator.airtime import shaping
 
     if off + bool(links) + (follow is not None) != 1 or bool(nodes) != (follow is not None):

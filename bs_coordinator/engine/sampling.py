@@ -1,33 +1,15 @@
 """From logits to a token."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
+from bs_coordinator.config import SamplingConfig
+
 _LEAST_TEMPERATURE = 1e-4
 """Below it logits would overflow, and the most probable token is drawn anyway."""
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingConfig:
-    """How tokens are chosen.
-
-    Attributes:
-        max_tokens: to generate at most.
-        temperature: 0, and anything below 1e-4, takes the most probable token.
-        top_p: smallest probability mass to draw from; 1 for all.
-        seed: of the draw; the same seed gives the same tokens.
-        skip: draws that were already made, by a process that ended.
-    """
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    skip: int = 0
 
 
 class Sampler:

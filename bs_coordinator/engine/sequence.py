@@ -6,8 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.model import DistributedMixtral
-from bs_coordinator.engine.sampling import Sampler, SamplingConfig
+from bs_coordinator.engine.sampling import Sampler
 from bs_coordinator.engine.speculation import Draft, DraftLength, Speculation
 from bs_coordinator.engine.speculation.drafts import DraftToken
 from bs_coordinator.engine.step_records import StepRecord

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import msgspec
 from msgspec import Struct
 
-from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.config import SamplingConfig
 from common.errors import StorageError
 
 

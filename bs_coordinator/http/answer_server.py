@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+from bs_coordinator.config import SamplingConfig
 from bs_coordinator.dispatch.dispatcher import Dispatcher
-from bs_coordinator.engine.sampling import SamplingConfig
 from bs_coordinator.engine.scheduler import Progress, Scheduler
 from bs_coordinator.engine.sequence import Answer, Sequence, TokenEvent
 from bs_coordinator.errors import BusyError

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.tokenizer import ChatMessage
 
 _WITHOUT_EFFECT = frozenset(

@@ -7,7 +7,7 @@ ArrivalTiming, norms and rotary embedding are transformers' own modules, so that
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,7 @@ from transformers.models.mixtral.modeling_mixtral import (
     MixtralRotaryEmbedding,
 )
 
+from bs_coordinator.config import TrunkDtype
 from bs_coordinator.trunk.rows import Rows
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 from bs_coordinator.errors import TrunkError
 from wire.errors import BundleError
 
-TrunkDtype = Literal["fp32", "bf16", "fp16"]
 _TORCH_DTYPE: dict[TrunkDtype, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,

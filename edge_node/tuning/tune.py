@@ -9,13 +9,13 @@ import msgspec
 import onnxruntime
 
 from common.systemd import notify
+from edge_node.config import Rule
 from edge_node.errors import TuningError
 from edge_node.experts.memory import fitting, needed_bytes, room_bytes
 from edge_node.experts.prepacked import processor
 from edge_node.tuning.measurement import TIMEOUT_S, measure_apart, sample
 from edge_node.tuning.tuning_file import (
     Conditions,
-    Rule,
     Tuning,
     TuningMeasurement,
     decide,

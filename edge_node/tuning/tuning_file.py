@@ -6,12 +6,12 @@ The choice is kept in a small file that later starts read. It holds as long as w
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 from msgspec import Struct
 
 from common.files import atomic_write
+from edge_node.config import Rule
 from edge_node.errors import TuningError
 from edge_node.experts.runtime import BATCH_ROWS
 from wire.device_profiles import Provider
@@ -56,20 +56,6 @@ class TuningMeasurement(Struct, frozen=True, forbid_unknown_fields=True, kw_only
             same_in_batch=self.same_in_batch and other.same_in_batch,
             refused=self.refused or other.refused,
         )
-
-
-class Rule(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the choice goes by.
-
-    Attributes:
-        prefer: whose time counts.
-        max_error: output error to fp32 above which a quantisation is out.
-        exact: only those with which a hidden state's output does not depend on its batch.
-    """
-
-    prefer: Literal["token", "batch"] = "token"
-    max_error: float = 0.25
-    exact: bool = False
 
 
 class Conditions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

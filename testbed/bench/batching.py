@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from bs_coordinator.base_station import BaseStation
-from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.scheduler import Scheduler
 from bs_coordinator.engine.sequence import Answer, Sequence
 from bs_coordinator.engine.step_records import StepRecord

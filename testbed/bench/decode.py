@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterator
 
-from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.step_records import StepRecord
 from testbed.bench.alone import Parts
 from testbed.bench.floor import Link, causes_ms, floor_ms

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bs_coordinator.base_station import BaseStation, BaseStationConfig, ResidentConfig, open_base_station
+from bs_coordinator.base_station import BaseStation, open_base_station
 from bs_coordinator.broker.processes import mosquitto_path, open_broker
-from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.config import BaseStationConfig, ResidentConfig, SamplingConfig
 from bs_coordinator.engine.sequence import TokenEvent
 from bs_coordinator.nodes.registry import LOCAL_NODE
 from bs_coordinator.resident.choice import choose_resident
@@ -133,12 +133,13 @@ def _station(settings: Settings, bundle: Path) -> Iterator[BaseStation]:
     with atomic_write(spec) as file:
         lines = f"name: bench{os.getpid()}\nnodes: [{', '.join(nodes)}]\nprofiles:\n  links: {{default: {{{link}}}}}\n"
         file.write(lines.encode())
-    room = ResidentConfig(needed_bytes(manifest.experts, manifest.quantisation.scheme))
+    resident = ResidentConfig(needed_bytes(manifest.experts, manifest.quantisation.scheme))
+    config = BaseStationConfig(bundle=bundle, degrade=False, draft="none", resident=resident)
     with (
         emulated(spec) as network,
         namespaces.inside(namespaces.namespace(network.spec.name, BASE_STATION)),
         open_broker("mosquitto", host=network.bs_address) as address,
         local_nodes(bundle, address, settings.folder / "nodes", nodes, prefixes={n: network.prefix(n) for n in nodes}),
-        open_base_station(BaseStationConfig(bundle=bundle, resident=room), address) as station,
+        open_base_station(config, address) as station,
     ):
         yield station

@@ -15,10 +15,10 @@ import msgspec
 from msgspec import Struct
 
 from bs_coordinator.base_station import BaseStation
+from bs_coordinator.config import DraftMode, SamplingConfig
 from bs_coordinator.engine.answer_stats import summarise
-from bs_coordinator.engine.sampling import SamplingConfig
 from bs_coordinator.engine.sequence import Sequence
-from bs_coordinator.engine.speculation import DraftMode, Speculation
+from bs_coordinator.engine.speculation import Speculation
 from testbed.bench.chat_prompts import CHAT_PROMPTS
 from testbed.bench.rows import Result, Row, Settings, Skipped
 from testbed.bench.system import running, why_not

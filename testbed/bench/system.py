@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 
-from bs_coordinator.base_station import BaseStation, BaseStationConfig, open_base_station
+from bs_coordinator.base_station import BaseStation, open_base_station
 from bs_coordinator.broker.processes import mosquitto_path, open_broker
-from bs_coordinator.engine.speculation import DraftMode
+from bs_coordinator.config import BaseStationConfig, DraftMode
 from common.files import atomic_write
 from testbed.bench.rows import Settings
 from testbed.errors import PrivilegeError
@@ -75,6 +75,7 @@ def running(
     from testbed.network.daemon import BASE_STATION
 
     spec = settings.folder / "network.yaml"
+    config = BaseStationConfig(bundle=bundle, degrade=False, draft=draft, draft_model=draft_model)
     with atomic_write(spec) as file:
         file.write(_spec(list(nodes), rtts_ms).encode())
     with (
@@ -84,7 +85,7 @@ def running(
         local_nodes(
             bundle, address, settings.folder / "nodes", nodes, prefixes={node: network.prefix(node) for node in nodes}
         ) as fleet,
-        open_base_station(BaseStationConfig(bundle=bundle, draft=draft, draft_model=draft_model), address) as station,
+        open_base_station(config, address) as station,
     ):
         brokers = [p.pid for p in psutil.Process().children(recursive=True) if p.name() == "mosquitto"]
         processes = {

@@ -19,7 +19,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.sequence import Sequence
 from bs_coordinator.selection import TopK
 from common.errors import StorageError, one_line

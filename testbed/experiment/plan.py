@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from bs_coordinator.engine.speculation import DraftMode
+from bs_coordinator.config import DraftMode
 from bs_coordinator.selection import parse_policy
 from common.sizes import parse_bytes
 from testbed.errors import PlanError
@@ -212,6 +212,9 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """An experiment.
+
+    Defaults are the plan's own, not those of `wdmoe-bs`: an old plan must go on meaning the same experiment. So nodes
+    have two minutes to start, nothing is drafted unless a workload asks for it, and a lost expert fails the cell.
 
     Attributes:
         bundles: quantisations of the demo model (`int4`, `int4-b128`, `fp32`, …) or folders from `wdmoe-export`.

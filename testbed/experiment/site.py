@@ -9,8 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bs_coordinator.base_station import BaseStation, BaseStationConfig, ResidentConfig, open_base_station
+from bs_coordinator.base_station import BaseStation, open_base_station
 from bs_coordinator.broker.processes import mosquitto_path, open_broker
+from bs_coordinator.config import BaseStationConfig, ResidentConfig
 from bs_coordinator.engine.experts import Experts
 from bs_coordinator.engine.model import DistributedMixtral
 from bs_coordinator.engine.sequence import Tokenizer
@@ -110,6 +111,7 @@ def distributed_site(
         wire=WireDtype.named(plan.wire),
         nodes_timeout_s=plan.nodes_timeout_s,
         layer_timeout_s=plan.layer_timeout_s,
+        degrade=False,
         cluster_key=Path(outside.cluster_key) if outside and outside.cluster_key else None,
         resident=ResidentConfig(parse_bytes(plan.resident)) if plan.resident else None,
         draft=plan.draft,
@@ -128,8 +130,7 @@ def distributed_site(
             )
             # What is missing is no news while nodes start, and nothing for the user to start; a timeout names it.
             say("waiting for the nodes")
-        tell_missing = say if outside else lambda line: None
-        station = stack.enter_context(open_base_station(config, address, say=tell_missing))
+        station = stack.enter_context(open_base_station(config, address, on_progress=say if outside else None))
         model = ObservedMixtral(station.model.trunk, station.dispatcher, station.model.policy)
         if plan.churn and tell:
             # Not before the station is ready: what it waits for would never be there.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.sequence import Sequence
 from bs_coordinator.engine.speculation import Speculation
 from bs_coordinator.selection import TopK

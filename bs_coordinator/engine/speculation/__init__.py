@@ -2,8 +2,6 @@
 
 from bs_coordinator.engine.speculation.drafts import Drafter, NgramDrafter
 from bs_coordinator.engine.speculation.length import Draft, DraftLength
-from bs_coordinator.engine.speculation.mode import DRAFT_MODES, DraftMode, Speculation, load_draft_model
+from bs_coordinator.engine.speculation.mode import Speculation, load_draft_model
 
-__all__ = [
-    "DRAFT_MODES", "Draft", "DraftLength", "DraftMode", "Drafter", "NgramDrafter", "Speculation", "load_draft_model",
-]  # fmt: skip
+__all__ = ["Draft", "DraftLength", "Drafter", "NgramDrafter", "Speculation", "load_draft_model"]

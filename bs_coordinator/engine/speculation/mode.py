@@ -1,8 +1,9 @@
 """What sequences of one model share when they draft, and which drafters a mode means."""
 
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
+from bs_coordinator.config import DraftMode
 from bs_coordinator.engine.speculation.acceptance import Acceptance
 from bs_coordinator.engine.speculation.cost import StepCost
 from bs_coordinator.engine.speculation.drafts import Drafter, FirstOf, NgramDrafter
@@ -10,11 +11,6 @@ from bs_coordinator.engine.step_records import StepRecord
 from wire.draft import DRAFT_FOLDER, DRAFT_NAME, tokens_sha256
 from wire.errors import BundleError
 from wire.manifest import Manifest, verify_file
-
-DraftMode = Literal["none", "ngram", "dense", "auto"]
-"""`auto` looks up where that is usually right and asks the draft model otherwise, where there is one."""
-
-DRAFT_MODES: tuple[DraftMode, ...] = get_args(DraftMode)
 
 
 class DraftModel(Protocol):

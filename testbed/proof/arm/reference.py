@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.experts import Experts, Ready
 from bs_coordinator.engine.model import DistributedMixtral
-from bs_coordinator.engine.sampling import SamplingConfig
 from bs_coordinator.engine.sequence import Sequence as TokenSequence
 from bs_coordinator.engine.sequence import Tokenizer
 from bs_coordinator.selection import TopK

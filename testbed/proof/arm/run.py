@@ -15,12 +15,12 @@ import numpy as np
 import platformdirs
 from rich.console import Console
 
-from bs_coordinator.base_station import BaseStation, BaseStationConfig, open_base_station
+from bs_coordinator.base_station import BaseStation, open_base_station
+from bs_coordinator.config import BaseStationConfig, SamplingConfig
 from bs_coordinator.dispatch.dispatcher import Dispatcher
 from bs_coordinator.dispatch.readiness import prove_nodes
 from bs_coordinator.engine.experts import Ready
 from bs_coordinator.engine.model import DistributedMixtral
-from bs_coordinator.engine.sampling import SamplingConfig
 from bs_coordinator.engine.sequence import Sequence as TokenSequence
 from bs_coordinator.errors import PlacementError
 from bs_coordinator.selection import TopK
@@ -112,7 +112,7 @@ def _compare(
             )
         config = BaseStationConfig(
             bundle=bundle, cluster=CLUSTER, cluster_key=site.cluster_key, wire=WireDtype.FP32,
-            nodes_timeout_s=_START_TIMEOUT_S, layer_timeout_s=_LAYER_TIMEOUT_S,
+            nodes_timeout_s=_START_TIMEOUT_S, layer_timeout_s=_LAYER_TIMEOUT_S, degrade=False, draft="none",
         )  # fmt: skip
         station = stack.enter_context(open_base_station(config, site.address))
         _wait_for(fleet, station.dispatcher)

@@ -19,8 +19,8 @@ from msgspec import Struct
 from rich.console import Console
 from rich.table import Table
 
-from bs_coordinator.base_station import BaseStationConfig, open_base_station
-from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.base_station import open_base_station
+from bs_coordinator.config import BaseStationConfig, SamplingConfig
 from common.files import atomic_write
 from testbed.errors import ChaosError
 from testbed.experiment.facts import commit
@@ -28,7 +28,6 @@ from testbed.latency_log import LatencyLog
 from testbed.proof.chaos.run import PROMPTS
 from testbed.proof.chaos.stage import Links, Stage
 from wire.manifest import load_manifest
-from wire.tensors import WireDtype
 
 _SAMPLE_S = 2.0
 _AWAY_S = 3.0
@@ -115,7 +114,7 @@ def run_soak(
     stage = Stage(bundle, out, names, manifest.dims.experts, Links())
     rng = random.Random(seed)  # noqa: S311 - to be reproduced
     sampler, kills = Sampler(), 0
-    config = BaseStationConfig(bundle=bundle, cluster="chaos", wire=WireDtype.FP16, degrade=True)
+    config = BaseStationConfig(bundle=bundle, cluster="chaos", draft="none")
     layers_logged, degraded, answers = 0, 0, 0
     with ExitStack() as stack:
         stack.enter_context(stage.running())

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bs_coordinator.base_station import BaseStation, BaseStationConfig, open_base_station
+from bs_coordinator.base_station import BaseStation, open_base_station
 from bs_coordinator.broker.processes import open_broker
-from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.config import BaseStationConfig, SamplingConfig
 from bs_coordinator.trunk.inputs import SequenceInput
 from testbed.demo_assets import demo_bundle, demo_model
 from testbed.local_nodes import local_nodes
@@ -34,7 +34,7 @@ PROMPTS = (
 @contextmanager
 def _station(bundle: Path, address: BrokerAddress, folder: Path, wire: WireDtype) -> Iterator[BaseStation]:
     experts = {f"n{k}": f"L*:E{k}" for k in range(8)}
-    config = BaseStationConfig(bundle=bundle, wire=wire)
+    config = BaseStationConfig(bundle=bundle, wire=wire, degrade=False, draft="none")
     with local_nodes(bundle, address, folder, experts), open_base_station(config, address) as station:
         yield station
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.experts import Ready
 from bs_coordinator.engine.model import DistributedMixtral
-from bs_coordinator.engine.sampling import SamplingConfig
 from bs_coordinator.engine.scheduler import Scheduler
 from bs_coordinator.engine.sequence import Answer, Sequence, Tokenizer
 from bs_coordinator.engine.speculation import Speculation

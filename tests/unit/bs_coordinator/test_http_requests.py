@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.config import SamplingConfig
 from bs_coordinator.http.openai_schema import Chat, Completion, parse_request
 from bs_coordinator.http.stop_strings import StopText
 

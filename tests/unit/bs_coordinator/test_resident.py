@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from bs_coordinator.base_station import BaseStation, BaseStationConfig, ResidentConfig, open_base_station
-from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.base_station import BaseStation, open_base_station
+from bs_coordinator.config import BaseStationConfig, ResidentConfig, SamplingConfig
 from bs_coordinator.nodes.registry import LOCAL_NODE
 from bs_coordinator.resident import ResidentExperts, Traffic, read_traffic, traffic_of_log
 from bs_coordinator.resident.choice import choose_resident
@@ -238,7 +238,9 @@ def test_a_budget_is_enough_for_one_and_not_more_than_there_is(tiny_bundle: Bund
 
 
 def _config(fleet: LocalNodes, resident: ResidentConfig | None) -> BaseStationConfig:
-    return BaseStationConfig(bundle=fleet.bundle, cluster=fleet.cluster, resident=resident)
+    return BaseStationConfig(
+        bundle=fleet.bundle, cluster=fleet.cluster, resident=resident, degrade=False, draft="none"
+    )  # fmt: skip
 
 
 def _answer(station: BaseStation, tokens: int = 12) -> tuple[list[int], set[str]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from bs_coordinator.engine.sampling import SamplingConfig
+from bs_coordinator.config import SamplingConfig
 from bs_coordinator.errors import BusyError
 from bs_coordinator.http.answer_server import AnswerServer, StreamUpdate
 

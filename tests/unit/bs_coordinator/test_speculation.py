@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.model import DistributedMixtral
-from bs_coordinator.engine.sampling import Sampler, SamplingConfig
+from bs_coordinator.engine.sampling import Sampler
 from bs_coordinator.engine.scheduler import Scheduler
 from bs_coordinator.engine.sequence import Answer
 from bs_coordinator.engine.sequence import Sequence as TokenSequence

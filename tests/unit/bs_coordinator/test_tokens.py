@@ -4,7 +4,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
 
-from bs_coordinator.engine.sampling import Sampler, SamplingConfig
+from bs_coordinator.config import SamplingConfig
+from bs_coordinator.engine.sampling import Sampler
 from bs_coordinator.engine.tokenizer import TextStream
 
 

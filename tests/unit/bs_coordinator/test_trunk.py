@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from bs_coordinator.config import TrunkDtype
 from bs_coordinator.engine.experts import ExpertOutput, Ready
 from bs_coordinator.engine.model import DistributedMixtral
 from bs_coordinator.errors import DispatchError, TrunkError
 from bs_coordinator.selection import TopK
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import SequenceInput
-from bs_coordinator.trunk.trunk import Trunk, TrunkDtype, check_device
+from bs_coordinator.trunk.trunk import Trunk, check_device
 from wire.errors import BundleError
 from wire.tensors import Array
 

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_node.config import Rule
 from edge_node.errors import TuningError
 from edge_node.tuning.tune import thread_numbers
-from edge_node.tuning.tuning_file import NEAR, Conditions, Rule, TuningMeasurement, decide, read_tuning
+from edge_node.tuning.tuning_file import NEAR, Conditions, TuningMeasurement, decide, read_tuning
 from wire.manifest import Scheme
 
 Bundle = Callable[[Scheme], Path]

@@ -1,0 +1,36 @@
+"""`wdmoe-bs links`."""
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+
+from bs_coordinator.commands.station import connect_nodes
+from bs_coordinator.commands.tables import print_links
+from bs_coordinator.config import ClusterConfig
+from bs_coordinator.errors import PlacementError
+from common.options import Command, config_options
+
+
+@click.command(cls=Command)
+@click.option(
+    "--seconds", type=click.FloatRange(0.5, 3600), default=5.0, show_default=True, help="How long to probe the links."
+)
+@click.option(
+    "--link-log",
+    type=click.Path(path_type=Path),
+    help="Append every link sample to this file; 'wdmoe-bs replay' reads it.",
+)
+@config_options(config=ClusterConfig)
+def links(seconds: float, link_log: Path | None, config: ClusterConfig) -> None:
+    """Measure the idle links of all nodes."""
+    from bs_coordinator.links.log import link_log as open_log
+
+    with ExitStack() as stack:
+        log = stack.enter_context(open_log(link_log)) if link_log else None
+        dispatcher = stack.enter_context(connect_nodes(config, log))
+        if not dispatcher.fleet.nodes:
+            raise PlacementError("no node is online")
+        dispatcher.measure_links(seconds)
+        print_links(dispatcher.links.estimates(time.perf_counter()))

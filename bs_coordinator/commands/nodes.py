@@ -1,0 +1,42 @@
+"""`wdmoe-bs nodes`."""
+
+import click
+
+from bs_coordinator.commands.station import connect_nodes
+from bs_coordinator.commands.tables import compact_table, print_table
+from bs_coordinator.config import ClusterConfig
+from common.options import Command, config_options
+
+_TELEMETRY_S = 1.2
+"""Every node sends telemetry once a second."""
+
+
+@click.command(cls=Command)
+@config_options(config=ClusterConfig)
+def nodes(config: ClusterConfig) -> None:
+    """List the nodes online and the experts that no node holds."""
+    from bs_coordinator.nodes.telemetry_inbox import describe
+
+    with connect_nodes(config) as dispatcher:
+        registry = dispatcher.fleet
+        if registry.nodes:
+            dispatcher.pump(_TELEMETRY_S)
+        latest = dispatcher.telemetry.latest()
+    table = compact_table()
+    for column in ("node", "host", "experts", "quantisation", "experts'\nRAM", "free\nRAM", "device", "now"):
+        figures = column.endswith("RAM")
+        table.add_column(
+            column, justify="right" if figures else "left", no_wrap=figures or column == "quantisation", overflow="fold"
+        )
+    for name, status in sorted(registry.nodes.items()):
+        holding, machine = status.holding, status.machine
+        if holding and machine:
+            ram = f"{holding.resident_bytes / 2**20:.0f} MiB", f"{machine.available_bytes / 2**20:.0f} MiB"
+            device = f"{status.device.profile}, {status.device.provider}" if status.device else ""
+            now = describe(latest[name].telemetry) if name in latest else ""
+            table.add_row(name, machine.host, holding.experts, holding.quantisation, *ram, device, now)
+    print_table(table)
+    for name, why in sorted(registry.ignored.items()):
+        click.echo(f"ignored {name}: {why}")
+    if registry.missing():
+        click.echo(registry.describe_missing())

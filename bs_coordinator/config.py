@@ -1,0 +1,155 @@
+"""How a base station is configured. The options of `wdmoe-bs` are made from these classes.
+
+This module imports none of the base station's other modules, so that `--help` needs no torch.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from common.config import Config, Option
+from wire.broker_url import Access
+from wire.tensors import WireDtype
+from wire.topics import check_name
+
+TrunkDtype = Literal["fp32", "bf16", "fp16"]
+"""What the trunk computes in."""
+DraftMode = Literal["none", "ngram", "dense", "auto"]
+"""How tokens are drafted: not at all, by look-up in the text so far, by the draft model, or by whichever pays off."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig(Config):
+    """Bundle, broker and nodes."""
+
+    bundle: Annotated[Path, Option("Bundle of the model: a folder made by wdmoe-export.")]
+    broker: Annotated[
+        str,
+        Option(
+            "MQTT broker: mqtt://[user@]host[:port] or mqtts://…; 'embedded' or 'mosquitto' starts a private one on "
+            "loopback."
+        ),
+    ] = "embedded"
+    broker_port: Annotated[int, Option("Port of a private broker; 0 takes any free one.", minimum=0, maximum=65535)] = 0
+    cluster: Annotated[
+        str, Option("Name that keeps clusters on one broker apart.", check=lambda name: check_name("cluster", name))
+    ] = "default"
+    cluster_key: Annotated[
+        Path | None, Option("Key that authenticates frames between base station and nodes; a file of mode 600.")
+    ] = None
+    bundle_key: Annotated[Path | None, Option("Refuse bundles that this Ed25519 public key did not sign.")] = None
+    access: Access = field(default_factory=Access)
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentConfig(Config):
+    """Experts kept on the base station.
+
+    Attributes:
+        traffic: file that counts how often experts are asked for, for the next start; not kept if None.
+    """
+
+    budget_bytes: Annotated[
+        int,
+        Option(
+            "RAM for experts that the base station computes itself, such as 2G.  [default: none]",
+            flag="--resident", size=True, minimum=0,
+        ),
+    ]  # fmt: skip
+    begin_with: Annotated[
+        Path | None,
+        Option(
+            "latency.csv of an earlier run: decides which experts to keep as long as no traffic has been counted.",
+            flag="--resident-from", exists=True,
+        ),
+    ] = None  # fmt: skip
+    prepacked: Annotated[
+        Path | None, Option("Folder for prepacked copies of these experts, which are mapped from disk.")
+    ] = None
+    traffic: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseStationConfig(ClusterConfig):
+    """Model and base station."""
+
+    device: Annotated[str, Option("Device of the trunk: cpu, cuda, cuda:1, …")] = "cpu"
+    dtype: Annotated[TrunkDtype, Option("Number format of the trunk.")] = "fp32"
+    wire: Annotated[WireDtype, Option("Number format of hidden states in messages to and from nodes.")] = WireDtype.FP16
+    policy: Annotated[str, Option("Policy that chooses experts: NAME or NAME:OPTION=VALUE,… (docs/policies.md).")] = (
+        "topk"
+    )
+    nodes_timeout_s: Annotated[
+        float,
+        Option("Seconds to wait at the start until every expert has a node.", flag="--nodes-timeout", minimum=0),
+    ] = 60.0
+    layer_timeout_s: Annotated[
+        float,
+        Option("Seconds that one layer may wait for its nodes.", flag="--layer-timeout", minimum=0.1),
+    ] = 30.0
+    degrade: Annotated[
+        bool,
+        Option("Continue with the next best experts when no node answers for an expert; such answers are marked."),
+    ] = True
+    draft: Annotated[
+        DraftMode,
+        Option(
+            "Draft tokens and check several per step: never, by look-up, with a draft model, or whenever it pays off "
+            "and leaves answers unchanged."
+        ),
+    ] = "auto"
+    draft_model: Annotated[
+        Path | None, Option("Folder of the draft model.  [default: the bundle's own, if it has one]")
+    ] = None
+    shared_air: Annotated[bool, Option("All nodes share one Wi-Fi channel: their air times add up in estimates.")] = (
+        False
+    )
+    link_log: Annotated[Path | None, Option("Append every link sample to this file; 'wdmoe-bs replay' reads it.")] = (
+        None
+    )
+    stay_awake: Annotated[bool, Option("Disable this machine's CPU idle states: lower latency, more power.")] = False
+    resident: ResidentConfig | None = None
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what torch's random generator does not take as a seed.
+
+    Raises:
+        ValueError: the seed has more than 64 bits.
+    """
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{seed} does not fit into 64 bits")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingConfig(Config):
+    """Sampling.
+
+    Attributes:
+        skip: draws already made by an earlier process, for the same `seed`.
+    """
+
+    max_tokens: Annotated[int, Option("Stop after this many new tokens.", minimum=1)] = 256
+    temperature: Annotated[
+        float, Option("0 (and anything below 0.0001) always takes the most probable token.", minimum=0, maximum=10)
+    ] = 0.0
+    top_p: Annotated[
+        float, Option("Probability mass to draw from; 1 means all tokens.", minimum=0, maximum=1, positive=True)
+    ] = 1.0
+    seed: Annotated[int, Option("Seed of the draw: the same seed gives the same tokens.", check=check_seed)] = 0
+    skip: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig(Config):
+    """HTTP server."""
+
+    host: Annotated[str, Option("Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Option("Port to listen on.", minimum=1, maximum=65535)] = 8080
+    max_live: Annotated[int, Option("Answers generated at the same time.", minimum=1, maximum=256)] = 8
+    max_waiting: Annotated[
+        int, Option("Further requests that may wait; the rest get status 429 and a time to retry.", minimum=0)
+    ] = 16
+    api_key_file: Annotated[
+        Path | None, Option("File of mode 600 with the API key that callers must send; required beyond loopback.")
+    ] = None

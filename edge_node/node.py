@@ -1,0 +1,190 @@
+"""A node built from its configuration: bundle, device and experts, proven before the node announces itself."""
+
+import logging
+import threading
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+from common.config import ConfigError
+from common.cpu_idle import cpu_idle_disabled
+from edge_node import devices
+from edge_node.agent import NodeAgent, residency_status
+from edge_node.config import HoldingConfig, NodeConfig
+from edge_node.devices import Device
+from edge_node.experts.memory import check_memory, fitting, largest, needed_bytes, room_bytes
+from edge_node.experts.providers import first_that_proves
+from edge_node.experts.runtime import ExpertRuntime
+from edge_node.failure import failure_told
+from edge_node.limits import Limits
+from edge_node.tuning.tune import Variants
+from edge_node.worker import Worker
+from wire.broker_url import BrokerAddress, parse_broker_url
+from wire.device_profiles import Provider
+from wire.experts import format_selector, parse_selector
+from wire.frame_auth import read_node_authenticator
+from wire.signature import load_trusted_manifest
+from wire.status import DeviceFacts, Holding
+from wire.topics import Topics
+
+log = logging.getLogger("wdmoe-node")
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node that has proven its experts and is not connected yet."""
+
+    config: NodeConfig
+    address: BrokerAddress
+    worker: Worker
+    agent: NodeAgent
+    selector: str
+
+    def run(self, stop: threading.Event) -> None:
+        """Serve until `stop` is set.
+
+        Raises:
+            BrokerError: the broker can't be reached at the first try, or refuses this node.
+            DuplicateNodeError: another live process has this node's id.
+        """
+        name = self.config.node
+        with cpu_idle_disabled() if self.config.stay_awake else nullcontext():
+            self.agent.run(stop, on_ready=lambda: log.info("'%s' serves %s at %s", name, self.selector, self.address))
+        counts = ", ".join(f"{what} {n}" for what, n in self.worker.counts.items())
+        log.info("'%s' stopped; %s", name, counts or "no work came")
+
+
+def choose_variant(config: NodeConfig) -> NodeConfig:
+    """The config with the one bundle and the threads that `config.tuned` says, measured first where it must be.
+
+    Raises:
+        ConfigError: the experts make no sense, or there are several bundles and no file to keep the choice in.
+        TuningError: no bundle can be used, or the file is something else.
+        BundleError: a bundle is damaged, or lacks an expert.
+    """
+    if config.tuned is None:
+        if len(config.bundles) > 1:
+            raise ConfigError("--bundle: several bundles are variants to choose from: add --tuned FILE for the choice")
+        return config
+    bundle, tuning = variants_of(config, (config.threads,) if config.threads else ()).chosen(config.tuned)
+    log.info("serving from %s: %s", bundle, tuning.why)
+    return replace(config, bundles=(bundle,), threads=tuning.threads)
+
+
+def variants_of(config: HoldingConfig, threads: tuple[int, ...]) -> Variants:
+    """The bundles of a config, to choose from.
+
+    Args:
+        threads: numbers to try; chosen by the device if empty.
+
+    Raises:
+        ConfigError: the experts make no sense.
+        TuningError: the bundles are not variants of one model.
+        BundleError: a bundle is damaged, or lacks an expert.
+    """
+    device = _device(config)
+    try:
+        return Variants(
+            config.bundles,
+            config.experts,
+            key=config.bundle_key,
+            budget=config.memory_budget_bytes,
+            all_resident=config.residency == "all",
+            most_threads=devices.threads_for(device),
+            threads=threads,
+            providers=_providers(config, device),
+        )
+    except ValueError as error:
+        raise ConfigError(f"--experts: {error}") from None
+
+
+def build_node(config: NodeConfig) -> Node:
+    """Load and prove the experts of a node.
+
+    Args:
+        config: with one bundle (`choose_variant`).
+
+    Raises:
+        ConfigError: the experts, or the broker's URL, make no sense.
+        BundleError, SignatureError: the bundle is damaged, or not signed with `config.bundle_key`.
+        KeyFileError, BrokerAuthError, PlaintextError: a key or password can't be read, or TLS is missing.
+        MemoryBudgetError: the experts need more RAM than there is.
+        ProbeError: an expert does not compute what it did where it was exported.
+    """
+    address = _address(config)
+    topics = Topics(config.cluster)
+    authenticator = read_node_authenticator(config.frame_key, config.cluster, config.node) if config.frame_key else None
+    device = _device(config)
+    (bundle,) = config.bundles
+    with failure_told(address, topics, config.node):
+        manifest = load_trusted_manifest(bundle, config.bundle_key)
+    dims = manifest.dims
+    try:
+        ids = parse_selector(config.experts, layers=dims.layers, experts=dims.experts)
+    except ValueError as error:
+        raise ConfigError(f"--experts: {error}") from None
+    selector = format_selector(ids)
+    entries, scheme, budget = manifest.entries(ids), manifest.quantisation.scheme, config.memory_budget_bytes
+    lru = config.residency == "lru"
+    most_loaded = max(1, fitting(entries, scheme, room_bytes(budget))) if lru else len(entries)
+    resident_bytes = needed_bytes(largest(entries, most_loaded), scheme)
+    threads = config.threads or devices.threads_for(device)
+    log.info("profile %s (%s), %d threads", device.name, device.because, threads)
+    if config.tuned is None and (better := devices.advice(device, scheme)):
+        log.warning("%s", better)
+    began = time.monotonic()
+    with failure_told(address, topics, config.node):
+        check_memory(resident_bytes, budget=budget)
+        runtime, chosen = first_that_proves(
+            _providers(config, device),
+            lambda provider: ExpertRuntime(
+                bundle, manifest, ids, threads=threads, prepacked=config.prepacked, provider=provider,
+                most_loaded=most_loaded if most_loaded < len(ids) else None,
+            ),
+        )  # fmt: skip
+    seconds = time.monotonic() - began
+    log.info("proved %d experts (%s) with %s in %.1f s", len(ids), manifest.quantisation, chosen.provider, seconds)
+    if runtime.most_loaded is not None:
+        log.info("%d of them fit into memory at once: the others are loaded when they are asked for", most_loaded)
+    worker = Worker(runtime, authenticator=authenticator)
+    agent = NodeAgent(
+        node=config.node,
+        topics=topics,
+        address=address,
+        worker=worker,
+        threads=threads,
+        telemetry=config.telemetry,
+        device=DeviceFacts(
+            profile=device.name,
+            because=device.because,
+            provider=chosen.provider,
+            provider_reason=chosen.reason,
+            batch_invariant=runtime.same_in_batch,
+        ),
+        folder=bundle,
+        limits=Limits(max_celsius=config.max_celsius, min_available_bytes=config.min_free_bytes),
+        holding=Holding(
+            experts=selector,
+            model_sha256=manifest.model_sha256,
+            dims=dims,
+            quantisation=str(manifest.quantisation),
+            resident_bytes=resident_bytes,
+        ),
+        residency=lambda: residency_status(runtime),
+    )
+    return Node(config, address, worker, agent, selector)
+
+
+def _address(config: NodeConfig) -> BrokerAddress:
+    try:
+        return parse_broker_url(config.broker, config.access)
+    except ValueError as error:
+        raise ConfigError(f"--broker: {error}") from None
+
+
+def _device(config: HoldingConfig) -> Device:
+    return devices.detect() if config.profile == "auto" else devices.named(config.profile)
+
+
+def _providers(config: HoldingConfig, device: Device) -> tuple[Provider, ...]:
+    return device.profile.providers if config.provider == "auto" else (config.provider,)
