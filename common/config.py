@@ -21,7 +21,7 @@ class Option:
     Attributes:
         help: sentence for `--help`; the default is appended unless it is None, False or empty.
         flag: option name where it differs from the field's, such as `--nodes-timeout` for `nodes_timeout_s`.
-        minimum, maximum: inclusive limits of a number.
+        minimum, maximum: inclusive limits of a number, or of each number of a tuple.
         positive: the number must also differ from `minimum`.
         size: the number is a count of bytes that users write as `800M` or `2G`.
         exists: the path must exist when it is given on the command line.
@@ -72,7 +72,8 @@ class Config:
         for field in config_fields(type(self)):
             value = getattr(self, field.name)
             if field.option is not None and value is not None:
-                _check(field, field.option, value)
+                for single in value if isinstance(value, tuple) else (value,):
+                    _check(field, field.option, single)
 
 
 def config_fields(config: type) -> Iterator[ConfigField]:
