@@ -32,3 +32,6 @@ def test_a_node_needs_no_torch(tiny_bundle: Callable[[Scheme], Path], tmp_path: 
     assert done.returncode == 30, done.stderr
     assert "proved 2 experts" in done.stderr
     assert sys.prefix not in done.stderr
+    missing = "import importlib.util as i; print([i.find_spec(f'testbed.{r}') is None for r in ('bench', 'proof')])"
+    found = subprocess.run([python, "-c", missing], check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    assert found.strip() == "[False, True]"

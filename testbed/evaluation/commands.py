@@ -1,0 +1,79 @@
+"""`wdmoe-testbed quality` and `differences`."""
+
+import os
+from pathlib import Path
+
+import click
+
+from common.options import Command
+from testbed.evaluation.variants import VARIANTS
+
+_PATH = click.Path(path_type=Path)
+
+
+def register(group: click.Group) -> None:
+    """Add the commands to `wdmoe-testbed`."""
+    group.add_command(quality)
+    group.add_command(differences)
+
+
+@click.command(cls=Command)
+@click.option("--data", type=_PATH, required=True, help="Folder of the evaluation data (docs/measurement.md).")
+@click.option("--items", type=click.IntRange(1), default=300, show_default=True, help="Questions per task.")
+@click.option("--texts", type=click.IntRange(1), default=3, show_default=True, help="Texts per domain.")
+@click.option("--tokens", type=click.IntRange(2), default=384, show_default=True, help="Tokens per text, at most.")
+@click.option(
+    "--variant", "variants", multiple=True, type=click.Choice(list(VARIANTS)),
+    help="Quantisation to evaluate; repeatable.  [default: all]",
+)  # fmt: skip
+@click.option(
+    "--lost", type=click.IntRange(0, 7), multiple=True,
+    help="Do without this expert of every layer, as after the loss of its only node; repeatable.",
+)  # fmt: skip
+@click.option("--out", type=_PATH, default=Path("runs/quality.json"), show_default=True, help="File for the results.")
+def quality(
+    data: Path, items: int, texts: int, tokens: int, variants: tuple[str, ...], lost: tuple[int, ...], out: Path
+) -> None:
+    """Measure perplexity and accuracy of each quantisation."""
+    from rich.console import Console
+
+    from testbed.demo_assets import demo_bundle
+    from testbed.evaluation.quality import measure_quality, print_quality, write_quality
+
+    console = Console()
+    rows = []
+    for name in variants or tuple(VARIANTS):
+        scheme, block = VARIANTS[name]
+        bundle = demo_bundle(scheme, block=block, console=console)
+        with console.status(f"evaluating {name}"):
+            rows.append(
+                measure_quality(
+                    bundle, data, items=items, texts_per_domain=texts, tokens=tokens,
+                    threads=os.cpu_count() or 1, lost=lost,
+                )
+            )  # fmt: skip
+        write_quality(rows, out, {"items": items, "texts_per_domain": texts, "tokens": tokens})
+        print_quality(rows[-1:], console)
+    print_quality(rows, console)
+
+
+@click.command(cls=Command)
+@click.argument("bundle", type=_PATH)
+@click.argument("text", type=_PATH)
+@click.option("--tokens", type=click.IntRange(64), default=2048, show_default=True, help="Tokens of TEXT to use.")
+@click.option("--chunk", type=click.IntRange(2), default=256, show_default=True, help="Tokens per context.")
+@click.option("--out", type=_PATH, default=Path("differences.json"), show_default=True, help="File for the table.")
+def differences(bundle: Path, text: Path, tokens: int, chunk: int, out: Path) -> None:
+    """Measure how much the experts of BUNDLE differ on TEXT.
+
+    The policy 'similar' needs the resulting table.
+    """
+    from bs_coordinator.selection.differences import write_differences
+    from testbed.evaluation.differences import measure_differences
+
+    document = measure_differences(
+        bundle, text, tokens=tokens, chunk=chunk, threads=os.cpu_count() or 1,
+        progress=lambda done: click.echo(f"{done} of {tokens} tokens", err=True),
+    )  # fmt: skip
+    write_differences(document, out)
+    click.echo(f"table of expert differences in {out}: --policy similar:table={out}")
