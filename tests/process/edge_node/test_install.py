@@ -17,9 +17,7 @@ ROOT = Path(__file__).parents[3]
 def test_a_node_needs_no_torch(tiny_bundle: Callable[[Scheme], Path], tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv/bin/python"
-    subprocess.run(
-        [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", f"{ROOT}[edge]"], check=True, timeout=400
-    )
+    subprocess.run([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", f"{ROOT}[edge]"], check=True)
     listed = subprocess.run([python, "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout
     assert "wdmoe" in listed
     assert not {"torch", "transformers", "onnx"} & {line.split()[0] for line in listed.splitlines() if line}

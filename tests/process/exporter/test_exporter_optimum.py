@@ -27,7 +27,7 @@ def optimum_python() -> Path:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         # optimum asks for any torch; the same as in the main environment is downloaded already.
         command = [str(python), "-m", "pip", "install", "--quiet", "torch==2.13.0", "-e", ".[optimum]"]
-        subprocess.run(command, cwd=ROOT, check=True, timeout=540)
+        subprocess.run(command, cwd=ROOT, check=True)
     return python
 
 
@@ -56,7 +56,7 @@ def test_export_with_optimum(
 ) -> None:
     out = tmp_path / "out"
     command = [optimum_python, "-m", "exporter", "bundle", mixtral(), out, "--via", "optimum", "--device", device]
-    result = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    result = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     manifest = load_manifest(out)
     assert manifest.quantisation == Quantisation(scheme="int8-dynamic", backend="optimum")

@@ -45,7 +45,6 @@ def test_a_short_run_on_localhost(run: Run, tmp_path: Path) -> None:
     faults = [word for kind in ("kill", "broker", "noise", "coordinator", "disk") for word in ("--fault", kind)]
     done = run(
         "testbed", "chaos", "--localhost", "--answers", 5, "--nodes", 4, "--tokens", 48, *faults, "--out", tmp_path,
-        timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     answers = json.loads((tmp_path / "chaos.json").read_text())["answers"]

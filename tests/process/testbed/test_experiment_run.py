@@ -26,6 +26,7 @@ from testbed.experiment.plan import Network, read_plan
 from testbed.experiment.rundir import RunDir
 from testbed.experiment.start import check_unchanged, create_run, signals_interrupt
 from tests.conftest import Run
+from tests.waiting import PATIENCE_S, wait_until
 from wire.manifest import Scheme
 
 Bundle = Callable[[Scheme], Path]
@@ -181,7 +182,7 @@ def test_kill_in_mid_run_then_resume(run: Run, tiny_bundle: Bundle, tmp_path: Pa
             children = psutil.Process(process.pid).children(recursive=True)
         finally:
             process.send_signal(signal.SIGKILL)
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=PATIENCE_S)
     assert not alive
     killed = RunDir(folder)
     before = {c.id: _digest(killed.cell_path(c)) for c in killed.cells() if killed.is_complete(c)}
@@ -200,7 +201,7 @@ def test_kill_in_mid_run_then_resume(run: Run, tiny_bundle: Bundle, tmp_path: Pa
     assert {id: _digest(folder / "cells" / id) for id in before} == before
     assert {path.name for path in (folder / "cells").iterdir()} == {cell.id for cell in cells}
     (event,) = _events(resumed, "run_resumed")
-    assert 0 < event["gap_s"] < 60
+    assert event["gap_s"] > 0
     assert event["left"] == len(cells) - len(before)
     finished = [e["cell"] for e in _events(resumed, "cell_finished")]
     assert len(finished) == len(set(finished))
@@ -229,10 +230,7 @@ def test_one_runner_per_folder(run: Run, finished: RunDir) -> None:
 
 
 def _wait_for_cells(folder: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while len(list(folder.glob("cells/*/cell.json"))) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: len(list(folder.glob("cells/*/cell.json"))) >= count, f"{count} cells", poll_s=0.02)
 
 
 def _digest(folder: Path) -> dict[str, int]:
@@ -338,11 +336,11 @@ def test_sigterm_ends_a_run_cleanly(tiny_bundle: Bundle, tmp_path: Path) -> None
             children = psutil.Process(process.pid).children(recursive=True)
         finally:
             process.terminate()
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate()
     assert process.returncode == 130
     assert "stopping: the cell in progress is given up" in errors
     assert "interrupted" in errors
-    assert not psutil.wait_procs(children, timeout=5)[1]
+    assert not psutil.wait_procs(children, timeout=PATIENCE_S)[1]
     assert RunDir(folder).events()[-1]["event"] == "run_interrupted"
 
 
@@ -357,7 +355,7 @@ def test_an_interruption_in_a_finaliser_is_not_lost() -> None:
     def run_on() -> None:
         with signals_interrupt():
             Finalised()
-            time.sleep(5)
+            time.sleep(PATIENCE_S)
 
     with pytest.raises(KeyboardInterrupt):
         run_on()

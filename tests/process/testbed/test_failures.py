@@ -1,9 +1,11 @@
 """What goes wrong, as a user meets it: one clear line, an exit code of its own, no hang, no traceback."""
 
+import contextlib
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from bs_coordinator.broker.processes import free_port, mosquitto_path
 from testbed.local_nodes import LocalNodes
 from tests.conftest import Run
 from tests.needs import needs, skip_without
+from tests.waiting import wait_until
 from wire.broker_url import BrokerAddress
 from wire.manifest import Scheme
 from wire.mqtt import MqttTransport
@@ -113,10 +116,8 @@ def test_a_prompt_longer_than_the_context(run: Run, full_fleet: LocalNodes) -> N
 def test_two_nodes_with_one_id(run: Run, fleet: LocalNodes) -> None:
     fleet.start("twin", "L*:E0")
     _wait_for_status(fleet, "twin", online=True)
-    began = time.monotonic()
     node = ("--bundle", fleet.bundle, *_cluster(fleet), "--id", "twin", "--experts", "L*:E1")
     _one_line(run("edge_node", *node), 22, "'twin' is in use", "another --id")
-    assert time.monotonic() - began < 20
     fleet.check()
 
 
@@ -124,7 +125,7 @@ def test_a_node_that_was_killed_comes_back_under_its_id(fleet: LocalNodes) -> No
     fleet.start("phoenix", "L*:E0")
     _wait_for_status(fleet, "phoenix", online=True)
     fleet.processes["phoenix"].kill()
-    fleet.processes["phoenix"].wait(10)
+    fleet.processes["phoenix"].wait()
     _wait_for_status(fleet, "phoenix", online=False)
     fleet.start("phoenix", "L*:E0")
     _wait_for_status(fleet, "phoenix", online=True)
@@ -134,7 +135,7 @@ def test_sigterm_says_good_bye(fleet: LocalNodes) -> None:
     fleet.start("polite", "L*:E0")
     _wait_for_status(fleet, "polite", online=True)
     fleet.processes["polite"].terminate()
-    assert fleet.processes["polite"].wait(10) == 0
+    assert fleet.processes["polite"].wait() == 0
     _wait_for_status(fleet, "polite", online=False, reason="stopped")
 
 
@@ -144,7 +145,7 @@ def test_a_node_lost_in_mid_answer(full_fleet: LocalNodes) -> None:
         assert process.stdout is not None
         process.stdout.read(4)
         full_fleet.processes["n2"].kill()
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate()
     _one_line(subprocess.CompletedProcess(argv, process.returncode, out, err), process.returncode, "n")
     assert process.returncode in (40, 41)  # gone while asked, or before it could be asked again
 
@@ -155,7 +156,7 @@ def test_ctrl_c_stops_cleanly(full_fleet: LocalNodes) -> None:
         assert process.stdout is not None
         process.stdout.read(4)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate()
     assert process.returncode == 130
     assert "Traceback" not in err
     full_fleet.check()
@@ -182,7 +183,7 @@ def test_garbage_on_every_topic_changes_nothing(run: Run, full_fleet: LocalNodes
                     noise.publish(topics.results(name), random_bytes(100))
                     noise.publish(topics.status(f"ghost-{name}"), random_bytes(50))
                 noise.receive(0.01)
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate()
     assert process.returncode == 0, err
     assert out == quiet.stdout
     assert "dropped messages" in err
@@ -262,13 +263,20 @@ def mosquitto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[st
         running.append(
             subprocess.Popen([binary, "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         )
-        time.sleep(1.0)
-        return BrokerAddress("127.0.0.1", port)
+        address = BrokerAddress("127.0.0.1", port)
+        wait_until(lambda: _accepts(address), "mosquitto")
+        return address
 
     yield start
     for process in running:
         process.terminate()
-        process.wait(10)
+        process.wait()
+
+
+def _accepts(address: BrokerAddress) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((address.host, address.port)):
+        return True
+    return False
 
 
 def test_a_broker_without_nodelay_is_refused(
@@ -317,14 +325,15 @@ def test_an_access_list_that_forbids_the_node(
 
 def _wait_for_status(fleet: LocalNodes, node: str, *, online: bool, reason: str = "") -> None:
     topic = Topics(fleet.cluster).status(node)
-    deadline = time.monotonic() + 30
     with closing(MqttTransport(fleet.address, f"watch-{time.time_ns()}")) as watch:
         watch.subscribe(topic, qos=1)
-        while time.monotonic() < deadline:
+
+        def is_so() -> bool:
             message = watch.receive(0.5)
-            # amqtt hands out retained messages of other topics too.
-            if message and message.topic == topic and message.payload:
-                status = decode_status(message.payload, node)
-                if status.online is online and reason in status.reason:
-                    return
-    raise AssertionError(f"{node} did not become {'online' if online else 'offline'}")
+            # amqtt delivers retained messages of other topics too.
+            if not message or message.topic != topic or not message.payload:
+                return False
+            status = decode_status(message.payload, node)
+            return status.online is online and reason in status.reason
+
+        wait_until(is_so, f"'{node}' to be {'online' if online else 'offline'}", poll_s=0)

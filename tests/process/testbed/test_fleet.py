@@ -281,7 +281,7 @@ class TestInventory:
         done = subprocess.run(
             [sys.executable, "-m", "ansible", "playbook", "--syntax-check", "-i", example, *playbooks],
             env={"LC_ALL": "C.UTF-8", **os.environ, "ANSIBLE_CONFIG": str(PLAYBOOKS / "ansible.cfg")},
-            capture_output=True, text=True, timeout=300, check=False,
+            capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert "WARNING" not in done.stderr
@@ -322,7 +322,7 @@ class TestInventory:
         done = subprocess.run(
             [sys.executable, "-m", "ansible", "inventory", "-i", path, "--playbook-dir", PLAYBOOKS, "--list"],
             env={"LC_ALL": "C.UTF-8", **os.environ, "ANSIBLE_CONFIG": str(PLAYBOOKS / "ansible.cfg")},
-            capture_output=True, text=True, timeout=300, check=True,
+            capture_output=True, text=True, check=True,
         )  # fmt: skip
         hosts = msgspec.json.decode(done.stdout)["_meta"]["hostvars"]
         names = ("wdmoe_clock", "wdmoe_python", "wdmoe_cpu_governor")
@@ -554,5 +554,5 @@ def _install(wheels: Path, target: Path) -> int:
     return subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", f"--find-links={wheels}", "--require-hashes",
          f"--requirement={wheels / LOCK}", f"--target={target}"],
-        capture_output=True, timeout=120, check=False,
+        capture_output=True, check=False,
     ).returncode  # fmt: skip

@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -30,7 +29,7 @@ def _argv(fleet: LocalNodes, *extra: object) -> list[str]:
 
 
 def _undisturbed(fleet: LocalNodes) -> str:
-    done = subprocess.run(_argv(fleet), capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(_argv(fleet), capture_output=True, text=True, check=True)
     assert f"{TOKENS} tokens" in done.stderr
     return done.stdout
 
@@ -42,13 +41,10 @@ def _disturbed(fleet: LocalNodes, fault: Callable[[], None], *extra: object) -> 
         subprocess.Popen(_argv(fleet, *extra), stdout=subprocess.PIPE, stderr=log, text=True) as process,
     ):
         assert process.stdout is not None
-        watchdog = threading.Timer(120, process.kill)
-        watchdog.start()
         out = process.stdout.read(20)
         fault()
         out += process.stdout.read()
         code = process.wait()
-        watchdog.cancel()
         log.seek(0)
         err = log.read()
     assert "Traceback" not in err
@@ -74,21 +70,22 @@ def test_a_killed_node_with_replicas_costs_nothing_but_time(pairs: LocalNodes) -
 def test_a_stopped_node_is_left_out_and_comes_back(pairs: LocalNodes) -> None:
     expected = _undisturbed(pairs)
     process = pairs.processes["n2"]
-
-    def pause() -> None:
-        process.send_signal(signal.SIGSTOP)
-        threading.Timer(1.5, process.send_signal, [signal.SIGCONT]).start()
-
-    # On a busy machine the other holders of its experts may look faster, so that nobody asks it meanwhile.
-    for _ in range(4):
-        code, out, err = _disturbed(pairs, pause)
+    err = ""
+    # On a busy machine the other holders of its experts may look faster: a whole answer may do without the node.
+    for _ in range(5):
+        if "'n2' is left out" in err:
+            break
+        code, out, err = _disturbed(pairs, lambda: process.send_signal(signal.SIGSTOP))
+        process.send_signal(signal.SIGCONT)
         assert code == 0, err
         assert out == expected
         assert "degraded" not in err
-        if "'n2' is left out" in err:
-            return
-        time.sleep(1.5)  # until it goes on
-    raise AssertionError(f"the stopped node was never left out: {err}")
+    assert "'n2' is left out" in err
+    # Without its neighbours it is the only holder of four experts.
+    for neighbour in (pairs.processes["n1"], pairs.processes["n3"]):
+        neighbour.kill()
+        neighbour.wait()
+    assert _undisturbed(pairs) == expected
 
 
 def test_without_replicas_the_answer_goes_on_and_says_so(fleet: LocalNodes) -> None:
@@ -146,8 +143,8 @@ def test_a_killed_coordinator_goes_on_where_it_ended(pairs: LocalNodes, tmp_path
         process.kill()
     assert session.stat().st_mode & 0o777 == 0o600
     for _ in range(2):  # the second time there is nothing left to do
-        again = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True)
+        again = subprocess.run(argv, capture_output=True, text=True, check=True)
         assert again.stdout == whole.stdout
-    other = subprocess.run(_argv(pairs, "--session", session), capture_output=True, text=True, timeout=120, check=False)
+    other = subprocess.run(_argv(pairs, "--session", session), capture_output=True, text=True, check=False)
     assert other.returncode == 12
     assert "another temperature, seed" in other.stderr

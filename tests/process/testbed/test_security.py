@@ -20,6 +20,7 @@ from testbed.keys.authority import Authority, new_authority
 from testbed.keys.folder import KeyFolder, create
 from tests.conftest import Run
 from tests.needs import needs
+from tests.waiting import wait_until
 from wire.broker_url import Access, BrokerAddress, parse_broker_url
 from wire.errors import BrokerAuthError, BrokerError, PlaintextError
 from wire.manifest import Scheme
@@ -53,15 +54,14 @@ class Site:
         self._wait()
 
     def _wait(self) -> None:
-        deadline = time.monotonic() + 10
-        while True:
+        def answers() -> bool:
             try:
                 self.connect("bs", "probe").close()
             except BrokerError:
-                assert time.monotonic() < deadline, self.log.read_text()
-                time.sleep(0.1)
-            else:
-                return
+                return False
+            return True
+
+        wait_until(answers, "mosquitto")
 
     def access(self, name: str) -> Access:
         folder = self.keys.path / name if name == "bs" else self.keys.path / "nodes" / name
@@ -78,10 +78,7 @@ class Site:
     def reload(self) -> None:
         before = self.log.read_text().count("Reloading config")
         self.process.send_signal(signal.SIGHUP)
-        deadline = time.monotonic() + 10
-        while self.log.read_text().count("Reloading config") == before:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: self.log.read_text().count("Reloading config") > before, "mosquitto to reload")
 
     def options(self, name: str) -> list[object]:
         access = self.access(name)
@@ -96,7 +93,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     site = Site(tmp_path / "keys")
     yield site
     site.process.terminate()
-    site.process.wait(10)
+    site.process.wait()
 
 
 def _received(transport: MqttTransport, seconds: float = 1.0) -> list[tuple[str, bytes]]:
@@ -193,7 +190,7 @@ def test_rotation(site: Site) -> None:
     frame_key = (site.keys.path / "nodes" / "b" / "frame.key").read_bytes()
     site.keys.rotate(["a", "broker", "bs", "frames"], days=2, revoke_old=True)
     site.process.terminate()
-    site.process.wait(10)
+    site.process.wait()
     site.process = subprocess.Popen([str(mosquitto_path()), "-c", str(site.keys.path / "broker" / "mosquitto.conf")])
     site._wait()
     site.connect("a", "new").close()
@@ -249,7 +246,7 @@ def sealed(site: Site, tiny_bundle: Bundle, tmp_path: Path, run: Run) -> Iterato
             ]  # fmt: skip
             log = stack.enter_context((tmp_path / f"{name}.log").open("wb"))
             process = subprocess.Popen([str(a) for a in argv], stdin=subprocess.DEVNULL, stderr=log)
-            stack.callback(process.wait, 20)
+            stack.callback(process.wait)
             stack.callback(process.terminate)
         bs = site.keys.path / "bs"
         yield (
@@ -299,10 +296,7 @@ def test_a_broker_that_lies_is_not_believed(
     folder = site.keys.path / "nodes" / "mallory"
     mallory = subprocess.Popen([sys.executable, "-c", _MALLORY, site.url, folder, f"wdmoe/v1/{CLUSTER}"])
     try:
-        deadline = time.monotonic() + 20
-        while not (folder / "ready").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_until((folder / "ready").exists, "mallory")
         lied_to = run("bs_coordinator", *generate, "--max-tokens", 24)
     finally:
         mallory.kill()

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from testbed.experiment.baselines import read_baselines
 from testbed.experiment.rundir import RunDir
 from tests.conftest import Run
+from tests.waiting import wait_until
 from wire.manifest import Scheme
 
 PLAN = """
@@ -40,12 +40,9 @@ def test_a_run_survives_lost_nodes_and_tells_of_them(
     assert run("testbed", "note", folder, "two boards on the shelf").returncode == 0
     argv = [sys.executable, "-m", "testbed", "resume", str(folder)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        deadline = time.monotonic() + 60
-        while not (folder / "live.json").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        shown = run("testbed", "status", folder, "--follow", timeout=200)
-        said, _ = process.communicate(timeout=30)
+        wait_until((folder / "live.json").exists, "the run")
+        shown = run("testbed", "status", folder, "--follow")
+        said, _ = process.communicate()
     assert process.returncode == 0, said
     assert "4 of 4 cells complete" in shown.stdout
     found = RunDir(folder)
@@ -62,7 +59,7 @@ def test_a_run_survives_lost_nodes_and_tells_of_them(
     assert {b.why_not for b in read_baselines(found) if b.kind == "wifi"} == {
         "the nodes are on this machine's loopback"
     }
-    reported = run("testbed", "report", folder, "--resamples", "100", timeout=200)
+    reported = run("testbed", "report", folder, "--resamples", "100")
     assert reported.returncode == 0, reported.stderr
     page = (folder / "report.md").read_text()
     assert "two boards on the shelf" in page

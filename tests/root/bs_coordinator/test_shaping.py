@@ -16,6 +16,7 @@ from bs_coordinator.errors import ShapingError
 from bs_coordinator.links import LinkSample
 from bs_coordinator.links.log import link_log
 from tests.needs import skip_without
+from tests.waiting import wait_until
 
 SLOW, FAST = "10.77.0.2", "10.77.0.3"
 
@@ -55,9 +56,7 @@ def namespace() -> Iterator[str]:
 
 
 def _inside(namespace: str, *command: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        ["ip", "netns", "exec", namespace, *command], capture_output=True, text=True, check=False, timeout=60
-    )
+    done = subprocess.run(["ip", "netns", "exec", namespace, *command], capture_output=True, text=True, check=False)
     assert not ok or done.returncode == 0, done.stderr
     return done
 
@@ -81,7 +80,7 @@ while True:
 
 
 def _sent_mbps(namespace: str, *addresses: str) -> dict[str, float]:
-    """Rates at which each class of the interface lets go what is sent to both addresses as fast as possible."""
+    """Rates, or less on a busy machine, at which each class lets go what is sent as fast as possible."""
 
     def sent() -> dict[str, int]:
         shown = _inside(namespace, "tc", "-s", "class", "show", "dev", "bs0").stdout
@@ -89,13 +88,13 @@ def _sent_mbps(namespace: str, *addresses: str) -> dict[str, float]:
 
     sender = subprocess.Popen(["ip", "netns", "exec", namespace, sys.executable, "-c", _SEND, *addresses])
     try:
+        wait_until(lambda: max(sent().values()) > 0, "packets")
+        began_s, before = time.monotonic(), sent()
         time.sleep(1)
-        before, began_s = sent(), time.monotonic()
-        time.sleep(2)
         after, took_s = sent(), time.monotonic() - began_s
     finally:
         sender.terminate()
-        sender.wait(10)
+        sender.wait()
     return {handle: 8e-6 * (after[handle] - before[handle]) / took_s for handle in after}
 
 
@@ -107,12 +106,17 @@ def test_nodes_get_their_shares_and_borrow(namespace: str) -> None:
         f"{FAST}: 16.7% of the time, 16.67 of 100 Mbit/s",
     ]
     alone = _sent_mbps(namespace, SLOW)
-    assert alone["1:10"] == pytest.approx(20, rel=0.25)
+    assert alone["1:10"] <= 25
     assert alone["1:11"] == 0
-    # The root's 100 Mbit/s leave the fast link room to borrow, but the slow one keeps what it was promised.
-    together = _sent_mbps(namespace, SLOW, FAST)
-    assert together["1:10"] == pytest.approx(18, rel=0.25)
-    assert together["1:11"] > 30
+    # The root's 100 Mbit/s leave the fast link room to borrow, but the slow one keeps what it was promised. A sender
+    # that has too little of a core sends less, but at some time it has enough.
+    wait_until(lambda: _sent_mbps(namespace, SLOW)["1:10"] > 15, "the slow link to borrow")
+
+    def shared_as_configured() -> bool:
+        together = _sent_mbps(namespace, SLOW, FAST)
+        return together["1:10"] == pytest.approx(18, rel=0.25) and together["1:11"] > 30
+
+    wait_until(shared_as_configured, "both links to have their shares")
     # Once more, with other numbers, replaces what was there.
     _shape(namespace, "bs0", "--link", f"{SLOW}=20", "--link", f"{FAST}=20", "--rows", f"{SLOW}=3")
     shown = _inside(namespace, "tc", "class", "show", "dev", "bs0").stdout
@@ -129,14 +133,12 @@ def _classes(namespace: str) -> dict[str, tuple[str, str]]:
 
 
 def _wait_for(namespace: str, handle: str, at_least_mbps: float, at_most_mbps: float) -> None:
-    deadline = time.monotonic() + 20
-    while True:
+    def within() -> bool:
         ceil = _classes(namespace).get(handle, ("", "0Kbit"))[1]
         mbps = float(re.sub(r"[A-Za-z]+", "", ceil)) * (1e-3 if ceil.endswith("Kbit") else 1)
-        if at_least_mbps < mbps < at_most_mbps:
-            return
-        assert time.monotonic() < deadline, _classes(namespace)
-        time.sleep(0.05)
+        return at_least_mbps < mbps < at_most_mbps
+
+    wait_until(within, f"{at_least_mbps} to {at_most_mbps} Mbit/s for class {handle}")
 
 
 def test_shares_follow_the_links_that_a_base_station_measures(namespace: str, tmp_path: Path) -> None:
@@ -161,7 +163,7 @@ def test_shares_follow_the_links_that_a_base_station_measures(namespace: str, tm
                 _wait_for(namespace, "1:10", 5, 7)
             finally:
                 shaper.send_signal(signal.SIGINT)
-            assert shaper.wait(10) == 130
+            assert shaper.wait() == 130
     assert not _classes(namespace)
 
 

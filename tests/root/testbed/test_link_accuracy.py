@@ -15,7 +15,7 @@ SPEC = Path(__file__).parents[3] / "testbed" / "network" / "specs" / "wifi.yaml"
 @needs("mosquitto", "iperf3", network=True)
 def test_round_trips_are_foretold(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "links.json"
-    done = run("testbed", "link-accuracy", SPEC, "--profile", "uniform", "--seconds", 10, "--out", out, timeout=300)
+    done = run("testbed", "link-accuracy", SPEC, "--profile", "uniform", "--seconds", 10, "--out", out)
     assert done.returncode == 0, done.stderr
     (uniform,) = json.loads(out.read_text())
     assert uniform["profile"] == "uniform"

@@ -134,18 +134,18 @@ def test_equal_runs_give_equal_archives_and_results_stay(finished: RunDir, key: 
 @pytest.mark.slow
 def test_report_and_compare_work_from_the_archive_alone(run: Run, finished: RunDir, key: Path, tmp_path: Path) -> None:
     archive = tmp_path / "shelf.tar.zst"
-    made = run("testbed", "export", finished.path, "-o", archive, "--key", key, timeout=300)
+    made = run("testbed", "export", finished.path, "-o", archive, "--key", key)
     assert made.returncode == 0, made.stderr
     assert "look at them before you publish" in made.stdout
     assert run("testbed", "export", finished.path, "-o", archive, "--key", key).returncode == 75
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    reported = run("testbed", "report", archive, "--resamples", "100", cwd=elsewhere, timeout=300)
+    reported = run("testbed", "report", archive, "--resamples", "100", cwd=elsewhere)
     assert reported.returncode == 0, reported.stderr
     page = (elsewhere / "shelf" / "report.html").read_text()
     assert "Operators' notes" in page or "Operators&#39; notes" in page
     assert "anns-laptop" not in page
-    compared = run("testbed", "compare", archive, elsewhere / "shelf", "--resamples", "100", cwd=elsewhere, timeout=300)
+    compared = run("testbed", "compare", archive, elsewhere / "shelf", "--resamples", "100", cwd=elsewhere)
     assert compared.returncode == 0, compared.stderr
     assert "no differences" in compared.stdout
 
