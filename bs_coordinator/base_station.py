@@ -13,8 +13,9 @@ from bs_coordinator.config import BaseStationConfig, ResidentConfig
 from bs_coordinator.dispatch.dispatcher import Dispatcher
 from bs_coordinator.dispatch.readiness import measure_broker, prove_nodes, try_residents, wait_for_experts
 from bs_coordinator.engine.model import DistributedMixtral
-from bs_coordinator.engine.sequence import Sequence, Tokenizer
+from bs_coordinator.engine.sequence import Sequence
 from bs_coordinator.engine.speculation import Speculation, load_draft_model
+from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.links import LinkMonitor
 from bs_coordinator.links.broker_sockets import BrokerSockets, is_local
 from bs_coordinator.links.log import link_log, no_log

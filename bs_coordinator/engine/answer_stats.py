@@ -1,4 +1,4 @@
-"""The numbers under an answer: time to first token, ms per token and where they went."""
+"""Statistics of one answer: time to first token, ms per token, and how that time was spent."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,14 +10,18 @@ from bs_coordinator.engine.step_records import TimeSplit
 
 @dataclass(frozen=True, slots=True)
 class AnswerStats:
-    """One answer in numbers; times in ms, means per decoded token.
+    """Statistics of one answer. Decoded tokens are all but the first.
 
     Attributes:
-        steps: that the decoded tokens took.
-        drafted, accepted: tokens guessed on the way, and how many of them were right.
-        draft_ms: making the guesses.
-        down_bytes: per decoded token, BS to nodes, all frames.
-        tokens_by_node: rows of hidden states that each node computed on, prompt included.
+        tokens: generated.
+        steps: forward steps that the decoded tokens took.
+        drafted, accepted: draft tokens, and how many of them were accepted.
+        first_token_ms: time of the prompt's steps.
+        token_ms: time per decoded token, drafting included.
+        draft_ms: drafting, per decoded token.
+        trunk_ms, network_ms, compute_ms, wait_ms, framing_ms: per decoded token, as in `TimeSplit`.
+        down_bytes, up_bytes: per decoded token, all frames to and from the nodes.
+        tokens_by_node: rows of hidden states that each node computed, prompt included.
     """
 
     tokens: int
@@ -38,10 +42,10 @@ class AnswerStats:
 
 
 def summarise(events: Sequence[TokenEvent]) -> AnswerStats:
-    """Numbers of one answer.
+    """Statistics of the answer made of these tokens.
 
     Raises:
-        ValueError: no token at all.
+        ValueError: there are no tokens.
     """
     if not events:
         raise ValueError("no token was generated")
@@ -79,12 +83,14 @@ def summarise(events: Sequence[TokenEvent]) -> AnswerStats:
 
 
 def one_line(stats: AnswerStats) -> str:
-    """For under an answer."""
-    drafts = f" · {stats.accepted} of {stats.drafted} guesses right, {stats.steps} steps" if stats.drafted else ""
-    making = f"guessing {stats.draft_ms:.1f}, " if stats.drafted else ""
+    """One line for the console, without drafting figures where nothing was drafted."""
+    drafts = drafting = ""
+    if stats.drafted:
+        drafts = f" · {stats.accepted} of {stats.drafted} draft tokens accepted, {stats.steps} steps"
+        drafting = f"drafting {stats.draft_ms:.1f}, "
     return (
         f"{stats.tokens} tokens · first after {stats.first_token_ms:.0f} ms · then {stats.token_ms:.1f} ms "
-        f"each: {making}trunk {stats.trunk_ms:.1f}, network {stats.network_ms:.1f}, "
+        f"each: {drafting}trunk {stats.trunk_ms:.1f}, network {stats.network_ms:.1f}, "
         f"node compute {stats.compute_ms:.1f}, wait {stats.wait_ms:.1f}, framing {stats.framing_ms:.1f} · "
         f"{stats.down_bytes / 1024:.0f} KiB down, {stats.up_bytes / 1024:.0f} KiB up per token{drafts}"
     )

@@ -1,4 +1,4 @@
-"""What the model asks of its experts, wherever they run: the one interface between the engine and dispatch."""
+"""The interface between the engine and whatever runs the experts: nodes (`bs_coordinator.dispatch`) or this process."""
 
 from typing import NamedTuple, Protocol
 
@@ -8,7 +8,7 @@ from wire.tensors import Array
 
 
 class ExpertOutput(NamedTuple):
-    """What the experts of one layer made of some tokens.
+    """The combined output of one layer's experts for some tokens.
 
     Attributes:
         output: float32 [tokens, hidden], Σ over experts of gate weight × expert output.
@@ -20,21 +20,21 @@ class ExpertOutput(NamedTuple):
 
 
 class Pending(Protocol):
-    """Experts that were asked."""
+    """An expert request that is under way."""
 
     def result(self) -> ExpertOutput:
-        """Wait for them; once.
+        """Wait for the output. May be called once.
 
         Raises:
-            WdmoeError: an expert could not be had.
+            WdmoeError: an expert is unavailable or failed.
         """
 
     def cancel(self) -> None:
-        """Nobody will wait for them."""
+        """Give up the request: `result` will not be called."""
 
 
 class Ready(NamedTuple):
-    """Experts that have answered already (`Pending`)."""
+    """A request whose output is already known; implements `Pending`."""
 
     output: ExpertOutput
 
@@ -49,15 +49,16 @@ class Experts(Protocol):
     """All experts of a model, wherever they run."""
 
     def begin(self, layer: int, hidden: Array, gate: Array) -> Pending:
-        """Have the chosen experts of a layer combined. Others may be asked before these have answered.
+        """Start one layer's experts. Several requests may be under way at once.
 
         Args:
+            layer: index of the layer.
             hidden: float32 [tokens, hidden].
             gate: float32 [tokens, experts], zero where an expert is not chosen.
 
         Raises:
-            WdmoeError: an expert can't be had.
+            WdmoeError: an expert is unavailable.
         """
 
     def forecast(self, layer: int) -> LayerForecast:
-        """What asking for this layer's experts is predicted to cost now."""
+        """Predicted cost of asking this layer's experts now."""

@@ -8,15 +8,15 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 
 from bs_coordinator.config import SamplingConfig
 
-_LEAST_TEMPERATURE = 1e-4
-"""Below it logits would overflow, and the most probable token is drawn anyway."""
+_MIN_TEMPERATURE = 1e-4
+"""Below this, logits would overflow, and the most probable token is drawn anyway."""
 
 
-class Sampler:
-    """Chooses tokens by a `SamplingConfig`; holds the state of its random numbers."""
+class TokenSampler:
+    """Chooses tokens by a `SamplingConfig`; holds the state of its random number generator."""
 
     def __init__(self, config: SamplingConfig) -> None:
-        self._greedy = config.temperature < _LEAST_TEMPERATURE
+        self._greedy = config.temperature < _MIN_TEMPERATURE
         self._generator = torch.Generator().manual_seed(config.seed)
         self._skip = config.skip
         self._warpers = []
@@ -32,26 +32,27 @@ class Sampler:
         return self._draw(self._probabilities(logits))
 
     def verify(self, logits: Tensor, draft: Sequence[int]) -> list[int]:
-        """The next tokens, given logits after each token of a draft: what is accepted of it, then one more.
+        """The next tokens, given logits after each token of a draft: the accepted draft tokens, then one more.
 
-        Each token is drawn as without a draft, with the same random numbers, and the draft is followed for as long as
-        it says the same. A guess d is thereby accepted with the probability p(d), and what replaces it is distributed
-        as p without d: the rejection rule of Leviathan et al. (arXiv 2211.17192) for guesses that are certain of
-        themselves, and moreover the very tokens that the seed gives without drafts.
+        Each token is drawn as it would be without a draft, with the same random numbers, and the draft is followed
+        for as long as it agrees. A draft token d is thereby accepted with probability p(d), and its replacement is
+        distributed as p without d: the rejection rule of Leviathan et al. (arXiv 2211.17192) for drafts that put all
+        their probability on one token. The result also equals, token by token, what the seed gives without drafts.
 
         Args:
-            logits: [drafted + 1, vocab] on the CPU, row i given the first i drafts.
+            logits: [drafted + 1, vocab] on the CPU, row i given the first i draft tokens.
+            draft: the draft's token ids.
         """
         chosen: list[int] = []
-        for row, guess in zip(logits, draft, strict=False):
+        for row, drafted in zip(logits, draft, strict=False):
             chosen.append(self.choose(row[None]))
-            if chosen[-1] != guess:
+            if chosen[-1] != drafted:
                 return chosen
         return [*chosen, self.choose(logits[len(draft)][None])]
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         for _ in range(self._skip):
-            # A draw uses up as many random numbers as there are tokens, whatever their probabilities.
+            # A draw consumes one random number per vocabulary entry, whatever the probabilities.
             torch.multinomial(torch.ones_like(logits), 1, generator=self._generator)
         self._skip = 0
         for warper in self._warpers:

@@ -8,18 +8,16 @@ from torch import Tensor
 
 from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.model import DistributedMixtral
-from bs_coordinator.engine.sampling import Sampler
+from bs_coordinator.engine.sampling import TokenSampler
 from bs_coordinator.engine.speculation import Draft, DraftLength, Speculation
 from bs_coordinator.engine.speculation.drafts import DraftToken
 from bs_coordinator.engine.step_records import StepRecord
-from bs_coordinator.engine.tokenizer import ChatMessage, TextStream, Tokenizer
+from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.errors import ContextLengthError
 from bs_coordinator.trunk.inputs import SequenceInput
 
-__all__ = ["Answer", "ChatMessage", "Sequence", "StopReason", "TextStream", "TokenEvent", "Tokenizer"]
-
 PREFILL_CHUNK_TOKENS = 512
-"""A long prompt goes through the model in pieces of this size, so that activations stay small."""
+"""Longer prompts go through the model in chunks of this size, which keeps activations small."""
 
 StopReason = Literal["eos", "max-tokens", "context"]
 
@@ -29,10 +27,11 @@ class TokenEvent:
     """One new token.
 
     Attributes:
-        text: what it adds to the text.
-        steps: the forward steps that it took: one, one per piece of the prompt, or none for a token that came with
-            the one before it, as its accepted draft.
-        stop: why the sequence ends here, else None. An end-of-sequence token has no text.
+        id: of the token.
+        text: what the token adds to the text; empty for an end-of-sequence token.
+        steps: the forward steps it took: one, one per chunk of the prompt, or none for an accepted draft token, which
+            came with the token before it.
+        stop: why the sequence ends here, else None.
     """
 
     id: int
@@ -42,7 +41,17 @@ class TokenEvent:
 
 
 class Sequence:
-    """One growing token sequence and its KV cache; prompts that continue it are not computed again."""
+    """One growing token sequence and its KV cache. Prompts that continue it are not computed again.
+
+    Attributes:
+        model: that runs the sequence.
+        tokenizer: of the model.
+        speculation: what all sequences of the model share when they draft.
+        drafter: of this sequence; None for plain decoding.
+        cache: the KV cache.
+        cached_ids: token ids that the cache holds.
+        max_positions: the model's context length.
+    """
 
     def __init__(
         self,
@@ -54,6 +63,8 @@ class Sequence:
         """An empty sequence.
 
         Args:
+            model: that runs the sequence.
+            tokenizer: of the model.
             speculation: how all sequences of this model draft; None for plain decoding.
         """
         self.model = model
@@ -64,8 +75,8 @@ class Sequence:
         self.cached_ids: list[int] = []
         self.max_positions: int = model.trunk.config.max_position_embeddings
 
-    def answer(self, prompt: list[int], config: SamplingConfig) -> "Answer":
-        """Begin to continue `prompt`; one answer of a sequence at a time.
+    def answer(self, prompt: list[int], config: SamplingConfig) -> "GeneratedAnswer":
+        """Begin to continue `prompt`. A sequence may have only one answer at a time.
 
         Raises:
             ContextLengthError: the prompt leaves no room in the model's context.
@@ -77,26 +88,27 @@ class Sequence:
             raise ContextLengthError(
                 f"the prompt has {len(prompt)} tokens, the model's context is {self.max_positions}: shorten it"
             )
-        return Answer(self, prompt, config)
+        return GeneratedAnswer(self, prompt, config)
 
     def generate(self, prompt: list[int], config: SamplingConfig) -> Iterator[TokenEvent]:
         """Continue `prompt` token by token; the caller may stop at any token.
 
         Raises:
-            ContextLengthError, ValueError: as `answer`.
-            WdmoeError: from the experts.
+            ContextLengthError: the prompt leaves no room in the model's context.
+            ValueError: the prompt is empty.
+            WdmoeError: an expert is unavailable or failed.
         """
         return self._generate(self.answer(prompt, config))
 
-    def _generate(self, answer: "Answer") -> Iterator[TokenEvent]:
+    def _generate(self, answer: "GeneratedAnswer") -> Iterator[TokenEvent]:
         while not answer.done:
-            (logits,), step = self.model.step([answer.next_feed()])
+            (logits,), step = self.model.step([answer.next_input()])
             events = answer.accept(logits, step)
             self.speculation.observe(step, sequences=1, tokens=len(events))
             yield from events
 
     def reuse_cache(self, prompt: list[int]) -> list[int]:
-        """Cut the cache to what it shares with `prompt`; the ids still to run, at least one."""
+        """Cut the cache to the prefix it shares with `prompt`; returns the ids still to run, at least one."""
         shared = 0
         limit = min(len(self.cached_ids), len(prompt) - 1)
         while shared < limit and self.cached_ids[shared] == prompt[shared]:
@@ -105,17 +117,17 @@ class Sequence:
         return prompt[shared:]
 
     def truncate(self, tokens: int) -> None:
-        """Forget all but the first `tokens` positions."""
+        """Remove all but the first `tokens` positions from the cache."""
         if tokens < len(self.cached_ids):
             self.model.trunk.truncate(self.cache, tokens)
             del self.cached_ids[tokens:]
 
 
-class Answer:
-    """One answer of a sequence while it is made.
+class GeneratedAnswer:
+    """One answer of a sequence while it is generated.
 
     Attributes:
-        done: whether its last token has come.
+        done: whether the last token has been generated.
     """
 
     def __init__(self, sequence: Sequence, prompt: list[int], config: SamplingConfig) -> None:
@@ -124,10 +136,10 @@ class Answer:
         self._ids = list(prompt)
         self._prompt_tokens = len(prompt)
         self._config = config
-        self._sampler = Sampler(config)
+        self._sampler = TokenSampler(config)
         self._stream = sequence.tokenizer.stream()
         self._pending = sequence.reuse_cache(prompt)
-        self._fed: list[int] = []
+        self._running: list[int] = []
         self._length = DraftLength(sequence.speculation.cost, sequence.speculation.acceptance)
         self._draft = Draft()
         self._steps: list[StepRecord] = []
@@ -139,42 +151,45 @@ class Answer:
 
     @property
     def speculation(self) -> Speculation:
-        """How its sequence drafts."""
+        """How the sequence drafts."""
         return self._sequence.speculation
 
-    def next_feed(self, *, prefill_tokens: int = PREFILL_CHUNK_TOKENS, sequences: int = 1) -> SequenceInput:
-        """What to run next: a piece of the prompt, or the last token and guesses of those after it.
+    def next_input(self, *, prefill_tokens: int = PREFILL_CHUNK_TOKENS, sequences: int = 1) -> SequenceInput:
+        """What to run next: a chunk of the prompt, or the last token and draft tokens that may follow it.
 
         Args:
-            prefill_tokens: of the prompt at most.
-            sequences: that will share the step.
+            prefill_tokens: prompt tokens at most.
+            sequences: number of sequences that will share the step.
         """
-        self._fed = self._pending[:prefill_tokens]
+        self._running = self._pending[:prefill_tokens]
         self._draft = Draft()
         drafter = self._sequence.drafter
-        if not self.decoding and drafter is not None and len(self._fed) == len(self._pending) and sequences == 1:
-            # Drafts of one among many are short, if there are any.
+        # With several sequences in a step drafts are short or empty: not worth reading a prompt ahead of time.
+        prompt_ends = len(self._running) == len(self._pending)
+        if drafter is not None and not self.decoding and prompt_ends and sequences == 1:
             drafter.prepare(self._ids)
-        if self.decoding and drafter is not None:
-            # The last token that may be generated needs no guess after it.
+        if drafter is not None and self.decoding:
+            # One token less than may still be generated: the step itself yields one more than its draft.
             generated = len(self._ids) - self._prompt_tokens
             room = min(self._config.max_tokens - generated - 1, self._sequence.max_positions - len(self._ids) - 1)
-            guesses = _to_the_end(drafter.guesses(self._ids), self._sequence.tokenizer.eos_id)
-            self._draft = self._length.draft(guesses, room, sequences=sequences)
-        drafted = [guess.id for guess in self._draft.guesses]
+            proposed = _until_eos(drafter.propose(self._ids), self._sequence.tokenizer.eos_id)
+            self._draft = self._length.draft(proposed, room, sequences=sequences)
+        drafted = self._draft.ids
         rows = list(range(len(drafted) + 1)) if drafted else None
-        return SequenceInput(self._fed + drafted, self._sequence.cache, rows=rows)
+        return SequenceInput(self._running + drafted, self._sequence.cache, rows=rows)
 
     def accept(self, logits: Tensor, step: StepRecord, *, sequences: int = 1) -> list[TokenEvent]:
-        """Take in what became of the last feed: the new tokens, none while the prompt is not through.
+        """Take in the result of the last input; returns the new tokens, none while the prompt is not finished.
 
         Args:
-            sequences: that shared the step.
+            logits: of the last input, as `DistributedMixtral.step` returns them.
+            step: its record.
+            sequences: number of sequences that shared the step.
         """
         sequence, draft = self._sequence, self._draft
-        drafted = [guess.id for guess in draft.guesses]
-        sequence.cached_ids += self._fed + drafted
-        self._pending = self._pending[len(self._fed) :]
+        drafted = draft.ids
+        sequence.cached_ids += self._running + drafted
+        self._pending = self._pending[len(self._running) :]
         if self._pending:
             self._steps.append(step)
             return []
@@ -182,13 +197,13 @@ class Answer:
         accepted = len(chosen) - 1
         if self.decoding:
             self._length.observe(draft, accepted, step.total_ns / 1e9, rows=step.tokens, sequences=sequences)
-        if draft.guesses or draft.seconds:
+        if drafted or draft.seconds:
             draft_ns = int(1e9 * draft.seconds)
             step = replace(step, drafted=len(drafted), accepted=accepted, draft_ns=draft_ns)
         self._steps.append(step)
         events = []
         for id in chosen:
-            stop = self._stop(id)
+            stop = self._stop_reason(id)
             text = "" if stop == "eos" else self._stream.push(id)
             self._ids.append(id)
             events.append(TokenEvent(id, text, tuple(self._steps), stop))
@@ -196,12 +211,12 @@ class Answer:
             if stop:
                 self.done = True
                 break
-        # The last token has not been run; guesses that were refused should not have been.
+        # The last token has not been run yet, and rejected draft tokens must not stay in the cache.
         sequence.truncate(len(self._ids) - 1)
         self._pending = self._ids[-1:]
         return events
 
-    def _stop(self, id: int) -> StopReason | None:
+    def _stop_reason(self, id: int) -> StopReason | None:
         if id == self._sequence.tokenizer.eos_id:
             return "eos"
         if len(self._ids) + 1 >= self._sequence.max_positions:
@@ -209,9 +224,9 @@ class Answer:
         return "max-tokens" if len(self._ids) + 1 - self._prompt_tokens == self._config.max_tokens else None
 
 
-def _to_the_end(guesses: Iterator[DraftToken], eos_id: int | None) -> Iterator[DraftToken]:
-    """Guesses up to the end of the answer: what follows it would be thrown away."""
-    for guess in guesses:
-        yield guess
-        if guess.id == eos_id:
+def _until_eos(proposed: Iterator[DraftToken], eos_id: int | None) -> Iterator[DraftToken]:
+    """Draft tokens up to the end of the sequence: what follows it would be discarded."""
+    for token in proposed:
+        yield token
+        if token.id == eos_id:
             return

@@ -1,6 +1,6 @@
-"""An answer in the making on disk, so that a coordinator that was killed goes on with the same tokens.
+"""An unfinished answer on disk: a coordinator that was killed continues it with the same tokens.
 
-JSON lines: first what was asked, then one line per token. A last line that a crash cut off does not count.
+JSON lines: first the question and its settings, then one line per token. An incomplete last line is ignored.
 """
 
 import os
@@ -17,7 +17,7 @@ from common.errors import StorageError
 
 
 class Asked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an answer depends on."""
+    """Everything an answer depends on."""
 
     model_sha256: str
     quantisation: str
@@ -29,7 +29,7 @@ class Asked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @classmethod
     def of(cls, prompt: list[int], config: SamplingConfig, *, model_sha256: str, quantisation: str) -> "Asked":
-        """From how a generation is described elsewhere."""
+        """The question that a prompt's token ids and a sampling configuration make for one model."""
         return cls(
             model_sha256=model_sha256,
             quantisation=quantisation,
@@ -45,7 +45,7 @@ class SessionFile:
     """One answer's file, open for appending.
 
     Attributes:
-        ids: tokens that it holds.
+        ids: of the tokens in the file.
         finished: whether the answer is complete.
     """
 
@@ -55,10 +55,14 @@ class SessionFile:
         self.finished = finished
 
     def add(self, id: int, *, last: bool) -> None:
-        """Write a token down; it is with the kernel when this returns.
+        """Append a token. The kernel has it when this returns, so it survives a crash of this process.
+
+        Args:
+            id: of the token.
+            last: whether the answer ends with it.
 
         Raises:
-            StorageError: the disk is full.
+            StorageError: the file can't be written, for example because the disk is full.
         """
         try:
             self._file.write(msgspec.json.encode([id, last]) + b"\n")
@@ -69,17 +73,17 @@ class SessionFile:
 
 @contextmanager
 def session_file(path: Path, asked: Asked) -> Iterator[SessionFile]:
-    """Begin a file, or go on with one that holds the same question.
+    """Create a file, or continue one that holds the same question.
 
     Raises:
-        StorageError: it can't be read or written, or belongs to another question.
+        StorageError: it can't be read or written, is not a session file, or holds another question.
     """
     try:
         lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
         whole = lines[:-1]
         ids, finished = _read(path, whole, asked)
         with path.open("r+b" if path.exists() else "w+b", buffering=0) as file:
-            os.fchmod(file.fileno(), 0o600)  # prompts are nobody else's business
+            os.fchmod(file.fileno(), 0o600)  # prompts are private
             file.truncate(sum(len(line) + 1 for line in whole))
             file.seek(0, os.SEEK_END)
             if not whole:
@@ -96,7 +100,7 @@ def _read(path: Path, lines: list[bytes], asked: Asked) -> tuple[list[int], bool
         known = msgspec.json.decode(lines[0], type=Asked)
         tokens = [msgspec.json.decode(line, type=tuple[int, bool]) for line in lines[1:]]
     except (msgspec.DecodeError, UnicodeDecodeError):
-        raise StorageError(f"{path} is no session file: name another one") from None
+        raise StorageError(f"{path} is not a session file: name another --session file") from None
     if known != asked:
         different = [f for f in Asked.__struct_fields__ if getattr(known, f) != getattr(asked, f)]
         raise StorageError(f"{path} holds an answer with another {', '.join(different)}: name another --session file")

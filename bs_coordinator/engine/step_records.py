@@ -1,4 +1,4 @@
-"""What one step of the model cost, by the base station's own clock: the raw material of every latency log."""
+"""What one step of the model cost, by the base station's clock. All latency logs are made from these records."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,14 +18,15 @@ class DispatchRecord:
     """One request to one node.
 
     Attributes:
+        node: name of the node.
         experts: indices of the experts asked for.
         tokens: rows of hidden states sent.
-        sent_unix_ns: wall clock at sending, to line logs up; durations never come from it.
-        round_trip_ns: from handing the request to the network to reading its answer off the socket.
-        durations: the node's own account.
-        down_bytes: frame towards the node.
-        up_bytes: frame from the node.
-        predicted_ns: the round trip that was expected at sending, alone on the air.
+        sent_unix_ns: wall clock at sending, to align logs; durations are never computed from it.
+        round_trip_ns: from handing the request to the network to reading its answer from the socket.
+        durations: the node's own measurements.
+        down_bytes: length of the frame to the node.
+        up_bytes: length of the frame from the node.
+        predicted_ns: the round trip predicted at sending, as if no other node used the channel.
     """
 
     node: str
@@ -40,7 +41,7 @@ class DispatchRecord:
 
     @property
     def network_ns(self) -> int:
-        """Round trip less what the node says it took: link, broker and both MQTT clients."""
+        """Round trip minus the time the node reports for itself: link, broker and both MQTT clients."""
         return max(0, self.round_trip_ns - self.durations.total_ns)
 
 
@@ -49,11 +50,13 @@ class LayerRecord:
     """One layer of one step.
 
     Attributes:
-        trunk_ns: attention, norms, gate and selection, of all pieces of the step.
-        dispatch_ns: from the chosen experts to their combined output; of what was under way while the trunk worked on
-            another piece of the step, only what the trunk then still waited.
-        asked: of each piece of the step, gate weights float32 [tokens, experts] and the forecast they were chosen by.
-        degraded: tokens of the step whose experts were lost, so that others were asked.
+        layer: index of the layer.
+        trunk_ns: attention, norms, gate and selection, for all micro-batches of the step.
+        dispatch_ns: from the chosen experts to their combined output. Where the trunk worked on another micro-batch
+            meanwhile, only the time it then still had to wait.
+        asked: for each micro-batch, gate weights float32 [tokens, experts] and the forecast they were chosen by.
+        dispatches: the requests to nodes.
+        degraded: tokens of the step whose preferred experts were lost, so others were asked.
     """
 
     layer: int
@@ -63,36 +66,38 @@ class LayerRecord:
     dispatches: tuple[DispatchRecord, ...] = ()
     degraded: tuple[int, ...] = ()
 
-    # Worked out when somebody reads them: a GPU would wait for that between two layers.
+    # Computed on demand: between two layers a GPU would have to wait for it.
 
     @property
     def pairs(self) -> int:
-        """(token, expert) pairs that the policy asked for."""
+        """Number of (token, expert) pairs that the policy chose."""
         return sum(int(np.count_nonzero(gate)) for gate, _ in self.asked)
 
     @property
     def predicted_ns(self) -> int:
-        """What the layer's forecasts gave for the slowest node."""
+        """Time of the slowest node by the layer's forecasts, in ns."""
         return max(int(1e9 * predicted_s(gate > 0, forecast)) for gate, forecast in self.asked)
 
     @property
     def critical(self) -> DispatchRecord | None:
-        """The request that the layer waited for longest; None when nothing was dispatched."""
+        """The request with the longest round trip; None when nothing was dispatched."""
         return max(self.dispatches, key=lambda d: d.round_trip_ns, default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One forward step: pieces of prompts (prefill), or one token per sequence and guesses of the next (decode).
+    """One forward step: pieces of prompts (prefill), or one token per sequence and its draft tokens (decode).
 
     Attributes:
-        position: of the step's first token in its sequence (the first one's, of several).
-        tokens: tokens that went in, of all sequences.
-        head_ns: embedding, final norm, LM head and choice of the token.
+        phase: prefill or decode.
+        position: of the first sequence's first token in this step.
+        tokens: tokens that went through the model, of all sequences.
         total_ns: wall time of the step.
-        drafted: tokens of the step that were guesses, of the sequence that this record is kept for.
-        accepted: guesses that were right.
-        draft_ns: what making them took, before the step.
+        head_ns: embedding, final norm and LM head.
+        layers: one record per layer.
+        drafted: draft tokens in the step, of the sequence that this record is kept for.
+        accepted: draft tokens that were accepted.
+        draft_ns: time spent drafting, before the step.
     """
 
     phase: Phase
@@ -107,16 +112,16 @@ class StepRecord:
 
     @property
     def degraded(self) -> frozenset[int]:
-        """Tokens of the step for which some layer had to do without an expert."""
+        """Tokens of the step for which some layer lacked a preferred expert."""
         return frozenset(token for layer in self.layers for token in layer.degraded)
 
     def split_ns(self) -> "TimeSplit":
-        """Where the step's time went along the critical path; the parts add up to `total_ns`."""
+        """How the step's time was spent along the critical path; the parts add up to `total_ns`."""
         trunk = self.head_ns + sum(layer.trunk_ns for layer in self.layers)
         network = compute = wait = 0
         for layer in self.layers:
             if (slowest := layer.critical) is not None:
-                # Of a round trip that another piece's trunk has hidden in part, the rest counts.
+                # The trunk's work on another micro-batch may hide a part of a round trip: only the rest counts.
                 share = min(1.0, layer.dispatch_ns / max(1, slowest.round_trip_ns))
                 durations = slowest.durations
                 network += int(share * slowest.network_ns)
@@ -131,9 +136,9 @@ class TimeSplit:
 
     Attributes:
         trunk: attention, norms, gate, selection and head on the base station.
-        network: links and broker, of the slowest node of each layer.
+        network: links and broker, for the slowest node of each layer.
         compute: that node's experts.
-        wait: that node's queue, and its reading of experts into memory.
+        wait: that node's queue, and loading experts into its memory.
         framing: the rest: packing, unpacking and adding up, on both sides.
     """
 

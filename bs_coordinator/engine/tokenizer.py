@@ -1,4 +1,4 @@
-"""Text to token ids and back: the checkpoint's own tokenizer."""
+"""Text to token ids and back, with the checkpoint's own tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,14 @@ class Tokenizer:
     """The checkpoint's own tokenizer and chat template."""
 
     def __init__(self, folder: Path, *, fallback_eos: int | None = None) -> None:
-        """Load from `trunk/` of a bundle.
+        """Load from the `trunk/` folder of a bundle.
+
+        Args:
+            folder: with the tokenizer's files.
+            fallback_eos: end-of-sequence token, where the tokenizer does not name one.
 
         Raises:
-            BundleError: there is none.
+            BundleError: the folder has no usable tokenizer.
         """
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
@@ -29,13 +33,13 @@ class Tokenizer:
 
     @property
     def ids(self) -> dict[str, int]:
-        """Every token and its id."""
+        """The vocabulary: every token and its id."""
         ids: dict[str, int] = self._tokenizer.get_vocab()
         return ids
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether this is a chat model."""
+        """Whether the checkpoint has a chat template."""
         return bool(self._tokenizer.chat_template)
 
     def encode(self, text: str) -> list[int]:
@@ -44,7 +48,7 @@ class Tokenizer:
         return ids
 
     def encode_chat(self, messages: list[ChatMessage]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant speaks next."""
+        """Token ids of a conversation, up to the start of the assistant's next message."""
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
@@ -55,7 +59,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """Turns ids into text as they come; holds back bytes that don't make a character yet."""
+    """Decodes ids into text one at a time; holds back bytes that do not form a character yet."""
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
@@ -63,11 +67,11 @@ class TextStream:
         self._last: list[int] = []
 
     def push(self, id: int) -> str:
-        """Text that has become certain with this token, perhaps empty; U+FFFD for bytes that became no character."""
+        """The text that this token completes, perhaps empty; U+FFFD stands for bytes that form no character."""
         try:
             text = self._stream.step(self._backend, id)
-        except Exception:  # noqa: BLE001 - tokenizers has no class of its own for it
-            # A byte that was the beginning of nothing, after one that was: it stumbles over the text that it gave out.
+        except Exception:  # noqa: BLE001 - tokenizers raises bare Exception
+            # DecodeStream fails where the bytes it held back turn out to form no character: start again behind them.
             self._stream = DecodeStream(ids=self._last, skip_special_tokens=True)
             text = self._stream.step(self._backend, id)
         self._last = [id]

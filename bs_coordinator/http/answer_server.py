@@ -15,7 +15,7 @@ from typing import NamedTuple
 from bs_coordinator.config import SamplingConfig
 from bs_coordinator.dispatch.dispatcher import Dispatcher
 from bs_coordinator.engine.scheduler import Progress, Scheduler
-from bs_coordinator.engine.sequence import Answer, Sequence, TokenEvent
+from bs_coordinator.engine.sequence import GeneratedAnswer, Sequence, TokenEvent
 from bs_coordinator.errors import BusyError
 from common.errors import WdmoeError
 from wire.errors import BrokerError
@@ -82,7 +82,7 @@ class AnswerServer:
         self._lock = threading.Lock()
         self._inbox: deque[Request] = deque()
         self._cancelled: deque[Request] = deque()
-        self._requests: dict[int, tuple[Request, Answer | None]] = {}
+        self._requests: dict[int, tuple[Request, GeneratedAnswer | None]] = {}
         self._progress_s = time.monotonic()
         self._answer_s = _FIRST_ANSWER_S
         self._lost = ""

@@ -19,7 +19,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from bs_coordinator.engine.sequence import StopReason, TokenEvent, Tokenizer
+from bs_coordinator.engine.sequence import StopReason, TokenEvent
+from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.errors import BusyError, ContextLengthError
 from bs_coordinator.http.answer_server import AnswerServer, StreamUpdate
 from bs_coordinator.http.openai_schema import Chat, Completion, Options, parse_request

@@ -1,10 +1,10 @@
-"""One token through the trunk on a GPU without the host in the way: a single CUDA graph that waits for the experts.
+"""One token through the trunk on a GPU without launches by the host: one CUDA graph that waits for the experts.
 
-Between graph and host there are only pinned buffers. Before each wait the graph writes the experts' input and the
-gate's probabilities there and then a stamp, which the host polls; the host writes the experts' output there and then
-whose turn it is, for which the graph waits. No kernel runs meanwhile, so that other programs may use the GPU. Where a
-graph can't wait there is one for each segment, from the experts' output to the next experts' input, which the host
-launches.
+Graph and host communicate through pinned buffers. In each layer the graph writes the experts' input, the gate's
+probabilities and then a stamp, which the host polls. The host writes the experts' output and then the layer's number,
+for which the graph waits. No kernel runs during the wait, so other programs can use the GPU. Where a graph can't wait,
+there is one graph per segment (from one layer's experts' output to the next layer's experts' input), and the host
+launches each.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _DEADLINE_S = 30.0
 _POLLS_BETWEEN_CHECKS = 1 << 14
-# These give each position the same angles however long the sequence gets, so that a table holds them.
+# With these, a position's angles do not depend on the length of the sequence, so they can be kept in a table.
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
 
@@ -38,9 +38,9 @@ class Tuning(NamedTuple):
     Attributes:
         project: rows per tile, tiles per program and warps of the matrix products.
         attend_block: positions that one program attends to at a time.
-        fetch_output_bytes: how much of the output projection is fetched while attention runs.
-        fetch_next_bytes: how much of the next layer's first matrix the L2 cache gets while the experts compute.
-        overlap: whether a kernel may start before its predecessor has ended (compute capability 9.0).
+        fetch_output_bytes: bytes of the output projection to prefetch into the L2 cache while attention runs.
+        fetch_next_bytes: bytes of the next layer's first matrix to prefetch while the experts compute.
+        overlap: whether a kernel may start before its predecessor has ended (needs compute capability 9.0).
     """
 
     project: tuple[int, int, int] = (4, 2, 8)
@@ -51,7 +51,7 @@ class Tuning(NamedTuple):
 
 
 def fits(config: Any, rope_type: str, device: torch.device) -> bool:
-    """Whether this model's decode steps can run as graphs on this device."""
+    """Whether this model's decoding steps can run as graphs on this device."""
     head_dim = _head_dim(config)
     return (
         device.type == "cuda"
@@ -65,13 +65,13 @@ def fits(config: Any, rope_type: str, device: torch.device) -> bool:
 
 
 class GraphedDecoder:
-    """The trunk's graphs and their buffers; between `begin` and `head` it is one step's passage."""
+    """The trunk's graphs and their buffers. Between `begin` and `head` they hold one step's token."""
 
     def __init__(
         self, modules: Any, rotary: nn.Module, config: Any, device: torch.device, dtype: torch.dtype,
         tuning: Tuning | None = None,
     ) -> None:  # fmt: skip
-        """Compile and capture. The projections of query, key and value become parts of one matrix."""
+        """Compile and capture. The modules' query, key and value projections become views of one joined matrix."""
         self._modules = modules
         self._config = config
         self._device = device
@@ -89,15 +89,15 @@ class GraphedDecoder:
             self._capture()
 
     def new_cache(self) -> SlabCache:
-        """An empty cache that both the graphs and the eager modules can use."""
+        """An empty cache that the graphs and the eager modules can both use."""
         return SlabCache(self._config, head_dim=self._head_dim, device=self._device, dtype=self._dtype)
 
     def takes(self, cache: object) -> bool:
-        """Whether the next token of this sequence can go through the graphs."""
+        """Whether the next token of the sequence with this cache can go through the graphs."""
         return isinstance(cache, SlabCache) and cache.get_seq_length() < len(self._cosines)
 
     def begin(self, token: int, cache: Any) -> None:
-        """Start a step: one token that follows what `cache`, a `SlabCache`, holds."""
+        """Start a step: one token id that follows what `cache`, a `SlabCache`, holds."""
         self.abandon()
         self._idle = False
         self._cache = cache
@@ -110,26 +110,26 @@ class GraphedDecoder:
         self._graphs[0].replay()
 
     def attend(self, layer: int) -> tuple[Array, Array]:
-        """Wait for a layer's experts' input [1, hidden] and probabilities [1, experts], fp32.
+        """Wait for a layer's experts' input [1, hidden] and gate probabilities [1, experts], fp32.
 
         Both stay valid until the next step begins.
 
         Raises:
-            TrunkError: the GPU failed, or has not answered for long.
+            TrunkError: the GPU failed, or has not answered within 30 s.
         """
         self._wait(layer)
         self._cache.layers[layer].length = self._position + 1
         return self._x_views[layer], self._probability_views[layer]
 
     def add(self, layer: int, output: Array) -> None:
-        """Let run what follows the layer's experts; output is fp32 [1, hidden]."""
+        """Hand over the experts' output, fp32 [1, hidden]; the GPU continues behind this layer's experts."""
         self._experts_view[:] = output[0]
         self._turn_view[0] = layer + 1
         if len(self._graphs) > 1:
             self._graphs[layer + 1].replay()
 
     def head(self) -> Tensor:
-        """The last token's logits, fp32 [1, vocab] on the CPU.
+        """The token's logits, fp32 [1, vocab] on the CPU.
 
         Raises:
             TrunkError: the GPU failed.
@@ -142,11 +142,11 @@ class GraphedDecoder:
         return self._logits_host.clone()
 
     def abandon(self) -> None:
-        """Give up the step: the GPU goes through what was launched, whatever comes of it, and is ready for another."""
+        """Give up the step: the GPU finishes what was launched, with undefined results, and is ready for another."""
         if not self._idle:
             self._idle = True
             self._turn_view[0] = self._layers
-            # A GPU that has failed has been reported, or will be by whoever uses it next.
+            # A GPU failure was reported already, or the next call will report it.
             with contextlib.suppress(RuntimeError):
                 torch.cuda.synchronize(self._device)
 
@@ -205,13 +205,13 @@ class GraphedDecoder:
         self._experts_view = self._experts_host.numpy()
         self._x_views = [self._x_host[i, None].numpy() for i in range(self._layers)]
         self._probability_views = [self._probabilities_host[i, None].numpy() for i in range(self._layers)]
-        # Reading or writing a memoryview costs a third of doing so to an array.
+        # Accessing an element of a memoryview takes a third of the time it takes with an array.
         flags: Any = self._flags_host.numpy()
         turn: Any = self._turn_host.numpy()
         self._flags, self._turn_view = memoryview(flags), memoryview(turn)
 
     def _capture(self) -> None:
-        # Run once before: kernels are compiled and loaded, which a capture does not allow.
+        # Run everything once first: kernels can't be compiled or loaded during a capture.
         cache = self.new_cache()
         self._step_view[:] = (cache.slab.data_ptr(), cache.slab.shape[3], 0, 0, 0)
         for segment in range(self._layers + 1):
@@ -221,7 +221,7 @@ class GraphedDecoder:
         try:
             self._graphs = [self._captured(segments, _stream_wait(self._turn_host))]
         except (RuntimeError, TrunkError) as error:
-            log.info("graphs can't wait for the host here (%s): one for each layer", str(error).splitlines()[0])
+            log.info("CUDA graphs can't wait for the host here (%s): using one per layer", str(error).splitlines()[0])
             self._graphs = [self._captured([segment]) for segment in segments]
         torch.cuda.synchronize(self._device)
 
@@ -237,7 +237,7 @@ class GraphedDecoder:
         return graph
 
     def _launch(self, segment: int) -> None:
-        """What lies between the experts of layer `segment` - 1 and those of `segment`; the head after the last."""
+        """Launch the kernels between the experts of layer `segment` - 1 and those of `segment`; last, the head."""
         config, tuning = self._config, self._tuning
         size, options = config.hidden_size, {"launch_pdl": True} if tuning.overlap else {}
         block = 256
@@ -298,12 +298,12 @@ class GraphedDecoder:
 
 
 def _stream_wait(word: Tensor) -> Callable[[int], None]:
-    """What makes the current stream wait until an int32 in pinned memory has reached a value.
+    """A function that makes the current stream wait until an int32 in pinned memory has reached a value.
 
     Raises:
-        TrunkError: this system's driver does not offer that; or, from what is returned, not here.
+        TrunkError: this system's driver has no such call; raised by the function: the call failed.
     """
-    # A part of the driver's interface that torch does not have.
+    # torch does not wrap this call of the driver.
     try:
         call = ctypes.CDLL("libcuda.so.1").cuStreamWaitValue32_v2
     except (OSError, AttributeError) as error:
@@ -320,7 +320,7 @@ def _stream_wait(word: Tensor) -> Callable[[int], None]:
 
 
 def _joined(attention: Any) -> Tensor:
-    """Query, key and value projections in one matrix, of which the modules' own weights become parts."""
+    """Join the query, key and value projections in one matrix; the modules' weights become views of it."""
     parts = [attention.q_proj, attention.k_proj, attention.v_proj]
     joined = torch.cat([part.weight for part in parts])
     for part, weight in zip(parts, torch.split(joined, [part.weight.shape[0] for part in parts]), strict=True):

@@ -1,4 +1,4 @@
-"""What goes into a step of the model, and how it is cut into micro_batches. Pure."""
+"""The input of a step of the model, and how it is cut into micro-batches. Pure."""
 
 import itertools
 import math
@@ -11,11 +11,13 @@ from bs_coordinator.trunk.trunk import Packing
 
 
 class SequenceInput(NamedTuple):
-    """One sequence's share of a step: token ids that follow what its cache holds.
+    """One sequence's share of a step.
 
     Attributes:
-        packing: where it is several sequences after all.
-        rows: the tokens whose logits are wanted, instead of the last one's.
+        ids: token ids that follow what the cache holds.
+        cache: the sequence's KV cache.
+        packing: where the ids are in fact several sequences.
+        rows: indices of the tokens whose logits are wanted; None for the last token's.
     """
 
     ids: list[int]
@@ -25,16 +27,17 @@ class SequenceInput(NamedTuple):
 
     @property
     def wanted(self) -> list[int]:
-        """The tokens whose logits are wanted, where not all are."""
+        """Indices of the tokens whose logits are wanted, unless all are."""
         return [-1] if self.rows is None else self.rows
 
 
 class Piece(NamedTuple):
-    """A sequence, or some consecutive tokens of one.
+    """A sequence's input, or consecutive tokens of it.
 
     Attributes:
-        number: of the sequence in its step.
-        first_token: its place among all tokens of the step, sequence after sequence.
+        number: index of the sequence in its step.
+        first_token: index of the first token among all tokens of the step, sequence after sequence.
+        inputs: the tokens.
     """
 
     number: int
@@ -43,13 +46,14 @@ class Piece(NamedTuple):
 
 
 def cut_inputs(inputs: Sequence[SequenceInput], *, most_tokens: int, all_logits: bool) -> list[list[Piece]]:
-    """Cut inputs into micro-batches: the first has a piece of every sequence, later ones the next pieces of long ones.
+    """Cut inputs into micro-batches: the first holds a piece of each sequence, the others further pieces of long ones.
 
-    Only inputs that want their last token's logits, or all, are cut, and no packed ones.
+    Packed inputs and inputs that want the logits of certain rows are not cut.
 
     Args:
-        most_tokens: of a sequence in one batch; pieces of one sequence are alike in size.
-        all_logits: all tokens' logits are wanted.
+        inputs: of the step.
+        most_tokens: of a sequence in one micro-batch. Pieces of one sequence differ by at most one token in size.
+        all_logits: whether all tokens' logits are wanted.
     """
     micro_batches: list[list[Piece]] = [[]]
     first = 0

@@ -1,4 +1,4 @@
-"""A KV cache that stays in one place on a GPU, so that captured graphs can append to it."""
+"""A KV cache at a fixed address on a GPU, which captured graphs can append to."""
 
 from typing import Any
 
@@ -10,17 +10,26 @@ FIRST_CAPACITY = 256
 
 
 class SlabCache(DynamicCache):  # type: ignore[misc] # transformers is untyped here
-    """Keys and values of one sequence in a single tensor that doubles when it is full.
+    """Keys and values of one sequence in a single tensor that doubles in capacity when it is full.
 
-    A conversation takes at most twice the memory of its tokens (Mixtral-8x7B in bf16: 128 KiB each), at most the
-    model's context unless a packed step holds more.
+    A conversation takes at most twice the memory of its tokens (Mixtral-8x7B in bf16: 128 KiB per token). The capacity
+    does not grow beyond the model's context, unless a packed step holds more tokens.
 
     Attributes:
-        slab: [layers, 2 (keys, values), key-value heads, capacity, head's size]; positions past a layer's length
-            hold anything.
+        slab: [layers, 2 (keys, values), key-value heads, capacity, head size]; positions past a layer's length are
+            undefined.
+        layers: one view of the slab per layer.
     """
 
     def __init__(self, config: Any, *, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+        """An empty cache.
+
+        Args:
+            config: of the model.
+            head_dim: size of a head.
+            device: where the slab lies.
+            dtype: of keys and values.
+        """
         super().__init__(config=config)
         count = config.num_hidden_layers
         self._max_positions: int = config.max_position_embeddings
@@ -30,7 +39,7 @@ class SlabCache(DynamicCache):  # type: ignore[misc] # transformers is untyped h
         self.layers: list[SlabLayer] = [SlabLayer(self, i) for i in range(count)]
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` positions; what is held is kept."""
+        """Make room for `tokens` positions, keeping those that are held. May move the slab."""
         held = self.slab.shape[3]
         if tokens <= held:
             return
@@ -46,7 +55,7 @@ class SlabLayer(DynamicLayer):  # type: ignore[misc] # transformers is untyped h
     """One layer's part of a slab.
 
     Attributes:
-        length: positions held.
+        length: number of positions held.
     """
 
     def __init__(self, cache: SlabCache, index: int) -> None:
@@ -57,7 +66,7 @@ class SlabLayer(DynamicLayer):  # type: ignore[misc] # transformers is untyped h
         self._index = index
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append [1, heads, tokens, dim] of each; all keys and values."""
+        """Append keys and values, each [1, heads, tokens, dim]; returns all of them."""
         end = self.length + key_states.shape[-2]
         self._cache.reserve(end)
         keys, values = self._cache.slab[self._index]
@@ -67,9 +76,9 @@ class SlabLayer(DynamicLayer):  # type: ignore[misc] # transformers is untyped h
         return keys[None, :, :end], values[None, :, :end]
 
     def get_seq_length(self) -> int:
-        """Positions held."""
+        """Number of positions held."""
         return self.length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last positions; as in transformers, their number is given negative."""
+        """Remove the last positions; as in transformers, their number is passed as a negative value."""
         self.length -= abs(tokens_to_remove)

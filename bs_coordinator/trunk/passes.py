@@ -1,6 +1,7 @@
-"""Ways through the trunk: rows on a CPU, captured graphs on a GPU, or transformers' own blocks.
+"""The ways through the trunk: rows on a CPU, captured graphs on a GPU, or transformers' own blocks.
 
-`start_pass` decides which way some sequences take."""
+`start_pass` decides which way a step's sequences take.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -20,53 +21,60 @@ if TYPE_CHECKING:
 
 
 def start_pass(trunk: Trunk, inputs: Sequence[SequenceInput]) -> "TrunkPass":
-    """Neighbours with few tokens together, where this trunk runs them so; in the order of the inputs."""
+    """Begin to take sequences through the trunk, in the order of `inputs`.
+
+    Neighbours with few tokens share one pass, where this trunk runs them as rows.
+    """
     if len(inputs) == 1 and inputs[0].packing is None and (graphs := trunk.graphs(inputs[0].ids, inputs[0].cache)):
         return TokenPass(graphs, inputs[0])
     passes: list[TrunkPass] = []
-    for few, group in itertools.groupby(inputs, lambda f: len(f.ids) <= MAX_ROWS and f.packing is None):
+    for few, group in itertools.groupby(inputs, lambda s: len(s.ids) <= MAX_ROWS and s.packing is None):
         some = list(group)
-        rows = trunk.rows([f.ids for f in some], [f.cache for f in some]) if few else None
+        rows = trunk.rows([s.ids for s in some], [s.cache for s in some]) if few else None
         passes.append(RowsPass(rows, some) if rows else BlocksPass(trunk, some))
     return passes[0] if len(passes) == 1 else JointPass(passes)
 
 
 class TrunkPass(Protocol):
-    """Some sequences' new tokens on their way through the trunk."""
+    """New tokens of one or more sequences on their way through the trunk."""
 
     def attend(self, layer: int) -> tuple[Array, Array]:
-        """The experts' input [tokens, hidden] and the gate's probabilities [tokens, experts], fp32 on the host."""
+        """Run the first half of a layer.
+
+        Returns:
+            The experts' input [tokens, hidden] and the gate's probabilities [tokens, experts], float32 on the host.
+        """
 
     def add(self, output: Array) -> None:
-        """What the experts made of it, float32 [tokens, hidden]."""
+        """Run the second half of the layer: add the experts' output, float32 [tokens, hidden]."""
 
     def logits(self, all_logits: bool) -> list[Tensor]:
-        """Per input_, as `DistributedMixtral.step` returns them."""
+        """After the last layer: logits for each sequence, as `DistributedMixtral.step` returns them."""
 
     def abandon(self) -> None:
-        """Give up half-way."""
+        """Give up the step, at any point."""
         return
 
 
 class RowsPass(TrunkPass):
-    """Sequences with few new tokens each, on their way through the trunk together."""
+    """Sequences with few new tokens each, together, with results that do not depend on the batch."""
 
     def __init__(self, rows: Rows, inputs: Sequence[SequenceInput]) -> None:
         self._rows = rows
-        self._feeds = inputs
+        self._inputs = inputs
 
     def attend(self, layer: int) -> tuple[Array, Array]:
-        x, probabilities = self._rows.attend(layer)
-        return x.numpy(), probabilities.numpy()
+        hidden, probabilities = self._rows.attend(layer)
+        return hidden.numpy(), probabilities.numpy()
 
     def add(self, output: Array) -> None:
         self._rows.add(torch.from_numpy(output))
 
     def logits(self, all_logits: bool) -> list[Tensor]:
         wanted, start = [], 0
-        for input_ in self._feeds:
-            count = len(input_.ids)
-            local = range(count) if all_logits else (row % count for row in input_.wanted)
+        for sequence in self._inputs:
+            count = len(sequence.ids)
+            local = range(count) if all_logits else (row % count for row in sequence.wanted)
             wanted.append([start + row for row in local])
             start += count
         logits = self._rows.head([row for rows in wanted for row in rows])
@@ -74,12 +82,12 @@ class RowsPass(TrunkPass):
 
 
 class TokenPass(TrunkPass):
-    """One token of one sequence on its way through captured graphs."""
+    """One token of one sequence, through captured graphs."""
 
-    def __init__(self, graphs: "GraphedDecoder", input_: SequenceInput) -> None:
+    def __init__(self, graphs: "GraphedDecoder", sequence: SequenceInput) -> None:
         self._graphs = graphs
         self._layer = 0
-        graphs.begin(input_.ids[0], input_.cache)
+        graphs.begin(sequence.ids[0], sequence.cache)
 
     def attend(self, layer: int) -> tuple[Array, Array]:
         self._layer = layer
@@ -96,28 +104,28 @@ class TokenPass(TrunkPass):
 
 
 class BlocksPass(TrunkPass):
-    """Sequences on their way through transformers' own blocks, one by one."""
+    """Sequences through transformers' own blocks, one after the other."""
 
     def __init__(self, trunk: Trunk, inputs: Sequence[SequenceInput]) -> None:
         self._trunk = trunk
-        self._feeds = inputs
-        begun = [trunk.embed(torch.tensor(input_.ids), input_.cache, input_.packing) for input_ in inputs]
+        self._inputs = inputs
+        begun = [trunk.embed(torch.tensor(s.ids), s.cache, s.packing) for s in inputs]
         self._hidden, self._contexts = [h for h, _ in begun], [c for _, c in begun]
 
     def attend(self, layer: int) -> tuple[Array, Array]:
         attended = [self._trunk.attend(layer, h, c) for h, c in zip(self._hidden, self._contexts, strict=True)]
         self._hidden = [residual for residual, _, _ in attended]
-        # The copies to the host also wait for a GPU, so that the clock after them is honest.
+        # The copies to the host also wait for a GPU, so a clock read after them includes its work.
         return _to_host([x for _, x, _ in attended]), _to_host([p for _, _, p in attended])
 
     def add(self, output: Array) -> None:
         moved = torch.from_numpy(output).to(self._trunk.device, self._trunk.dtype)
-        parts = torch.split(moved, [len(input_.ids) for input_ in self._feeds])
+        parts = torch.split(moved, [len(sequence.ids) for sequence in self._inputs])
         self._hidden = [residual + part[None] for residual, part in zip(self._hidden, parts, strict=True)]
 
     def logits(self, all_logits: bool) -> list[Tensor]:
-        # One product for all sequences: the head's weights are the largest in the trunk and are read once.
-        wanted = [h if all_logits else h[:, f.wanted] for h, f in zip(self._hidden, self._feeds, strict=True)]
+        # One product for all sequences: the head's weights are the largest in the trunk and are read only once.
+        wanted = [h if all_logits else h[:, s.wanted] for h, s in zip(self._hidden, self._inputs, strict=True)]
         counts = [h.shape[1] for h in wanted]
         if not sum(counts):
             return [torch.empty(0, self._trunk.config.vocab_size)] * len(counts)
@@ -125,23 +133,27 @@ class BlocksPass(TrunkPass):
 
 
 class JointPass(TrunkPass):
-    """Several passes, whose experts are asked together."""
+    """Several passes whose experts are asked together."""
 
     def __init__(self, passes: Sequence[TrunkPass]) -> None:
-        self._passages = passes
+        self._passes = passes
         self._ends: list[int] = []
 
     def attend(self, layer: int) -> tuple[Array, Array]:
-        attended = [trunk_pass.attend(layer) for trunk_pass in self._passages]
+        attended = [trunk_pass.attend(layer) for trunk_pass in self._passes]
         self._ends = list(itertools.accumulate(len(x) for x, _ in attended))
         return np.concatenate([x for x, _ in attended]), np.concatenate([p for _, p in attended])
 
     def add(self, output: Array) -> None:
-        for trunk_pass, part in zip(self._passages, np.split(output, self._ends[:-1]), strict=True):
+        for trunk_pass, part in zip(self._passes, np.split(output, self._ends[:-1]), strict=True):
             trunk_pass.add(part)
 
     def logits(self, all_logits: bool) -> list[Tensor]:
-        return [logits for trunk_pass in self._passages for logits in trunk_pass.logits(all_logits)]
+        return [logits for trunk_pass in self._passes for logits in trunk_pass.logits(all_logits)]
+
+    def abandon(self) -> None:
+        for trunk_pass in self._passes:
+            trunk_pass.abandon()
 
 
 def _to_host(tensors: list[Tensor]) -> Array:

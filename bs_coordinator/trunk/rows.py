@@ -1,9 +1,9 @@
-"""A few tokens through the trunk on a CPU, so that what a token gets does not depend on how many come with it.
+"""A few tokens through the trunk on a CPU, with results that do not depend on which tokens are computed together.
 
-A matrix product picks its kernel by its shape, and each kernel adds up in an order of its own. Here every product has
-the same shape, eight rows, and every token attends alone. A token decoded by itself, verified as a draft's or batched
-with other sequences' tokens therefore gets bitwise the same hidden states; and many sequences share each reading of
-the weights.
+A matrix product chooses its kernel by its shape, and each kernel adds up in its own order. Here every product has the
+same shape, eight rows, and every token attends alone. A token therefore gets bitwise the same hidden states whether it
+is decoded by itself, verified as a draft token or batched with other sequences. Batching still pays, because the
+weights are read once for many sequences.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.mixtral.modeling_mixtral import apply_rotary_pos_emb
 
 MAX_ROWS = 16
-"""Sequences with more new tokens than this are prefill, for which large products pay."""
+"""Sequences with more new tokens than this are prefill, where large products are faster."""
 
 _PRODUCT_ROWS = 8
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x · weightᵀ, [rows, out] from [rows, in] and [out, in]; each row as if it were alone."""
+    """x · weightᵀ, [rows, out] from [rows, in] and [out, in]; each row as if it were computed alone."""
     if not len(x):
         return x.new_empty(0, len(weight))
     pieces = []
@@ -31,13 +31,17 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
         count = len(piece)
         if count < _PRODUCT_ROWS:
             piece = functional.pad(piece, (0, 0, 0, _PRODUCT_ROWS - count))
-        # This way round the weights are read along their rows: twice as fast as the usual way for a large head.
+        # In this order the weights are read along their rows: twice as fast as x @ weight.t() for a large head.
         pieces.append((weight @ piece.t())[:, :count].t().contiguous())
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 class Rows:
-    """One step of sequences with few new tokens each, for all of them at once."""
+    """One step of sequences with few new tokens each, computed together.
+
+    Attributes:
+        hidden: hidden states between two layers, [rows, hidden].
+    """
 
     def __init__(
         self, modules: Any, rotary: nn.Module, ids: Sequence[Sequence[int]], caches: Sequence[DynamicCache]
@@ -46,8 +50,9 @@ class Rows:
 
         Args:
             modules: of the trunk.
+            rotary: the rotary embedding.
             ids: new token ids of each sequence.
-            caches: what comes before them.
+            caches: of the sequences; they hold the tokens before these.
         """
         self._modules = modules
         self._caches = caches
@@ -59,7 +64,7 @@ class Rows:
         self._residual = self.hidden
 
     def attend(self, layer: int) -> tuple[Tensor, Tensor]:
-        """First half of a layer: the experts' input [rows, hidden], the gate's probabilities [rows, experts]."""
+        """First half of a layer: the experts' input [rows, hidden] and the gate's probabilities [rows, experts]."""
         block = self._modules.layers[layer]
         attention = block.self_attn
         normed = block.input_layernorm(self.hidden)
@@ -90,9 +95,9 @@ class Rows:
         return expert_input, torch.softmax(product(expert_input, block.gate.weight), dim=-1)
 
     def add(self, output: Tensor) -> None:
-        """Second half of a layer: what the experts made of it, [rows, hidden]."""
+        """Second half of a layer: add the experts' output, [rows, hidden]."""
         self.hidden = self._residual + output
 
     def head(self, rows: Sequence[int]) -> Tensor:
-        """Logits [rows, vocab] of some rows."""
+        """Logits [len(rows), vocab] of some rows, by index."""
         return product(self._modules.norm(self.hidden[list(rows)]), self._modules.lm_head.weight)

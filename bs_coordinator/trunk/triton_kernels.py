@@ -1,13 +1,13 @@
-"""GPU kernels of one decoded token, in Triton: what a layer of the trunk does between two dispatches.
+"""Triton kernels for one decoded token: what a layer of the trunk computes between two dispatches.
 
 Rounding follows the eager modules: norms, projections, rotated heads and residuals are rounded to the trunk's dtype,
-sums are kept in fp32. A token reads every weight once, so that the kernels are bound by memory, and each is shaped for
-many loads in flight. `next_*` are weights that a later kernel reads: they are fetched into the L2 cache while the
-memory would be idle.
+and sums are kept in fp32. A token reads every weight once, so the kernels are bound by memory bandwidth, and each is
+shaped for many loads in flight. `next_*` are weights that a later kernel reads: they are prefetched into the L2 cache
+while the memory would be idle.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-# Kernels are Triton's language, which has no types of Python's.
+# Kernels are written in Triton's language, which has no Python types.
 
 import triton
 import triton.language as tl
@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def _await_previous(overlap: tl.constexpr):
-    """With overlapping launches: nothing that the previous kernel wrote may be read before this."""
+    """With overlapping launches, the previous kernel's results may only be read after this."""
     if overlap:
         gdc_wait()
         gdc_launch_dependents()
@@ -24,18 +24,18 @@ def _await_previous(overlap: tl.constexpr):
 
 @triton.jit
 def _fetch(next_weights, next_elements, program, programs, block: tl.constexpr, overlap: tl.constexpr):
-    """Read weights to nowhere, so that they are in the L2 cache. Depends on no kernel and waits for none."""
+    """Prefetch weights into the L2 cache. Depends on no other kernel."""
     if overlap:
         gdc_launch_dependents()
     offsets = tl.arange(0, block)
     for start in range(program * block, next_elements, programs * block):
-        # Volatile: otherwise a load whose result is not used is dropped.
+        # Volatile: the compiler would drop a load whose result is not used.
         tl.load(next_weights + start + offsets, mask=start + offsets < next_elements, volatile=True)
 
 
 @triton.jit
 def begin(step_host, step, table, hidden, size, block: tl.constexpr, overlap: tl.constexpr):
-    """Copy the step's parameters to the GPU, look up the token's embedding.
+    """Copy the step's parameters to the GPU and look up the token's embedding.
 
     Args:
         step_host, step: int64 [5], pinned and on the GPU: address of the KV slab, its capacity, position, token, stamp.
@@ -53,7 +53,7 @@ def begin(step_host, step, table, hidden, size, block: tl.constexpr, overlap: tl
 
 @triton.jit
 def add_experts(residual, experts_host, hidden, size, block: tl.constexpr, overlap: tl.constexpr):
-    """hidden = residual + experts' output, fp32 [size] read from pinned memory."""
+    """hidden = residual + the experts' output, fp32 [size], read from pinned memory."""
     if overlap:
         gdc_launch_dependents()
     at = tl.program_id(0) * block + tl.arange(0, block)
@@ -68,12 +68,12 @@ def project(
     normed: tl.constexpr, added: tl.constexpr, tile_rows: tl.constexpr, tiles: tl.constexpr, block: tl.constexpr,
     overlap: tl.constexpr,
 ):  # fmt: skip
-    """out [rows] = weights [rows, size] · x, of x's RMS norm if `normed`, plus `residual` if `added`."""
+    """out [rows] = weights [rows, size] · x [size], with x's RMS norm if `normed`, plus `residual` if `added`."""
     at = tl.arange(0, block)
     inside = at < size
     row = tl.program_id(0) * (tile_rows * tiles) + tl.arange(0, tile_rows)
     # The first tile does not depend on the previous kernel: its loads are issued before the wait. Each weight is read
-    # once a token: it should not push out of the cache what was fetched for the next kernel.
+    # once per token, so it must not evict what was prefetched for the next kernel.
     tile = tl.load(
         weights + row[:, None] * size + at[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0.0,
         eviction_policy="evict_first",
@@ -118,13 +118,13 @@ def attend(
     heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr, splits: tl.constexpr, block: tl.constexpr,
     group_block: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
-    """ArrivalTiming of one new token, whose keys and values are appended to the slab on the way.
+    """Attention of one new token, whose key and value are appended to the slab.
 
-    Each key-value head is split over `splits` programs by position; the last one to finish adds them up.
+    Each key-value head is split by position over `splits` programs; the last one to finish combines them.
 
     Args:
         qkv: [(heads + 2 kv_heads) · dim].
-        step: see `begin`; the slab is [layers, 2, kv_heads, capacity, dim].
+        step: the parameters that `begin` copies; the slab is [layers, 2, kv_heads, capacity, dim].
         cosines, sines: [positions, dim].
         partial: fp32 [kv_heads, splits, group_block, dim]; partial_max, partial_sum: without the last axis.
         counters: int32 [kv_heads], zero before and after.
@@ -138,7 +138,7 @@ def attend(
     else:
         group: tl.constexpr = heads // kv_heads
         dtype = qkv.dtype.element_ty
-        # What earlier steps left is read before the wait: it does not depend on the previous kernel.
+        # Keys and values of earlier steps do not depend on the previous kernel: they are read before the wait.
         slab = tl.load(step).to(tl.pointer_type(dtype))
         capacity = tl.multiple_of(tl.load(step + 1), 16)
         position = tl.load(step + 2)
@@ -202,8 +202,8 @@ def _add_up(
     partial, partial_max, partial_sum, out, head,
     group: tl.constexpr, dim: tl.constexpr, splits: tl.constexpr, group_block: tl.constexpr,
 ):  # fmt: skip
-    """A head's attention from its splits; see `attend`."""
-    # Many splits at a time, so that their loads do not wait for each other, but no more than registers hold.
+    """Combine the splits of a key-value head's attention, as `attend` left them."""
+    # Many splits at a time, to overlap their loads, but no more than fit into registers.
     members: tl.constexpr = triton.next_power_of_2(group)
     together: tl.constexpr = max(1, min(splits, 8192 // (members * dim)))
     at = tl.arange(0, dim)
@@ -211,7 +211,7 @@ def _add_up(
     in_group = member < group
     split = tl.arange(0, splits)
     every = (head * splits + split)[:, None] * group_block + member[None, :]
-    # Past the L1 cache: other programs wrote these.
+    # Bypass the L1 cache: other programs wrote these values.
     highs = tl.load(partial_max + every, cache_modifier=".cg")
     top = tl.max(highs, axis=0)
     whole = tl.sum(tl.exp2(highs - top[None, :]) * tl.load(partial_sum + every, cache_modifier=".cg"), axis=0)
@@ -232,9 +232,9 @@ def gate(
     residual, norm, weights, step, x_host, probabilities_host, flag_host, experts, size, eps,
     next_weights, next_elements, block: tl.constexpr, experts_block: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
-    """Experts' input fp32 [size] and gate probabilities fp32 [experts] into pinned memory, then the step's stamp.
+    """Write the experts' input fp32 [size], the gate's probabilities fp32 [experts], then the stamp to pinned memory.
 
-    One program does this; the others fetch.
+    One program does this; the others prefetch.
     """
     program = tl.program_id(0)
     at = tl.arange(0, block)

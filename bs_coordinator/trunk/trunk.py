@@ -1,6 +1,6 @@
 """The part of a Mixtral that stays on the base station: embeddings, attention, norms, gates, head, KV cache.
 
-ArrivalTiming, norms and rotary embedding are transformers' own modules, so that this is the same arithmetic as
+Attention, norms and rotary embedding are transformers' own modules, so the arithmetic is that of
 `MixtralForCausalLM`. This module knows neither nodes nor frames.
 """
 
@@ -23,12 +23,12 @@ from transformers.models.mixtral.modeling_mixtral import (
 )
 
 from bs_coordinator.config import TrunkDtype
+from bs_coordinator.errors import TrunkError
 from bs_coordinator.trunk.rows import Rows
+from wire.errors import BundleError
 
 if TYPE_CHECKING:
     from bs_coordinator.trunk.cuda_graph import GraphedDecoder
-from bs_coordinator.errors import TrunkError
-from wire.errors import BundleError
 
 _TORCH_DTYPE: dict[TrunkDtype, torch.dtype] = {
     "fp32": torch.float32,
@@ -38,12 +38,12 @@ _TORCH_DTYPE: dict[TrunkDtype, torch.dtype] = {
 
 
 class Packing(NamedTuple):
-    """Several sequences in one: many short ones take far fewer and larger products this way.
+    """Several sequences packed into one, so that many short ones take few large products.
 
     Attributes:
         positions: int64 [tokens], of each token within its own sequence.
-        visible: bool [tokens, past + tokens], what each token attends to: all that came before it in its sequence,
-            and itself.
+        visible: bool [tokens, past + tokens], the positions that each token attends to: itself and all before it in
+            its sequence.
     """
 
     positions: Tensor
@@ -51,7 +51,13 @@ class Packing(NamedTuple):
 
 
 class StepContext:
-    """What all layers of one forward step share: cache, rotary embedding and attention mask."""
+    """What all layers of one forward step share.
+
+    Attributes:
+        cache: the KV cache.
+        rotary: cosines and sines of the rotary embedding.
+        mask: attention mask, as transformers makes it.
+    """
 
     def __init__(self, cache: DynamicCache, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> None:
         self.cache = cache
@@ -60,34 +66,42 @@ class StepContext:
 
 
 def check_device(name: str) -> None:
-    """Make sure that a trunk can run there.
+    """Check that a trunk can run on a device, named as torch names it.
 
     Raises:
-        TrunkError: it is no device, one that trunks don't run on, or not in this machine.
+        TrunkError: the name is invalid, the trunk does not run on such a device, or this machine has none.
     """
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise TrunkError(f"--device {name}: the trunk runs on cpu, cuda or a certain GPU such as cuda:1")
+        raise TrunkError(f"--device {name}: choose cpu, cuda or one GPU such as cuda:1")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise TrunkError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA GPUs here; use --device cpu")
 
 
 class Trunk:
-    """A loaded trunk on one device."""
+    """A loaded trunk on one device.
+
+    Attributes:
+        config: the model's `MixtralConfig`.
+        device, dtype: of the weights and of the arithmetic.
+    """
 
     def __init__(
         self, folder: Path, *, device: str = "cpu", dtype: TrunkDtype = "fp32", graphs: bool = True
     ) -> None:  # fmt: skip
-        """Load `trunk/` of a bundle.
+        """Load the `trunk/` folder of a bundle.
 
         Args:
-            graphs: run single tokens as captured graphs where device and model allow.
+            folder: with `config.json` and `model.safetensors`.
+            device: as torch names it.
+            dtype: of the weights and of the arithmetic.
+            graphs: run single tokens as captured graphs where device and model allow it.
 
         Raises:
-            BundleError: files are missing or don't fit together.
+            BundleError: files are missing or do not fit together.
         """
         self.config: Any = _load_config(folder)
         self.device = torch.device(device)
@@ -104,7 +118,7 @@ class Trunk:
         try:
             self._modules.load_state_dict(state, assign=True)
         except RuntimeError as error:
-            raise BundleError(f"{folder} does not hold this model's trunk: {error}") from None
+            raise BundleError(f"{folder} does not hold the trunk that its config.json describes: {error}") from None
         self._modules.requires_grad_(False).eval()
         self._rotary = MixtralRotaryEmbedding(self.config).to(self.device)
         sliding = getattr(self.config, "sliding_window", None)
@@ -118,13 +132,13 @@ class Trunk:
 
     @property
     def eos_id(self) -> int | None:
-        """End-of-sequence token of the model's config, where it names exactly one."""
+        """End-of-sequence token in the model's config, if it names exactly one."""
         eos = self.config.eos_token_id
         return eos if isinstance(eos, int) else None
 
     @property
     def batch_invariant(self) -> bool:
-        """Whether what a token gets does not depend on how many come with it, bit for bit (`trunk_rows`)."""
+        """Whether a token's results are bitwise independent of the tokens computed with it (`trunk.rows`)."""
         sliding = getattr(self.config, "sliding_window", None)
         return self.device.type == "cpu" and self.dtype == torch.float32 and not sliding
 
@@ -136,20 +150,25 @@ class Trunk:
 
     @staticmethod
     def truncate(cache: DynamicCache, tokens: int) -> None:
-        """Forget all but the first `tokens` positions; layers that hold fewer keep what they have."""
+        """Remove all but the first `tokens` positions; layers that hold fewer stay as they are."""
         for layer in cache.layers:
             excess = layer.get_seq_length() - tokens
             if excess > 0:
                 layer.crop(-excess)
 
     def embed(self, ids: Tensor, cache: DynamicCache, packing: Packing | None = None) -> tuple[Tensor, StepContext]:
-        """Begin a step with token ids [tokens] that follow what `cache` holds: hidden [1, tokens, hidden].
+        """Begin a step of one sequence.
 
         Args:
-            packing: where the ids are several sequences.
+            ids: int64 [tokens], that follow what the cache holds.
+            cache: the sequence's KV cache.
+            packing: if the ids are several sequences.
+
+        Returns:
+            Hidden states [1, tokens, hidden], and what the layers of this step share.
 
         Raises:
-            BundleError: several sequences, but the model's attention has a sliding window.
+            BundleError: the ids are packed, but the model's attention has a sliding window.
         """
         hidden = self._modules.embed_tokens(ids.to(self.device)[None])
         if packing is not None:
@@ -170,10 +189,12 @@ class Trunk:
         return hidden, StepContext(cache, self._rotary(hidden, position_ids=positions), mask)
 
     def attend(self, layer: int, hidden: Tensor, step: StepContext) -> tuple[Tensor, Tensor, Tensor]:
-        """First half of a layer.
+        """Run the first half of a layer.
 
         Args:
+            layer: index of the layer.
             hidden: [1, tokens, hidden].
+            step: from `embed`.
 
         Returns:
             The residual [1, tokens, hidden], the experts' input [tokens, hidden] and the gate's probabilities
@@ -192,13 +213,13 @@ class Trunk:
         return residual, expert_input, probabilities
 
     def rows(self, ids: Sequence[Sequence[int]], caches: Sequence[DynamicCache]) -> Rows | None:
-        """Begin a step of sequences with few new tokens each, or None where that is not how they are run here."""
+        """Begin a step of sequences with few new tokens each; None if this trunk is not `batch_invariant`."""
         if not self.batch_invariant:
             return None
         return Rows(self._modules, self._rotary, ids, caches)
 
     def graphs(self, ids: Sequence[int], cache: DynamicCache) -> "GraphedDecoder | None":
-        """What runs a step of one sequence without the host in the way, or None where it has to run eagerly."""
+        """The captured graphs, if they can run these tokens of one sequence; None if they must run eagerly."""
         return self._graphed if self._graphed and len(ids) == 1 and self._graphed.takes(cache) else None
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from bs_coordinator.base_station import BaseStation
 from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.scheduler import Scheduler
-from bs_coordinator.engine.sequence import Answer, Sequence
+from bs_coordinator.engine.sequence import GeneratedAnswer, Sequence
 from bs_coordinator.engine.step_records import StepRecord
 from testbed.bench.chat_prompts import CHAT_PROMPTS
 from testbed.bench.rows import Result, Row, Settings, Skipped
@@ -70,7 +70,7 @@ class _Batch:
             self.token_ms.append((time.perf_counter_ns() - began) / 1e6 / self.count)
             self._steps += progress[0].events[0].steps
 
-    def _next(self) -> Answer:
+    def _next(self) -> GeneratedAnswer:
         ids = self._station.tokenizer.encode_chat([{"role": "user", "content": next(self._prompts)}])
         answer = Sequence(self._station.model, self._station.tokenizer).answer(ids, SamplingConfig())
         self._scheduler.add(answer)

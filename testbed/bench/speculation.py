@@ -70,7 +70,7 @@ def _answers(settings: Settings, nodes: Mapping[str, str]) -> dict[tuple[int, Dr
     log = settings.folder / f"answers-{len(nodes)}.jsonl"
     done = _read(log)
     with open_site(settings, nodes) as station, log.open("ab", buffering=0) as file:
-        shared = {arm: station.speculation.anew(arm) for arm in _ARMS}
+        shared = {arm: station.speculation.restarted(arm) for arm in _ARMS}
         for arm in _ARMS:
             _answer(station, -1, "Say hello.", shared[arm], _WARM_UP_TOKENS)
         for number, prompt in enumerate(CHAT_PROMPTS[: settings.samples]):

@@ -10,7 +10,7 @@ import numpy as np
 
 from bs_coordinator.engine.experts import ExpertOutput, Ready
 from bs_coordinator.engine.model import DistributedMixtral
-from bs_coordinator.engine.sequence import Tokenizer
+from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import TopK
 from bs_coordinator.selection.differences import SCHEMA, DifferenceDocument
 from bs_coordinator.selection.forecast import LayerForecast

@@ -16,7 +16,7 @@ from msgspec import Struct
 from torch import Tensor
 
 from bs_coordinator.engine.model import DistributedMixtral
-from bs_coordinator.engine.sequence import Tokenizer
+from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import Policy
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import SequenceInput

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bs_coordinator.engine.model import DistributedMixtral
-from bs_coordinator.engine.sequence import Tokenizer
+from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import TopK
 from bs_coordinator.trunk.trunk import Trunk
 from common.files import atomic_write

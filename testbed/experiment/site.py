@@ -14,8 +14,8 @@ from bs_coordinator.broker.processes import mosquitto_path, open_broker
 from bs_coordinator.config import BaseStationConfig, ResidentConfig
 from bs_coordinator.engine.experts import Experts
 from bs_coordinator.engine.model import DistributedMixtral
-from bs_coordinator.engine.sequence import Tokenizer
 from bs_coordinator.engine.step_records import StepRecord
+from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import Policy, TopK
 from bs_coordinator.trunk.inputs import SequenceInput
 from bs_coordinator.trunk.trunk import Trunk

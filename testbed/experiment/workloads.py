@@ -37,7 +37,7 @@ def run_workload(site: Site, workload: Workload, cell: Cell, recorder: Recorder)
     """
     if isinstance(workload, Generate):
         # What one arm has learnt of its steps must not help the next.
-        speculation = site.station.speculation.anew(workload.draft) if site.station else None
+        speculation = site.station.speculation.restarted(workload.draft) if site.station else None
         for answer, (number, prompt) in enumerate(workload.prompts_of(cell.repetition)):
             config = SamplingConfig(
                 max_tokens=workload.max_tokens,

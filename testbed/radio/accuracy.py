@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from bs_coordinator.engine.experts import Experts, Pending
 from bs_coordinator.engine.model import DistributedMixtral
-from bs_coordinator.engine.sequence import Tokenizer
+from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import Policy
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.trunk import Trunk

@@ -11,7 +11,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from bs_coordinator.engine.model import DistributedMixtral
-from bs_coordinator.engine.sequence import Tokenizer
+from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import Policy, TopK
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import SequenceInput

@@ -1,4 +1,4 @@
-"""Speculative decoding: several tokens per round of expert requests, without changing what is generated."""
+"""Speculative decoding: several tokens per step, without changing what is generated."""
 
 from bs_coordinator.engine.speculation.drafts import Drafter, NgramDrafter
 from bs_coordinator.engine.speculation.length import Draft, DraftLength

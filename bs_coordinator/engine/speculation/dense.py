@@ -1,4 +1,4 @@
-"""A small dense model on the base station as a drafter, as transformers runs it: any architecture, also on a GPU."""
+"""A small dense model on the base station as a drafter, run by transformers: any architecture, also on a GPU."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +18,12 @@ class DenseModel:
     def __init__(self, folder: Path, *, device: str = "cpu") -> None:
         """Load a Hugging Face folder.
 
+        Args:
+            folder: of the model.
+            device: as torch names it; bf16 on anything but the CPU.
+
         Raises:
-            BundleError: there is no such model.
+            BundleError: the folder has no loadable causal language model.
         """
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         try:
@@ -29,12 +33,12 @@ class DenseModel:
         self.model = model.to(device).eval()
 
     def drafter(self) -> ModelDrafter:
-        """For one sequence."""
+        """A drafter for one sequence."""
         return ModelDrafter(_DenseReader(self))
 
 
 class _DenseReader:
-    """A KV cache of one sequence."""
+    """The model and one sequence's KV cache; implements `Reader`."""
 
     def __init__(self, dense: DenseModel) -> None:
         self.max_positions: int = dense.model.config.max_position_embeddings
@@ -43,7 +47,6 @@ class _DenseReader:
 
     @torch.inference_mode()
     def read(self, ids: Sequence[int], past: int) -> tuple[int, float]:
-        """See `Reader`."""
         excess = self._cache.get_seq_length() - past
         if excess > 0:
             self._cache.crop(-excess)

@@ -1,4 +1,4 @@
-"""A dense draft model as one quantised graph (`wdmoe-export draft`): a token through it takes a few milliseconds."""
+"""A dense draft model as one quantised ONNX graph (`wdmoe-export draft`): a few milliseconds per token."""
 
 import os
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from wire.errors import BundleError
 
 _FIRST_CAPACITY = 256
 _FEW_CORES, _MOST_THREADS = 4, 8
-"""All of few cores, half of many: the others have work of their own, or are the same core twice. A guess of the demo's
-draft model takes 5.1 ms with four threads, 4.2 with six and 4.0 with eight on a machine of 16 cores."""
+"""Use all of few cores and half of many: the others are busy, or are hyperthreads. A draft token of the demo's draft
+model takes 5.1 ms with four threads, 4.2 ms with six and 4.0 ms with eight on a machine with 16 cores."""
 
 
 class DraftGraph:
@@ -25,15 +25,18 @@ class DraftGraph:
     def __init__(self, folder: Path) -> None:
         """Check and load a draft model.
 
+        Args:
+            folder: made by `wdmoe-export draft`.
+
         Raises:
-            BundleError: there is none, or it is damaged.
+            BundleError: there is no draft model in the folder, or it is damaged.
         """
         self.manifest: DraftManifest = load_draft(folder)
         options = ort.SessionOptions()
         cores = os.cpu_count() or 1
         options.intra_op_num_threads = min(cores, max(_FEW_CORES, cores // 2), _MOST_THREADS)
-        # A draft is hundreds of products of some ten microseconds: threads that slept between them would take a third
-        # longer. Between two drafts the processor belongs to the trunk, and on one machine to the nodes.
+        # A draft consists of hundreds of matrix products of about 10 µs each: threads that sleep between them make it a
+        # third slower. Between drafts they must not spin, because the trunk (and local nodes) need the cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "1")
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
@@ -41,18 +44,21 @@ class DraftGraph:
         try:
             self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # noqa: BLE001
-            # onnxruntime raises a dozen unrelated classes, all for the same reason: not a loadable model.
+            # onnxruntime raises a dozen unrelated exception classes for a model that can't be loaded.
             raise BundleError(f"{path} can't be loaded: {str(error).partition(chr(10))[0]}") from None
-        # One prompt at a time, while the base station waits for the nodes' work on the same.
+        # Reads one prompt at a time, while the base station waits for the nodes to compute the same prompt.
         self._background = ThreadPoolExecutor(1, thread_name_prefix="draft")
 
     def drafter(self) -> ModelDrafter:
-        """For one sequence."""
+        """A drafter for one sequence."""
         return ModelDrafter(_GraphReader(self), background=self._background)
 
 
 class _GraphReader:
-    """Buffers of one sequence, bound once (see `exporter.draft_graph` for the graph's inputs and outputs)."""
+    """The model and one sequence's buffers, bound once; implements `Reader`.
+
+    `exporter.draft_graph` defines the graph's inputs and outputs.
+    """
 
     def __init__(self, graph: DraftGraph) -> None:
         self.max_positions: int = graph.manifest.max_positions
@@ -70,7 +76,6 @@ class _GraphReader:
         self._cache = np.zeros((2 * shape.layers, 1, shape.kv_heads, 0, shape.head_dim), np.float32)
 
     def read(self, ids: Sequence[int], past: int) -> tuple[int, float]:
-        """See `Reader`."""
         total = past + len(ids)
         self._reserve(total)
         pending = np.array([ids], np.int64)

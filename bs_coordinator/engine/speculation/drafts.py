@@ -1,15 +1,16 @@
-"""Guesses of what comes next, made on the base station without the experts."""
+"""Draft tokens: proposals for the next tokens, made on the base station without the experts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 
 class DraftToken(NamedTuple):
-    """One token that may come next, given that all guesses before it were right.
+    """A token that may come next, provided that all draft tokens before it are accepted.
 
     Attributes:
-        kind: guesses of one kind are right about equally often; how often is learnt (`Acceptance`).
-        prior: the share that is right, before anything was learnt.
+        id: of the token.
+        kind: tokens of one kind are accepted about equally often; how often is learnt (`Acceptance`).
+        prior: the accepted share to assume before anything was learnt, from 0 to 1.
     """
 
     id: int
@@ -18,50 +19,54 @@ class DraftToken(NamedTuple):
 
 
 class Drafter(Protocol):
-    """Guesses for one sequence; each drafter belongs to one."""
+    """Proposes tokens for one sequence; each sequence has its own drafter."""
 
     def prepare(self, ids: Sequence[int]) -> None:
-        """Guesses after these tokens, or some more, will be wanted soon: begin in the background what takes time."""
+        """Announce that proposals after these token ids, or a continuation of them, will be needed soon.
 
-    def guesses(self, ids: Sequence[int]) -> Iterator[DraftToken]:
-        """What may follow `ids`, token by token, each worked out when it is asked for; ends where it does not know."""
+        Slow preparations begin in the background.
+        """
+
+    def propose(self, ids: Sequence[int]) -> Iterator[DraftToken]:
+        """Tokens that may follow `ids`, each computed when it is requested; ends where there is no proposal."""
 
 
 class NgramDrafter:
-    """What followed the last few tokens when they came before: prompt look-up.
+    """Proposes what followed the last few tokens when they occurred before (prompt lookup).
 
-    Source: Saxena, "Prompt Lookup Decoding" (2023); the longest n-gram wins, of several the latest.
+    Source: Saxena, "Prompt Lookup Decoding" (2023). The longest matching n-gram is used, at its latest occurrence.
     """
 
     def __init__(self, *, longest: int = 6, shortest: int = 2) -> None:
-        """Nothing is known yet.
+        """An empty index.
 
         Args:
-            longest, shortest: tokens that must match.
+            longest: most tokens that are matched.
+            shortest: fewest tokens that must match.
         """
         self._lengths = range(longest, shortest - 1, -1)
         self._after: dict[tuple[int, ...], int] = {}
         self._known: list[int] = []
 
     def prepare(self, ids: Sequence[int]) -> None:
-        """See `Drafter`."""
+        """Nothing to prepare: a lookup takes microseconds."""
 
-    def guesses(self, ids: Sequence[int]) -> Iterator[DraftToken]:
-        """See `Drafter`."""
+    def propose(self, ids: Sequence[int]) -> Iterator[DraftToken]:
+        """What followed the longest n-gram of `ids` that occurred before."""
         self._learn(ids)
         for length in self._lengths:
             start = self._after.get(tuple(ids[-length:])) if len(ids) >= length else None
             if start is not None:
-                for place in range(start, len(ids)):
-                    # Each guess that proves right makes the match longer.
-                    matched = min(length + place - start, self._lengths[0])
-                    yield DraftToken(ids[place], f"{matched}-gram", matched / (matched + 1))
+                for position in range(start, len(ids)):
+                    # Each accepted token makes the match one token longer.
+                    matched = min(length + position - start, self._lengths[0])
+                    yield DraftToken(ids[position], f"{matched}-gram", matched / (matched + 1))
                 return
 
     def _learn(self, ids: Sequence[int]) -> None:
         if list(ids[: len(self._known)]) != self._known:
             self._known, self._after = [], {}
-        # The n-gram that ends the sequence has no continuation yet.
+        # The n-gram at the end of the sequence has no continuation yet.
         for end in range(max(1, len(self._known)), len(ids)):
             for length in self._lengths:
                 if end >= length:
@@ -70,34 +75,36 @@ class NgramDrafter:
 
 
 _LIKELY = 0.8
-"""Share of right guesses from which a look-up is preferred to a draft model, which takes time."""
+"""Accepted share from which a lookup is preferred to a draft model, which takes time."""
 
 
 class FirstOf:
-    """A look-up where experience calls its guess likely, else the other drafter; each goes on where it began.
+    """Proposes by lookup while its tokens are likely to be accepted, and continues with another drafter.
 
-    A look-up costs nothing, a draft model several milliseconds a token, and copies are where look-ups are right.
+    A lookup costs nothing and a draft model several milliseconds per token. Lookups are right where text is copied.
     """
 
     def __init__(self, lookup: Drafter, other: Drafter, *, share: Callable[[DraftToken], float]) -> None:
-        """Two drafters of one sequence.
+        """Combine two drafters of one sequence.
 
         Args:
-            share: of guesses like this one that were right.
+            lookup: the preferred drafter.
+            other: used where the lookup has no likely token.
+            share: accepted share of tokens like a given one, from 0 to 1.
         """
         self._lookup, self._other, self._share = lookup, other, share
 
     def prepare(self, ids: Sequence[int]) -> None:
-        """See `Drafter`."""
+        """Prepare both drafters."""
         self._lookup.prepare(ids)
         self._other.prepare(ids)
 
-    def guesses(self, ids: Sequence[int]) -> Iterator[DraftToken]:
-        """See `Drafter`."""
+    def propose(self, ids: Sequence[int]) -> Iterator[DraftToken]:
+        """The lookup's tokens while they are likely, then the other drafter's."""
         known = list(ids)
-        for guess in self._lookup.guesses(ids):
-            if self._share(guess) < _LIKELY:
+        for token in self._lookup.propose(ids):
+            if self._share(token) < _LIKELY:
                 break
-            yield guess
-            known.append(guess.id)
-        yield from self._other.guesses(known)
+            yield token
+            known.append(token.id)
+        yield from self._other.propose(known)

@@ -1,15 +1,15 @@
-"""How far to draft: for as long as a guess is expected to bring more than its cost. Pure.
+"""How far to draft: as long as the next draft token is expected to bring more than it costs. Pure.
 
-A step with drafts yields one token more for each that is accepted, and takes longer by what their rows and the making
-of them cost (Leviathan et al., arXiv 2211.17192, with the link's round trips as a step's fixed part). Time has a price,
-the tokens that a second brings at present; a guess is worth its row while
+A step with drafts yields one more token for each that is accepted. It takes longer by the time for their rows and for
+drafting them (Leviathan et al., arXiv 2211.17192, with the links' round trips as a step's fixed part). Time has a
+price, the tokens that a second brings at present, so a draft token is worth its row while
 
-    (chance that it and all before it are right) > (seconds it costs) · (tokens per second).
+    (probability that it and all before it are accepted) > (seconds it costs) · (tokens per second).
 
-With several sequences in a step a second brings more tokens, so that drafts become shorter by themselves.
+With several sequences in a step a second brings more tokens, which makes drafts shorter.
 
-What all estimates have in common is that they can be wrong. So each sequence keeps an account of the seconds that
-drafts have saved it and cost it, and may owe no more than a small share of the time that it has taken.
+All these estimates can be wrong. Each sequence therefore keeps an account of the seconds that drafts have saved and
+cost it, and may owe only a small share of the time it has taken.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,100 +19,146 @@ from typing import NamedTuple
 from bs_coordinator.engine.speculation.acceptance import Acceptance
 from bs_coordinator.engine.speculation.cost import StepCost
 from bs_coordinator.engine.speculation.drafts import DraftToken
+from common.moving_average import MovingAverage
 
 MAX_DRAFT = 15
-"""With the token before them, as many rows as the trunk runs as if each were alone."""
+"""With the token before them, as many rows as the trunk runs with results independent of the batch."""
 
 _OWED_SHARE = 0.02
+"""Share of its time that a sequence may lose by drafting …"""
 _OWED_STEPS = 0.5
+"""… plus this many plain steps."""
 _STAKE = 0.5
-_MOST_SAVED_STEPS = 8.0
+"""Share of what may still be lost that one draft may cost: after a rejected draft something remains to try again."""
+_MAX_SAVED_STEPS = 8.0
+"""Most plain steps that the account may be ahead: past success must not pay for endless losses."""
 _MAKING_MEMORY = 0.8
-_LOOK_STEPS = 8
 _CLEAR_GAIN = 1.5
-_CLEAR_GAIN_LOOK_STEPS = 64
+_PLAIN_EVERY_STEPS, _PLAIN_EVERY_STEPS_CLEAR = 8, 64
+"""Steps with drafts between two without, which show what plain decoding costs: while the gain is small, and while
+drafting is at least `_CLEAR_GAIN` times as fast."""
 
 
 class Draft(NamedTuple):
-    """What is tried in a step.
+    """What a step tries.
 
     Attributes:
-        guesses: in the order of the sequence.
-        seconds: that making them took.
+        tokens: in the order of the sequence.
+        seconds: time spent drafting.
     """
 
-    guesses: tuple[DraftToken, ...] = ()
+    tokens: tuple[DraftToken, ...] = ()
     seconds: float = 0.0
+
+    @property
+    def ids(self) -> list[int]:
+        """The draft tokens' ids."""
+        return [token.id for token in self.tokens]
+
+
+class StoppingRule(NamedTuple):
+    """When a draft is long enough.
+
+    Attributes:
+        price: tokens that a second brings.
+        row_s: seconds that one more row adds to the step.
+        most: limit of the draft's length.
+    """
+
+    price: float
+    row_s: float
+    most: int
+
+    def continues(self, length: int, chance: float, making_s: float) -> bool:
+        """Whether to request another token for a draft of `length` tokens.
+
+        Args:
+            length: of the draft so far.
+            chance: probability that all tokens of the draft are accepted.
+            making_s: expected time to draft one more.
+        """
+        return length < self.most and chance > self.price * (self.row_s + making_s)
+
+    def takes(self, chance: float) -> bool:
+        """Whether a token is worth its row, given the probability that it and all before it are accepted."""
+        return chance > self.price * self.row_s
 
 
 class DraftLength:
-    """Decides for one sequence."""
+    """Decides the length of one sequence's drafts."""
 
     def __init__(self, cost: StepCost, acceptance: Acceptance, *, clock: Callable[[], float] = perf_counter) -> None:
-        """Nothing is owed yet.
+        """A sequence that has neither saved nor lost time.
 
         Args:
-            cost, acceptance: learnt by all sequences together.
+            cost: learnt from the steps of all sequences.
+            acceptance: learnt from the drafts of all sequences.
+            clock: seconds, for the time spent drafting.
         """
         self._cost, self._acceptance, self._clock = cost, acceptance, clock
-        self._making_s = 0.0
+        self._making_s = MovingAverage(_MAKING_MEMORY)
         self._saved_s = 0.0
         self._taken_s = 0.0
 
-    def draft(self, guesses: Iterator[DraftToken], most: int, *, sequences: int = 1) -> Draft:
-        """Take guesses while they are worth it.
+    def draft(self, proposed: Iterator[DraftToken], most: int, *, sequences: int = 1) -> Draft:
+        """Take proposed tokens while they are worth their cost.
 
         Args:
-            most: guesses.
-            sequences: that will share the step.
+            proposed: by the drafter, each computed when it is requested.
+            most: limit of the draft's length.
+            sequences: number of sequences that will share the step.
         """
         if most < 1 or not self._cost.known:
             return Draft()
         price = self._cost.tokens_per_s(sequences)
-        # Whether drafting pays is not known for long without a look at what plain decoding takes.
-        gain = price * self._cost.plain_s(sequences)
-        if self._cost.since_plain >= (_LOOK_STEPS if gain < _CLEAR_GAIN else _CLEAR_GAIN_LOOK_STEPS):
+        if self._must_measure_plain(price, sequences):
             return Draft()
-        began = self._clock()
-        row_s = self._cost.row_s
+        began_s = self._clock()
+        rule = StoppingRule(price, self._cost.row_s, self._limit(most, sequences))
         taken: list[DraftToken] = []
         chance = 1.0
-        # Half of what may still be lost: so that after a bad guess there is something left to try again with.
-        affordable = _STAKE * self._may_lose_s(sequences) / max(row_s + self._making_s, 1e-9)
-        # What many rows cost is not known before a few were tried.
-        most = min(most, MAX_DRAFT, 2 * self._cost.widest + 1, int(affordable))
-        while len(taken) < most and chance > price * (row_s + self._making_s):
-            asked = self._clock()
-            guess = next(guesses, None)
-            if guess is None:
+        while rule.continues(len(taken), chance, self._making_s.value):
+            asked_s = self._clock()
+            token = next(proposed, None)
+            if token is None:
                 break
-            # The first guess may have to read a whole prompt: that is not what the next one will take.
+            # A sequence's first draft token may include reading a whole prompt: the next one will not take as long.
             if taken or self._taken_s > 0.0:
-                making_s = self._clock() - asked
-                self._making_s = _MAKING_MEMORY * self._making_s + (1 - _MAKING_MEMORY) * making_s
-            chance *= self._acceptance.share(guess)
-            if chance <= price * row_s:
+                self._making_s.add(self._clock() - asked_s)
+            chance *= self._acceptance.share(token)
+            if not rule.takes(chance):
                 break
-            taken.append(guess)
-        return Draft(tuple(taken), self._clock() - began)
+            taken.append(token)
+        return Draft(tuple(taken), self._clock() - began_s)
 
     def observe(self, draft: Draft, accepted: int, step_s: float, *, rows: int, sequences: int = 1) -> None:
-        """Take in what became of a draft, perhaps an empty one; before `StepCost` takes in the step.
+        """Take in the result of a draft, perhaps an empty one. Call this before `StepCost.observe` for the same step.
 
         Args:
-            step_s: what the step took, with the making of drafts left out.
+            draft: as `draft` returned it.
+            accepted: number of its tokens that were accepted.
+            step_s: duration of the step, without the time spent drafting.
             rows: of the step, of all sequences.
+            sequences: number of sequences that shared the step.
         """
-        self._acceptance.observe(draft.guesses, accepted)
+        self._acceptance.observe(draft.tokens, accepted)
         plain_s = self._cost.plain_s(sequences)
         self._taken_s += step_s / sequences + draft.seconds
-        if draft.guesses:
-            # What was measured, not what was expected: an account of expectations could not show that they are wrong.
-            self._saved_s -= len(draft.guesses) * (step_s - self._cost.seconds(sequences)) / (rows - sequences)
+        if draft.tokens:
+            # Measured, not expected: an account of expectations could not show that they are wrong.
+            self._saved_s -= len(draft.tokens) * (step_s - self._cost.seconds(sequences)) / (rows - sequences)
         self._saved_s += accepted * plain_s - draft.seconds
-        # A good beginning does not pay for an endless bad time.
-        self._saved_s = min(self._saved_s, _MOST_SAVED_STEPS * plain_s)
+        self._saved_s = min(self._saved_s, _MAX_SAVED_STEPS * plain_s)
 
-    def _may_lose_s(self, sequences: int) -> float:
+    def _must_measure_plain(self, price: float, sequences: int) -> bool:
+        """Whether this step should go without a draft: otherwise it would soon be unknown whether drafting pays."""
+        gain = price * self._cost.plain_s(sequences)
+        return self._cost.since_plain >= (_PLAIN_EVERY_STEPS if gain < _CLEAR_GAIN else _PLAIN_EVERY_STEPS_CLEAR)
+
+    def _limit(self, most: int, sequences: int) -> int:
+        """Most tokens of the next draft, by its limits and by what the sequence may still lose."""
         may_owe_s = _OWED_SHARE * self._taken_s + _OWED_STEPS * self._cost.plain_s(sequences)
-        return max(0.0, self._saved_s + may_owe_s)
+        may_lose_s = max(0.0, self._saved_s + may_owe_s)
+        affordable = _STAKE * may_lose_s / max(self._cost.row_s + self._making_s.value, 1e-9)
+        # The cost of many rows is unknown until a few were tried.
+        return min(most, MAX_DRAFT, 2 * self._cost.widest + 1, int(affordable))

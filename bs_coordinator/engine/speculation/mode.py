@@ -1,4 +1,4 @@
-"""What sequences of one model share when they draft, and which drafters a mode means."""
+"""Drafting modes, the drafters they stand for, and what all sequences of a model share when they draft."""
 
 from pathlib import Path
 from typing import Protocol
@@ -17,19 +17,24 @@ class DraftModel(Protocol):
     """A loaded draft model."""
 
     def drafter(self) -> Drafter:
-        """For one sequence."""
+        """A drafter for one sequence."""
 
 
 class Speculation:
-    """One model's drafting.
+    """How the sequences of one model draft, and what they have learnt together.
 
     Attributes:
-        cost: what its steps cost.
-        acceptance: how often guesses are right.
+        mode: of drafting.
+        cost: of the model's steps.
+        acceptance: of draft tokens.
     """
 
     def __init__(self, mode: DraftMode = "none", model: DraftModel | None = None) -> None:
-        """Nothing is learnt yet.
+        """A mode that has learnt nothing yet.
+
+        Args:
+            mode: of drafting.
+            model: the draft model, if any.
 
         Raises:
             ValueError: `dense` without a draft model.
@@ -42,7 +47,7 @@ class Speculation:
         self._model = model
 
     def drafter(self) -> Drafter | None:
-        """For a new sequence; None where nothing is drafted."""
+        """A drafter for a new sequence; None in mode `none`."""
         if self.mode == "none":
             return None
         if self._model is None or self.mode == "ngram":
@@ -51,8 +56,8 @@ class Speculation:
             return self._model.drafter()
         return FirstOf(NgramDrafter(), self._model.drafter(), share=self.acceptance.share)
 
-    def anew(self, mode: DraftMode) -> "Speculation":
-        """Another one that has learnt nothing, with the same draft model.
+    def restarted(self, mode: DraftMode) -> "Speculation":
+        """A new `Speculation` with the same draft model, which has learnt nothing.
 
         Raises:
             ValueError: `dense` without a draft model.
@@ -63,8 +68,9 @@ class Speculation:
         """Learn from a step of any of the model's sequences.
 
         Args:
-            sequences: that shared it.
-            tokens: that came of it, of all of them.
+            step: its record.
+            sequences: number of sequences that shared the step.
+            tokens: number of tokens it yielded, for all sequences.
         """
         if step.phase == "decode":
             self.cost.observe(step.tokens, step.total_ns / 1e9, sequences=sequences, tokens=tokens)
@@ -73,15 +79,17 @@ class Speculation:
 def load_draft_model(
     bundle: Path, manifest: Manifest, ids: dict[str, int], *, folder: Path | None, device: str
 ) -> DraftModel | None:
-    """The draft model that is named, else the bundle's own, else None.
+    """The draft model in `folder`, else the bundle's own, else None.
 
     Args:
-        ids: the model's tokens.
-        folder: of `wdmoe-export draft`, or a Hugging Face folder.
-        device: of a Hugging Face model, as torch names it.
+        bundle: of the model.
+        manifest: of the bundle.
+        ids: the model's vocabulary.
+        folder: made by `wdmoe-export draft`, or a Hugging Face folder.
+        device: for a Hugging Face model, as torch names it.
 
     Raises:
-        BundleError: it is damaged or has another vocabulary.
+        BundleError: the draft model is missing or damaged, or has another vocabulary than the model.
     """
     if folder is None:
         if not manifest.draft:
@@ -97,8 +105,8 @@ def load_draft_model(
         return graph
     if not (folder / "config.json").is_file():
         raise BundleError(
-            f"draft model {folder}: no {DRAFT_NAME} and no config.json there: name a folder of 'wdmoe-export draft' or "
-            "of Hugging Face"
+            f"draft model {folder}: no {DRAFT_NAME} and no config.json in it: with --draft-model, name a folder made "
+            "by 'wdmoe-export draft' or a Hugging Face folder"
         )
     from bs_coordinator.engine.speculation.dense import DenseModel
     from bs_coordinator.engine.tokenizer import Tokenizer
@@ -109,4 +117,6 @@ def load_draft_model(
 
 def _check_vocabulary(folder: Path, sha256: str, ids: dict[str, int]) -> None:
     if sha256 != tokens_sha256(ids):
-        raise BundleError(f"draft model {folder}: its vocabulary is not the model's, and so it can't draft for it")
+        raise BundleError(
+            f"draft model {folder}: its vocabulary differs from the model's: use a draft model with the same one"
+        )

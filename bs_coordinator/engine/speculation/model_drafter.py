@@ -1,4 +1,4 @@
-"""What drafters that ask a model have in common: which tokens the model still has to read."""
+"""What all drafters that ask a model share: finding the tokens that the model still has to read."""
 
 from bisect import bisect
 from collections.abc import Iterator, Sequence
@@ -8,35 +8,35 @@ from typing import Protocol
 from bs_coordinator.engine.speculation.drafts import DraftToken
 
 MOST_READ = 256
-"""Tokens read at once at most. Of a longer prompt only the end is read: reading costs a few milliseconds a token, which
-plain decoding would not have taken, and what lies far back is what look-ups are for."""
+"""Most tokens read at once. Only the end of a longer prompt is read: reading costs a few milliseconds per token that
+plain decoding would not spend, and lookups cover what lies further back."""
 
 _EDGES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.96, 0.99)
-"""A model's own probabilities as kinds of guesses: whether they are to be believed is learnt."""
+"""Bounds between kinds of draft tokens by the model's own probability. How far to trust it is learnt."""
 
 
 class Reader(Protocol):
-    """A model and its keys and values of one sequence.
+    """A model and one sequence's keys and values.
 
     Attributes:
-        max_positions: tokens that it can hold.
+        max_positions: number of tokens that it can hold.
     """
 
     max_positions: int
 
     def read(self, ids: Sequence[int], past: int) -> tuple[int, float]:
-        """Read tokens, forgetting all but the `past` first ones before; the most probable next token and how
-        probable it is."""
+        """Keep the first `past` tokens, read `ids` after them; the most probable next token and its probability."""
 
 
 class ModelDrafter:
-    """Greedy continuations; what was read once is not read again."""
+    """Proposes a model's greedy continuation. Tokens that were read once are not read again."""
 
     def __init__(self, reader: Reader, *, background: Executor | None = None) -> None:
-        """Nothing is read yet.
+        """A drafter that has read nothing.
 
         Args:
-            background: where prompts are read that are not needed yet; None for a model that may not run beside others.
+            reader: the model.
+            background: where prompts are read ahead of time; None if the model must not run beside other work.
         """
         self._reader = reader
         self._background = background
@@ -45,13 +45,13 @@ class ModelDrafter:
         self._read: list[int] = []
 
     def prepare(self, ids: Sequence[int]) -> None:
-        """See `Drafter`."""
+        """Begin to read the prompt in the background."""
         if self._background is not None:
             self._wait()
             self._reading = self._background.submit(self._next, list(ids))
 
-    def guesses(self, ids: Sequence[int]) -> Iterator[DraftToken]:
-        """See `Drafter`."""
+    def propose(self, ids: Sequence[int]) -> Iterator[DraftToken]:
+        """The model's greedy continuation of `ids`; never ends."""
         self._wait()
         known = list(ids)
         while True:
@@ -60,7 +60,7 @@ class ModelDrafter:
             known.append(id)
 
     def _wait(self) -> None:
-        """Until nothing but this thread uses the reader."""
+        """Wait until only this thread uses the reader."""
         if self._reading is not None:
             reading, self._reading = self._reading, None
             reading.result()

@@ -9,8 +9,9 @@ from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.experts import Ready
 from bs_coordinator.engine.model import DistributedMixtral
 from bs_coordinator.engine.scheduler import Scheduler
-from bs_coordinator.engine.sequence import Answer, Sequence, Tokenizer
+from bs_coordinator.engine.sequence import GeneratedAnswer, Sequence
 from bs_coordinator.engine.speculation import Speculation
+from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.errors import DispatchError
 from bs_coordinator.selection import TopK
 from bs_coordinator.trunk.trunk import Trunk
@@ -46,7 +47,7 @@ def tokenizer(tiny_bundle: Callable[[Scheme], Path]) -> Tokenizer:
     return Tokenizer(tiny_bundle("int4") / "trunk")
 
 
-def _run(scheduler: Scheduler, answers: list[Answer]) -> list[list[int]]:
+def _run(scheduler: Scheduler, answers: list[GeneratedAnswer]) -> list[list[int]]:
     ids: list[list[int]] = [[] for _ in answers]
     while not scheduler.idle:
         for answer, events, error in scheduler.step():

@@ -17,7 +17,8 @@ import pytest
 import uvicorn
 
 from bs_coordinator.broker.processes import free_port
-from bs_coordinator.engine.sequence import StopReason, TokenEvent, Tokenizer
+from bs_coordinator.engine.sequence import StopReason, TokenEvent
+from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.errors import ContextLengthError, DispatchError
 from bs_coordinator.http.answer_server import Load, StreamUpdate
 from bs_coordinator.http.openai_api import http_app

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.model import DistributedMixtral
-from bs_coordinator.engine.sampling import Sampler
+from bs_coordinator.engine.sampling import TokenSampler
 from bs_coordinator.engine.scheduler import Scheduler
-from bs_coordinator.engine.sequence import Answer
+from bs_coordinator.engine.sequence import GeneratedAnswer
 from bs_coordinator.engine.sequence import Sequence as TokenSequence
 from bs_coordinator.engine.speculation import NgramDrafter, Speculation
 from bs_coordinator.engine.speculation.acceptance import Acceptance
@@ -118,7 +118,7 @@ def test_a_seed_gives_the_same_sampled_tokens_with_guesses(model: DistributedMix
     assert sum(step.accepted for event in events for step in event.steps) > 0
 
 
-def _run_all(scheduler: Scheduler, answers: list[Answer]) -> list[list[int]]:
+def _run_all(scheduler: Scheduler, answers: list[GeneratedAnswer]) -> list[list[int]]:
     ids: list[list[int]] = [[] for _ in answers]
     for answer in answers:
         scheduler.add(answer)
@@ -224,9 +224,9 @@ def test_drafts_get_shorter_where_more_sequences_share_a_step() -> None:
 def test_a_look_up_finds_what_followed_the_longest_match_last() -> None:
     drafter = NgramDrafter()
     text = [1, 2, 3, 4, 9, 9, 2, 3, 5, 6, 7, 1, 2, 3]
-    assert [g.id for g in itertools.islice(drafter.guesses(text), 3)] == [4, 9, 9]
-    assert [g.id for g in itertools.islice(drafter.guesses([*text[:-3], 2, 3]), 2)] == [5, 6]
-    assert list(drafter.guesses([1, 2, 3])) == []
+    assert [g.id for g in itertools.islice(drafter.propose(text), 3)] == [4, 9, 9]
+    assert [g.id for g in itertools.islice(drafter.propose([*text[:-3], 2, 3]), 2)] == [5, 6]
+    assert list(drafter.propose([1, 2, 3])) == []
 
 
 def test_sampled_tokens_are_distributed_as_without_drafts() -> None:
@@ -235,7 +235,7 @@ def test_sampled_tokens_are_distributed_as_without_drafts() -> None:
     wanted = torch.softmax(logits / 0.8, dim=-1)
     draws = 4000
     for guess in (2, 4):
-        sampler = Sampler(SamplingConfig(temperature=0.8, seed=1))
+        sampler = TokenSampler(SamplingConfig(temperature=0.8, seed=1))
         counts = torch.zeros(5)
         after = torch.zeros(5)
         for _ in range(draws):

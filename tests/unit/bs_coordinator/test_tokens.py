@@ -5,14 +5,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 
 from bs_coordinator.config import SamplingConfig
-from bs_coordinator.engine.sampling import Sampler
+from bs_coordinator.engine.sampling import TokenSampler
 from bs_coordinator.engine.tokenizer import TextStream
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-40, 1e-9, 1e-3])
 def test_the_colder_the_likelier(temperature: float) -> None:
     logits = torch.tensor([[-300.0, 200.0, 300.0, 299.0]])
-    sampler = Sampler(SamplingConfig(temperature=temperature, top_p=0.9, seed=1))
+    sampler = TokenSampler(SamplingConfig(temperature=temperature, top_p=0.9, seed=1))
     assert [sampler.choose(logits) for _ in range(20)] == [2] * 20
 
 

@@ -86,7 +86,7 @@ def test_the_graph_is_the_model(base: Path, bundle: Path) -> None:
     same = 0
     for seed in range(8):
         ids = torch.randint(0, 49152, (30,), generator=torch.Generator().manual_seed(seed)).tolist()
-        guesses = list(islice(model.drafter().guesses(ids), 4))
+        guesses = list(islice(model.drafter().propose(ids), 4))
         with torch.inference_mode():
             for i, guess in enumerate(guesses):
                 before = ids + [g.id for g in guesses[:i]]
@@ -106,15 +106,15 @@ def test_what_was_refused_is_forgotten(bundle: Path) -> None:
     )  # fmt: skip
     assert model is not None
     drafter = model.drafter()
-    first = [g.id for g in islice(drafter.guesses(ids), 6)]
+    first = [g.id for g in islice(drafter.propose(ids), 6)]
     other = [*ids, first[0], 7, 8]
-    went_on = [g.id for g in islice(drafter.guesses(other), 4)]
-    assert went_on == [g.id for g in islice(model.drafter().guesses(other), 4)]
-    assert [g.id for g in islice(drafter.guesses(ids), 6)] == first
+    went_on = [g.id for g in islice(drafter.propose(other), 4)]
+    assert went_on == [g.id for g in islice(model.drafter().propose(other), 4)]
+    assert [g.id for g in islice(drafter.propose(ids), 6)] == first
 
 
 def _ids(drafter: Drafter, ids: list[int]) -> list[int]:
-    return [guess.id for guess in islice(drafter.guesses(ids), 4)]
+    return [guess.id for guess in islice(drafter.propose(ids), 4)]
 
 
 def test_a_prompt_is_read_beforehand_and_not_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,11 +151,11 @@ def test_of_a_long_prompt_the_end_is_read(bundle: Path) -> None:
     assert model is not None
     ids = list(range(1000, 3000))
     long, short = model.drafter(), model.drafter()
-    assert next(long.guesses(ids)) == next(short.guesses(ids[-MOST_READ:]))
+    assert next(long.propose(ids)) == next(short.propose(ids[-MOST_READ:]))
     # More tokens than the model has positions.
     for start in range(2000, 2600, 100):
         ids += range(start, start + 100)
-        next(long.guesses(ids))
+        next(long.propose(ids))
 
 
 def test_only_a_model_with_the_same_tokens_drafts(base: Path, bundle: Path, tmp_path: Path) -> None:
@@ -189,9 +189,9 @@ def test_transformers_runs_any_other_model(base: Path, bundle: Path) -> None:
     assert model is not None
     drafter = model.drafter()
     prompt = list(range(500, 530))
-    guesses = [g.id for g in islice(drafter.guesses(prompt), 3)]
+    guesses = [g.id for g in islice(drafter.propose(prompt), 3)]
     reference: Any = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     with torch.inference_mode():
         expected = int(reference(torch.tensor([prompt])).logits[0, -1].argmax())
     assert guesses[0] == expected
-    assert [g.id for g in islice(drafter.guesses([*prompt, guesses[0]]), 2)] == guesses[1:]
+    assert [g.id for g in islice(drafter.propose([*prompt, guesses[0]]), 2)] == guesses[1:]

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from bs_coordinator.engine.sequence import Tokenizer
+from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import parse_policy
 from testbed.cli import cli
 from testbed.evaluation.quality import DOMAINS, TASKS
