@@ -10,7 +10,7 @@ from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.experts import Experts, Ready
 from bs_coordinator.engine.model import DistributedMixtral
 from bs_coordinator.engine.sequence import Sequence as TokenSequence
-from bs_coordinator.engine.sequence import Tokenizer
+from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import TopK
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.trunk import Trunk

@@ -40,7 +40,7 @@ class _Hindsight:
     def prepare(self, ids: Sequence[int]) -> None:
         pass
 
-    def guesses(self, ids: Sequence[int]) -> Iterator[DraftToken]:
+    def propose(self, ids: Sequence[int]) -> Iterator[DraftToken]:
         for place in range(len(ids), len(self._text)):
             right = self._text[place]
             yield DraftToken(right if place % self._wrong else right + 1, "hindsight", 0.8)
@@ -187,14 +187,14 @@ def _answer_in_virtual_time(
     made = 0
     while made < tokens:
         draft = length.draft(guesses(), tokens - made - 1)
-        draws += bool(draft.guesses)
-        took_s = step_s + row_s * len(draft.guesses)
+        draws += bool(draft.tokens)
+        took_s = step_s + row_s * len(draft.tokens)
         now += took_s
         accepted = 0
-        while accepted < len(draft.guesses) and right(made + accepted):
+        while accepted < len(draft.tokens) and right(made + accepted):
             accepted += 1
-        length.observe(draft, accepted, took_s, rows=1 + len(draft.guesses))
-        cost.observe(1 + len(draft.guesses), took_s, tokens=1 + accepted)
+        length.observe(draft, accepted, took_s, rows=1 + len(draft.tokens))
+        cost.observe(1 + len(draft.tokens), took_s, tokens=1 + accepted)
         made += 1 + accepted
     return now, draws
 
@@ -215,7 +215,7 @@ def test_drafts_get_shorter_where_more_sequences_share_a_step() -> None:
         cost.observe(1 + i % 8, 0.2 + 0.01 * (i % 8))
     certain = [DraftToken(i, "any", 0.7) for i in range(20)]
     lengths = [
-        len(DraftLength(cost, shares, clock=lambda: 0.0).draft(iter(certain), 15, sequences=n).guesses)
+        len(DraftLength(cost, shares, clock=lambda: 0.0).draft(iter(certain), 15, sequences=n).tokens)
         for n in (1, 4, 16)
     ]
     assert lengths[0] > lengths[1] > lengths[2]
