@@ -7,32 +7,41 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
 import click
 
 from common.errors import StorageError, WdmoeError
 
 DEFECT = 70
-"""Exit code of what nobody foresaw (sysexits.h: EX_SOFTWARE)."""
+"""Exit code of an unexpected error (sysexits.h: EX_SOFTWARE)."""
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(command: click.Command, prog_name: str) -> None:
     """Run `command` on `sys.argv` and leave the process with the exit code of what happened."""
-    debug = os.environ.get("WDMOE_DEBUG", "") not in ("", "0")
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    sys.exit(_exit_code(lambda: command.main(prog_name=prog_name, standalone_mode=False), prog_name, debug))
+    level = logging.DEBUG if _debug() else logging.INFO
+    logging.basicConfig(level=level, format=LOG_FORMAT, stream=sys.stderr)
+    sys.exit(exit_code(command, prog_name))
 
 
-def _exit_code(call: Callable[[], Any], prog_name: str, debug: bool) -> int:
+def exit_code(command: click.Command, prog_name: str, arguments: Sequence[str] | None = None) -> int:
+    """Run `command`; an error is printed as one line on stderr.
+
+    Args:
+        arguments: `sys.argv[1:]` if None.
+
+    Returns:
+        The exit code: 0, the error's own, 2 for wrong usage, 130 when interrupted, 141 when the reader of our output is
+        gone, `DEFECT` for an error that no code here foresaw.
+
+    Raises:
+        Exception: any error, with `WDMOE_DEBUG=1` in the environment.
+    """
+    debug = _debug()
     try:
-        result = call()
+        result = command.main(arguments, prog_name=prog_name, standalone_mode=False)
     except WdmoeError as error:
         if debug:
             raise
@@ -45,7 +54,7 @@ def _exit_code(call: Callable[[], Any], prog_name: str, debug: bool) -> int:
     except (KeyboardInterrupt, click.Abort):
         return _fail(prog_name, "interrupted", 130)
     except BrokenPipeError:
-        # The reader of our output (head, a closed terminal) left: not worth a message.
+        # The reader of our output, such as head or a closed terminal, has gone: not worth a message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
@@ -60,9 +69,13 @@ def _exit_code(call: Callable[[], Any], prog_name: str, debug: bool) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _fail(who: str, message: str, code: int) -> int:
+def _debug() -> bool:
+    return os.environ.get("WDMOE_DEBUG", "") not in ("", "0")
+
+
+def _fail(prefix: str, message: str, code: int) -> int:
     one_line = " ".join(message.split())
-    click.echo(f"{who}: error: {one_line}", err=True)
+    click.echo(f"{prefix}: error: {one_line}", err=True)
     return code
 
 
