@@ -28,9 +28,10 @@ from wire.broker_url import BrokerAddress
 from wire.errors import BundleError
 from wire.frame_auth import ClusterKey, read_cluster_key
 from wire.manifest import Manifest, verify_file
-from wire.mqtt import MqttTransport
 from wire.signature import load_trusted_manifest
 from wire.topics import Topics
+from wire.transport import Transport
+from wire.transports import connect
 
 if TYPE_CHECKING:
     from bs_coordinator.resident import ResidentExperts, ResidentHolder
@@ -130,8 +131,8 @@ class _Client(NamedTuple):
     id: str
     cluster_key: ClusterKey | None
 
-    def connect(self, *, timeout_s: float = _CONNECT_TIMEOUT_S) -> MqttTransport:
-        return MqttTransport(self.address, self.id, timeout_s=timeout_s)
+    def connect(self, *, timeout_s: float = _CONNECT_TIMEOUT_S) -> Transport:
+        return connect(self.address, self.id, timeout_s=timeout_s)
 
 
 def _policy(config: BaseStationConfig, manifest: Manifest) -> Policy:
@@ -156,7 +157,7 @@ def _connect(
     with ExitStack() as stack:
         sample_log = stack.enter_context(link_log(config.link_log)) if config.link_log else no_log
         sockets = BrokerSockets()
-        if is_local(client.address.host):
+        if not client.address.in_process and is_local(client.address.host):
             stack.enter_context(sockets.watching(client.address.port))
         links = LinkMonitor(shared_air=config.shared_air, log=sample_log)
         holder = None

@@ -1,5 +1,6 @@
 """Clocks as an argument: code that measures or waits takes a `Clock`, so that tests can move time by hand."""
 
+import threading
 import time
 from typing import Protocol
 
@@ -19,6 +20,13 @@ class Clock(Protocol):
     def sleep_s(self, seconds: float) -> None:
         """Return after `seconds`; at once if that is not positive."""
 
+    def wait(self, waiter: threading.Event | threading.Condition, timeout_s: float) -> bool:
+        """Wait until another thread sets or notifies `waiter`, for at most `timeout_s`.
+
+        Returns:
+            False if the time ran out.
+        """
+
 
 class SystemClock:
     """The operating system's clocks."""
@@ -30,6 +38,10 @@ class SystemClock:
     def sleep_s(self, seconds: float) -> None:
         """Sleep."""
         time.sleep(max(0.0, seconds))
+
+    def wait(self, waiter: threading.Event | threading.Condition, timeout_s: float) -> bool:
+        """Wait for another thread."""
+        return waiter.wait(timeout_s)
 
 
 SYSTEM_CLOCK = SystemClock()
@@ -58,6 +70,13 @@ class ManualClock:
     def sleep_s(self, seconds: float) -> None:
         """Advance by `seconds` if that is positive."""
         self.advance_ns(round(max(0.0, seconds) * 1e9))
+
+    def wait(self, waiter: threading.Event | threading.Condition, timeout_s: float) -> bool:
+        """Advance by `timeout_s`, as no other thread could end the wait; True if `waiter` is an event that is set."""
+        if isinstance(waiter, threading.Event) and waiter.is_set():
+            return True
+        self.sleep_s(timeout_s)
+        return False
 
     def advance_ns(self, ns: int) -> None:
         """Move time forward by `ns` nanoseconds.

@@ -1,7 +1,7 @@
 """The node on the network: announces itself, answers frames, leaves cleanly.
 
-Two processes with one id would answer each other's work and hide each other's death, so a node looks for its
-own id before it announces itself and keeps looking: of two, the one announced first stays.
+Two processes with the same id would answer each other's requests and hide each other's death. A node therefore looks
+for its own id before it announces itself, and keeps looking: of two processes, the one that was announced first stays.
 """
 
 import logging
@@ -21,6 +21,7 @@ import msgspec
 import onnxruntime
 import psutil
 
+from common.clock import SYSTEM_CLOCK, Clock
 from common.systemd import notify
 from edge_node.errors import DuplicateNodeError
 from edge_node.experts.runtime import ExpertRuntime
@@ -28,28 +29,27 @@ from edge_node.limits import Limits
 from edge_node.telemetry.process import EVERY_S as TELEMETRY_S
 from edge_node.telemetry.process import TelemetryProcess
 from edge_node.worker import Worker
-from wire import __version__, status
+from wire import __version__, status, transports
 from wire.broker_url import BrokerAddress
 from wire.errors import BrokerAuthError, BrokerError, FrameError
 from wire.experts import format_selector
-from wire.mqtt import KEEPALIVE_S, LastWill, MqttTransport
 from wire.status import DeviceFacts, Holding, Machine, NodeStatus, Residency, SocketFacts
 from wire.topics import Topics
-from wire.transport import Message, Transport
+from wire.transport import WILL_DELAY_S, Connect, LastWill, Message, Transport
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 3.0
-"""How often the retained status is renewed: free memory for operators, and proof of life for a second process
-that wants the same id."""
+"""How often the retained status is renewed: it shows operators the free memory, and a second process with the same id
+that this one is alive."""
 _CLAIM_S = 0.5
-"""How long a fresh status may take to come back from the broker, when two nodes start at once."""
+"""How long to wait for another process's status when two nodes start at once."""
 _RECONNECT_FIRST_S = 0.5
 _RECONNECT_MOST_S = 5.0
 
 
 class NodeAgent:
-    """One node's life on a broker."""
+    """One node on a broker, from its announcement to its last status."""
 
     def __init__(
         self,
@@ -65,15 +65,24 @@ class NodeAgent:
         telemetry: bool = False,
         device: DeviceFacts | None = None,
         folder: Path = Path(),
+        connect: Connect = transports.connect,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        """Nothing is connected yet.
+        """Prepare to run; `run` connects.
 
         Args:
-            folder: of the bundle, whose disk's free space is told.
-            limits: outside of which the node says that it is offline, and takes no work until it is within again.
-            residency: of the experts, now.
-            telemetry: tell every second of radio, temperatures and power.
-            device: for the status.
+            node: id of this node, unique in its cluster.
+            address: of the broker.
+            worker: answers frames.
+            holding: the experts that the status announces.
+            threads: computing threads, for the status.
+            limits: outside of which the node announces that it is offline; it takes work again once it is within.
+            residency: returns which experts are in memory now; None if all are.
+            telemetry: publish radio, temperatures and power every second.
+            device: what the node takes its device for, for the status.
+            folder: of the bundle; the status has the free space of its disk.
+            connect: opens a connection to the broker.
+            clock: for heartbeats, deadlines and waiting.
         """
         self._device = device
         self._residency = residency
@@ -85,17 +94,23 @@ class NodeAgent:
         self._threads = threads
         self._limits = limits or Limits()
         self._folder = folder
+        self._open = connect
+        self._clock = clock
         self._unfit = ""
         self._rival = ""
         self._boot_id = secrets.token_hex(8)
         self._since_unix_ms = 0
+        self._status_came_back = False
         self._telemetry = TelemetryProcess(node, self._boot_id, address.host, address.port) if telemetry else None
 
     def run(self, stop: threading.Event, *, on_ready: Callable[[], None] | None = None) -> None:
-        """Serve until `stop` is set. A lost broker is looked for again, with jittered back-off.
+        """Serve until `stop` is set. A lost connection is opened again, with jittered back-off.
+
+        Args:
+            on_ready: called once, when the node has been announced.
 
         Raises:
-            BrokerError: the broker can't be reached at the first try, or refuses this node.
+            BrokerError: the first connection fails, or the broker refuses this node.
             DuplicateNodeError: another live process has this id.
         """
         if self._telemetry:
@@ -119,8 +134,8 @@ class NodeAgent:
             except BrokerAuthError:
                 raise
             except DuplicateNodeError:
-                # The status topic belongs to the other process: leave without touching what is retained there.
-                self._tell_refused(transport)
+                # The retained status belongs to the other process: leave it as it is.
+                self._publish_refusal(transport)
                 raise
             except BrokerError as error:
                 log.warning("%s; reconnecting", error)
@@ -130,28 +145,28 @@ class NodeAgent:
                 return
             transport = reconnected
 
-    def _connect(self) -> MqttTransport:
+    def _connect(self) -> Transport:
         will = LastWill(
             self._topics.status(self._node), status.encode_status(self._status("offline", "connection lost"))
         )
         client_id = f"wdmoe-{self._topics.cluster}-{self._node}-{self._boot_id}"
-        transport = MqttTransport(self._address, client_id, will=will)
+        transport = self._open(self._address, client_id, will=will)
         try:
             transport.subscribe(self._topics.status(self._node), qos=1)
             self._refuse_if_taken(transport)
             transport.subscribe(self._topics.work(self._node))
-            self._since_unix_ms = int(time.time() * 1000)
+            self._since_unix_ms = self._clock.unix_ns() // 1_000_000
             self._announce(transport, confirm=True)
         except BrokerError:
             transport.close()
             raise
         except DuplicateNodeError:
-            self._tell_refused(transport)
+            self._publish_refusal(transport)
             raise
         return transport
 
-    def _tell_refused(self, transport: MqttTransport) -> None:
-        """The other process can tell who reads its status; our own log lies on a device that nobody looks at."""
+    def _publish_refusal(self, transport: Transport) -> None:
+        """Tell the process that has our id. It logs this where operators look, unlike the log of this process."""
         with suppress(BrokerError):
             document = msgspec.structs.replace(self._status("offline", "its id is in use"), refused=True)
             topic = self._topics.status(self._node)
@@ -159,77 +174,83 @@ class NodeAgent:
         transport.close()
 
     def _refuse_if_taken(self, transport: Transport) -> None:
-        """Raise if another process with our id is alive: its retained status says online and is renewed."""
-        deadline = time.monotonic() + _CLAIM_S
+        """Raise DuplicateNodeError if another process with our id is alive: its status is online, and is renewed."""
+        clock = self._clock
+        deadline = clock.monotonic_s() + _CLAIM_S
         other: NodeStatus | None = None
-        while (remaining := deadline - time.monotonic()) > 0:
+        while (remaining := deadline - clock.monotonic_s()) > 0:
             message = transport.receive(remaining)
             seen = self._other_status(message) if message else None
             if seen is None or seen.refused:
                 continue
             if not seen.online:
-                other, deadline = None, time.monotonic() + _CLAIM_S
+                other, deadline = None, clock.monotonic_s() + _CLAIM_S
             elif message and not message.retained:
                 raise self._taken(seen)
             elif other is None:
-                # Retained: alive, or dead for less than the broker's patience. A heartbeat or its will tells.
-                other, deadline = seen, time.monotonic() + 1.5 * KEEPALIVE_S + HEARTBEAT_S
+                # Alive, or dead for so short a time that its last will is still to come: the next heartbeat or the
+                # will decides.
+                other, deadline = seen, clock.monotonic_s() + WILL_DELAY_S + HEARTBEAT_S
                 log.info("id '%s' was last used on %s; making sure that it is gone", self._node, _where(seen))
 
-    def _serve(self, transport: MqttTransport, stop: threading.Event) -> None:
-        work_topic = self._topics.work(self._node)
-        result_topic = self._topics.results(self._node)
-        status_topic = self._topics.status(self._node)
-        next_heartbeat = time.monotonic() + HEARTBEAT_S
+    def _serve(self, transport: Transport, stop: threading.Event) -> None:
+        clock = self._clock
+        next_heartbeat = clock.monotonic_s() + HEARTBEAT_S
         next_telemetry = 0.0
-        seen_by_others = False
+        self._status_came_back = False
         while not stop.is_set():
-            message = transport.receive(min(0.2, max(0.0, next_heartbeat - time.monotonic())))
-            if message and message.topic == work_topic:
-                if message.retained:
-                    self._worker.counts["dropped:retained"] += 1
-                elif (reply := self._worker.answer(message.payload, message.arrived_ns)) is not None:
-                    transport.publish(result_topic, reply)
-            elif message and (other := self._other_status(message)):
-                if other.refused:
-                    self._rival = f"{_where(other)} at {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
-                    log.error("another process on %s tried to use our id '%s'", _where(other), self._node)
-                elif other.online:
-                    self._settle(other)
-            elif message and message.topic == status_topic and self._boot_id.encode() in message.payload:
-                seen_by_others = True
-            now = time.monotonic()
+            message = transport.receive(min(0.2, max(0.0, next_heartbeat - clock.monotonic_s())))
+            if message is not None:
+                self._take(transport, message)
+            now = clock.monotonic_s()
             if self._telemetry and now >= next_telemetry:
                 next_telemetry = now + TELEMETRY_S
                 if (sample := self._telemetry.take()) is not None:
                     transport.publish(self._topics.telemetry(self._node), sample)
             if now >= next_heartbeat:
-                if not seen_by_others:
-                    # A broker's access list drops what it does not allow without a word.
+                if not self._status_came_back:
+                    # A broker drops what its access list does not allow, without an error.
                     raise BrokerAuthError(
-                        f"the broker at {self._address} does not pass on {status_topic}: does its access list allow "
-                        f"user '{self._address.user}' to be node '{self._node}'?"
+                        f"the broker at {self._address} does not pass on {self._topics.status(self._node)}: does its "
+                        f"access list allow user '{self._address.user}' to be node '{self._node}'?"
                     )
                 notify("WATCHDOG=1")
-                self._look_at_limits()
+                self._check_limits()
                 self._announce(transport, confirm=False)
-                next_heartbeat = time.monotonic() + HEARTBEAT_S
+                next_heartbeat = clock.monotonic_s() + HEARTBEAT_S
 
-    def _look_at_limits(self) -> None:
+    def _take(self, transport: Transport, message: Message) -> None:
+        """Answer a frame, or take note of a status on our topic."""
+        if message.topic == self._topics.work(self._node):
+            if message.retained:
+                self._worker.counts["dropped:retained"] += 1
+            elif (reply := self._worker.answer(message.payload, message.arrived_ns)) is not None:
+                transport.publish(self._topics.results(self._node), reply)
+        elif other := self._other_status(message):
+            if other.refused:
+                at = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self._clock.unix_ns() / 1e9))
+                self._rival = f"{_where(other)} at {at}"
+                log.error("another process on %s tried to use our id '%s'", _where(other), self._node)
+            elif other.online:
+                self._yield_if_later(other)
+        elif message.topic == self._topics.status(self._node) and self._boot_id.encode() in message.payload:
+            self._status_came_back = True
+
+    def _check_limits(self) -> None:
         before, self._unfit = self._unfit, self._limits.unfit()
         if self._unfit and not before:
-            log.warning("%s: taking no work until that is over", self._unfit)
+            log.warning("%s: taking no work until that has passed", self._unfit)
         elif before and not self._unfit:
             log.info("taking work again")
 
-    def _settle(self, other: NodeStatus) -> None:
-        """Two of us announced themselves at once: the earlier one stays."""
+    def _yield_if_later(self, other: NodeStatus) -> None:
+        """Raise DuplicateNodeError if another process with our id was announced before this one."""
         if (other.since_unix_ms, other.boot_id) < (self._since_unix_ms, self._boot_id):
             raise self._taken(other)
         log.error("another process on %s tries to use our id '%s'", _where(other), self._node)
 
     def _other_status(self, message: Message) -> NodeStatus | None:
-        """The status in `message` if it is one of another process with our id."""
+        """The status in `message`, if another process with our id published it."""
         if message.topic != self._topics.status(self._node) or not message.payload:
             return None
         try:
@@ -244,7 +265,7 @@ class NodeAgent:
             f"node id '{self._node}' is in use on {_where(other)}: choose another --id or stop that one"
         )
 
-    def _announce(self, transport: MqttTransport, *, confirm: bool) -> None:
+    def _announce(self, transport: Transport, *, confirm: bool) -> None:
         topic = self._topics.status(self._node)
         state = "offline" if self._unfit else "online"
         payload = status.encode_status(self._status(state, self._unfit, uplink=transport.socket_facts()))
@@ -253,20 +274,20 @@ class NodeAgent:
         else:
             transport.publish(topic, payload, qos=1, retain=True)
 
-    def _leave(self, transport: MqttTransport) -> None:
+    def _leave(self, transport: Transport) -> None:
         payload = status.encode_status(self._status("offline", "stopped"))
         transport.publish_confirmed(self._topics.status(self._node), payload, retain=True, timeout_s=2.0)
         transport.close()
 
-    def _reconnect(self, stop: threading.Event) -> MqttTransport | None:
+    def _reconnect(self, stop: threading.Event) -> Transport | None:
         delay_s = _RECONNECT_FIRST_S
-        while not stop.wait(random.uniform(0, delay_s)):  # noqa: S311 - jitter, not a secret
+        while not self._clock.wait(stop, random.uniform(0, delay_s)):  # noqa: S311 - jitter, not a secret
             try:
                 transport = self._connect()
             except BrokerAuthError:
                 raise
             except BrokerError as error:
-                notify("WATCHDOG=1")  # a broker that is away is no reason to be restarted
+                notify("WATCHDOG=1")  # systemd must not restart a node because its broker is away
                 delay_s = min(2 * delay_s, _RECONNECT_MOST_S)
                 log.warning("%s; next try within %.1f s", error, delay_s)
                 continue
@@ -308,7 +329,7 @@ class NodeAgent:
 
 
 def residency_status(runtime: ExpertRuntime) -> Residency | None:
-    """What a runtime's status says of experts that it can't keep in memory; None where it keeps all."""
+    """Which experts a runtime has in memory, for the status; None if it keeps all of them there."""
     if runtime.most_loaded is None:
         return None
     loads = runtime.loads

@@ -1,17 +1,17 @@
-"""A node that can't start says why where somebody looks: in its status, not only in a log on its device."""
+"""A node that can't start publishes the reason in its status, where operators look, and not only in its own log."""
 
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 
-from common.errors import WdmoeError
-from wire import status
+from common.errors import WdmoeError, one_line
+from wire import status, transports
 from wire.broker_url import BrokerAddress
 from wire.errors import BrokerError, FrameError
-from wire.mqtt import MqttTransport
 from wire.status import NodeStatus
 from wire.topics import Topics
+from wire.transport import Connect
 
 _TIMEOUT_S = 5.0
 _LOOK_S = 0.5
@@ -19,17 +19,22 @@ _MOST_REASON = 500
 
 
 @contextmanager
-def failure_told(address: BrokerAddress, topics: Topics, node: str) -> Iterator[None]:
-    """An error of ours within the body is told to the cluster, and goes on to the user of this device."""
+def failure_published(
+    address: BrokerAddress, topics: Topics, node: str, *, connect: Connect = transports.connect
+) -> Iterator[None]:
+    """Publish a `WdmoeError` of the body in the node's retained status, then raise it as it is.
+
+    If the broker can't be reached, only the body's error is raised.
+    """
     try:
         yield
     except WdmoeError as error:
         with suppress(BrokerError):
-            _tell(address, topics, node, " ".join(str(error).split())[:_MOST_REASON])
+            _publish(address, topics, node, one_line(error)[:_MOST_REASON], connect)
         raise
 
 
-def _tell(address: BrokerAddress, topics: Topics, node: str, reason: str) -> None:
+def _publish(address: BrokerAddress, topics: Topics, node: str, reason: str, connect: Connect) -> None:
     boot_id = secrets.token_hex(8)
     topic = topics.status(node)
     document = NodeStatus(
@@ -40,15 +45,15 @@ def _tell(address: BrokerAddress, topics: Topics, node: str, reason: str) -> Non
         since_unix_ms=int(time.time() * 1000),
         reason=f"can't start: {reason}",
     )
-    with closing(MqttTransport(address, f"wdmoe-{node}-{boot_id}", timeout_s=_TIMEOUT_S)) as transport:
+    with closing(connect(address, f"wdmoe-{node}-{boot_id}", timeout_s=_TIMEOUT_S)) as transport:
         transport.subscribe(topic, qos=1, timeout_s=_TIMEOUT_S)
         message = transport.receive(_LOOK_S)
-        if message and _online(message.payload, node):
-            return  # another process has this id: its status is not ours to change
+        if message and _is_online(message.payload, node):
+            return  # another process has this id, so the status is its own
         transport.publish_confirmed(topic, status.encode_status(document), retain=True, timeout_s=_TIMEOUT_S)
 
 
-def _online(payload: bytes, node: str) -> bool:
+def _is_online(payload: bytes, node: str) -> bool:
     try:
         return bool(payload) and status.decode_status(payload, node).online
     except FrameError:

@@ -15,7 +15,7 @@ from edge_node.devices import Device
 from edge_node.experts.memory import check_memory, fitting, largest, needed_bytes, room_bytes
 from edge_node.experts.providers import first_that_proves
 from edge_node.experts.runtime import ExpertRuntime
-from edge_node.failure import failure_told
+from edge_node.failure import failure_published
 from edge_node.limits import Limits
 from edge_node.tuning.tune import Variants
 from edge_node.worker import Worker
@@ -116,7 +116,7 @@ def build_node(config: NodeConfig) -> Node:
     authenticator = read_node_authenticator(config.frame_key, config.cluster, config.node) if config.frame_key else None
     device = _device(config)
     (bundle,) = config.bundles
-    with failure_told(address, topics, config.node):
+    with failure_published(address, topics, config.node):
         manifest = load_trusted_manifest(bundle, config.bundle_key)
     dims = manifest.dims
     try:
@@ -133,7 +133,7 @@ def build_node(config: NodeConfig) -> Node:
     if config.tuned is None and (better := devices.advice(device, scheme)):
         log.warning("%s", better)
     began = time.monotonic()
-    with failure_told(address, topics, config.node):
+    with failure_published(address, topics, config.node):
         check_memory(resident_bytes, budget=budget)
         runtime, chosen = first_that_proves(
             _providers(config, device),

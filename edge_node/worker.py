@@ -1,19 +1,19 @@
 """From a work frame to its answer: no I/O, so that it can be tested and replayed without a network."""
 
 import logging
-import time
 from collections import Counter
 
 import numpy as np
 
+from common.clock import SYSTEM_CLOCK, Clock
 from common.errors import WdmoeError
 from edge_node.experts.runtime import ExpertRuntime
 from wire import frames
-from wire.clock import stamped_payload
 from wire.errors import FrameError
 from wire.experts import ExpertId
 from wire.frame_auth import FrameAuthenticator, ReplayWindow
 from wire.frames import ErrorFrame, NodeDurations, PingFrame, PongFrame, ResultFrame, Status, WorkFrame
+from wire.pong_stamps import stamped_payload
 
 log = logging.getLogger(__name__)
 
@@ -25,39 +25,43 @@ class Worker:
         counts: answered and refused frames and dropped bytes by reason, for logs.
     """
 
-    def __init__(self, runtime: ExpertRuntime, *, authenticator: FrameAuthenticator | None = None) -> None:
+    def __init__(
+        self, runtime: ExpertRuntime, *, authenticator: FrameAuthenticator | None = None, clock: Clock = SYSTEM_CLOCK
+    ) -> None:
         """Take frames from now on.
 
         Args:
-            authenticator: only frames with its tag are answered, and none twice.
+            authenticator: answer only frames with its tag, and none of them twice; frames without a tag if None.
+            clock: for durations and time stamps.
         """
         self.counts: Counter[str] = Counter()
         self._runtime = runtime
         self._authenticator = authenticator
+        self._clock = clock
         self._window = ReplayWindow()
         self._hidden = runtime.manifest.dims.hidden
 
     def answer(self, payload: bytes, arrived_ns: int) -> bytes | None:
-        """The encoded answer to an encoded frame, or None for bytes that deserve none.
+        """The encoded answer to an encoded frame; None, with the reason counted, if the bytes are not a valid request.
 
         Args:
-            arrived_ns: `time.perf_counter_ns()` when the frame was read off the socket.
+            arrived_ns: `clock.perf_ns()` when the frame was read off the connection.
         """
-        begun_ns = time.perf_counter_ns()
+        begun_ns = self._clock.perf_ns()
         try:
             frame = frames.decode(payload, authenticator=self._authenticator)
         except FrameError as error:
             self.counts[f"dropped:{error.reason}"] += 1
             return None
-        # Without a tag anybody could make a request look old by sending its number first.
+        # Without tags, any client could make a request look like a replay by sending its number first.
         if self._authenticator is not None and not self._window.is_new(*frame.id):
             self.counts["dropped:replayed"] += 1
             return None
         match frame:
             case PingFrame():
                 self.counts["pings"] += 1
-                durations = NodeDurations(queue_ns=begun_ns - arrived_ns, decode_ns=time.perf_counter_ns() - begun_ns)
-                payload = stamped_payload(arrived_ns, frame.reply_bytes)
+                durations = NodeDurations(queue_ns=begun_ns - arrived_ns, decode_ns=self._clock.perf_ns() - begun_ns)
+                payload = stamped_payload(self._clock, arrived_ns, frame.reply_bytes)
                 return frames.encode(PongFrame(frame.id, payload, durations), authenticator=self._authenticator)
             case WorkFrame():
                 return self._work(frame, arrived_ns, begun_ns)
@@ -78,7 +82,7 @@ class Worker:
         missing = [s.expert for s in frame.experts if ExpertId(frame.layer, s.expert) not in self._runtime]
         if missing:
             return self._refuse(frame, Status.UNKNOWN_EXPERT, f"does not hold {ExpertId(frame.layer, missing[0])}")
-        decoded_ns = time.perf_counter_ns()
+        decoded_ns = self._clock.perf_ns()
         load_ns = -self._runtime.loads.ns
         output = np.zeros(frame.hidden.shape, np.float32)
         try:
@@ -89,14 +93,14 @@ class Worker:
         except WdmoeError as error:  # an expert's files were changed or removed since the start
             log.error("%s", error)
             return self._refuse(frame, Status.INTERNAL, "an expert can't be loaded any more: see the node's log")
-        computed_ns = time.perf_counter_ns()
+        computed_ns = self._clock.perf_ns()
         load_ns += self._runtime.loads.ns
         if not np.isfinite(output).all():
             return self._refuse(frame, Status.NOT_FINITE, "an expert's output is not finite")
         compute_ns = computed_ns - decoded_ns - load_ns
         durations = NodeDurations(queue_ns, decoded_ns - begun_ns, compute_ns, load_ns=load_ns)
         result = ResultFrame(frame.id, frame.layer, output, frame.dtype, durations)
-        reply = frames.encode(result, began_ns=computed_ns, authenticator=self._authenticator)
+        reply = frames.encode(result, began_ns=computed_ns, clock=self._clock, authenticator=self._authenticator)
         self.counts["answered"] += 1
         return reply
 

@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable, Iterable
 
 from common.clock import ManualClock
-from wire.transport import Message
+from wire.transport import Message, Transport
 
 Reaction = Callable[[str, bytes], Iterable[tuple[str, bytes]]]
 
 
-class MemoryTransport:
+class MemoryTransport(Transport):
     """Messages go to `react`; what it returns, and what a test `put`s, is received after `latency_s`.
 
     Waiting takes no time: `receive` advances `clock` to the next message's arrival or to its own deadline. Code under
@@ -30,13 +30,16 @@ class MemoryTransport:
         self._coming: list[tuple[int, int, str, bytes, bool]] = []
         self._order = itertools.count()
 
-    def subscribe(self, topic_filter: str, *, qos: int = 0) -> None:
+    def subscribe(self, topic_filter: str, *, qos: int = 0, timeout_s: float = 10.0) -> None:
         self._filters.append(topic_filter.replace("+", "*"))
 
     def publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> None:
         self.sent.append((topic, payload))
         for answer_topic, answer in self.react(topic, payload):
             self.put(answer_topic, answer)
+
+    def publish_confirmed(self, topic: str, payload: bytes, *, retain: bool, timeout_s: float = 10.0) -> None:
+        self.publish(topic, payload, qos=1, retain=retain)
 
     def put(self, topic: str, payload: bytes, *, delay_s: float | None = None, retained: bool = False) -> None:
         """Have a message arrive after `delay_s`, by default after the network's latency."""

@@ -8,13 +8,15 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from common.config import Config, Option
 from common.private_files import check_private
 from wire.errors import BrokerAuthError, PlaintextError
+from wire.transport import Scheme
+from wire.transports import schemes
 
-_DEFAULT_PORT = {"mqtt": 1883, "mqtts": 8883}
+_EXAMPLE = "write for example mqtt://192.168.1.10:1883 or mqtts://node1@broker.local"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +38,16 @@ class Access(Config):
 
 @dataclass(frozen=True, slots=True)
 class BrokerAddress:
-    """Where a broker listens and who we are to it.
+    """Where a broker listens, and as which user to connect.
 
     Attributes:
-        tls: `mqtts://`.
-        ca_file, tls_cert, tls_key: see `Access`.
+        scheme: name of a transport (`wire.transports`).
+        ca_file, tls_cert, tls_key: as in `Access`.
     """
 
     host: str
     port: int
-    tls: bool = False
+    scheme: str = "mqtt"
     user: str | None = None
     password: str | None = field(default=None, repr=False)
     ca_file: Path | None = None
@@ -53,14 +55,25 @@ class BrokerAddress:
     tls_key: Path | None = None
 
     @property
+    def tls(self) -> bool:
+        """Whether connections are encrypted, and certificates checked."""
+        return schemes()[self.scheme].tls
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the broker is a part of this process, so that there are no sockets."""
+        return schemes()[self.scheme].in_process
+
+    @property
     def on_loopback(self) -> bool:
         """Whether nothing leaves this machine."""
-        return is_loopback(self.host)
+        return self.in_process or is_loopback(self.host)
 
     def __str__(self) -> str:
         user = f"{self.user}@" if self.user else ""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"mqtt{'s' if self.tls else ''}://{user}{host}:{self.port}"
+        port = f":{self.port}" if self.port else ""
+        return f"{self.scheme}://{user}{host}{port}"
 
 
 def is_loopback(host: str) -> bool:
@@ -75,56 +88,62 @@ _NO_ACCESS = Access()
 
 
 def parse_broker_url(url: str, access: Access = _NO_ACCESS) -> BrokerAddress:
-    """The address in an URL.
+    """The address in a URL.
 
     Raises:
-        ValueError: not such an URL, or it holds a password.
-        BrokerAuthError: the password file is missing or readable by others.
-        KeyFileError: so is the key of the certificate.
-        PlaintextError: without TLS beyond loopback.
+        ValueError: not a broker's URL, it holds a password, or it does not fit the options in `access`.
+        BrokerAuthError: the password file is missing, empty or readable by others.
+        KeyFileError: the private key's file is missing or readable by others.
+        PlaintextError: the URL leaves this machine without TLS, and that is not allowed.
     """
     parts = urlsplit(url)
-    example = "write for example mqtt://192.168.1.10:1883 or mqtts://node1@broker.local"
-    if parts.scheme not in _DEFAULT_PORT or not parts.hostname or parts.path.strip("/") or parts.query:
-        raise ValueError(f"'{_without_password(url)}' is not a broker URL: {example}")
-    if parts.password is not None:
-        raise ValueError("a password in the URL would show up in ps and logs: use --password-file")
-    try:
-        port = parts.port or _DEFAULT_PORT[parts.scheme]
-    except ValueError:
-        raise ValueError(f"'{url}' has no valid port: {example}") from None
-    tls = parts.scheme == "mqtts"
-    if not tls and (access.ca_file or access.tls_cert or access.tls_key):
-        raise ValueError("--ca-file, --tls-cert and --tls-key need an mqtts:// URL")
-    if (access.tls_cert is None) != (access.tls_key is None):
-        raise ValueError("--tls-cert and --tls-key belong together")
-    if access.password_file and not parts.username:
-        raise ValueError("--password-file needs a user in the URL: write mqtt://user@host:1883")
-    if access.tls_key:
-        check_private(access.tls_key)
+    scheme = schemes().get(parts.scheme)
+    if scheme is None or not parts.hostname or parts.path.strip("/") or parts.query:
+        raise ValueError(f"'{_without_password(url)}' is not a broker URL: {_EXAMPLE}")
+    _check_access(parts, scheme, access)
     address = BrokerAddress(
         host=parts.hostname,
-        port=port,
-        tls=tls,
+        port=_port(parts, scheme),
+        scheme=scheme.name,
         user=unquote(parts.username) if parts.username else None,
         password=read_secret(access.password_file) if access.password_file else None,
         ca_file=access.ca_file,
         tls_cert=access.tls_cert,
         tls_key=access.tls_key,
     )
-    if not (tls or access.allow_plaintext or address.on_loopback):
+    if not (address.tls or address.on_loopback or access.allow_plaintext):
         raise PlaintextError(
             f"{address} would carry everything unencrypted over the network: use mqtts:// "
-            "('wdmoe-testbed keys' makes what it needs), or say --allow-plaintext"
+            "('wdmoe-testbed keys' makes the certificates), or --allow-plaintext"
         )
     return address
 
 
+def _check_access(parts: SplitResult, scheme: Scheme, access: Access) -> None:
+    if parts.password is not None:
+        raise ValueError("a password in the URL would show up in ps and logs: use --password-file")
+    if not scheme.tls and (access.ca_file or access.tls_cert or access.tls_key):
+        raise ValueError("--ca-file, --tls-cert and --tls-key need an mqtts:// URL")
+    if (access.tls_cert is None) != (access.tls_key is None):
+        raise ValueError("--tls-cert and --tls-key belong together: give both or neither")
+    if access.password_file and not parts.username:
+        raise ValueError("--password-file needs a user in the URL: write mqtt://user@host:1883")
+    if access.tls_key:
+        check_private(access.tls_key)
+
+
+def _port(parts: SplitResult, scheme: Scheme) -> int:
+    try:
+        return parts.port or scheme.default_port or 0
+    except ValueError:
+        raise ValueError(f"'{_without_password(parts.geturl())}' has no valid port: {_EXAMPLE}") from None
+
+
 def read_secret(path: Path) -> str:
-    """First line of a secret file.
+    """The first line of a password file.
 
     Raises:
-        BrokerAuthError: it can't be read, is empty, or others may read it.
+        BrokerAuthError: the file can't be read, is empty, or others may read it.
     """
     try:
         mode = stat.S_IMODE(path.stat().st_mode)

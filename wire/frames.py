@@ -7,7 +7,6 @@ is used; anything wrong raises `FrameError` with a reason that can be counted.
 
 import enum
 import struct
-import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from common.clock import SYSTEM_CLOCK, Clock
 from wire import tensors
 from wire.errors import FrameError
 from wire.frame_auth import TAG_BYTES, FrameAuthenticator
@@ -194,12 +194,18 @@ def max_tokens(hidden: int, dtype: WireDtype) -> int:
     return max(1, TARGET_FRAME_BYTES // (tensors.encoded_bytes(1, hidden, dtype) + 16))
 
 
-def encode(frame: Frame, *, began_ns: int | None = None, authenticator: FrameAuthenticator | None = None) -> bytes:
+def encode(
+    frame: Frame,
+    *,
+    began_ns: int | None = None,
+    clock: Clock = SYSTEM_CLOCK,
+    authenticator: FrameAuthenticator | None = None,
+) -> bytes:
     """The bytes of a frame.
 
     Args:
-        began_ns: for results, the `time.perf_counter_ns()` from which `durations.encode_ns` counts; it then
-            replaces the value in `frame`, since only here the conversion's end is known.
+        began_ns: for results, the `clock.perf_ns()` from which `durations.encode_ns` counts; what is measured
+            replaces the value in `frame`, since the conversion ends only here.
         authenticator: appends a tag.
 
     Raises:
@@ -222,7 +228,7 @@ def encode(frame: Frame, *, began_ns: int | None = None, authenticator: FrameAut
             tokens, hidden = frame.output.shape
             tensor = tensors.encode(frame.output, dtype)
             d = frame.durations
-            encode_ns = d.encode_ns if began_ns is None else time.perf_counter_ns() - began_ns
+            encode_ns = d.encode_ns if began_ns is None else clock.perf_ns() - began_ns
             deadline_ms = min(d.load_ns // 1000, _MOST_LOAD_US)  # that field of the header has no other use here
             body = [_DURATIONS.pack(d.queue_ns, d.decode_ns, d.compute_ns, encode_ns), *tensor]
         case ErrorFrame():

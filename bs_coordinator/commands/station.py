@@ -63,16 +63,16 @@ def connect_nodes(
     from bs_coordinator.links.log import no_log
     from bs_coordinator.nodes.registry import NodeRegistry
     from wire.frame_auth import read_cluster_key
-    from wire.mqtt import MqttTransport
     from wire.signature import load_trusted_manifest
     from wire.tensors import WireDtype
     from wire.topics import Topics
+    from wire.transports import connect
 
     manifest = load_trusted_manifest(config.bundle, config.bundle_key)
     key = read_cluster_key(config.cluster_key, config.cluster) if config.cluster_key else None
     with (
         configured_broker(config) as address,
-        closing(MqttTransport(address, f"wdmoe-bs-look-{time.time_ns():x}")) as transport,
+        closing(connect(address, f"wdmoe-bs-look-{time.time_ns():x}")) as transport,
     ):
         dispatcher = Dispatcher(
             transport, Topics(config.cluster), NodeRegistry(manifest.dims, manifest.model_sha256),

@@ -10,8 +10,8 @@ from bs_coordinator.links.monitor import LinkMonitor, Probe
 from bs_coordinator.links.packet_train import dispersion_s
 from bs_coordinator.nodes.clock_offsets import ClockSample
 from common.clock import Clock
-from wire.clock import STAMP_BYTES, read_stamps
 from wire.frames import PingFrame, PongFrame, RequestId
+from wire.pong_stamps import STAMP_BYTES, read_stamps
 from wire.transport import Message
 
 _PING_TIMEOUT_S = 10.0

@@ -13,7 +13,7 @@ from bs_coordinator.nodes.registry import LOCAL_NODE
 from common.clock import SYSTEM_CLOCK, Clock
 from wire.errors import BrokerError
 from wire.manifest import ExpertEntry, Manifest, decode_probe_output, probe_input
-from wire.mqtt import MqttTransport
+from wire.transport import Transport
 
 _NAGLE_MS = 30.0
 """A missing TCP_NODELAY costs at least 40 ms in nearly every burst."""
@@ -28,9 +28,7 @@ _PROBE_ERROR = 0.5
 output is at about 1.4."""
 
 
-def measure_broker(
-    transport: MqttTransport, topic: str, *, timeout_s: float = 10.0, clock: Clock = SYSTEM_CLOCK
-) -> float:
+def measure_broker(transport: Transport, topic: str, *, timeout_s: float = 10.0, clock: Clock = SYSTEM_CLOCK) -> float:
     """Median round trip of a small message through the broker and back to us, in ms.
 
     Single messages never meet Nagle's algorithm; of a burst, all but the first wait for an acknowledgement
@@ -54,7 +52,7 @@ def measure_broker(
     return float(np.median(singles_ms))
 
 
-def _echo_ms(transport: MqttTransport, topic: str, count: int, timeout_s: float, clock: Clock) -> float:
+def _echo_ms(transport: Transport, topic: str, count: int, timeout_s: float, clock: Clock) -> float:
     token = clock.perf_ns().to_bytes(8, "little")
     began_ns = clock.perf_ns()
     # Sent one by one, each message could carry the acknowledgement that the broker waits for.

@@ -21,7 +21,7 @@ from testbed.bench.system import DEDICATED_MBPS, running, why_not
 from testbed.bench.transport import compare, echoes, link
 from testbed.demo_assets import demo_bundle
 from testbed.experiment.prompts import PROMPTS
-from wire.mqtt import MqttTransport
+from wire.transport import Transport
 
 _RTT_MS = 5.0
 _NODES = (1, 2, 4, 8)
@@ -96,7 +96,7 @@ def measure(settings: Settings) -> Iterator[Result]:
 
 
 def _sizes(
-    settings: Settings, where: str, found: dict[str, list[float]], ways: tuple[MqttTransport, socket.socket]
+    settings: Settings, where: str, found: dict[str, list[float]], ways: tuple[Transport, socket.socket]
 ) -> Iterator[Row]:
     few = replace(settings, samples=max(30, settings.samples // 5))
     for kib in _KIB:

@@ -17,8 +17,9 @@ from testbed.bench.system import why_not
 from wire import frames
 from wire.broker_url import BrokerAddress
 from wire.frames import ExpertSlice, NodeDurations, RequestId, ResultFrame, WorkFrame
-from wire.mqtt import MqttTransport
 from wire.tensors import Array, WireDtype
+from wire.transport import Transport
+from wire.transports import connect
 
 HIDDEN = 4096
 """Of Mixtral: one token in fp16 is 8 KiB."""
@@ -49,7 +50,7 @@ def measure(settings: Settings) -> Iterator[Result]:
 
 
 @contextmanager
-def link(settings: Settings) -> Iterator[tuple[MqttTransport, socket.socket]]:
+def link(settings: Settings) -> Iterator[tuple[Transport, socket.socket]]:
     """The two ways over an emulated link; this thread is on its base station meanwhile."""
     from testbed.network import namespaces
     from testbed.network.daemon import BASE_STATION
@@ -72,7 +73,7 @@ def link(settings: Settings) -> Iterator[tuple[MqttTransport, socket.socket]]:
 def compare(
     settings: Settings,
     where: str,
-    transport: MqttTransport,
+    transport: Transport,
     plain: socket.socket,
     tokens: int,
     hidden: int,
@@ -121,7 +122,7 @@ def _result(x: Array) -> bytes:
 @contextmanager
 def echoes(
     address: BrokerAddress, host: str, namespace: str | None = None
-) -> Iterator[tuple[MqttTransport, socket.socket]]:
+) -> Iterator[tuple[Transport, socket.socket]]:
     """Two processes that send back what they get: one over the broker, one over plain TCP.
 
     Args:
@@ -141,7 +142,7 @@ def echoes(
             plain, _ = server.accept()
             plain.settimeout(60.0)
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            with plain, closing(MqttTransport(address, "bench-bs")) as transport:
+            with plain, closing(connect(address, "bench-bs")) as transport:
                 transport.subscribe(_BACK)
                 ping = _work(np.zeros((1, 1), np.float32))
                 while transport.receive(0.2) is None:  # until the other side has subscribed
@@ -157,7 +158,7 @@ def echoes(
 
 def _echo_mqtt(namespace: str | None, address: BrokerAddress) -> None:
     with _in_namespace(namespace):
-        transport = MqttTransport(address, "bench-node")
+        transport = connect(address, "bench-node")
     transport.subscribe(_THERE)
     while True:
         if message := transport.receive(1.0):

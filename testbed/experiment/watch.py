@@ -27,11 +27,11 @@ from testbed.experiment.rundir import RunDir
 from wire import status
 from wire.broker_url import BrokerAddress
 from wire.errors import BrokerError, FrameError
-from wire.mqtt import MqttTransport
 from wire.status import NodeStatus
 from wire.telemetry import Telemetry
 from wire.topics import Topics
-from wire.transport import Message
+from wire.transport import Message, Transport
+from wire.transports import connect
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,8 @@ class Watch:
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._target: tuple[BrokerAddress, str] | None = None
-        self._transport: MqttTransport | None = None
+        self._transport: Transport | None = None
+        self._address: BrokerAddress | None = None
         self._retry_s = 0.0
         self._broker = ""
         self._nodes: dict[str, tuple[NodeStatus, float]] = {}
@@ -167,12 +168,12 @@ class Watch:
                     self._broker, self._retry_s = str(error), time.monotonic() + _RECONNECT_S
         self._stop.wait(max(0.0, deadline - time.monotonic()))
 
-    def _connected(self, target: tuple[BrokerAddress, str]) -> MqttTransport | None:
-        if self._transport is not None and self._transport.address != target[0]:
+    def _connected(self, target: tuple[BrokerAddress, str]) -> Transport | None:
+        if self._transport is not None and self._address != target[0]:
             self._disconnect()
         if self._transport is None and time.monotonic() >= self._retry_s:
-            transport = MqttTransport(target[0], f"wdmoe-watch-{secrets.token_hex(4)}", timeout_s=_RECONNECT_S)
-            self._transport = transport
+            transport = connect(target[0], f"wdmoe-watch-{secrets.token_hex(4)}", timeout_s=_RECONNECT_S)
+            self._transport, self._address = transport, target[0]
             topics = Topics(target[1])
             transport.subscribe(topics.status("+"), qos=1, timeout_s=_RECONNECT_S)
             transport.subscribe(topics.telemetry("+"), timeout_s=_RECONNECT_S)

@@ -19,11 +19,11 @@ from wire.broker_url import BrokerAddress
 from wire.errors import BrokerError, FrameError
 from wire.frame_auth import ClusterKey
 from wire.manifest import Manifest
-from wire.mqtt import MqttTransport
 from wire.status import NodeStatus
 from wire.tensors import WireDtype
 from wire.topics import Topics
-from wire.transport import Message
+from wire.transport import Message, Transport
+from wire.transports import connect
 
 _WATCH_S = 4.5
 """Longer than from one heartbeat of a node to its next."""
@@ -35,7 +35,7 @@ _MOST_PROOFS = 32
 Say = Callable[[str], None]
 
 
-class _Listener:
+class _Listener(Transport):
     """A transport that keeps what nodes say of themselves, also those that nobody can use.
 
     Attributes:
@@ -43,7 +43,7 @@ class _Listener:
         boots: processes that said they were online, by node.
     """
 
-    def __init__(self, transport: MqttTransport, topics: Topics) -> None:
+    def __init__(self, transport: Transport, topics: Topics) -> None:
         self.last: dict[str, NodeStatus] = {}
         self.boots: dict[str, set[str]] = defaultdict(set)
         self._transport, self._topics = transport, topics
@@ -63,13 +63,17 @@ class _Listener:
                     self.boots[node].add(document.boot_id)
         return message
 
-    def subscribe(self, topic_filter: str, *, qos: int = 0) -> None:
-        """See `Transport.subscribe`."""
-        self._transport.subscribe(topic_filter, qos=qos)
+    def subscribe(self, topic_filter: str, *, qos: int = 0, timeout_s: float = 10.0) -> None:
+        """Subscribe and wait for the broker's confirmation."""
+        self._transport.subscribe(topic_filter, qos=qos, timeout_s=timeout_s)
 
     def publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> None:
-        """See `Transport.publish`."""
+        """Hand a message to the network."""
         self._transport.publish(topic, payload, qos=qos, retain=retain)
+
+    def publish_confirmed(self, topic: str, payload: bytes, *, retain: bool, timeout_s: float = 10.0) -> None:
+        """Publish and wait for the broker's acknowledgement."""
+        self._transport.publish_confirmed(topic, payload, retain=retain, timeout_s=timeout_s)
 
     def close(self) -> None:
         """See `Transport.close`."""
@@ -101,7 +105,7 @@ def gather(
         BrokerError: the broker can't be reached, or was lost.
     """
     topics = Topics(cluster)
-    transport = MqttTransport(address, f"wdmoe-preflight-{secrets.token_hex(4)}")
+    transport = connect(address, f"wdmoe-preflight-{secrets.token_hex(4)}")
     fleet = NodeRegistry(manifest.dims, manifest.model_sha256)
     listener = _Listener(transport, topics)
     with closing(transport):

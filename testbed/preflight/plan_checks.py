@@ -26,8 +26,8 @@ from testbed.preflight.verdicts import Check, Level
 from wire.broker_url import BrokerAddress
 from wire.experts import ExpertId, format_selector, parse_selector
 from wire.manifest import MANIFEST_NAME, Manifest, load_manifest, sha256_file
-from wire.mqtt import MqttTransport
 from wire.topics import Topics
+from wire.transports import connect
 
 _STEP_BYTES = 60_000
 """Of one token of the demo model in all tables, Parquet and CSV: 30 layers × about two requests."""
@@ -153,7 +153,7 @@ def broker_check(address: BrokerAddress, cluster: str) -> Check:
 
 def _broker(address: BrokerAddress, cluster: str) -> tuple[Level, str]:
     client_id = f"wdmoe-preflight-{secrets.token_hex(4)}"
-    with closing(MqttTransport(address, client_id)) as transport:
+    with closing(connect(address, client_id)) as transport:
         round_trip_ms = measure_broker(transport, Topics(cluster).echo(client_id))
     return "pass", f"{address} answers in {round_trip_ms:.2f} ms, with TCP_NODELAY"
 

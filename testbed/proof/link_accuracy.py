@@ -31,9 +31,9 @@ from testbed.network.daemon import BASE_STATION
 from testbed.network.emulated import EmulatedNetwork, emulated
 from wire import frames, tensors
 from wire.manifest import load_manifest
-from wire.mqtt import MqttTransport
 from wire.tensors import WireDtype
 from wire.topics import Topics
+from wire.transports import connect
 
 _TRUNK_S = 0.003
 """Between two messages, as the base station's own work is."""
@@ -135,7 +135,7 @@ def measure_accuracy(
             {node: f"L*:E{k}" for k, node in enumerate(network.nodes)},
             prefixes={node: network.prefix(node) for node in network.nodes},
         ),
-        closing(MqttTransport(address, "wdmoe-bs-accuracy")) as transport,
+        closing(connect(address, "wdmoe-bs-accuracy")) as transport,
     ):
         fleet = NodeRegistry(manifest.dims, manifest.model_sha256)
         dispatcher = Dispatcher(transport, Topics("default"), fleet, dtype=WireDtype.FP16, timeout_s=30.0)

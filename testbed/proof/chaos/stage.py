@@ -17,8 +17,8 @@ from testbed.local_nodes import LocalNodes
 from testbed.proof.chaos.schedule import LOSSES_PERCENT, Fault
 from wire.broker_url import BrokerAddress
 from wire.errors import BrokerError
-from wire.mqtt import MqttTransport
 from wire.topics import Topics
+from wire.transports import connect
 
 if TYPE_CHECKING:
     from testbed.network.emulated import EmulatedNetwork
@@ -169,7 +169,7 @@ class Stage:
     def _noise(self, until: float, rng: random.Random) -> None:
         """Repeats what it overhears, unchanged or with a bit flipped."""
         topics = Topics("chaos")
-        with closing(MqttTransport(self.address, f"noise-{rng.random()}")) as guest:
+        with closing(connect(self.address, f"noise-{rng.random()}")) as guest:
             guest.subscribe(topics.work("+"))
             guest.subscribe(topics.results("+"))
             ours: set[int] = set()
@@ -186,7 +186,7 @@ class Stage:
     def _flood(self, until: float, rng: random.Random) -> None:
         """As much nonsense as the base station and a node can be sent by a member of the cluster."""
         topics = Topics("chaos")
-        with closing(MqttTransport(self.address, f"flood-{rng.random()}")) as guest:
+        with closing(connect(self.address, f"flood-{rng.random()}")) as guest:
             while time.monotonic() < until:
                 node = rng.choice(self.nodes)
                 for topic in (topics.results(node), topics.work(node), topics.status(f"ghost{rng.randrange(50)}")):

@@ -7,8 +7,9 @@ from contextlib import closing
 from bs_coordinator.broker.processes import open_broker
 from tests.waiting import wait_until
 from wire.broker_url import BrokerAddress
-from wire.mqtt import MqttTransport
 from wire.topics import Topics
+from wire.transport import Transport
+from wire.transports import connect
 
 NODES = 8
 
@@ -18,7 +19,7 @@ def test_every_node_that_connects_at_once_is_seen() -> None:
         # The more retained messages there are, the longer a connection takes to be set up.
         for round in range(8):
             topics, done = Topics(f"round-{round}"), threading.Event()
-            with closing(MqttTransport(address, f"watch-{round}")) as watch:
+            with closing(connect(address, f"watch-{round}")) as watch:
                 watch.subscribe(topics.status("+"), qos=1)
                 nodes = [pool.submit(_run_node, address, topics, f"n{k}", done) for k in range(NODES)]
                 try:
@@ -29,7 +30,7 @@ def test_every_node_that_connects_at_once_is_seen() -> None:
                 node.result()
 
 
-def _wait_for_nodes(watch: MqttTransport, topics: Topics) -> None:
+def _wait_for_nodes(watch: Transport, topics: Topics) -> None:
     seen = set[str]()
 
     def all_are_seen() -> bool:
@@ -42,7 +43,7 @@ def _wait_for_nodes(watch: MqttTransport, topics: Topics) -> None:
 
 
 def _run_node(address: BrokerAddress, topics: Topics, name: str, done: threading.Event) -> None:
-    with closing(MqttTransport(address, f"{topics.cluster}-{name}")) as transport:
+    with closing(connect(address, f"{topics.cluster}-{name}")) as transport:
         transport.subscribe(topics.status(name), qos=1)
         transport.receive(0.2)  # as nodes do, to find out whether their name is taken
         transport.subscribe(topics.work(name))

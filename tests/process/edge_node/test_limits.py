@@ -15,8 +15,9 @@ from edge_node.limits import Limits
 from testbed.local_nodes import LocalNodes
 from tests.waiting import wait_until
 from wire import status
-from wire.mqtt import MqttTransport
 from wire.topics import Topics
+from wire.transport import Transport
+from wire.transports import connect
 
 
 def test_it_must_cool_down_before_it_is_fit_again() -> None:
@@ -39,7 +40,7 @@ def test_memory_must_be_there_with_a_margin() -> None:
 
 def test_a_node_short_of_memory_leaves_the_fleet_and_says_why(fleet: LocalNodes) -> None:
     argv = _argv(fleet, "--min-free-memory", "900T")
-    with closing(MqttTransport(fleet.address, "t-watch")) as watch:
+    with closing(connect(fleet.address, "t-watch")) as watch:
         watch.subscribe(Topics(fleet.cluster).status("n0"), qos=1)
         process = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
         try:
@@ -75,7 +76,7 @@ def _argv(fleet: LocalNodes, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def _statuses(watch: MqttTransport, until: Callable[[status.NodeStatus], bool]) -> list[status.NodeStatus]:
+def _statuses(watch: Transport, until: Callable[[status.NodeStatus], bool]) -> list[status.NodeStatus]:
     seen: list[status.NodeStatus] = []
 
     def arrived() -> bool:

@@ -22,9 +22,9 @@ from tests.needs import needs, skip_without
 from tests.waiting import wait_until
 from wire.broker_url import BrokerAddress
 from wire.manifest import Scheme
-from wire.mqtt import MqttTransport
 from wire.status import decode_status
 from wire.topics import Topics
+from wire.transports import connect
 
 Bundle = Callable[[Scheme], Path]
 
@@ -169,7 +169,7 @@ def test_garbage_on_every_topic_changes_nothing(run: Run, full_fleet: LocalNodes
     topics = Topics(full_fleet.cluster)
     names = ["n0", "n1", "n2", "n3", "ghost"]
     random_bytes = random.Random(1).randbytes  # noqa: S311
-    with closing(MqttTransport(full_fleet.address, "noise")) as noise:
+    with closing(connect(full_fleet.address, "noise")) as noise:
         for name in names:
             noise.publish_confirmed(topics.status(f"ghost-{name}"), b"\x00not json", retain=True)
         argv = [
@@ -325,7 +325,7 @@ def test_an_access_list_that_forbids_the_node(
 
 def _wait_for_status(fleet: LocalNodes, node: str, *, online: bool, reason: str = "") -> None:
     topic = Topics(fleet.cluster).status(node)
-    with closing(MqttTransport(fleet.address, f"watch-{time.time_ns()}")) as watch:
+    with closing(connect(fleet.address, f"watch-{time.time_ns()}")) as watch:
         watch.subscribe(topic, qos=1)
 
         def is_so() -> bool:

@@ -24,8 +24,9 @@ from tests.waiting import wait_until
 from wire.broker_url import Access, BrokerAddress, parse_broker_url
 from wire.errors import BrokerAuthError, BrokerError, PlaintextError
 from wire.manifest import Scheme
-from wire.mqtt import MqttTransport
 from wire.topics import Topics
+from wire.transport import Transport
+from wire.transports import connect
 
 Bundle = Callable[[Scheme], Path]
 CLUSTER = "lab"
@@ -72,8 +73,8 @@ class Site:
     def url(self) -> str:
         return f"mqtts://{HOST}:{self.port}"
 
-    def connect(self, name: str, client: str, access: Access | None = None) -> MqttTransport:
-        return MqttTransport(parse_broker_url(self.url, access or self.access(name)), f"t-{client}")
+    def connect(self, name: str, client: str, access: Access | None = None) -> Transport:
+        return connect(parse_broker_url(self.url, access or self.access(name)), f"t-{client}")
 
     def reload(self) -> None:
         before = self.log.read_text().count("Reloading config")
@@ -96,7 +97,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     site.process.wait()
 
 
-def _received(transport: MqttTransport, seconds: float = 1.0) -> list[tuple[str, bytes]]:
+def _received(transport: Transport, seconds: float = 1.0) -> list[tuple[str, bytes]]:
     found = []
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
@@ -158,7 +159,7 @@ def test_strangers_and_certificates_that_are_no_longer_good_stay_outside(site: S
     with pytest.raises(BrokerAuthError, match="TLS"):  # the broker is checked as well
         site.connect("a", "suspicious", Access())
     with pytest.raises(BrokerError):
-        MqttTransport(BrokerAddress(HOST, site.port), "t-plain")
+        connect(BrokerAddress(HOST, site.port), "t-plain")
 
 
 def test_a_revoked_node_is_out_at_once(site: Site) -> None:
@@ -262,10 +263,10 @@ _MALLORY = """
 import sys, time, zlib
 from pathlib import Path
 from wire.broker_url import Access, parse_broker_url
-from wire.mqtt import MqttTransport
+from wire.transports import connect
 url, folder, root = sys.argv[1:]
 f = Path(folder)
-t = MqttTransport(parse_broker_url(url, Access(None, f / "ca.crt", f / "node.crt", f / "node.key")), "mallory")
+t = connect(parse_broker_url(url, Access(None, f / "ca.crt", f / "node.crt", f / "node.key")), "mallory")
 t.subscribe(root + "/results/+")
 Path(sys.argv[2], "ready").touch()
 own = set()

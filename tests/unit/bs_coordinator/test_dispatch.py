@@ -342,7 +342,7 @@ def test_a_broker_that_hangs_up_on_every_request_ends_the_layer() -> None:
         transport = MemoryTransport(refuse, clock=clock)
         subscribe = transport.subscribe
 
-        def with_retained(topic_filter: str, *, qos: int = 0) -> None:
+        def with_retained(topic_filter: str, *, qos: int = 0, timeout_s: float = 10.0) -> None:
             subscribe(topic_filter, qos=qos)
             if topic_filter == TOPICS.status("+"):
                 transport.put(TOPICS.status("a"), status.encode_status(_online("a", "L*:E*")))

@@ -18,9 +18,9 @@ from testbed.local_nodes import LocalNodes
 from wire.device_profiles import PROFILES, DeviceName, Provider
 from wire.experts import ExpertId
 from wire.manifest import Manifest, Scheme, load_manifest
-from wire.mqtt import MqttTransport
 from wire.status import NodeStatus
 from wire.topics import Topics
+from wire.transports import connect
 
 CORTEX_A72 = "Features\t: fp asimd evtstrm crc32 cpuid\n"
 CORTEX_A76 = "Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid lrcpc dcpop asimddp\n"
@@ -158,7 +158,7 @@ def test_a_node_that_is_asked_for_cuda_serves_with_the_cpu_and_says_why(fleet: L
 
 
 def _status(fleet: LocalNodes, node: str) -> NodeStatus:
-    with closing(MqttTransport(fleet.address, f"look-{fleet.cluster}")) as transport:
+    with closing(connect(fleet.address, f"look-{fleet.cluster}")) as transport:
         transport.subscribe(Topics(fleet.cluster).status(node), qos=1)
         for _ in range(100):
             message = transport.receive(0.2)

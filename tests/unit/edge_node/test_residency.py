@@ -23,10 +23,10 @@ from wire.errors import BundleError
 from wire.experts import ExpertId
 from wire.frames import ErrorFrame, ExpertSlice, RequestId, ResultFrame, Status, WorkFrame
 from wire.manifest import Scheme, load_manifest, probe_input
-from wire.mqtt import MqttTransport
 from wire.status import decode_status
 from wire.tensors import WireDtype
 from wire.topics import Topics
+from wire.transports import connect
 
 Bundle = Callable[[Scheme], Path]
 
@@ -182,7 +182,7 @@ def test_a_node_says_what_it_keeps(fleet: LocalNodes) -> None:
     budget = needed_bytes(largest(entries, 5), "int4")
     options = ["--residency", "lru", "--memory-budget", str(budget)]
     fleet.start("small", "L*:E*", options=options)
-    with closing(MqttTransport(fleet.address, "test-look")) as transport:
+    with closing(connect(fleet.address, "test-look")) as transport:
         transport.subscribe(Topics(fleet.cluster).status("small"), qos=1)
         deadline = time.monotonic() + 60
         while (message := transport.receive(0.5)) is None:

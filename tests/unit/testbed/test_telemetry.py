@@ -14,11 +14,11 @@ from testbed.experiment.telemetry import sensor_rows
 from testbed.local_nodes import LocalNodes
 from tests.unit.wire.test_telemetry import SAMPLE
 from wire.manifest import load_manifest
-from wire.mqtt import MqttTransport
 from wire.status import NodeStatus
 from wire.telemetry import Clocks, Power, Thermal, Wifi
 from wire.tensors import WireDtype
 from wire.topics import Topics
+from wire.transports import connect
 
 
 def test_every_field_has_its_column() -> None:
@@ -41,7 +41,7 @@ def test_samples_of_nodes_become_rows(fleet: LocalNodes) -> None:
     fleet.start("b", "L*:E4-7")
     manifest = load_manifest(fleet.bundle)
     topics = Topics(fleet.cluster)
-    with closing(MqttTransport(fleet.address, f"look-{fleet.cluster}")) as transport:
+    with closing(connect(fleet.address, f"look-{fleet.cluster}")) as transport:
         dispatcher = Dispatcher(
             transport, topics, NodeRegistry(manifest.dims, manifest.model_sha256), dtype=WireDtype.FP32, timeout_s=5.0
         )

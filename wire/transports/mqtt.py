@@ -1,7 +1,7 @@
 """MQTT 3.1.1 over one TCP connection, driven by its owner's thread: no thread hand-off per message.
 
-paho-mqtt does the protocol; this module adds what a latency-bound application needs: TCP_NODELAY, a deadline
-on everything that waits, and errors in the words of `wire.errors`. It knows nothing of frames.
+paho-mqtt implements the protocol. This module adds what a latency-bound application needs: TCP_NODELAY, a deadline on
+everything that waits, and the errors of `wire.errors`.
 """
 
 import collections
@@ -15,54 +15,44 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from paho.mqtt.client import Client, MQTTMessage, MQTTv311
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.reasoncodes import ReasonCode
 
+from common.tcp_info import read_tcp_info
 from wire.broker_url import BrokerAddress
 from wire.errors import BrokerAuthError, BrokerError
 from wire.status import SocketFacts
-from wire.tcp_info import read_socket_facts
-from wire.transport import Message
+from wire.transport import WILL_DELAY_S, LastWill, Message, Scheme, Transport
 
 log = logging.getLogger(__name__)
 
-KEEPALIVE_S = 10
-"""A peer that vanishes without closing its socket is declared dead by the broker after 1.5× this."""
+_KEEPALIVE_S = round(WILL_DELAY_S / 1.5)
+"""A broker gives up a client that was silent for 1.5 times this (MQTT 3.1.1, 3.1.2.10)."""
 _AUTH_REFUSALS = ("Bad user name or password", "Not authorized")
 _QUEUE_LIMIT = 4096
-_MISC_S = KEEPALIVE_S / 20
-"""How often keep-alives are looked after; with every message it cost more than the poll itself."""
+_MISC_S = _KEEPALIVE_S / 20
+"""How often keep-alives are checked; to do so for every message would cost more than the poll itself."""
 _LARGE_BYTES = 32 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class LastWill:
-    """What the broker publishes, retained and with QoS 1, when this client disappears."""
+class MqttTransport(Transport):
+    """A connected MQTT client.
 
-    topic: str
-    payload: bytes
+    Messages that arrive between two calls of `receive` wait in a queue of bounded length. When it is full, the oldest
+    is dropped: every request of this project has a deadline of its own.
 
-
-class MqttTransport:
-    """A connected MQTT client (`wire.transport.Transport`).
-
-    Messages that arrive while nobody calls `receive` wait in a queue of bounded length; past it the oldest is
-    dropped and counted in `dropped`, since every request above has a deadline of its own.
+    Attributes:
+        address: of the broker.
+        dropped: messages that were dropped because the queue was full, or because their topic was not valid UTF-8.
     """
 
     def __init__(
         self, address: BrokerAddress, client_id: str, *, will: LastWill | None = None, timeout_s: float = 10.0
     ) -> None:
-        """Connect and wait for the broker's acknowledgement.
-
-        Raises:
-            BrokerAuthError: user or password refused, or the broker's certificate is not trusted.
-            BrokerError: not reachable within `timeout_s`, or it refuses for another reason.
-        """
+        """Connect and wait for the broker's acknowledgement (`wire.transport.Connect`)."""
         self.address = address
         self.dropped = 0
         self._inbox: collections.deque[Message] = collections.deque()
@@ -101,7 +91,7 @@ class MqttTransport:
                 certificate, key = (str(p) if p else None for p in (address.tls_cert, address.tls_key))
                 self._client.tls_set(ca_file, certificate, key, tls_version=ssl.PROTOCOL_TLS_CLIENT)
                 self._client.on_log = self._on_log
-            self._client.connect(address.host, address.port, keepalive=KEEPALIVE_S)
+            self._client.connect(address.host, address.port, keepalive=_KEEPALIVE_S)
         except ssl.SSLError as error:
             raise BrokerAuthError(f"TLS with {address} failed: {error.reason or error}") from None
         except OSError as error:
@@ -114,7 +104,7 @@ class MqttTransport:
             except BrokerError:
                 if not address.tls or time.monotonic() >= deadline:
                     raise
-                # With TLS 1.3 a broker judges a client's certificate after the client's part of the handshake.
+                # With TLS 1.3 a broker checks a client's certificate after the client's part of the handshake.
                 why = (
                     f"refused our certificate: {self._alert}"
                     if self._alert
@@ -132,11 +122,7 @@ class MqttTransport:
             raise BrokerError(f"the broker at {address} refused the connection: {reason}")
 
     def subscribe(self, topic_filter: str, *, qos: int = 0, timeout_s: float = 10.0) -> None:
-        """Subscribe and wait for the broker's confirmation.
-
-        Raises:
-            BrokerError: refused (for example by an ACL) or not confirmed within `timeout_s`.
-        """
+        """Subscribe and wait for the broker's confirmation."""
         rc, mid = self._client.subscribe(topic_filter, qos)
         self._check(rc)
         assert mid is not None  # noqa: S101 - paho returns an id with every success
@@ -147,19 +133,11 @@ class MqttTransport:
             raise BrokerError(f"the broker refused the subscription to {topic_filter}: check its ACL")
 
     def publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> None:
-        """Write a message to the socket, or queue what the socket does not take at once.
-
-        Raises:
-            BrokerError: the connection is lost.
-        """
+        """Write a message to the socket, or queue what the socket does not take at once."""
         self._check(self._client.publish(topic, payload, qos, retain).rc)
 
     def publish_confirmed(self, topic: str, payload: bytes, *, retain: bool, timeout_s: float = 10.0) -> None:
-        """Publish with QoS 1 and wait for the broker's acknowledgement.
-
-        Raises:
-            BrokerError: the connection is lost, or no acknowledgement within `timeout_s`.
-        """
+        """Publish with QoS 1 and wait for the broker's acknowledgement."""
         info = self._client.publish(topic, payload, 1, retain)
         self._check(info.rc)
         deadline = time.monotonic() + timeout_s
@@ -168,7 +146,7 @@ class MqttTransport:
 
     @contextlib.contextmanager
     def in_one_segment(self) -> Iterator[None]:
-        """What is published meanwhile leaves together, where the kernel can hold it back (Linux)."""
+        """Hold back what is published within the context, where the kernel can (Linux: TCP_CORK)."""
         sock: Any = self._client.socket()
         cork = getattr(socket, "TCP_CORK", None)
         if sock is None or cork is None:
@@ -181,11 +159,7 @@ class MqttTransport:
             sock.setsockopt(socket.IPPROTO_TCP, cork, 0)
 
     def receive(self, timeout_s: float) -> Message | None:
-        """The next message, or None when none came within `timeout_s`.
-
-        Raises:
-            BrokerError: the connection is lost.
-        """
+        """The next message, or None if none arrives within `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while not self._inbox:
             remaining = deadline - time.monotonic()
@@ -195,12 +169,18 @@ class MqttTransport:
         return self._inbox.popleft() if self._inbox else None
 
     def socket_facts(self) -> SocketFacts | None:
-        """The kernel's account of our connection to the broker; None where there is none."""
+        """The kernel's statistics of the connection to the broker; None if it keeps none."""
         sock: Any = self._client.socket()
-        return read_socket_facts(sock) if sock is not None else None
+        info = read_tcp_info(sock) if sock is not None else None
+        if info is None:
+            return None
+        with contextlib.suppress(OSError):  # closed meanwhile
+            host, port = sock.getsockname()[:2]
+            return SocketFacts(endpoint=f"{host}:{port}", **info._asdict())
+        return None
 
     def close(self) -> None:
-        """Disconnect cleanly (the last will is not sent); what is still queued gets a second to leave."""
+        """Disconnect cleanly, after at most a second for what is still queued. The last will is not published."""
         with contextlib.suppress(BrokerError):
             deadline = time.monotonic() + 1.0
             while self._client.want_write() and time.monotonic() < deadline:
@@ -220,9 +200,9 @@ class MqttTransport:
         if sock is None:
             raise self._lost(MQTTErrorCode.MQTT_ERR_NO_CONN)
         if getattr(sock, "pending", int)():
-            timeout_s = 0.0  # TLS has decrypted bytes that poll() can't see
+            timeout_s = 0.0  # TLS has decrypted bytes that poll() does not know of
         # Wake up often enough to send keep-alives.
-        timeout_s = min(timeout_s, KEEPALIVE_S / 4)
+        timeout_s = min(timeout_s, _KEEPALIVE_S / 4)
         wanted = select.POLLIN | (select.POLLOUT if client.want_write() else 0)
         if self._polled != (sock, wanted):
             self._poll.register(sock, wanted)
@@ -248,7 +228,7 @@ class MqttTransport:
         return BrokerError(f"lost the connection to the broker at {self.address} ({rc.name})")
 
     def _on_log(self, client: Client, userdata: Any, level: int, text: str) -> None:
-        # paho tells why a connection ended here only: "… [SSL: SSLV3_ALERT_CERTIFICATE_REVOKED] sslv3 alert …"
+        # paho reports why a connection ended only here: "… [SSL: SSLV3_ALERT_CERTIFICATE_REVOKED] sslv3 alert …"
         alert = re.search(r"\[SSL: \w*ALERT_(\w+)\]", text)
         if alert:
             self._alert = alert[1].replace("_", " ").lower()
@@ -273,10 +253,10 @@ class MqttTransport:
 
 @functools.cache
 def keep_large_buffers() -> None:
-    """Let the C library reuse the memory of large messages, where it can (glibc).
+    """Make the C library keep and reuse the memory of large messages, where it can (glibc).
 
-    By default it takes every buffer above 128 KiB from the system and gives it back at once: page faults for every
-    page of every message.
+    By default glibc takes every buffer above 128 KiB from the system and returns it at once, which costs a page fault
+    for every page of every message.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -286,5 +266,11 @@ def keep_large_buffers() -> None:
 
 
 def _disable_nagle(client: Client, userdata: Any, sock: Any) -> None:
-    # Without it the kernel holds back a small write until the last one is acknowledged: up to 40 ms.
+    # Nagle's algorithm holds back a small write until the last one is acknowledged: up to 40 ms.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+SCHEMES = (
+    Scheme("mqtt", MqttTransport, default_port=1883),
+    Scheme("mqtts", MqttTransport, default_port=8883, tls=True),
+)
