@@ -8,6 +8,7 @@ import click
 
 from common.console import run as run_console
 from common.options import Group
+from testbed.archive import commands as archive_commands
 from testbed.bench import commands as bench_commands
 from testbed.demo import commands as demo_commands
 from testbed.evaluation import commands as evaluation_commands
@@ -15,7 +16,11 @@ from testbed.experiment import commands as experiment_commands
 from testbed.fleet import commands as fleet_commands
 from testbed.keys import commands as keys_commands
 from testbed.network import commands as network_commands
+from testbed.plan import commands as plan_commands
+from testbed.preflight import commands as preflight_commands
 from testbed.radio import commands as radio_commands
+from testbed.report import commands as report_commands
+from testbed.run_directory import commands as run_directory_commands
 from wire import __version__
 
 
@@ -26,7 +31,12 @@ def cli() -> None:
 
 
 demo_commands.register(cli)
+plan_commands.register(cli)
+preflight_commands.register(cli)
 experiment_commands.register(cli)
+run_directory_commands.register(cli)
+report_commands.register(cli)
+archive_commands.register(cli)
 evaluation_commands.register(cli)
 bench_commands.register(cli)
 network_commands.register(cli)

@@ -1,49 +1,33 @@
-"""The latency log: one CSV row per step, layer and node, appended while the run goes on.
+"""The latency log: a CSV file with one row per step, layer and request to a node, appended while answers are made.
 
-`docs/measurement.md` is its data dictionary. Durations are the base station's (`*_ns` of `node_*` the node's
-own), so that no clock has to agree with another.
+Its columns are those of the table `latency` of a run, without the mark of the warm-up.
 """
 
 import csv
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from bs_coordinator.engine.sequence import TokenEvent
+from testbed.run_directory.step_tables import LATENCY, TokenRecord
 
-COLUMNS = (
-    "answer",
-    "token",
-    "phase",
-    "position",
-    "step_tokens",
-    "layer",
-    "trunk_ns",
-    "dispatch_ns",
-    "node",
-    "experts",
-    "tokens",
-    "sent_unix_ns",
-    "round_trip_ns",
-    "network_ns",
-    "node_queue_ns",
-    "node_decode_ns",
-    "node_compute_ns",
-    "node_encode_ns",
-    "down_bytes",
-    "up_bytes",
-)
+COLUMNS = tuple(column for column in LATENCY.columns if column.name != "warm_up")
 
 
 class LatencyLog:
     """An open latency log."""
 
     def __init__(self, path: Path) -> None:
-        """Begin a new file; an existing one is not overwritten (FileExistsError)."""
+        """Make a new file.
+
+        Raises:
+            FileExistsError: the file exists; it is not overwritten.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("x", newline="")
         self._writer = csv.writer(self._file)
-        self._writer.writerow(COLUMNS)
+        self._writer.writerow(column.name for column in COLUMNS)
 
     def __enter__(self) -> Self:
         return self
@@ -54,19 +38,18 @@ class LatencyLog:
         self._file.close()
 
     def append(self, answer: int, token: int, event: TokenEvent) -> None:
-        """Add the rows of one token and hand them to the operating system."""
-        for step in event.steps:
-            for layer in step.layers:
-                for d in layer.dispatches:
-                    self._writer.writerow(
-                        (
-                            *(answer, token, step.phase, step.position, step.tokens),
-                            *(layer.layer, layer.trunk_ns, layer.dispatch_ns),
-                            *(d.node, " ".join(map(str, d.experts)), d.tokens, d.sent_unix_ns),
-                            *(d.round_trip_ns, d.network_ns),
-                            *(d.durations.queue_ns, d.durations.decode_ns),
-                            *(d.durations.compute_ns, d.durations.encode_ns),
-                            *(d.down_bytes, d.up_bytes),
-                        )
-                    )
+        """Append the rows of one token and flush them to the operating system."""
+        record = TokenRecord(
+            answer=answer,
+            token=token,
+            warm_up=False,
+            token_id=event.id,
+            steps=event.steps,
+            ended_unix_ns=time.time_ns(),
+            ended_monotonic_ns=time.monotonic_ns(),
+            log_ns=0,
+            top_k=0,
+        )
+        for row in record.request_rows():
+            self._writer.writerow(column.value(row) for column in COLUMNS)
         self._file.flush()

@@ -1,15 +1,13 @@
 """One archive of a run: what was measured, checksums, a data dictionary, a report; anonymous unless told otherwise."""
 
-import gzip
 import json
 import secrets
 import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import Any
 
 import platformdirs
 import pyarrow as pa
@@ -23,17 +21,17 @@ from common.private_files import read_private
 from testbed.archive.dictionary import dictionary_json, dictionary_markdown
 from testbed.archive.pseudonyms import Kind, Pseudonyms, texts_under
 from testbed.errors import ArchiveError, RunDirectoryError
-from testbed.experiment.baselines import FILE as BASELINES_FILE
-from testbed.experiment.notes import PHOTOS
-from testbed.experiment.plan import BASELINES, Cell
-from testbed.experiment.rundir import EVENTS, MANIFEST, MARKER, RunDir
+from testbed.plan.cells import Cell
+from testbed.plan.schema import BASELINES
 from testbed.report.write import write_report
+from testbed.run_directory.archive_file import CHECKSUMS, archive_name, open_compressed
+from testbed.run_directory.baselines import BASELINES_FILE
+from testbed.run_directory.directory import EVENTS, MANIFEST, MARKER, RunDir
+from testbed.run_directory.notes import PHOTOS
 from wire.manifest import sha256_file
 
-CHECKSUMS = "SHA256SUMS"
 DICTIONARY = "DICTIONARY.md"
 README = "README.md"
-ENDINGS = (".tar.zst", ".tar.gz")
 _UNTOUCHED = frozenset({"text", "token_sha256"})
 """Columns of a model's answers: results, not facts of a place."""
 _KEY_BYTES = 32
@@ -111,32 +109,6 @@ def export_run(
         replaced=pseudonyms.replaced if pseudonyms else {},
         left_out=left_out,
     )
-
-
-def archive_name(path: Path) -> str:
-    """The name of an archive without its ending, and of the folder in it.
-
-    Raises:
-        ArchiveError: it is no archive's.
-    """
-    for ending in ENDINGS:
-        if path.name.endswith(ending) and path.name != ending:
-            return path.name.removesuffix(ending)
-    raise ArchiveError(f"{path.name} is no archive's name: it ends in {' or '.join(ENDINGS)}")
-
-
-@contextmanager
-def open_compressed(path: Path, mode: Literal["rb", "wb"]) -> Iterator[IO[bytes]]:
-    """The tar stream of an archive."""
-    if path.name.endswith(".tar.gz"):
-        with path.open(mode) as raw, gzip.GzipFile("", mode, 6, raw, mtime=0) as file:
-            yield cast(IO[bytes], file)
-    elif mode == "wb":
-        with pa.CompressedOutputStream(str(path), "zstd") as stream:
-            yield cast(IO[bytes], stream)
-    else:
-        with pa.CompressedInputStream(str(path), "zstd") as stream:
-            yield cast(IO[bytes], stream)
 
 
 def _pseudonyms(run: RunDir, key_file: Path | None) -> Pseudonyms:

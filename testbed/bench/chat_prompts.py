@@ -5,7 +5,7 @@ what people paste into a chat: something to correct, change, shorten, sort or lo
 order; none was left out or reworded after it had been measured.
 """
 
-from testbed.experiment.prompts import PROMPTS
+from testbed.prompts import PROMPTS
 
 _REPORT = """\
 The river rose by forty centimetres between Monday evening and Wednesday morning. Two bridges in the old town were

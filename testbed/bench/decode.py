@@ -10,7 +10,7 @@ from testbed.bench.floor import Link, causes_ms, floor_ms
 from testbed.bench.rows import Result, Row, Settings, Skipped
 from testbed.bench.system import DEDICATED_MBPS, System, running, why_not
 from testbed.demo_assets import demo_bundle
-from testbed.experiment.prompts import PROMPTS
+from testbed.prompts import PROMPTS
 
 RTTS_MS = (2.0, 5.0, 10.0)
 NODES = {f"node{k}": f"L*:E{k}" for k in range(8)}

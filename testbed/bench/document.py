@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from common.files import atomic_write
+from testbed import facts
 from testbed.bench.rows import WARM_UP, Result, Row, Settings, Skipped
-from testbed.experiment import facts
 
 SCHEMA = 2
 

@@ -20,8 +20,8 @@ from edge_node.experts.memory import needed_bytes
 from testbed.bench.rows import Row, Settings, Skipped
 from testbed.demo_assets import demo_bundle
 from testbed.errors import PrivilegeError
-from testbed.experiment.prompts import PROMPTS
 from testbed.local_nodes import local_nodes
+from testbed.prompts import PROMPTS
 from wire.experts import ExpertId
 from wire.manifest import load_manifest
 

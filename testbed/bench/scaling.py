@@ -20,7 +20,7 @@ from testbed.bench.rows import Result, Row, Settings, Skipped, plot
 from testbed.bench.system import DEDICATED_MBPS, running, why_not
 from testbed.bench.transport import compare, echoes, link
 from testbed.demo_assets import demo_bundle
-from testbed.experiment.prompts import PROMPTS
+from testbed.prompts import PROMPTS
 from wire.transport import Transport
 
 _RTT_MS = 5.0

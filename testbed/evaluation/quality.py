@@ -20,7 +20,7 @@ from bs_coordinator.trunk.trunk import Trunk
 from common.files import atomic_write
 from testbed.evaluation.items import ChoiceItem, DomainText, choose, losses, read_items
 from testbed.evaluation.local_experts import LocalExperts
-from testbed.report.statistics import wilson_interval
+from testbed.statistics import wilson_interval
 from wire.manifest import load_manifest
 
 TASKS = {"ARC-Easy": "arc_easy_test.jsonl", "PIQA": "piqa_valid.jsonl"}

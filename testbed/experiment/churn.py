@@ -1,4 +1,4 @@
-"""Nodes that come and go: kills node processes of ours and starts them again, as a plan's `churn` says."""
+"""Churn: kills local node processes one at a time and starts them again, as a plan's `churn` says."""
 
 import random
 import threading
@@ -6,28 +6,29 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from testbed.experiment.plan import Churn
 from testbed.local_nodes import LocalNodes
+from testbed.plan.schema import Churn
 
-Tell = Callable[..., None]
+EmitEvent = Callable[..., None]
+"""Takes the name of an event and its fields."""
 
 
 def waits_s(churn: Churn, seed: str) -> Iterator[float]:
-    """Seconds from one loss to the next, without end; equal for equal seeds."""
+    """Endless sequence of seconds from one loss to the next; equal seeds give equal sequences."""
     rng = random.Random(seed)  # noqa: S311 (a schedule, not a secret)
     while True:
         yield churn.every_s * rng.uniform(0.5, 1.5)
 
 
 @contextmanager
-def churning(fleet: LocalNodes, churn: Churn, *, seed: str, tell: Tell) -> Iterator[None]:
-    """Meanwhile one node after the other is lost and comes back.
+def churning(nodes: LocalNodes, churn: Churn, *, seed: str, emit_event: EmitEvent) -> Iterator[None]:
+    """Kill and restart one node after another for the duration of the context.
 
     Args:
-        tell: given the name of an event and its fields.
+        emit_event: called with `node_killed` and `node_restarted`.
     """
     stop = threading.Event()
-    thread = threading.Thread(target=_churn, args=(fleet, churn, seed, tell, stop), name="churn")
+    thread = threading.Thread(target=_churn, args=(nodes, churn, seed, emit_event, stop), name="churn")
     thread.start()
     try:
         yield
@@ -36,20 +37,20 @@ def churning(fleet: LocalNodes, churn: Churn, *, seed: str, tell: Tell) -> Itera
         thread.join()
 
 
-def _churn(fleet: LocalNodes, churn: Churn, seed: str, tell: Tell, stop: threading.Event) -> None:
-    # This thread stays for as long as its nodes: the kernel ends a child with the thread that started it
-    # (`die_with_parent`).
+def _churn(nodes: LocalNodes, churn: Churn, seed: str, emit_event: EmitEvent, stop: threading.Event) -> None:
+    # This thread must live as long as the nodes it starts: the kernel kills a child when the thread that started it
+    # ends (`die_with_parent`).
     rng = random.Random(f"{seed} node")  # noqa: S311 (a schedule, not a secret)
     for wait_s in waits_s(churn, seed):
         if stop.wait(wait_s):
             return
-        node = rng.choice(sorted(fleet.processes))
-        process = fleet.processes[node]
+        node = rng.choice(sorted(nodes.processes))
+        process = nodes.processes[node]
         process.kill()
         process.wait()
-        tell("node_killed", node=node)
+        emit_event("node_killed", node=node)
         began = time.monotonic()
         if stop.wait(churn.down_s):
             return
-        fleet.restart(node)
-        tell("node_restarted", node=node, down_s=time.monotonic() - began)
+        nodes.restart(node)
+        emit_event("node_restarted", node=node, down_s=time.monotonic() - began)

@@ -1,4 +1,4 @@
-"""What lies between the base station and the nodes of an experiment, as the runner sees it."""
+"""The network between the base station and the nodes of an experiment, as the runner sees it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,100 +7,95 @@ from typing import TYPE_CHECKING, Protocol
 
 from bs_coordinator.broker.processes import LOOPBACK
 from testbed.errors import PlanError
-from testbed.experiment.plan import DEFAULT_PROFILE, Plan
+from testbed.plan.schema import DEFAULT_PROFILE, Plan
 
 if TYPE_CHECKING:
     from testbed.network.emulated import EmulatedNetwork
 
 Truth = Sequence[tuple[str, str, float]]
-"""Node, quantity with its unit, value."""
+"""Configured link values: node, quantity (its name ends in the unit), value."""
 
 
 class Network(Protocol):
-    """A network that a run goes over.
-
-    Attributes:
-        address: where a private broker listens so that the nodes reach it.
-        profiles: of its links, by name; the first one is set when it comes up.
-    """
+    """A network that a run uses."""
 
     @property
     def address(self) -> str:
-        """See the class."""
+        """Address on which a private broker is reachable from the nodes."""
 
     @property
     def profiles(self) -> tuple[str, ...]:
-        """See the class."""
+        """Names of the link profiles; the first one is active when the network comes up."""
 
     def prefix(self, node: str) -> list[str]:
-        """What to put before a command so that it runs on `node`."""
+        """What to put before a command to run it on `node`."""
 
     def set_profile(self, name: str) -> None:
-        """Give the links of that profile, from its beginning.
+        """Switch to a link profile and start it from its beginning.
 
         Raises:
-            WdmoeError: it could not be set.
+            WdmoeError: the profile can't be set.
         """
 
     def shared_air(self, profile: str) -> bool:
-        """Whether all links share one channel in that profile."""
+        """Whether all links share one channel in a profile."""
 
     def truth(self) -> Truth:
-        """The links as they are configured now; empty where nobody knows."""
+        """The links as configured now; empty if the configuration is unknown."""
 
 
 class Loopback:
-    """This machine's loopback, or a network that is simply there."""
+    """This machine's loopback, or a network that the testbed doesn't control."""
 
     address = LOOPBACK
     profiles: tuple[str, ...] = ()
 
     def prefix(self, node: str) -> list[str]:
-        """See `Network.prefix`."""
+        """Nothing: nodes run on this machine."""
         return []
 
     def set_profile(self, name: str) -> None:
-        """There is only one."""
+        """Does nothing: there is only one profile."""
 
     def shared_air(self, profile: str) -> bool:
-        """Nobody said so."""
+        """Unknown, so False."""
         return False
 
     def truth(self) -> Truth:
-        """Nobody configured it."""
+        """Nothing is configured, so nothing is known."""
         return ()
 
 
 class Emulated:
-    """An emulated network that is up."""
+    """An emulated network that is up (`Network`)."""
 
     def __init__(self, network: "EmulatedNetwork") -> None:
         self._network = network
 
     @property
     def address(self) -> str:
-        """See `Network.address`."""
+        """Address of the base station in the emulated network."""
         return self._network.bs_address
 
     @property
     def profiles(self) -> tuple[str, ...]:
-        """See `Network.profiles`."""
+        """Profiles of the network's description."""
         return tuple(self._network.spec.profiles)
 
     def prefix(self, node: str) -> list[str]:
-        """See `Network.prefix`."""
+        """Command that enters the node's network namespace."""
         return self._network.prefix(node)
 
     def set_profile(self, name: str) -> None:
-        """See `Network.set_profile`."""
+        """Switch all links to a profile and start its timeline."""
         self._network.set_profile(self._known(name))
 
     def shared_air(self, profile: str) -> bool:
-        """See `Network.shared_air`."""
+        """Whether the profile puts all links on one channel."""
         return self._network.spec.profiles[self._known(profile)].shared_air
 
     def truth(self) -> Truth:
-        """See `Network.truth`; with the round trip that follows from the delay, for comparison with estimates."""
+        """The links as configured now, with the round trip that follows from each delay."""
         rows = self._network.truth()
         return [*rows, *((node, "rtt_ms", 2 * value) for node, quantity, value in rows if quantity == "delay_ms")]
 
@@ -110,10 +105,10 @@ class Emulated:
 
 
 def check_network(plan: Plan, experts: int) -> None:
-    """Refuse a plan whose nodes or profiles its emulated network does not have.
+    """Check that an emulated network has the nodes and profiles of a plan; other networks always pass.
 
     Raises:
-        PlanError: with what is missing.
+        PlanError: a node or profile is missing.
         NetworkSpecError: the network's description is wrong.
     """
     if plan.emulated is None:
@@ -129,15 +124,17 @@ def check_network(plan: Plan, experts: int) -> None:
 
 @contextmanager
 def open_network(plan: Plan) -> Iterator[Network]:
-    """The network of a plan, for as long as the context lasts; this thread is on its base station meanwhile.
+    """Bring up the network of a plan for the duration of the context.
+
+    In an emulated network, this thread runs in the base station's network namespace meanwhile.
 
     Raises:
-        NetworkSpecError, PrivilegeError, NetworkError: an emulated network does not come up.
+        NetworkSpecError, PrivilegeError, NetworkError: an emulated network doesn't come up.
     """
     if plan.emulated is None:
         yield Loopback()
         return
-    # Needs Linux and pyroute2, which other plans do not.
+    # Imported here: needs Linux and pyroute2, which other plans don't.
     from testbed.network import namespaces
     from testbed.network.daemon import BASE_STATION
     from testbed.network.emulated import emulated

@@ -1,7 +1,7 @@
-"""Runs the cells of a run's folder that are not complete yet, one after the other.
+"""Runs the incomplete cells of a run's folder, one after another.
 
-A cell that fails is recorded with its error, tried again on a freshly started system, and counted as failed when
-its attempts are spent; the run goes on. Every wait below has a deadline.
+A failed cell is recorded with its error and tried again on a newly started system. When its attempts are used up it
+counts as failed, and the run goes on. Every wait has a deadline.
 """
 
 import time
@@ -13,66 +13,71 @@ from typing import Any
 
 import msgspec
 
+from bs_coordinator.base_station import BaseStation
 from bs_coordinator.nodes.clock_offsets import ClockSample
 from bs_coordinator.nodes.telemetry_inbox import Arrived
 from bs_coordinator.selection import parse_policy
 from common.errors import StorageError, WdmoeError, one_line
-from testbed.experiment import facts
-from testbed.experiment.baselines import Phase, measure_baselines
-from testbed.experiment.costs import TRUTH, LinkRow, estimate_rows, forecast_rows, measured_costs
+from testbed import facts
+from testbed.experiment.baselines import measure_baselines
+from testbed.experiment.measured_costs import estimate_values, forecast_values, measured_costs
 from testbed.experiment.networks import Network
-from testbed.experiment.plan import Cell, Choice, Plan
-from testbed.experiment.recorder import Recorder
-from testbed.experiment.rundir import NOTE, BundleFacts, Marker, RunDir
-from testbed.experiment.site import Site, distributed_site, in_process_site
+from testbed.experiment.recorder import LinkValue, Recorder
+from testbed.experiment.system_under_test import SystemUnderTest, distributed_system, in_process_system
 from testbed.experiment.watch import Watch
 from testbed.experiment.workloads import run_workload, warm_up
+from testbed.plan.cells import Cell
+from testbed.plan.schema import Choice, Plan
+from testbed.run_directory.baselines import Phase
+from testbed.run_directory.directory import NOTE, BundleFacts, Marker, RunDir
+from testbed.run_directory.machine_tables import TRUTH
 from wire.errors import BrokerError
 
-Say = Callable[[str], None]
+OnProgress = Callable[[str], None]
 
 _CLOCKS_S = 0.3
-"""Before and after each cell, nodes' clocks are compared with ours for this long."""
+"""Time for comparing nodes' clocks with the base station's, before and after each cell."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended.
+    """The result of a run.
 
     Attributes:
-        failed: cells that are still not complete.
+        done: number of complete cells.
+        failed: number of cells that are still incomplete.
     """
 
     done: int
     failed: int
 
 
-def execute(run: RunDir, network: Network, *, say: Say = lambda line: None) -> Outcome:
-    """Run what is left of a run; the caller holds its lock.
+def execute(run: RunDir, network: Network, *, on_progress: OnProgress = lambda line: None) -> Outcome:
+    """Run the incomplete cells of a run, whose lock the caller holds.
 
     Raises:
-        StorageError: the run's folder can't be written any more.
-        KeyboardInterrupt: after it was recorded.
+        StorageError: the run's folder can't be written.
+        KeyboardInterrupt: the run was interrupted; an event records it.
     """
     cells = run.cells()
     left = [(number, cell) for number, cell in enumerate(cells, 1) if not run.is_complete(cell)]
     session = _record_start(run, len(left))
     if left and facts.commit() != (run.manifest.commit, run.manifest.dirty):
         began, now = (facts.code_name(*code) for code in ((run.manifest.commit, run.manifest.dirty), facts.commit()))
-        say(f"the code is {now} now, the run was made with {began}: its report will say so")
+        on_progress(f"the code is {now} now, but the run began with {began}: the report will point this out")
     failed = 0
-    with Watch(run, say).running() as watch, _Sites(run, network, watch, say) as sites:
+    with Watch(run, on_progress).running() as watch, _Systems(run, network, watch, on_progress) as systems:
         try:
             if left:
-                sites.baselines(session, "start")
+                systems.baselines(session, "start")
             for number, cell in left:
                 if (number, cell) != left[0]:
-                    sites.idle(run.plan.pause_s)
-                say(f"{number}/{len(cells)} {cell}")
-                failed += not _run_with_retries(run, sites, cell, say)
+                    systems.idle(run.plan.pause_s)
+                on_progress(f"{number}/{len(cells)} {cell}")
+                failed += not _run_with_retries(run, systems, cell, on_progress)
                 watch.cell_ended()
             if left:
-                sites.baselines(session, "end")
+                systems.baselines(session, "end")
         except KeyboardInterrupt:
             run.event("run_interrupted")
             raise
@@ -81,12 +86,12 @@ def execute(run: RunDir, network: Network, *, say: Say = lambda line: None) -> O
 
 
 def _record_start(run: RunDir, left: int) -> int:
-    """Which start of the runner this is, from 1."""
+    """Record the start of a session; returns its number, from 1."""
     events = run.events()
-    # A new boot tells a machine that was restarted from a runner that was.
+    # The boot id tells a restarted machine from a restarted runner.
     commit, dirty = facts.commit()
     about = {"boot": facts.boot_id(), "power": facts.power(), "commit": commit, "dirty": dirty}
-    # Operators' notes, which come at any time, are no part of the runner's work.
+    # Operators may add notes at any time: they don't count as work of the runner.
     own = [event for event in events if event["event"] != NOTE]
     if not own:
         run.event("run_started", left=left, **about)
@@ -98,21 +103,21 @@ def _record_start(run: RunDir, left: int) -> int:
     return 1 + sum(event["event"] in ("run_started", "run_resumed") for event in own)
 
 
-def _run_with_retries(run: RunDir, sites: "_Sites", cell: Cell, say: Say) -> bool:
+def _run_with_retries(run: RunDir, systems: "_Systems", cell: Cell, on_progress: OnProgress) -> bool:
     for attempt in range(1, run.plan.attempts + 1):
         run.event("cell_started", cell=cell.id, attempt=attempt, what=str(cell))
         try:
-            marker = _run_cell(run, sites, cell, attempt)
+            marker = _run_cell(run, systems, cell, attempt)
         except StorageError:
             raise
-        # Libraries raise what they like (torch RuntimeError when memory is short, onnxruntime and pyarrow their own
-        # classes). Left to end the run, it would end it at this cell whenever it is resumed.
+        # Libraries raise errors of any class (torch a RuntimeError when memory is short). If one ended the run, every
+        # resumption would end at this cell.
         except Exception as error:  # noqa: BLE001
-            told = {} if isinstance(error, WdmoeError) else {"traceback": traceback.format_exc()}
+            details = {} if isinstance(error, WdmoeError) else {"traceback": traceback.format_exc()}
             kind = type(error).__name__
-            run.event("cell_failed", cell=cell.id, attempt=attempt, error=one_line(error), kind=kind, **told)
-            say(f"   failed: {one_line(error)}")
-            sites.close()
+            run.event("cell_failed", cell=cell.id, attempt=attempt, error=one_line(error), kind=kind, **details)
+            on_progress(f"   failed: {one_line(error)}")
+            systems.close()
         else:
             run.event("cell_finished", cell=cell.id, attempt=attempt, seconds=marker.seconds)
             return True
@@ -120,36 +125,36 @@ def _run_with_retries(run: RunDir, sites: "_Sites", cell: Cell, say: Say) -> boo
     return False
 
 
-def _run_cell(run: RunDir, sites: "_Sites", cell: Cell, attempt: int) -> Marker:
+def _run_cell(run: RunDir, systems: "_Systems", cell: Cell, attempt: int) -> Marker:
     plan, workload = run.plan, run.plan.workload(cell.workload)
     bundle = run.manifest.bundle(cell.bundle)
     policy = parse_policy(cell.policy, top_k=bundle.top_k)
-    site = sites.get(cell, workload.where)
-    if site.local:
+    system = systems.get(cell, workload.where)
+    if system.local:
         costs = measured_costs(run, cell)
-        site.local.forecasts = costs.forecast if costs else None
+        system.local.forecasts = costs.forecast if costs else None
         if costs is None:
             run.event("no_measured_costs", cell=cell.id)
     recorder = Recorder(
         top_k=bundle.top_k,
         sample_s=plan.sample_s,
-        links=sites.link_rows,
-        telemetry=sites.telemetry,
-        clocks=sites.clock_samples,
+        links=systems.link_values,
+        telemetry=systems.telemetry,
+        clocks=systems.clock_samples,
         together=not isinstance(workload, Choice) or workload.choosing == "together",
     )
-    site.model.policy = policy
-    site.model.on_step = sites.watch.step
-    site.model.deadline = time.monotonic() + plan.cell_timeout_s
+    system.model.policy = policy
+    system.model.on_step = systems.watch.step
+    system.model.deadline = time.monotonic() + plan.cell_timeout_s
     started_unix_ns, began = time.time_ns(), time.monotonic()
-    if site.station:
-        site.station.dispatcher.measure_clocks(_CLOCKS_S)
+    if system.base_station:
+        system.base_station.dispatcher.measure_clocks(_CLOCKS_S)
         recorder.take_clocks("before")
-        warm_up(site, plan.warm_up_tokens, recorder)
-    run_workload(site, workload, cell, recorder)
+        warm_up(system, plan.warm_up_tokens, recorder)
+    run_workload(system, workload, cell, recorder)
     recorder.sample()
-    if site.station:
-        site.station.dispatcher.measure_clocks(_CLOCKS_S)
+    if system.base_station:
+        system.base_station.dispatcher.measure_clocks(_CLOCKS_S)
         recorder.take_clocks("after")
     seconds = time.monotonic() - began
     tables = recorder.tables()
@@ -167,16 +172,16 @@ def _run_cell(run: RunDir, sites: "_Sites", cell: Cell, attempt: int) -> Marker:
         write_ns=0,
         commit=commit,
         dirty=dirty,
-        **_placement(site),
+        **_placement(system),
     )
     run.commit(cell, tables, marker)
     return marker
 
 
-def _placement(site: Site) -> dict[str, Any]:
-    if site.station is None:
+def _placement(system: SystemUnderTest) -> dict[str, Any]:
+    if system.base_station is None:
         return {}
-    dispatcher = site.station.dispatcher
+    dispatcher = system.base_station.dispatcher
     forecasts = [dispatcher.forecast(layer) for layer in range(dispatcher.fleet.dims.layers)]
     return {
         "nodes": list(dispatcher.holder_names),
@@ -185,119 +190,134 @@ def _placement(site: Site) -> dict[str, Any]:
     }
 
 
-class _Sites:
-    """The system that is running now, if any: started when a cell needs it, ended when one needs another."""
+class _Systems:
+    """Starts the system that a cell needs, keeps it for the cells that follow, and ends it before starting another."""
 
-    def __init__(self, run: RunDir, network: Network, watch: Watch, say: Say) -> None:
+    def __init__(self, run: RunDir, network: Network, watch: Watch, on_progress: OnProgress) -> None:
         self.watch = watch
-        self._run, self._network, self._say = run, network, say
+        self._run, self._network, self._on_progress = run, network, on_progress
         self._stack = ExitStack()
-        self._open: tuple[tuple[str, str], Site] | None = None
+        self._open: tuple[tuple[str, str], SystemUnderTest] | None = None
         self._started = 0
 
-    def __enter__(self) -> "_Sites":
+    def __enter__(self) -> "_Systems":
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def get(self, cell: Cell, where: str) -> Site:
-        """The site for a cell; on nodes its link profile begins now, so that every arm meets the same links."""
+    def get(self, cell: Cell, where: str) -> SystemUnderTest:
+        """The system for a cell. On nodes the link profile starts anew, so every policy sees the same links."""
         wanted = (cell.bundle, where)
         if self._open is None or self._open[0] != wanted:
             self.close()
             if where == "distributed":
                 self._network.set_profile(cell.profile)
             self._open = wanted, self._start(cell, where)
-        site = self._open[1]
+        system = self._open[1]
         if where == "distributed":
             self._network.set_profile(cell.profile)
-            asked = self._run.plan.shared_air
-            site.settle(
-                self._run.plan.settle_s, shared_air=self._network.shared_air(cell.profile) if asked is None else asked
-            )
-        return site
+            shared_air = self._run.plan.shared_air
+            if shared_air is None:
+                shared_air = self._network.shared_air(cell.profile)
+            system.settle(self._run.plan.settle_s, shared_air=shared_air)
+        return system
 
     def baselines(self, session: int, phase: Phase) -> None:
-        """Measure what every session measures, on systems of its own."""
+        """Measure the baselines of a session on systems of their own."""
         self.close()
         self.watch.pausing()
         measure_baselines(
-            self._run, self._network, self._nodes, self.watch.routes, session=session, phase=phase, say=self._say
+            self._run,
+            self._network,
+            self._nodes,
+            self.watch.routes,
+            session=session,
+            phase=phase,
+            on_progress=self._on_progress,
         )
 
     def idle(self, seconds: float) -> None:
-        """Let time pass between two cells. The system stays, and its connection to the broker must be kept alive."""
+        """Wait between two cells, keeping the system and its connection to the broker alive."""
         self.watch.pausing()
         deadline = time.monotonic() + seconds
         while (left_s := deadline - time.monotonic()) > 0:
-            station = self._open[1].station if self._open else None
-            if station is None:
+            base_station = self._base_station()
+            if base_station is None:
                 time.sleep(left_s)
                 continue
             try:
-                station.dispatcher.measure_links(min(left_s, 1.0))
+                base_station.dispatcher.measure_links(min(left_s, 1.0))
             except BrokerError:
-                self.close()  # the next cell starts a new one
+                self.close()  # the next cell starts a new system
 
     def close(self) -> None:
-        """End it."""
+        """End the running system, if any."""
         self._open = None
         self.watch.unfollow()
         self._stack.close()
 
-    def link_rows(self) -> list[LinkRow]:
-        """Links as configured, as estimated and as forecast, for `Recorder`."""
-        rows: list[LinkRow] = [(node, TRUTH, quantity, value) for node, quantity, value in self._network.truth()]
-        station = self._open[1].station if self._open else None
-        if station:
-            dispatcher = station.dispatcher
-            rows += estimate_rows(dispatcher.links.estimates(time.perf_counter()))
-            rows += forecast_rows(dispatcher.holder_names, dispatcher.forecast(0))
-        return rows
+    def link_values(self) -> list[LinkValue]:
+        """The links now: as configured, as estimated and as forecast."""
+        values = [LinkValue(node, TRUTH, quantity, value) for node, quantity, value in self._network.truth()]
+        if base_station := self._base_station():
+            dispatcher = base_station.dispatcher
+            values += estimate_values(dispatcher.links.estimates(time.perf_counter()))
+            values += forecast_values(dispatcher.holder_names, dispatcher.forecast(0))
+        return values
 
     def telemetry(self) -> list[Arrived]:
-        """What nodes told of themselves since the last call, for `Recorder`."""
-        station = self._open[1].station if self._open else None
-        return station.dispatcher.telemetry.drain() if station else []
+        """Telemetry of the nodes since the last call."""
+        base_station = self._base_station()
+        return base_station.dispatcher.telemetry.drain() if base_station else []
 
     def clock_samples(self) -> list[ClockSample]:
-        """What nodes' clocks showed since the last call; they are asked again. For `Recorder`."""
-        station = self._open[1].station if self._open else None
-        if station is None:
+        """Answers of clock probes since the last call; sends new probes."""
+        base_station = self._base_station()
+        if base_station is None:
             return []
-        samples = station.dispatcher.clock_samples()
-        station.dispatcher.ask_clocks()
+        samples = base_station.dispatcher.clock_samples()
+        base_station.dispatcher.ask_clocks()
         return samples
 
-    def _start(self, cell: Cell, where: str) -> Site:
+    def _base_station(self) -> BaseStation | None:
+        return self._open[1].base_station if self._open else None
+
+    def _start(self, cell: Cell, where: str) -> SystemUnderTest:
         bundle = self._run.manifest.bundle(cell.bundle)
         began = time.monotonic()
         if where == "in-process":
-            site = in_process_site(self._run.plan, bundle)
+            system = in_process_system(self._run.plan, bundle)
         else:
-            site = self._stack.enter_context(self._nodes(self._run.plan, bundle, self._network))
+            system = self._stack.enter_context(self._nodes(self._run.plan, bundle, self._network))
         ready: dict[str, object] = {"bundle": bundle.name, "where": where, "seconds": time.monotonic() - began}
-        if site.station:
-            nodes = site.station.dispatcher.fleet.nodes
+        if system.base_station:
+            nodes = system.base_station.dispatcher.fleet.nodes
             ready |= {
-                "broker_ms": site.station.broker_ms,
-                "nodes_ms": site.station.nodes_ms,
+                "broker_ms": system.base_station.broker_ms,
+                "nodes_ms": system.base_station.nodes_ms,
                 "machines": {node: msgspec.to_builtins(status.machine) for node, status in sorted(nodes.items())},
             }
         self._run.event("site_ready", **ready)
-        return site
+        return system
 
     @contextmanager
-    def _nodes(self, plan: Plan, bundle: BundleFacts, network: Network) -> Iterator[Site]:
-        """A system with nodes, watched for as long as the context."""
+    def _nodes(self, plan: Plan, bundle: BundleFacts, network: Network) -> Iterator[SystemUnderTest]:
+        """A system with nodes that is watched for the duration of the context."""
         self._started += 1
         folder = self._run.path / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{self._started}"
-        broker, tell = self._run.manifest.broker, self._run.event
-        with distributed_site(plan, bundle, network, folder, broker=broker, say=self._say, tell=tell) as site:
-            assert site.address is not None  # noqa: S101 (it has nodes)
-            self.watch.follow(site.address, site.cluster)
+        with distributed_system(
+            plan,
+            bundle,
+            network,
+            folder,
+            broker=self._run.manifest.broker,
+            on_progress=self._on_progress,
+            emit_event=self._run.event,
+        ) as system:
+            assert system.address is not None  # noqa: S101 (it has nodes)
+            self.watch.follow(system.address, system.cluster)
             try:
-                yield site
+                yield system
             finally:
                 self.watch.unfollow()

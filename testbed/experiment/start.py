@@ -1,4 +1,4 @@
-"""From a plan to a run's folder, and from a folder to a running executor."""
+"""Creates a run's folder from a plan, and runs the cells of a folder."""
 
 import os
 import signal
@@ -12,29 +12,31 @@ from types import FrameType
 from rich.console import Console
 
 from exporter.presets import DEFAULT_BLOCK
+from testbed import facts
 from testbed.demo_assets import demo_bundle
 from testbed.errors import PlanError, RunDirectoryError
-from testbed.experiment import facts
 from testbed.experiment.networks import check_network, open_network
-from testbed.experiment.plan import Choice, Perplexity, Plan, check_plan, expand
-from testbed.experiment.rundir import SCHEMA, BundleFacts, RunDir, RunManifest
-from testbed.experiment.runner import Outcome, Say, execute
-from testbed.experiment.site import broker_of
+from testbed.experiment.runner import OnProgress, Outcome, execute
+from testbed.experiment.system_under_test import broker_of
 from testbed.network.namespaces import check_privileges
+from testbed.plan.cells import expand
+from testbed.plan.reading import check_plan
+from testbed.plan.schema import Choice, Perplexity, Plan
+from testbed.run_directory.directory import SCHEMA, BundleFacts, RunDir, RunManifest
 from wire.manifest import MANIFEST_NAME, Scheme, load_manifest, sha256_file
 
 SCHEMES: tuple[Scheme, ...] = ("int4", "int8", "int8-dynamic", "fp16", "fp32")
-_STOPPING = b"stopping: the cell in progress is given up; 'resume' does it again\n"
+_STOPPING = b"stopping: the cell in progress is abandoned; 'resume' measures it again\n"
 _AGAIN_S = 0.02
 
 
 def create_run(plan: Plan, out: Path, *, console: Console) -> RunDir:
-    """Make bundles ready and write the manifest.
+    """Prepare the bundles of a plan and make the run's folder.
 
     Raises:
         PlanError: a bundle or data set of the plan is missing.
         RunDirectoryError: `out` is not empty.
-        PrivilegeError: this process may not bring up the plan's network.
+        PrivilegeError: this process lacks the rights to bring up the plan's network.
     """
     if plan.emulated:
         check_privileges()
@@ -44,7 +46,7 @@ def create_run(plan: Plan, out: Path, *, console: Console) -> RunDir:
         check_network(plan, bundle.experts)
     datasets = {w.dataset for w in plan.workloads if isinstance(w, Choice | Perplexity) and w.dataset is not None}
     if missing := sorted(path for path in datasets if not Path(path).is_file()):
-        raise PlanError(f"data set {missing[0]} is missing: say --data DIR, see docs/experiments.md")
+        raise PlanError(f"data set {missing[0]} is missing: name its folder with --data (docs/experiments.md)")
     commit, dirty = facts.commit()
     manifest = RunManifest(
         schema=SCHEMA,
@@ -68,10 +70,10 @@ def create_run(plan: Plan, out: Path, *, console: Console) -> RunDir:
 
 
 def check_policies(plan: Plan, bundle: BundleFacts) -> None:
-    """Check the plan again, now that the model is known.
+    """Check the policies of a plan against a bundle's model.
 
     Raises:
-        PlanError: a policy does not suit the model.
+        PlanError: a policy doesn't fit the model.
     """
     try:
         check_plan(plan, top_k=bundle.top_k)
@@ -80,11 +82,11 @@ def check_policies(plan: Plan, bundle: BundleFacts) -> None:
 
 
 def bundle_facts(name: str, *, console: Console) -> BundleFacts:
-    """What a bundle of a plan is; the demo model's are made where they are missing.
+    """Identity and size of a bundle of a plan; bundles of the demo model are exported if they don't exist yet.
 
     Raises:
         PlanError: there is no such bundle.
-        BundleError: its folder is damaged.
+        BundleError: the bundle's folder is damaged.
     """
     path = bundle_path(name, console=console)
     manifest = load_manifest(path)
@@ -101,7 +103,7 @@ def bundle_facts(name: str, *, console: Console) -> BundleFacts:
 
 
 def bundle_path(name: str, *, console: Console) -> Path:
-    """The folder of a bundle of a plan."""
+    """The folder of a bundle of a plan; bundles of the demo model are exported if they don't exist yet."""
     if "/" in name:
         return Path(name)
     scheme, block = demo_scheme(name)
@@ -109,64 +111,68 @@ def bundle_path(name: str, *, console: Console) -> Path:
 
 
 def demo_scheme(name: str) -> tuple[Scheme, int]:
-    """Scheme and block of a bundle of the demo model, as plans name it.
+    """Quantisation scheme and block size from a plan's name for a bundle of the demo model, such as `int4-b128`.
 
     Raises:
-        PlanError: it is no such name.
+        PlanError: the name is not of that form.
     """
     scheme, _, block = name.rpartition("-b") if "-b" in name else (name, "", "")
     for known in SCHEMES:
         if scheme == known and (not block or block.isdigit()):
             return known, int(block) if block else DEFAULT_BLOCK
-    raise PlanError(f"bundles: '{name}' is neither a folder (with a /) nor one of {', '.join(SCHEMES)}, …-b128")
+    raise PlanError(
+        f"bundles: '{name}' is neither a folder (which contains a /) nor one of {', '.join(SCHEMES)}, …-b128"
+    )
 
 
-def run_cells(run: RunDir, *, say: Say) -> Outcome:
-    """Run what is left, holding the folder's lock; of a complete run nothing is started and nothing written.
+def run_cells(run: RunDir, *, on_progress: OnProgress) -> Outcome:
+    """Run the incomplete cells of a run; a complete run is left untouched.
 
     Raises:
-        RunDirectoryError: somebody else runs it, or what it was begun with has changed.
-        NetworkError, PrivilegeError: the plan's network does not come up.
+        RunDirectoryError: another process runs it, or its bundles, data or network have changed.
+        NetworkError, PrivilegeError: the plan's network doesn't come up.
     """
     with run.lock():
         cells = run.cells()
         if all(run.is_complete(cell) for cell in cells):
-            say(f"{run.path} is complete: there is nothing to resume")
+            on_progress(f"{run.path} is complete: there is nothing to resume")
             return Outcome(done=len(cells), failed=0)
         check_unchanged(run)
         with signals_interrupt(), open_network(run.plan) as network:
-            return execute(run, network, say=say)
+            return execute(run, network, on_progress=on_progress)
 
 
 def check_unchanged(run: RunDir) -> None:
-    """Refuse to add cells that were measured on other bundles, data or links than those that are there.
+    """Check that bundles, data sets and network are those of the run's complete cells.
 
     Raises:
-        RunDirectoryError: with the files that are gone or hold something else than at the beginning.
+        RunDirectoryError: a file has changed or is missing; the message names all of them.
     """
     manifest = run.manifest
     wanted = {Path(bundle.path) / MANIFEST_NAME: bundle.manifest_sha256 for bundle in manifest.bundles}
     wanted |= {Path(path): sha256 for path, sha256 in manifest.datasets.items()}
-    odd = [path for path, sha256 in wanted.items() if not path.is_file() or sha256_file(path) != sha256]
+    changed = [path for path, sha256 in wanted.items() if not path.is_file() or sha256_file(path) != sha256]
     if run.plan.emulated:
         network = Path(run.plan.emulated)
-        odd += [network] if not network.is_file() or network.read_text() != manifest.network else []
-    if odd:
-        differ = ", ".join(f"{path} {'has changed' if path.exists() else 'is missing'}" for path in odd)
+        changed += [network] if not network.is_file() or network.read_text() != manifest.network else []
+    if changed:
+        differ = ", ".join(f"{path} {'has changed' if path.exists() else 'is missing'}" for path in changed)
         raise RunDirectoryError(
-            f"{run.path} can't go on, its cells could not be compared: {differ} since it was begun; put the old file "
-            "back, or start a new run"
+            f"can't resume {run.path}, new cells would not be comparable: {differ} since the run began; restore the "
+            "old file, or start a new run"
         )
 
 
 @contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does: with its events written and its children ended, which takes a while and so
-    is said at once."""
+    """Let SIGTERM end a run as Ctrl-C does: events are written and child processes ended.
+
+    That takes a while, so a message is printed at once.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if number != signal.SIGALRM:
-            # Not by print: the signal may have come in the middle of one, whose buffer can't be entered again.
+            # Not print: the signal may have interrupted one, and its buffer is not re-entrant.
             with suppress(OSError):
                 os.write(sys.stderr.fileno(), _STOPPING)
         if _in_finaliser(frame):
@@ -184,7 +190,7 @@ def signals_interrupt() -> Iterator[None]:
 
 
 def _in_finaliser(frame: FrameType | None) -> bool:
-    """Whether an exception that is raised there would be swallowed, and the run go on as if nothing had been."""
+    """Whether the frame is in a finaliser, which swallows exceptions, so that the run would just go on."""
     while frame is not None and frame.f_code.co_name != "__del__":
         frame = frame.f_back
     return frame is not None

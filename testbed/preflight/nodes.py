@@ -11,7 +11,7 @@ from bs_coordinator.dispatch.dispatcher import Dispatcher
 from bs_coordinator.dispatch.readiness import prove_expert
 from bs_coordinator.errors import DispatchError
 from bs_coordinator.nodes.registry import NodeRegistry
-from testbed.experiment.clocks import node_clocks
+from testbed.experiment.clock_rows import node_clocks
 from testbed.preflight.iperf import measure_rate
 from testbed.preflight.verdicts import NodeFacts, Rate
 from wire import status
@@ -32,7 +32,7 @@ _CLOCKS_S = 0.5
 _ANSWER_S = 8.0
 _MOST_PROOFS = 32
 """Experts per node, spread over its layers."""
-Say = Callable[[str], None]
+OnProgress = Callable[[str], None]
 
 
 class _Listener(Transport):
@@ -90,7 +90,7 @@ def gather(
     until: Mapping[str, datetime] | None = None,
     wait_s: float = 0.0,
     iperf: bool = True,
-    say: Say = lambda line: None,
+    on_progress: OnProgress = lambda line: None,
 ) -> list[NodeFacts]:
     """Ask every node.
 
@@ -99,7 +99,7 @@ def gather(
         until: when nodes' certificates run out.
         wait_s: how long to wait for the named nodes to be heard of.
         iperf: measure links with iperf3 where nodes serve it; else by pings alone.
-        say: told what is being done.
+        on_progress: told what is being done.
 
     Raises:
         BrokerError: the broker can't be reached, or was lost.
@@ -112,17 +112,17 @@ def gather(
         dispatcher = Dispatcher(
             listener, topics, fleet, dtype=WireDtype.FP16, timeout_s=_ANSWER_S, cluster_key=cluster_key
         )
-        say("listening to the nodes")
+        on_progress("listening to the nodes")
         deadline = time.monotonic() + wait_s
         dispatcher.pump(_WATCH_S)
         while set(named) - set(listener.last) and time.monotonic() < deadline:
             dispatcher.pump(0.5)
-        say("probing links and clocks")
+        on_progress("probing links and clocks")
         dispatcher.measure_links(_LINKS_S)
         dispatcher.measure_clocks(_CLOCKS_S)
         clocks = node_clocks([("before", sample) for sample in dispatcher.clock_samples()])
-        wrong = {node: _prove(dispatcher, manifest, node, say) for node in sorted(fleet.nodes)}
-        rates = _rates(dispatcher, fleet.nodes.values(), iperf=iperf, say=say)
+        wrong = {node: _prove(dispatcher, manifest, node, on_progress) for node in sorted(fleet.nodes)}
+        rates = _rates(dispatcher, fleet.nodes.values(), iperf=iperf, on_progress=on_progress)
         told = dispatcher.telemetry.latest()
     names = sorted({*named, *listener.last})
     return [
@@ -145,9 +145,9 @@ def gather(
     ]
 
 
-def _prove(dispatcher: Dispatcher, manifest: Manifest, node: str, say: Say) -> tuple[int, str]:
+def _prove(dispatcher: Dispatcher, manifest: Manifest, node: str, on_progress: OnProgress) -> tuple[int, str]:
     """How many experts answered rightly, and what was wrong with the first one that did not."""
-    say(f"{node}: proving experts")
+    on_progress(f"{node}: proving experts")
     entries = {entry.id: entry for entry in manifest.experts}
     document = dispatcher.fleet.nodes.get(node)
     held = [id for id in document.expert_ids() if id in entries] if document else []
@@ -164,7 +164,9 @@ def _prove(dispatcher: Dispatcher, manifest: Manifest, node: str, say: Say) -> t
     return len(chosen), ""
 
 
-def _rates(dispatcher: Dispatcher, nodes: Iterable[NodeStatus], *, iperf: bool, say: Say) -> dict[str, Rate]:
+def _rates(
+    dispatcher: Dispatcher, nodes: Iterable[NodeStatus], *, iperf: bool, on_progress: OnProgress
+) -> dict[str, Rate]:
     """One node after the other: on one channel they would share it."""
     rates = {
         known.node: Rate(
@@ -175,7 +177,7 @@ def _rates(dispatcher: Dispatcher, nodes: Iterable[NodeStatus], *, iperf: bool, 
     for node in list(nodes) if iperf else ():
         if node.uplink is None:
             continue
-        say(f"{node.node}: iperf3")
+        on_progress(f"{node.node}: iperf3")
         host = node.uplink.endpoint.rpartition(":")[0].strip("[]")
         if (rate := measure_rate(host)) is not None:
             rates[node.node] = rate

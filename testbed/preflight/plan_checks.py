@@ -15,13 +15,14 @@ from bs_coordinator.broker.processes import mosquitto_path
 from bs_coordinator.dispatch.readiness import measure_broker
 from bs_coordinator.selection import parse_policy
 from common.errors import WdmoeError
+from testbed import facts
 from testbed.demo_assets import demo_bundle_path
 from testbed.evaluation.items import ChoiceItem, DomainText, read_items
-from testbed.experiment import facts
-from testbed.experiment.estimate import estimate
 from testbed.experiment.networks import check_network
-from testbed.experiment.plan import Choice, Perplexity, Plan, check_plan
 from testbed.experiment.start import demo_scheme
+from testbed.plan.estimate import estimate
+from testbed.plan.reading import check_plan
+from testbed.plan.schema import Choice, Perplexity, Plan
 from testbed.preflight.verdicts import Check, Level
 from wire.broker_url import BrokerAddress
 from wire.experts import ExpertId, format_selector, parse_selector

@@ -17,11 +17,11 @@ from bs_coordinator.broker.processes import open_broker, stop_child
 from bs_coordinator.nodes.registry import NodeRegistry
 from common.errors import WdmoeError
 from testbed.experiment.networks import Network, open_network
-from testbed.experiment.plan import Broker, Plan
-from testbed.experiment.site import broker_of
+from testbed.experiment.system_under_test import broker_of
 from testbed.keys.authority import expiry
 from testbed.keys.folder import KeyFolder
 from testbed.local_nodes import LocalNodes
+from testbed.plan.schema import Broker, Plan
 from testbed.preflight.nodes import gather
 from testbed.preflight.plan_checks import asked, broker_check, bundle_checks, machine_checks, plan_checks
 from testbed.preflight.verdicts import Check, Level, NodeFacts, certificate, judge
@@ -29,13 +29,13 @@ from wire.broker_url import BrokerAddress
 from wire.frame_auth import read_cluster_key
 from wire.manifest import Manifest
 
-Say = Callable[[str], None]
+OnProgress = Callable[[str], None]
 _START_S = 60.0
-_QUIET: Say = lambda line: None  # noqa: E731
+_QUIET: OnProgress = lambda line: None  # noqa: E731
 
 
-def preflight(
-    plan: Plan, *, out: Path, keys: Path | None = None, quick: bool = False, say: Say = _QUIET
+def run_preflight(
+    plan: Plan, *, out: Path, keys: Path | None = None, quick: bool = False, on_progress: OnProgress = _QUIET
 ) -> list[Check]:
     """Ask everything.
 
@@ -53,9 +53,9 @@ def preflight(
         checks.append(asked("keys", _keys, keys, until))
     for manifest in list(manifests.values())[:1]:
         if plan.external:
-            checks += _outside(plan, plan.external, manifest, until, quick=quick, say=say)
+            checks += _outside(plan, plan.external, manifest, until, quick=quick, on_progress=on_progress)
         elif plan.emulated and not quick and all(check.level != "fail" for check in checks):
-            checks += _emulated(plan, next(iter(plan.bundles)), manifest, say)
+            checks += _emulated(plan, next(iter(plan.bundles)), manifest, on_progress)
     return checks + machine_checks(plan, out=out)
 
 
@@ -81,19 +81,32 @@ def verdicts(checks: Sequence[Check]) -> dict[str, Level]:
 
 
 def _outside(
-    plan: Plan, broker: Broker, manifest: Manifest, until: Mapping[str, datetime], *, quick: bool, say: Say
+    plan: Plan,
+    broker: Broker,
+    manifest: Manifest,
+    until: Mapping[str, datetime],
+    *,
+    quick: bool,
+    on_progress: OnProgress,
 ) -> Iterator[Check]:
     """Nodes that are running already."""
     try:
         with open_broker(broker.broker, access=broker.access) as address:
             yield from _certificates(broker, address)
-            say("broker")
+            on_progress("broker")
             check = broker_check(address, broker.cluster)
             yield check
             key = read_cluster_key(Path(broker.cluster_key), broker.cluster) if broker.cluster_key else None
             named = tuple(plan.nodes) if isinstance(plan.nodes, dict) else ()
             facts = gather(
-                address, broker.cluster, manifest, named=named, cluster_key=key, until=until, iperf=not quick, say=say
+                address,
+                broker.cluster,
+                manifest,
+                named=named,
+                cluster_key=key,
+                until=until,
+                iperf=not quick,
+                on_progress=on_progress,
             )
     except (WdmoeError, ValueError) as error:
         yield Check("nodes", "fail", " ".join(str(error).split()))
@@ -135,7 +148,7 @@ def _keys(folder: Path, until: dict[str, datetime]) -> tuple[Level, str]:
     return level, f"{len(expiries)} certificates, the first to run out: {first.name}, {detail}"
 
 
-def _emulated(plan: Plan, bundle: str, manifest: Manifest, say: Say) -> list[Check]:
+def _emulated(plan: Plan, bundle: str, manifest: Manifest, on_progress: OnProgress) -> list[Check]:
     """The plan's own nodes on its own network, started for this and ended."""
     from testbed.experiment.start import bundle_path
 
@@ -143,7 +156,7 @@ def _emulated(plan: Plan, bundle: str, manifest: Manifest, say: Say) -> list[Che
     experts = plan.node_experts(manifest.dims.experts)
     try:
         with ExitStack() as stack:
-            say("starting network, broker and nodes")
+            on_progress("starting network, broker and nodes")
             network = stack.enter_context(open_network(plan))
             if plan.profiles:
                 network.set_profile(plan.profiles[0])
@@ -157,7 +170,12 @@ def _emulated(plan: Plan, bundle: str, manifest: Manifest, say: Say) -> list[Che
                 stack.enter_context(_serving_iperf(network, node))
             ended = _wait(fleet)
             facts = gather(
-                address, "default", manifest, named=tuple(experts), wait_s=min(plan.nodes_timeout_s, _START_S), say=say
+                address,
+                "default",
+                manifest,
+                named=tuple(experts),
+                wait_s=min(plan.nodes_timeout_s, _START_S),
+                on_progress=on_progress,
             )
     except (WdmoeError, OSError) as error:
         return [Check("nodes", "fail", " ".join(str(error).split()))]

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Literal
 
 from bs_coordinator.nodes.clock_offsets import Offset
-from testbed.experiment.plan import Limits
+from testbed.plan.limits import Limits
 from wire.status import NodeStatus
 from wire.telemetry import Telemetry, Wifi
 

@@ -30,7 +30,7 @@ def trace_routing(
     data: Path, bundle: Path | None, items: int, texts: int, tokens: int, threads: int, out: Path
 ) -> None:
     """Record what a model's gates say on real prompts."""
-    from testbed.experiment.facts import commit
+    from testbed.facts import commit
     from testbed.radio.traces import record_trace, write_trace
 
     if items + texts == 0:

@@ -13,7 +13,7 @@ from common.files import atomic_write
 from testbed.radio.replay import ALLOCATIONS, PHASES
 from testbed.radio.results import Latency
 from testbed.radio.sensitivity import Point
-from testbed.report.statistics import Interval
+from testbed.statistics import Interval
 
 _STYLE: Any = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "figure.dpi": 120}
 # Okabe and Ito's, which colour-blind readers can tell apart.

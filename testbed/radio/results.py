@@ -11,7 +11,7 @@ from bs_coordinator.selection import parse_policy
 from testbed.radio.replay import ALLOCATIONS, PHASES, Allocation, Phase, batch_seconds, batches, replay
 from testbed.radio.setting import Cell
 from testbed.radio.traces import RoutingTrace
-from testbed.report.statistics import Interval, Proportion, Ratio, difference, measured, ratio
+from testbed.statistics import Interval, Proportion, Ratio, difference, measured, ratio
 
 VANILLA = "topk"
 

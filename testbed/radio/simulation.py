@@ -10,9 +10,9 @@ import msgspec
 
 from bs_coordinator.selection import parse_policy
 from common.files import atomic_write
+from testbed import facts
 from testbed.errors import SimulationError
 from testbed.evaluation.quality import TASKS
-from testbed.experiment import facts
 from testbed.radio.replay import PHASES
 from testbed.radio.results import VANILLA, Accuracy, accuracy_table, compare_accuracy, compare_latency, latency_table
 from testbed.radio.sensitivity import sweep

@@ -6,17 +6,17 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from testbed.experiment.facts import code_name
-from testbed.experiment.plan import Choice, Perplexity
-from testbed.experiment.rundir import RunDir, RunManifest
-from testbed.report.analysis import Analysis, Arm, WorkloadUnits, analyse
-from testbed.report.contents import different_code, points_text, ratio_text, value_text
-from testbed.report.document import Table
-from testbed.report.metrics import ITEM_METRICS, METRICS, Metric
-from testbed.report.session import NOTHING
-from testbed.report.statistics import RESAMPLES, Interval, between_runs, difference, measured, ratio
-from testbed.report.summary import kind_of, metrics_of, paired, planned_in_order
-from testbed.report.units import Units
+from testbed.facts import code_name
+from testbed.plan.schema import Choice, Perplexity
+from testbed.report.numbers.analysis import Analysis, Arm, WorkloadUnits, analyse
+from testbed.report.numbers.metrics import ITEM_METRICS, METRICS, Metric
+from testbed.report.numbers.summary import kind_of, metrics_of, paired, planned_in_order
+from testbed.report.numbers.units import Units
+from testbed.report.page.contents import different_code, points_text, ratio_text, value_text
+from testbed.report.page.document import Table
+from testbed.report.page.session import NOTHING
+from testbed.run_directory.directory import RunDir, RunManifest
+from testbed.statistics import RESAMPLES, Interval, between_runs, difference, measured, ratio
 
 SHOWN = {
     "generate": ("token_ms", "token_p95_ms", "layer_wait_ms", "dropped_share", "bytes_per_token"),

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from testbed.report.cells import CellRows
+from testbed.run_directory.cell_rows import CellRows
 
 Event = dict[str, Any]
 TOKENS_PER_CELL = 4

@@ -7,16 +7,16 @@ from pathlib import Path
 from common.console import describe_os_error
 from common.errors import StorageError
 from testbed.errors import RunDirectoryError
-from testbed.experiment.rundir import RunDir
-from testbed.report.analysis import analyse
-from testbed.report.cells import CellRows
-from testbed.report.contents import contents
-from testbed.report.document import html, markdown
 from testbed.report.merge import Merger
-from testbed.report.plots import draw_plots
-from testbed.report.statistics import RESAMPLES
-from testbed.report.summary import Summary, encode, summarise
+from testbed.report.numbers.analysis import analyse
+from testbed.report.numbers.summary import Summary, encode, summarise
+from testbed.report.page.contents import contents
+from testbed.report.page.document import html, markdown
+from testbed.report.page.plots import draw_plots
 from testbed.report.trace import TOKENS_PER_CELL, Trace
+from testbed.run_directory.cell_rows import CellRows
+from testbed.run_directory.directory import RunDir
+from testbed.statistics import RESAMPLES
 
 PAGE = "report.html"
 

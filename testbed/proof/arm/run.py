@@ -26,10 +26,10 @@ from bs_coordinator.errors import PlacementError
 from bs_coordinator.selection import TopK
 from bs_coordinator.selection.forecast import LayerForecast
 from common.files import atomic_write
+from testbed import facts
 from testbed.demo_assets import demo_model, export_demo_bundle
 from testbed.errors import AgreementError
 from testbed.evaluation.variants import VARIANTS
-from testbed.experiment import facts
 from testbed.local_nodes import LocalNodes
 from testbed.proof.arm.agreement import SCHEMA, BoardResult, markdown, row_error, tolerance, total_error
 from testbed.proof.arm.boards import Board

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from common.files import atomic_write
 from testbed.errors import ChaosError
-from testbed.experiment.facts import commit
+from testbed.facts import commit
 from testbed.proof.chaos.answers import Answer, Outcome, make_answer, session_ids
 from testbed.proof.chaos.schedule import Kind, draw
 from testbed.proof.chaos.stage import EmulatedLinks, Links, Stage, write_network

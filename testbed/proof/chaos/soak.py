@@ -23,7 +23,7 @@ from bs_coordinator.base_station import open_base_station
 from bs_coordinator.config import BaseStationConfig, SamplingConfig
 from common.files import atomic_write
 from testbed.errors import ChaosError
-from testbed.experiment.facts import commit
+from testbed.facts import commit
 from testbed.latency_log import LatencyLog
 from testbed.proof.chaos.run import PROMPTS
 from testbed.proof.chaos.stage import Links, Stage

@@ -22,9 +22,10 @@ from common.errors import StorageError
 from testbed.errors import RunDirectoryError
 from testbed.experiment import runner
 from testbed.experiment.networks import Loopback
-from testbed.experiment.plan import Network, read_plan
-from testbed.experiment.rundir import RunDir
 from testbed.experiment.start import check_unchanged, create_run, signals_interrupt
+from testbed.plan.reading import read_plan
+from testbed.plan.schema import Network
+from testbed.run_directory.directory import RunDir
 from tests.conftest import Run
 from tests.waiting import PATIENCE_S, wait_until
 from wire.manifest import Scheme

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from testbed.experiment.baselines import read_baselines
-from testbed.experiment.rundir import RunDir
+from testbed.run_directory.baselines import read_baselines
+from testbed.run_directory.directory import RunDir
 from tests.conftest import Run
 from tests.waiting import wait_until
 from wire.manifest import Scheme

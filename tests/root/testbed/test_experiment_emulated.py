@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from testbed.experiment.costs import measured_costs
-from testbed.experiment.rundir import RunDir
+from testbed.experiment.measured_costs import measured_costs
 from testbed.network.emulated import down, leftovers
+from testbed.run_directory.directory import RunDir
 from tests.conftest import Run
 from tests.needs import needs
 from tests.waiting import wait_until

@@ -26,7 +26,7 @@ from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import TopK
 from bs_coordinator.trunk.trunk import Trunk
 from testbed.evaluation.local_experts import LocalExperts
-from testbed.experiment.prompts import PROMPTS
+from testbed.prompts import PROMPTS
 from wire.manifest import Scheme
 from wire.tensors import WireDtype
 

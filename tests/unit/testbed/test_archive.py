@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -15,14 +16,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from common.errors import KeyFileError
-from testbed.archive.dictionary import dictionary
-from testbed.archive.export import CHECKSUMS, export_run, open_compressed
+from testbed.archive.dictionary import dictionary, dictionary_markdown
+from testbed.archive.export import export_run
 from testbed.archive.pseudonyms import Pseudonyms
-from testbed.archive.unpack import unpack
 from testbed.errors import ArchiveError
-from testbed.experiment.rundir import RunDir
-from testbed.experiment.tables import SCHEMAS, table
-from testbed.report.merge import FAILURES, GAPS
+from testbed.run_directory.archive_file import CHECKSUMS, open_compressed
+from testbed.run_directory.directory import RunDir
+from testbed.run_directory.machine_tables import TELEMETRY
+from testbed.run_directory.tables import ALL_TABLES
+from testbed.run_directory.unpack import unpack
 from tests.conftest import Run
 from wire.manifest import Scheme
 
@@ -42,7 +44,7 @@ workloads:
 
 @pytest.fixture(scope="module")
 def finished(run: Run, tiny_bundle: Callable[[Scheme], Path], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """A real small run, with what a run on somebody's Wi-Fi would have in it besides."""
+    """A real small run, with the data that a run on a private Wi-Fi network would contain."""
     folder = tmp_path_factory.mktemp("archive")
     home = folder / "home" / "ann"
     home.mkdir(parents=True)
@@ -67,11 +69,9 @@ def finished(run: Run, tiny_bundle: Callable[[Scheme], Path], tmp_path_factory: 
     )
     # The machine that the tests run on has no radio.
     cell = found.cells()[0]
-    row: list[object] = [None] * len(SCHEMAS["telemetry"])
-    names = SCHEMAS["telemetry"].names
-    for name, value in (("node", "node0"), ("wifi_ssid", "Attic Net"), ("wifi_bssid", "a4:cf:12:9b:00:7e")):
-        row[names.index(name)] = value
-    pq.write_table(table("telemetry", [row]), found.cell_path(cell) / "telemetry.parquet")
+    row = {"node": "node0", "wifi_ssid": "Attic Net", "wifi_bssid": "a4:cf:12:9b:00:7e"}
+    telemetry = pa.Table.from_pylist([row], schema=TELEMETRY.schema)
+    pq.write_table(telemetry, found.cell_path(cell) / "telemetry.parquet")
     marker = json.loads((found.cell_path(cell) / "cell.json").read_bytes())
     marker["rows"]["telemetry"] = 1
     (found.cell_path(cell) / "cell.json").write_text(json.dumps(marker))
@@ -214,7 +214,7 @@ def test_a_sparse_file_is_none_of_ours(tmp_path: Path) -> None:
     info.pax_headers = {"GNU.sparse.size": str(1 << 30), "GNU.sparse.map": "0,1"}
     with tarfile.open(tmp_path / "x.tar.gz", "w:gz", format=tarfile.PAX_FORMAT) as tar:
         tar.addfile(info)
-    with pytest.raises(ArchiveError, match="no plain file"):
+    with pytest.raises(ArchiveError, match="not a plain file"):
         unpack(tmp_path / "x.tar.gz", tmp_path / "run")
 
 
@@ -232,7 +232,7 @@ def test_limits_and_damage(finished: RunDir, key: Path, tmp_path: Path) -> None:
         with pytest.raises(ArchiveError):
             unpack(tmp_path / f"{name}.tar.zst", tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    with pytest.raises(ArchiveError, match="ends in"):
+    with pytest.raises(ArchiveError, match="must end in"):
         export_run(finished, tmp_path / "shelf.zip", key_file=key)
     key_for_all = tmp_path / "open.key"
     key_for_all.write_bytes(KEY)
@@ -241,13 +241,18 @@ def test_limits_and_damage(finished: RunDir, key: Path, tmp_path: Path) -> None:
         export_run(finished, tmp_path / "b.tar.gz", key_file=key_for_all)
 
 
-def test_every_column_has_a_meaning() -> None:
-    told = {t.name: [c.name for c in t.columns] for t in dictionary()}
-    assert told == {name: s.names for name, s in {**SCHEMAS, "failures": FAILURES, "gaps": GAPS}.items()}
-    units = {c.name: c.unit for t in dictionary() for c in t.columns}
+def test_the_dictionary_describes_every_column() -> None:
+    tables = {t.name: t for t in dictionary()}
+    assert {*tables} == {t.name for t in ALL_TABLES}
+    units = {c.name: c.unit for t in tables.values() for c in t.columns}
     assert units["round_trip_ns"] == "ns"
     assert units["wifi_rssi_dbm"] == "dBm"
-    assert all(c.meaning for t in dictionary() for c in t.columns)
+    assert units["experts"] == ""
+    assert all(c.meaning for t in tables.values() for c in t.columns)
+    markdown = dictionary_markdown()
+    for table in tables.values():
+        assert f"## `{table.name}`" in markdown
+        assert all(f"| `{column.name}` | {column.type} |" in markdown for column in table.columns)
 
 
 @given(st.binary(min_size=16, max_size=64), st.ip_addresses(), st.text("0123456789abcdef", min_size=12, max_size=12))

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.errors import PlanError
-from testbed.experiment.estimate import describe, estimate
-from testbed.experiment.plan import Generate, Perplexity, Plan, blocks, expand, read_plan
+from testbed.plan.cells import blocks, expand
+from testbed.plan.estimate import describe, estimate
+from testbed.plan.reading import read_plan
+from testbed.plan.schema import Generate, Perplexity, Plan
 from tests.conftest import Run
 
 POLICIES = ("topk", "top1", "topk:k=3", "topk:k=4")
@@ -95,10 +97,10 @@ GOOD = {"name": "x", "policies": "[topk]", "workloads": "[{kind: generate}]"}
         ({"policies": "[]"}, ("$.policies",)),
         ({"repetitions": "0"}, ("$.repetitions",)),
         ({"repeat": "3"}, ("unknown field `repeat`",)),
-        ({"polices": "3"}, ("unknown field `polices`", "is 'policies' meant?")),
-        ({"limits": "{least_mbs: 2}"}, ("$.limits", "is 'least_mbps' meant?")),
-        ({"network": "{external: {broker: x, cafile: y}}"}, ("$.network.external", "is 'ca_file' meant?")),
-        ({"workloads": "[{kind: generate, max_token: 3}]"}, ("$.workloads[0]", "is 'max_tokens' meant?")),
+        ({"polices": "3"}, ("unknown field `polices`", "did you mean 'policies'?")),
+        ({"limits": "{least_mbs: 2}"}, ("$.limits", "did you mean 'least_mbps'?")),
+        ({"network": "{external: {broker: x, cafile: y}}"}, ("$.network.external", "did you mean 'ca_file'?")),
+        ({"workloads": "[{kind: generate, max_token: 3}]"}, ("$.workloads[0]", "did you mean 'max_tokens'?")),
         ({"network": "{}"}, ("network", "emulated")),
         ({"network": "{external: {}}"}, ("$.network.external", "broker")),
         ({"profiles": "[slow]"}, ("profiles", "emulated")),

@@ -23,8 +23,8 @@ from bs_coordinator.links.estimator import LinkEstimator
 from bs_coordinator.nodes.registry import NodeRegistry
 from common.errors import KeyFileError, WdmoeError
 from testbed.errors import NetworkSpecError, PlanError
-from testbed.experiment.plan import read_plan
 from testbed.network.spec import read_spec
+from testbed.plan.reading import read_plan
 from wire import frame_auth, frames, status, telemetry
 from wire.broker_url import parse_broker_url
 from wire.errors import BundleError, FrameError

@@ -3,8 +3,8 @@
 import pyarrow as pa
 import pytest
 
-from testbed.experiment.tables import table
-from testbed.report.links import link_errors, link_series
+from testbed.report.numbers.link_errors import link_errors, link_series
+from testbed.run_directory.machine_tables import LINK_SAMPLES, LinkSample
 
 BEGIN_NS = 1_795_516_823_759_000_981
 
@@ -12,7 +12,7 @@ BEGIN_NS = 1_795_516_823_759_000_981
 def _cell(profile: str, begin_s: float, rows: list[tuple[float, str, str, str, float]]) -> pa.Table:
     """Rows of (seconds, node, kind, quantity, value)."""
     unix_ns = [BEGIN_NS + int((begin_s + s) * 1e9) for s, *_ in rows]
-    made = table("link_samples", [(ns, ns, *rest) for ns, (_, *rest) in zip(unix_ns, rows, strict=True)])
+    made = LINK_SAMPLES.build([LinkSample(ns, ns, *row[1:]) for ns, row in zip(unix_ns, rows, strict=True)])
     return made.append_column("profile", pa.repeat(profile, len(rows)))
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from testbed.experiment.rundir import RunDir
-from testbed.experiment.tables import COORDINATES, SCHEMAS
 from testbed.local_nodes import LocalNodes
+from testbed.run_directory.directory import RunDir
+from testbed.run_directory.tables import COORDINATES, SCHEMAS
 from tests.conftest import Run
 from wire.manifest import Scheme
 

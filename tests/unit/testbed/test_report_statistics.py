@@ -6,7 +6,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.report.statistics import (
+from testbed.statistics import (
     Float,
     Interval,
     Proportion,

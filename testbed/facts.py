@@ -1,0 +1,145 @@
+"""What a number depends on besides the plan: code, versions, machine, power, radio. Read where readable."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bs_coordinator.broker.processes import mosquitto_path
+from wire import __version__
+
+_SYS = Path("/sys")
+_PACKAGES = ("torch", "transformers", "onnxruntime", "numpy", "paho-mqtt", "amqtt", "msgspec", "pyarrow")
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+@cache  # what changes later is not what this process has loaded
+def commit() -> tuple[str, bool]:
+    """The project's commit and whether its files differ from it; `unknown` for an installed package.
+
+    What lies beside them, such as a bundle or keys, makes no difference.
+    """
+    git = ("git", "-C", str(_ROOT))
+    if not (head := output(*git, "rev-parse", "HEAD")):
+        return "unknown", False
+    return head, bool(output(*git, "status", "--porcelain", "--untracked-files=no"))
+
+
+def code_name(commit: str, dirty: bool) -> str:
+    """For people: `eb27f00a1b2c with changes`."""
+    return commit[:12] + (" with changes" if dirty else "")
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of this project and of what computes or transports."""
+    found = {"python": platform.python_version(), "wdmoe": __version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if mosquitto := mosquitto_path():
+        # It prints its version at the top of its help, which it ends with code 3.
+        first = output(mosquitto, "-h", any_code=True).partition("\n")[0]
+        found["mosquitto"] = first.removeprefix("mosquitto version ").strip()
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Host, CPU, memory, system."""
+    model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
+    return {
+        "host": platform.node(),
+        "cpu": model[1] if model else platform.machine(),
+        "arch": platform.machine(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "ram_bytes": psutil.virtual_memory().total,
+        "system": platform.platform(),
+        "load_1min": os.getloadavg()[0],
+    }
+
+
+def of_result(schema: int) -> dict[str, Any]:
+    """What every document of results begins with: when, where and by what it was made."""
+    sha, dirty = commit()
+    return {
+        "schema": schema,
+        "commit": sha,
+        "dirty": dirty,
+        "unix_s": int(time.time()),
+        "argv": argv(),
+        "versions": versions(),
+        "machine": {**machine(), **power()},
+    }
+
+
+def boot_id() -> str:
+    """Another one after every start of this machine; empty where the system does not tell."""
+    return _text(Path("/proc/sys/kernel/random/boot_id"))
+
+
+def power() -> dict[str, Any]:
+    """Governors, temperatures, throttling and power supply; what this machine does not show is left out."""
+    facts: dict[str, Any] = {}
+    cpu = _SYS / "devices/system/cpu"
+    if governors := sorted({_text(f) for f in cpu.glob("cpu[0-9]*/cpufreq/scaling_governor")}):
+        facts["governors"] = governors
+    if frequencies := [int(_text(f)) for f in cpu.glob("cpu[0-9]*/cpufreq/scaling_cur_freq") if _text(f).isdigit()]:
+        facts["frequency_khz"] = sorted(frequencies)
+    zones = {
+        _text(z / "type"): int(_text(z / "temp")) / 1000
+        for z in sorted((_SYS / "class/thermal").glob("thermal_zone*"))
+        if _text(z / "temp").lstrip("-").isdigit()
+    }
+    if zones:
+        facts["temperature_c"] = zones
+    counts = [int(_text(f)) for f in cpu.glob("cpu[0-9]*/thermal_throttle/core_throttle_count") if _text(f).isdigit()]
+    if counts:
+        facts["throttle_count"] = sum(counts)
+    if throttled := output("vcgencmd", "get_throttled"):  # Raspberry Pi: 0x0 is well
+        facts["throttled"] = throttled.partition("=")[2]
+    supplies = {f.parent.name: _text(f) for f in (_SYS / "class/power_supply").glob("*/online")}
+    if supplies:
+        facts["supplies_online"] = supplies
+    return facts
+
+
+def wifi() -> dict[str, str]:
+    """By wireless interface what `iw` says about its link, without the addresses of the network."""
+    facts = {}
+    for interface in sorted(p.parent.name for p in (_SYS / "class/net").glob("*/wireless")):
+        link = output("iw", "dev", interface, "link")
+        kept = [line.strip() for line in link.splitlines() if re.match(r"\s*(freq|signal|rx bitrate|tx bitrate)", line)]
+        save = output("iw", "dev", interface, "get", "power_save")
+        facts[interface] = "; ".join([*kept, *([save] if save else [])]) or "not associated"
+    return facts
+
+
+def argv(arguments: Sequence[str] = tuple(sys.argv)) -> list[str]:
+    """The command line without whatever stands before the host of an URL."""
+    return [re.sub(r"(\w+://)[^/@\s]*@", r"\1", argument) for argument in arguments]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def output(*command: str, any_code: bool = False) -> str:
+    """What a command says; empty when it is missing, fails or takes too long."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if any_code or done.returncode == 0 else ""

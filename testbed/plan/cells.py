@@ -1,0 +1,64 @@
+"""The cells that a plan expands to, and the order in which they run. Pure.
+
+A cell is one combination of repetition, bundle, link profile, workload and policy. Policies are the arms that a report
+compares, so within each block of otherwise equal cells they run in an order drawn from the plan's seed.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from testbed.plan.schema import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One combination of coordinates that is measured in one go.
+
+    Attributes:
+        workload: name of the workload in the plan.
+    """
+
+    repetition: int
+    bundle: str
+    profile: str
+    workload: str
+    policy: str
+
+    @property
+    def id(self) -> str:
+        """12 hex digits that depend on the coordinates only."""
+        coordinates = [self.repetition, self.bundle, self.profile, self.workload, self.policy]
+        return hashlib.sha256(json.dumps(coordinates).encode()).hexdigest()[:12]
+
+    def __str__(self) -> str:
+        return f"#{self.repetition} {Path(self.bundle).name} {self.profile} {self.workload} {self.policy}"
+
+
+def expand(plan: Plan) -> list[Cell]:
+    """All cells in the order in which they run.
+
+    Cells in this process use the costs measured by the cells on nodes of the same repetition and bundle, so they come
+    after them.
+    """
+    return [cell for block in blocks(plan) for cell in block]
+
+
+def blocks(plan: Plan) -> Iterator[list[Cell]]:
+    """Groups of cells that differ only in their policy; each group has its own order of policies."""
+    for repetition in range(max(w.repetitions or plan.repetitions for w in plan.workloads)):
+        for bundle in plan.bundles:
+            for where in ("distributed", "in-process"):
+                for profile in plan.profile_names:
+                    for workload in plan.workloads:
+                        if workload.where == where and repetition < (workload.repetitions or plan.repetitions):
+                            yield _block(plan, Cell(repetition, bundle, profile, workload.name, ""))
+
+
+def _block(plan: Plan, cell: Cell) -> list[Cell]:
+    policies = list(plan.policies)
+    random.Random(f"{plan.seed} {cell.id}").shuffle(policies)  # noqa: S311 (an order, not a secret)
+    return [Cell(cell.repetition, cell.bundle, cell.profile, cell.workload, policy) for policy in policies]

@@ -1,0 +1,132 @@
+"""Reading a plan from its YAML file and checking what types alone can't."""
+
+import re
+from difflib import get_close_matches
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from bs_coordinator.selection import parse_policy
+from common.sizes import parse_bytes
+from testbed.errors import PlanError
+from testbed.plan.limits import Limits
+from testbed.plan.schema import Baselines, Broker, Choice, Churn, Generate, Network, Perplexity, Plan
+from wire.topics import check_name
+
+
+def read_plan(path: Path, *, data: Path | None = None) -> Plan:
+    """Read and check a plan; its paths become absolute.
+
+    Args:
+        data: folder of the data sets; default is the plan's own folder.
+
+    Raises:
+        PlanError: the file can't be read, or a field is wrong.
+    """
+    try:
+        plan = msgspec.yaml.decode(path.read_bytes(), type=Plan)
+    except OSError as error:
+        raise PlanError(f"can't read the plan {path}: {error.strerror}") from None
+    except msgspec.DecodeError as error:
+        raise PlanError(f"{path}: {error}{_nearest(str(error))}") from None
+    try:
+        check_plan(plan)
+        return _with_paths(plan, path.parent, data)
+    except ValueError as error:
+        raise PlanError(f"{path}: {error}") from None
+
+
+_UNKNOWN = re.compile(r"unknown field `(?P<field>.*?)`(?: - at `\$\.(?:\w+\.)*(?P<where>\w+)[^.]*`)?$")
+_FIELDS_OF: dict[str | None, tuple[type[Struct], ...]] = {
+    None: (Plan,),
+    "network": (Network,),
+    "external": (Broker,),
+    "workloads": (Generate, Choice, Perplexity),  # msgspec does not say which kind it is
+    "churn": (Churn,),
+    "baselines": (Baselines,),
+    "limits": (Limits,),
+}
+
+
+def _nearest(message: str) -> str:
+    """A suggestion to append to msgspec's message about an unknown field."""
+    unknown = _UNKNOWN.search(message)
+    if unknown is None:
+        return ""
+    fields = [field for struct in _FIELDS_OF.get(unknown["where"], ()) for field in struct.__struct_fields__]
+    near = get_close_matches(unknown["field"], fields, n=1)
+    return f": did you mean '{near[0]}'?" if near else ""
+
+
+def check_plan(plan: Plan, *, top_k: int = 2) -> None:
+    """Check what the types of a plan can't express.
+
+    Args:
+        top_k: experts per token and layer of the model.
+
+    Raises:
+        ValueError: a field is wrong; the message begins with its name.
+    """
+    if not isinstance(plan.network, str) and (plan.network.emulated is None) == (plan.network.external is None):
+        raise ValueError("network: use localhost, {emulated: FILE} or {external: {broker: URL}}")
+    if plan.resident is not None:
+        try:
+            parse_bytes(plan.resident)
+        except ValueError as error:
+            raise ValueError(f"resident: {error}") from None
+    if plan.profiles and plan.emulated is None:
+        raise ValueError("profiles: only an emulated network has link profiles")
+    if plan.external is not None and len(plan.bundles) > 1:
+        raise ValueError("bundles: running nodes hold one bundle: name only that one")
+    if plan.external is not None and plan.churn is not None:
+        raise ValueError("churn: nodes of an external network can't be stopped from here")
+    for i, policy in enumerate(plan.policies):
+        try:
+            parse_policy(policy, top_k=top_k)
+        except ValueError as error:
+            raise ValueError(f"policies[{i}]: {error}") from None
+    names = tuple(w.name for w in plan.workloads)
+    for field, values in (
+        ("policies", plan.policies), ("bundles", plan.bundles), ("profiles", plan.profiles), ("workloads", names),
+    ):  # fmt: skip
+        if twice := sorted({v for v in values if values.count(v) > 1}):
+            raise ValueError(f"{field}: '{twice[0]}' is listed twice")
+    if plan.baseline is not None and plan.baseline not in plan.policies:
+        raise ValueError(f"baseline: '{plan.baseline}' is not one of the policies")
+    if isinstance(plan.nodes, dict):
+        for node in plan.nodes:
+            check_name("node", node)
+    for i, workload in enumerate(plan.workloads):
+        if (
+            isinstance(workload, Choice)
+            and isinstance(workload.items, tuple)
+            and workload.items[0] >= workload.items[1]
+        ):
+            raise ValueError(f"workloads[{i}].items: the range {list(workload.span)} is empty")
+        if isinstance(workload, Choice) and workload.choosing == "alone" and workload.where == "distributed":
+            raise ValueError(f"workloads[{i}].choosing: 'alone' needs 'where: in-process'")
+        if isinstance(workload, Perplexity) and (workload.dataset is None) == isinstance(workload.texts, int):
+            raise ValueError(f"workloads[{i}]: perplexity needs either a list of texts, or a number and a dataset")
+
+
+def _with_paths(plan: Plan, base: Path, data: Path | None) -> Plan:
+    def beside(path: str, folder: Path = base) -> str:
+        return str((folder / Path(path).expanduser()).resolve())
+
+    network = plan.network
+    if plan.emulated is not None:
+        network = Network(emulated=beside(plan.emulated))
+    elif plan.external is not None:
+        broker = plan.external
+        names = ("password_file", "ca_file", "tls_cert", "tls_key", "cluster_key")
+        files = {f: beside(path) for f in names if (path := getattr(broker, f)) is not None}
+        network = Network(external=msgspec.structs.replace(broker, **files))
+    workloads = tuple(
+        msgspec.structs.replace(w, dataset=beside(w.dataset, data or base))
+        if isinstance(w, Choice | Perplexity) and w.dataset is not None
+        else w
+        for w in plan.workloads
+    )
+    bundles = tuple(beside(b) if "/" in b else b for b in plan.bundles)
+    return msgspec.structs.replace(plan, network=network, workloads=workloads, bundles=bundles)

@@ -1,0 +1,301 @@
+"""What a report says, from the summary's numbers and the drawn figures."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from testbed.report.numbers.metrics import METRICS, PART_METRICS, SAME_TOKENS, TOKEN_METRICS, Metric
+from testbed.report.numbers.summary import Against, ArmResult, Summary, WorkloadResult
+from testbed.report.page.document import Document, Figure, Section, Table
+from testbed.report.page.labels import policy_label
+from testbed.report.page.session import NOTHING, clock, session_sections
+from testbed.run_directory.directory import RunDir
+from testbed.statistics import LEAST_UNITS, Interval
+
+_NO_CELL = "No cell of it is complete yet."
+_QUALITY = ("accuracy", "perplexity", "dropped_share", "layer_wait_ms", "predicted_layer_wait_ms")
+_SENT = ("dropped_share", "requests_per_layer", "bytes_per_token", "predicted_layer_wait_ms", "prediction_error")
+_COMPARED = ("token_ms", "token_p95_ms", "layer_wait_ms", "bytes_per_token")
+
+
+def contents(run: RunDir, summary: Summary, figures: dict[str, list[Figure]]) -> Document:
+    """The whole report."""
+    sections = [
+        _about(run, summary),
+        *_generation(summary, figures["latency"]),
+        *_quality(summary, figures["front"]),
+        *_links(summary, figures["links"]),
+        *([Section("Requests", [*figures["requests"]])] if figures["requests"] else []),
+        _run_history(summary),
+        *session_sections(run),
+        _method(summary),
+        _conditions(run),
+    ]
+    return Document(f"Run {summary.run}", warnings(summary), sections)
+
+
+def warnings(summary: Summary) -> list[str]:
+    """What a reader must know before any number."""
+    found = []
+    if not summary.complete:
+        found.append(
+            f"Incomplete: {summary.complete_cells} of {summary.planned_cells} cells are there. Numbers below are of "
+            "these; policies that miss cells are compared on what both have."
+        )
+    found += [f"No result: {line}" for line in summary.without_result.values()]
+    if summary.without_costs:
+        found.append(
+            f"{len(summary.without_costs)} cells in one process found no costs measured on nodes: policies that look "
+            "at links saw equal ones there."
+        )
+    found += different_code(summary.code)
+    if summary.dirty:
+        found.append("The code differed from its commit: numbers can't be reproduced from the commit alone.")
+    return found
+
+
+def different_code(code: Mapping[str, int]) -> list[str]:
+    """A warning if the cells that are compared were not measured by the same code."""
+    if len(code) < 2:
+        return []
+    counts = ", ".join(f"{name} ({count})" for name, count in code.items())
+    return [f"Cells measured by different versions: {counts}. What differs may be the code."]
+
+
+def value_text(interval: Interval | None, metric: Metric) -> str:
+    """`83.3 (81.0 – 85.2)`."""
+    if interval is None:
+        return NOTHING
+    return _with_range(interval, lambda v: f"{v * metric.scale:.{metric.digits}f}")
+
+
+def ratio_text(interval: Interval | None) -> str:
+    """`× 0.78 (0.75 – 0.82)`."""
+    return NOTHING if interval is None else "× " + _with_range(interval, "{:.2f}".format)
+
+
+def points_text(interval: Interval | None) -> str:
+    """`−1.5 (−4.0 – +1.0)`, percentage points of a share."""
+    return NOTHING if interval is None else _with_range(interval, lambda v: _signed(v * 100, 1))
+
+
+def _with_range(interval: Interval, text: Callable[[float], str]) -> str:
+    if interval.low is None or interval.high is None:
+        return text(interval.value)
+    return f"{text(interval.value)} ({text(interval.low)} – {text(interval.high)})"
+
+
+def _signed(value: float, digits: int) -> str:
+    rounded = round(value, digits) + 0.0
+    return f"{rounded:+.{digits}f}".replace("-", "−") if rounded else f"{0:.{digits}f}"
+
+
+def _about(run: RunDir, summary: Summary) -> Section:
+    manifest = run.manifest
+    kind = "an emulated network" if run.plan.emulated else "nodes elsewhere" if run.plan.external else "localhost"
+    text = (
+        f"{summary.complete_cells} of {summary.planned_cells} cells, {len(run.plan.policies)} policies over {kind}, "
+        f"broker {manifest.broker}, begun {summary.created}, commit {summary.commit[:12]}. Policies are compared with "
+        f"{_label(summary, summary.baseline)}. Intervals hold 95 %; how they are made is said under Method."
+    )
+    shortened = [policy for policy in dict.fromkeys(run.plan.policies) if _label(summary, policy) != policy]
+    if shortened:
+        text += " Options: " + ", ".join(f"`{policy}`" for policy in shortened) + "."
+    return Section("What was run", [text])
+
+
+def _generation(summary: Summary, figures: Sequence[Figure]) -> list[Section]:
+    sections = []
+    for name in _workloads(summary, "generate"):
+        results = _results(summary, name)
+        if not any(result.cells for _, result in results):
+            sections.append(Section(f"Latency: {name}", [_NO_CELL]))
+            continue
+        blocks: list[str | Table | Figure] = [
+            "Of generated tokens after each answer's first, on the base station's clock. Layer wait is the time from "
+            "chosen experts to their sum.",
+            _metric_table(summary, results, [*TOKEN_METRICS, METRICS["layer_wait_ms"]]),
+            f"Against {_label(summary, summary.baseline)}, paired by prompt and repetition:",
+            _against_table(summary, results),
+            "What was sent; dropped are pairs of token and expert that the policy left out:",
+            _metric_table(summary, results, [*(METRICS[m] for m in _SENT), SAME_TOKENS]),
+            "Along the critical path:",
+            _metric_table(summary, results, PART_METRICS),
+        ]
+        sections.append(Section(f"Latency: {name}", blocks))
+    if sections and figures:
+        sections.append(Section("Latency: plots", [*figures]))
+    return sections
+
+
+def _quality(summary: Summary, figures: Sequence[Figure]) -> list[Section]:
+    sections = []
+    for kind, title in (("choice", "Accuracy"), ("perplexity", "Perplexity")):
+        for name in _workloads(summary, kind):
+            results = _results(summary, name)
+            if not any(result.cells for _, result in results):
+                sections.append(Section(f"{title}: {name}", [_NO_CELL]))
+                continue
+            table = _metric_table(summary, results, [METRICS[m] for m in _QUALITY])
+            rows = []
+            for arm, result in results:
+                if result.against_baseline:
+                    rows.append([*_labels(summary, arm), *_quality_change(kind, result)])
+            where = "on the nodes" if results[0][1].where == "distributed" else "in one process, with all experts"
+            blocks: list[str | Table | Figure] = [f"Evaluated {where}.", table]
+            if rows:
+                changes = [
+                    "difference, points",
+                    "right only here",
+                    f"right only with {_label(summary, summary.baseline)}",
+                ]
+                header = changes if kind == "choice" else ["ratio"]
+                blocks += [
+                    f"Against {_label(summary, summary.baseline)}, item by item:",
+                    Table([*_label_names(summary), *header], rows, _label_count(summary)),
+                ]
+            sections.append(Section(f"{title}: {name}", blocks))
+    if figures:
+        sections.append(Section("Accuracy versus latency", [*figures]))
+    return sections
+
+
+def _quality_change(kind: str, result: WorkloadResult) -> list[str]:
+    if kind == "perplexity":
+        against = result.against_baseline.get("perplexity")
+        return [ratio_text(against.ratio) if against else NOTHING]
+    against = result.against_baseline.get("accuracy")
+    return [points_text(against.difference) if against else NOTHING, str(result.items_gained), str(result.items_lost)]
+
+
+def _links(summary: Summary, figures: Sequence[Figure]) -> list[Section]:
+    if not figures and not summary.links:
+        return []
+    blocks: list[str | Table | Figure] = []
+    if summary.links:
+        rows = [
+            [e.profile, e.node, e.quantity, f"{e.truth:.1f}", f"{100 * e.error_share:.1f}", str(e.samples)]
+            for e in summary.links
+        ]
+        header = ("profile", "node", "quantity", "configured (median)", "median error, %", "samples")
+        blocks.append(Table(header, rows, 3))
+    return [Section("Links: estimate and truth", [*blocks, *figures])]
+
+
+def _run_history(summary: Summary) -> Section:
+    blocks: list[str | Table | Figure] = []
+    if summary.failures:
+        rows = [[clock(f["unix_ns"]), f["what"], f["kind"], f["error"], str(f["attempt"])] for f in summary.failures]
+        blocks += [
+            f"{len(rows)} attempts at cells failed:",
+            Table(("when", "cell", "error", "message", "attempt"), rows, 4),
+        ]
+    else:
+        blocks.append("No attempt at a cell failed.")
+    if summary.gaps:
+        rows = [[clock(g["unix_ns"]), g["after"], f"{g['gap_s']:.0f}", str(g["lost"])] for g in summary.gaps]
+        blocks += ["The runner paused:", Table(("resumed", "last event", "gap, s", "cells lost in flight"), rows, 2)]
+    else:
+        blocks.append("The run has no gap.")
+    if summary.logger:
+        cost = summary.logger
+        blocks.append(
+            f"Logging took {cost.log_us_per_token:.1f} µs per token or step while measuring, "
+            f"{100 * cost.share:.3f} % of its time, and {cost.write_s:.2f} s for writing files between cells."
+        )
+    return Section("Failures, gaps and the logger's own cost", blocks)
+
+
+def _method(summary: Summary) -> Section:
+    method = summary.method
+    return Section(
+        "Method",
+        [
+            f"Intervals are percentile bootstraps ({method['resamples']} resamples, seed {method['seed']}) that draw "
+            "whole answers, batches or texts, because the tokens of one answer are not independent, widened by "
+            "t(n − 1) / 1.96 × √(n / (n − 1)) for n of them. A mean is total time over total tokens of what was drawn. "
+            "Comparisons draw the same units for both policies. Accuracy has Wilson's interval; its difference on the "
+            "same items Bonett and Price's, on different ones Newcombe's. Quantiles are by nearest rank; a p95 of "
+            "fewer than 129 tokens is not given, no interval of fewer than "
+            f"{LEAST_UNITS} units, and none of a p95 itself of fewer than 59. The warm-up before each cell is left out "
+            "everywhere. n is the number of answers, items or texts; shares and times of multiple choice are drawn by "
+            "batch.",
+            "An interval speaks of these prompts and items on this machine; it is blind to what no repetition varied.",
+        ],
+    )
+
+
+def _conditions(run: RunDir) -> Section:
+    manifest = run.manifest
+    facts = [
+        ("machine", manifest.machine),
+        ("power", manifest.power),
+        ("wifi", manifest.wifi),
+        ("versions", manifest.versions),
+    ]
+    rows = [[name, ", ".join(f"{k} {v}" for k, v in values.items()) or NOTHING] for name, values in facts]
+    rows += [
+        [f"bundle {b.name}", f"{b.quantisation}, model {b.model_sha256}, manifest {b.manifest_sha256}"]
+        for b in manifest.bundles
+    ]
+    rows += [[f"data {Path(path).name}", f"SHA-256 {sha}"] for path, sha in manifest.datasets.items()]
+    rows.append(["command", " ".join(["wdmoe-testbed", *manifest.argv[1:]])])
+    rows.append(["plan", msgspec.json.encode(run.plan).decode()])
+    return Section("Conditions", [Table(("fact", "value"), rows, 2)])
+
+
+def _metric_table(
+    summary: Summary, results: list[tuple[ArmResult, WorkloadResult]], metrics: Sequence[Metric]
+) -> Table:
+    """One row per arm; a metric that no arm has gets no column."""
+    shown = [m for m in metrics if any(m.name in result.metrics for _, result in results)]
+    rows = [
+        [*_labels(summary, arm), *(value_text(result.metrics.get(m.name), m) for m in shown), _units(result)]
+        for arm, result in results
+    ]
+    return Table([*_label_names(summary), *(m.title for m in shown), "n"], rows, _label_count(summary))
+
+
+def _against_table(summary: Summary, results: list[tuple[ArmResult, WorkloadResult]]) -> Table:
+    rows = []
+    shown = [name for name in _COMPARED if any(name in result.against_baseline for _, result in results)]
+    for arm, result in results:
+        if not arm.baseline:
+            found: list[Against | None] = [result.against_baseline.get(name) for name in shown]
+            rows.append([*_labels(summary, arm), *(ratio_text(a.ratio) if a else NOTHING for a in found)])
+    header = [*_label_names(summary), *(METRICS[name].title.partition(",")[0] for name in shown)]
+    return Table(header, rows, _label_count(summary))
+
+
+def _units(result: WorkloadResult) -> str:
+    """How many answers or items the row's intervals drew from."""
+    counts = [interval.units for interval in result.metrics.values()]
+    return str(max(counts, default=0))
+
+
+def _workloads(summary: Summary, kind: str) -> list[str]:
+    return list(dict.fromkeys(n for arm in summary.arms for n, r in arm.workloads.items() if r.kind == kind))
+
+
+def _results(summary: Summary, workload: str) -> list[tuple[ArmResult, WorkloadResult]]:
+    return [(arm, arm.workloads[workload]) for arm in summary.arms]
+
+
+def _label_names(summary: Summary) -> list[str]:
+    """Columns that tell arms apart; what they all share is left out."""
+    several = [f for f in ("bundle", "profile") if len({getattr(arm, f) for arm in summary.arms}) > 1]
+    return [*several, "policy"]
+
+
+def _labels(summary: Summary, arm: ArmResult) -> list[str]:
+    values = {"bundle": Path(arm.bundle).name, "profile": arm.profile, "policy": _label(summary, arm.policy)}
+    return [values[name] for name in _label_names(summary)]
+
+
+def _label(summary: Summary, policy: str) -> str:
+    return policy_label(policy, (arm.policy for arm in summary.arms))
+
+
+def _label_count(summary: Summary) -> int:
+    return len(_label_names(summary))

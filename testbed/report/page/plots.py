@@ -1,0 +1,330 @@
+"""Plots of a run, each as PNG and SVG beside the CSV that it was drawn from.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart, and lines differ in their dashes too.
+"""
+
+import csv
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+
+from testbed.plan.schema import Choice, Generate, Plan
+from testbed.report.numbers.analysis import Analysis, Arm
+from testbed.report.numbers.link_errors import LinkSeries, link_series, profile_of
+from testbed.report.numbers.metrics import PARTS
+from testbed.report.numbers.summary import ArmResult, Summary
+from testbed.report.page.document import Figure
+from testbed.report.page.labels import policy_label
+from testbed.statistics import Interval
+
+COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+DASHES = ("-", "--", ":", "-.")
+MARKERS = "osD^vPX*<>"
+LINK_QUANTITIES = {"down_mbps": "down-link, Mbit/s", "up_mbps": "up-link, Mbit/s", "rtt_ms": "round trip, ms"}
+NODES_DRAWN = 8
+"""Link plots of more nodes can't be read."""
+_USUAL = 0.97
+"""Share of estimates that the axes of link plots make room for."""
+_STYLE: Any = {
+    "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "svg.hashsalt": "wdmoe",
+    "figure.dpi": 120,
+}  # fmt: skip
+Row = tuple[object, ...]
+
+
+def draw_plots(analysis: Analysis, summary: Summary, folder: Path) -> dict[str, list[Figure]]:
+    """Draw all plots that the run has data for, into `folder`/plots; by kind."""
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(_STYLE):
+        return {
+            "latency": [*_ecdf(analysis, folder), *_breakdown(summary, folder)],
+            "front": _fronts(analysis, summary, folder),
+            "links": _links(analysis, folder),
+            "requests": _heat_map(analysis, folder),
+        }
+
+
+def _ecdf(analysis: Analysis, folder: Path) -> list[Figure]:
+    plan = analysis.run.plan
+    panels: dict[str, list[tuple[str, np.ndarray[Any, Any]]]] = {}
+    rows: list[Row] = []
+    for arm, workloads in analysis.units.items():
+        for name, units in workloads.items():
+            if isinstance(plan.workload(name), Generate) and len(units.steps):
+                ms = np.sort(np.concatenate(units.steps.token_ns())) / 1e6
+                panels.setdefault(_panel(analysis, arm, name), []).append((arm.policy, ms))
+                rows += [(*arm, name, t, (i + 1) / len(ms)) for i, t in enumerate(ms)]
+    panels = {title: [(p, ms) for p, ms in lines if len(ms)] for title, lines in panels.items()}
+    if not any(panels.values()):
+        return []
+    figure, axes = _grid(len(panels))
+    longest = max(float(np.quantile(ms, 0.995)) for lines in panels.values() for _, ms in lines)
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        for policy, ms in sorted(lines, key=lambda line: plan.policies.index(line[0])):
+            axis.ecdf(ms, **_line(plan.policies, policy))
+        axis.set(title=title, xlabel="time per token, ms", ylabel="share of tokens", xlim=(0, longest * 1.03))
+    _legend(figure, axes)
+    header = ("bundle", "profile", "policy", "workload", "token_ms", "share")
+    caption = (
+        "Share of generated tokens that took at most so long. The first token of each answer is left out; the axis "
+        "ends before the slowest half percent."
+    )
+    return [_save(figure, folder, "latency-ecdf", header, rows, caption)]
+
+
+def _breakdown(summary: Summary, folder: Path) -> list[Figure]:
+    panels: dict[str, list[tuple[str, list[float]]]] = {}
+    rows: list[Row] = []
+    for arm in summary.arms:
+        for name, result in arm.workloads.items():
+            parts = [result.metrics[f"{part}_ms"].value for part in PARTS if f"{part}_ms" in result.metrics]
+            if len(parts) == len(PARTS):
+                panels.setdefault(_panel_of(summary, arm, name), []).append((arm.policy, parts))
+                rows.append((arm.bundle, arm.profile, arm.policy, name, *parts))
+    if not panels:
+        return []
+    bars = max(map(len, panels.values()))
+    every = [arm.policy for arm in summary.arms]
+    figure, axes = _grid(len(panels), height=1.1 + 0.42 * bars)
+    for axis, (title, arms) in zip(axes, panels.items(), strict=True):
+        left = np.zeros(len(arms))
+        for part, colour in zip(PARTS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999"), strict=True):
+            width = np.array([parts[PARTS.index(part)] for _, parts in arms])
+            label = {"compute": "node compute", "wait": "node queue"}.get(part, part)
+            axis.barh(range(len(arms)), width, left=left, color=colour, label=label, edgecolor="white", linewidth=0.5)
+            left += width
+        axis.set_yticks(range(len(arms)), [_wrap(policy_label(p, every), 24) for p, _ in arms])
+        axis.invert_yaxis()
+        axis.set(title=title, xlabel="mean time per token, ms")
+        axis.grid(visible=False, axis="y")
+    _legend(figure, axes)
+    header = ("bundle", "profile", "policy", "workload", *(f"{part}_ms" for part in PARTS))
+    caption = (
+        "Where a token's time goes along its critical path: trunk on the base station; of each layer's slowest "
+        "request the network, the node's compute and its queue; framing is the rest."
+    )
+    return [_save(figure, folder, "breakdown", header, rows, caption)]
+
+
+def _fronts(analysis: Analysis, summary: Summary, folder: Path) -> list[Figure]:
+    choices = [w for w in analysis.run.plan.workloads if isinstance(w, Choice)]
+    figures = []
+    for metric in ("token_ms", "layer_wait_ms"):
+        panels: dict[str, list[tuple[str, Interval, Interval]]] = {}
+        rows: list[Row] = []
+        for arm in summary.arms:
+            for choice in choices:
+                cost = _cost(arm, choice, analysis.run.plan, metric)
+                right = arm.workloads[choice.name].metrics.get("accuracy")
+                if cost and right:
+                    panels.setdefault(_panel_of(summary, arm, choice.name), []).append((arm.policy, cost, right))
+                    rows.append((arm.bundle, arm.profile, arm.policy, choice.name, *_ends(cost), *_ends(right)))
+        if panels:
+            figures.append(_front(analysis, folder, metric, panels, rows))
+    return figures
+
+
+def _cost(arm: ArmResult, choice: Choice, plan: Plan, metric: str) -> Interval | None:
+    """A time of tokens that chose as they did for this accuracy.
+
+    That is its own on nodes; in this process, where tokens chose together, that of batches of as many on nodes, if the
+    plan has such, and else that of generating.
+    """
+    if choice.where == "distributed":
+        return arm.workloads[choice.name].metrics.get(metric)
+    batches = [
+        w.name for w in plan.workloads if isinstance(w, Choice) and w.where == "distributed" and w.batch == choice.batch
+    ]
+    if choice.choosing == "together" and batches:
+        return arm.workloads[batches[0]].metrics.get(metric)
+    times = (arm.workloads[w.name].metrics.get(metric) for w in plan.workloads if isinstance(w, Generate))
+    return next((time for time in times if time), None)
+
+
+def _front(
+    analysis: Analysis,
+    folder: Path,
+    metric: str,
+    panels: dict[str, list[tuple[str, Interval, Interval]]],
+    rows: list[Row],
+) -> Figure:
+    choices = sum(isinstance(w, Choice) for w in analysis.run.plan.workloads)
+    figure, axes = _grid(len(panels), columns=choices if choices > 1 else 3)
+    policies = analysis.run.plan.policies
+    what = {"token_ms": "mean time per token, ms", "layer_wait_ms": "mean layer wait, ms"}[metric]
+    for axis, (title, points) in zip(axes, panels.items(), strict=True):
+        for policy, cost, right in points:
+            style = _line(policies, policy)
+            axis.errorbar(
+                cost.value, 100 * right.value, xerr=_bars(cost, 1), yerr=_bars(right, 100), capsize=2, elinewidth=0.8,
+                marker=MARKERS[policies.index(policy) % len(MARKERS)], markersize=6, linestyle="",
+                color=style["color"], label=style["label"],
+            )  # fmt: skip
+        axis.set(title=title, xlabel=what, ylabel="accuracy, %")
+    _legend(figure, axes)
+    header = ("bundle", "profile", "policy", "workload", metric, "low", "high", "accuracy", "low", "high")
+    caption = (
+        f"Accuracy against {what.removesuffix(', ms')}, with 95 % intervals; up and to the left is better. Times are "
+        "of batches on nodes where tokens chose together and the plan has such, else of generating."
+    )
+    return _save(figure, folder, f"front-{metric.removesuffix('_ms').replace('_', '-')}", header, rows, caption)
+
+
+def _links(analysis: Analysis, folder: Path) -> list[Figure]:
+    figures = []
+    for profile in analysis.run.plan.profile_names:
+        series = link_series([cell for cell in analysis.links if profile_of(cell) == profile])
+        if any(s.quantity in LINK_QUANTITIES for s in series):
+            figures.append(_links_of(profile, series, folder))
+    return figures
+
+
+def _links_of(profile: str, series: Sequence[LinkSeries], folder: Path) -> Figure:
+    all_nodes = sorted({s.node for s in series}, key=lambda n: (len(n), n))
+    nodes = all_nodes[:NODES_DRAWN]
+    # The CSV has all quantities, these are the ones that estimates and networks have in common.
+    quantities = [q for q in LINK_QUANTITIES if any(s.quantity == q for s in series)]
+    figure = Canvas(figsize=(3.4 * len(quantities) + 0.6, 1.5 * len(nodes) + 1.0), layout="constrained")
+    axes = figure.subplots(len(nodes), len(quantities), squeeze=False, sharex=True)
+    rows: list[Row] = []
+    for s in series:
+        for kind, samples in (("truth", s.truth), ("estimate", s.estimate)):
+            drawn = zip(samples.s, samples.value, strict=True)
+            rows += [(profile, s.node, s.quantity, kind, t, v) for t, v in drawn if np.isfinite(v)]
+        if s.node in nodes and s.quantity in quantities:
+            _link(axes[nodes.index(s.node)][quantities.index(s.quantity)], s)
+    for column, quantity in enumerate(quantities):
+        axes[0][column].set_title(LINK_QUANTITIES[quantity])
+        axes[-1][column].set_xlabel("time in cells of this profile, s")
+    for row, node in enumerate(nodes):
+        axes[row][0].set_ylabel(node)
+    figure.align_ylabels(axes[:, 0])
+    _legend(figure, axes.flatten().tolist())
+    what = "as they were configured and as they were estimated" if any(len(s.truth.s) for s in series) else "estimated"
+    caption = (
+        f"Profile {profile}: links {what}, with two standard deviations. Pauses between cells are left out, and axes "
+        f"end above {100 * _USUAL:.0f} % of the estimates."
+    )
+    if hidden := len(all_nodes) - len(nodes):
+        caption += f" The first {len(nodes)} nodes; the CSV has {hidden} more."
+    header = ("profile", "node", "quantity", "kind", "time_s", "value")
+    return _save(figure, folder, f"links-{profile}", header, rows, caption)
+
+
+def _link(axis: Axes, s: LinkSeries) -> None:
+    axis.step(
+        s.truth.s, s.truth.value, where="post", color=COLOURS[0], linewidth=1.5, label="configured", zorder=3
+    )  # fmt: skip
+    marker = "." if len(s.estimate.s) < 100 else ""
+    axis.plot(
+        s.estimate.s, s.estimate.value, color=COLOURS[4], linewidth=0.9, marker=marker, markersize=3, label="estimate"
+    )  # fmt: skip
+    if s.std is not None:
+        low, high = np.maximum(0, s.estimate.value - 2 * s.std), s.estimate.value + 2 * s.std
+        axis.fill_between(s.estimate.s, low, high, color=COLOURS[4], alpha=0.15, linewidth=0)
+    # The first estimates of a young link may be anything; they must not flatten what follows.
+    seen = s.estimate.value[np.isfinite(s.estimate.value)]
+    usual = float(np.quantile(seen, _USUAL)) if len(seen) else 0.0
+    axis.set_ylim(0, 1.3 * max(usual, float(np.nanmax(s.truth.value)) if len(s.truth.value) else 0.0) or 1.0)
+
+
+def _heat_map(analysis: Analysis, folder: Path) -> list[Figure]:
+    counts = {p: analysis.requests[p] for p in analysis.run.plan.policies if analysis.requests.get(p)}
+    if not counts:
+        return []
+    nodes = sorted({node for counter in counts.values() for _, node in counter}, key=lambda n: (len(n), n))
+    experts = max(expert for counter in counts.values() for expert, _ in counter) + 1
+    figure, axes = _grid(len(counts), width=1.6 + 0.42 * len(nodes), height=1.5 + 0.26 * experts)
+    most = max(max(counter.values()) for counter in counts.values())
+    rows: list[Row] = []
+    image = None
+    for axis, (policy, counter) in zip(axes, counts.items(), strict=True):
+        grid = np.array([[counter[e, node] for node in nodes] for e in range(experts)], float)
+        rows += [(policy, e, node, counter[e, node]) for e in range(experts) for node in nodes]
+        image = axis.imshow(np.where(grid > 0, grid, np.nan), cmap="cividis", vmin=0, vmax=most, aspect="auto")
+        axis.set_xticks(range(len(nodes)), nodes, rotation=45, ha="right")
+        axis.set_yticks(range(experts))
+        axis.set(title=_wrap(policy_label(policy, counts), 30), ylabel="expert")
+        axis.grid(visible=False)
+    assert image is not None  # noqa: S101 (there is a policy)
+    figure.colorbar(image, ax=axes, label="requests", shrink=0.9)
+    caption = "How many requests asked a node for an expert index, over all layers; white is none."
+    return [_save(figure, folder, "requests", ("policy", "expert", "node", "requests"), rows, caption)]
+
+
+def _panel(analysis: Analysis, arm: Arm, workload: str) -> str:
+    plan = analysis.run.plan
+    named = [
+        Path(arm.bundle).name if len(plan.bundles) > 1 else "", arm.profile if len(plan.profile_names) > 1 else "",
+        workload,
+    ]  # fmt: skip
+    return ", ".join(filter(None, named))
+
+
+def _panel_of(summary: Summary, arm: ArmResult, workload: str) -> str:
+    several = [len({getattr(a, field) for a in summary.arms}) > 1 for field in ("bundle", "profile")]
+    named = [Path(arm.bundle).name if several[0] else "", arm.profile if several[1] else "", workload]
+    return ", ".join(filter(None, named))
+
+
+def _grid(count: int, *, columns: int = 3, width: float = 3.9, height: float = 3.0) -> tuple[Canvas, list[Axes]]:
+    columns = min(columns, 3, count)
+    lines = -(-count // columns)
+    figure = Canvas(figsize=(max(4.8, width * columns), height * lines + 0.7), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
+    for spare in axes[count:]:
+        spare.remove()
+    return figure, axes[:count]
+
+
+def _line(policies: Sequence[str], policy: str) -> dict[str, Any]:
+    i = policies.index(policy)
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "linestyle": DASHES[i % len(DASHES)],
+        "label": _wrap(policy_label(policy, policies), 40),
+    }
+
+
+def _legend(figure: Canvas, axes: Sequence[Axes]) -> None:
+    """One for all panels, below them."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if not found:
+        return
+    longest = max(max(map(len, label.splitlines())) for label in found)
+    columns = max(1, min(len(found), int(figure.get_size_inches()[0] * 13 / (longest + 7))))
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _wrap(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text.replace(",", ", "), width, break_long_words=False)) or text
+
+
+def _ends(interval: Interval) -> tuple[object, ...]:
+    return interval.value, interval.low, interval.high
+
+
+def _bars(interval: Interval, scale: float) -> list[list[float]] | None:
+    if interval.low is None or interval.high is None:
+        return None
+    return [[scale * (interval.value - interval.low)], [scale * (interval.high - interval.value)]]
+
+
+def _save(figure: Canvas, folder: Path, name: str, header: Row, rows: Sequence[Row], caption: str) -> Figure:
+    path = folder / "plots" / name
+    figure.savefig(path.with_suffix(".png"))
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+    return Figure(f"plots/{name}.png", caption)

@@ -1,0 +1,96 @@
+"""Reads the rows of complete cells one cell at a time, so that a long run doesn't have to fit into memory."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from testbed.errors import RunDirectoryError
+from testbed.plan.cells import Cell
+from testbed.plan.schema import Workload
+from testbed.run_directory.directory import MARKER, Marker, RunDir
+from testbed.run_directory.tables import COORDINATES, SCHEMAS
+
+
+@dataclass(frozen=True, slots=True)
+class CellRows:
+    """One complete cell.
+
+    Attributes:
+        tables: tables that have rows, by name, with the columns of `SCHEMAS`.
+    """
+
+    cell: Cell
+    workload: Workload
+    marker: Marker
+    tables: dict[str, pa.Table]
+
+    def table(self, name: str) -> pa.Table:
+        """A table by name; empty if the cell has no such rows."""
+        return self.tables.get(name, SCHEMAS[name].empty_table())
+
+
+def read_cells(run: RunDir) -> Iterator[CellRows]:
+    """All complete cells in the order in which they run.
+
+    Raises:
+        RunDirectoryError: a file of a cell is damaged.
+    """
+    for cell in run.cells():
+        if run.is_complete(cell):
+            yield _read(run, cell)
+
+
+def _read(run: RunDir, cell: Cell) -> CellRows:
+    folder = run.cell_path(cell)
+    file = folder / MARKER
+    try:
+        marker = run.marker(cell)
+        tables = {}
+        for name, rows in marker.rows.items():
+            file = folder / f"{name}.parquet"
+            tables[name] = _with_all_columns(pq.read_table(file), SCHEMAS[name])
+            if tables[name].num_rows != rows:
+                raise ValueError(f"{tables[name].num_rows} rows instead of {rows}")
+    except (OSError, ValueError, KeyError, pa.ArrowException, msgspec.DecodeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunDirectoryError(
+            f"{file} is damaged ({reason}): remove the folder {folder} and measure the cell again with "
+            f"'wdmoe-testbed resume {run.path}'"
+        ) from None
+    return CellRows(cell, run.plan.workload(cell.workload), marker, tables)
+
+
+def _with_all_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table with today's columns; those that an old run doesn't have are empty."""
+    have = set(table.column_names)
+    columns = [table[f.name] if f.name in have else pa.nulls(table.num_rows, f.type) for f in schema]
+    return pa.table(columns, names=schema.names).cast(schema)
+
+
+def with_coordinates(run: RunDir, rows: CellRows, table: pa.Table) -> pa.Table:
+    """The table with the columns of `COORDINATES` in front, which say where its rows come from."""
+    cell = rows.cell
+    commit, _ = run.code_of(rows.marker)
+    values = dict(
+        zip(
+            COORDINATES,
+            (
+                *(run.manifest.name, commit, cell.id, cell.repetition),
+                *(cell.bundle, cell.profile, cell.workload, cell.policy),
+            ),
+            strict=True,
+        )
+    )
+    columns = {name: pa.repeat(value, table.num_rows) for name, value in values.items()}
+    return pa.table({**columns, **{name: table[name] for name in table.column_names}})
+
+
+def numbers(table: pa.Table, column: str) -> NDArray[np.float64]:
+    """A column of numbers or booleans as float64 [rows], NaN where the column is empty."""
+    array = table[column].combine_chunks().cast(pa.float64())
+    return np.asarray(array.to_numpy(zero_copy_only=False), dtype=np.float64)

@@ -1,0 +1,44 @@
+"""`wdmoe-testbed status` and `note`. Heavy imports wait until a command needs them."""
+
+from pathlib import Path
+
+import click
+
+RUN = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+
+
+@click.command()
+@RUN
+@click.option("--follow", "-f", "following", is_flag=True, help="Keep showing the progress until the run stops.")
+def status(folder: Path, following: bool) -> None:
+    """Show how far a run is and what failed."""
+    from testbed.run_directory.directory import RunDir
+    from testbed.run_directory.status import lines, status_of
+
+    if following:
+        from rich.console import Console
+
+        from testbed.run_directory.follow import follow
+
+        follow(RunDir(folder), Console(highlight=False))
+        return
+    for line in lines(status_of(RunDir(folder))):
+        click.echo(line)
+
+
+@click.command()
+@RUN
+@click.argument("text")
+@click.option("--photo", type=click.Path(path_type=Path), help="Copied into the run's folder.")
+def note(folder: Path, text: str, photo: Path | None) -> None:
+    """Add an operator's note to a run, also while it goes on."""
+    from testbed.run_directory.directory import RunDir
+    from testbed.run_directory.notes import add_note
+
+    add_note(RunDir(folder), text, photo=photo)
+
+
+def register(group: click.Group) -> None:
+    """Add the commands to `wdmoe-testbed`."""
+    for command in (status, note):
+        group.add_command(command)
