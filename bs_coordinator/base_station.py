@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from bs_coordinator.broker.processes import configured_broker
 from bs_coordinator.config import BaseStationConfig, ResidentConfig
 from bs_coordinator.dispatch.dispatcher import Dispatcher
-from bs_coordinator.dispatch.readiness import measure_broker, prove_nodes, try_residents, wait_for_experts
+from bs_coordinator.dispatch.readiness import measure_broker, prove_nodes, try_local_experts, wait_for_experts
 from bs_coordinator.engine.model import DistributedMixtral
 from bs_coordinator.engine.sequence import Sequence
 from bs_coordinator.engine.speculation import Speculation, load_draft_model
@@ -34,7 +34,7 @@ from wire.transport import Transport
 from wire.transports import connect
 
 if TYPE_CHECKING:
-    from bs_coordinator.resident import ResidentExperts, ResidentHolder
+    from bs_coordinator.resident import ResidentExperts
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def open_base_station(
         trunk, tokenizer, speculation = _load(config, manifest, policy)
         dispatcher, residents = stack.enter_context(_connect(config, manifest, client))
         nodes_ms = _prove(config, manifest, dispatcher, on_progress)
-        if speculation.mode == "auto" and (nodes := dispatcher.fleet.batch_variant()):
+        if speculation.mode == "auto" and (nodes := dispatcher.registry.batch_variant()):
             log.info("no drafts: on %s a token's result depends on the others in its batch", ", ".join(nodes))
             speculation = Speculation()
         model = DistributedMixtral(trunk, dispatcher, policy, degrade=config.degrade)
@@ -160,9 +160,9 @@ def _connect(
         if not client.address.in_process and is_local(client.address.host):
             stack.enter_context(sockets.watching(client.address.port))
         links = LinkMonitor(shared_air=config.shared_air, log=sample_log)
-        holder = None
+        residents = None
         if config.resident is not None:
-            holder = stack.enter_context(_residents(config, config.resident, manifest, links))
+            residents = stack.enter_context(_residents(config, config.resident, manifest))
         dispatcher = Dispatcher(
             client.connect(),
             client.topics,
@@ -174,33 +174,31 @@ def _connect(
             links=links,
             broker_sockets=sockets.take,
             cluster_key=client.cluster_key,
-            here=holder,
+            local_experts=residents,
         )
         stack.callback(dispatcher.close)
-        yield dispatcher, holder.experts if holder else None
+        yield dispatcher, residents
 
 
 def _prove(
     config: BaseStationConfig, manifest: Manifest, dispatcher: Dispatcher, on_progress: Callable[[str], None] | None
 ) -> dict[str, float]:
     """Wait until every expert has a holder, and ask each holder; the nodes' round trips in ms."""
-    if config.resident:
+    if dispatcher.local is not None:
         dispatcher.pump(_FIRST_STATUSES_S)
-        dispatcher.fill_residents()
+        dispatcher.local.fill(dispatcher.pump)
     wait_for_experts(dispatcher, timeout_s=config.nodes_timeout_s, on_wait=on_progress)
     nodes_ms = prove_nodes(dispatcher, manifest)
-    try_residents(dispatcher, manifest)
+    try_local_experts(dispatcher, manifest)
     dispatcher.measure_links(_FIRST_LOOK_S)
     return nodes_ms
 
 
 @contextmanager
-def _residents(
-    config: BaseStationConfig, resident: ResidentConfig, manifest: Manifest, links: LinkMonitor
-) -> "Iterator[ResidentHolder]":
+def _residents(config: BaseStationConfig, resident: ResidentConfig, manifest: Manifest) -> "Iterator[ResidentExperts]":
     """Room for experts; nothing is loaded yet."""
     # onnxruntime is imported only where experts are kept.
-    from bs_coordinator.resident import ResidentExperts, ResidentHolder, Traffic, read_traffic, traffic_of_log
+    from bs_coordinator.resident import ResidentExperts, Traffic, read_traffic, traffic_of_log
 
     if resident.begin_with is not None and not (resident.traffic and resident.traffic.exists()):
         traffic = traffic_of_log(resident.begin_with, manifest.dims)
@@ -220,7 +218,7 @@ def _residents(
     )
     try:
         log.info("room for %d of %d experts here", experts.slots, len(manifest.experts))
-        yield ResidentHolder(experts, links)
+        yield experts
     finally:
         experts.close()
 

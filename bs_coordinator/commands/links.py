@@ -30,7 +30,7 @@ def links(seconds: float, link_log: Path | None, config: ClusterConfig) -> None:
     with ExitStack() as stack:
         log = stack.enter_context(open_log(link_log)) if link_log else None
         dispatcher = stack.enter_context(connect_nodes(config, log))
-        if not dispatcher.fleet.nodes:
+        if not dispatcher.registry.nodes:
             raise PlacementError("no node is online")
         dispatcher.measure_links(seconds)
         print_links(dispatcher.links.estimates(time.perf_counter()))

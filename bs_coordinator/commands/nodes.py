@@ -18,7 +18,7 @@ def nodes(config: ClusterConfig) -> None:
     from bs_coordinator.nodes.telemetry_inbox import describe
 
     with connect_nodes(config) as dispatcher:
-        registry = dispatcher.fleet
+        registry = dispatcher.registry
         if registry.nodes:
             dispatcher.pump(_TELEMETRY_S)
         latest = dispatcher.telemetry.latest()

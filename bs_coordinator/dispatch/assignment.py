@@ -1,27 +1,27 @@
-"""Which holder of an expert is asked for it. Pure."""
+"""Which holder is asked for each expert. Pure."""
 
 from collections.abc import Mapping, Sequence
 
 HYSTERESIS = 0.25
-"""How much faster another holder must be predicted before an expert moves to it: estimates wobble, and what a node has
-just computed lies in its caches."""
+"""How much faster another holder must be predicted before an expert moves to it: estimates vary, and a node has the
+weights that it used last in its caches."""
 
 
 def assign(
     holders: Sequence[Sequence[str]], cost_s: Mapping[str, float], previous: Sequence[str | None] | None = None
 ) -> list[str | None]:
-    """A holder for each of a layer's experts, so that no node is asked for much more than its speed allows.
+    """Choose a holder for each of a layer's experts, such that work is spread by speed.
 
-    Experts with the fewest holders choose first; each takes the holder that would be done first with what it has
-    got so far. Those that stay with their previous holder are settled before all others.
+    Greedy: experts with the fewest holders come first; each goes to the holder that would be done first with all that
+    it was given so far, or stays with its previous holder if that is not much slower.
 
     Args:
-        holders: by expert, the nodes that may be asked, best first where nothing else decides.
-        cost_s: predicted time of one hidden state, by node.
+        holders: by expert, the nodes that may be asked; the first one wins a tie.
+        cost_s: predicted seconds for one hidden state, by node.
         previous: the assignment before, if any.
 
     Returns:
-        By expert a node, or None where `holders` is empty.
+        By expert a node, or None if it has no holder.
     """
     chosen: list[str | None] = [None] * len(holders)
     load: dict[str, int] = {}

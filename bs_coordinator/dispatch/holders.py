@@ -1,4 +1,4 @@
-"""Who is asked for each expert now: holders that are online and can be relied on, spread by how fast they are."""
+"""Which node is asked for each expert: a holder that is online and not left out, with work spread by speed."""
 
 from collections.abc import Sequence
 
@@ -13,22 +13,22 @@ from bs_coordinator.selection.forecast import Float, Index
 from wire.experts import ExpertId
 
 _REVIEW_EVERY_S = 1.0
-"""Where experts have several holders: how often their links are compared again."""
+"""How often links are compared again where experts have several holders."""
 
 
 class Holders:
-    """The current assignment of all layers, made again when nodes come, go, fail or recover."""
+    """The current assignment of all layers, renewed when nodes come, go, fail or recover."""
 
     def __init__(
-        self, fleet: NodeRegistry, health: Health, links: LinkMonitor, *, message_bytes: int, last_resort: bool
+        self, registry: NodeRegistry, health: Health, links: LinkMonitor, *, message_bytes: int, last_resort: bool
     ) -> None:
         """Nothing is assigned yet.
 
         Args:
-            message_bytes: of one hidden state on the wire, for comparing links.
-            last_resort: where all holders of an expert are left out, ask one of them all the same.
+            message_bytes: length of one hidden state on the wire, for comparing links.
+            last_resort: if all holders of an expert are left out, ask one of them anyway.
         """
-        self._fleet = fleet
+        self._registry = registry
         self._health = health
         self._links = links
         self._message_bytes = message_bytes
@@ -42,8 +42,8 @@ class Holders:
         self._replicated = False
 
     def refresh(self, now_s: float) -> None:
-        """Assign again if that is due."""
-        changes = (self._fleet.changes, self._health.changes)
+        """Renew the assignment if that is due."""
+        changes = (self._registry.changes, self._health.changes)
         if changes != self._changes or (self._replicated and now_s >= self._review_s):
             self._changes = changes
             self._assign(now_s)
@@ -54,52 +54,53 @@ class Holders:
         return self._names
 
     def index(self, layer: int) -> Index:
-        """intp [experts]: the node to ask; meaningless where nobody is available."""
+        """intp [experts]: the node to ask, as an index into `names`; meaningless where `available` is False."""
         return self._index[layer]
 
     def available(self, layer: int) -> NDArray[np.bool_] | None:
-        """bool [experts]: whether anybody can be asked; None where that holds for all."""
+        """bool [experts]: whether some node can be asked; None if that holds for all."""
         return self._available[layer]
 
     def node(self, layer: int, expert: int) -> str | None:
-        """The node to ask for one expert."""
+        """The node to ask for one expert; None if there is none."""
         return self._assigned[layer][expert]
 
-    def others(self, layer: int, experts: Sequence[int], asked: frozenset[str]) -> dict[int, str] | None:
-        """Holders of `experts` that were not asked before; None if one has none."""
-        free = [[n for n in self._usable(ExpertId(layer, e)) if n not in asked] for e in experts]
+    def others(self, layer: int, experts: Sequence[int], tried: frozenset[str]) -> dict[int, str] | None:
+        """By expert a usable holder that is not in `tried`; None if one of `experts` has no such holder."""
+        free = [[n for n in self._usable(ExpertId(layer, e)) if n not in tried] for e in experts]
         found = assign(free, self._costs_s())
         named = {e: node for e, node in zip(experts, found, strict=True) if node is not None}
         return named if len(named) == len(experts) else None
 
-    def away_s(self) -> Float:
-        """float64 [layers, experts]: one hidden state to an expert's fastest node and back; inf where there is none."""
-        dims = self._fleet.dims
+    def remote_s(self) -> Float:
+        """float64 [layers, experts]: predicted seconds for one hidden state to an expert's fastest usable node and
+        back; inf where there is none."""
+        dims = self._registry.dims
         costs_s = self._costs_s()
-        away_s = np.full((dims.layers, dims.experts), np.inf)
-        for layer, expert in np.ndindex(away_s.shape):
+        remote_s = np.full((dims.layers, dims.experts), np.inf)
+        for layer, expert in np.ndindex(remote_s.shape):
             nodes = (node for node in self._usable(ExpertId(layer, expert)) if node != LOCAL_NODE)
-            away_s[layer, expert] = min((costs_s[node] for node in nodes), default=np.inf)
-        return away_s
+            remote_s[layer, expert] = min((costs_s[node] for node in nodes), default=np.inf)
+        return remote_s
 
-    def here_s(self) -> float:
-        """One hidden state through an expert on the base station."""
+    def local_s(self) -> float:
+        """Predicted seconds for one hidden state through an expert on the base station."""
         return self._links.predict_s(LOCAL_NODE, down_bytes=0, up_bytes=0, experts=1, rows=1)
 
     def _usable(self, id: ExpertId) -> list[str]:
-        return [node for node in self._fleet.holders(id) if self._health.usable(node)]
+        return [node for node in self._registry.holders(id) if self._health.usable(node)]
 
     def _askable(self, id: ExpertId) -> Sequence[str]:
-        return self._usable(id) or (self._fleet.holders(id) if self._last_resort else ())
+        return self._usable(id) or (self._registry.holders(id) if self._last_resort else ())
 
     def _costs_s(self) -> dict[str, float]:
         size = self._message_bytes
         predict = self._links.predict_s
-        costs_s = {n: predict(n, down_bytes=size, up_bytes=size, experts=1, rows=1) for n in self._fleet.nodes}
-        return costs_s | {LOCAL_NODE: self.here_s()}
+        costs_s = {n: predict(n, down_bytes=size, up_bytes=size, experts=1, rows=1) for n in self._registry.nodes}
+        return costs_s | {LOCAL_NODE: self.local_s()}
 
     def _assign(self, now_s: float) -> None:
-        dims = self._fleet.dims
+        dims = self._registry.dims
         costs_s = self._costs_s()
         before = self._assigned
         self._assigned, self._replicated = [], False

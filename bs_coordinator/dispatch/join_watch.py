@@ -1,16 +1,16 @@
-"""Did a node that joined make things slower? Pure: fed with every layer's time, speaks up once per node."""
+"""Detects that a node that joined made layers slower. Pure: fed with every layer's time, warns once per node."""
 
 from collections import deque
 from collections.abc import Iterable
 from statistics import median
 
 WINDOW = 200
-"""Layers before and after that are compared: a few tokens of a large model."""
+"""Layers before and after a node joined that are compared: a few tokens of a large model."""
 WORSE = 1.1
 
 
 class JoinWatch:
-    """Compares layers before and after the last change of who is there."""
+    """Compares layers before and after the last change of which nodes are online."""
 
     def __init__(self) -> None:
         self._nodes: frozenset[str] = frozenset()
@@ -20,11 +20,11 @@ class JoinWatch:
         self._joined: frozenset[str] = frozenset()
 
     def observe(self, nodes: Iterable[str], layer_ns: int, slowest: str) -> str:
-        """Take in one decode layer; a warning with numbers when there is one to give, else empty.
+        """Take in one layer of a one-token step; gives a warning with numbers if there is one, else an empty string.
 
         Args:
-            nodes: online now.
-            layer_ns: from chosen experts to their sum.
+            nodes: the nodes online now.
+            layer_ns: from the choice of experts to the sum of their outputs.
             slowest: the node that the layer waited for longest.
         """
         now = frozenset(nodes)
@@ -35,7 +35,7 @@ class JoinWatch:
                 self._before.extend(self._after)
             self._after, self._slowest = [], []
             if not known or known - now:
-                self._joined = frozenset()  # the first ones, or a replacement: nothing to compare with
+                self._joined = frozenset()  # the first nodes, or one replaced another: nothing to compare with
         if not self._joined or len(self._before) < WINDOW:
             self._before.append(layer_ns)
             return ""
@@ -53,5 +53,5 @@ class JoinWatch:
             return ""
         return (
             f"since {names} joined, a layer takes {after_ms:.1f} ms instead of {before_ms:.1f}; "
-            f"{waited:.0%} of layers waited for it longest ('wdmoe-bs links' tells why)"
+            f"{waited:.0%} of layers waited for it longest (see 'wdmoe-bs links')"
         )

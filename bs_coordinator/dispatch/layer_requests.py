@@ -1,31 +1,57 @@
-"""One layer's requests until every chosen expert has answered for every row once. Pure: times come with the events.
+"""One layer's requests to the nodes and what became of each: data and queries. `state_machine` decides what happens.
 
-A request that fails or takes too long is handed on to other holders of its experts; whichever answers first counts,
-the first node or all of those that took over. What comes later is no longer awaited.
+A layer is a list of sub-requests, one or more per node. A sub-request that is rerouted has replacements, which are
+sub-requests themselves, so that the whole is a forest. A row of a chosen expert is answered by exactly one sub-request:
+the topmost one whose own answer counts.
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from enum import Enum
+from typing import NamedTuple
+
+import numpy as np
 
 from bs_coordinator.dispatch.plan_requests import Request
 from bs_coordinator.engine.step_records import DispatchRecord
+from bs_coordinator.errors import DispatchError
 from bs_coordinator.links import LinkSample
+from wire.errors import BrokerError
+from wire.experts import ExpertId, format_selector
 from wire.frames import RequestId, ResultFrame
 from wire.tensors import Array
 from wire.transport import Message
 
-if TYPE_CHECKING:
-    from bs_coordinator.resident import Computed
+
+class State(Enum):
+    """Where a sub-request is.
+
+    SENT: its node's answer is awaited.
+    REROUTED: its node is overdue and replacements were sent. Its own answer is still awaited: whichever is complete
+        first counts.
+    SUSPECT: its node answered with values too large to be believed. The replacements' answers count, and decide
+        whether the node is at fault.
+    FAILED: its node will not answer. The replacements' answers count; without replacements the layer has failed.
+    ANSWERED: its node's answer counts.
+    """
+
+    SENT = "sent"
+    REROUTED = "rerouted"
+    SUSPECT = "suspect"
+    FAILED = "failed"
+    ANSWERED = "answered"
 
 
 class Sent(NamedTuple):
-    """When and how a request went out.
+    """When and how a request was sent.
 
     Attributes:
+        sent_ns: `Clock.perf_ns` just before it was handed to the network.
+        sent_unix_ns: the same moment by the wall clock.
+        down_bytes: length of its frame.
+        predicted_ns: round trip that was expected.
         ahead: requests that its node had not answered by then.
-        overdue_s: time (monotonic) past which others are asked.
+        overdue_s: time, in seconds by `Clock.perf_ns`, at which it is rerouted.
     """
 
     id: RequestId
@@ -38,7 +64,7 @@ class Sent(NamedTuple):
 
 
 class NodeAnswer(NamedTuple):
-    """What came back."""
+    """What a node computed, float32 [rows, hidden], and what that took."""
 
     output: Array
     record: DispatchRecord
@@ -46,36 +72,52 @@ class NodeAnswer(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class SubRequest:
-    """A request and what became of it.
+    """One request to one node.
 
     Attributes:
-        asked: nodes that were asked for these rows, this request's included.
-        doubtful: an answer that was too large to be believed; the replacements' counts, and is compared with it.
-        failed: why its node will not answer any more, else empty.
-        replacements: the requests that took over.
-        here: its result, where the base station computes it itself.
+        tried: nodes that were sent these rows so far, this request's included.
+        sent: how it was sent; None until then.
+        answer: its node's answer, in the states SUSPECT and ANSWERED only.
+        replacements: requests to other nodes for the same rows and experts, in the states REROUTED, SUSPECT and FAILED.
     """
 
     request: Request
-    asked: frozenset[str]
+    tried: frozenset[str]
+    state: State = State.SENT
     sent: Sent | None = None
     answer: NodeAnswer | None = None
-    doubtful: NodeAnswer | None = None
-    failed: str = ""
     replacements: list["SubRequest"] = field(default_factory=list)
-    here: "Future[Computed] | None" = None
+
+    @property
+    def node(self) -> str:
+        """The node it is sent to."""
+        return self.request.node
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether its own node's answer would count."""
+        return self.state is State.SENT or self.state is State.REROUTED
 
     @property
     def done(self) -> bool:
-        """Whether its rows' answers are all there."""
-        return self.answer is not None or (
-            bool(self.replacements) and all(replacement.done for replacement in self.replacements)
-        )
+        """Whether all its rows are answered, by its node or by replacements."""
+        if self.state is State.ANSWERED:
+            return True
+        return bool(self.replacements) and all(replacement.done for replacement in self.replacements)
+
+    def answers(self) -> Iterator[tuple["SubRequest", NodeAnswer]]:
+        """The answers that count for its rows, in the order of sending."""
+        if self.state is State.ANSWERED:
+            assert self.answer is not None  # noqa: S101 - that is what the state means
+            yield self, self.answer
+        else:
+            for replacement in self.replacements:
+                yield from replacement.answers()
 
     def record(self, frame: ResultFrame, message: Message) -> DispatchRecord:
-        """What its answer took."""
+        """The log's record of this request, given its answer."""
         request, sent = self.request, self.sent
-        assert sent is not None  # noqa: S101 - its answer was awaited
+        assert sent is not None  # noqa: S101 - an answer has come
         return DispatchRecord(
             node=request.node,
             experts=tuple(s.expert for s in request.experts),
@@ -89,8 +131,8 @@ class SubRequest:
         )
 
     def sample(self, record: DispatchRecord) -> LinkSample:
-        """What its answer says of the link and the node."""
-        assert self.sent is not None  # noqa: S101 - its answer was awaited
+        """The link estimator's sample of this request, given its record."""
+        assert self.sent is not None  # noqa: S101 - an answer has come
         return LinkSample(
             time_s=(self.sent.sent_ns + record.round_trip_ns) / 1e9,
             node=record.node,
@@ -104,99 +146,125 @@ class SubRequest:
             queued=self.sent.ahead > 0,
         )
 
-    def reroute(self, requests: Sequence[Request]) -> list["SubRequest"]:
-        """Let others take over."""
-        self.replacements = [SubRequest(request, self.asked | {request.node}) for request in requests]
-        return self.replacements
 
-    def answered(self) -> Iterator["SubRequest"]:
-        """The parts whose answers add up to this one's, in the order of asking."""
-        if self.answer is not None:
-            yield self
-        else:
-            for replacement in self.replacements:
-                yield from replacement.answered()
+class Limits(NamedTuple):
+    """What bounds a layer's requests.
+
+    Attributes:
+        timeout_s: how long a layer may wait for its nodes.
+        last_holder_s: how long an overdue request waits if no other node holds its experts; at most `timeout_s`.
+        max_tokens: rows of one request.
+    """
+
+    timeout_s: float
+    last_holder_s: float
+    max_tokens: int
 
 
 class LayerRequests:
-    """All of a layer's requests.
+    """All requests of one layer.
 
     Attributes:
-        hidden: float32 [tokens, hidden], what the experts are applied to.
-        reroute: whether others may take over.
-        deadline_s: time (monotonic) past which it is given up.
-        lost: what will not be answered by anybody any more, else empty.
+        layer: index of the layer.
+        hidden: float32 [tokens, hidden], the experts' input.
+        gate: float32 [tokens, experts], zero where an expert is not chosen.
+        began_ns: `Clock.perf_ns` when the layer was begun.
+        only_node: the one node that may be asked; None for any holder.
+        planned: holders are chosen, and the sub-requests are those that count.
+        sub_requests: one or more per node, in the order of sending.
+        deadline_s: time, in seconds by `Clock.perf_ns`, at which the layer fails.
+        error: why the layer has failed; None while it has not.
+        connection_losses: how often the connection was lost while the layer was under way.
     """
 
     def __init__(
-        self, layer: int, hidden: Array, requests: Sequence[Request], *, reroute: bool, deadline_s: float
+        self,
+        layer: int,
+        hidden: Array,
+        gate: Array,
+        limits: Limits,
+        *,
+        began_ns: int = 0,
+        only_node: str | None = None,
     ) -> None:
+        """Nothing is planned yet."""
         self.layer = layer
         self.hidden = hidden
-        self.reroute = reroute
-        self.deadline_s = deadline_s
-        self.lost = ""
-        self.parts = [SubRequest(request, frozenset([request.node])) for request in requests]
-        self._awaited: dict[RequestId, SubRequest] = {}
+        self.gate = gate
+        self.limits = limits
+        self.began_ns = began_ns
+        self.only_node = only_node
+        self.planned = False
+        self.sub_requests: list[SubRequest] = []
+        self.deadline_s = float("inf")
+        self.error: DispatchError | BrokerError | None = None
+        self.connection_losses = 0
+        self._by_id: dict[RequestId, SubRequest] = {}
 
     @property
     def done(self) -> bool:
-        """Whether nothing is missing."""
-        return all(part.done for part in self.parts)
+        """Whether every row of every chosen expert is answered."""
+        return self.planned and all(sub.done for sub in self.sub_requests)
+
+    def clear(self) -> None:
+        """Forget all requests: answers to them will not come, or not count."""
+        self.planned = False
+        self.sub_requests = []
+        self._by_id = {}
+
+    def mark_sent(self, sub: SubRequest, sent: Sent) -> None:
+        """Record that `sub` is on its way."""
+        sub.sent = sent
+        self._by_id[sent.id] = sub
+
+    def find(self, id: RequestId) -> SubRequest | None:
+        """The sub-request with this id; None if it is not this layer's."""
+        return self._by_id.get(id)
 
     def rows(self, request: Request) -> Array:
         """The hidden states of a request, float32 [rows, hidden]."""
-        # Rows ascend: all of them are the whole.
+        # Rows ascend, so that as many as there are must be all of them.
         return self.hidden if len(request.rows) == len(self.hidden) else self.hidden[request.rows]
 
-    def sent(self, part: SubRequest, sent: Sent) -> None:
-        """`part` is on its way; from now on its answer is awaited."""
-        part.sent = sent
-        self._awaited[sent.id] = part
+    def open(self) -> list[SubRequest]:
+        """Sub-requests whose rows are not all answered, in any state but ANSWERED, parents before replacements."""
+        return list(_open(self.sub_requests))
 
-    def awaited(self, id: RequestId) -> SubRequest | None:
-        """The part that an answer with this id belongs to, if it still counts."""
-        return self._awaited.get(id)
-
-    def settle(self, part: SubRequest, answer: NodeAnswer) -> None:
-        """The first valid answer; neither another one nor the replacements' count from now on."""
-        part.answer = answer
-        self._awaited = {id: other for id, other in self._awaited.items() if other is not part}
+    def in_flight(self) -> list[SubRequest]:
+        """Open sub-requests whose own node's answer would count."""
+        return [sub for sub in _open(self.sub_requests) if sub.in_flight]
 
     def unanswered(self, node: str) -> int:
-        """Requests that a node has not answered yet."""
-        return sum(part.request.node == node and part.answer is None for part in self._awaited.values())
-
-    def doubtful(self) -> list[tuple[SubRequest, list[SubRequest]]]:
-        """Parts with an answer that was not believed, each with the parts that answered instead."""
-        found = []
-        waiting = list(self.parts)
-        while waiting:
-            part = waiting.pop()
-            waiting += part.replacements
-            if part.doubtful is not None:
-                found.append((part, list(part.answered())))
-        return found
-
-    def open(self) -> list[SubRequest]:
-        """Parts whose answer is awaited and needed: their rows are not done."""
-        return list(self._open(self.parts))
-
-    def outstanding(self) -> list[SubRequest]:
-        """Open parts that nobody took over: what the layer is waiting for."""
-        return [part for part in self.open() if not part.replacements and not part.failed]
-
-    def overdue(self, now_s: float) -> list[SubRequest]:
-        """Open parts that others should be asked for by now, and which nobody took over yet."""
-        return [p for p in self.open() if p.sent and not p.replacements and not p.failed and now_s >= p.sent.overdue_s]
+        """Requests that `node` is still working on, as far as this layer knows."""
+        return sum(sub.in_flight and sub.node == node for sub in self._by_id.values())
 
     def next_overdue_s(self) -> float:
-        """When the next open part will be overdue."""
-        times = (p.sent.overdue_s for p in self.open() if p.sent and not p.replacements and not p.failed)
+        """When the next sub-request will be overdue, in seconds by `Clock.perf_ns`; inf if none will."""
+        times = (sub.sent.overdue_s for sub in _open(self.sub_requests) if sub.state is State.SENT and sub.sent)
         return min(times, default=float("inf"))
 
-    def _open(self, parts: Sequence[SubRequest]) -> Iterator[SubRequest]:
-        for part in parts:
-            if not part.done:
-                yield part
-                yield from self._open(part.replacements)
+    def answers(self) -> list[tuple[SubRequest, NodeAnswer]]:
+        """The answers that count, in the order of sending."""
+        return [found for sub in self.sub_requests for found in sub.answers()]
+
+    def output(self) -> Array:
+        """The sum of all answers, float32 [tokens, hidden]."""
+        output = np.zeros(self.hidden.shape, np.float32)
+        # Added in the order of sending, not of arrival: floating-point sums depend on it.
+        for sub, answer in self.answers():
+            if len(answer.output) == len(output):
+                output += answer.output
+            else:
+                output[sub.request.rows] += answer.output
+        return output
+
+    def describe(self, sub: SubRequest) -> str:
+        """The experts of a sub-request as an operator selects them, such as "L0:E2-3"."""
+        return format_selector(ExpertId(self.layer, s.expert) for s in sub.request.experts)
+
+
+def _open(sub_requests: Sequence[SubRequest]) -> Iterator[SubRequest]:
+    for sub in sub_requests:
+        if not sub.done:
+            yield sub
+            yield from _open(sub.replacements)

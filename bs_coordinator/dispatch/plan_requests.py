@@ -1,4 +1,4 @@
-"""A layer's work split over nodes: who gets which rows for which experts. Pure."""
+"""Splits a layer's work over nodes: which rows for which experts go to which node. Pure."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -13,11 +13,11 @@ _ROW, _TOKEN = np.zeros(1, np.int64), np.zeros(1, np.uint32)
 
 
 class Request(NamedTuple):
-    """What one frame to one node will hold.
+    """The content of one frame to one node.
 
     Attributes:
-        rows: int64 [n], which rows of the layer's hidden states it carries.
-        experts: slices whose token indices count within `rows`.
+        rows: int64 [n], ascending indices of the layer's rows that it carries.
+        experts: one slice per expert; its token indices are positions in `rows`.
     """
 
     node: str
@@ -25,7 +25,7 @@ class Request(NamedTuple):
     experts: tuple[ExpertSlice, ...]
 
     def gate(self, tokens: int, experts: int) -> Array:
-        """Its part of the layer's gate weights, float32 [tokens, experts]."""
+        """The gate weights of this request, float32 [tokens, experts] of the whole layer, zero elsewhere."""
         gate = np.zeros((tokens, experts), np.float32)
         for slice_ in self.experts:
             gate[self.rows[slice_.tokens], slice_.expert] = slice_.weights
@@ -33,22 +33,23 @@ class Request(NamedTuple):
 
 
 def chosen_experts(gate: Array) -> list[int]:
-    """The experts that some token of float32 [tokens, experts] is sent to."""
+    """The experts with a non-zero gate weight, float32 [tokens, experts], for some token."""
     chosen: list[int] = np.flatnonzero(gate.any(axis=0)).tolist()
     return chosen
 
 
 def plan_requests(gate: Array, holder: Mapping[int, str], *, max_tokens: int) -> list[Request]:
-    """One request per node, and what is too large for one frame in several.
+    """One request per node, or several if one would hold more than `max_tokens` rows.
 
     Args:
         gate: float32 [tokens, experts], zero where an expert is not chosen.
-        holder: the node to ask for each chosen expert.
+        holder: the node to ask, by chosen expert.
+        max_tokens: most rows of one request.
     """
     experts_of: dict[str, list[int]] = {}
     for expert in sorted(holder):
         experts_of.setdefault(holder[expert], []).append(expert)
-    if len(gate) == 1:  # most layers of most tokens: a third of the time of the general way
+    if len(gate) == 1:  # one-token steps are most of decoding; this takes a third of the general path's time
         return [
             Request(node, _ROW, tuple(ExpertSlice(e, _TOKEN, gate[0, e : e + 1]) for e in experts if gate[0, e]))
             for node, experts in sorted(experts_of.items())
@@ -59,9 +60,9 @@ def plan_requests(gate: Array, holder: Mapping[int, str], *, max_tokens: int) ->
         columns = [gate[:, expert] for expert in experts]
         rows = np.flatnonzero(columns[0] if len(columns) == 1 else np.any(columns, axis=0))
         for start in range(0, len(rows), max_tokens):
-            part = rows[start : start + max_tokens]
-            slices = [_slice(expert, column[part]) for expert, column in zip(experts, columns, strict=True)]
-            requests.append(Request(node, part, tuple(s for s in slices if len(s.tokens))))
+            some = rows[start : start + max_tokens]
+            slices = [_slice(expert, column[some]) for expert, column in zip(experts, columns, strict=True)]
+            requests.append(Request(node, some, tuple(s for s in slices if len(s.tokens))))
     return requests
 
 

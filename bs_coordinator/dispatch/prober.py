@@ -1,7 +1,10 @@
-"""Pings that keep the estimates fresh and prove that a node is back: what `LinkMonitor` and `Health` ask for, sent."""
+"""Pings: they keep link estimates fresh, prove that a node that was left out works again, and read nodes' clocks.
+
+`LinkMonitor` and `Health` decide which pings are due; this module sends them and matches the answers.
+"""
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from bs_coordinator.dispatch.health import Health
@@ -21,7 +24,14 @@ _MOST_CLOCK_SAMPLES = 1 << 16
 
 @dataclass(slots=True)
 class _Ping:
-    """One ping or a train under way; `down_bytes` is the frame's length, `up_bytes` the answer's payload."""
+    """One ping or packet train under way.
+
+    Attributes:
+        proves: its answer proves that the node can be used again.
+        for_clock: only the node's clock is of interest.
+        down_bytes: length of the frame.
+        arrivals: of a train's answers so far, in seconds by `Clock.perf_ns`, and whether each is exact.
+    """
 
     probe: Probe
     expires_s: float
@@ -34,7 +44,7 @@ class _Ping:
 
 
 class Prober:
-    """Pings under way."""
+    """The pings under way."""
 
     def __init__(
         self,
@@ -48,7 +58,8 @@ class Prober:
         """Nothing is sent yet.
 
         Args:
-            send: publishes a frame to a node; its length in bytes and `Clock.perf_ns` just before.
+            send: publishes a frame to a node, and gives its length in bytes and `Clock.perf_ns` just before.
+            new_id: makes the id of the next request.
         """
         self._links = links
         self._health = health
@@ -58,22 +69,26 @@ class Prober:
         self._pings: dict[RequestId, _Ping] = {}
         self._clocks: deque[ClockSample] = deque(maxlen=_MOST_CLOCK_SAMPLES)
 
-    def probe(self, nodes: Iterable[str], now_s: float) -> None:
-        """Send what is due to nodes that are online. Cheap when nothing is."""
-        for node in self._health.to_prove(now_s):
-            if node in nodes:
-                self._ping(Probe(node, _PROOF_BYTES, _PROOF_BYTES), now_s, proves=True)
+    def probe(self, nodes: Collection[str], now_s: float) -> None:
+        """Send the pings that are due to `nodes`. Cheap when none is."""
+        self.prove(nodes, now_s)
         probe = self._links.next_probe([node for node in nodes if self._health.usable(node)], now_s)
         if probe is not None:
             self._ping(probe, now_s)
 
+    def prove(self, nodes: Collection[str], now_s: float) -> None:
+        """Ping those of `nodes` that are left out and whose pause is over. Cheap when there are none."""
+        for node in self._health.to_prove(now_s):
+            if node in nodes:
+                self._ping(Probe(node, _PROOF_BYTES, _PROOF_BYTES), now_s, proves=True)
+
     def ask_clocks(self, nodes: Iterable[str], now_s: float) -> None:
-        """Ask nodes what time it is. Links are not judged by it: a node may be at work meanwhile."""
+        """Ask nodes for the time. Links are not estimated from the answers: a node may be computing meanwhile."""
         for node in nodes:
             self._ping(Probe(node, 0, STAMP_BYTES), now_s, for_clock=True)
 
     def take_clocks(self) -> list[ClockSample]:
-        """What nodes' clocks showed since the last call; every answer but a train's that is long enough tells."""
+        """What nodes' clocks showed since the last call: one sample per single ping with room for time stamps."""
         taken, self._clocks = list(self._clocks), deque(maxlen=_MOST_CLOCK_SAMPLES)
         return taken
 
@@ -81,7 +96,7 @@ class Prober:
         """Take in an answer from `node`; False if no such ping is under way.
 
         Args:
-            sure: it arrived when it was read.
+            sure: the message's arrival time is exact.
         """
         ping = self._pings.get(frame.id)
         if ping is None or node != ping.probe.node or len(frame.payload) != ping.probe.up_bytes:
@@ -90,7 +105,7 @@ class Prober:
         if ping.proves:
             self._health.proven(node)
         if ping.probe.count == 1 and (stamps := read_stamps(frame.payload)) is not None:
-            # Our clock may be set meanwhile: the way back is measured by the steady one.
+            # The wall clock may be set meanwhile, so the round trip is measured by the monotonic one.
             arrived_unix_ns = ping.sent_unix_ns + message.arrived_ns - ping.sent_ns
             self._clocks.append(ClockSample(node, ping.sent_unix_ns, *stamps, arrived_unix_ns))
         if ping.for_clock:

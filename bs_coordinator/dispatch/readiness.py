@@ -1,6 +1,6 @@
-"""Before the first prompt: is the broker fast, is every expert held, does every node compute?
+"""Checks before the first prompt: the broker is fast, every expert has a holder, and every node computes.
 
-A heartbeat proves none of it, so each check here sends real traffic.
+A heartbeat proves none of this, so each check sends real traffic.
 """
 
 from collections.abc import Callable
@@ -19,23 +19,23 @@ _NAGLE_MS = 30.0
 """A missing TCP_NODELAY costs at least 40 ms in nearly every burst."""
 _ECHOES = 9
 _WARM_UP = 24
-"""Single messages first: a young TCP connection acknowledges its first 16 segments at once."""
+"""Single messages sent first: a new TCP connection acknowledges its first 16 segments at once."""
 _BURST_LENGTH = 3
 _REVIEW_S = 1.0
-_RESIDENTS_ASKED = 16
+_LOCAL_EXPERTS_TRIED = 16
 _PROBE_ERROR = 0.5
 """Relative error at which a node's answer is not this model's: quantisation stays below 0.2, another expert's
 output is at about 1.4."""
 
 
 def measure_broker(transport: Transport, topic: str, *, timeout_s: float = 10.0, clock: Clock = SYSTEM_CLOCK) -> float:
-    """Median round trip of a small message through the broker and back to us, in ms.
+    """Median round trip of a small message through the broker and back, in ms.
 
-    Single messages never meet Nagle's algorithm; of a burst, all but the first wait for an acknowledgement
-    where TCP_NODELAY is missing. Lower quartiles are compared: no lucky burst decides, and no busy host either.
+    Nagle's algorithm never delays a single message; without TCP_NODELAY, all messages of a burst but the first wait
+    for an acknowledgement. Lower quartiles are compared, so that neither one quick burst nor a busy host decides.
 
     Raises:
-        BrokerDelayError: bursts show that wait.
+        BrokerDelayError: bursts show that delay.
         BrokerError: an echo did not come back in time.
     """
     transport.subscribe(topic)
@@ -55,7 +55,7 @@ def measure_broker(transport: Transport, topic: str, *, timeout_s: float = 10.0,
 def _echo_ms(transport: Transport, topic: str, count: int, timeout_s: float, clock: Clock) -> float:
     token = clock.perf_ns().to_bytes(8, "little")
     began_ns = clock.perf_ns()
-    # Sent one by one, each message could carry the acknowledgement that the broker waits for.
+    # Sent one by one, a message could carry the acknowledgement that the broker waits for.
     with transport.in_one_segment():
         for i in range(count):
             transport.publish(topic, token + bytes([i]))
@@ -73,36 +73,37 @@ def wait_for_experts(dispatcher: Dispatcher, *, timeout_s: float, on_wait: Calla
     """Wait until every expert of the model has a holder.
 
     Args:
-        on_wait: told what is missing, at once and then whenever that changes.
+        on_wait: called with one line about what is missing, at once and whenever that changes.
 
     Raises:
         PlacementError: some are still missing at the deadline.
     """
     deadline = dispatcher.clock.monotonic_s() + timeout_s
-    said, next_review_s = "", 0.0
-    dispatcher.pump(0.2)  # retained statuses of nodes that are already there
-    while dispatcher.fleet.missing():
-        line = dispatcher.fleet.describe_missing()
+    reported, next_review_s = "", 0.0
+    dispatcher.pump(0.2)  # for the retained statuses of nodes that are online already
+    while dispatcher.registry.missing():
+        line = dispatcher.registry.describe_missing()
         if dispatcher.clock.monotonic_s() >= deadline:
             raise PlacementError(f"after {timeout_s:g} s {line}")
-        if on_wait and line != said:
+        if on_wait and line != reported:
             on_wait(line)
-            said = line
-        # What no node holds may be kept here; those that are only late will be given back to them.
+            reported = line
+        # Experts that no node holds may be kept locally; a node that is only late gets its experts back.
         review = dispatcher.clock.monotonic_s() >= next_review_s
-        dispatcher.tend_residents(review=review)
+        if dispatcher.local is not None:
+            dispatcher.local.tend(review=review)
         next_review_s = dispatcher.clock.monotonic_s() + _REVIEW_S if review else next_review_s
         dispatcher.pump(0.2)
 
 
-def try_residents(dispatcher: Dispatcher, manifest: Manifest) -> None:
-    """Ask some of the experts that are kept here, so that it is known from the first token on what they cost.
+def try_local_experts(dispatcher: Dispatcher, manifest: Manifest) -> None:
+    """Compute some of the local experts once, so that their cost is known from the first token on.
 
     Raises:
-        ExpertsLostError: they can't be computed.
+        ExpertsLostError: the base station can't compute one of them.
     """
     x = probe_input(manifest.dims.hidden)
-    for id in sorted(dispatcher.fleet.here)[:_RESIDENTS_ASKED]:
+    for id in sorted(dispatcher.registry.local_experts)[:_LOCAL_EXPERTS_TRIED]:
         gate = np.zeros((1, manifest.dims.experts), np.float32)
         gate[0, id.expert] = 1.0
         dispatcher.ask(LOCAL_NODE, id.layer, x, gate)
@@ -112,14 +113,14 @@ def prove_nodes(dispatcher: Dispatcher, manifest: Manifest) -> dict[str, float]:
     """Send one token to one expert of every node, and check its answer.
 
     Returns:
-        LayerRequests trip in ms by node.
+        Round trip in ms by node.
 
     Raises:
-        DispatchError: a node does not answer, refuses, or answers with something else than this model's.
+        DispatchError: a node does not answer, refuses, or gives another output than this model's expert.
     """
     round_trip_ms: dict[str, float] = {}
     entries = {entry.id: entry for entry in manifest.experts}
-    for node, status in sorted(dispatcher.fleet.nodes.items()):
+    for node, status in sorted(dispatcher.registry.nodes.items()):
         held = next((id for id in status.expert_ids() if id in entries), None)
         if held is not None:
             round_trip_ms[node] = prove_expert(dispatcher, manifest, node, entries[held])
@@ -127,10 +128,10 @@ def prove_nodes(dispatcher: Dispatcher, manifest: Manifest) -> dict[str, float]:
 
 
 def prove_expert(dispatcher: Dispatcher, manifest: Manifest, node: str, entry: ExpertEntry) -> float:
-    """Send one token to one expert of one node, and check its answer; its round trip in ms.
+    """Send one token to one expert of one node, check its answer, and give the round trip in ms.
 
     Raises:
-        DispatchError: as `prove_nodes`.
+        DispatchError: the node does not answer, refuses, or gives another output than this model's expert.
     """
     gate = np.zeros((1, manifest.dims.experts), np.float32)
     gate[0, entry.expert] = 1.0

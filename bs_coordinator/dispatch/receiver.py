@@ -1,5 +1,5 @@
-"""What nodes send, told apart: who is there, answers to work, answers to pings, telemetry. Whatever is none of these
-is counted and dropped."""
+"""Messages from nodes, by what they are: status, answers to work, answers to pings, telemetry. Any other message is
+counted and dropped."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -19,47 +19,48 @@ from wire.topics import Topics
 from wire.transport import Message, Transport
 
 
-class Answered(NamedTuple):
-    """A node's answer to work; whether it is awaited is for the dispatcher to say."""
+class NodeFrame(NamedTuple):
+    """A node's answer to a work frame; the dispatcher knows whether it is awaited."""
 
     node: str
     frame: ResultFrame | ErrorFrame
 
 
-class Gone(NamedTuple):
-    """A node that can no longer answer what it was asked."""
+class NodeGone(NamedTuple):
+    """A node went offline or was restarted: it will not answer earlier requests."""
 
     node: str
 
 
 class MessageRouter:
-    """Messages on their way to whom they concern.
+    """Decodes each message and hands it to the registry, the prober or the telemetry inbox, or back to the dispatcher.
 
     Attributes:
-        dropped: messages that were of no use, by reason.
-        telemetry: what nodes tell of themselves.
-        fresh_only: take no retained status: it may be a dead node's.
+        dropped: how many messages were of no use, by reason.
+        telemetry: the nodes' telemetry.
+        fresh_only: ignore retained statuses, because the node that sent one may be dead by now.
     """
 
     def __init__(
         self,
         topics: Topics,
-        fleet: NodeRegistry,
+        registry: NodeRegistry,
         health: Health,
         links: LinkMonitor,
         prober: Prober,
         authenticator: Callable[[str], FrameAuthenticator | None],
     ) -> None:
-        """Nothing has come yet.
+        """Nothing has arrived yet.
 
         Args:
-            authenticator: by node, what its frames are tagged with; None: only frames without a tag are taken.
+            authenticator: gives a node's frame authenticator; None if frames carry no tags, and then a frame with a tag
+                is dropped.
         """
         self.dropped: Counter[str] = Counter()
         self.telemetry = TelemetryInbox()
         self.fresh_only = False
         self._topics = topics
-        self._fleet = fleet
+        self._registry = registry
         self._health = health
         self._links = links
         self._prober = prober
@@ -67,21 +68,24 @@ class MessageRouter:
         self._arrival_timing = ArrivalTiming()
 
     def subscribe(self, transport: Transport) -> None:
-        """Ask for all that nodes send.
+        """Subscribe to status, results and telemetry of all nodes.
 
         Raises:
-            BrokerError: refused, or the connection is lost.
+            BrokerError: the broker refuses, or the connection is lost.
         """
         transport.subscribe(self._topics.status("+"), qos=1)
         transport.subscribe(self._topics.results("+"))
         transport.subscribe(self._topics.telemetry("+"))
 
-    def waited(self, asked_ns: int, arrived_ns: int) -> None:
-        """Somebody looked for messages from `asked_ns` to `arrived_ns`: how exact the next one's arrival is."""
-        self._arrival_timing.read(asked_ns, arrived_ns)
+    def polled(self, began_ns: int, ended_ns: int) -> None:
+        """Record that the socket was polled between two readings of `Clock.perf_ns`.
 
-    def take(self, message: Message) -> Answered | Gone | None:
-        """Take in a message; what the dispatcher has to know of it."""
+        From it follows how exact the arrival time of the message that ended the poll is.
+        """
+        self._arrival_timing.read(began_ns, ended_ns)
+
+    def take(self, message: Message) -> NodeFrame | NodeGone | None:
+        """Route a message; gives what only the dispatcher can handle, else None."""
         topics = self._topics
         if (node := topics.node_of_result(message.topic)) is not None:
             return self._take_frame(node, message)
@@ -91,22 +95,22 @@ class MessageRouter:
             self.telemetry.put(node, message)
         return None
 
-    def _take_frame(self, node: str, message: Message) -> Answered | None:
+    def _take_frame(self, node: str, message: Message) -> NodeFrame | None:
         try:
             frame = frames.decode(message.payload, authenticator=self._authenticator(node))
         except FrameError as error:
             self.dropped[error.reason] += 1
             return None
         if isinstance(frame, ResultFrame | ErrorFrame):
-            return Answered(node, frame)
+            return NodeFrame(node, frame)
         if not isinstance(frame, PongFrame):
             self.dropped["kind"] += 1
         elif not self._prober.take(frame, node, message, sure=self._arrival_timing.sure):
             self.dropped["not awaited"] += 1
         return None
 
-    def _take_status(self, node: str, message: Message) -> Gone | None:
-        if not message.payload:  # clears a retained message
+    def _take_status(self, node: str, message: Message) -> NodeGone | None:
+        if not message.payload:  # this clears a retained message
             return None
         if message.retained and self.fresh_only:
             return None
@@ -115,9 +119,9 @@ class MessageRouter:
         except FrameError as error:
             self.dropped[f"status {error.reason}"] += 1
             return None
-        gone = self._fleet.apply(document)
+        gone = self._registry.apply(document)
         if gone:
             self._health.forget(node)
-        if document.uplink is not None and node in self._fleet.nodes:
+        if document.uplink is not None and node in self._registry.nodes:
             self._links.anchor(node, document.uplink, towards_node=False, time_s=message.arrived_ns / 1e9)
-        return Gone(node) if gone else None
+        return NodeGone(node) if gone else None

@@ -1,4 +1,4 @@
-"""Requests on their way to the nodes: their ids and frames, and until when an answer is patiently awaited."""
+"""Sends requests to the nodes: their ids and frames, and how long each answer may take."""
 
 import secrets
 from collections.abc import Callable, Iterable
@@ -14,30 +14,30 @@ from wire.tensors import WireDtype
 from wire.topics import Topics
 from wire.transport import Transport
 
-_PATIENCE = 4.0
+_OVERDUE_FACTOR = 4.0
 _GRACE_S = 0.3
-"""A request is overdue after `_PATIENCE` times its predicted time and this: enough for a retransmission."""
-_FAMILIAR = 8
-"""Requests that a node must have answered before its predictions are deadlines."""
+"""A request is overdue after `_OVERDUE_FACTOR` times its predicted time plus this, enough for a retransmission."""
+_KNOWN_REQUESTS = 8
+"""Requests that a node must have answered before deadlines are derived from its predictions."""
 
 
 class Published(NamedTuple):
-    """A part that is on its way."""
+    """A sub-request that was handed to the network, with `Clock.perf_ns` just before."""
 
-    part: SubRequest
+    sub: SubRequest
     id: RequestId
     down_bytes: int
     sent_ns: int
 
 
 class RequestSender:
-    """What leaves for nodes, all of it within one session.
+    """Everything that is sent to nodes, within one session.
 
     Attributes:
-        transport: the present connection.
-        max_tokens: of one request.
-        frame_bytes: of a request and an answer without rows.
-        row_bytes: what a row adds to each.
+        transport: the current connection.
+        max_tokens: most rows of one request.
+        frame_bytes: length of a request and of an answer without rows.
+        row_bytes: what each row adds to a request and to an answer.
     """
 
     def __init__(
@@ -52,13 +52,13 @@ class RequestSender:
         cluster_key: ClusterKey | None,
         clock: Clock,
     ) -> None:
-        """Nothing was sent yet.
+        """Nothing is sent yet.
 
         Args:
             hidden: length of a hidden state.
-            dtype: how hidden states travel.
+            dtype: of hidden states on the wire.
             timeout_s: how long a layer may wait for its nodes.
-            cluster_key: frames carry tags.
+            cluster_key: authenticates frames; None for frames without tags.
         """
         self.transport = transport
         self.max_tokens = frames.max_tokens(hidden, dtype)
@@ -75,17 +75,17 @@ class RequestSender:
         self._next_request = 0
 
     def new_id(self) -> RequestId:
-        """For a request that was never sent before."""
+        """The id of a new request."""
         id = RequestId(self._session, self._next_request)
         self._next_request += 1
         return id
 
     def authenticator(self, node: str) -> FrameAuthenticator | None:
-        """What frames to and from a node are tagged with."""
+        """Authenticates frames to and from a node; None without a cluster key."""
         return self._cluster_key.authenticator(node) if self._cluster_key else None
 
     def send_ping(self, node: str, frame: PingFrame) -> tuple[int, int]:
-        """Publish a ping; its length in bytes and `Clock.perf_ns` just before.
+        """Publish a ping, and give its length in bytes and `Clock.perf_ns` just before.
 
         Raises:
             BrokerError: the connection is lost.
@@ -95,37 +95,38 @@ class RequestSender:
         self.transport.publish(self._topics.work(node), payload)
         return len(payload), sent_ns
 
-    def send(self, round: LayerRequests, parts: Iterable[SubRequest]) -> list[Published]:
-        """Publish parts of a round, whose answers are then to be awaited.
+    def send(self, layer: LayerRequests, sub_requests: Iterable[SubRequest]) -> list[Published]:
+        """Publish sub-requests of a layer; `expect` must follow.
 
         Raises:
             BrokerError: the connection is lost.
         """
         published = []
-        for part in parts:
-            request = part.request
+        for sub in sub_requests:
+            request = sub.request
             frame = WorkFrame(
                 id=self.new_id(),
-                layer=round.layer,
+                layer=layer.layer,
                 deadline_ms=int(self._timeout_s * 1000),
                 experts=request.experts,
-                hidden=round.rows(request),
+                hidden=layer.rows(request),
                 dtype=self._dtype,
             )
             payload = frames.encode(frame, authenticator=self.authenticator(request.node))
-            published.append(Published(part, frame.id, len(payload), self._clock.perf_ns()))
+            published.append(Published(sub, frame.id, len(payload), self._clock.perf_ns()))
             self.transport.publish(self._topics.work(request.node), payload)
         return published
 
-    def expect(self, round: LayerRequests, published: Iterable[Published], unanswered: Callable[[str], int]) -> None:
-        """Await the answers, each for as long as is predicted and some more.
+    def expect(self, layer: LayerRequests, published: Iterable[Published], unanswered: Callable[[str], int]) -> None:
+        """Mark sub-requests as sent, each overdue some time after its predicted answer.
 
         Args:
-            unanswered: requests that a node has not answered, of all rounds.
+            unanswered: gives the number of requests that a node has not answered, of all layers.
         """
-        now_s, unix_ns = self._clock.monotonic_s(), self._clock.unix_ns() - self._clock.perf_ns()
-        for part, id, down_bytes, sent_ns in published:
-            request = part.request
+        now_ns = self._clock.perf_ns()
+        unix_minus_perf_ns = self._clock.unix_ns() - now_ns
+        for sub, id, down_bytes, sent_ns in published:
+            request = sub.request
             rows = sum(len(s.tokens) for s in request.experts)
             predicted_s = self._links.predict_s(
                 request.node,
@@ -135,16 +136,14 @@ class RequestSender:
                 rows=rows,
             )
             ahead = unanswered(request.node)
-            patience_s = self._patience_s(request.node, rows, (1 + ahead) * predicted_s)
-            patience_s += self._links.worst_load_s(request.node, experts=len(request.experts))
-            round.sent(
-                part,
-                Sent(id, sent_ns, unix_ns + sent_ns, down_bytes, int(1e9 * predicted_s), ahead, now_s + patience_s),
-            )
+            overdue_s = now_ns / 1e9 + self._patience_s(request.node, rows, (1 + ahead) * predicted_s)
+            overdue_s += self._links.worst_load_s(request.node, experts=len(request.experts))
+            sent_unix_ns = unix_minus_perf_ns + sent_ns
+            layer.mark_sent(sub, Sent(id, sent_ns, sent_unix_ns, down_bytes, int(1e9 * predicted_s), ahead, overdue_s))
 
     def _patience_s(self, node: str, rows: int, predicted_s: float) -> float:
-        """How long to wait for an answer before others are asked."""
+        """How long to wait for an answer before other holders are asked."""
         requests, most_rows = self._links.experience(node)
-        if requests < _FAMILIAR:
+        if requests < _KNOWN_REQUESTS:
             return self._timeout_s
-        return (_PATIENCE if rows <= most_rows else _PATIENCE**2) * predicted_s + _GRACE_S
+        return (_OVERDUE_FACTOR if rows <= most_rows else _OVERDUE_FACTOR**2) * predicted_s + _GRACE_S

@@ -144,8 +144,8 @@ class AnswerServer:
     def _wait(self) -> None:
         try:
             self._dispatcher.pump(_IDLE_S)
-            missing = self._dispatcher.fleet.missing()
-            self._lost = self._dispatcher.fleet.describe_missing() if missing else ""
+            missing = self._dispatcher.registry.missing()
+            self._lost = self._dispatcher.registry.describe_missing() if missing else ""
         except BrokerError as error:
             self._lost = str(error)
             try:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from wire.experts import ExpertId, format_selector
 from wire.manifest import Dims
@@ -16,17 +17,17 @@ class NodeRegistry:
 
     Attributes:
         dims: of the model.
-        ignored: nodes that are online but serve another model, and why.
         changes: grows whenever some expert's holders may be others than before.
     """
 
     def __init__(self, dims: Dims, model_sha256: str) -> None:
-        self.ignored: dict[str, str] = {}
+        self._ignored: dict[str, str] = {}
         self.changes = 0
         self.dims = dims
         self._model_sha256 = model_sha256
-        self._nodes: dict[str, NodeStatus] = {}
-        self._here: frozenset[ExpertId] = frozenset()
+        # Replaced at every change, never changed, so that `nodes` needs no copy.
+        self._nodes: Mapping[str, NodeStatus] = MappingProxyType({})
+        self._local: frozenset[ExpertId] = frozenset()
         self._holders: Mapping[ExpertId, list[str]] = {}
 
     def apply(self, status: NodeStatus) -> bool:
@@ -36,13 +37,13 @@ class NodeRegistry:
             return False  # a process that never was the node of this name
         known = self._nodes.get(status.node)
         gone = known is not None and (not status.online or status.boot_id != known.boot_id)
-        self.ignored.pop(status.node, None)
+        self._ignored.pop(status.node, None)
         if status.online and status.holding and status.holding.model_sha256 != self._model_sha256:
-            self.ignored[status.node] = "its experts were cut from another checkpoint"
-        if status.online and status.node not in self.ignored:
-            self._nodes[status.node] = status
-        else:
-            self._nodes.pop(status.node, None)
+            self._ignored[status.node] = "its experts were cut from another checkpoint"
+        if status.online and status.node not in self._ignored:
+            self._nodes = MappingProxyType({**self._nodes, status.node: status})
+        elif known is not None:
+            self._nodes = MappingProxyType({n: s for n, s in self._nodes.items() if n != status.node})
         if known is None or gone or known.holding != status.holding:
             self._holders = self._index()
             self.changes += 1
@@ -50,25 +51,30 @@ class NodeRegistry:
 
     def forget(self) -> None:
         """No node is known to be online any more."""
-        self._nodes.clear()
+        self._nodes = MappingProxyType({})
         self._holders = self._index()
         self.changes += 1
 
     def hold_locally(self, ids: frozenset[ExpertId]) -> None:
         """From now on the base station itself keeps these experts, and no others."""
-        self._here = ids
+        self._local = ids
         self._holders = self._index()
         self.changes += 1
 
     @property
-    def here(self) -> frozenset[ExpertId]:
+    def local_experts(self) -> frozenset[ExpertId]:
         """The experts that the base station keeps itself."""
-        return self._here
+        return self._local
 
     @property
     def nodes(self) -> Mapping[str, NodeStatus]:
-        """Nodes online that serve this model."""
+        """Status by name of the nodes online that serve this model, as of now: later changes don't show in it."""
         return self._nodes
+
+    @property
+    def ignored(self) -> Mapping[str, str]:
+        """Why a node is not used although it is online, by name, as of now: it serves another model."""
+        return dict(self._ignored)
 
     def batch_variant(self) -> list[str]:
         """The nodes that have found that what a token gets depends on its batch."""
@@ -78,7 +84,7 @@ class NodeRegistry:
         """The holders of an expert: `LOCAL_NODE` first, then nodes with the fewest experts to serve, then by name.
 
         The order depends only on which nodes are online."""
-        return self._holders.get(id, ())
+        return tuple(self._holders.get(id, ()))
 
     def node_at(self, endpoint: str) -> str | None:
         """The node whose connection to the broker comes from there, as far as it says."""
@@ -94,7 +100,7 @@ class NodeRegistry:
         """One line for people: what is missing, who is there, what to do."""
         missing = format_selector(self.missing())
         online = ", ".join(sorted(self._nodes)) or "none"
-        ignored = "".join(f"; ignored {node}: {why}" for node, why in sorted(self.ignored.items()))
+        ignored = "".join(f"; ignored {node}: {why}" for node, why in sorted(self._ignored.items()))
         return (
             f"no node holds {missing} (online: {online}{ignored}): "
             f"start 'wdmoe-node … --experts \"{missing}\"' on a device"
@@ -102,7 +108,7 @@ class NodeRegistry:
 
     def _index(self) -> Mapping[ExpertId, list[str]]:
         holders: dict[ExpertId, list[str]] = defaultdict(list)
-        for id in self._here:
+        for id in self._local:
             holders[id].append(LOCAL_NODE)
         load = {node: len(status.expert_ids()) for node, status in self._nodes.items()}
         for node in sorted(self._nodes, key=lambda n: (load[n], n)):

@@ -1,11 +1,10 @@
-"""Experts that the base station keeps itself, within a memory budget: holders without a link.
+"""Experts that the base station keeps itself, within a memory budget (`bs_coordinator.dispatch.local_node`).
 
-`traffic` counts which experts tokens are sent to together, `choice` decides from it which to keep, `experts` keeps and
-computes them, `holder` answers the dispatcher's requests with them.
+`traffic` counts which experts tokens are sent to together, `choice` decides from that which to keep, and `experts`
+keeps and computes them.
 """
 
-from bs_coordinator.resident.experts import Computed, ResidentExperts
-from bs_coordinator.resident.holder import ResidentHolder
+from bs_coordinator.resident.experts import ResidentExperts
 from bs_coordinator.resident.traffic import Traffic, read_traffic, traffic_of_log
 
-__all__ = ["Computed", "ResidentExperts", "ResidentHolder", "Traffic", "read_traffic", "traffic_of_log"]
+__all__ = ["ResidentExperts", "Traffic", "read_traffic", "traffic_of_log"]

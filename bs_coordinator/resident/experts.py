@@ -1,7 +1,7 @@
 """Experts in the base station's own process: a thread that computes them, and one that exchanges them.
 
-Computing has a thread of its own so that the answers of the nodes are read off the socket when they come: read later,
-a fast link would look like a slow one.
+Computing has its own thread so that the nodes' answers are read off the socket as soon as they arrive: read later, a
+fast link would look like a slow one.
 """
 
 import logging
@@ -10,12 +10,11 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from bs_coordinator.resident.choice import choose_resident
+from bs_coordinator.dispatch.local_node import Computed
+from bs_coordinator.resident.choice import Float, choose_resident
 from bs_coordinator.resident.traffic import Traffic, write_traffic
 from bs_coordinator.resident.wire_rounding import round_to_wire
 from common.clock import SYSTEM_CLOCK, Clock
@@ -31,35 +30,18 @@ from wire.tensors import Array, WireDtype
 log = logging.getLogger(__name__)
 
 REVIEW_EVERY_S = 60.0
-"""How often the choice is looked at again; traffic and links change over minutes."""
+"""How often the choice is made again; traffic and links change over minutes."""
 _CLOSE_S = 30.0
-
-Away = NDArray[np.float64]
-
-
-class Computed(NamedTuple):
-    """What became of a request.
-
-    Attributes:
-        output: float32 [rows, hidden], Σ over its experts of gate weight × expert output.
-        queue_ns: until the thread took it.
-        done_ns: `Clock.perf_ns` at its end.
-    """
-
-    output: Array
-    queue_ns: int
-    compute_ns: int
-    done_ns: int
 
 
 class ResidentExperts:
-    """The experts that are kept here.
+    """The experts that the base station keeps (`bs_coordinator.dispatch.local_node.LocalExperts`).
 
-    Used from one thread; experts are exchanged in the background, and only when that thread says that it is a good
-    moment.
+    Used from one thread. Experts are exchanged in the background; those that go are dropped only after that thread has
+    called `changes`, and so no longer asks for them.
 
     Attributes:
-        traffic: what the choice is made from; observed by whoever dispatches.
+        traffic: what the choice is made from.
         slots: how many experts there is room for.
     """
 
@@ -80,13 +62,16 @@ class ResidentExperts:
         """Nothing is loaded yet.
 
         Args:
-            wire: how hidden states travel elsewhere; here they are rounded as if they did, so that a token does not
-                depend on where its experts are.
-            traffic_path: where the counts are kept for the next start.
+            budget_bytes: RAM for them.
+            wire: dtype of hidden states on the wire. Local inputs and outputs are rounded to it too, so that tokens do
+                not depend on where experts are.
+            threads: of the expert runtime.
+            traffic_path: file that keeps the counts for the next start.
             prepacked: as of `ExpertRuntime`.
+            review_every_s: how often the choice is made again.
 
         Raises:
-            MemoryBudgetError: the budget has no room for one expert, or is more than there is.
+            MemoryBudgetError: the budget is too small for one expert, or larger than the available memory.
         """
         available = available_bytes()
         if budget_bytes > available:
@@ -119,26 +104,30 @@ class ResidentExperts:
 
     @property
     def ids(self) -> frozenset[ExpertId]:
-        """What is loaded."""
+        """The experts that are loaded."""
         return frozenset(self._runtime.ids)
 
-    def fill(self, away_s: Away, here_s: float) -> "Future[frozenset[ExpertId]]":
-        """Choose and load, before anything is asked of them; what is kept then.
+    def observe(self, layer: int, gate: Array) -> None:
+        """Count a layer's gate weights, float32 [tokens, experts], as traffic."""
+        self.traffic.observe(layer, gate)
+
+    def fill(self, remote_s: Float, local_s: float) -> "Future[frozenset[ExpertId]]":
+        """Choose and load the first experts, before any is asked for, and give those that are loaded.
 
         Args:
-            away_s, here_s: as of `choose_resident`.
+            remote_s, local_s: as of `choose_resident`.
         """
-        return self._computing.submit(self._fill, away_s, here_s)
+        return self._computing.submit(self._fill, remote_s, local_s)
 
     def submit(self, layer: int, hidden: Array, experts: Sequence[ExpertSlice]) -> "Future[Computed]":
-        """Compute a request of one layer; `hidden` float32 [rows, hidden] must not change meanwhile."""
+        """Start to compute a request of one layer; `hidden`, float32 [rows, hidden], must not change meanwhile."""
         future = self._computing.submit(self._compute, layer, hidden, experts, self._clock.perf_ns())
         self._under_way = [other for other in self._under_way if not other.done()]
         self._under_way.append(future)
         return future
 
     def changes(self) -> frozenset[ExpertId] | None:
-        """What is kept from now on, if that is something else; not while a request is under way. Cheap."""
+        """The experts to ask from now on if they have changed and no request is under way, else None. Cheap."""
         if self._offered.empty() or not all(future.done() for future in self._under_way):
             return None
         ids = self._offered.get()
@@ -146,21 +135,25 @@ class ResidentExperts:
         return ids
 
     def review_is_due(self) -> bool:
-        """Whether the choice should be looked at again."""
+        """Whether the choice should be made again."""
         return self._clock.monotonic_s() >= self._next_review_s
 
-    def review(self, away_s: Away, here_s: float) -> None:
-        """Look at it again, and exchange experts, in the background; nothing happens while that goes on."""
+    def review(self, remote_s: Float, local_s: float) -> None:
+        """Make the choice again and exchange experts in the background, unless an exchange is under way.
+
+        Args:
+            remote_s, local_s: as of `choose_resident`.
+        """
         self._next_review_s = self._clock.monotonic_s() + self._review_every_s
         if self._exchange is None or not self._exchange.is_alive():
             pairs = self.traffic.pairs.copy()
             self._exchange = threading.Thread(
-                target=self._exchange_experts, args=(pairs, away_s, here_s), name="resident-exchange", daemon=True
+                target=self._exchange_experts, args=(pairs, remote_s, local_s), name="resident-exchange", daemon=True
             )
             self._exchange.start()
 
     def close(self) -> None:
-        """Stop, and keep the counts."""
+        """Stop the threads and save the counts."""
         self._stop.set()
         self._taken.set()
         self._computing.shutdown(cancel_futures=True)
@@ -168,15 +161,15 @@ class ResidentExperts:
             self._exchange.join(_CLOSE_S)
         self._keep_traffic()
 
-    def _fill(self, away_s: Away, here_s: float) -> frozenset[ExpertId]:
-        for id in sorted(choose_resident(self.traffic.pairs, away_s, here_s, self.slots)):
+    def _fill(self, remote_s: Float, local_s: float) -> frozenset[ExpertId]:
+        for id in sorted(choose_resident(self.traffic.pairs, remote_s, local_s, self.slots)):
             if self._stop.is_set():
                 break
             self._runtime.add(id)
         self._next_review_s = self._clock.monotonic_s() + self._review_every_s
         return self.ids
 
-    def _compute(self, layer: int, hidden: Array, experts: Sequence[ExpertSlice], asked_ns: int) -> Computed:
+    def _compute(self, layer: int, hidden: Array, experts: Sequence[ExpertSlice], submitted_ns: int) -> Computed:
         begun_ns = self._clock.perf_ns()
         x = round_to_wire(hidden, self._wire)
         output = np.zeros(hidden.shape, np.float32)
@@ -184,15 +177,15 @@ class ResidentExperts:
             y = self._runtime.run(ExpertId(layer, slice_.expert), x[slice_.tokens])
             output[slice_.tokens] += round_to_wire(y * slice_.weights[:, None], self._wire)
         done_ns = self._clock.perf_ns()
-        return Computed(output, begun_ns - asked_ns, done_ns - begun_ns, done_ns)
+        return Computed(output, begun_ns - submitted_ns, done_ns - begun_ns, done_ns)
 
-    def _exchange_experts(self, pairs: NDArray[np.float64], away_s: Away, here_s: float) -> None:
+    def _exchange_experts(self, pairs: Float, remote_s: Float, local_s: float) -> None:
         self._keep_traffic()
         before = self.ids
-        wanted = choose_resident(pairs, away_s, here_s, self.slots, current=before)
+        wanted = choose_resident(pairs, remote_s, local_s, self.slots, current=before)
         if wanted == before:
             return
-        log.info("exchanging %d of the experts kept here", len(wanted - before))
+        log.info("exchanging %d of the local experts", len(wanted - before))
         self._offer(before & wanted)
         if not self._wait_until_taken():
             return
@@ -204,7 +197,7 @@ class ResidentExperts:
             try:
                 self._runtime.add(id)
             except WdmoeError as error:
-                log.warning("%s is not kept here: %s", id, error)
+                log.warning("%s is not kept locally: %s", id, error)
         self._offer(self.ids)
 
     def _offer(self, ids: frozenset[ExpertId]) -> None:
@@ -212,7 +205,7 @@ class ResidentExperts:
         self._offered.put(ids)
 
     def _wait_until_taken(self) -> bool:
-        """Nobody asks for the experts that go; until then they stay."""
+        """Wait until the experts that go are no longer asked for; False if the base station stops meanwhile."""
         self._taken.wait()
         return not self._stop.is_set()
 
@@ -222,4 +215,4 @@ class ResidentExperts:
         try:
             write_traffic(self.traffic, self._traffic_path, self._manifest.model_sha256)
         except StorageError as error:
-            log.warning("experts' traffic is not kept: %s", error)
+            log.warning("experts' traffic is not saved: %s", error)

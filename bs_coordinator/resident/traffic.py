@@ -1,4 +1,4 @@
-"""Which experts tokens are sent to, and together with which others: counted, kept in a file, forgotten in time."""
+"""Counts of which experts tokens are sent to, alone and in pairs: kept in a file, and halved as they grow old."""
 
 import csv
 import itertools
@@ -21,11 +21,11 @@ log = logging.getLogger(__name__)
 
 SCHEMA = 1
 HALVED_AT = 50_000
-"""Tokens of a layer at which its counts are halved, so that what users ask now outweighs what they asked last week."""
+"""Tokens of a layer at which its counts are halved, so that recent prompts outweigh those of last week."""
 
 
 class TrafficDocument(Struct, frozen=True, kw_only=True):
-    """The file.
+    """The content of the file.
 
     Attributes:
         model_sha256: `Manifest.model_sha256`.
@@ -41,14 +41,14 @@ class Traffic:
     """Counts of one model's tokens.
 
     Attributes:
-        pairs: float64 [layers, experts, experts], tokens that were sent to both; on the diagonal, to that one.
+        pairs: float64 [layers, experts, experts], tokens sent to both experts; on the diagonal, to that expert.
     """
 
     def __init__(self, dims: Dims) -> None:
         self.pairs: NDArray[np.float64] = np.zeros((dims.layers, dims.experts, dims.experts))
 
     def observe(self, layer: int, gate: Array) -> None:
-        """Count gate weights float32 [tokens, experts], zero where an expert is not chosen."""
+        """Count gate weights, float32 [tokens, experts], zero where an expert is not chosen."""
         chosen = (gate != 0).astype(np.float64)
         pairs = self.pairs[layer]
         pairs += chosen.T @ chosen
@@ -57,7 +57,7 @@ class Traffic:
 
 
 def read_traffic(path: Path, dims: Dims, model_sha256: str) -> Traffic:
-    """What was kept of earlier runs: nothing where there is no file, or where it can't be used, which is logged."""
+    """The counts of earlier runs; zeros if there is no file, or, with a warning, if it can't be used."""
     traffic = Traffic(dims)
     try:
         document = msgspec.json.decode(path.read_bytes(), type=TrafficDocument)
@@ -76,7 +76,7 @@ def read_traffic(path: Path, dims: Dims, model_sha256: str) -> Traffic:
 
 
 def write_traffic(traffic: Traffic, path: Path, model_sha256: str) -> None:
-    """Keep the counts.
+    """Write the counts to a file.
 
     Raises:
         StorageError: they can't be written.
@@ -87,7 +87,7 @@ def write_traffic(traffic: Traffic, path: Path, model_sha256: str) -> None:
 
 
 def traffic_of_log(path: Path, dims: Dims) -> Traffic:
-    """Counts from the latency.csv of a run: its steps of one token, whose requests tell what it was sent to.
+    """Counts from the latency.csv of a run, from the requests of its one-token steps.
 
     Raises:
         StorageError: it can't be read, or is of another model.

@@ -1,4 +1,4 @@
-"""Hidden states as a journey to a node would leave them, for experts that are computed where they are chosen."""
+"""Rounds hidden states as the wire would, for experts that are computed on the base station."""
 
 import torch
 
@@ -7,11 +7,11 @@ from wire.tensors import Array, WireDtype
 
 
 def round_to_wire(x: Array, dtype: WireDtype) -> Array:
-    """What is left of float32 [tokens, hidden] after a journey as `dtype`."""
+    """Float32 [tokens, hidden] after encoding as `dtype` and decoding again."""
     if dtype is WireDtype.FP32:
         return x
     if dtype is WireDtype.FP16:
-        # To the last bit what `wire.tensors` makes of it with numpy, in a tenth of the time.
+        # The same to the last bit as `wire.tensors` with numpy, in a tenth of the time.
         y: Array = torch.from_numpy(x).half().float().numpy()
         return y
     return tensors.decode(memoryview(b"".join(tensors.encode(x, dtype))), len(x), x.shape[1], dtype)

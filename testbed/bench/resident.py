@@ -59,7 +59,7 @@ def measure(settings: Settings) -> Iterator[Row | Skipped]:
             order = list(arms) if i % 2 else list(reversed(arms))
             ids = {}
             for arm in order:
-                station.dispatcher.fleet.hold_locally(arms[arm])
+                station.dispatcher.registry.hold_locally(arms[arm])
                 events = _answer(station, prompt)
                 ids[arm] = [event.id for event in events]
                 samples_ms[arm].append(_token_ms(events))
@@ -80,9 +80,9 @@ def measure(settings: Settings) -> Iterator[Row | Skipped]:
 
 def _arms(station: BaseStation) -> dict[str, frozenset[ExpertId]]:
     """By name the experts that are kept: chosen as the base station does, and by each expert's own traffic."""
-    fleet, residents = station.dispatcher.fleet, station.residents
+    fleet, residents = station.dispatcher.registry, station.residents
     assert residents is not None  # noqa: S101 - configured below
-    every = fleet.here
+    every = fleet.local_experts
     here_s = []
     for event in _answer(station, PROMPTS[0]):
         for step in event.steps:

@@ -182,7 +182,7 @@ def _placement(system: SystemUnderTest) -> dict[str, Any]:
     if system.base_station is None:
         return {}
     dispatcher = system.base_station.dispatcher
-    forecasts = [dispatcher.forecast(layer) for layer in range(dispatcher.fleet.dims.layers)]
+    forecasts = [dispatcher.forecast(layer) for layer in range(dispatcher.registry.dims.layers)]
     return {
         "nodes": list(dispatcher.holder_names),
         "holders": [forecast.holder.tolist() for forecast in forecasts],
@@ -292,7 +292,7 @@ class _Systems:
             system = self._stack.enter_context(self._nodes(self._run.plan, bundle, self._network))
         ready: dict[str, object] = {"bundle": bundle.name, "where": where, "seconds": time.monotonic() - began}
         if system.base_station:
-            nodes = system.base_station.dispatcher.fleet.nodes
+            nodes = system.base_station.dispatcher.registry.nodes
             ready |= {
                 "broker_ms": system.base_station.broker_ms,
                 "nodes_ms": system.base_station.nodes_ms,

@@ -149,7 +149,7 @@ def _prove(dispatcher: Dispatcher, manifest: Manifest, node: str, on_progress: O
     """How many experts answered rightly, and what was wrong with the first one that did not."""
     on_progress(f"{node}: proving experts")
     entries = {entry.id: entry for entry in manifest.experts}
-    document = dispatcher.fleet.nodes.get(node)
+    document = dispatcher.registry.nodes.get(node)
     held = [id for id in document.expert_ids() if id in entries] if document else []
     chosen = held[:: max(1, -(-len(held) // _MOST_PROOFS))]
     for proven, id in enumerate(chosen):
@@ -159,7 +159,7 @@ def _prove(dispatcher: Dispatcher, manifest: Manifest, node: str, on_progress: O
             raise
         except DispatchError as error:
             return proven, str(error)
-        if node not in dispatcher.fleet.nodes:
+        if node not in dispatcher.registry.nodes:
             return proven, f"left while {id} was asked of it"
     return len(chosen), ""
 

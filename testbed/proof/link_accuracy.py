@@ -181,7 +181,7 @@ def _exchange(
     network: EmulatedNetwork, dispatcher: Dispatcher, rng: np.random.Generator
 ) -> tuple[dict[str, float], Sequence[DispatchRecord]]:
     """One hidden state to two nodes and back: what their links' part was predicted to be, and what it took."""
-    dims, nodes = dispatcher.fleet.dims, network.nodes
+    dims, nodes = dispatcher.registry.dims, network.nodes
     row_bytes = tensors.encoded_bytes(1, dims.hidden, WireDtype.FP16)
     down_bytes, up_bytes = frames.HEADER_BYTES + 2 * frames.ROW_BYTES + row_bytes, frames.RESULT_BYTES + row_bytes
     chosen = rng.choice(len(nodes), 2, replace=False)

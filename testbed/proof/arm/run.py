@@ -128,7 +128,7 @@ def _compare(
 
 def _wait_for(fleet: LocalNodes, dispatcher: Dispatcher) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
-    while missing := fleet.processes.keys() - dispatcher.fleet.nodes.keys():
+    while missing := fleet.processes.keys() - dispatcher.registry.nodes.keys():
         fleet.check()
         if time.monotonic() > deadline:
             raise PlacementError(f"after {_START_TIMEOUT_S:.0f} s {', '.join(sorted(missing))} did not announce itself")
@@ -180,7 +180,7 @@ def _result(
     there: _Answers,
 ) -> BoardResult:  # fmt: skip
     manifest = station.manifest
-    status = station.dispatcher.fleet.nodes[board.name]
+    status = station.dispatcher.registry.nodes[board.name]
     limit, why = tolerance(manifest.quantisation.scheme, dot_product=board.dot_product)
     return BoardResult(
         board=board.name,

@@ -197,7 +197,7 @@ def test_a_node_that_leaves_is_named_at_once() -> None:
     network = _Network(a="L*:E0-1", b="L*:E2-3")
     network.mute = {"b"}
     network.extra = [(TOPICS.status("b"), status.encode_status(_offline("b")))]
-    with pytest.raises(DispatchError, match="'b' left while L0:E2-3"):
+    with pytest.raises(DispatchError, match="'b' left while it was computing L0:E2-3"):
         network.ask(GATE)
 
 
@@ -216,8 +216,8 @@ def _experienced(**kwargs: Any) -> _Network:
     """A network whose nodes have answered often enough for their predictions to be deadlines."""
     network = _Network(timeout_s=5.0, **kwargs)
     for _ in range(10):
-        for node in network.dispatcher.fleet.nodes:
-            held = network.dispatcher.fleet.nodes[node].expert_ids()
+        for node in network.dispatcher.registry.nodes:
+            held = network.dispatcher.registry.nodes[node].expert_ids()
             gate = np.zeros((3, 4), np.float32)
             gate[:, held[0].expert] = 1
             network.dispatcher.ask(node, 0, np.ones((3, 8), np.float32), gate)

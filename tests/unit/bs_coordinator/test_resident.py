@@ -259,13 +259,13 @@ def test_tokens_do_not_depend_on_where_experts_are(fleet: LocalNodes, tmp_path: 
         fleet.start(f"n{k}", f"L*:E{k}")
     resident = ResidentConfig(_room(fleet.bundle, 16), traffic=tmp_path / "traffic.json")
     with open_base_station(_config(fleet, resident), fleet.address) as station:
-        every = station.dispatcher.fleet.here
+        every = station.dispatcher.registry.local_experts
         assert len(every) == 16
         # A base station that keeps everything waits for nobody.
         deadline = time.monotonic() + 60
-        while len(station.dispatcher.fleet.nodes) < 8 and time.monotonic() < deadline:
+        while len(station.dispatcher.registry.nodes) < 8 and time.monotonic() < deadline:
             station.dispatcher.pump(0.1)
-        hold_locally = station.dispatcher.fleet.hold_locally
+        hold_locally = station.dispatcher.registry.hold_locally
         hold_locally(frozenset())
         ids, nodes = _answer(station)
         assert LOCAL_NODE not in nodes
@@ -287,7 +287,7 @@ def test_the_base_station_keeps_what_no_node_holds_and_takes_over(fleet: LocalNo
     fleet.start("a", "L*:E0-5")
     fleet.start("b", "L*:E0-3")
     with open_base_station(_config(fleet, ResidentConfig(_room(fleet.bundle, 6))), fleet.address) as station:
-        here = station.dispatcher.fleet.here
+        here = station.dispatcher.registry.local_experts
         assert {ExpertId(layer, e) for layer in range(2) for e in (6, 7)} <= here
         ids, _ = _answer(station, 8)
         # Both nodes die; what they held is lost, what is kept here is not even asked of them again.

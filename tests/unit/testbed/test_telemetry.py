@@ -49,7 +49,7 @@ def test_samples_of_nodes_become_rows(fleet: LocalNodes) -> None:
     recorder.sample()
     rows = recorder.tables()["telemetry"].to_pylist()
     assert dispatcher.telemetry.dropped == {"telemetry": 1, "node": 1}
-    statuses: dict[str, NodeStatus] = dict(dispatcher.fleet.nodes)
+    statuses: dict[str, NodeStatus] = dict(dispatcher.registry.nodes)
     for node in ("a", "b"):
         own = [row for row in rows if row["node"] == node]
         assert len(own) >= 2
