@@ -1,11 +1,11 @@
-"""The base of all errors, and those that every room can raise.
+"""The base of all errors, and those that every folder can raise.
 
-`docs/exit-codes.md` lists the exit codes of all rooms.
+`docs/exit-codes.md` lists all errors and their exit codes.
 """
 
 
 def one_line(error: Exception) -> str:
-    """What an error of any library says, without line breaks; its class where it says nothing."""
+    """The message of any error without line breaks; the name of its class if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -22,6 +22,6 @@ class StorageError(WdmoeError):
 
 
 class KeyFileError(WdmoeError):
-    """A key file is missing, not one, or can be read by others."""
+    """A key file is missing, not a key, or readable by other users."""
 
     exit_code = 51

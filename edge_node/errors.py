@@ -1,14 +1,15 @@
 """Errors of serving experts on a device."""
 
 from common.errors import WdmoeError
+from wire.errors import ProbeError
 
 
 class MemoryBudgetError(WdmoeError):
-    """The experts do not fit.
+    """The experts do not fit into the device's memory.
 
     Attributes:
-        needed_bytes: what the chosen experts would take once loaded.
-        available_bytes: what may be used.
+        needed_bytes: RAM that the chosen experts would take once loaded.
+        available_bytes: RAM that they may take.
     """
 
     exit_code = 20
@@ -19,6 +20,10 @@ class MemoryBudgetError(WdmoeError):
         self.available_bytes = available_bytes
 
 
+class ProviderError(ProbeError):
+    """A GPU can't compute an expert, or computes something else than where it was exported."""
+
+
 class DuplicateNodeError(WdmoeError):
     """Another live node uses this id."""
 
@@ -26,6 +31,6 @@ class DuplicateNodeError(WdmoeError):
 
 
 class TuningError(WdmoeError):
-    """No bundle suits this device, or a tuning file is none."""
+    """No bundle suits this device, or a tuning file is not one."""
 
     exit_code = 23

@@ -4,13 +4,13 @@ from common.errors import WdmoeError
 
 
 class BundleError(WdmoeError):
-    """A bundle is missing, incomplete, tampered with or of another schema version."""
+    """A bundle is missing, incomplete, changed or of another schema version."""
 
     exit_code = 11
 
 
 class SignatureError(BundleError):
-    """A bundle is not signed, or not by the key that was given."""
+    """A bundle is not signed, or not with the given key."""
 
     exit_code = 14
 
@@ -22,19 +22,19 @@ class ProbeError(WdmoeError):
 
 
 class BrokerError(WdmoeError):
-    """The broker can't be reached or was lost."""
+    """The broker can't be reached, or the connection was lost."""
 
     exit_code = 30
 
 
 class BrokerAuthError(BrokerError):
-    """The broker refused user or password."""
+    """The broker refused user, password or certificate."""
 
     exit_code = 31
 
 
 class PlaintextError(BrokerError):
-    """A broker beyond loopback without TLS, and nobody said that this is meant."""
+    """An unencrypted connection to another machine, without `--allow-plaintext`."""
 
     exit_code = 33
 
@@ -43,7 +43,7 @@ class FrameError(WdmoeError):
     """Bytes that are not a valid frame.
 
     Attributes:
-        reason: one of a few fixed words, for counters (`length`, `magic`, `version`, `crc`, …).
+        reason: one of a few fixed words, for counters: `length`, `magic`, `version`, `crc` and others.
     """
 
     exit_code = 50

@@ -17,7 +17,6 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from common.clock import SYSTEM_CLOCK, Clock
-from wire import tensors
 from wire.errors import FrameError
 from wire.frame_auth import TAG_BYTES, FrameAuthenticator
 from wire.tensors import Array, WireDtype
@@ -191,7 +190,7 @@ _E = TypeVar("_E", bound=enum.IntEnum)
 
 def max_tokens(hidden: int, dtype: WireDtype) -> int:
     """Tokens of one WORK frame at which it reaches `TARGET_FRAME_BYTES`; at least 1."""
-    return max(1, TARGET_FRAME_BYTES // (tensors.encoded_bytes(1, hidden, dtype) + 16))
+    return max(1, TARGET_FRAME_BYTES // (dtype.codec.row_bytes(hidden) + 16))
 
 
 def encode(
@@ -222,11 +221,11 @@ def encode(
             body = [_ROW.pack(s.expert, 0, len(s.tokens)) for s in frame.experts]
             body += [s.tokens.astype("<u4", copy=False).tobytes() for s in frame.experts]
             body += [s.weights.astype("<f4", copy=False).tobytes() for s in frame.experts]
-            body += tensors.encode(frame.hidden, dtype)
+            body += dtype.codec.encode(frame.hidden)
         case ResultFrame():
             kind, layer, dtype = Kind.RESULT, frame.layer, frame.dtype
             tokens, hidden = frame.output.shape
-            tensor = tensors.encode(frame.output, dtype)
+            tensor = dtype.codec.encode(frame.output)
             d = frame.durations
             encode_ns = d.encode_ns if began_ns is None else clock.perf_ns() - began_ns
             deadline_ms = min(d.load_ns // 1000, _MOST_LOAD_US)  # that field of the header has no other use here
@@ -371,8 +370,8 @@ def _durations(body: memoryview, *, load_us: int = 0) -> NodeDurations:
 
 
 def _tensor(body: memoryview, tokens: int, hidden: int, dtype: WireDtype) -> Array:
-    _check_body(body, tensors.encoded_bytes(tokens, hidden, dtype))
-    x = tensors.decode(body, tokens, hidden, dtype)
+    _check_body(body, tokens * dtype.codec.row_bytes(hidden))
+    x = dtype.codec.decode(body, tokens, hidden)
     if not np.isfinite(x).all():
         raise FrameError("not-finite", "the tensor holds NaN or infinity")
     return x

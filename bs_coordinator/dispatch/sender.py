@@ -7,7 +7,7 @@ from typing import NamedTuple
 from bs_coordinator.dispatch.layer_requests import LayerRequests, Sent, SubRequest
 from bs_coordinator.links import LinkMonitor
 from common.clock import Clock
-from wire import frames, tensors
+from wire import frames
 from wire.frame_auth import ClusterKey, FrameAuthenticator
 from wire.frames import PingFrame, RequestId, WorkFrame
 from wire.tensors import WireDtype
@@ -62,7 +62,7 @@ class RequestSender:
         """
         self.transport = transport
         self.max_tokens = frames.max_tokens(hidden, dtype)
-        row_bytes = tensors.encoded_bytes(1, hidden, dtype)
+        row_bytes = dtype.codec.row_bytes(hidden)
         self.frame_bytes = frames.HEADER_BYTES, frames.RESULT_BYTES
         self.row_bytes = row_bytes + frames.ROW_BYTES, row_bytes
         self._topics = topics

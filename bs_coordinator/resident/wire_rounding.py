@@ -2,16 +2,13 @@
 
 import torch
 
-from wire import tensors
 from wire.tensors import Array, WireDtype
 
 
 def round_to_wire(x: Array, dtype: WireDtype) -> Array:
     """Float32 [tokens, hidden] after encoding as `dtype` and decoding again."""
-    if dtype is WireDtype.FP32:
-        return x
     if dtype is WireDtype.FP16:
         # The same to the last bit as `wire.tensors` with numpy, in a tenth of the time.
         y: Array = torch.from_numpy(x).half().float().numpy()
         return y
-    return tensors.decode(memoryview(b"".join(tensors.encode(x, dtype))), len(x), x.shape[1], dtype)
+    return dtype.round_trip(x)

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import onnxruntime as ort
 
+from edge_node.errors import ProviderError
 from wire.device_profiles import Provider
-from wire.errors import ProbeError
 from wire.manifest import Manifest, Scheme
 
 log = logging.getLogger(__name__)
@@ -28,10 +28,6 @@ _SESSIONS: dict[Provider, list[tuple[str, dict[str, Any]]]] = {
 _GPU_TOLERANCE: dict[Scheme, float] = {"fp16": 5e-3, "int4": 0.03, "int8": 0.03}
 """Where a GPU may differ more than another CPU: it computes fp16 in fp16, and block-quantised weights with activations
 that are not quantised. On the demo model's int4 experts that alone is 0.011, on a CPU with accuracy_level 0."""
-
-
-class ProviderError(ProbeError):
-    """A GPU can't compute an expert, or computes something else."""
 
 
 class Chosen(NamedTuple):

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_node.errors import ProviderError
 from edge_node.experts.memory import return_freed_memory, use_huge_pages
 from edge_node.experts.prepacked import discard, prepacked_model
-from edge_node.experts.providers import ProviderError, probe_tolerance
+from edge_node.experts.providers import probe_tolerance
 from edge_node.experts.session import ExpertSession, share_thread_pool
 from wire.device_profiles import Provider
 from wire.errors import BundleError, ProbeError

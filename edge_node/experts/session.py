@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from edge_node.experts.providers import ProviderError, session_providers
+from edge_node.errors import ProviderError
+from edge_node.experts.providers import session_providers
 from wire.device_profiles import Provider
 from wire.errors import BundleError
 from wire.manifest import EXACT_SUMS

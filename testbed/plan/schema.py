@@ -13,6 +13,7 @@ from bs_coordinator.config import DraftMode
 from testbed.plan.limits import Limits, Seconds
 from testbed.prompts import PROMPTS
 from wire.broker_url import Access
+from wire.tensors import WireDtype
 
 Count = Annotated[int, Meta(ge=1)]
 Range = Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=2, max_length=2)]
@@ -158,6 +159,7 @@ class Churn(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     down_s: Seconds = 20.0
 
 
+WireName = Annotated[str, Meta(pattern=f"^({'|'.join(dtype.name.lower() for dtype in WireDtype)})$")]
 BaselineKind = Literal["station", "one-node", "loopback", "wired", "wifi"]
 BASELINES: tuple[BaselineKind, ...] = ("station", "one-node", "loopback", "wired", "wifi")
 
@@ -217,7 +219,7 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     shared_air: bool | None = None
     baseline: str | None = None
     broker: Literal["auto", "mosquitto", "embedded"] = "auto"
-    wire: Literal["fp16", "int8", "fp32"] = "fp16"
+    wire: WireName = "fp16"
     resident: str | None = None
     attempts: Count = 2
     layer_timeout_s: Seconds = 30.0

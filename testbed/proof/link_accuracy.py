@@ -29,7 +29,7 @@ from testbed.network import namespaces
 from testbed.network.check import check_node
 from testbed.network.daemon import BASE_STATION
 from testbed.network.emulated import EmulatedNetwork, emulated
-from wire import frames, tensors
+from wire import frames
 from wire.manifest import load_manifest
 from wire.tensors import WireDtype
 from wire.topics import Topics
@@ -182,7 +182,7 @@ def _exchange(
 ) -> tuple[dict[str, float], Sequence[DispatchRecord]]:
     """One hidden state to two nodes and back: what their links' part was predicted to be, and what it took."""
     dims, nodes = dispatcher.registry.dims, network.nodes
-    row_bytes = tensors.encoded_bytes(1, dims.hidden, WireDtype.FP16)
+    row_bytes = WireDtype.FP16.codec.row_bytes(dims.hidden)
     down_bytes, up_bytes = frames.HEADER_BYTES + 2 * frames.ROW_BYTES + row_bytes, frames.RESULT_BYTES + row_bytes
     chosen = rng.choice(len(nodes), 2, replace=False)
     gate = np.zeros((1, dims.experts), np.float32)

@@ -10,7 +10,8 @@ import pytest
 
 from edge_node import devices
 from edge_node.devices import Device
-from edge_node.experts.providers import ProviderError, first_that_proves, unavailable
+from edge_node.errors import ProviderError
+from edge_node.experts.providers import first_that_proves, unavailable
 from edge_node.experts.runtime import ExpertRuntime
 from edge_node.experts.session import ExpertSession
 from exporter.presets import choose_quantisation
