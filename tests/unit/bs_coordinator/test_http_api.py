@@ -4,24 +4,21 @@ import gc
 import json
 import logging
 import shutil
-import socket
 import threading
-import time
 import weakref
 from collections.abc import Iterator
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
-from bs_coordinator.broker.processes import free_port
 from bs_coordinator.engine.sequence import StopReason, TokenEvent
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.errors import ContextLengthError, DispatchError
 from bs_coordinator.http.answer_server import Load, StreamUpdate
 from bs_coordinator.http.openai_api import http_app
+from tests.http_site import HttpSite
+from tests.waiting import wait_until
 
 MIXTRAL_TEMPLATE = (  # of mistralai/Mixtral-8x7B-Instruct-v0.1
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -66,61 +63,20 @@ def _news(text: str, stop: StopReason | None = None, step: _Step | None = None) 
     return StreamUpdate([TokenEvent(1, text, steps, stop)])
 
 
-class _Site:
-    """Where the interface listens."""
-
-    def __init__(self, answers: _Answers, tokenizer: Tokenizer) -> None:
-        self.port = free_port()
-        server: Any = answers
-        app = http_app(server, tokenizer, model="tiny", api_key=None, stall_s=8)
-        config = uvicorn.Config(app, port=self.port, log_config=None, ws="none", timeout_graceful_shutdown=1)
-        self._http = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._http.run)
-        self._thread.start()
-        while not self._http.started:
-            time.sleep(0.01)
-
-    def close(self) -> None:
-        self._http.should_exit = True
-        self._thread.join()
-
-    def post(self, path: str, body: dict[str, object]) -> tuple[int, str, str]:
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=20)
-        try:
-            connection.request("POST", path, json.dumps(body))
-            response = connection.getresponse()
-            return response.status, response.headers["content-type"], response.read().decode()
-        finally:
-            connection.close()
-
-    def send(self, path: str, body: dict[str, object]) -> socket.socket:
-        """Ask, and leave the answer to whoever reads from the socket."""
-        caller = socket.create_connection(("127.0.0.1", self.port), timeout=20)
-        raw = json.dumps(body).encode()
-        caller.sendall(b"POST %s HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n%s" % (path.encode(), len(raw), raw))
-        return caller
-
-
 @pytest.fixture
 def answers() -> _Answers:
     return _Answers()
 
 
 @pytest.fixture
-def site(answers: _Answers, tiny_model: Path, tmp_path: Path) -> Iterator[_Site]:
+def site(answers: _Answers, tiny_model: Path, tmp_path: Path) -> Iterator[HttpSite]:
     for file in (*tiny_model.glob("*token*"), tiny_model / "config.json"):
         shutil.copy(file, tmp_path)
     (tmp_path / "chat_template.jinja").write_text(MIXTRAL_TEMPLATE)
-    site = _Site(answers, Tokenizer(tmp_path))
+    server: Any = answers
+    site = HttpSite(http_app(server, Tokenizer(tmp_path), model="tiny", api_key=None, stall_s=8))
     yield site
     site.close()
-
-
-def _until(condition: Any, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def _documents(stream: str) -> list[Any]:
@@ -129,86 +85,93 @@ def _documents(stream: str) -> list[Any]:
     return [json.loads(document.removeprefix("data: ")) for document in documents]
 
 
-def test_messages_that_the_template_refuses_are_a_bad_request(site: _Site, answers: _Answers) -> None:
+def test_messages_that_the_template_refuses_are_a_bad_request(site: HttpSite, answers: _Answers) -> None:
     answers.script = [_news("Hi", "eos")]
     hello = {"role": "user", "content": "Hello"}
     for stream in (False, True):
-        status, kind, body = site.post("/v1/chat/completions", {"messages": [hello, hello], "stream": stream})
-        assert (status, kind) == (400, "application/json")
+        status, headers, body = site.text(
+            "POST", "/v1/chat/completions", {"messages": [hello, hello], "stream": stream}
+        )
+        assert (status, headers["content-type"]) == (400, "application/json")
         assert "roles must alternate" in json.loads(body)["error"]["message"]
-    assert site.post("/v1/chat/completions", {"messages": [hello]})[0] == 200
+    assert site.text("POST", "/v1/chat/completions", {"messages": [hello]})[0] == 200
 
 
-def test_a_defect_is_told_in_json_and_logged(site: _Site, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_defect_is_told_in_json_and_logged(site: HttpSite, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
-        status, kind, body = site.post("/v1/completions", {"prompt": "Hello"})
-        _until(lambda: "ZeroDivisionError" in caplog.text)
-    assert (status, kind) == (500, "application/json")
+        status, headers, body = site.text("POST", "/v1/completions", {"prompt": "Hello"})
+        wait_until(lambda: "ZeroDivisionError" in caplog.text)
+    assert (status, headers["content-type"]) == (500, "application/json")
     assert json.loads(body)["error"]["type"] == "server_error"
 
 
-def test_what_fails_before_the_first_token_has_a_status_of_its_own(site: _Site, answers: _Answers) -> None:
+def test_what_fails_before_the_first_token_has_a_status_of_its_own(site: HttpSite, answers: _Answers) -> None:
     for error, expected in ((ContextLengthError("too long"), 400), (DispatchError("no answer"), 503)):
         answers.script = [StreamUpdate([]), StreamUpdate([], error)]
         for stream in (False, True):
-            status, kind, body = site.post("/v1/completions", {"prompt": "Hello", "stream": stream})
-            assert (status, kind) == (expected, "application/json")
+            status, headers, body = site.text("POST", "/v1/completions", {"prompt": "Hello", "stream": stream})
+            assert (status, headers["content-type"]) == (expected, "application/json")
             assert json.loads(body)["error"]["message"] == str(error)
     answers.script = [_news("He"), StreamUpdate([], DispatchError("no answer"))]
-    assert site.post("/v1/completions", {"prompt": "Hello"})[0] == 503
-    status, _, body = site.post("/v1/completions", {"prompt": "Hello", "stream": True})
+    assert site.text("POST", "/v1/completions", {"prompt": "Hello"})[0] == 503
+    status, _, body = site.text("POST", "/v1/completions", {"prompt": "Hello", "stream": True})
     assert status == 200
     piece, error = _documents(body)
     assert piece["choices"][0]["text"] == "He"
     assert error["error"]["code"] == 503
 
 
-def test_streams_begin_with_the_role_and_end_with_what_was_used(site: _Site, answers: _Answers) -> None:
+def test_streams_begin_with_the_role_and_end_with_what_was_used(site: HttpSite, answers: _Answers) -> None:
     answers.script = [_news("Hel"), _news("lo"), _news("", "eos")]
     asked = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
-    first, second, third = _documents(site.post("/v1/chat/completions", asked)[2])
+    first, second, third = _documents(site.text("POST", "/v1/chat/completions", asked)[2])
     assert first["choices"] == [{"index": 0, "delta": {"role": "assistant", "content": "Hel"}, "finish_reason": None}]
     assert second["choices"][0]["delta"] == {"content": "lo"}
     assert third["choices"][0]["finish_reason"] == "stop"
-    with_usage = site.post("/v1/chat/completions", {**asked, "stream_options": {"include_usage": True}})[2]
+    with_usage = site.text("POST", "/v1/chat/completions", {**asked, "stream_options": {"include_usage": True}})[2]
     *_, last = _documents(with_usage)
     assert last["choices"] == []
-    assert last["usage"] == json.loads(site.post("/v1/chat/completions", {**asked, "stream": False})[2])["usage"]
+    assert (
+        last["usage"] == json.loads(site.text("POST", "/v1/chat/completions", {**asked, "stream": False})[2])["usage"]
+    )
     assert last["usage"]["completion_tokens"] == 3
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_stop_string_ends_the_answer_and_frees_its_place(site: _Site, answers: _Answers, stream: bool) -> None:
+def test_a_stop_string_ends_the_answer_and_frees_its_place(site: HttpSite, answers: _Answers, stream: bool) -> None:
     answers.script = [_news("One. "), _news("Two"), _news(".\n"), _news("\nThree"), _news("", "eos")]
-    body = site.post("/v1/completions", {"prompt": "Hello", "stop": ["Four", "\n\n"], "stream": stream})[2]
+    body = site.text("POST", "/v1/completions", {"prompt": "Hello", "stop": ["Four", "\n\n"], "stream": stream})[2]
     made = [document["choices"][0] for document in (_documents(body) if stream else [json.loads(body)])]
     assert "".join(choice["text"] for choice in made) == "One. Two."
     assert made[-1]["finish_reason"] == "stop"
     assert answers.cancelled.is_set()
-    body = site.post("/v1/completions", {"prompt": "Hello", "stop": "Three!"})[2]
+    body = site.text("POST", "/v1/completions", {"prompt": "Hello", "stop": "Three!"})[2]
     assert json.loads(body)["choices"][0]["text"] == "One. Two.\n\nThree"
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_hangs_up_is_noticed_while_tokens_come(site: _Site, answers: _Answers, stream: bool) -> None:
+def test_who_hangs_up_is_noticed_while_tokens_come(site: HttpSite, answers: _Answers, stream: bool) -> None:
     answers.script = [_news("a")]
     caller = site.send("/v1/completions", {"prompt": "Hello", "stream": stream})
-    _until(lambda: answers.deliver)
+    wait_until(lambda: answers.deliver, "the request")
     for _ in range(20):
         answers.deliver(_news("a"))
-        time.sleep(0.02)
+    # A round trip later the server has had its turn for what it was given.
+    assert site.ask("GET", "/health")[0] == 200
     assert not answers.cancelled.is_set()
     caller.close()
-    left = time.monotonic()
-    while not answers.cancelled.wait(0.02):
+
+    def cancelled() -> bool:
         answers.deliver(_news("a"))
-        assert time.monotonic() - left < 1.5
+        return answers.cancelled.is_set()
+
+    wait_until(cancelled, "the answer to be cancelled")
 
 
-def test_records_do_not_pile_up_for_who_reads_slowly(site: _Site, answers: _Answers) -> None:
+def test_records_do_not_pile_up_for_who_reads_slowly(site: HttpSite, answers: _Answers) -> None:
     answers.script = [_news("a")]
     with site.send("/v1/completions", {"prompt": "Hello", "stream": True}):
-        _until(lambda: answers.deliver)
+        wait_until(lambda: answers.deliver)
         records = []
         for _ in range(200):
             step = _Step()

@@ -1,0 +1,193 @@
+"""HTTP with a real model whose experts are in this process: full houses, callers that leave, lost experts."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.scheduler import Progress, Scheduler
+from bs_coordinator.engine.sequence import Sequence
+from bs_coordinator.engine.tokenizer import Tokenizer
+from bs_coordinator.http.answer_server import AnswerServer
+from bs_coordinator.http.openai_api import http_app
+from bs_coordinator.selection import TopK
+from bs_coordinator.trunk.trunk import Trunk
+from testbed.evaluation.local_experts import LocalExperts
+from tests.http_site import HttpSite
+from tests.waiting import PATIENCE_S, wait_until
+from wire.manifest import Scheme
+
+LIVE, WAITING = 8, 8
+KEY = "open sesame"
+
+
+class _Gated(Scheduler):
+    """Makes no step while the gate is closed, so that a test decides how long answers take."""
+
+    def __init__(self, model: DistributedMixtral) -> None:
+        super().__init__(model, max_live=LIVE)
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def step(self) -> list[Progress]:
+        return super().step() if self.gate.wait(0.02) else []
+
+
+class _Nodes:
+    """What the server asks of its dispatcher and registry while it is idle."""
+
+    def __init__(self) -> None:
+        self.lost = ""
+        self.fleet = self
+
+    def pump(self, seconds: float) -> None:
+        threading.Event().wait(seconds)
+
+    def missing(self) -> tuple[str, ...]:
+        return (self.lost,) if self.lost else ()
+
+    def describe_missing(self) -> str:
+        return self.lost
+
+
+class _Site(HttpSite):
+    """The whole HTTP interface."""
+
+    def __init__(self, model: DistributedMixtral, tokenizer: Tokenizer) -> None:
+        self.nodes = _Nodes()
+        dispatcher: Any = self.nodes
+        self.scheduler = _Gated(model)
+        self._server = AnswerServer(
+            self.scheduler, lambda: Sequence(model, tokenizer), max_waiting=WAITING, dispatcher=dispatcher
+        )
+        self._server.start()
+        super().__init__(http_app(self._server, tokenizer, model="tiny", api_key=KEY, stall_s=PATIENCE_S), KEY)
+
+    def close(self) -> None:
+        self._server.stop()
+        super().close()
+
+    def complete(self, prompt: str, tokens: int = 12, **more: object) -> tuple[int, dict[str, str], Any]:
+        return self.ask("POST", "/v1/completions", {"prompt": prompt, "max_tokens": tokens, **more})
+
+    @property
+    def requests(self) -> int:
+        count: int = self.ask("GET", "/health")[2]["requests"]
+        return count
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle: Callable[[Scheme], Path]) -> DistributedMixtral:
+    bundle = tiny_bundle("fp32")
+    return DistributedMixtral(Trunk(bundle / "trunk"), LocalExperts(bundle, threads=1), TopK(2))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_bundle: Callable[[Scheme], Path]) -> Tokenizer:
+    return Tokenizer(tiny_bundle("fp32") / "trunk")
+
+
+@pytest.fixture
+def site(model: DistributedMixtral, tokenizer: Tokenizer) -> Iterator[_Site]:
+    site = _Site(model, tokenizer)
+    yield site
+    site.close()
+
+
+def test_bad_requests_are_told_why(site: _Site) -> None:
+    for code, word, (status, _, body) in [
+        (400, "prompt", site.ask("POST", "/v1/completions", {})),
+        (400, "max_tokens", site.complete("x", 0)),
+        (400, "stop", site.complete("x", stop="")),
+        (400, "seed", site.complete("x", seed=2**63)),
+        (400, "not a request", site.ask("POST", "/v1/completions", b"\xff{")),
+        (400, "context", site.complete("word " * 9000)),
+        (400, "context", site.complete("word " * 9000, stream=True)),
+        (413, "longer", site.ask("POST", "/v1/completions", b" " * (2 << 20))),
+    ]:
+        assert status == code, body
+        assert word in body["error"]["message"]
+    site.key = "guess"
+    status, _, body = site.complete("x")
+    assert (status, "API key" in body["error"]["message"]) == (401, True)
+
+
+def test_a_seed_repeats_an_answer(site: _Site) -> None:
+    texts = [site.complete("Hello", temperature=1.5, seed=s)[2]["choices"][0]["text"] for s in (None, None, 5, 5, -5)]
+    assert len(set(texts)) == 4
+    assert texts[2] == texts[3]
+
+
+def test_the_model_is_listed(site: _Site) -> None:
+    (listed,) = site.ask("GET", "/v1/models")[2]["data"]
+    assert site.ask("GET", f"/v1/models/{listed['id']}")[2] == listed
+    assert site.ask("GET", "/v1/models/another")[0] == 404
+
+
+def test_more_than_can_be_served_wait_or_are_told_to_retry(site: _Site) -> None:
+    """Of 32 callers 8 are served together, 8 wait, 16 are refused and come back when there is room."""
+    alone = site.complete("Once upon a time", 24)[2]["choices"][0]["text"]
+    statuses: Counter[int] = Counter()
+    texts: list[str] = []
+    lock = threading.Lock()
+
+    def call() -> None:
+        status, headers, body = site.complete("Once upon a time", 24)
+        with lock:
+            statuses[status] += 1
+            if status == 200:
+                texts.append(body["choices"][0]["text"])
+            else:
+                assert "retry after" in body["error"]["message"]
+                assert float(headers["retry-after"]) >= 1
+
+    def call_together(count: int) -> list[threading.Thread]:
+        callers = [threading.Thread(target=call) for _ in range(count)]
+        for caller in callers:
+            caller.start()
+        return callers
+
+    site.scheduler.gate.clear()
+    callers = call_together(32)
+    wait_until(lambda: statuses[429] == 32 - LIVE - WAITING, "those who find no room")
+    assert site.requests == LIVE + WAITING
+    site.scheduler.gate.set()
+    for caller in callers:
+        caller.join(PATIENCE_S)
+    for caller in call_together(LIVE + WAITING):
+        caller.join(PATIENCE_S)
+    assert statuses == {200: 32, 429: 32 - LIVE - WAITING}
+    assert texts == [alone] * 32
+    assert site.requests == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_hangs_up_frees_the_place(site: _Site, stream: bool) -> None:
+    if not stream:
+        site.scheduler.gate.clear()
+    callers = [HTTPConnection("127.0.0.1", site.port) for _ in range(LIVE + WAITING)]
+    for caller in callers:
+        body = b'{"prompt": "Hello", "max_tokens": 4000, "stream": %s}' % (b"true" if stream else b"false")
+        caller.request("POST", "/v1/completions", body, {"Authorization": f"Bearer {KEY}"})
+    wait_until(lambda: site.requests == len(callers), "all requests to be accepted")
+    if stream:
+        callers[0].getresponse().read(10)
+    for caller in callers:
+        caller.close()
+    wait_until(lambda: site.requests == 0, "all places to be free")
+    site.scheduler.gate.set()
+    assert site.complete("Hello", 2)[0] == 200
+
+
+def test_health_is_not_well_while_experts_are_lost(site: _Site) -> None:
+    assert site.ask("GET", "/health")[0] == 200
+    site.nodes.lost = "no node holds L*:E1"
+    wait_until(lambda: site.ask("GET", "/health")[0] == 503, "health to fail")
+    assert site.ask("GET", "/health")[2]["reason"] == "no node holds L*:E1"
+    site.nodes.lost = ""
+    wait_until(lambda: site.ask("GET", "/health")[0] == 200, "health to be well again")
