@@ -36,7 +36,7 @@ def cli() -> None:
 @click.option("--layers", type=click.IntRange(1), help="Only the first so many layers.")
 def demo_model(out: Path, base: str | None, deltas: Path | None, layers: int | None) -> None:
     """Assemble the demo model in OUT, a Hugging Face MixtralForCausalLM folder."""
-    from exporter.demo_model import assemble_demo_model
+    from exporter.demo_model.assembly import assemble_demo_model
 
     with _progress("demo model") as show:
         assemble_demo_model(out, base=base, deltas=deltas, layers=layers, progress=show)
@@ -65,13 +65,13 @@ def bundle(
     via: str, layers: str, experts: str, jobs: int | None,
 ) -> None:  # fmt: skip
     """Export CHECKPOINT's experts and trunk to OUT; goes on where an interrupted export stopped."""
-    from exporter.bundle import export_bundle
-    from exporter.checkpoint import open_checkpoint
-    from exporter.presets import choose_quantisation
+    from exporter.bundle.bundle import export_bundle
+    from exporter.checkpoint.checkpoint import open_checkpoint
+    from exporter.expert.presets import choose_quantisation
 
     preset = ""
     if via == "optimum":
-        from exporter.optimum_backend import choose_preset, require_optimum
+        from exporter.expert.optimum_backend import choose_preset, require_optimum
 
         require_optimum()
         preset = choose_preset(device)
@@ -119,7 +119,7 @@ def draft(out: Path, base: str | None) -> None:
 
     The base station lets it guess the next tokens. It must have the model's vocabulary.
     """
-    from exporter.draft import export_draft
+    from exporter.draft.draft import export_draft
     from wire.manifest import MANIFEST_NAME, load_manifest
 
     with _progress("draft model") as show:
@@ -153,7 +153,7 @@ def inspect(bundle: Path) -> None:
 @click.option("--bundle-key", type=_PATH, help="Also check the signature, with this public key.")
 def verify(bundle: Path, selector: str, bundle_key: Path | None) -> None:
     """Check hashes of BUNDLE and prove each chosen expert on its probe input on this machine."""
-    from exporter.probe import check_probe
+    from exporter.expert.probe import check_probe
     from wire.manifest import load_manifest, verify_file
 
     if bundle_key is not None:  # needs cryptography, which an environment for optimum lacks

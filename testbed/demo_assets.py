@@ -6,10 +6,10 @@ from pathlib import Path
 import platformdirs
 from rich.console import Console
 
-from exporter.bundle import export_bundle
-from exporter.demo_model import assemble_demo_model
-from exporter.draft import export_draft
-from exporter.presets import DEFAULT_BLOCK
+from exporter.bundle.bundle import export_bundle
+from exporter.demo_model.assembly import assemble_demo_model
+from exporter.draft.draft import export_draft
+from exporter.expert.presets import DEFAULT_BLOCK
 from wire.draft import DRAFT_NAME
 from wire.manifest import Quantisation, Scheme
 

@@ -18,11 +18,11 @@ DRAFT_NAME = "draft.json"
 
 
 class DraftManifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A folder with one graph of a whole dense model (`exporter.draft_graph`).
+    """A folder with one graph of a whole dense model (`exporter.draft.draft_graph`).
 
     Attributes:
         source: the model's own name.
-        source_sha256: see `exporter.demo_base.fingerprint`.
+        source_sha256: see `exporter.demo_model.base.fingerprint`.
         tokens_sha256: see `tokens_sha256`.
         vocab, layers, kv_heads, head_dim, max_positions: dimensions, as counts.
         files: the graph first, then its weights.

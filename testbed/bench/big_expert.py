@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from exporter.checkpoint import ExpertTensors
-from exporter.expert import ExpertJob, export_expert
-from exporter.graph import MATRICES, matrix_shape
-from exporter.probe import probe_tolerance
-from exporter.safetensors_file import TensorRef
+from exporter.checkpoint.checkpoint import ExpertTensors
+from exporter.checkpoint.safetensors_file import TensorRef
+from exporter.expert.expert import ExpertJob, export_expert
+from exporter.expert.graph import MATRICES, matrix_shape
+from exporter.expert.probe import probe_tolerance
 from wire.experts import ExpertId
 from wire.manifest import SCHEMA, Dims, Manifest, Quantisation, Source
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from common.options import Command
-from testbed.bench.sections import SECTIONS
+from testbed.bench.sections.registry import SECTIONS
 
 
 def register(group: click.Group) -> None:

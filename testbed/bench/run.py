@@ -9,7 +9,7 @@ from common.cpu_idle import cpu_idle_disabled
 from common.errors import WdmoeError
 from testbed.bench.document import print_results, write_document
 from testbed.bench.rows import Result, Row, Settings, Skipped
-from testbed.bench.sections import SECTIONS
+from testbed.bench.sections.registry import SECTIONS
 
 
 def run_bench(settings: Settings, sections: Sequence[str], out: Path) -> None:

@@ -11,7 +11,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from exporter.presets import DEFAULT_BLOCK
+from exporter.expert.presets import DEFAULT_BLOCK
 from testbed import facts
 from testbed.demo_assets import demo_bundle
 from testbed.errors import PlanError, RunDirectoryError

@@ -57,7 +57,7 @@ class DraftGraph:
 class _GraphReader:
     """The model and one sequence's buffers, bound once; implements `Reader`.
 
-    `exporter.draft_graph` defines the graph's inputs and outputs.
+    `exporter.draft.draft_graph` defines the graph's inputs and outputs.
     """
 
     def __init__(self, graph: DraftGraph) -> None:

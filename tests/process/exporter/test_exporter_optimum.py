@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from exporter.bundle import export_bundle
-from exporter.optimum_backend import choose_preset
-from exporter.probe import check_probe
+from exporter.bundle.bundle import export_bundle
+from exporter.expert.optimum_backend import choose_preset
+from exporter.expert.probe import check_probe
 from tests.checkpoints import HIDDEN
 from tests.conftest import Run
 from wire.manifest import Quantisation, load_manifest
@@ -40,7 +40,7 @@ def test_without_optimum_one_line_says_what_to_do(mixtral: Callable[..., Path], 
 
 
 def test_an_export_needs_none_of_what_the_environment_for_optimum_lacks() -> None:
-    blocked = "import sys; sys.modules['cryptography'] = None; import exporter.bundle, exporter.cli"
+    blocked = "import sys; sys.modules['cryptography'] = None; import exporter.bundle.bundle, exporter.cli"
     done = subprocess.run([sys.executable, "-c", blocked], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -14,7 +14,7 @@ from edge_node.errors import ProviderError
 from edge_node.experts.providers import first_that_proves, unavailable
 from edge_node.experts.runtime import ExpertRuntime
 from edge_node.experts.session import ExpertSession
-from exporter.presets import choose_quantisation
+from exporter.expert.presets import choose_quantisation
 from testbed.local_nodes import LocalNodes
 from wire.device_profiles import PROFILES, DeviceName, Provider
 from wire.experts import ExpertId

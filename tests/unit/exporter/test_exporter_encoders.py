@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from exporter.encoders import ChannelEncoder, make_encoder, matrix_parts
+from exporter.expert.encoders import ChannelEncoder, make_encoder, matrix_parts
 from wire.manifest import Quantisation, Scheme
 from wire.tensors import Array
 

@@ -10,11 +10,11 @@ import onnx
 import pytest
 from safetensors.numpy import load_file
 
-from exporter.bundle import export_bundle
-from exporter.checkpoint import open_checkpoint
-from exporter.expert import ExpertJob, expert_paths, export_expert, hash_source, silu
-from exporter.graph import matrix_shape, plan_layout
-from exporter.probe import check_probe, relative_error, run_rows
+from exporter.bundle.bundle import export_bundle
+from exporter.checkpoint.checkpoint import open_checkpoint
+from exporter.expert.expert import ExpertJob, expert_paths, export_expert, hash_source, silu
+from exporter.expert.graph import matrix_shape, plan_layout
+from exporter.expert.probe import check_probe, relative_error, run_rows
 from tests.checkpoints import EXPERTS, HIDDEN, save_mixtral
 from wire.errors import ProbeError
 from wire.experts import ExpertId

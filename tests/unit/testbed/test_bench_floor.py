@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from bs_coordinator.engine.step_records import DispatchRecord, LayerRecord, StepRecord
 from testbed.bench.floor import Alone, Link, causes_ms, floor_ms
-from testbed.bench.scaling import fit_line
+from testbed.bench.sections.scaling import fit_line
 from wire.frames import NodeDurations
 
 times = st.integers(0, 20_000_000)

@@ -12,13 +12,13 @@ import msgspec
 import numpy as np
 
 from common.files import atomic_write
-from exporter.demo_base import Base, Progress, fingerprint, locate_base, open_base
-from exporter.draft_graph import QUANTISATION, Matrix, build_draft, plan_draft
-from exporter.encoders import Stored, make_encoder
+from exporter.bundle.journal import exclusive
+from exporter.checkpoint.slabs import slab_rows
+from exporter.demo_model.base import Base, Progress, fingerprint, locate_base, open_base
+from exporter.draft.draft_graph import QUANTISATION, Matrix, build_draft, plan_draft
 from exporter.errors import CheckpointError
-from exporter.expert import HashingWriter, open_writer
-from exporter.journal import exclusive
-from exporter.slabs import slab_rows
+from exporter.expert.encoders import Stored, make_encoder
+from exporter.expert.expert import HashingWriter, open_writer
 from wire import __version__
 from wire.draft import DRAFT_FOLDER, DRAFT_NAME, DRAFT_SCHEMA, DraftManifest, tokens_sha256
 from wire.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileEntry, Manifest, load_manifest, sha256_file

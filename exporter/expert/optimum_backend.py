@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import WdmoeError
-from exporter.expert import ExpertJob, expert_paths, export_expert, open_writer
-from exporter.probe import PROBE_ROWS, relative_error, run_rows
-from exporter.slabs import SLAB_WEIGHTS
+from exporter.checkpoint.slabs import SLAB_WEIGHTS
+from exporter.expert.expert import ExpertJob, expert_paths, export_expert, open_writer
+from exporter.expert.probe import PROBE_ROWS, relative_error, run_rows
 from wire.device_profiles import DeviceName
 from wire.manifest import ExpertEntry, Quantisation, encode_probe_output, probe_input
 

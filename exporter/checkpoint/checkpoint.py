@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from exporter.checkpoint.safetensors_file import SafetensorsFile, TensorRef, read_header
 from exporter.errors import CheckpointError
-from exporter.safetensors_file import SafetensorsFile, TensorRef, read_header
 from wire.experts import ExpertId
 from wire.manifest import Dims, Source
 

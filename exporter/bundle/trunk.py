@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from exporter.checkpoint import Checkpoint
+from exporter.checkpoint.checkpoint import Checkpoint
+from exporter.checkpoint.safetensors_file import TensorReader, TensorRef, encode_header
 from exporter.errors import CheckpointError
-from exporter.expert import open_writer
-from exporter.safetensors_file import TensorReader, TensorRef, encode_header
+from exporter.expert.expert import open_writer
 from wire.manifest import FileEntry
 
 _FILES = (

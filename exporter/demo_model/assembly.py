@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from common.console import describe_os_error
 from common.errors import StorageError
-from exporter.demo_base import (
+from exporter.checkpoint.safetensors_file import TensorRef, encode_header
+from exporter.demo_model.base import (
     GGUF_SHA256,
     Base,
     Progress,
@@ -28,9 +29,8 @@ from exporter.demo_base import (
     locate_base,
     open_base,
 )
-from exporter.demo_deltas import Deltas
+from exporter.demo_model.deltas import Deltas
 from exporter.errors import CheckpointError
-from exporter.safetensors_file import TensorRef, encode_header
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ FORMAT_VERSION = 1
 RECORD_NAME = "wdmoe-demo.json"
 EXPERTS_PER_TOKEN = 2
 MAX_SHARD_BYTES = 500_000_000
-DEFAULT_DELTAS = Path(__file__).resolve().parents[1] / "models" / "smol-mixtral-8x135m"
+DEFAULT_DELTAS = Path(__file__).resolve().parents[2] / "models" / "smol-mixtral-8x135m"
 
 # Mixtral's name of a projection -> the dense model's.
 _DENSE_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}

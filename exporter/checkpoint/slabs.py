@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.safetensors_file import ITEM_BYTES, TensorReader, TensorRef
+from exporter.checkpoint.safetensors_file import ITEM_BYTES, TensorReader, TensorRef
 from wire.tensors import Array
 
 # 128 Ki weights: half a megabyte as float32, so slab and scratch stay within a typical second-level cache.

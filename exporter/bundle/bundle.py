@@ -16,10 +16,7 @@ import msgspec
 
 from common.errors import StorageError
 from common.files import atomic_write
-from exporter.checkpoint import Checkpoint, open_checkpoint
-from exporter.expert import ExpertJob, hash_source
-from exporter.graph import plan_layout
-from exporter.journal import (
+from exporter.bundle.journal import (
     JournalHeader,
     append_entry,
     exclusive,
@@ -29,9 +26,12 @@ from exporter.journal import (
     remove_temporary_files,
     start_journal,
 )
-from exporter.probe import probe_tolerance
-from exporter.trunk import check_tokenizer, copy_trunk, texts_current, trunk_bytes
-from exporter.workers import export_all
+from exporter.bundle.trunk import check_tokenizer, copy_trunk, texts_current, trunk_bytes
+from exporter.bundle.workers import export_all
+from exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from exporter.expert.expert import ExpertJob, hash_source
+from exporter.expert.graph import plan_layout
+from exporter.expert.probe import probe_tolerance
 from wire import __version__
 from wire.errors import BundleError
 from wire.experts import ExpertId, format_selector

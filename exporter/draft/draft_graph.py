@@ -15,9 +15,9 @@ import onnx
 from onnx import TensorProto, helper
 from onnx.helper import make_tensor_value_info as value_info
 
-from exporter.demo_base import DenseShape
-from exporter.encoders import Part, matrix_parts
-from exporter.graph import ACCURACY_LEVEL, ALIGNMENT, Placed, external, model_bytes
+from exporter.demo_model.base import DenseShape
+from exporter.expert.encoders import Part, matrix_parts
+from exporter.expert.graph import ACCURACY_LEVEL, ALIGNMENT, Placed, external, model_bytes
 from wire.manifest import Quantisation
 
 QUANTISATION = Quantisation(scheme="int4", block=32)

@@ -13,12 +13,12 @@ from bs_coordinator.broker.processes import LOOPBACK, open_broker
 from bs_coordinator.engine.step_records import StepRecord
 from common.files import atomic_write
 from testbed.bench.alone import Parts
-from testbed.bench.decode import decode
 from testbed.bench.floor import Link, floor_ms
-from testbed.bench.prefill import prefill
 from testbed.bench.rows import Result, Row, Settings, Skipped, plot
+from testbed.bench.sections.decode import decode
+from testbed.bench.sections.prefill import prefill
+from testbed.bench.sections.transport import compare, echoes, link
 from testbed.bench.system import DEDICATED_MBPS, running, why_not
-from testbed.bench.transport import compare, echoes, link
 from testbed.demo_assets import demo_bundle
 from testbed.prompts import PROMPTS
 from wire.transport import Transport

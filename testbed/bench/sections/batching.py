@@ -13,7 +13,7 @@ from bs_coordinator.engine.sequence import GeneratedAnswer, Sequence
 from bs_coordinator.engine.step_records import StepRecord
 from testbed.bench.chat_prompts import CHAT_PROMPTS
 from testbed.bench.rows import Result, Row, Settings, Skipped
-from testbed.bench.speculation import EIGHT, RTT_MS, open_site
+from testbed.bench.sections.speculation import EIGHT, RTT_MS, open_site
 from testbed.bench.system import why_not
 
 _COUNTS = (1, 2, 4, 8, 16)

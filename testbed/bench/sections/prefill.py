@@ -6,8 +6,8 @@ from typing import Any
 
 from bs_coordinator.engine.sequence import PREFILL_CHUNK_TOKENS
 from bs_coordinator.trunk.inputs import SequenceInput
-from testbed.bench.decode import NODES
 from testbed.bench.rows import Result, Row, Settings, Skipped, in_turns
+from testbed.bench.sections.decode import NODES
 from testbed.bench.system import DEDICATED_MBPS, System, running, why_not
 from testbed.demo_assets import demo_bundle
 

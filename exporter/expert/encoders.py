@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from exporter.slabs import slab_rows
+from exporter.checkpoint.slabs import slab_rows
 from wire.manifest import Quantisation
 from wire.tensors import Array
 

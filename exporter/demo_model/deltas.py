@@ -11,9 +11,9 @@ router [experts, hidden]; all bf16, spread over any number of `delta-*.safetenso
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.demo_base import DenseShape, sha256_of
+from exporter.checkpoint.safetensors_file import read_header
+from exporter.demo_model.base import DenseShape, sha256_of
 from exporter.errors import CheckpointError
-from exporter.safetensors_file import read_header
 
 if TYPE_CHECKING:
     import torch

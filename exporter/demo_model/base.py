@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from common.console import describe_os_error
 from common.errors import StorageError
 from common.files import atomic_write
+from exporter.checkpoint.safetensors_file import read_header
 from exporter.errors import CheckpointError, DownloadError
-from exporter.safetensors_file import read_header
 from wire.manifest import sha256_file
 
 if TYPE_CHECKING:

@@ -15,13 +15,13 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from common.files import atomic_write
-from exporter.checkpoint import ExpertTensors
-from exporter.encoders import Stored, make_encoder
+from exporter.checkpoint.checkpoint import ExpertTensors
+from exporter.checkpoint.safetensors_file import TensorReader, TensorRef
+from exporter.checkpoint.slabs import stream_rows
 from exporter.errors import CheckpointError
-from exporter.graph import Layout, build_graph, matrix_shape, plan_layout
-from exporter.probe import PROBE_ROWS, relative_error, run_rows
-from exporter.safetensors_file import TensorReader, TensorRef
-from exporter.slabs import stream_rows
+from exporter.expert.encoders import Stored, make_encoder
+from exporter.expert.graph import Layout, build_graph, matrix_shape, plan_layout
+from exporter.expert.probe import PROBE_ROWS, relative_error, run_rows
 from wire.experts import ExpertId
 from wire.manifest import Dims, ExpertEntry, FileEntry, Quantisation, encode_probe_output, probe_input
 from wire.tensors import Array

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
 from common.errors import WdmoeError
-from exporter.expert import ExpertJob, export_expert
+from exporter.expert.expert import ExpertJob, export_expert
 from wire.experts import ExpertId
 from wire.manifest import ExpertEntry
 
@@ -59,7 +59,7 @@ def export_all(work: Sequence[ExpertJob], processes: int) -> Iterator[ExpertEntr
 
 def _export(job: ExpertJob) -> ExpertEntry:
     if job.quantisation.backend == "optimum":
-        from exporter.optimum_backend import export_expert_with_optimum
+        from exporter.expert.optimum_backend import export_expert_with_optimum
 
         return export_expert_with_optimum(job)
     return export_expert(job)

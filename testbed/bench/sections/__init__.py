@@ -1,0 +1,1 @@
+"""The sections of `wdmoe-testbed bench`: each measures one thing against its floor."""

@@ -1,0 +1,14 @@
+"""The sections of `make bench`, in the order in which they run. To add one: write its module, name it here."""
+
+SECTIONS: dict[str, str] = {
+    "transport": "testbed.bench.sections.transport",
+    "experts": "testbed.bench.sections.experts",
+    "trunk": "testbed.bench.sections.trunk",
+    "decode": "testbed.bench.sections.decode",
+    "prefill": "testbed.bench.sections.prefill",
+    "scaling": "testbed.bench.sections.scaling",
+    "speculation": "testbed.bench.sections.speculation",
+    "batching": "testbed.bench.sections.batching",
+    "resident": "testbed.bench.sections.resident",
+}
+"""Module by name. Imported only when its turn comes: some need torch, or Linux as root."""
