@@ -1,11 +1,11 @@
-"""Frames that only the base station and one node can make: keys, tags, and what was received before.
+"""Frame authentication: keys, tags, and protection against replayed requests.
 
-A tag is HMAC-SHA256 (RFC 2104), cut to 16 bytes, over the whole frame, so over session, request and attempt too. Each
-node and each direction has a key of its own, so that no tag is good for another node or for the way back:
+A tag is HMAC-SHA256 (RFC 2104), cut to 16 bytes, over the whole frame, including session, request and attempt. Each node
+and each direction has its own key, so that a tag is valid for one node and one direction only:
 
     cluster key ──HKDF──▶ node key ──HKDF──▶ key towards the node, key from the node
 
-The base station holds the cluster key, a node its own node key only: one that is taken over can't speak for others.
+The base station holds the cluster key, a node only its own node key: a compromised node can't sign for other nodes.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from common.errors import KeyFileError
 from common.private_files import read_private
@@ -22,59 +23,60 @@ from wire.errors import FrameError
 
 TAG_BYTES = 16
 KEY_BYTES = 32
-_CLUSTER_WORD = "wdmoe-cluster-key-v1"
-_NODE_WORD = "wdmoe-node-key-v1"
+_CLUSTER_KIND = "wdmoe-cluster-key-v1"
+_NODE_KIND = "wdmoe-node-key-v1"
 _WINDOW = 4096
 _SESSIONS = 256
 
 
 class FrameAuthenticator:
-    """One end of the way between the base station and a node."""
+    """Makes and checks tags at one end of the connection between the base station and a node."""
 
     def __init__(self, node_key: bytes, *, at_node: bool) -> None:
-        """Derive both directions' keys.
+        """Derive the keys of both directions.
 
         Args:
-            at_node: this is the node's end.
+            node_key: `KEY_BYTES` bytes.
+            at_node: whether this is the node's end.
         """
         down, up = _expand(node_key, b"down"), _expand(node_key, b"up")
         sending, receiving = (up, down) if at_node else (down, up)
-        # A keyed state costs two hash blocks: made once, copied per frame.
+        # Keying costs two hash blocks: done once, and the state copied per frame.
         self._sending = hmac.new(sending, digestmod=hashlib.sha256)
         self._receiving = hmac.new(receiving, digestmod=hashlib.sha256)
 
     def tag(self, parts: Iterable[bytes | memoryview]) -> bytes:
-        """The tag of a frame that goes out."""
+        """The tag, `TAG_BYTES` long, of a frame to be sent, given in parts."""
         mac = self._sending.copy()
         for part in parts:
             mac.update(part)
         return mac.digest()[:TAG_BYTES]
 
     def check(self, frame: memoryview, tag: memoryview) -> None:
-        """Compare a received frame with its tag, in constant time.
+        """Check a received frame's tag, in constant time.
 
         Raises:
-            FrameError: with reason `forged`.
+            FrameError: the tag does not match; reason `forged`.
         """
         mac = self._receiving.copy()
         mac.update(frame)
         if not hmac.compare_digest(mac.digest()[:TAG_BYTES], tag):
-            raise FrameError("forged", "the tag does not match: another key, or bytes were changed on the way")
+            raise FrameError("forged", "the tag does not match: the sender has another key, or bytes were changed on the way")
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterKey:
-    """What the base station derives every node's key from."""
+    """The key from which the base station derives the keys of all nodes."""
 
     cluster: str
     secret: bytes = field(repr=False)
 
     def node_key(self, node: str) -> bytes:
-        """The key of one node."""
+        """The key of one node, `KEY_BYTES` bytes."""
         return _expand(self.secret, f"wdmoe/v1/{self.cluster}/{node}".encode())
 
     def authenticator(self, node: str) -> FrameAuthenticator:
-        """The base station's end of the way to `node`."""
+        """The base station's end of the connection to `node`."""
         return _authenticator(self, node)
 
 
@@ -84,17 +86,17 @@ def _authenticator(key: ClusterKey, node: str) -> FrameAuthenticator:
 
 
 class ReplayWindow:
-    """Which requests were received before; memory is bounded.
+    """Tells new requests from replayed ones, in bounded memory.
 
-    Of each session the last `_WINDOW` requests are remembered, and any below one that was forgotten is taken for a
-    replay: request numbers count up. Of sessions the last `_SESSIONS` are remembered.
+    The last `_WINDOW` requests of each of the last `_SESSIONS` sessions are remembered. Since request numbers count up,
+    a request with a lower number than one that was forgotten is taken for a replay.
     """
 
     def __init__(self) -> None:
         self._sessions: OrderedDict[int, _Session] = OrderedDict()
 
     def is_new(self, session: int, request: int, attempt: int) -> bool:
-        """Whether this was not received before; from now on it was."""
+        """Whether this request was not received before; it counts as received from now on."""
         seen = self._sessions.get(session)
         if seen is None:
             seen = self._sessions[session] = _Session()
@@ -125,53 +127,65 @@ def read_cluster_key(path: Path, cluster: str) -> ClusterKey:
     """The cluster key in a file.
 
     Raises:
-        KeyFileError: it can't be read, is none, or another cluster's.
+        KeyFileError: the file can't be read, is not a cluster key, or belongs to another cluster.
     """
-    _, key_cluster, secret = _read(path, _CLUSTER_WORD, 3, "the base station needs the cluster key")
-    if key_cluster != cluster:
-        raise KeyFileError(f"{path} is the key of cluster '{key_cluster}', not '{cluster}': say --cluster")
-    return ClusterKey(cluster, secret)
+    key = _read(path, _CLUSTER_KIND, "the base station needs the cluster key")
+    if key.cluster != cluster:
+        raise KeyFileError(f"{path} is the key of cluster '{key.cluster}', not of '{cluster}': check --cluster")
+    return ClusterKey(cluster, key.secret)
 
 
 def read_node_authenticator(path: Path, cluster: str, node: str) -> FrameAuthenticator:
-    """The node's end, from the node key in a file.
+    """The node's end of its connection, from the node key in a file.
 
     Raises:
-        KeyFileError: it can't be read, is none, or another node's.
+        KeyFileError: the file can't be read, is not a node key, or belongs to another node.
     """
-    key_cluster, key_node, secret = _read(path, _NODE_WORD, 4, "a node needs its own key only")
-    if (key_cluster, key_node) != (cluster, node):
+    key = _read(path, _NODE_KIND, "a node needs its own key only")
+    if (key.cluster, key.node) != (cluster, node):
         raise KeyFileError(
-            f"{path} is the key of '{key_node}' in cluster '{key_cluster}', not of '{node}' in '{cluster}'"
+            f"{path} is the key of '{key.node}' in cluster '{key.cluster}', not of '{node}' in '{cluster}'"
         )
-    return FrameAuthenticator(secret, at_node=True)
+    return FrameAuthenticator(key.secret, at_node=True)
 
 
 def cluster_key_line(key: ClusterKey) -> bytes:
-    """What a cluster key's file holds."""
-    return f"{_CLUSTER_WORD} {key.cluster} {key.secret.hex()}\n".encode()
+    """The content of a cluster key's file."""
+    return f"{_CLUSTER_KIND} {key.cluster} {key.secret.hex()}\n".encode()
 
 
 def node_key_line(key: ClusterKey, node: str) -> bytes:
-    """What a node key's file holds."""
-    return f"{_NODE_WORD} {key.cluster} {node} {key.node_key(node).hex()}\n".encode()
+    """The content of a node key's file."""
+    return f"{_NODE_KIND} {key.cluster} {node} {key.node_key(node).hex()}\n".encode()
 
 
-def _read(path: Path, word: str, count: int, hint: str) -> tuple[str, str, bytes]:
-    """The last word but two, the last but one, and the secret."""
+class _KeyFile(NamedTuple):
+    """A key file: one line of `kind cluster secret`, or `kind cluster node secret` for a node's key."""
+
+    cluster: str
+    node: str
+    secret: bytes
+
+
+def _read(path: Path, kind: str, hint: str) -> _KeyFile:
     words = read_private(path).decode("ascii", errors="replace").split()
-    if words and words[0] != word and words[0] in (_CLUSTER_WORD, _NODE_WORD):
-        raise KeyFileError(f"{path} is a {words[0]}: {hint}")
+    found = words[0] if words else ""
+    if found != kind and found in (_CLUSTER_KIND, _NODE_KIND):
+        raise KeyFileError(f"{path} is a {found}: {hint}")
     try:
-        secret = bytes.fromhex(words[-1]) if len(words) == count and words[0] == word else b""
+        if found != kind:
+            raise ValueError
+        _, cluster, *names, secret_hex = words
+        (node,) = names if kind == _NODE_KIND else ("", *names)
+        secret = bytes.fromhex(secret_hex)
+        if len(secret) != KEY_BYTES:
+            raise ValueError
     except ValueError:
-        secret = b""
-    if len(secret) != KEY_BYTES:
-        raise KeyFileError(f"{path} is not a {word}: {hint}, made by 'wdmoe-testbed keys'")
-    return words[-3], words[-2], secret
+        raise KeyFileError(f"{path} is not a {kind}: {hint}, made by 'wdmoe-testbed keys'") from None
+    return _KeyFile(cluster, node, secret)
 
 
 def _expand(key: bytes, info: bytes) -> bytes:
-    """HKDF-SHA256 (RFC 5869) without salt, 32 bytes: one block, so one HMAC for each of its two steps."""
+    """32 bytes of HKDF-SHA256 (RFC 5869) without salt: a single block, so extract and expand are one HMAC each."""
     extracted = hmac.digest(bytes(32), key, "sha256")
     return hmac.digest(extracted, info + b"\x01", "sha256")

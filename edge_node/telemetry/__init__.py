@@ -1,5 +1,5 @@
-"""What a device tells of itself: radio, temperatures, power. A process of its own, so that no frame waits for it.
+"""Radio, temperatures and power of a device, sampled in a process of their own so that frames do not wait for it.
 
-`process` (in the node) starts `__main__` (the sampler's loop), which asks `sampler`, which asks `commands` and
-`sysfs`; what comes back is understood by the parsers `wifi`, `raspberry`, `jetson` and `sysfs`, which are pure.
+`process` (in the node) starts `__main__` (the sampler's loop). It calls `sampler`, which runs tools through `commands`
+and reads files through `sysfs`. The parsers `wifi`, `raspberry`, `jetson` and `sysfs` are pure.
 """

@@ -1,4 +1,4 @@
-"""The sampler's process: a line of JSON per second on stdout, until nobody reads it any more."""
+"""The sampler's process: prints a line of JSON per second on stdout until its reader has closed the pipe."""
 
 import os
 import signal
@@ -6,18 +6,18 @@ import sys
 import time
 
 from edge_node.telemetry.process import EVERY_S
-from edge_node.telemetry.sampler import Sampler
+from edge_node.telemetry.sampler import TelemetrySampler
 from wire.telemetry import encode_telemetry
 
 _NICE = 19
 
 
 def main(node: str, boot_id: str, host: str, port: str) -> None:
-    """Sample until the reader is gone."""
-    # The reader ends this process; Ctrl-C in a terminal reaches both.
+    """Sample until the reader has closed the pipe."""
+    # Ctrl-C in a terminal reaches this process too, but the node decides when it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(_NICE)
-    sampler = Sampler(node, boot_id, broker=(host, int(port)))
+    sampler = TelemetrySampler(node, boot_id, broker=(host, int(port)))
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     due_s = time.monotonic()
     try:

@@ -1,13 +1,13 @@
-"""Asking the system's own tools, with a deadline, and not again and again when that is in vain."""
+"""Running the system's tools with a deadline; a tool that fails repeatedly is left alone for a while."""
 
 import os
 import shutil
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
 
+from common.clock import SYSTEM_CLOCK, Clock
 from edge_node.telemetry.parsed import Parsed
 
 _T = TypeVar("_T")
@@ -17,22 +17,25 @@ _MOST_CHARACTERS = 64 << 10
 _FAILURES = 3
 _PAUSE_S = 30.0
 _FOLDERS = "/usr/sbin:/sbin:/usr/bin:/bin"
-"""`iw` lies in /usr/sbin, which services and ordinary users don't have in their PATH."""
+"""`iw` is in /usr/sbin, which services and ordinary users do not have in their PATH."""
 
 
 class Commands:
     """The tools of this device.
 
     Attributes:
-        warnings: outputs that did not come or were not understood, by source.
+        warnings: how often a source failed, was too slow or was not understood, by source.
+        clock: for the pauses after failures.
     """
 
-    def __init__(self, path: str | None = None, *, timeout_s: float = TIMEOUT_S) -> None:
-        """Look for tools.
+    def __init__(self, path: str | None = None, *, timeout_s: float = TIMEOUT_S, clock: Clock = SYSTEM_CLOCK) -> None:
+        """Prepare to run tools.
 
         Args:
-            path: folders to look in, like PATH; the system's by default.
+            path: folders to look in, in the format of PATH; by default PATH and the folders of system tools.
+            timeout_s: deadline of each command.
         """
+        self.clock = clock
         self.warnings: Counter[str] = Counter()
         self._path = path if path is not None else f"{os.environ.get('PATH', '')}:{_FOLDERS}"
         self._timeout_s = timeout_s
@@ -41,21 +44,21 @@ class Commands:
         self._not_before_s: dict[str, float] = {}
 
     def find(self, tool: str) -> str | None:
-        """Where a tool lies; None where there is none."""
+        """Path of a tool; None if it is not installed."""
         if tool not in self._found:
             self._found[tool] = shutil.which(tool, path=self._path)
         return self._found[tool]
 
     def ask(self, source: str, *command: str) -> str | None:
-        """What a command prints; None where the tool is absent, fails or is too slow.
+        """The output of a command; None if the tool is absent, fails or is too slow.
 
-        The latter two are counted, and who does it three times running is left alone for a while.
+        Failures and timeouts are counted. After three in a row the source is not asked again for 30 s.
 
         Args:
-            source: what to call it in the warnings.
+            source: its name in `warnings`.
         """
         tool = self.find(command[0])
-        if tool is None or time.monotonic() < self._not_before_s.get(source, 0.0):
+        if tool is None or self.clock.monotonic_s() < self._not_before_s.get(source, 0.0):
             return None
         try:
             done = subprocess.run(
@@ -76,12 +79,12 @@ class Commands:
         return done.stdout[:_MOST_CHARACTERS].decode(errors="replace")
 
     def facts(self, source: str, parse: Callable[[str], Parsed[_T]], nothing: _T, *command: str) -> _T:
-        """What a command says, as `parse` understands it; `nothing` where it says nothing."""
+        """The output of a command as `parse` understands it; `nothing` if there is no output."""
         text = self.ask(source, *command)
         return nothing if text is None else self.kept(source, parse(text))
 
     def kept(self, source: str, parsed: Parsed[_T]) -> _T:
-        """The facts; what was complained of is counted."""
+        """The facts of a parsed output; a complaint is counted in `warnings`."""
         if parsed.complaint:
             self.warnings[source] += 1
         return parsed.facts
@@ -91,4 +94,4 @@ class Commands:
         self._failures[source] += 1
         if self._failures[source] >= _FAILURES:
             self._failures.pop(source)
-            self._not_before_s[source] = time.monotonic() + _PAUSE_S
+            self._not_before_s[source] = self.clock.monotonic_s() + _PAUSE_S

@@ -1,4 +1,4 @@
-"""What a Jetson says (`tegrastats`, `nvpmodel -q`). Pure."""
+"""Parsers of a Jetson's `tegrastats` and `nvpmodel -q`. Pure."""
 
 import re
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ _MEMORY = re.compile(r"(?<!\S)EMC_FREQ (\d+)%")
 _OFF_CELSIUS = -200.0
 """Sensors of units without power read -256."""
 _PMIC_PLACEHOLDER = ("PMIC", 100.0)
-"""Not measured: older boards print this constant."""
+"""Older boards print this constant instead of a measurement."""
 _UNUSED = "NC"
 TOTAL_RAILS = ("VDD_IN", "POM_5V_IN", "VIN")
-"""Inputs of the module or board, where one is measured: Orin Nano, NX and Xavier NX; Nano; Thor."""
+"""Rails that feed the whole module or board: of Orin Nano, NX and Xavier NX; of Nano; of Thor."""
 PART_OF_ANOTHER = frozenset({"VDDQ_VDD2_1V8AO"})
-"""Fed from a rail that is measured as well (AGX Orin: VIN_SYS_5V0), so that adding it would count it twice."""
+"""Rails fed from another measured rail (AGX Orin: VIN_SYS_5V0): to add them would count them twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,10 @@ class Tegra:
 
     @property
     def total_watts(self) -> tuple[float, str] | None:
-        """Of the whole module and how it is known: the input rail's, or the sum of those that are not part of
-        another."""
+        """Power of the whole module in watts, and its source: an input rail's name, or `sum of rails`.
+
+        None if no rail is measured. Rails that are fed from another one are not added.
+        """
         for rail in TOTAL_RAILS:
             if rail in self.rails_watts:
                 return self.rails_watts[rail], rail
@@ -46,7 +48,7 @@ class Tegra:
 
 
 def parse_tegrastats(line: str) -> Parsed[Tegra]:
-    """Facts of one line of `tegrastats`."""
+    """Facts from one line of `tegrastats`."""
     if not re.search(r"(?<!\S)RAM \d+/\d+MB", line):
         return Parsed(Tegra(), f"not a line of tegrastats: {line[:80]!r}")
     temperatures = {
@@ -65,12 +67,12 @@ def parse_tegrastats(line: str) -> Parsed[Tegra]:
         gpu_mhz=gpu_mhz,
         memory_percent=float(memory[1]) if memory else None,
     )
-    # Temperatures stand near the end of every line; one without them was cut.
+    # Temperatures are near the end of every line: a line without them was cut off.
     return Parsed(facts, "" if temperatures and cpus else f"cut off after {line.rstrip()[-40:]!r}")
 
 
 def parse_power_mode(text: str) -> Parsed[str | None]:
-    """Name of the power mode that `nvpmodel -q` tells, without `MODE_`."""
+    """Name of the power mode in the output of `nvpmodel -q`, without `MODE_`."""
     match = re.search(r"^NV Power Mode: (\S+)$", text, re.MULTILINE)
     if match is None:
         return Parsed(None, f"no power mode: {text[:80]!r}")

@@ -1,4 +1,4 @@
-"""What every parser here returns, and how it takes what a device says."""
+"""What every parser here returns, and helpers for reading lines of `name: value`."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ class Parsed(NamedTuple, Generic[_T]):
 
     Attributes:
         facts: what was understood; the rest is None.
-        complaint: what was not understood, for one warning; empty when all was.
+        complaint: what was not understood, for one warning; empty if everything was.
     """
 
     facts: _T
@@ -20,15 +20,21 @@ class Parsed(NamedTuple, Generic[_T]):
 
 
 class Fields:
-    """Lines of `name: value`, each with what its value must look like."""
+    """Lines of `name: value`, read with patterns that the values must match.
+
+    Attributes:
+        complaint: the first value that did not match; empty if all did.
+    """
 
     def __init__(self, values: Mapping[str, str]) -> None:
         self._values = values
         self.complaint = ""
 
     def number(self, name: str, pattern: str = r"(-?\d+)") -> float | None:
-        """The number that `pattern`'s group 1 finds at the beginning of a value; None where it is missing or no
-        number, which is complained of."""
+        """The number in group 1 of `pattern`, matched at the beginning of a value.
+
+        None if there is no such line, or if its value does not match, which is a complaint.
+        """
         value = self._values.get(name)
         if value is None:
             return None
@@ -39,18 +45,20 @@ class Fields:
         return float(match[1])
 
     def integer(self, name: str, pattern: str = r"(-?\d{1,15})\b") -> int | None:
-        """The same for whole numbers."""
+        """The whole number in group 1 of `pattern`, as `number`."""
         number = self.number(name, pattern)
         return None if number is None else int(number)
 
     def complain(self, what: str) -> None:
-        """Remember the first thing that was not understood."""
+        """Keep the first text that was not understood."""
         self.complaint = self.complaint or f"not understood: {what[:80]!r}"
 
 
 def lines_of(text: str) -> dict[str, str]:
-    """`name: value` lines by name, without white space around either; of equal names the first. A last line that is
-    cut off is left out: a part of a number is another number."""
+    """Values of `name: value` lines by name, both stripped; the first counts if a name is repeated.
+
+    A last line without a line break is left out: it may have been cut off within a number.
+    """
     found: dict[str, str] = {}
     for line in text[: text.rfind("\n") + 1].splitlines():
         name, colon, value = line.partition(":")
@@ -60,5 +68,5 @@ def lines_of(text: str) -> dict[str, str]:
 
 
 def is_cut(text: str) -> bool:
-    """Whether an output ends within a line."""
+    """Whether an output was cut off within a line."""
     return not text.endswith("\n")

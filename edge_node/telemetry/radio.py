@@ -2,41 +2,50 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from edge_node.telemetry import wifi
 from edge_node.telemetry.commands import Commands
 from edge_node.telemetry.parsed import Parsed
-from edge_node.telemetry.wifi import Interface, Link, Station, Wireless
+from edge_node.telemetry.wifi import Interface, WifiLink, WifiStation, Wireless
 from wire.telemetry import Wifi
 
 _T = TypeVar("_T")
 
+_FROM_STATION = (
+    "rssi_average_dbm", "up_packets", "up_retries", "down_packets", "down_dropped", "associated_s", "inactive_ms",
+)  # fmt: skip
+"""Fields of `Wifi` that `WifiStation` has under the same name."""
+_FROM_STATION_OR_WIRELESS = ("rssi_dbm", "up_failed", "beacon_losses")
+"""Fields of `Wifi` that `WifiStation` has under the same name, and `Wireless` for want of it."""
+_FROM_RATE = ("phy_mbps", "mode", "mcs", "streams")
+"""Fields of `Rate`; `Wifi` has each twice, with `up_` or `down_` before its name."""
+
 
 class Radio:
-    """A client of an access point."""
+    """A device's connection to an access point."""
 
     def __init__(self, commands: Commands, root: Path = Path("/")) -> None:
         """Nothing is read yet.
 
         Args:
-            root: below which /sys and /proc lie.
+            root: folder that holds /sys and /proc.
         """
         self._commands = commands
         self._root = root
         self._name: str | None = None
         self._info = Interface()
-        self._link = Link()
+        self._link = WifiLink()
         self._power_save: bool | None = None
         self._connected = False
         self._last_bssid: str | None = None
         self._roams = self._disconnects = 0
 
-    def look(self, route: str | None) -> None:
-        """Look at what an association and a driver's settings fix.
+    def read_settings(self, route: str | None) -> None:
+        """Read what stays the same during an association: interface, network, channel, power saving.
 
         Args:
-            route: the interface that traffic goes over, taken if it is wireless; else the first wireless one.
+            route: the interface that traffic goes over; it is taken if it is wireless, else the first wireless one.
         """
         net = self._root / "sys/class/net"
         names = sorted(path.parent.name for path in net.glob("*/phy80211")) or sorted(
@@ -46,65 +55,35 @@ class Radio:
         if name is None:
             return
         self._info = self._facts(name, "info", wifi.parse_info, Interface())
-        self._link = self._facts(name, "link", wifi.parse_link, Link())
+        self._link = self._facts(name, "link", wifi.parse_link, WifiLink())
         self._power_save = self._commands.facts(
             "iw power_save", wifi.parse_power_save, None, "iw", "dev", name, "get", "power_save"
         )
 
     def sample(self) -> Wifi | None:
-        """Facts of now; None where there is no wireless interface, or it is no client of an access point."""
+        """The present facts; None if there is no wireless interface, or it is not a client of an access point."""
         name = self._name
         if name is None or self._info.kind not in (None, "managed"):
             return None
         station = self._commands.facts(
-            "iw station", wifi.parse_station, Station(), "iw", "dev", name, "station", "dump"
+            "iw station", wifi.parse_station, WifiStation(), "iw", "dev", name, "station", "dump"
         )
         if station.bssid is not None and station.bssid != self._link.bssid:
-            self.look(name)
-        table = Wireless()
-        if not self._commands.find("iw"):
-            table = self._table(name)
-        bssid = station.bssid or (None if self._commands.find("iw") else self._link.bssid)
-        connected = bssid is not None or table.rssi_dbm is not None
+            self.read_settings(name)
+        has_iw = self._commands.find("iw") is not None
+        wireless = Wireless() if has_iw else self._wireless(name)
+        bssid = station.bssid or (None if has_iw else self._link.bssid)
+        connected = bssid is not None or wireless.rssi_dbm is not None
         self._count(bssid, connected=connected)
-        link, info = self._link, self._info
-        if not connected:
-            return Wifi(
-                interface=name, connected=False, power_save=self._power_save, roams=self._roams,
-                disconnects=self._disconnects,
-            )  # fmt: skip
-        frequency_mhz = info.frequency_mhz or link.frequency_mhz
-        up, down = station.up, station.down
+        facts = _facts_of(station, wireless, self._link, self._info) if connected else {}
         return Wifi(
             interface=name,
-            connected=True,
-            ssid=(link.ssid or info.ssid or "")[:128] or None,
+            connected=connected,
             bssid=bssid,
-            rssi_dbm=station.rssi_dbm if station.rssi_dbm is not None else table.rssi_dbm,
-            rssi_average_dbm=station.rssi_average_dbm,
-            up_phy_mbps=up.phy_mbps,
-            down_phy_mbps=down.phy_mbps,
-            up_mode=up.mode,
-            down_mode=down.mode,
-            up_mcs=up.mcs,
-            down_mcs=down.mcs,
-            up_streams=up.streams,
-            down_streams=down.streams,
-            up_packets=station.up_packets,
-            up_retries=station.up_retries,
-            up_failed=station.up_failed if station.up_failed is not None else table.up_failed,
-            down_packets=station.down_packets,
-            down_dropped=station.down_dropped,
-            beacon_losses=station.beacon_losses if station.beacon_losses is not None else table.beacon_losses,
-            frequency_mhz=frequency_mhz,
-            channel=info.channel or (wifi.channel_of(frequency_mhz) if frequency_mhz else None),
-            width_mhz=info.width_mhz or up.width_mhz or down.width_mhz,
-            band_ghz=wifi.band_ghz_of(frequency_mhz) if frequency_mhz else None,
             power_save=self._power_save,
-            associated_s=station.associated_s,
-            inactive_ms=station.inactive_ms,
             roams=self._roams,
             disconnects=self._disconnects,
+            **facts,
         )
 
     def _count(self, bssid: str | None, *, connected: bool) -> None:
@@ -117,9 +96,27 @@ class Radio:
     def _facts(self, name: str, what: str, parse: Callable[[str], Parsed[_T]], nothing: _T) -> _T:
         return self._commands.facts(f"iw {what}", parse, nothing, "iw", "dev", name, what)
 
-    def _table(self, name: str) -> Wireless:
+    def _wireless(self, name: str) -> Wireless:
         try:
             text = (self._root / "proc/net/wireless").read_text(errors="replace")
         except OSError:
             return Wireless()
         return self._commands.kept("/proc/net/wireless", wifi.parse_wireless(text, name))
+
+
+def _facts_of(station: WifiStation, wireless: Wireless, link: WifiLink, info: Interface) -> dict[str, Any]:
+    """Fields of `Wifi` of an interface that is connected."""
+    facts = {name: getattr(station, name) for name in _FROM_STATION}
+    for name in _FROM_STATION_OR_WIRELESS:
+        value = getattr(station, name)
+        facts[name] = value if value is not None else getattr(wireless, name)
+    for direction, rate in (("up", station.up), ("down", station.down)):
+        facts |= {f"{direction}_{name}": getattr(rate, name) for name in _FROM_RATE}
+    frequency_mhz = info.frequency_mhz or link.frequency_mhz
+    return facts | {
+        "ssid": (link.ssid or info.ssid or "")[:128] or None,
+        "frequency_mhz": frequency_mhz,
+        "channel": info.channel or (wifi.channel_of(frequency_mhz) if frequency_mhz else None),
+        "width_mhz": info.width_mhz or station.up.width_mhz or station.down.width_mhz,
+        "band_ghz": wifi.band_ghz_of(frequency_mhz) if frequency_mhz else None,
+    }

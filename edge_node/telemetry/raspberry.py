@@ -1,4 +1,4 @@
-"""What a Raspberry Pi's firmware says (`vcgencmd`). Pure."""
+"""Parsers of a Raspberry Pi's `vcgencmd`, which asks its firmware. Pure."""
 
 import re
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from edge_node.telemetry.parsed import Parsed, is_cut
 
 _CONDITIONS = ("under-voltage", "frequency capped", "throttled", "soft temperature limit")
-"""Bits 0 to 3: now; bits 16 to 19: at some time since boot."""
+"""Bits 0 to 3 say what is the case now, bits 16 to 19 what was at any time since boot."""
 _SINCE_BOOT_SHIFT = 16
 _RAIL = re.compile(r"^\s*(\S+)_([AV]) (current|volt)\(\d+\)=(-?\d+(?:\.\d+)?)([AV])$")
 _UNREGISTERED = "Command not registered"
@@ -15,7 +15,7 @@ INPUT_RAIL = "EXT5V"
 
 @dataclass(frozen=True, slots=True)
 class Throttling:
-    """`vcgencmd get_throttled`, also in words."""
+    """`vcgencmd get_throttled`: the bits, and their meaning in words, separated by commas."""
 
     bits: int | None = None
     now: str | None = None
@@ -31,12 +31,12 @@ class PmicRail:
 
     @property
     def watts(self) -> float | None:
-        """Their product; None where one is not measured."""
+        """Volts × amperes; None if one of them is not measured."""
         return None if self.volts is None or self.amperes is None else round(self.volts * self.amperes, 6)
 
 
 def parse_throttled(text: str) -> Parsed[Throttling]:
-    """Facts of `vcgencmd get_throttled`."""
+    """Bits and words from `vcgencmd get_throttled`."""
     match = re.fullmatch(r"throttled=0x([0-9a-fA-F]{1,8})\n", text)
     if match is None:
         return Parsed(Throttling(), f"no flags: {text[:80]!r}")
@@ -46,19 +46,19 @@ def parse_throttled(text: str) -> Parsed[Throttling]:
 
 
 def parse_temperature(text: str) -> Parsed[float | None]:
-    """°C of `vcgencmd measure_temp`."""
+    """Temperature in °C from `vcgencmd measure_temp`."""
     match = re.fullmatch(r"temp=(-?\d{1,3}(?:\.\d+)?)'C\n", text)
     return Parsed(float(match[1])) if match else Parsed(None, f"no temperature: {text[:80]!r}")
 
 
 def parse_volts(text: str) -> Parsed[float | None]:
-    """Volts of `vcgencmd measure_volts core`."""
+    """Core voltage in volts from `vcgencmd measure_volts core`."""
     match = re.fullmatch(r"volt=(\d{1,2}(?:\.\d+)?)V\n", text)
     return Parsed(float(match[1])) if match else Parsed(None, f"no voltage: {text[:80]!r}")
 
 
 def parse_pmic(text: str) -> Parsed[dict[str, PmicRail]]:
-    """Rails of `vcgencmd pmic_read_adc`; none on boards before the Raspberry Pi 5, whose firmware lacks the command."""
+    """Rails by name from `vcgencmd pmic_read_adc`; none on boards before the Raspberry Pi 5, which lack the command."""
     if _UNREGISTERED in text:
         return Parsed({})
     rails: dict[str, PmicRail] = {}
@@ -70,7 +70,7 @@ def parse_pmic(text: str) -> Parsed[dict[str, PmicRail]]:
             complaint = complaint or f"not understood: {line[:80]!r}"
             continue
         if number == len(lines) and is_cut(text):
-            continue  # a number that is cut off is another number
+            continue  # the number may be cut off
         name, value = match[1], float(match[4])
         known = rails.get(name, PmicRail())
         rails[name] = PmicRail(value, known.amperes) if match[2] == "V" else PmicRail(known.volts, value)

@@ -1,4 +1,4 @@
-"""By which interface a host is reached."""
+"""Finds the interface through which a host is reached."""
 
 import socket
 
@@ -6,7 +6,7 @@ import psutil
 
 
 def route_interface(host: str, port: int) -> str | None:
-    """Name of the interface; None where there is no route, or the name is not known."""
+    """Name of the interface; None if there is no route, or no interface has the route's address."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:

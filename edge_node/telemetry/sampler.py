@@ -1,11 +1,10 @@
-"""One sample after the other: what the tools and files of this device say, put together.
+"""Samples of a device's telemetry, put together from its tools and files.
 
-What changes fast is read each time; what costs a process and hardly ever changes, every few seconds.
+What changes fast is read for each sample; what needs a process and hardly ever changes, every few seconds.
 """
 
 import os
 import re
-import time
 from pathlib import Path
 
 from edge_node.devices import board_model
@@ -20,16 +19,13 @@ from edge_node.telemetry.tegrastats import Tegrastats
 from wire.telemetry import MAX_SENSORS, SCHEMA, Clocks, Power, Rail, Telemetry, Thermal
 
 _SLOW_S = 5.0
-"""Between two looks at what an association or a driver's setting fixes; a new BSSID is looked at at once."""
+"""Between two readings of what stays the same during an association; a new BSSID is a reason to read it at once."""
 _MODE_S = 30.0
 _PMIC_BOARDS = re.compile(r"Raspberry Pi (?:5|500|Compute Module 5)")
 
 
-class Sampler:
-    """The facts of one device.
-
-    Between samples it remembers what roaming is counted by.
-    """
+class TelemetrySampler:
+    """Samples of one device. It keeps the counts of roaming between samples."""
 
     def __init__(
         self,
@@ -43,13 +39,15 @@ class Sampler:
         """Nothing is read yet.
 
         Args:
-            broker: host and port, by which the interface is found that traffic goes over.
-            root: below which /sys and /proc lie.
+            broker: host and port; the route to it tells which interface traffic goes over.
+            commands: the device's tools, and the clock.
+            root: folder that holds /sys and /proc.
         """
         self._node, self._boot_id, self._broker = node, boot_id, broker
         self._root = root
         self._commands = commands or Commands()
-        self._files = Files(root / "sys")
+        self._clock = self._commands.clock
+        self._files = Files(root / "sys", clock=self._clock)
         self._model = board_model(root)
         self._sequence = 0
         self._radio = Radio(self._commands, root)
@@ -59,16 +57,16 @@ class Sampler:
         self._slow_due_s = self._mode_due_s = float("-inf")
 
     def close(self) -> None:
-        """End what runs in the background."""
+        """End the tools that run in the background."""
         self._tegrastats.close()
 
     def sample(self) -> Telemetry:
-        """Read everything now."""
-        unix_ns, began = time.time_ns(), time.monotonic()
+        """Read everything now; takes as long as the device's tools take."""
+        unix_ns, began = self._clock.unix_ns(), self._clock.monotonic_s()
         if began >= self._slow_due_s:
             self._slow_due_s = began + _SLOW_S
             self._route = route_interface(*self._broker) if self._broker else None
-            self._radio.look(self._route)
+            self._radio.read_settings(self._route)
         if began >= self._mode_due_s:
             self._mode_due_s = began + _MODE_S
             self._mode = self._commands.facts("nvpmodel", jetson.parse_power_mode, None, "nvpmodel", "-q")
@@ -88,7 +86,7 @@ class Sampler:
             power=self._power(sensors, tegra),
             clocks=self._clocks(files, tegra),
             warnings=dict(self._commands.warnings),
-            sampling_ms=round(1e3 * (time.monotonic() - began), 3),
+            sampling_ms=round(1e3 * (self._clock.monotonic_s() - began), 3),
         )
         self._sequence += 1
         return sample

@@ -1,8 +1,7 @@
-"""`tegrastats` prints a line per interval for as long as it runs: started once, its latest line taken."""
+"""`tegrastats` in the background: it prints a line per interval for as long as it runs."""
 
 import os
 import subprocess
-import time
 
 from edge_node.telemetry.commands import Commands
 
@@ -12,7 +11,7 @@ _MOST_BYTES = 64 << 10
 
 
 class Tegrastats:
-    """The tool in the background; nothing where there is none."""
+    """The running tool; without the tool, there are no lines."""
 
     def __init__(self, commands: Commands) -> None:
         """Nothing is started yet."""
@@ -22,7 +21,10 @@ class Tegrastats:
         self._not_before_s = float("-inf")
 
     def line(self) -> str | None:
-        """The latest line that came since the last call, if any; never waits."""
+        """The latest complete line since the last call, None if there is none; never waits.
+
+        Starts the tool if it is not running, at most once a minute.
+        """
         if self._process is None and not self._start():
             return None
         assert self._process is not None  # noqa: S101 - started
@@ -39,7 +41,7 @@ class Tegrastats:
         return lines[-1].decode(errors="replace") if lines else None
 
     def close(self) -> None:
-        """End it."""
+        """End the tool."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
@@ -48,9 +50,9 @@ class Tegrastats:
 
     def _start(self) -> bool:
         tool = self._commands.find("tegrastats")
-        if tool is None or time.monotonic() < self._not_before_s:
+        if tool is None or self._commands.clock.monotonic_s() < self._not_before_s:
             return False
-        self._not_before_s = time.monotonic() + _START_AGAIN_S
+        self._not_before_s = self._commands.clock.monotonic_s() + _START_AGAIN_S
         try:
             self._process = subprocess.Popen(
                 [tool, "--interval", str(_INTERVAL_MS)],

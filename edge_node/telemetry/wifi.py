@@ -1,7 +1,7 @@
-"""What `iw` and /proc/net/wireless say of a wireless interface. Pure.
+"""Parsers of `iw` and /proc/net/wireless. Pure.
 
-`iw` prints what nl80211 gives it, and drivers differ in what they give: brcmfmac (Raspberry Pi) has no MCS, no
-retries and no averages, mt76 and ath10k have per-antenna signals, iwlwifi has HE rates. What is missing is None.
+`iw` prints what nl80211 reports, and drivers differ in what they report: brcmfmac (Raspberry Pi) has no MCS, no retries
+and no averages, mt76 and ath10k have per-antenna signals, iwlwifi has HE rates. What is missing is None.
 """
 
 import re
@@ -19,7 +19,7 @@ _NO_NOISE = -256
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """A bit rate of the radio, one direction."""
+    """A bit rate of the radio in one direction, with modulation and coding as far as the driver reports them."""
 
     phy_mbps: float | None = None
     mode: str | None = None
@@ -29,7 +29,7 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class WifiLink:
     """`iw dev X link`.
 
     Attributes:
@@ -45,7 +45,7 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
-class Station:
+class WifiStation:
     """`iw dev X station dump` of a client: its access point. Counters since the association."""
 
     bssid: str | None = None
@@ -80,23 +80,23 @@ class Interface:
 
 @dataclass(frozen=True, slots=True)
 class Wireless:
-    """One line of /proc/net/wireless, which kernels keep for drivers that still speak Wireless Extensions."""
+    """One line of /proc/net/wireless, which kernels keep for drivers with Wireless Extensions."""
 
     rssi_dbm: int | None = None
     up_failed: int | None = None
     beacon_losses: int | None = None
 
 
-def parse_link(text: str) -> Parsed[Link]:
-    """Facts of `iw dev X link`."""
+def parse_link(text: str) -> Parsed[WifiLink]:
+    """Facts from `iw dev X link`; without a BSSID if not connected."""
     if text.strip() == "Not connected.":
-        return Parsed(Link())
+        return Parsed(WifiLink())
     connected = _CONNECTED.search(text)
     if connected is None:
-        return Parsed(Link(), f"no link: {text[:80]!r}")
+        return Parsed(WifiLink(), f"no link: {text[:80]!r}")
     lines = lines_of(text[connected.end() :])
     fields = Fields(lines)
-    link = Link(
+    link = WifiLink(
         bssid=connected[1].lower(),
         ssid=lines.get("SSID"),
         frequency_mhz=fields.integer("freq", r"(\d{4,5})(?:\.\d+)?$"),
@@ -107,17 +107,17 @@ def parse_link(text: str) -> Parsed[Link]:
     return Parsed(link, fields.complaint or _cut(text))
 
 
-def parse_station(text: str) -> Parsed[Station]:
-    """Facts of `iw dev X station dump`, of its first station."""
+def parse_station(text: str) -> Parsed[WifiStation]:
+    """Facts about the first station of `iw dev X station dump`; all None if not associated."""
     if not text.strip():
-        return Parsed(Station())  # not associated
+        return Parsed(WifiStation())  # not associated
     stations = list(_STATION.finditer(text))
     if not stations:
-        return Parsed(Station(), f"no station: {text[:80]!r}")
+        return Parsed(WifiStation(), f"no station: {text[:80]!r}")
     end = stations[1].start() if len(stations) > 1 else len(text)
     lines = lines_of(text[stations[0].end() : end])
     fields = Fields(lines)
-    station = Station(
+    station = WifiStation(
         bssid=stations[0][1].lower(),
         rssi_dbm=_dbm(fields, "signal"),
         rssi_average_dbm=_dbm(fields, "signal avg"),
@@ -130,14 +130,14 @@ def parse_station(text: str) -> Parsed[Station]:
         down_dropped=fields.integer("rx drop misc", r"(\d{1,15})$"),
         beacon_losses=fields.integer("beacon loss", r"(\d{1,15})$"),
         associated_s=fields.integer("connected time", r"(\d{1,15}) seconds$"),
-        # Longer than a week is a counter that ran backwards (some Realtek drivers).
+        # More digits are a counter that ran backwards (some Realtek drivers).
         inactive_ms=fields.integer("inactive time", r"(\d{1,8}) ms$"),
     )
     return Parsed(station, fields.complaint or _cut(text))
 
 
 def parse_info(text: str) -> Parsed[Interface]:
-    """Facts of `iw dev X info`."""
+    """Facts from `iw dev X info`."""
     words = dict(line.strip().partition(" ")[::2] for line in text[: text.rfind("\n") + 1].splitlines())
     if "Interface" not in words:
         return Parsed(Interface(), f"no interface: {text[:80]!r}")
@@ -158,13 +158,13 @@ def parse_info(text: str) -> Parsed[Interface]:
 
 
 def parse_power_save(text: str) -> Parsed[bool | None]:
-    """Facts of `iw dev X get power_save`."""
+    """Whether power saving is on, from `iw dev X get power_save`."""
     match = re.fullmatch(r"Power save: (on|off)\n", text)
     return Parsed(match[1] == "on") if match else Parsed(None, f"no power save: {text[:80]!r}")
 
 
 def parse_wireless(text: str, interface: str) -> Parsed[Wireless]:
-    """Facts of /proc/net/wireless about one interface; nothing where it has no line."""
+    """Facts about one interface from /proc/net/wireless; all None if it has no line."""
     lines = text.splitlines()
     if len(lines) < 2 or "face" not in lines[1]:
         return Parsed(Wireless(), f"no table: {text[:80]!r}")
@@ -176,13 +176,13 @@ def parse_wireless(text: str, interface: str) -> Parsed[Wireless]:
         retry, missed = int(row[8]), int(row[10])
     except (IndexError, ValueError, OverflowError):
         return Parsed(Wireless(), f"not understood: {' '.join(row)[:80]!r}")
-    # Positive levels are on a scale of the driver's own.
+    # Positive levels are on a scale that only the driver knows.
     rssi = level if _NO_NOISE < level < 0 else None
     return Parsed(Wireless(rssi_dbm=rssi, up_failed=max(0, retry), beacon_losses=max(0, missed)))
 
 
 def channel_of(frequency_mhz: int) -> int | None:
-    """Number of the channel with this centre (IEEE 802.11-2020, 17.3.8.4.2; 6 GHz: 27.3.23.2)."""
+    """Number of the channel with this centre (IEEE 802.11-2020, 17.3.8.4.2; 6 GHz: 27.3.23.2); None for others."""
     if frequency_mhz == 2484:
         return 14
     if 2412 <= frequency_mhz <= 2472:
@@ -197,7 +197,7 @@ def channel_of(frequency_mhz: int) -> int | None:
 
 
 def band_ghz_of(frequency_mhz: int) -> float | None:
-    """2.4, 5 or 6."""
+    """The band that a frequency lies in: 2.4, 5 or 6 GHz; None for others."""
     if 2400 <= frequency_mhz <= 2500:
         return 2.4
     if 5150 <= frequency_mhz <= 5895:
@@ -206,7 +206,7 @@ def band_ghz_of(frequency_mhz: int) -> float | None:
 
 
 def _dbm(fields: Fields, name: str) -> int | None:
-    """`-54 dBm` or `-54 [-56, -58] dBm`; a positive value is an error of the driver."""
+    """`-54 dBm` or `-54 [-56, -58] dBm`; positive values are driver errors and refused."""
     return fields.integer(name, r"(-\d{1,3}) (?:\[[-\d, ]+\] )?dBm$")
 
 

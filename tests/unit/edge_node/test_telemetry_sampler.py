@@ -12,7 +12,7 @@ import pytest
 
 from edge_node.telemetry.commands import Commands
 from edge_node.telemetry.process import TelemetryProcess
-from edge_node.telemetry.sampler import Sampler
+from edge_node.telemetry.sampler import TelemetrySampler
 from tests.unit.edge_node.test_telemetry_parsers import RECORDINGS, tree
 from wire.telemetry import Telemetry, decode_telemetry, encode_telemetry
 
@@ -39,10 +39,10 @@ class Device:
         for path, value in tree(recording).items():
             self.file(f"sys/{path}", value + "\n")
 
-    def sampler(self) -> Sampler:
+    def sampler(self) -> TelemetrySampler:
         # A generous deadline: this machine may be busy.
         commands = Commands(f"{self.bin}:/usr/bin:/bin", timeout_s=5.0)
-        return Sampler("n1", "b1", commands=commands, root=self.root)
+        return TelemetrySampler("n1", "b1", commands=commands, root=self.root)
 
 
 @pytest.fixture
