@@ -1,7 +1,7 @@
 """Frame authentication: keys, tags, and protection against replayed requests.
 
-A tag is HMAC-SHA256 (RFC 2104), cut to 16 bytes, over the whole frame, including session, request and attempt. Each node
-and each direction has its own key, so that a tag is valid for one node and one direction only:
+A tag is HMAC-SHA256 (RFC 2104), cut to 16 bytes, over the whole frame, including session, request and attempt. Each
+node and each direction has its own key, so that a tag is valid for one node and one direction only:
 
     cluster key ──HKDF──▶ node key ──HKDF──▶ key towards the node, key from the node
 
@@ -61,7 +61,9 @@ class FrameAuthenticator:
         mac = self._receiving.copy()
         mac.update(frame)
         if not hmac.compare_digest(mac.digest()[:TAG_BYTES], tag):
-            raise FrameError("forged", "the tag does not match: the sender has another key, or bytes were changed on the way")
+            raise FrameError(
+                "forged", "the tag does not match: the sender has another key, or bytes were changed on the way"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,17 @@
 """The binary frames between base station and edge nodes: coding only, no I/O.
 
-A frame is a fixed 48-byte little-endian header and a body whose length follows from the header alone.
-`docs/protocol.md` draws both. Every length is checked against header and limits before a byte of the body
-is used; anything wrong raises `FrameError` with a reason that can be counted.
+A frame is a fixed 48-byte little-endian header and a body whose length follows from the header alone. Every length is
+checked against header and limits before a byte of the body is used; anything wrong raises `FrameError` with a reason
+that can be counted. Three fields of the header mean different things in different kinds of frames:
+
+    kind    tokens                hidden              deadline_ms
+    WORK    rows of the tensor    values per row      time after arrival when the work need not be started any more
+    RESULT  rows of the tensor    values per row      µs spent on loading experts (`NodeDurations.load_ns`)
+    ERROR   bytes of the message  0                   0
+    PING    bytes of the payload  bytes to reply      0
+    PONG    bytes of the payload  0                   0
+
+`docs/protocol.md` draws the layout.
 """
 
 import enum
@@ -25,32 +34,31 @@ MAGIC = b"WDMo"
 VERSION = 1
 
 MAX_FRAME_BYTES = 2 << 20
-"""No frame is larger. Batches that would be are cut by tokens into several requests (`max_tokens`)."""
+"""Largest frame. Larger batches are cut by tokens into several requests (`max_tokens`)."""
 TARGET_FRAME_BYTES = 512 << 10
-"""Where batches are cut: large enough to amortise the header, small enough for TLS and for fair queues."""
+"""Size at which batches are cut: large enough to amortise the header, small enough for TLS and for fair queues."""
 MAX_TOKENS = 1 << 16
 MAX_HIDDEN = 1 << 16
 MAX_MESSAGE_BYTES = 512
 MAX_PING_BYTES = 64 << 10
 
-# magic version kind dtype flags session request attempt layer tokens hidden deadline experts status
-_HEADER = struct.Struct("<4sBBBBQQHHIIIHH")
-_SEALED = 1
+_HEADER = struct.Struct("<4sBBBBQQHHIIIHH")  # the fields of `_Header`
+_TAGGED = 1  # flag: the frame ends with a tag
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CRC.size
 _ROW = struct.Struct("<HHI")  # expert, zero, count
 _DURATIONS = struct.Struct("<QQQQ")
 _MOST_LOAD_US = 2**32 - 1
 _MOST_NS = 2**60
-"""36 years: five such durations add up to what fits the 64 bits of tables."""
+"""Longest valid duration, 36 years: the sum of five such durations still fits the 64-bit integers of tables."""
 RESULT_BYTES = HEADER_BYTES + _DURATIONS.size
-"""Of a result without its tensor."""
+"""Bytes of a result without its tensor."""
 ROW_BYTES = 8
-"""Of a hidden state in a request's expert table: index and weight."""
+"""Bytes of a hidden state in a request's expert table: its index and gate weight."""
 
 
 class Kind(enum.IntEnum):
-    """What a frame is."""
+    """Kind of a frame."""
 
     WORK = 1
     RESULT = 2
@@ -70,13 +78,32 @@ class Status(enum.IntEnum):
     INTERNAL = 5
 
 
+class _Header(NamedTuple):
+    """The fields of a header as they are on the wire; the module's docstring says what depends on `kind`."""
+
+    magic: bytes
+    version: int
+    kind: int
+    dtype: int
+    flags: int
+    session: int
+    request: int
+    attempt: int
+    layer: int
+    tokens: int
+    hidden: int
+    deadline_ms: int
+    experts: int
+    status: int
+
+
 class RequestId(NamedTuple):
-    """What makes a reply belong to a request.
+    """Identifies a request, and in a reply the request that it answers.
 
     Attributes:
         session: random 64-bit number of one coordinator process.
         request: counts up within a session.
-        attempt: 0 for the first try; a repetition keeps `request`, so that answers are idempotent.
+        attempt: 0 for the first try; a repetition has the same `request`, so that answers are idempotent.
     """
 
     session: int
@@ -99,12 +126,12 @@ class ExpertSlice(NamedTuple):
 
 
 class WorkFrame(Struct, frozen=True):
-    """BS → node: hidden states and which of the node's experts each goes to.
+    """Base station → node: hidden states, and which of the node's experts each goes to.
 
     Attributes:
-        deadline_ms: time after arrival past which the node need not start; 0 for none.
+        deadline_ms: time after arrival when the node need not start this work any more; 0 for no deadline.
         hidden: float32 [tokens, hidden].
-        dtype: how `hidden` travels, and the reply with it.
+        dtype: number format of `hidden` in the frame, and of the reply.
     """
 
     id: RequestId
@@ -116,10 +143,14 @@ class WorkFrame(Struct, frozen=True):
 
 
 class NodeDurations(Struct, frozen=True):
-    """Where a node spent its time on a request, by its own monotonic clock.
+    """How a node spent its time on a request, by its own monotonic clock.
 
     Attributes:
-        load_ns: reading experts into memory that the node does not keep there; whole microseconds on the wire.
+        queue_ns: from arrival until decoding began.
+        decode_ns: checking and decoding the frame.
+        compute_ns: running experts.
+        encode_ns: encoding the reply.
+        load_ns: loading experts that the node does not keep in memory; whole microseconds on the wire.
     """
 
     queue_ns: int = 0
@@ -130,7 +161,7 @@ class NodeDurations(Struct, frozen=True):
 
     @property
     def total_ns(self) -> int:
-        """Time between a request's arrival at the node and its answer."""
+        """Time from the request's arrival at the node to its answer."""
         return self.queue_ns + self.decode_ns + self.compute_ns + self.encode_ns + self.load_ns
 
 
@@ -138,7 +169,7 @@ _NO_TIME = NodeDurations()
 
 
 class ResultFrame(Struct, frozen=True):
-    """Node → BS: per token the sum over the node's experts of gate weight × expert output.
+    """Node → base station: per token the sum over the node's experts of gate weight × expert output.
 
     Attributes:
         output: float32 [tokens, hidden]; a token that no slice named is zero.
@@ -153,7 +184,7 @@ class ResultFrame(Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class ErrorFrame:
-    """Node → BS: this request can't be answered."""
+    """Node → base station: this request can't be answered."""
 
     id: RequestId
     layer: int
@@ -163,7 +194,10 @@ class ErrorFrame:
 
 @dataclass(frozen=True, slots=True)
 class PingFrame:
-    """BS → node: answer at once with `reply_bytes` bytes. Sizes of both directions differ to tell their rates apart."""
+    """Base station → node: answer at once with `reply_bytes` bytes.
+
+    The sizes of both directions differ, so that their rates can be told apart.
+    """
 
     id: RequestId
     payload: bytes = field(default=b"", repr=False)
@@ -172,14 +206,14 @@ class PingFrame:
 
 @dataclass(frozen=True, slots=True)
 class PongFrame:
-    """Node → BS: answer to a ping."""
+    """Node → base station: answer to a ping."""
 
     id: RequestId
     payload: bytes = field(default=b"", repr=False)
     durations: NodeDurations = _NO_TIME
 
 
-# Calling an enumeration takes several times as long as a dictionary.
+# A dictionary is several times as fast as calling the enumeration.
 _KINDS = {int(kind): kind for kind in Kind}
 _DTYPES = {int(dtype): dtype for dtype in WireDtype}
 _STATUSES = {int(status): status for status in Status}
@@ -189,7 +223,7 @@ _E = TypeVar("_E", bound=enum.IntEnum)
 
 
 def max_tokens(hidden: int, dtype: WireDtype) -> int:
-    """Tokens of one WORK frame at which it reaches `TARGET_FRAME_BYTES`; at least 1."""
+    """Number of tokens with which a WORK frame reaches `TARGET_FRAME_BYTES`; at least 1."""
     return max(1, TARGET_FRAME_BYTES // (dtype.codec.row_bytes(hidden) + 16))
 
 
@@ -205,10 +239,10 @@ def encode(
     Args:
         began_ns: for results, the `clock.perf_ns()` from which `durations.encode_ns` counts; what is measured
             replaces the value in `frame`, since the conversion ends only here.
-        authenticator: appends a tag.
+        authenticator: appends a tag; no tag if None.
 
     Raises:
-        FrameError: the frame breaks a limit, so that no receiver would take it.
+        FrameError: the frame is beyond a limit, and every receiver would refuse it.
     """
     status, layer, tokens, hidden, deadline_ms, n_experts = Status.OK, 0, 0, 0, 0, 0
     dtype = WireDtype.FP32
@@ -228,7 +262,7 @@ def encode(
             tensor = dtype.codec.encode(frame.output)
             d = frame.durations
             encode_ns = d.encode_ns if began_ns is None else clock.perf_ns() - began_ns
-            deadline_ms = min(d.load_ns // 1000, _MOST_LOAD_US)  # that field of the header has no other use here
+            deadline_ms = min(d.load_ns // 1000, _MOST_LOAD_US)
             body = [_DURATIONS.pack(d.queue_ns, d.decode_ns, d.compute_ns, encode_ns), *tensor]
         case ErrorFrame():
             kind, layer, status = Kind.ERROR, frame.layer, frame.status
@@ -242,7 +276,7 @@ def encode(
             tokens = len(frame.payload)
             body = [_DURATIONS.pack(d.queue_ns, d.decode_ns, d.compute_ns, d.encode_ns), frame.payload]
     _check_limits(kind, tokens, hidden)
-    flags = 0 if authenticator is None else _SEALED
+    flags = 0 if authenticator is None else _TAGGED
     header = _HEADER.pack(
         MAGIC, VERSION, kind, dtype, flags, frame.id.session, frame.id.request, frame.id.attempt,
         layer, tokens, hidden, deadline_ms, n_experts, status,
@@ -263,7 +297,7 @@ def decode(data: bytes | bytearray, *, authenticator: FrameAuthenticator | None 
     """The frame in `data`.
 
     Args:
-        authenticator: only frames with its tag are taken; without it, only frames that have none.
+        authenticator: accept only frames with its tag; if None, only frames without a tag.
 
     Raises:
         FrameError: with reason `length`, `magic`, `version`, `flags`, `sealed`, `unsealed`, `forged`, `kind`,
@@ -271,67 +305,52 @@ def decode(data: bytes | bytearray, *, authenticator: FrameAuthenticator | None 
     """
     if not HEADER_BYTES <= len(data) <= MAX_FRAME_BYTES:
         raise FrameError("length", f"{len(data)} bytes are not a frame ({HEADER_BYTES} to {MAX_FRAME_BYTES})")
-    (
-        magic,
-        version,
-        kind,
-        dtype,
-        flags,
-        session,
-        request,
-        attempt,
-        layer,
-        tokens,
-        hidden,
-        deadline_ms,
-        n,
-        status,
-    ) = _HEADER.unpack_from(data)
-    if magic != MAGIC:
-        raise FrameError("magic", "this is no WDMoE frame")
-    if version != VERSION:
-        raise FrameError("version", f"frame version {version}, this side speaks {VERSION}")
-    end = _check_seal(data, flags, authenticator)
-    kind = _member(_KINDS, kind, "kind")
-    dtype = _member(_DTYPES, dtype, "dtype")
-    status = _member(_STATUSES, status, "status")
-    _check_limits(kind, tokens, hidden)
+    h = _Header._make(_HEADER.unpack_from(data))
+    if h.magic != MAGIC:
+        raise FrameError("magic", "this is not a WDMoE frame")
+    if h.version != VERSION:
+        raise FrameError("version", f"frame version {h.version}, this side reads {VERSION}")
+    end = _check_tag(data, h.flags, authenticator)
+    kind = _member(_KINDS, h.kind, "kind")
+    dtype = _member(_DTYPES, h.dtype, "dtype")
+    status = _member(_STATUSES, h.status, "status")
+    _check_limits(kind, h.tokens, h.hidden)
     body = memoryview(data)[HEADER_BYTES:end]
     (crc,) = _CRC.unpack_from(data, _HEADER.size)
     if zlib.crc32(body, zlib.crc32(memoryview(data)[: _HEADER.size])) != crc:
         raise FrameError("crc", "checksum does not match: bytes were changed on the way")
-    id = RequestId(session, request, attempt)
+    id = RequestId(h.session, h.request, h.attempt)
     match kind:
         case Kind.WORK:
-            experts, tensor = _expert_table(body, n, tokens)
-            x = _tensor(tensor, tokens, hidden, dtype)
-            return WorkFrame(id, layer, deadline_ms, experts, x, dtype)
+            experts, tensor = _expert_table(body, h.experts, h.tokens)
+            x = _tensor(tensor, h.tokens, h.hidden, dtype)
+            return WorkFrame(id, h.layer, h.deadline_ms, experts, x, dtype)
         case Kind.RESULT:
             if len(body) < _DURATIONS.size:
                 raise FrameError("length", "result frame ends within its durations")
-            x = _tensor(body[_DURATIONS.size :], tokens, hidden, dtype)
-            return ResultFrame(id, layer, x, dtype, _durations(body, load_us=deadline_ms))
+            x = _tensor(body[_DURATIONS.size :], h.tokens, h.hidden, dtype)
+            return ResultFrame(id, h.layer, x, dtype, _durations(body, load_us=h.deadline_ms))
         case Kind.ERROR:
-            _check_body(body, tokens)
-            return ErrorFrame(id, layer, status, bytes(body).decode(errors="replace"))
+            _check_body(body, h.tokens)
+            return ErrorFrame(id, h.layer, status, bytes(body).decode(errors="replace"))
         case Kind.PING:
-            _check_body(body, tokens)
-            return PingFrame(id, bytes(body), hidden)
+            _check_body(body, h.tokens)
+            return PingFrame(id, bytes(body), h.hidden)
         case Kind.PONG:
-            _check_body(body, _DURATIONS.size + tokens)
+            _check_body(body, _DURATIONS.size + h.tokens)
             return PongFrame(id, bytes(body[_DURATIONS.size :]), _durations(body))
 
 
-def _check_seal(data: bytes | bytearray, flags: int, authenticator: FrameAuthenticator | None) -> int:
-    """Where the body ends. Nothing else of a frame is looked at before its tag was."""
-    if flags & ~_SEALED:
+def _check_tag(data: bytes | bytearray, flags: int, authenticator: FrameAuthenticator | None) -> int:
+    """Where the body ends. The tag is checked before anything else of the frame is used."""
+    if flags & ~_TAGGED:
         raise FrameError("flags", f"unknown flags {flags:#x}")
     if not flags:
         if authenticator is not None:
-            raise FrameError("unsealed", "the frame has no tag: does the sender have a key?")
+            raise FrameError("unsealed", "the frame has no tag: give the sender its frame key")
         return len(data)
     if authenticator is None:
-        raise FrameError("sealed", "the frame has a tag, and this side has no key to check it with")
+        raise FrameError("sealed", "the frame has a tag, but this side has no frame key to check it with")
     end = len(data) - TAG_BYTES
     if end < HEADER_BYTES:
         raise FrameError("length", "the frame ends within its tag")
@@ -365,7 +384,7 @@ def _check_body(body: memoryview, expected: int) -> None:
 def _durations(body: memoryview, *, load_us: int = 0) -> NodeDurations:
     queue_ns, decode_ns, compute_ns, encode_ns = durations = _DURATIONS.unpack_from(body)
     if max(durations) > _MOST_NS:
-        raise FrameError("limit", "a node can't have been busy for 36 years")
+        raise FrameError("limit", f"a duration of {max(durations)} ns is out of limits")
     return NodeDurations(queue_ns, decode_ns, compute_ns, encode_ns, 1000 * load_us)
 
 
@@ -397,7 +416,7 @@ def _expert_table(body: memoryview, n: int, tokens: int) -> tuple[list[ExpertSli
         stop = start + count
         slices.append(ExpertSlice(expert, index[start:stop], weight[start:stop]))
         start = stop
-    # Adding rows by index needs each row once per expert: a repeated one would be lost silently.
+    # Outputs are added by index, where numpy would silently drop all but one of a repeated row.
     if any(_repeats(s.tokens) for s in slices):
         raise FrameError("table", "a token is listed twice for one expert")
     return slices, body[end:]
