@@ -1,5 +1,5 @@
-"""Can a plan be run here and now? Asked before anything is measured.
+"""Preflight: can a plan run here and now? Checked before anything is measured.
 
-`plan_checks` asks this machine and the plan's files, `nodes` and `iperf` gather what nodes and links are like,
-`verdicts` (pure) judges them, `preflight` puts it together.
+`plan_checks` checks this machine and the plan's files, `nodes` and `iperf` gather facts about nodes and links,
+`verdicts` (pure) judges them, and `preflight` puts it all together.
 """

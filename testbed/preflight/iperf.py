@@ -1,4 +1,4 @@
-"""How much a link carries, by iperf3 against a server on the node: about five seconds."""
+"""Measures the goodput of a link with iperf3 against a server on the node, in about five seconds."""
 
 import shutil
 import subprocess
@@ -12,11 +12,11 @@ PORT = 5201
 _SECONDS = 2
 _CONNECT_MS = 2000
 _TRIES_S = 1.0
-"""A server that serves one test at a time is started again by systemd in between."""
+"""Time for retries: an iperf3 server runs one test at a time, and systemd may restart it in between."""
 
 
 def measure_rate(address: str) -> Rate | None:
-    """Goodput to and from a host, None if iperf3 is missing here or nobody serves there."""
+    """Goodput to and from a host; None if iperf3 is not installed here or the host runs no iperf3 server."""
     if shutil.which("iperf3") is None:
         return None
     down_mbps = _goodput_mbps(address)
@@ -27,7 +27,7 @@ def measure_rate(address: str) -> Rate | None:
 
 
 def _goodput_mbps(address: str, *options: str) -> float | None:
-    """As the receiver saw it."""
+    """Goodput in Mbit/s as the receiver measured it; None if the server can't be reached."""
     argv = ["iperf3", "--json", "-c", address, "-p", str(PORT), "-t", str(_SECONDS)]
     argv += ["--connect-timeout", str(_CONNECT_MS), *options]
     deadline = time.monotonic() + _TRIES_S

@@ -1,4 +1,4 @@
-"""What nodes and their links are like now, by asking them: over the broker, and by iperf3 where it serves."""
+"""Gathers facts about nodes and their links: over the broker, and with iperf3 where a node runs its server."""
 
 import secrets
 import time
@@ -26,21 +26,21 @@ from wire.transport import Message, Transport
 from wire.transports import connect
 
 _WATCH_S = 4.5
-"""Longer than from one heartbeat of a node to its next."""
+"""Longer than the time between two heartbeats of a node."""
 _LINKS_S = 2.5
 _CLOCKS_S = 0.5
 _ANSWER_S = 8.0
 _MOST_PROOFS = 32
-"""Experts per node, spread over its layers."""
+"""Most experts that are proven per node, spread over its layers."""
 OnProgress = Callable[[str], None]
 
 
 class _Listener(Transport):
-    """A transport that keeps what nodes say of themselves, also those that nobody can use.
+    """A transport that keeps the statuses of all nodes, including nodes that the base station can't use.
 
     Attributes:
-        last: status by node.
-        boots: processes that said they were online, by node.
+        last: last status of each node.
+        boots: boot ids of the processes that reported to be online, by node.
     """
 
     def __init__(self, transport: Transport, topics: Topics) -> None:
@@ -49,7 +49,7 @@ class _Listener(Transport):
         self._transport, self._topics = transport, topics
 
     def receive(self, timeout_s: float) -> Message | None:
-        """See `Transport.receive`."""
+        """Receive a message and keep it if it is a status."""
         message = self._transport.receive(timeout_s)
         node = self._topics.node_of_status(message.topic) if message and message.payload else None
         if message and node is not None:
@@ -76,7 +76,7 @@ class _Listener(Transport):
         self._transport.publish_confirmed(topic, payload, retain=retain, timeout_s=timeout_s)
 
     def close(self) -> None:
-        """See `Transport.close`."""
+        """Close the transport."""
         self._transport.close()
 
 
@@ -92,25 +92,26 @@ def gather(
     iperf: bool = True,
     on_progress: OnProgress = lambda line: None,
 ) -> list[NodeFacts]:
-    """Ask every node.
+    """Gather facts about every node.
 
     Args:
-        named: nodes that there should be; empty for whoever is there.
-        until: when nodes' certificates run out.
-        wait_s: how long to wait for the named nodes to be heard of.
-        iperf: measure links with iperf3 where nodes serve it; else by pings alone.
-        on_progress: told what is being done.
+        named: nodes that the plan names; empty to take all nodes that are online.
+        cluster_key: key that authenticates frames, if the cluster has one.
+        until: expiry of the nodes' certificates.
+        wait_s: longest time to wait for the first status of the named nodes.
+        iperf: measure links with iperf3 where nodes run its server; else links are only estimated from pings.
+        on_progress: called with each step of the check, in words.
 
     Raises:
-        BrokerError: the broker can't be reached, or was lost.
+        BrokerError: the broker can't be reached, or the connection was lost.
     """
     topics = Topics(cluster)
     transport = connect(address, f"wdmoe-preflight-{secrets.token_hex(4)}")
-    fleet = NodeRegistry(manifest.dims, manifest.model_sha256)
+    registry = NodeRegistry(manifest.dims, manifest.model_sha256)
     listener = _Listener(transport, topics)
     with closing(transport):
         dispatcher = Dispatcher(
-            listener, topics, fleet, dtype=WireDtype.FP16, timeout_s=_ANSWER_S, cluster_key=cluster_key
+            listener, topics, registry, dtype=WireDtype.FP16, timeout_s=_ANSWER_S, cluster_key=cluster_key
         )
         on_progress("listening to the nodes")
         deadline = time.monotonic() + wait_s
@@ -121,9 +122,9 @@ def gather(
         dispatcher.measure_links(_LINKS_S)
         dispatcher.measure_clocks(_CLOCKS_S)
         clocks = node_clocks([("before", sample) for sample in dispatcher.clock_samples()])
-        wrong = {node: _prove(dispatcher, manifest, node, on_progress) for node in sorted(fleet.nodes)}
-        rates = _rates(dispatcher, fleet.nodes.values(), iperf=iperf, on_progress=on_progress)
-        told = dispatcher.telemetry.latest()
+        proofs = {node: _prove(dispatcher, manifest, node, on_progress) for node in sorted(registry.nodes)}
+        rates = _rates(dispatcher, registry.nodes.values(), iperf=iperf, on_progress=on_progress)
+        samples = dispatcher.telemetry.latest()
     names = sorted({*named, *listener.last})
     return [
         NodeFacts(
@@ -131,12 +132,12 @@ def gather(
             expected=node in named if named else node not in listener.last or listener.last[node].online,
             quantisation=str(manifest.quantisation),
             status=listener.last.get(node),
-            ignored=fleet.ignored.get(node, ""),
+            ignored=registry.ignored.get(node, ""),
             restarted=len(listener.boots[node]) > 1,
-            telemetry=told[node].telemetry if node in told else None,
+            telemetry=samples[node].telemetry if node in samples else None,
             clock=clocks[node].at(time.time_ns()) if node in clocks else None,
-            proven=wrong[node][0] if node in wrong else 0,
-            wrong=wrong[node][1] if node in wrong else "",
+            proven=proofs[node][0] if node in proofs else 0,
+            wrong=proofs[node][1] if node in proofs else "",
             rate=rates.get(node),
             until=(until or {}).get(node),
             now=datetime.now(UTC),
@@ -146,7 +147,7 @@ def gather(
 
 
 def _prove(dispatcher: Dispatcher, manifest: Manifest, node: str, on_progress: OnProgress) -> tuple[int, str]:
-    """How many experts answered rightly, and what was wrong with the first one that did not."""
+    """Number of experts that passed the probe, and the error of the first one that failed; empty if none did."""
     on_progress(f"{node}: proving experts")
     entries = {entry.id: entry for entry in manifest.experts}
     document = dispatcher.registry.nodes.get(node)
@@ -160,14 +161,14 @@ def _prove(dispatcher: Dispatcher, manifest: Manifest, node: str, on_progress: O
         except DispatchError as error:
             return proven, str(error)
         if node not in dispatcher.registry.nodes:
-            return proven, f"left while {id} was asked of it"
+            return proven, f"went offline while {id} was tested"
     return len(chosen), ""
 
 
 def _rates(
     dispatcher: Dispatcher, nodes: Iterable[NodeStatus], *, iperf: bool, on_progress: OnProgress
 ) -> dict[str, Rate]:
-    """One node after the other: on one channel they would share it."""
+    """Rates of all links, measured one after another, because nodes may share one channel."""
     rates = {
         known.node: Rate(
             known.link.down_mbps, known.link.up_mbps, "pings", known.link.down_std_mbps, known.link.up_std_mbps

@@ -1,4 +1,4 @@
-"""What this machine and a plan's files are asked; nothing is started or changed."""
+"""Checks of this machine and of a plan's files; nothing is started or changed."""
 
 import os
 import re
@@ -31,32 +31,36 @@ from wire.topics import Topics
 from wire.transports import connect
 
 _STEP_BYTES = 60_000
-"""Of one token of the demo model in all tables, Parquet and CSV: 30 layers × about two requests."""
+"""Size of one token of the demo model in all tables, Parquet and CSV: 30 layers × about two requests."""
 _SPARE_BYTES = 512 << 20
 _BUSY = 0.5
 _NODE_RAM_BYTES = 120 << 20
-"""A node process without its experts."""
+"""Memory of a node process without its experts."""
 
 
 def plan_checks(plan: Plan, manifests: Mapping[str, Manifest]) -> list[Check]:
-    """Its data, placement and network."""
+    """Checks of a plan's data sets, placement and network.
+
+    Args:
+        manifests: manifest of each usable bundle, by name.
+    """
     checks = [
-        asked(f"data {workload.name}", _data, workload)
+        checked(f"data {workload.name}", _data, workload)
         for workload in plan.workloads
         if isinstance(workload, Choice | Perplexity) and workload.dataset is not None
     ]
     checks += _network(plan)
     for name, manifest in manifests.items():
         if not plan.external:
-            checks.append(asked(f"placement {name}", _placement, plan, manifest))
+            checks.append(checked(f"placement {name}", _placement, plan, manifest))
             if plan.emulated:
-                checks.append(asked("network", _emulated, plan, manifest.dims.experts))
+                checks.append(checked("network", _emulated, plan, manifest.dims.experts))
             checks.append(_ram(name, plan, manifest))
     return checks
 
 
 def machine_checks(plan: Plan, *, out: Path) -> list[Check]:
-    """Of the base station.
+    """Checks of the base station's machine.
 
     Args:
         out: where the run's folder would be made.
@@ -64,8 +68,8 @@ def machine_checks(plan: Plan, *, out: Path) -> list[Check]:
     return [_disk(plan, out), _clock(plan), _governor(), _load(), _survey(), _code()]
 
 
-def asked(name: str, question: Callable[..., tuple[Level, str]], *about: object) -> Check:
-    """The answer; an error of ours is one as well."""
+def checked(name: str, question: Callable[..., tuple[Level, str]], *about: object) -> Check:
+    """The result of one check; an error of the project or the system fails it."""
     try:
         level, detail = question(*about)
     except (WdmoeError, OSError, ValueError) as error:
@@ -74,10 +78,10 @@ def asked(name: str, question: Callable[..., tuple[Level, str]], *about: object)
 
 
 def bundle_checks(plan: Plan, checks: list[Check]) -> Iterator[tuple[str, Manifest]]:
-    """The manifests of the bundles that can be used; what is wrong with the others goes into `checks`."""
+    """The manifests of the usable bundles, by name; appends one check per bundle to `checks`."""
     for name in plan.bundles:
         manifests: list[Manifest] = []
-        checks.append(asked(f"bundle {Path(name).name}", _bundle, plan, name, manifests))
+        checks.append(checked(f"bundle {Path(name).name}", _bundle, plan, name, manifests))
         yield from ((Path(name).name, manifest) for manifest in manifests)
 
 
@@ -88,7 +92,7 @@ def _bundle(plan: Plan, name: str, found: list[Manifest]) -> tuple[Level, str]:
         scheme, block = demo_scheme(name)
         folder = demo_bundle_path(scheme, block=block)
         if not (folder / MANIFEST_NAME).exists():
-            return "warn", "not there yet: 'run' makes it, which takes minutes and may download about 100 MB"
+            return "warn", "not exported yet: 'run' exports it, which takes minutes and may download about 100 MB"
     manifest = load_manifest(folder)
     files = [*manifest.trunk]
     if plan.external is None:
@@ -96,7 +100,7 @@ def _bundle(plan: Plan, name: str, found: list[Manifest]) -> tuple[Level, str]:
     for file in files:
         path = folder / file.path
         if not path.is_file() or path.stat().st_size != file.bytes:
-            return "fail", f"{path} is missing or has another size: export the bundle again"
+            return "fail", f"{path} is missing or has the wrong size: export the bundle again"
     check_plan(plan, top_k=manifest.dims.top_k)
     for policy in plan.policies:
         parse_policy(policy, top_k=manifest.dims.top_k, model_sha256=manifest.model_sha256)
@@ -109,7 +113,7 @@ def _data(workload: Choice | Perplexity) -> tuple[Level, str]:
     if isinstance(workload, Choice):
         count = len(read_items(path, ChoiceItem))
         if count < workload.span[1]:
-            return "fail", f"{path} has {count} items, the plan wants {workload.span[1]}"
+            return "fail", f"{path} has {count} items, the plan needs {workload.span[1]}"
     else:
         count = len(read_items(path, DomainText))
     return "pass", f"{count} items, SHA-256 {sha256_file(path)[:12]}…"
@@ -117,10 +121,10 @@ def _data(workload: Choice | Perplexity) -> tuple[Level, str]:
 
 def _network(plan: Plan) -> list[Check]:
     if plan.external:
-        return []  # its broker runs, and is asked as such
+        return []  # its broker is running and has a check of its own
     checks = [_own_broker(plan)]
     if plan.emulated:
-        checks.append(asked("privileges", _privileges))
+        checks.append(checked("privileges", _privileges))
     return checks
 
 
@@ -132,14 +136,14 @@ def _own_broker(plan: Plan) -> Check:
         return Check("broker", "pass", f"mosquitto, {installed}")
     if plan.broker == "mosquitto":
         return Check("broker", "fail", "mosquitto is not installed: 'apt install mosquitto'")
-    return Check("broker", "warn", "mosquitto is not installed; the embedded one adds about 0.4 ms to a round trip")
+    return Check("broker", "warn", "mosquitto is not installed; the embedded broker adds about 0.4 ms to a round trip")
 
 
 def _privileges() -> tuple[Level, str]:
     from testbed.network.namespaces import check_privileges
 
     check_privileges()
-    return "pass", "namespaces and TAP devices can be made"
+    return "pass", "namespaces and TAP devices can be created"
 
 
 def _emulated(plan: Plan, experts: int) -> tuple[Level, str]:
@@ -147,9 +151,9 @@ def _emulated(plan: Plan, experts: int) -> tuple[Level, str]:
     return "pass", f"{plan.emulated} has the plan's nodes and profiles"
 
 
-def broker_check(address: BrokerAddress, cluster: str) -> Check:
-    """A broker that is running: is it fast?"""
-    return asked("broker", _broker, address, cluster)
+def check_broker(address: BrokerAddress, cluster: str) -> Check:
+    """Check that a running broker answers, and how fast."""
+    return checked("broker", _broker, address, cluster)
 
 
 def _broker(address: BrokerAddress, cluster: str) -> tuple[Level, str]:
@@ -169,7 +173,7 @@ def _placement(plan: Plan, manifest: Manifest) -> tuple[Level, str]:
             return "fail", f"nodes.{node}: {error}"
     missing = {ExpertId(layer, e) for layer in range(dims.layers) for e in range(dims.experts)} - held
     if missing:
-        return "fail", f"nodes: nobody holds {format_selector(sorted(missing))}"
+        return "fail", f"nodes: no node holds {format_selector(sorted(missing))}"
     return "pass", f"{len(plan.node_experts(dims.experts))} nodes hold all {len(held)} experts"
 
 
@@ -194,23 +198,22 @@ def _disk(plan: Plan, out: Path) -> Check:
     needed = _SPARE_BYTES + steps * _STEP_BYTES
     place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
-    least = plan.limits.least_disk_mib * 2**20
-    level: Level = "fail" if free < least else "warn" if free < needed else "pass"
+    level: Level = "fail" if plan.limits.disk(free) else "warn" if free < needed else "pass"
     return Check("disk", level, f"about {needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free at {place}")
 
 
 def _clock(plan: Plan) -> Check:
-    """Durations are one clock's; only lining logs of several machines up needs them to agree."""
+    """Durations use one clock each; only lining up the logs of several machines needs clocks that agree."""
     level: Level = "warn" if plan.external else "pass"
-    why = "logs of several machines can't be lined up" if plan.external else "one machine, one clock"
+    effect = "logs of several machines can't be lined up" if plan.external else "one machine, one clock"
     try:
         argv = ["timedatectl", "show", "-p", "NTPSynchronized", "--value"]
-        said = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=5).stdout.strip()
+        answer = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=5).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        said = ""
-    if said == "yes":
+        answer = ""
+    if answer == "yes":
         return Check("clock", "pass", "synchronised")
-    return Check("clock", level, f"{'not synchronised' if said == 'no' else 'synchronisation unknown'}; {why}")
+    return Check("clock", level, f"{'not synchronised' if answer == 'no' else 'synchronisation unknown'}; {effect}")
 
 
 def _governor() -> Check:
@@ -219,25 +222,28 @@ def _governor() -> Check:
         return Check("CPU", "warn", f"throttled now or since boot ({power['throttled']}): cooling or power supply")
     governors = power.get("governors")
     if not governors:
-        return Check("CPU", "pass", "this machine shows no frequency governor")
+        return Check("CPU", "pass", "no frequency governor")
     if governors == ["performance"]:
         return Check("CPU", "pass", "governor performance")
-    hint = "'cpupower frequency-set -g performance' makes times steadier"
+    hint = "'cpupower frequency-set -g performance' makes times more stable"
     return Check("CPU", "warn", f"governor {', '.join(governors)}: {hint}")
 
 
 def _survey() -> Check:
-    """How busy the channel of this machine's own radio is."""
+    """How busy the channel of this machine's radio is."""
     for path in sorted(Path("/sys/class/net").glob("*/phy80211")):
-        said = facts.output("iw", "dev", path.parent.name, "survey", "dump")
-        if (busy := busy_share(said)) is not None:
+        survey = facts.output("iw", "dev", path.parent.name, "survey", "dump")
+        if (busy := busy_share(survey)) is not None:
             level: Level = "warn" if busy > _BUSY else "pass"
-            return Check("channel", level, f"{busy:.0%} busy, as {path.parent.name} hears it")
-    return Check("channel", "unknown", "no radio here tells how busy its channel is")
+            return Check("channel", level, f"{busy:.0%} busy, measured by {path.parent.name}")
+    return Check("channel", "unknown", "no radio here reports how busy its channel is")
 
 
 def busy_share(survey: str) -> float | None:
-    """Of the channel in use, from what `iw dev … survey dump` says; None where the driver does not count it."""
+    """Busy share of the channel in use, from the output of `iw dev … survey dump`.
+
+    None if the driver doesn't measure it.
+    """
     for block in survey.split("Survey data from ")[1:]:
         times = {
             name: int(found[1])
@@ -253,12 +259,14 @@ def _load() -> Check:
     load, cpus = os.getloadavg()[0], len(os.sched_getaffinity(0))
     level: Level = "warn" if load > 0.5 * cpus else "pass"
     return Check(
-        "load", level, f"{load:.1f} on {cpus} CPUs" + (": others' work will be measured too" * (level != "pass"))
+        "load", level, f"{load:.1f} on {cpus} CPUs" + (": other work will disturb the measurement" * (level != "pass"))
     )
 
 
 def _code() -> Check:
     commit, dirty = facts.commit()
     if dirty:
-        return Check("code", "warn", f"differs from its commit {commit[:12]}: numbers can't be reproduced from it")
+        return Check(
+            "code", "warn", f"differs from commit {commit[:12]}: the numbers can't be reproduced from the commit alone"
+        )
     return Check("code", "pass", f"commit {commit[:12]}")

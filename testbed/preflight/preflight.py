@@ -1,4 +1,4 @@
-"""All of preflight: this machine, the plan, the broker, every node. What it starts, it ends."""
+"""Runs all checks: this machine, the plan, the broker and every node. What it starts, it stops again."""
 
 import ssl
 import tempfile
@@ -23,7 +23,7 @@ from testbed.keys.folder import KeyFolder
 from testbed.local_nodes import LocalNodes
 from testbed.plan.schema import Broker, Plan
 from testbed.preflight.nodes import gather
-from testbed.preflight.plan_checks import asked, broker_check, bundle_checks, machine_checks, plan_checks
+from testbed.preflight.plan_checks import bundle_checks, check_broker, checked, machine_checks, plan_checks
 from testbed.preflight.verdicts import Check, Level, NodeFacts, certificate, judge
 from wire.broker_url import BrokerAddress
 from wire.frame_auth import read_cluster_key
@@ -37,32 +37,32 @@ _QUIET: OnProgress = lambda line: None  # noqa: E731
 def run_preflight(
     plan: Plan, *, out: Path, keys: Path | None = None, quick: bool = False, on_progress: OnProgress = _QUIET
 ) -> list[Check]:
-    """Ask everything.
+    """Run all checks of a plan.
 
     Args:
         out: where the run's folder would be made.
-        keys: folder of `wdmoe-testbed keys`, for the nodes' certificates.
+        keys: folder of `wdmoe-testbed keys`, to check when the nodes' certificates expire.
         quick: start no nodes and measure no rates.
-        say: told what is being done.
+        on_progress: called with each step of the check, in words.
     """
     checks: list[Check] = []
     manifests = dict(bundle_checks(plan, checks))
     checks += plan_checks(plan, manifests)
     until: dict[str, datetime] = {}
     if keys is not None:
-        checks.append(asked("keys", _keys, keys, until))
+        checks.append(checked("keys", _keys, keys, until))
     for manifest in list(manifests.values())[:1]:
         if plan.external:
-            checks += _outside(plan, plan.external, manifest, until, quick=quick, on_progress=on_progress)
+            checks += _external(plan, plan.external, manifest, until, quick=quick, on_progress=on_progress)
         elif plan.emulated and not quick and all(check.level != "fail" for check in checks):
             checks += _emulated(plan, next(iter(plan.bundles)), manifest, on_progress)
     return checks + machine_checks(plan, out=out)
 
 
 def print_checks(checks: Sequence[Check], console: Console) -> None:
-    """One row per check of this machine, then one per node and check; a verdict per node at the end."""
+    """Print one row per check, those of this machine first, and then a verdict per node."""
     colours = {"pass": "green", "warn": "yellow", "fail": "red", "unknown": "dim"}
-    table = Table("", "of", "check", "result", show_edge=False)
+    table = Table("", "node", "check", "result", show_edge=False)
     for check in sorted(checks, key=lambda check: check.node):
         table.add_row(
             f"[{colours[check.level]}]{check.level}[/]", escape(check.node), escape(check.name), escape(check.detail)
@@ -74,13 +74,13 @@ def print_checks(checks: Sequence[Check], console: Console) -> None:
 
 
 def verdicts(checks: Sequence[Check]) -> dict[str, Level]:
-    """By node the worst of its checks; what is not known stops nobody."""
+    """The worst level of each node's checks; `unknown` counts as `pass`."""
     nodes = sorted({check.node for check in checks if check.node})
     of = {node: {check.level for check in checks if check.node == node} for node in nodes}
     return {node: "fail" if "fail" in some else "warn" if "warn" in some else "pass" for node, some in of.items()}
 
 
-def _outside(
+def _external(
     plan: Plan,
     broker: Broker,
     manifest: Manifest,
@@ -89,12 +89,12 @@ def _outside(
     quick: bool,
     on_progress: OnProgress,
 ) -> Iterator[Check]:
-    """Nodes that are running already."""
+    """Checks of the broker and nodes of an external network, which must be running."""
     try:
         with open_broker(broker.broker, access=broker.access) as address:
             yield from _certificates(broker, address)
             on_progress("broker")
-            check = broker_check(address, broker.cluster)
+            check = check_broker(address, broker.cluster)
             yield check
             key = read_cluster_key(Path(broker.cluster_key), broker.cluster) if broker.cluster_key else None
             named = tuple(plan.nodes) if isinstance(plan.nodes, dict) else ()
@@ -112,16 +112,16 @@ def _outside(
         yield Check("nodes", "fail", " ".join(str(error).split()))
         return
     yield from judge(facts, plan.limits)
-    yield _held(manifest, facts)
+    yield _placement(manifest, facts)
 
 
-def _held(manifest: Manifest, facts: Sequence[NodeFacts]) -> Check:
-    fleet = NodeRegistry(manifest.dims, manifest.model_sha256)
+def _placement(manifest: Manifest, facts: Sequence[NodeFacts]) -> Check:
+    registry = NodeRegistry(manifest.dims, manifest.model_sha256)
     for node in facts:
         if node.status is not None:
-            fleet.apply(node.status)
-    if fleet.missing():
-        return Check("placement", "fail", fleet.describe_missing())
+            registry.apply(node.status)
+    if registry.missing():
+        return Check("placement", "fail", registry.describe_missing())
     return Check("placement", "pass", "every expert has a holder")
 
 
@@ -129,13 +129,13 @@ def _certificates(broker: Broker, address: BrokerAddress) -> Iterator[Check]:
     now = datetime.now(UTC)
     for name, path in (("our certificate", broker.tls_cert), ("authority", broker.ca_file)):
         if path is not None:
-            yield asked(name, lambda path=path: certificate(expiry(Path(path).read_bytes()), now))
+            yield checked(name, lambda path=path: certificate(expiry(Path(path).read_bytes()), now))
     if address.tls:
-        yield asked("broker's certificate", lambda: certificate(_served(address), now))
+        yield checked("broker's certificate", lambda: certificate(_served_until(address), now))
 
 
-def _served(address: BrokerAddress) -> datetime:
-    """Until when the broker's own certificate is good."""
+def _served_until(address: BrokerAddress) -> datetime:
+    """When the broker's own certificate expires."""
     pem = ssl.get_server_certificate((address.host, address.port), timeout=5.0)
     return expiry(pem.encode())
 
@@ -145,11 +145,11 @@ def _keys(folder: Path, until: dict[str, datetime]) -> tuple[Level, str]:
     until |= {e.name: e.until for e in expiries}
     first = expiries[0]
     level, detail = certificate(first.until, datetime.now(UTC))
-    return level, f"{len(expiries)} certificates, the first to run out: {first.name}, {detail}"
+    return level, f"{len(expiries)} certificates, the first to expire: {first.name}, {detail}"
 
 
 def _emulated(plan: Plan, bundle: str, manifest: Manifest, on_progress: OnProgress) -> list[Check]:
-    """The plan's own nodes on its own network, started for this and ended."""
+    """Checks of the nodes of an emulated network, which are started for the checks and stopped again."""
     from testbed.experiment.start import bundle_path
 
     folder = bundle_path(bundle, console=Console(quiet=True))
@@ -161,14 +161,14 @@ def _emulated(plan: Plan, bundle: str, manifest: Manifest, on_progress: OnProgre
             if plan.profiles:
                 network.set_profile(plan.profiles[0])
             address = stack.enter_context(open_broker(broker_of(plan), host=network.address))
-            check = broker_check(address, "default")
+            check = check_broker(address, "default")
             logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wdmoe-preflight-")))
-            fleet = LocalNodes(folder, address, logs)
-            stack.callback(fleet.stop)
+            nodes = LocalNodes(folder, address, logs)
+            stack.callback(nodes.stop)
             for node, selector in experts.items():
-                fleet.start(node, selector, threads=plan.node_threads, prefix=network.prefix(node))
+                nodes.start(node, selector, threads=plan.node_threads, prefix=network.prefix(node))
                 stack.enter_context(_serving_iperf(network, node))
-            ended = _wait(fleet)
+            ended = _wait(nodes)
             facts = gather(
                 address,
                 "default",
@@ -179,28 +179,30 @@ def _emulated(plan: Plan, bundle: str, manifest: Manifest, on_progress: OnProgre
             )
     except (WdmoeError, OSError) as error:
         return [Check("nodes", "fail", " ".join(str(error).split()))]
-    checks = [check, *judge(facts, plan.limits), _held(manifest, facts)]
-    # What a node's process said as it ended tells more than that nobody heard of it.
+    checks = [check, *judge(facts, plan.limits), _placement(manifest, facts)]
+    # The last line of a process that ended says more than that the node never came online.
     return [
-        Check(c.name, c.level, f"it ended: {ended[c.node]}", c.node) if c.name == "online" and c.node in ended else c
+        Check(c.name, c.level, f"the node process ended: {ended[c.node]}", c.node)
+        if c.name == "online" and c.node in ended
+        else c
         for c in checks
     ]
 
 
-def _wait(fleet: LocalNodes) -> dict[str, str]:
-    """By node that ended in its first moments, the last line of its log."""
+def _wait(nodes: LocalNodes) -> dict[str, str]:
+    """The last log line of each node that ended within its first seconds."""
     time.sleep(2.0)
     ended = {}
-    for node, process in fleet.processes.items():
+    for node, process in nodes.processes.items():
         if process.poll() is not None:
-            lines = fleet.log_path(node).read_text(errors="replace").strip().splitlines()
+            lines = nodes.log_path(node).read_text(errors="replace").strip().splitlines()
             ended[node] = lines[-1] if lines else f"exit code {process.returncode}"
     return ended
 
 
 @contextmanager
 def _serving_iperf(network: Network, node: str) -> Iterator[None]:
-    """An iperf3 server on a node, where iperf3 is installed."""
+    """Run an iperf3 server on a node for the duration of the context, if iperf3 is installed."""
     try:
         server = Popen([*network.prefix(node), "iperf3", "--server"], stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""What preflight says about a node, from what was gathered of it. Pure.
+"""Judges nodes by the facts that were gathered about them. Pure.
 
-A check that could not be made says so (`unknown`) and stops nobody: absent tools and silent devices are no faults.
+A check without the facts it needs is `unknown` and fails nothing: missing tools and sensors are not faults.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,25 +16,25 @@ from wire.telemetry import Telemetry, Wifi
 
 Level = Literal["pass", "warn", "fail", "unknown"]
 _SPARE_RAM_BYTES = 64 << 20
-"""What `wdmoe-node` itself wants to have free."""
+"""Free memory that `wdmoe-node` itself requires."""
 _EARLY = 0.1
-"""A warning at this share of the limit of a clock."""
+"""Share of a clock's limit from which there is a warning."""
 _SLOW_SHARE = 0.4
-"""Of the median link: below it a link is pointed out."""
+"""Share of the median link's rate below which there is a warning."""
 _NEARLY_HOT_CELSIUS = 10.0
 _SOON_DAYS = 30
 _WEAK_DBM = -75
 _RETRIES = 0.3
 _LEAST_PACKETS = 200
-"""Of a share of retries that is worth something."""
+"""Fewest packets for a meaningful share of retries."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One question and its answer.
+    """One check and its result.
 
     Attributes:
-        node: that it is about; empty for this machine, the plan or the broker.
+        node: the node it is about; empty for this machine, the plan or the broker.
     """
 
     name: str
@@ -48,8 +48,8 @@ class Rate:
     """Goodput of a link, in Mbit/s.
 
     Attributes:
-        down_std_mbps, up_std_mbps: one standard deviation; 0 for a measurement that is taken as it is.
-        how: where it is from, for people.
+        how: how it was measured, in words.
+        down_std_mbps, up_std_mbps: one standard deviation; 0 if unknown.
     """
 
     down_mbps: float
@@ -60,22 +60,23 @@ class Rate:
 
     @property
     def worse(self) -> tuple[float, float]:
-        """The slower way and its standard deviation."""
+        """Rate of the slower direction and its standard deviation."""
         return min((self.down_mbps, self.down_std_mbps), (self.up_mbps, self.up_std_mbps))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeFacts:
-    """What was gathered of a node; None for what nobody tells.
+    """Facts about a node; None for what is unknown.
 
     Attributes:
-        expected: the plan names it.
-        ignored: why the base station does not use it although it is online.
-        restarted: its process changed while it was watched.
-        proven: how many of its experts answered the probe input rightly.
-        wrong: what was wrong with an answer.
-        until: when its certificate runs out.
-        now: when all this was gathered.
+        expected: whether the plan names the node.
+        quantisation: quantisation of the plan's bundle.
+        ignored: why the base station doesn't use the node although it is online; empty if it does.
+        restarted: whether the node's process changed during the check.
+        proven: number of experts that answered the probe input correctly.
+        wrong: what was wrong with the first expert that didn't; empty if all did.
+        until: when the node's certificate expires.
+        now: time of the check.
     """
 
     node: str
@@ -104,10 +105,10 @@ def judge(facts: Sequence[NodeFacts], limits: Limits) -> list[Check]:
     return checks
 
 
-Answer = tuple[str, Level, str]
+Result = tuple[str, Level, str]
 
 
-def _node(facts: NodeFacts, limits: Limits, typical_mbps: float) -> Iterator[Answer]:
+def _node(facts: NodeFacts, limits: Limits, typical_mbps: float) -> Iterator[Result]:
     status = facts.status
     yield "online", *_online(facts)
     yield "id", *_id(facts)
@@ -129,27 +130,27 @@ def _node(facts: NodeFacts, limits: Limits, typical_mbps: float) -> Iterator[Ans
 
 
 def _carries(telemetry: Telemetry) -> bool:
-    """Whether the wireless interface that it tells of is the way to the broker."""
+    """Whether the node reaches the broker through the wireless interface of its telemetry."""
     return telemetry.wifi is not None and telemetry.wifi.interface == telemetry.route
 
 
 def _online(facts: NodeFacts) -> tuple[Level, str]:
     status = facts.status
     if status is None:
-        return "fail", "never heard of: is it switched on, are broker address and network right?"
+        return "fail", "no message from it: is it switched on, are its broker address and network right?"
     if not status.online:
-        return "fail" if facts.expected else "warn", f"offline: {status.reason or 'it does not say why'}"
-    where = f"{status.machine.host}, {status.machine.arch}" if status.machine else "it does not say where"
-    return ("warn", f"online on {where}, but the plan does not name it") if not facts.expected else ("pass", where)
+        return "fail" if facts.expected else "warn", f"offline: {status.reason or 'unknown reason'}"
+    where = f"{status.machine.host}, {status.machine.arch}" if status.machine else "on an unknown machine"
+    return ("warn", f"online on {where}, but the plan doesn't name it") if not facts.expected else ("pass", where)
 
 
 def _id(facts: NodeFacts) -> tuple[Level, str]:
     status = facts.status
     if status and status.rival:
-        return "fail", f"a second process wanted this id: on {status.rival}"
+        return "fail", f"a second process tried to use this id: on {status.rival}"
     if facts.restarted:
-        return "fail", "two processes take turns with this id, or one restarts all the time"
-    return "pass", "one process has it"
+        return "fail", "two processes alternate with this id, or one keeps restarting"
+    return "pass", "used by one process"
 
 
 def _experts(facts: NodeFacts) -> tuple[Level, str]:
@@ -159,27 +160,27 @@ def _experts(facts: NodeFacts) -> tuple[Level, str]:
     if facts.wrong:
         return "fail", facts.wrong
     if holding is None:
-        return "warn", "holds nothing"
-    text = f"{holding.experts}, {holding.quantisation}; hashes checked at its start, {facts.proven} proven now"
+        return "warn", "holds no experts"
+    text = f"{holding.experts}, {holding.quantisation}; hashes checked at its start, {facts.proven} experts tested now"
     if holding.quantisation != facts.quantisation:
         return "warn", f"{text}; the plan's bundle is {facts.quantisation}"
     return "pass", text
 
 
 def certificate(until: datetime | None, now: datetime) -> tuple[Level, str]:
-    """Of any certificate."""
+    """Level and detail of a certificate that expires at `until`."""
     if until is None:
-        return "unknown", "not among the keys that were named"
+        return "unknown", "no certificate in --keys"
     days = (until - now).total_seconds() / 86400
-    text = f"good until {until:%Y-%m-%d}"
+    text = f"valid until {until:%Y-%m-%d}"
     if days <= 0:
-        return "fail", f"ran out on {until:%Y-%m-%d}: 'wdmoe-testbed keys rotate' makes a new one"
+        return "fail", f"expired on {until:%Y-%m-%d}: 'wdmoe-testbed keys rotate' makes a new one"
     return ("warn", f"{text}, {days:.0f} days: 'wdmoe-testbed keys rotate'") if days < _SOON_DAYS else ("pass", text)
 
 
 def _memory(available_bytes: int | None) -> tuple[Level, str]:
     if available_bytes is None:
-        return "unknown", "it does not say"
+        return "unknown", "not reported"
     level: Level = (
         "fail" if available_bytes < _SPARE_RAM_BYTES else "warn" if available_bytes < 2 * _SPARE_RAM_BYTES else "pass"
     )
@@ -188,83 +189,84 @@ def _memory(available_bytes: int | None) -> tuple[Level, str]:
 
 def _disk(free_bytes: int | None, limits: Limits) -> tuple[Level, str]:
     if free_bytes is None:
-        return "unknown", "it does not say"
-    if free_bytes < limits.least_disk_mib * 2**20:
-        return "fail", f"{free_bytes >> 20} MiB free, the limit is {limits.least_disk_mib:g}"
-    return "pass", f"{free_bytes >> 20} MiB free"
+        return "unknown", "not reported"
+    shortage = limits.disk(free_bytes)
+    return ("fail", shortage) if shortage else ("pass", f"{free_bytes >> 20} MiB free")
 
 
 def _clock(clock: Offset | None, limits: Limits) -> tuple[Level, str]:
     if clock is None:
-        return "unknown", "no ping came back"
+        return "unknown", "no answer to clock probes"
     off_ms, error_ms = clock.offset_ns / 1e6, clock.error_ns / 1e6
-    least_ms = abs(off_ms) - error_ms
     text = f"{off_ms:+.1f} ms (± {error_ms:.1f}) against the base station, estimated"
-    if least_ms > limits.most_clock_ms:
+    if limits.clock(off_ms, error_ms):
         return "fail", f"{text}: let chrony follow the base station"
-    return ("warn" if least_ms > _EARLY * limits.most_clock_ms else "pass"), text
+    return ("warn" if abs(off_ms) - error_ms > _EARLY * limits.most_clock_ms else "pass"), text
 
 
 def _throttling(telemetry: Telemetry | None) -> tuple[Level, str]:
     thermal = telemetry.thermal if telemetry else None
     if thermal is None or thermal.throttling_now is None:
-        return "unknown", "it does not say"
+        return "unknown", "not reported"
     if thermal.throttling_now:
-        return "fail", f"now: {thermal.throttling_now}: cooling or power supply"
+        return "fail", f"now: {thermal.throttling_now}: check cooling and power supply"
     if thermal.throttling_since_boot:
-        return "warn", f"since its start: {thermal.throttling_since_boot}"
+        return "warn", f"since boot: {thermal.throttling_since_boot}"
     return "pass", "none"
 
 
 def _heat(telemetry: Telemetry | None, limits: Limits) -> tuple[Level, str]:
     celsius = telemetry.thermal.soc_celsius if telemetry else None
     if celsius is None:
-        return "unknown", "it does not say"
-    if celsius > limits.most_celsius:
-        return "fail", f"{celsius:.0f} °C, the limit is {limits.most_celsius:g}"
+        return "unknown", "not reported"
+    if excess := limits.heat(celsius):
+        return "fail", excess
     return ("warn" if celsius > limits.most_celsius - _NEARLY_HOT_CELSIUS else "pass"), f"{celsius:.0f} °C"
 
 
 def _link(rate: Rate | None, limits: Limits, typical_mbps: float) -> tuple[Level, str]:
     if rate is None:
         return "unknown", "not measured"
-    text = f"{rate.down_mbps:.1f} down, {rate.up_mbps:.1f} Mbit/s up, by {rate.how}"
+    text = f"{rate.down_mbps:.1f} Mbit/s down, {rate.up_mbps:.1f} up, by {rate.how}"
     worse_mbps, std_mbps = rate.worse
     if worse_mbps + 2 * std_mbps < limits.least_mbps:
         return "fail", f"{text}; the limit is {limits.least_mbps:g}"
     if worse_mbps - 2 * std_mbps < limits.least_mbps:
-        return "unknown", f"{text}, not certain enough for the limit of {limits.least_mbps:g}"
+        return "unknown", f"{text}, too uncertain to compare with the limit of {limits.least_mbps:g}"
     if worse_mbps < _SLOW_SHARE * typical_mbps:
-        return "warn", f"{text}; far below the others' {typical_mbps:.1f}"
+        return "warn", f"{text}; far below the median of {typical_mbps:.1f}"
     return "pass", text
 
 
 def _power_save(wifi: Wifi | None, *, no_radio: bool) -> tuple[Level, str]:
     if no_radio:
-        return "pass", "no radio on the way"
+        return "pass", "not connected by Wi-Fi"
     if wifi is None or wifi.power_save is None:
-        return "unknown", "it does not say"
+        return "unknown", "not reported"
     if wifi.power_save:
-        return "fail", f"on: up to 100 ms per message; 'iw dev {wifi.interface} set power_save off' on it"
+        return (
+            "fail",
+            f"on, which adds up to 100 ms per message: run 'iw dev {wifi.interface} set power_save off' on the node",
+        )
     return "pass", "off"
 
 
 def _channel(wifi: Wifi | None, *, no_radio: bool) -> tuple[Level, str]:
     if no_radio:
-        return "pass", "no radio on the way"
+        return "pass", "not connected by Wi-Fi"
     if wifi is None:
-        return "unknown", "it does not say"
+        return "unknown", "not reported"
     if not wifi.connected:
         return "fail", f"{wifi.interface} is not connected to an access point"
-    told = [f"channel {wifi.channel}"] if wifi.channel is not None else []
+    details = [f"channel {wifi.channel}"] if wifi.channel is not None else []
     worse = False
     if wifi.rssi_dbm is not None:
-        told.append(f"{wifi.rssi_dbm} dBm")
+        details.append(f"{wifi.rssi_dbm} dBm")
         worse |= wifi.rssi_dbm < _WEAK_DBM
     if wifi.up_packets is not None and wifi.up_retries is not None and wifi.up_packets >= _LEAST_PACKETS:
         share = wifi.up_retries / wifi.up_packets
-        told.append(f"{share:.0%} of frames sent again")
+        details.append(f"{share:.0%} of frames retransmitted")
         worse |= share > _RETRIES
-    if not told:
-        return "unknown", "it does not say"
-    return ("warn" if worse else "pass"), ", ".join(told)
+    if not details:
+        return "unknown", "not reported"
+    return ("warn" if worse else "pass"), ", ".join(details)

@@ -43,8 +43,8 @@ FAULTS = {
     "slow": "link", "late": "clock", "bent": "online", "twin": "id", "full": "disk", "sleepy": "power save",
 }  # fmt: skip
 WORDS = {
-    "slow": "the limit is 5", "late": "+9", "bent": "SHA-256", "twin": "a second process wanted this id",
-    "full": "MiB free", "sleepy": "on: up to 100 ms",
+    "slow": "the limit is 5", "late": "+9", "bent": "SHA-256", "twin": "a second process tried to use this id",
+    "full": "MiB free", "sleepy": "on, which adds up to 100 ms",
 }  # fmt: skip
 
 
@@ -159,4 +159,4 @@ def test_nagle_on_the_broker_and_a_full_disk_here(
     failed = {(c["node"], c["name"]): c["detail"] for c in checks if c["level"] == "fail"}
     assert "without TCP_NODELAY" in failed["", "broker"]
     assert "MiB free" in failed["", "disk"]
-    assert "never heard of" in failed["well", "online"]
+    assert "no message from it" in failed["well", "online"]

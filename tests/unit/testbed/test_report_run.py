@@ -389,8 +389,8 @@ def test_preflight_says_what_a_plan_lacks(run: Run, plan_path: Path, tmp_path: P
     bad = run("testbed", "preflight", tmp_path / "plan.yaml", env=wide)
     assert bad.returncode == 62
     assert bad.stderr.count("\n") == 1
-    assert "items.jsonl has 6 items, the plan wants 7" in bad.stdout
-    assert "nobody holds L0-1:E7" in bad.stdout
+    assert "items.jsonl has 6 items, the plan needs 7" in bad.stdout
+    assert "no node holds L0-1:E7" in bad.stdout
     assert bad.stdout.count("fail") == 3
 
 
@@ -415,7 +415,7 @@ def test_preflight_asks_running_nodes(run: Run, fleet: LocalNodes, tmp_path: Pat
     assert half.returncode == 62
     assert "with TCP_NODELAY" in half.stdout
     assert "no node holds L0-1:E4-7" in half.stdout
-    assert "node pi2, online: never heard of" in half.stderr
+    assert "node pi2, online: no message from it" in half.stderr
     fleet.start("pi2", "L*:E4-7")
     assert ask_until("every expert has a holder").returncode == 0
     plan_path.write_text(plan_path.read_text().replace(str(fleet.address), "mqtt://127.0.0.1:1"))
