@@ -1,4 +1,4 @@
-"""What a number depends on besides the plan: code, versions, machine, power, radio. Read where readable."""
+"""Facts that results depend on besides the plan: code, versions, machine, power and radio."""
 
 import importlib.metadata
 import os
@@ -22,12 +22,9 @@ _PACKAGES = ("torch", "transformers", "onnxruntime", "numpy", "paho-mqtt", "amqt
 _ROOT = Path(__file__).resolve().parents[1]
 
 
-@cache  # what changes later is not what this process has loaded
+@cache  # later changes don't affect the code that this process has loaded
 def commit() -> tuple[str, bool]:
-    """The project's commit and whether its files differ from it; `unknown` for an installed package.
-
-    What lies beside them, such as a bundle or keys, makes no difference.
-    """
+    """The project's commit, and whether tracked files differ from it; `unknown` for an installed package."""
     git = ("git", "-C", str(_ROOT))
     if not (head := output(*git, "rev-parse", "HEAD")):
         return "unknown", False
@@ -35,12 +32,12 @@ def commit() -> tuple[str, bool]:
 
 
 def code_name(commit: str, dirty: bool) -> str:
-    """For people: `eb27f00a1b2c with changes`."""
+    """A version of the code in words, such as `eb27f00a1b2c with changes`."""
     return commit[:12] + (" with changes" if dirty else "")
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of this project and of what computes or transports."""
+    """Versions of Python, this project, and the packages that compute or transport."""
     found = {"python": platform.python_version(), "wdmoe": __version__}
     for package in _PACKAGES:
         try:
@@ -48,14 +45,14 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     if mosquitto := mosquitto_path():
-        # It prints its version at the top of its help, which it ends with code 3.
+        # The first line of its help is the version; the exit code of -h is 3.
         first = output(mosquitto, "-h", any_code=True).partition("\n")[0]
         found["mosquitto"] = first.removeprefix("mosquitto version ").strip()
     return found
 
 
 def machine() -> dict[str, Any]:
-    """Host, CPU, memory, system."""
+    """Host, CPU, memory and system."""
     model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
     return {
         "host": platform.node(),
@@ -68,8 +65,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def of_result(schema: int) -> dict[str, Any]:
-    """What every document of results begins with: when, where and by what it was made."""
+def result_header(schema: int) -> dict[str, Any]:
+    """The head of a document of results: when, where and with which code it was made."""
     sha, dirty = commit()
     return {
         "schema": schema,
@@ -83,12 +80,12 @@ def of_result(schema: int) -> dict[str, Any]:
 
 
 def boot_id() -> str:
-    """Another one after every start of this machine; empty where the system does not tell."""
+    """An id that changes with every boot of this machine; empty if the system has none."""
     return _text(Path("/proc/sys/kernel/random/boot_id"))
 
 
 def power() -> dict[str, Any]:
-    """Governors, temperatures, throttling and power supply; what this machine does not show is left out."""
+    """Governors, temperatures, throttling and power supply, as far as this machine reports them."""
     facts: dict[str, Any] = {}
     cpu = _SYS / "devices/system/cpu"
     if governors := sorted({_text(f) for f in cpu.glob("cpu[0-9]*/cpufreq/scaling_governor")}):
@@ -105,7 +102,7 @@ def power() -> dict[str, Any]:
     counts = [int(_text(f)) for f in cpu.glob("cpu[0-9]*/thermal_throttle/core_throttle_count") if _text(f).isdigit()]
     if counts:
         facts["throttle_count"] = sum(counts)
-    if throttled := output("vcgencmd", "get_throttled"):  # Raspberry Pi: 0x0 is well
+    if throttled := output("vcgencmd", "get_throttled"):  # Raspberry Pi: 0x0 means no throttling
         facts["throttled"] = throttled.partition("=")[2]
     supplies = {f.parent.name: _text(f) for f in (_SYS / "class/power_supply").glob("*/online")}
     if supplies:
@@ -114,7 +111,7 @@ def power() -> dict[str, Any]:
 
 
 def wifi() -> dict[str, str]:
-    """By wireless interface what `iw` says about its link, without the addresses of the network."""
+    """The link of each wireless interface as reported by `iw`, without addresses and network names."""
     facts = {}
     for interface in sorted(p.parent.name for p in (_SYS / "class/net").glob("*/wireless")):
         link = output("iw", "dev", interface, "link")
@@ -125,7 +122,7 @@ def wifi() -> dict[str, str]:
 
 
 def argv(arguments: Sequence[str] = tuple(sys.argv)) -> list[str]:
-    """The command line without whatever stands before the host of an URL."""
+    """The command line without the user names and passwords of URLs."""
     return [re.sub(r"(\w+://)[^/@\s]*@", r"\1", argument) for argument in arguments]
 
 
@@ -137,7 +134,11 @@ def _text(path: Path) -> str:
 
 
 def output(*command: str, any_code: bool = False) -> str:
-    """What a command says; empty when it is missing, fails or takes too long."""
+    """Standard output of a command; empty if it is missing, fails or takes more than 10 s.
+
+    Args:
+        any_code: accept any exit code.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""The built-in prompts: short requests of many kinds, in a fixed order, so that "the first n" means the same."""
+"""The built-in prompts: short requests of many kinds. Their order is fixed: plans use the first n."""
 
 PROMPTS = (
     "What is the capital of France?",

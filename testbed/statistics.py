@@ -1,10 +1,9 @@
-"""Statistics of units that can be drawn again: answers, batches or items, never their single tokens.
+"""Statistics with intervals over whole units: answers, batches or items, never single tokens.
 
-The tokens of one answer share its prompt, its moment and its luck, so an interval from resampled tokens would be too
-narrow. Every statistic here is a function of *which units were drawn*. Its interval is SciPy's percentile bootstrap
-over them, seeded, so that equal data give equal intervals, and widened for few units; items that are right or wrong
-have intervals of their own, for a bootstrap of equal marks has no width. docs/measurement.md says how well all of them
-cover.
+The tokens of one answer share its prompt and its moment, so an interval from resampled tokens would be too narrow.
+Every statistic here is a function of *which units were drawn*. Its interval is SciPy's percentile bootstrap over the
+units, seeded so that equal data give equal intervals, and widened for few units. Shares of right items have intervals
+of their own, because a bootstrap of equal marks has no width. docs/measurement.md gives the coverage of all intervals.
 """
 
 import math
@@ -24,30 +23,30 @@ CONFIDENCE = 0.95
 _Z = 1.96
 """Standard errors on either side of a 95 % interval."""
 LEAST_UNITS = 5
-"""Fewer draw the same few samples again and again: an interval would only look like one."""
+"""Fewest units for an interval: with fewer, resampling only repeats the same few samples."""
 _CERTAINTY = 0.99865
 _CELLS_PER_BLOCK = 200_000
-"""Of the one matrix that grows with draws × values: it stays in the CPU's cache."""
+"""Size of the one matrix that grows with draws × values, chosen to fit into the CPU's cache."""
 
 
 class Measure(Protocol):
-    """A statistic of units."""
+    """A statistic of units, as a function of the units drawn."""
 
     @property
     def units(self) -> int:
-        """How many there are."""
+        """Number of units."""
 
     def of(self, draw: Draw) -> Float:
-        """Its value for each draw: float64 [...]."""
+        """Value for each draw, float64 [...], of drawn units intp [..., units]."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ratio:
-    """Σ part / Σ whole × scale over the drawn units: a mean per token, a share, a mean per item.
+    """Σ part / Σ whole × scale over the drawn units: a mean per token or item, or a share.
 
     Attributes:
         part, whole: float64 [units].
-        exponential: take e to the power of it (perplexity).
+        exponential: the value is e to the power of the ratio (perplexity).
     """
 
     part: Float
@@ -57,11 +56,11 @@ class Ratio:
 
     @property
     def units(self) -> int:
-        """See `Measure`."""
+        """Number of units."""
         return len(self.part)
 
     def of(self, draw: Draw) -> Float:
-        """See `Measure`; NaN where nothing was drawn that counts."""
+        """Value for each draw, float64 [...]; NaN where the drawn `whole` is zero."""
         with np.errstate(divide="ignore", invalid="ignore"):
             value: Float = self.part[draw].sum(-1) / self.whole[draw].sum(-1) * self.scale
         return np.asarray(np.exp(value)) if self.exponential else value
@@ -69,24 +68,24 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Share(Ratio):
-    """Of what each unit has as a whole: no interval reaches beyond all of it."""
+    """A ratio that can't exceed 1; its interval ends there."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Proportion(Share):
-    """Share of items that were right: units are items, independent of each other.
+    """Share of right items; units are items, which are independent of each other.
 
     Attributes:
-        part, whole: how often each was right, of how many times.
+        part, whole: float64 [units], how often each item was right, and how often it was answered.
     """
 
     @property
     def marks(self) -> Float:
-        """float64 [units]: 1 right, 0 wrong, in between where repetitions differ."""
+        """float64 [units]: 1 is right, 0 is wrong, values between are repetitions that differ."""
         return self.part / self.whole
 
     def limits(self) -> tuple[float, float]:
-        """Of its 95 % interval (Wilson)."""
+        """Limits of the 95 % interval (Wilson 1927)."""
         share = float(self.part.sum() / self.whole.sum())
         low, high = wilson_interval(share * self.units, self.units)
         return low * self.scale, high * self.scale
@@ -97,7 +96,8 @@ class Quantile:
     """Quantile by nearest rank of all values of the drawn units.
 
     Attributes:
-        values: one array per unit.
+        values: one array of values per unit.
+        share: which quantile, such as 0.95.
     """
 
     values: Sequence[Float]
@@ -106,27 +106,27 @@ class Quantile:
 
     @property
     def units(self) -> int:
-        """See `Measure`."""
+        """Number of units."""
         return len(self.values)
 
     @property
     def enough(self) -> bool:
-        """Whether there are so many values that, but for 0.135 % of samples, one lies beyond the quantile.
+        """Whether there are enough values for one to lie beyond the quantile in all but 0.135 % of samples.
 
-        That is 10 for the median, 129 for p95, 662 for p99.
+        That takes 10 values for the median, 129 for p95 and 662 for p99.
         """
         return sum(map(len, self.values)) >= _least_count(self.share, _CERTAINTY)
 
     @property
     def least_units(self) -> int:
-        """How many units an interval takes: so many that one whole unit lies beyond the quantile in 95 % of samples.
+        """Fewest units for an interval: enough for a whole unit to lie beyond the quantile in 95 % of samples.
 
-        That is 5 for the median, 59 for p95: what fewer have never shown, no draw of them shows.
+        That takes 5 units for the median and 59 for p95. Resampling can't show values that fewer units never had.
         """
         return max(LEAST_UNITS, _least_count(self.share, CONFIDENCE))
 
     def of(self, draw: Draw) -> Float:
-        """See `Measure`."""
+        """Value for each draw, float64 [...]; NaN where the drawn units have no values."""
         pooled = np.concatenate([*self.values, np.empty(0)])
         owner = np.repeat(np.arange(self.units), [len(v) for v in self.values])
         if not len(pooled):
@@ -158,8 +158,8 @@ class Interval:
     """A value and its 95 % interval.
 
     Attributes:
-        low, high: None where there are too few units for one.
-        units: what was resampled, how many.
+        low, high: limits; None if there are too few units.
+        units: number of units.
     """
 
     value: float
@@ -169,7 +169,7 @@ class Interval:
 
 
 def wilson_interval(right: float, count: int, z: float = _Z) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
+    """95 % interval of the share of `right` in `count` (Wilson 1927)."""
     share = right / count
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
@@ -177,7 +177,7 @@ def wilson_interval(right: float, count: int, z: float = _Z) -> tuple[float, flo
 
 
 def measured(measure: Measure, *, seed: int, resamples: int = RESAMPLES) -> Interval | None:
-    """A measure's value with its interval; None where it has no value. What is measured is never negative."""
+    """The value of a non-negative measure with its interval; None if it has no value."""
 
     def limits(value: float) -> tuple[float, float]:
         if isinstance(measure, Proportion):
@@ -189,7 +189,7 @@ def measured(measure: Measure, *, seed: int, resamples: int = RESAMPLES) -> Inte
 
 
 def difference(measure: Measure, baseline: Measure, *, seed: int, resamples: int = RESAMPLES) -> Interval | None:
-    """Measure less baseline; unit k of one belongs to unit k of the other, and they are drawn together."""
+    """Measure minus baseline, paired: unit k of one belongs to unit k of the other, and they are drawn together."""
 
     def less(draw: Draw) -> Float:
         return measure.of(draw) - baseline.of(draw)
@@ -203,7 +203,7 @@ def difference(measure: Measure, baseline: Measure, *, seed: int, resamples: int
 
 
 def ratio(measure: Measure, baseline: Measure, *, seed: int, resamples: int = RESAMPLES) -> Interval | None:
-    """Measure over baseline, paired as in `difference`; None where the baseline is zero."""
+    """Measure over baseline, paired as in `difference`; None if the baseline is zero."""
 
     def over(draw: Draw) -> Float:
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -219,7 +219,11 @@ def ratio(measure: Measure, baseline: Measure, *, seed: int, resamples: int = RE
 def between_runs(
     measure: Measure, first: Measure, *, subtract: bool, seed: int, resamples: int = RESAMPLES
 ) -> Interval | None:
-    """Measure over, or less, that of another run; the units of two runs are drawn apart."""
+    """A measure against that of another run, whose units are drawn independently.
+
+    Args:
+        subtract: give the difference instead of the ratio.
+    """
     counts = measure.units, first.units
 
     def against(mine: Draw, theirs: Draw) -> Float:
@@ -249,7 +253,7 @@ def _interval(
     if min(units) < least:
         return Interval(value, None, None, min(units))
     low, high = map(float, limits(value))
-    # A draw without anything that counts (an answer of one token has none after the first) has no value.
+    # A draw can be without a value: an answer of one token has no token after the first.
     if not np.isfinite([low, high]).all():
         return Interval(value, None, None, min(units))
     return Interval(value, low, high, min(units))
@@ -260,8 +264,10 @@ def _least_units(measure: Measure) -> int:
 
 
 def _paired_limits(measure: Proportion, baseline: Proportion) -> tuple[float, float]:
-    """Of the difference on the same items, from those that were gained and lost, one more of each (Bonett and Price
-    2012): where none was, that is no proof that there are none."""
+    """Limits of the difference on the same items (Bonett and Price 2012).
+
+    One gained and one lost item are added: none among these items doesn't prove that there are none at all.
+    """
     change, count = measure.marks - baseline.marks, measure.units + 2
     gained, lost = (np.maximum(change, 0).sum() + 1) / count, (np.maximum(-change, 0).sum() + 1) / count
     centre, half = gained - lost, _Z * math.sqrt((gained + lost - (gained - lost) ** 2) / count)
@@ -269,7 +275,7 @@ def _paired_limits(measure: Proportion, baseline: Proportion) -> tuple[float, fl
 
 
 def _apart_limits(measure: Proportion, first: Proportion) -> tuple[float, float]:
-    """Of the difference on different items, from both shares' intervals (Newcombe 1998)."""
+    """Limits of the difference on different items, from the intervals of both shares (Newcombe 1998)."""
     mine, theirs = (float(some.of(np.arange(some.units))) for some in (measure, first))
     (low, high), (their_low, their_high) = measure.limits(), first.limits()
     value = mine - theirs
@@ -280,11 +286,13 @@ def _bootstrap(
     statistic: Callable[..., Float], value: float, units: tuple[int, ...], seed: int, resamples: int, *,
     positive: bool = False,
 ) -> tuple[float, float]:  # fmt: skip
-    """Percentiles, widened around the value: what was drawn spreads by √((n − 1) / n) too little, and how much it
-    spreads is known from n units only (Student). Two runs count as the smaller one.
+    """Limits of a percentile bootstrap, widened around the value for few units.
+
+    Resampled means spread too little by √((n − 1) / n), and the spread is known from n units only (Student's t). For
+    two runs, n is the smaller number of units.
 
     Args:
-        positive: the statistic is never negative, and widened by a factor.
+        positive: the statistic is never negative: widen by a factor instead of an amount.
     """
 
     def along_last(*draws: NDArray[np.float64], axis: int) -> Float:

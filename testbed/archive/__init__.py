@@ -1,5 +1,5 @@
-"""A run as one file, ready to publish, and back.
+"""Archives: a run as one file that is ready to publish.
 
-`pseudonyms` (pure) replaces what tells whose network it was, `dictionary` says what every column means, `export` puts
-the archive together, `unpack` opens archives of others without trusting them.
+`pseudonyms` (pure) replaces names that reveal a network or its owner, `dictionary` describes every column, and `export`
+builds the archive. `testbed.run_directory.unpack` opens archives again.
 """

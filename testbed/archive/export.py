@@ -1,4 +1,4 @@
-"""One archive of a run: what was measured, checksums, a data dictionary, a report; anonymous unless told otherwise."""
+"""Packs a run into one archive: measured data, checksums, data dictionary and report, by default with pseudonyms."""
 
 import json
 import secrets
@@ -7,7 +7,6 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import platformdirs
 import pyarrow as pa
@@ -17,6 +16,7 @@ from PIL import Image, ImageOps
 
 from common.console import describe_os_error
 from common.errors import StorageError
+from common.jsonl import read_json_lines
 from common.private_files import read_private
 from testbed.archive.dictionary import dictionary_json, dictionary_markdown
 from testbed.archive.pseudonyms import Kind, Pseudonyms, texts_under
@@ -33,22 +33,24 @@ from wire.manifest import sha256_file
 DICTIONARY = "DICTIONARY.md"
 README = "README.md"
 _UNTOUCHED = frozenset({"text", "token_sha256"})
-"""Columns of a model's answers: results, not facts of a place."""
+"""Columns with a model's answers, which are results and not facts about a place."""
 _KEY_BYTES = 32
 _KEY_FILE = "archive.key"
 _LOGS = "logs"
 _VOCABULARY = frozenset(
     {"auto", "distributed", "end", "generate", "choice", "perplexity", "start", "external", *BASELINES}
 )
-"""Words that documents of a run are made of: a host of that name keeps it."""
+"""Words of a run's documents; a host with such a name keeps it."""
 
 
 class Exported(Struct, frozen=True, kw_only=True):
-    """What an archive holds.
+    """What an archive contains.
 
     Attributes:
-        replaced: different values that were replaced by kind; empty where nothing was to be.
-        left_out: files, each with the reason.
+        bytes: size of the archive.
+        files: number of files in it.
+        replaced: number of different values replaced by pseudonyms, by kind; empty without pseudonyms.
+        left_out: files that were left out, each with the reason.
     """
 
     path: str
@@ -67,21 +69,22 @@ def export_run(
     """Write an archive; it appears complete or not at all.
 
     Args:
-        out: ends in `.tar.zst` or `.tar.gz`.
+        out: must end in `.tar.zst` or `.tar.gz`.
         anonymous: replace names of networks, addresses, hosts and users by pseudonyms.
-        key_file: of the pseudonyms, mode 600; the user's own where not given, which is made when it is missing.
-        report: put a report of what is complete into it.
+        key_file: key of the pseudonyms, mode 600. The default is the user's own key, which is made if it is missing.
+        photos: include the photos of notes.
+        report: include a report of the complete cells.
 
     Raises:
-        ArchiveError: the name ends in something else, or the file is there already.
-        RunDirectoryError: a cell is damaged, or the run goes on.
-        StorageError: it can't be written.
+        ArchiveError: the name has another ending, or the file exists already.
+        RunDirectoryError: a cell is damaged, or the run is still running.
+        StorageError: the archive can't be written.
     """
     name = archive_name(out)
     if out.exists():
-        raise ArchiveError(f"{out} is there already: choose another name")
+        raise ArchiveError(f"{out} exists already: choose another -o")
     if run.is_running():
-        raise RunDirectoryError(f"{run.path} is being run: wait for its end or stop it, an archive is of what is final")
+        raise RunDirectoryError(f"{run.path} is still running: wait for its end or stop it before the export")
     pseudonyms = _pseudonyms(run, key_file) if anonymous else None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +115,7 @@ def export_run(
 
 
 def _pseudonyms(run: RunDir, key_file: Path | None) -> Pseudonyms:
-    """With everything that the run's own documents call a host, a user or a network."""
+    """Pseudonyms that know all hosts and networks named in the run's own documents."""
     plan = run.plan
     keep = {*_VOCABULARY, plan.name, *plan.profiles, *plan.bundles, *(w.name for w in plan.workloads)}
     keep |= {policy.partition(":")[0] for policy in plan.policies}
@@ -138,12 +141,12 @@ def _key(path: Path | None) -> bytes:
             path.write_bytes(secrets.token_bytes(_KEY_BYTES))
     key = read_private(path)
     if len(key) < _KEY_BYTES:
-        raise ArchiveError(f"{path} has {len(key)} bytes; the key of pseudonyms has at least {_KEY_BYTES}")
+        raise ArchiveError(f"{path} has {len(key)} bytes: --key needs a file of at least {_KEY_BYTES}")
     return key
 
 
 def _stage(run: RunDir, folder: Path, pseudonyms: Pseudonyms | None, *, photos: bool) -> list[str]:
-    """Copy what belongs into the archive; what was left out."""
+    """Copy the files of the archive into `folder`; returns the files that were left out, each with the reason."""
     folder.mkdir(parents=True)
     left_out: list[str] = []
     ids = {cell.id: _renamed_cell(cell, pseudonyms).id for cell in run.cells()}
@@ -171,12 +174,14 @@ def _stage(run: RunDir, folder: Path, pseudonyms: Pseudonyms | None, *, photos: 
             left_out.append(f"{target.relative_to(folder)}: {why}")
     copied = RunDir(folder)
     if sum(copied.is_complete(cell) for cell in copied.cells()) != sum(run.is_complete(cell) for cell in run.cells()):
-        raise ArchiveError(f"a host or user has the name of something in {run.path}'s plan: export it with --plain")
+        raise ArchiveError(
+            f"a host or user has the name of something in the plan of {run.path}: export it with --plain"
+        )
     return left_out
 
 
 def _renamed_cell(cell: Cell, pseudonyms: Pseudonyms | None) -> Cell:
-    """A cell's id follows from its coordinates, and paths of bundles and tables may name a user."""
+    """The cell with pseudonyms in its coordinates, because paths of bundles and tables may contain a user name."""
     if pseudonyms is None:
         return cell
     change = pseudonyms.text
@@ -188,20 +193,16 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _copy_json(source: Path, target: Path, pseudonyms: Pseudonyms | None, **instead: str) -> None:
-    """`instead` holds values that fields get instead of their own."""
+    """Copy a JSON document; `instead` replaces the values of its fields."""
     document = json.loads(source.read_bytes())
     changed = pseudonyms.tree(document) if pseudonyms else document
     target.write_text(json.dumps({**changed, **instead}, ensure_ascii=False, indent=1))
 
 
 def _copy_json_lines(source: Path, target: Path, pseudonyms: Pseudonyms | None, ids: dict[str, str]) -> None:
-    """A line that a crash cut off is left out."""
+    """Copy a JSON Lines file without lines that a crash cut off; `ids` maps old cell ids to new ones."""
     with target.open("w") as file:
-        for line in source.read_bytes().splitlines():
-            try:
-                document: dict[str, Any] = json.loads(line)
-            except ValueError:
-                continue
+        for document in read_json_lines(source, json.loads, skip_damaged=True):
             changed = pseudonyms.tree(document) if pseudonyms else document
             if "cell" in document:
                 changed = {**changed, "cell": ids.get(document["cell"], document["cell"])}
@@ -232,17 +233,17 @@ def _renamed(column: pa.ChunkedArray, name: str, pseudonyms: Pseudonyms) -> pa.C
 
 
 def _copy_photo(source: Path, target: Path, *, bare: bool) -> str:
-    """Why a photo was left out, empty when it was not.
+    """Copy a photo; returns why it was left out, or an empty text.
 
     Args:
-        bare: without what cameras write into it: place, device, time.
+        bare: remove the metadata that cameras add: place, device, time.
     """
     if not bare:
         shutil.copyfile(source, target)
         return ""
     try:
         with Image.open(source) as image:
-            # Cameras turn a picture by a note beside it, which goes as well.
+            # The orientation is metadata too, so it must be applied to the pixels.
             pixels = ImageOps.exif_transpose(image).convert("RGB")
             pixels.info.clear()
             pixels.save(target, quality=90)
@@ -253,7 +254,7 @@ def _copy_photo(source: Path, target: Path, *, bare: bool) -> str:
 
 
 def _checksums(folder: Path) -> int:
-    """`SHA256SUMS`, as sha256sum writes and checks it; how many files it lists."""
+    """Write `SHA256SUMS` in the format of sha256sum; returns the number of files it lists."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
     lines = [f"{sha256_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
     (folder / CHECKSUMS).write_text("".join(lines))
@@ -261,7 +262,7 @@ def _checksums(folder: Path) -> int:
 
 
 def _pack(folder: Path, out: Path) -> None:
-    """Equal folders give equal archives: names in order, no owners, no times."""
+    """Pack a folder. Equal folders give equal archives: sorted names, no owners, no times."""
     with open_compressed(out, "wb") as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             info = tarfile.TarInfo(path.relative_to(folder.parent).as_posix())
@@ -275,25 +276,25 @@ def _readme(run: RunDir, name: str, *, anonymous: bool) -> str:
     manifest = run.manifest
     complete = sum(run.is_complete(cell) for cell in run.cells())
     names = (
-        "Names of networks, addresses, hosts and users are pseudonyms (`ssid-…`, `mac-…`, `ip-…`, `host-…`, `user-…`): "
-        "equal values have equal names. The key is not in this archive."
+        "Names of networks, addresses, hosts and users are pseudonyms (`ssid-…`, `mac-…`, `ip-…`, `host-…`, `user-…`); "
+        "equal values have equal pseudonyms. Their key is not in this archive."
         if anonymous
-        else "Names of networks, addresses, hosts and users are as they were."
+        else "Names of networks, addresses, hosts and users are unchanged."
     )
     return (
         f"# {name}\n\n"
-        f"A run of WDMoE: `{manifest.name}`, begun {manifest.created}, code {manifest.commit}"
+        f"A run of WDMoE: `{manifest.name}`, started {manifest.created}, code {manifest.commit}"
         f"{' with changes' if manifest.dirty else ''}. {complete} of {manifest.cells} cells are complete.\n\n"
         f"{names}\n\n"
-        "| file | what |\n|---|---|\n"
+        "| file | contents |\n|---|---|\n"
         "| `report.html`, `report.md` | tables, plots and method |\n"
         f"| `{DICTIONARY}`, `dictionary.json` | every table and column with its unit |\n"
-        "| `cells/` | one folder per cell: its rows as Parquet |\n"
-        "| `*.parquet`, `*.csv` | the same, merged |\n"
-        f"| `{MANIFEST}` | plan, code, bundles and data with SHA-256, machine, versions |\n"
-        f"| `{EVENTS}` | what happened, one line each |\n"
-        f"| `{BASELINES_FILE}` | what each session measured besides its cells |\n"
-        f"| `{_LOGS}/`, `{PHOTOS}/` | of the nodes; of the operators |\n"
+        "| `cells/` | one folder per cell with its tables as Parquet |\n"
+        "| `*.parquet`, `*.csv` | the tables of all cells, merged |\n"
+        f"| `{MANIFEST}` | plan, code, SHA-256 of bundles and data, machine, versions |\n"
+        f"| `{EVENTS}` | events, one per line |\n"
+        f"| `{BASELINES_FILE}` | baselines of each session |\n"
+        f"| `{_LOGS}/`, `{PHOTOS}/` | logs of the nodes; photos of the operators |\n"
         f"| `{CHECKSUMS}` | `sha256sum -c {CHECKSUMS}` checks all files |\n\n"
-        "`wdmoe-testbed report` and `wdmoe-testbed compare` take this folder, or the archive that it came from.\n"
+        "`wdmoe-testbed report` and `wdmoe-testbed compare` take this folder or its archive.\n"
     )

@@ -1,7 +1,7 @@
-"""Replaces what tells whose devices and network these were: names that stay the same, and can't be turned back.
+"""Replaces names and addresses that reveal devices, networks or people by pseudonyms that can't be reversed. Pure.
 
-A name is an HMAC of the value under the operator's key, cut short: equal values get equal names, in all archives of
-one operator, and who has no key can't even check a guess.
+A pseudonym is a truncated HMAC-SHA256 of the value under the operator's key. Equal values get equal pseudonyms in all
+archives of one operator, and guesses can't be checked without the key.
 """
 
 import hashlib
@@ -19,38 +19,35 @@ _IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?:%\w
 _URL = re.compile(r"(\w+://)(?:([^\s/@:\"']+)@)?([A-Za-z0-9][\w.-]*)?")
 _HOME = re.compile(r"(/(?:home|Users)/)([^/\s\"':,;]+)")
 _LOCAL = re.compile(r"(?<![\w.-])[A-Za-z0-9][\w-]*(?:\.[\w-]+)*\.(?:local|lan|home|internal|fritz\.box)(?![\w-])")
-_EVERYBODYS = frozenset({"localhost", "root", "embedded", "mosquitto", "bs"})
-"""Names that tell nothing of anybody."""
+_HARMLESS = frozenset({"localhost", "root", "embedded", "mosquitto", "bs"})
+"""Names that reveal nothing."""
 _SHORTEST = 2
 
 
 class Pseudonyms:
-    """One operator's names for everything.
-
-    Attributes:
-        replaced: how many different values of each kind have got a name.
-    """
+    """The pseudonyms of one operator."""
 
     def __init__(self, key: bytes, *, keep: Iterable[str] = ()) -> None:
-        """Nothing is known yet.
+        """Begin without known values.
 
         Args:
+            key: the operator's key, at least 32 bytes.
             keep: words that are never replaced, such as node ids, which the plan needs.
         """
         self._key = key
-        self._keep = {*keep, *_EVERYBODYS}
+        self._keep = {*keep, *_HARMLESS}
         self._names: dict[tuple[Kind, str], str] = {}
         self._known: dict[str, Kind] = {}
         self._words: re.Pattern[str] | None = None
 
     @property
     def replaced(self) -> dict[Kind, int]:
-        """See the class."""
+        """Number of different values that have got a pseudonym, by kind."""
         kinds: tuple[Kind, ...] = ("ssid", "mac", "ip", "host", "user")
         return {kind: sum(k == kind for k, _ in self._names) for kind in kinds}
 
     def learn(self, kind: Kind, values: Iterable[str]) -> None:
-        """These values are to be replaced as whole words wherever they stand."""
+        """Replace these values from now on, wherever they are whole words."""
         new = {v: kind for v in values if len(v) >= _SHORTEST and v not in self._keep and not v.isdigit()}
         self._known |= new
         if new:
@@ -58,10 +55,10 @@ class Pseudonyms:
             self._words = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, longest_first))})(?![\w-])")
 
     def name(self, kind: Kind, value: str) -> str:
-        """The name of one value."""
+        """The pseudonym of one value."""
         if value in self._keep:
             return value
-        # Names and MAC addresses are written in both cases, networks are not.
+        # Host names, user names and MAC addresses are case-insensitive, network names are not.
         same = value if kind == "ssid" else value.lower().replace("-", ":") if kind == "mac" else value.lower()
         if (kind, same) not in self._names:
             digest = hmac.new(self._key, f"{kind}\0{same}".encode(), hashlib.sha256).hexdigest()
@@ -69,7 +66,7 @@ class Pseudonyms:
         return self._names[kind, same]
 
     def text(self, text: str) -> str:
-        """The text with names in the place of addresses and of what was learnt."""
+        """The text with pseudonyms for all addresses and learnt values."""
         text = _URL.sub(self._url, text)
         text = _HOME.sub(lambda m: m[1] + self.name("user", m[2]), text)
         text = _MAC.sub(lambda m: self.name("mac", m[0]), text)
@@ -81,7 +78,7 @@ class Pseudonyms:
         return text
 
     def tree(self, value: Any) -> Any:
-        """The same for every text of a JSON document, keys included."""
+        """A JSON document with pseudonyms in all of its texts, keys included."""
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, dict):
@@ -94,7 +91,7 @@ class Pseudonyms:
             return match[0]
         who = f"{self.name('user', user)}@" if user else ""
         if not host or _is_address(host):
-            return scheme + who + host  # addresses come later, with all others
+            return scheme + who + host  # all addresses are replaced later
         return scheme + who + self.name("host", host)
 
     def _address(self, text: str) -> str:
@@ -116,7 +113,7 @@ def _is_address(text: str) -> bool:
 
 
 def texts_under(key: str, value: object) -> Iterable[str]:
-    """Every text that stands under a key, anywhere in a JSON document."""
+    """All texts under a key, anywhere in a JSON document."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if name == key and isinstance(inner, str):

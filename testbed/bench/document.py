@@ -45,7 +45,7 @@ def print_results(results: Sequence[Result], console: Console) -> None:
 def write_document(results: dict[str, list[Result]], settings: Settings, out: Path) -> None:
     """Everything that was measured so far, with every sample."""
     document: dict[str, Any] = {
-        **facts.of_result(SCHEMA),
+        **facts.result_header(SCHEMA),
         "parameters": {
             "broker": settings.broker,
             "samples": settings.samples,

@@ -1,6 +1,6 @@
-"""Measure how much the experts of each layer differ: the table that the policy `similar` works from.
+"""Measures how much the experts of each layer differ, for the policy `similar`.
 
-Source: after SiftMoE, arXiv 2603.23888; `DifferenceTable` gives the measure.
+After SiftMoE, arXiv 2603.23888; `bs_coordinator.selection.differences` defines the measure.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,12 @@ from wire.tensors import Array
 
 
 class _ComparedExperts:
-    """Runs every expert on whatever is routed to any, and adds up how far the others' outputs lie from it."""
+    """Runs all experts on all tokens, and sums the relative distance of the others' outputs from each chosen expert's.
+
+    Attributes:
+        rows: int64 [layers, experts], number of tokens routed to each expert.
+        sums: float64 [layers, experts, experts], summed distance of the second expert's output from the first's.
+    """
 
     def __init__(self, runtime: ExpertRuntime, layers: int, experts: int) -> None:
         self._runtime = runtime
@@ -33,7 +38,7 @@ class _ComparedExperts:
         self.sums = np.zeros((layers, experts, experts))
 
     def begin(self, layer: int, hidden: Array, gate: Array) -> Ready:
-        """See `bs_coordinator.engine.model.Experts.begin`."""
+        """Run all experts of a layer and compare their outputs (`Experts.begin`)."""
         outputs = np.stack([self._runtime.run(ExpertId(layer, e), hidden).copy() for e in range(self._experts)])
         for expert in range(self._experts):
             rows = np.flatnonzero(gate[:, expert])
@@ -44,20 +49,20 @@ class _ComparedExperts:
         return Ready(ExpertOutput(np.einsum("te,etd->td", gate, outputs).astype(np.float32)))
 
     def forecast(self, layer: int) -> LayerForecast:
-        """See `bs_coordinator.engine.model.Experts.forecast`."""
+        """Equal costs for all experts (`Experts.forecast`)."""
         return LayerForecast.even(layer, self._experts)
 
 
 def measure_differences(
     bundle: Path, text: Path, *, tokens: int, chunk: int, threads: int, progress: Callable[[int], None]
 ) -> DifferenceDocument:
-    """The table of a bundle, measured on a text.
+    """Measure the table of expert differences of a bundle on a text.
 
     Args:
-        text: UTF-8.
-        tokens: of the text, from its beginning.
-        chunk: tokens per forward step, each with a context of its own.
-        progress: told how many tokens are done.
+        text: UTF-8 file.
+        tokens: number of tokens to use, from the beginning of the text.
+        chunk: tokens per forward step; each step has its own context.
+        progress: called with the number of tokens done.
 
     Raises:
         WdmoeError: the text can't be read, or is too short to reach every expert.
@@ -96,5 +101,5 @@ def _read(text: Path, tokenizer: Tokenizer, tokens: int) -> Sequence[int]:
     except UnicodeDecodeError:
         raise WdmoeError(f"{text} is not UTF-8 text") from None
     if len(ids) < tokens:
-        raise WdmoeError(f"{text} has {len(ids)} tokens, {tokens} are wanted (--tokens)")
+        raise WdmoeError(f"{text} has {len(ids)} tokens, but --tokens needs {tokens}")
     return ids

@@ -1,11 +1,12 @@
-"""How good a model's answers are: multiple choice by log-likelihood, and perplexity.
+"""Measures the quality of a model's answers: multiple choice by log-likelihood, and perplexity.
 
-Prompts and scoring follow lm-evaluation-harness: `Question: …\\nAnswer:`, and of the choices the one with the
-highest summed log-probability (`acc`). Items are JSON lines with `question`, `choices` and `label`; texts for
-perplexity have `domain` and `text`.
+Prompts and scoring follow lm-evaluation-harness: the prompt is `Question: …\\nAnswer:`, and the choice with the highest
+summed log-probability counts (`acc`). Data sets are JSON Lines, with `question`, `choices` and `label` for multiple
+choice, and `domain` and `text` for perplexity.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +23,7 @@ from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import SequenceInput
 from bs_coordinator.trunk.trunk import Packing
 from common.errors import WdmoeError
+from common.jsonl import JsonLinesError, read_json_lines
 from wire.tensors import Array
 
 _BATCH_ITEMS = 16
@@ -29,21 +31,21 @@ T = TypeVar("T")
 
 
 class EachAlone:
-    """A `Policy` that another one makes for each token of a step on its own, as when decoding one sequence.
+    """A `Policy` that applies another policy to each token of a step separately, as in decoding one sequence.
 
-    What a policy costs of accuracy there can so be measured on many tokens at once.
+    With it, the accuracy of a policy in decoding can be measured on many tokens at once.
     """
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
 
     def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
-        """See `Policy.select`."""
+        """Select the experts of each token separately: gate weights float32 [tokens, experts]."""
         return np.concatenate([self._policy.select(row[None], forecast) for row in probabilities])
 
 
 class ChoiceItem(Struct, frozen=True):
-    """One question with several answers, of which `choices[label]` is right."""
+    """One question with several answers; `choices[label]` is the right one."""
 
     question: str
     choices: list[str]
@@ -58,24 +60,23 @@ class DomainText(Struct, frozen=True):
 
 
 def read_items(path: Path, kind: type[T], count: int | None = None) -> list[T]:
-    """The first `count` JSON lines of a file.
+    """The first `count` items of a JSON Lines file.
 
     Raises:
-        WdmoeError: the file is missing or a line is not such an item.
+        WdmoeError: the file is missing, or a line is not an item of this kind.
     """
     try:
-        lines = path.read_bytes().splitlines()[:count]
-        return [msgspec.json.decode(line, type=kind) for line in lines]
+        return list(islice(read_json_lines(path, msgspec.json.Decoder(kind).decode), count))
     except FileNotFoundError:
-        raise WdmoeError(f"evaluation data {path} is missing: see docs/measurement.md for its format") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise WdmoeError(f"{path} is not JSON lines of {kind.__name__}: {error}") from None
+        raise WdmoeError(f"evaluation data {path} is missing: docs/measurement.md describes its format") from None
+    except JsonLinesError as error:
+        raise WdmoeError(f"not JSON Lines of {kind.__name__}: {error}") from None
 
 
 def choose(
     model: DistributedMixtral, tokenizer: Tokenizer, items: Sequence[ChoiceItem], *, batch: int = _BATCH_ITEMS
 ) -> list[int]:
-    """The model's choice for each item.
+    """The index of the model's choice for each item.
 
     Args:
         batch: items per forward step.
@@ -95,17 +96,17 @@ def choose(
 def _score(
     model: DistributedMixtral, prompts: Sequence[list[int]], choices: Sequence[tuple[int, list[int]]]
 ) -> list[float]:
-    """Log-likelihood of each choice after its prompt, in two steps for all of them.
+    """Log-likelihood of each choice after its prompt, computed in two steps for all choices.
 
     Args:
-        choices: which prompt, and the token ids that follow it.
+        choices: index of the prompt, and the token ids that follow it.
     """
     cache = model.trunk.new_cache()
     owner = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor([len(p) for p in prompts]))
     ends = [sum(len(p) for p in prompts[: i + 1]) - 1 for i in range(len(prompts))]
     packing = Packing(_positions([len(p) for p in prompts]), _own_past(owner))
     (first,), _ = model.step([SequenceInput([id for p in prompts for id in p], cache, packing, ends)])
-    # The prompt predicts a choice's first token, and each token the next: nobody needs to see the last.
+    # The prompt predicts the first token of a choice, and each token the next: the last one isn't needed as input.
     seen = [ids[:-1] for _, ids in choices]
     lengths = [len(ids) for ids in seen]
     rest = torch.empty((0, first.shape[1]))
@@ -125,22 +126,22 @@ def _score(
 
 
 def _positions(lengths: Sequence[int]) -> Tensor:
-    """0, 1, … for each of several sequences one after the other, int64."""
+    """Positions 0, 1, … of each of several sequences in a row, int64 [sum of lengths]."""
     return torch.cat([torch.arange(n) for n in lengths])
 
 
 def _own_past(owner: Tensor) -> Tensor:
-    """bool [tokens, tokens]: whether a token comes after or is another one of the same sequence."""
+    """Causal mask within each sequence, bool [tokens, tokens]."""
     return (owner[:, None] == owner[None]).tril()
 
 
 def losses(
     model: DistributedMixtral, tokenizer: Tokenizer, texts: Sequence[str], *, tokens: int
 ) -> list[tuple[float, int]]:
-    """Per text the summed negative log-likelihood (nats) and the number of predicted tokens.
+    """Summed negative log-likelihood in nats and number of predicted tokens, by text.
 
     Args:
-        tokens: of each text at most this many from its beginning.
+        tokens: use at most this many tokens from the beginning of each text.
     """
     result: list[tuple[float, int]] = []
     for batch in _batches(texts, size=4):

@@ -1,6 +1,6 @@
-"""All experts of a bundle in this process: the same graphs and kernels as on nodes, no network.
+"""All experts of a bundle in this process, with the same graphs and kernels as on nodes but without a network.
 
-For long evaluations, where the question is the answers' quality and not the time they take.
+For long evaluations of the quality of answers, where time doesn't matter.
 """
 
 from collections.abc import Callable
@@ -19,18 +19,18 @@ from wire.tensors import Array, WireDtype
 
 
 class LocalExperts:
-    """`bs_coordinator.engine.model.Experts` without nodes.
+    """`bs_coordinator.engine.experts.Experts` without nodes.
 
     Attributes:
-        forecasts: what asking for a layer is to be taken to cost; all experts alike when None.
-        lost: expert indices that no node can be had for, in any layer.
+        forecasts: returns the forecast of a layer; if None, all experts cost the same.
+        lost: indices of experts that are unavailable in every layer.
     """
 
     def __init__(self, bundle: Path, *, threads: int, wire: WireDtype = WireDtype.FP32) -> None:
         """Load all experts.
 
         Args:
-            wire: what hidden states would travel as; they are rounded as if they did.
+            wire: wire dtype; hidden states are rounded as if they were sent with it.
         """
         manifest = load_manifest(bundle)
         self.forecasts: Callable[[int], LayerForecast] | None = None
@@ -40,7 +40,7 @@ class LocalExperts:
         self._runtime = ExpertRuntime(bundle, manifest, [e.id for e in manifest.experts], threads=threads)
 
     def begin(self, layer: int, hidden: Array, gate: Array) -> Ready:
-        """See `Experts.begin`."""
+        """Run the chosen experts of a layer and combine their outputs (`Experts.begin`)."""
         hidden = round_to_wire(hidden, self._wire)
         output = np.zeros(hidden.shape, np.float32)
         for expert in np.flatnonzero(gate.any(axis=0)).tolist():
@@ -50,7 +50,7 @@ class LocalExperts:
         return Ready(ExpertOutput(output))
 
     def forecast(self, layer: int) -> LayerForecast:
-        """See `Experts.forecast`."""
+        """The forecast of a layer, without the lost experts (`Experts.forecast`)."""
         forecast = self.forecasts(layer) if self.forecasts else LayerForecast.even(layer, self._experts)
         if not self.lost:
             return forecast

@@ -1,4 +1,4 @@
-"""What each quantisation costs in answers: one table from one command.
+"""Measures the perplexity and accuracy of each quantisation.
 
 Experts run in this process with the nodes' own runtime, so that only the quantisation differs.
 """
@@ -29,7 +29,7 @@ DOMAINS = "domains.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Right answers of a number of items, with the 95 % Wilson interval."""
+    """Number of right answers, with the 95 % Wilson interval of their share."""
 
     right: int
     items: int
@@ -42,13 +42,14 @@ class Accuracy:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """One bundle's row.
+    """The results of one bundle.
 
     Attributes:
-        lost: expert indices that were done without.
-        expert_bytes: of all experts' files.
-        perplexity: exp of the mean loss per token over all domains' texts.
+        lost: indices of experts that were left out.
+        expert_bytes: size of all experts' files.
+        perplexity: exp of the mean loss per token over all texts.
         domain_loss: nats per token, by domain.
+        accuracy: accuracy by task.
     """
 
     quantisation: str
@@ -67,10 +68,10 @@ def measure_quality(
 
     Args:
         data: folder with the files of `TASKS` and `DOMAINS`.
-        items: of each task, from its beginning.
-        texts_per_domain: of each domain, from its beginning.
-        tokens: of each text, at most.
-        lost: expert indices to do without in every layer, as after the loss of nodes without replicas.
+        items: number of items per task, from the beginning of the file.
+        texts_per_domain: number of texts per domain, from the beginning of the file.
+        tokens: most tokens per text.
+        lost: indices of experts to leave out in every layer, as after the loss of nodes without replicas.
     """
     manifest = load_manifest(bundle)
     tokenizer = Tokenizer(bundle / "trunk")
@@ -100,7 +101,7 @@ def measure_quality(
 
 
 def print_quality(rows: Sequence[Quality], console: Console) -> None:
-    """The table, as Markdown-like as a terminal allows."""
+    """Print the results as a table."""
     table = Table("experts", "MiB", "perplexity", *TASKS)
     for row in rows:
         table.add_row(
@@ -113,7 +114,7 @@ def print_quality(rows: Sequence[Quality], console: Console) -> None:
 
 
 def write_quality(rows: Sequence[Quality], path: Path, parameters: dict[str, int]) -> None:
-    """All numbers as one JSON document."""
+    """Write all results and parameters as one JSON document."""
     with atomic_write(path) as file:
         document = {"parameters": parameters, "rows": [asdict(row) for row in rows]}
         file.write(json.dumps(document, indent=1).encode())

@@ -1,8 +1,4 @@
-"""What an experiment is: a plan as users write it, and the cells that it stands for. Pure but for reading files.
-
-A cell is one combination of repetition, bundle, link profile, workload and policy. Policies are the arms that a
-report compares, so they take turns within each block of otherwise equal cells, in an order drawn from the seed.
-"""
+"""The fields of a plan, as users write them in YAML. docs/experiments.md documents them."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,18 +13,19 @@ from wire.tensors import WireDtype
 
 Count = Annotated[int, Meta(ge=1)]
 Range = Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=2, max_length=2)]
-"""First, one past the last. Not a fixed-length tuple: msgspec 0.22 crashes on those when garbage is collected."""
+"""First and one past the last. Not a fixed-length tuple: msgspec 0.22 crashes on those in garbage collection."""
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Where = Literal["distributed", "in-process"]
 DEFAULT_PROFILE = "default"
-"""Of a network that has only one."""
+"""Name of the link profile of a network that has only one."""
 
 
 class Broker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A broker that is already running.
 
     Attributes:
-        password_file, tls_key, cluster_key: read when connecting; only their paths are kept.
+        broker: URL.
+        password_file, tls_key, cluster_key: paths; the files are only read when connecting.
     """
 
     broker: str
@@ -42,18 +39,18 @@ class Broker(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def access(self) -> Access:
-        """As the connection needs it."""
+        """The credentials for the connection."""
         names = ("password_file", "ca_file", "tls_cert", "tls_key")
         password, ca, cert, key = (Path(p) if (p := getattr(self, name)) else None for name in names)
         return Access(password, ca, cert, key, allow_plaintext=self.allow_plaintext)
 
 
 class Network(Struct, frozen=True, forbid_unknown_fields=True):
-    """A network beyond this machine's loopback; exactly one is set.
+    """A network other than this machine's loopback; exactly one attribute is set.
 
     Attributes:
-        emulated: file with the description of the links between node processes.
-        external: broker of nodes that are already running, usually physical ones.
+        emulated: file that describes the links between node processes.
+        external: broker of nodes that are already running, usually on physical devices.
     """
 
     emulated: str | None = None
@@ -61,14 +58,16 @@ class Network(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Generate(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="generate"):
-    """Answers to prompts; what latency is measured on.
+    """Answers to prompts, on which latency is measured.
 
     Attributes:
-        prompts: texts, or how many of the built-in ones.
-        prompts_per_cell: a repetition takes this many, the next one those that follow; all when not set.
-        seed: of the draw of tokens; each repetition adds its number.
-        draft: how tokens are guessed (`bs_coordinator.engine.speculation`); answers stay the same.
-        repetitions: instead of the plan's.
+        prompts: texts, or the number of built-in prompts.
+        prompts_per_cell: number of prompts per repetition; the next repetition continues with those that follow. All
+            prompts if not set.
+        max_tokens: most tokens per answer.
+        seed: seed of sampling; each repetition adds its number.
+        draft: how draft tokens are made (`bs_coordinator.engine.speculation`); answers don't depend on it.
+        repetitions: overrides the plan's.
     """
 
     name: Name = "generate"
@@ -83,11 +82,11 @@ class Generate(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, ta
 
     @property
     def where(self) -> Where:
-        """Latency can only be measured on nodes."""
+        """Always on nodes, because latency is measured."""
         return "distributed"
 
     def prompts_of(self, repetition: int) -> list[tuple[int, str]]:
-        """The prompts of one cell, each with its number in the workload."""
+        """The prompts of a repetition, each with its number in the workload."""
         texts = PROMPTS[: self.prompts] if isinstance(self.prompts, int) else self.prompts
         numbered = list(enumerate(texts))
         if self.prompts_per_cell is None:
@@ -97,15 +96,16 @@ class Generate(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, ta
 
 
 class Choice(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="choice"):
-    """Multiple choice; what accuracy is measured on.
+    """Multiple choice, on which accuracy is measured.
 
     Attributes:
-        dataset: JSON lines (`testbed.evaluation.items.ChoiceItem`); relative to `--data`, else to the plan.
-        items: how many, or [first, one past the last].
+        dataset: JSON Lines file (`testbed.evaluation.items.ChoiceItem`), relative to `--data` or else to the plan.
+        items: number of items, or [first, one past the last].
         batch: items per forward step.
-        where: on the nodes, or all experts in this process with the nodes' costs as they were measured.
-        choosing: whether the tokens of a step choose their experts together, as in batches, or each as if it were
-            alone, as in decoding; that only in this process, for nodes would still be asked by batches.
+        where: on the nodes, or with all experts in this process and the nodes' measured costs.
+        choosing: whether the tokens of a step choose their experts together, as in batches, or each on its own, as in
+            decoding. `alone` works only in this process, because nodes would still be asked by batches.
+        repetitions: overrides the plan's.
     """
 
     dataset: str
@@ -118,22 +118,24 @@ class Choice(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_
 
     @property
     def span(self) -> tuple[int, int]:
-        """First item, one past the last."""
+        """Index of the first item, and one past the last."""
         return (0, self.items) if isinstance(self.items, int) else (self.items[0], self.items[1])
 
     @property
     def count(self) -> int:
-        """Items in all."""
+        """Number of items."""
         return self.span[1] - self.span[0]
 
 
 class Perplexity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="perplexity"):
-    """Loss on texts.
+    """Loss on texts, from which perplexity is computed.
 
     Attributes:
-        texts: texts, or how many of each domain of `dataset`.
-        dataset: JSON lines (`testbed.evaluation.items.DomainText`), where `texts` is a number.
-        tokens: of each text at most, from its beginning.
+        texts: texts, or the number of texts per domain of `dataset`.
+        dataset: JSON Lines file (`testbed.evaluation.items.DomainText`); set if `texts` is a number.
+        tokens: most tokens per text, from its beginning.
+        where: on the nodes, or with all experts in this process and the nodes' measured costs.
+        repetitions: overrides the plan's.
     """
 
     name: Name = "perplexity"
@@ -148,11 +150,11 @@ Workload = Generate | Choice | Perplexity
 
 
 class Churn(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Node processes that come and go, as devices do overnight: one at a time is killed and started again.
+    """Kill node processes one at a time and start them again, as devices come and go overnight.
 
     Attributes:
-        every_s: between two losses, drawn evenly from half to one and a half times this.
-        down_s: that a node stays away.
+        every_s: mean time between two losses, drawn uniformly from 0.5 to 1.5 times this.
+        down_s: time until the node is started again.
     """
 
     every_s: Seconds = 300.0
@@ -165,12 +167,12 @@ BASELINES: tuple[BaselineKind, ...] = ("station", "one-node", "loopback", "wired
 
 
 class Baselines(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What every session measures before its first cell and after its last, to compare days and places.
+    """Baselines that every session measures before its first cell and after its last, to compare days and places.
 
     Attributes:
-        kinds: those that do not apply to the network at hand are noted with the reason.
-        tokens: that each of them generates.
-        prompt: what they answer.
+        kinds: baselines to measure; those that don't apply to the plan's network are recorded with the reason.
+        tokens: tokens that each baseline generates.
+        prompt: prompt of each baseline.
     """
 
     kinds: Annotated[tuple[BaselineKind, ...], Meta(min_length=1)] = BASELINES
@@ -186,22 +188,29 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     Attributes:
         bundles: quantisations of the demo model (`int4`, `int4-b128`, `fp32`, …) or folders from `wdmoe-export`.
-        nodes: node id to expert selector, or a number of nodes that share every layer's experts evenly.
+        nodes: expert selector by node id, or the number of nodes that share the experts of each layer evenly.
+        node_threads: threads of each node process.
         profiles: link profiles of the network, by name.
-        seed: of the order of the arms and of all bootstrap intervals.
-        warm_up_tokens: generated before every cell and marked; links and caches settle meanwhile.
-        settle_s: pause after a change of the link profile.
-        shared_air: predict with all links on one channel; the network's own description where not set.
-        baseline: the policy that others are compared with; `topk` where the plan has it, else the first.
-        wire: how hidden states travel.
-        resident: RAM for experts that the base station keeps itself, such as `200M`.
-        attempts: how often a cell is tried before it counts as failed.
+        repetitions: cells per combination of the other coordinates.
+        seed: seed of the order of policies and of all bootstrap intervals.
+        warm_up_tokens: tokens generated before every cell to settle links and caches; results leave them out.
+        settle_s: time for measuring links after a change of the link profile.
+        shared_air: whether forecasts assume that all links share one channel; if not set, as the network's description
+            says.
+        baseline: policy that others are compared with; by default `topk` if the plan has it, else the first policy.
+        broker: broker to start; `auto` is mosquitto if it is installed, else the embedded one.
+        wire: wire dtype of hidden states.
+        resident: RAM for local experts on the base station, such as `200M`.
+        attempts: attempts before a cell counts as failed.
+        layer_timeout_s: deadline for the answers of one layer.
+        nodes_timeout_s: deadline for the nodes to become ready.
+        cell_timeout_s: deadline for a cell.
         sample_s: seconds between two samples of clocks and links.
-        pause_s: between two cells: devices cool down, a long run is spread over a night.
-        churn: of node processes that the run starts; None for none.
-        baselines: None for none.
-        limits: of alerts and preflight.
-        stay_awake: keep the cores of the base station's machine from sleeping, see `common.cpu_idle`.
+        pause_s: pause between two cells, to let devices cool down or to spread a run over a night.
+        churn: loss and return of local node processes; None for none.
+        baselines: baselines to measure; None for none.
+        limits: limits for alerts and preflight.
+        stay_awake: keep the base station's cores from entering idle states (`common.cpu_idle`).
     """
 
     name: Name
@@ -234,36 +243,36 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def emulated(self) -> str | None:
-        """File of the emulated network, if the plan has one."""
+        """File that describes the emulated network; None for other networks."""
         return None if isinstance(self.network, str) else self.network.emulated
 
     @property
     def external(self) -> Broker | None:
-        """Broker of nodes that are already running, if the plan uses such."""
+        """Broker of nodes that are already running; None for other networks."""
         return None if isinstance(self.network, str) else self.network.external
 
     @property
     def draft(self) -> DraftMode:
-        """Of the base station: what the most demanding workload needs."""
+        """Draft mode of the base station: that of the most demanding workload."""
         wanted = {w.draft for w in self.workloads if isinstance(w, Generate)}
         return next((mode for mode in ("dense", "auto", "ngram") if mode in wanted), "none")
 
     @property
     def profile_names(self) -> tuple[str, ...]:
-        """At least one."""
+        """Names of the link profiles; at least one."""
         return self.profiles or (DEFAULT_PROFILE,)
 
     @property
     def baseline_policy(self) -> str:
-        """What other policies are compared with."""
+        """The policy that others are compared with."""
         return self.baseline or ("topk" if "topk" in self.policies else self.policies[0])
 
     def workload(self, name: str) -> Workload:
-        """The workload of that name."""
+        """The workload with the given name."""
         return next(w for w in self.workloads if w.name == name)
 
     def node_experts(self, experts: int) -> dict[str, str]:
-        """Node id to expert selector; of `n` nodes node k holds experts k, k + n, … of every layer."""
+        """Expert selector by node id. With a number n of nodes, node k holds experts k, k + n, … of every layer."""
         if isinstance(self.nodes, dict):
             return self.nodes
         return {f"node{k}": f"L*:E{','.join(map(str, range(k, experts, self.nodes)))}" for k in range(self.nodes)}

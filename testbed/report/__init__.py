@@ -1,1 +1,1 @@
-"""Reports: a run's folder becomes merged tables, a summary with intervals, plots, a trace, HTML and markdown."""
+"""Reports: merged tables, a summary with intervals, plots, a trace, and the report as HTML and Markdown."""

@@ -1,4 +1,4 @@
-"""Several runs side by side: what differed between them, then each policy's numbers run by run."""
+"""Compares runs: what differed between them, and each policy's numbers run by run."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,13 +23,16 @@ SHOWN = {
     "choice": ("accuracy", "dropped_share", "layer_wait_ms"),
     "perplexity": ("perplexity", "dropped_share", "layer_wait_ms"),
 }
-"""By kind of workload."""
+"""Metrics to show, by kind of workload."""
 _IGNORED = frozenset({"load_1min"})
-"""Facts of a machine that differ between any two runs."""
+"""Facts of a machine that differ between all runs."""
 
 
 def compare_runs(runs: Sequence[RunDir], *, resamples: int = RESAMPLES) -> tuple[list[str], list[tuple[str, Table]]]:
-    """What differs, a line each; and a titled table per workload and metric.
+    """Compare runs with the first one.
+
+    Returns:
+        The differences between the runs, a line each; and a table with a title for each workload and metric.
 
     Raises:
         RunDirectoryError: a cell is damaged.
@@ -47,7 +50,7 @@ def compare_runs(runs: Sequence[RunDir], *, resamples: int = RESAMPLES) -> tuple
 
 
 def differences(first: RunManifest, other: RunManifest) -> list[str]:
-    """What was not the same, as `what: there instead of here`."""
+    """Differences between the manifests of two runs, as `what: other instead of first`."""
     lines = []
     for what, of in _ASPECTS.items():
         here, there = of(first), of(other)
@@ -83,7 +86,7 @@ def _short(value: object) -> str:
 
 
 def _tables(analyses: Sequence[Analysis], resamples: int) -> Iterator[tuple[str, Table]]:
-    """Arms are matched by their bundle's name, profile and policy, workloads by name."""
+    """Tables per workload and metric. Arms match by name of the bundle, profile and policy, workloads by name."""
     arms: dict[tuple[Arm, str], list[WorkloadUnits]] = {}
     workloads: dict[str, list[_Work | None]] = {}
     for number, analysis in enumerate(analyses):
@@ -102,12 +105,12 @@ def _tables(analyses: Sequence[Analysis], resamples: int) -> Iterator[tuple[str,
             if rows:
                 header = ["bundle", "profile", "policy", "run 1"]
                 for run in range(2, len(analyses) + 1):
-                    header += [f"run {run}", f"{run} against 1"]
+                    header += [f"run {run}", f"{run} vs. 1"]
                 yield f"{name}: {metric.title}", Table(header, rows, 3)
 
 
 class _Work(NamedTuple):
-    """A workload of one run; `data` is equal where item k is the same item."""
+    """A workload of one run; with equal `data`, item k of two runs is the same item."""
 
     kind: str
     where: str
@@ -147,7 +150,7 @@ def _value(metric: Metric, units: Units, draw: dict[str, int]) -> str:
 
 
 def _against(metric: Metric, mine: Units, first: Units, same_items: bool, draw: dict[str, int]) -> Interval | None:
-    """The same items are drawn together for both runs; answers and batches, which time is measured on, apart."""
+    """A metric against the first run's. Equal items are resampled together, answers and batches independently."""
     measures = [metric.make(units) for units in (paired(mine, first) if same_items else (mine, first))]
     if measures[0] is None or measures[1] is None:
         return None

@@ -1,13 +1,12 @@
-"""A run in the Chrome trace event format: opens in Perfetto and chrome://tracing.
+"""A trace of a run in the Chrome trace event format, for Perfetto and chrome://tracing.
 
-One process per cell, each beginning at zero so that policies can be compared side by side. Thread 0 holds the base
-station's tokens, in them the layers, in those trunk and dispatch; the threads after it hold each node's requests, in
-them the node's own durations.
+Each cell is a process that begins at zero, so that policies can be compared side by side. Thread 0 shows the base
+station: tokens, in them layers, in those trunk and dispatch. The other threads show each node's requests, and in them
+the node's own durations.
 
-The log has durations of layers, and moments of requests only: a step's layers follow each other without a gap,
-shifted so that no request leaves before its layer's dispatch begins. Embedding and head lie in the gaps between
-tokens. A node's work is drawn in the middle of its round trip, because nobody knows how the network's share divides
-between there and back.
+The log has durations of layers, but timestamps only of requests. So the layers of a step are drawn without gaps, as
+late as needed for no request to leave before the dispatch of its layer. Embedding and head are in the gaps between
+tokens. A node's work is drawn in the middle of its round trip, because the network time of each direction is unknown.
 """
 
 import itertools
@@ -22,24 +21,24 @@ from testbed.run_directory.cell_rows import CellRows
 
 Event = dict[str, Any]
 TOKENS_PER_CELL = 4
-_WORK = ("queue", "decode", "compute", "encode")
+_WORK = ("queue", "decode", "load", "compute", "encode")
 
 
 class Trace:
-    """The trace of a run, cell by cell.
+    """Collects the trace of a run, cell by cell.
 
     Attributes:
-        events: so far.
+        events: trace events so far.
     """
 
     def __init__(self, tokens: int = TOKENS_PER_CELL) -> None:
-        """Of each cell the first `tokens` tokens after the warm-up are kept, so that viewers can open the file."""
+        """Keep the first `tokens` tokens of each cell after the warm-up: viewers can't open very large files."""
         self.events: list[Event] = []
         self._tokens = tokens
         self._cells = 0
 
     def add(self, rows: CellRows) -> None:
-        """Append one cell."""
+        """Add the tokens of one cell."""
         self._cells += 1
         pid = self._cells
         tokens = rows.table("tokens")
@@ -67,7 +66,7 @@ class Trace:
             self._name("thread_name", pid, tid, node if lane == 0 else f"{node} ({lane + 1})")
 
     def encode(self) -> bytes:
-        """The file."""
+        """The trace as JSON."""
         document = {
             "traceEvents": self.events,
             "displayTimeUnit": "ms",
@@ -76,12 +75,12 @@ class Trace:
         return json.dumps(document, separators=(",", ":")).encode()
 
     def _token(self, pid: int, token: Event, layers: list[Event], requests: list[Event], free_ns: int) -> int:
-        """One token's spans; when the next may begin."""
+        """Add the spans of one token; returns the earliest start of the next one, in ns."""
         steps = [[*some] for _, some in itertools.groupby(layers, key=lambda layer: layer["step"])]
         sent = [[*some] for _, some in itertools.groupby(requests, key=lambda request: request["position"])]
         begin_ns = None
         for number, step in enumerate(steps):
-            # A step without requests (everything in this process) follows the one before.
+            # A step without requests (all experts in this process) follows the previous one.
             first_ns = _begin_ns(step, sent[number]) if number < len(sent) else token["began_unix_ns"]
             at_ns = max(free_ns, first_ns)
             begin_ns = at_ns if begin_ns is None else begin_ns
@@ -95,7 +94,7 @@ class Trace:
         return free_ns
 
     def _layer(self, pid: int, layer: Event, at_ns: int) -> int:
-        """One layer's spans; when the next begins."""
+        """Add the spans of one layer; returns the start of the next one, in ns."""
         args = {"pairs": layer["pairs"], "slowest": layer["slowest"], "predicted_us": _us(layer["predicted_ns"])}
         trunk_ns, dispatch_ns = int(layer["trunk_ns"]), int(layer["dispatch_ns"])
         self._span(pid, 0, f"layer {layer['layer']}", "layer", at_ns, trunk_ns + dispatch_ns, args)
@@ -112,7 +111,8 @@ class Trace:
         )
         at_ns = sent_ns + request["network_ns"] // 2
         for work in _WORK:
-            work_ns = min(request[f"node_{work}_ns"], sent_ns + took_ns - at_ns)
+            # Old runs have no column for loading.
+            work_ns = min(request[f"node_{work}_ns"] or 0, sent_ns + took_ns - at_ns)
             if work_ns > 0:
                 self._span(pid, tid, work, "node", at_ns, work_ns)
                 at_ns += work_ns
@@ -128,14 +128,14 @@ class Trace:
 
 
 def _begin_at_zero(events: list[Event]) -> None:
-    """From wall time in ns to µs since the first of these events, as the format wants them."""
+    """Convert wall time in ns to the format's µs, counted from the first of the events."""
     first_ns = min(event["ts"] for event in events)
     for event in events:
         event["ts"], event["dur"] = _us(event["ts"] - first_ns), _us(event["dur"])
 
 
 def _begin_ns(layers: list[Event], requests: list[Event]) -> int:
-    """When a step's layers begin: as late as lets every request leave after its layer's dispatch began."""
+    """Start of a step's layers, in ns: as late as needed for no request to leave before its layer's dispatch."""
     sent_ns: dict[int, int] = {}
     for request in requests:
         layer, at_ns = request["layer"], request["sent_unix_ns"]
@@ -163,7 +163,7 @@ def _rows(table: pa.Table, wanted: set[tuple[int, int]]) -> Iterator[Event]:
 
 
 def _lane(free_ns: list[int], request: Event) -> int:
-    """The first lane of a node that is free when the request leaves: spans of one lane must not overlap."""
+    """The first lane of a node that is free when the request leaves; spans in one lane must not overlap."""
     end_ns = request["sent_unix_ns"] + request["round_trip_ns"]
     for lane, free in enumerate(free_ns):
         if free <= request["sent_unix_ns"]:

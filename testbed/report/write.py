@@ -1,4 +1,4 @@
-"""Everything that `wdmoe-testbed report` leaves in a run's folder."""
+"""Writes everything that `wdmoe-testbed report` adds to a run's folder."""
 
 import shutil
 import tempfile
@@ -24,10 +24,14 @@ PAGE = "report.html"
 def write_report(run: RunDir, *, resamples: int = RESAMPLES, trace_tokens: int = TOKENS_PER_CELL) -> Summary:
     """Write merged tables, summary, plots, trace and report; equal cells give equal files.
 
-    All is made in a folder beside and moved when it is complete, the page last: who finds a page finds all.
+    All files are written to a temporary folder and moved when they are complete, the HTML page last.
+
+    Args:
+        resamples: bootstrap resamples per interval.
+        trace_tokens: tokens of each cell in the trace.
 
     Raises:
-        RunDirectoryError: no cell is complete yet, or one is damaged.
+        RunDirectoryError: no cell is complete yet, or a cell is damaged.
         StorageError: the folder can't be written.
     """
     try:

@@ -205,7 +205,7 @@ def _result(
 
 def _write(results: Sequence[BoardResult], userland: Userland, settings: Settings) -> None:
     document: dict[str, Any] = {
-        **facts.of_result(SCHEMA),
+        **facts.result_header(SCHEMA),
         "qemu": userland.qemu_version(),
         "boards": [msgspec.to_builtins(board) for board in settings.boards],
         "wheels": userland.wheels(),

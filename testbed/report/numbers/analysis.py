@@ -1,4 +1,4 @@
-"""One pass over a run's cells: the units of each policy, and what plots and tables need besides."""
+"""One pass over the cells of a run: collects the units of each policy and what else plots and tables need."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from testbed.run_directory.directory import RunDir
 
 
 class Arm(NamedTuple):
-    """What is compared: a policy, on the same bundle and link profile as the others of its group."""
+    """What a report compares: a policy, with one bundle and link profile."""
 
     bundle: str
     profile: str
@@ -26,11 +26,12 @@ class Arm(NamedTuple):
 
 @dataclass(slots=True)
 class WorkloadUnits:
-    """One arm's units of one workload.
+    """The units of one arm and workload.
 
     Attributes:
+        cells: number of complete cells.
         steps: answers, batches or texts, with their times.
-        items: questions or texts, with what came out.
+        items: questions or texts, with their results.
     """
 
     cells: int = 0
@@ -40,7 +41,7 @@ class WorkloadUnits:
 
 @dataclass(slots=True)
 class Logger:
-    """What logging itself took."""
+    """Time that logging took (`log_ns` over `tokens`, `write_ns`), and the token time it was part of (`total_ns`)."""
 
     log_ns: int = 0
     tokens: int = 0
@@ -50,14 +51,15 @@ class Logger:
 
 @dataclass(slots=True)
 class Analysis:
-    """A run in memory, as far as its report needs it.
+    """What a report needs of a run.
 
     Attributes:
-        complete: cells that were read.
-        units: by arm and workload.
-        requests: by policy, how many requests asked a node for an expert, keyed (expert, node).
-        links: the cells' `link_samples`, each with its profile.
-        code: how many cells each version of the code measured.
+        planned: number of cells in the plan.
+        complete: number of complete cells.
+        units: units by arm and workload.
+        requests: number of requests by policy, expert index and node.
+        links: link samples of each cell, with a column `profile`.
+        code: number of cells by version of the code that measured them.
     """
 
     run: RunDir
@@ -71,10 +73,10 @@ class Analysis:
 
 
 def analyse(run: RunDir, *, also: Callable[[CellRows], None] = lambda rows: None) -> Analysis:
-    """Read all complete cells.
+    """Read all complete cells of a run.
 
     Args:
-        also: shown each of them, so that a run is read once.
+        also: called with each cell, so that the run is read only once.
 
     Raises:
         RunDirectoryError: a cell is damaged.
@@ -111,8 +113,8 @@ def _take(analysis: Analysis, rows: CellRows) -> None:
 
 def _requests(latency: pa.Table) -> Counter[tuple[int, str]]:
     counts: Counter[tuple[int, str]] = Counter()
-    warm = latency.filter(pc.invert(latency["warm_up"])).select(["node", "experts"])
-    for row in warm.group_by(["node", "experts"]).aggregate([([], "count_all")]).to_pylist():
+    measured = latency.filter(pc.invert(latency["warm_up"])).select(["node", "experts"])
+    for row in measured.group_by(["node", "experts"]).aggregate([([], "count_all")]).to_pylist():
         for expert in row["experts"].split():
             counts[int(expert), row["node"]] += row["count_all"]
     return counts

@@ -1,4 +1,4 @@
-"""Estimated links against the ones that were configured, where a run knows both."""
+"""Compares estimated links with configured ones, in runs that know both."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,15 +13,16 @@ from testbed.run_directory.machine_tables import ESTIMATE, TRUTH
 from testbed.statistics import Float
 
 STD = "_std"
-"""`down_std_mbps` is the uncertainty of `down_mbps`."""
+"""Part of a quantity's name: `down_std_mbps` is the standard deviation of `down_mbps`."""
 
 
 class LinkError(Struct, frozen=True, kw_only=True):
-    """How far estimates of one quantity of one node's link were off.
+    """Error of the estimates of one quantity of one node's link.
 
     Attributes:
         truth: median of the configured values.
         error_share: median of |estimate − truth| / truth.
+        samples: number of estimates.
     """
 
     profile: str
@@ -37,8 +38,8 @@ class Samples:
     """One quantity over time.
 
     Attributes:
-        s: float64 [n], seconds of measuring: cells follow each other without the pauses between them.
-        value: float64 [n], NaN between two cells, so that no line is drawn there.
+        s: float64 [n], seconds of measurement; the pauses between cells are left out.
+        value: float64 [n], NaN between two cells, which interrupts the line of a plot.
     """
 
     s: Float
@@ -50,8 +51,9 @@ class LinkSeries:
     """One quantity of one node's link over some cells.
 
     Attributes:
-        at_estimate: the configured value at each estimate, NaN where there is none.
-        std: of the estimates, where they say so.
+        truth, estimate: configured and estimated values.
+        at_estimate: configured value at each estimate, NaN if there is none.
+        std: standard deviation of each estimate; None if unknown.
     """
 
     node: str
@@ -63,7 +65,11 @@ class LinkSeries:
 
 
 def link_errors(cells: Sequence[pa.Table]) -> list[LinkError]:
-    """By profile, node and quantity; only what has both a truth and an estimate."""
+    """Errors by profile, node and quantity, of quantities with both configured and estimated values.
+
+    Args:
+        cells: link samples of each cell, with a column `profile`.
+    """
     errors = []
     for profile in dict.fromkeys(profile_of(cell) for cell in cells):
         for series in link_series([cell for cell in cells if profile_of(cell) == profile]):
@@ -84,20 +90,20 @@ def link_errors(cells: Sequence[pa.Table]) -> list[LinkError]:
 
 
 def profile_of(cell: pa.Table) -> str:
-    """A cell's link profile."""
+    """The link profile of a cell's link samples."""
     return str(cell["profile"][0].as_py())
 
 
 def link_series(cells: Sequence[pa.Table]) -> list[LinkSeries]:
-    """All series of some cells' samples, by node and quantity.
+    """Series of all nodes and quantities.
 
     Args:
-        cells: each with at least one row of `link_samples`.
+        cells: link samples of each cell, at least one row each.
     """
     found: dict[tuple[str, str, str], list[Samples]] = {}
     begin_s = 0.0
     for number, cell in enumerate(cells):
-        # Wall time in ns does not fit into a float.
+        # Subtract before converting: wall time in ns doesn't fit into a float.
         at_s = numbers(cell.append_column("s", _since_first(cell)), "s") / 1e9 + begin_s
         value = numbers(cell, "value")
         labels = zip(*(cell[name].to_pylist() for name in ("node", "quantity", "kind")), strict=True)
@@ -133,7 +139,7 @@ def _series(found: dict[tuple[str, str, str], list[Samples]]) -> Iterator[LinkSe
 
 
 def _latest(truth: Sequence[Samples], estimate: Sequence[Samples]) -> Float:
-    """What was configured last before each estimate of the same cell, joined as these."""
+    """The last configured value before each estimate of the same cell, joined in the order of the estimates."""
     found = []
     for known, wanted in zip(truth or [_NONE] * len(estimate), estimate, strict=False):
         if len(known.s) and len(wanted.s):
@@ -145,7 +151,7 @@ def _latest(truth: Sequence[Samples], estimate: Sequence[Samples]) -> Float:
 
 
 def _joined(parts: Sequence[Samples]) -> Samples:
-    """Cells after each other, a NaN after each."""
+    """The samples of all cells one after another, with a NaN after each cell."""
     kept = [part for part in parts if len(part.s)]
     s = [np.append(part.s, part.s[-1]) for part in kept]
     value = [np.append(part.value, np.nan) for part in kept]

@@ -1,4 +1,4 @@
-"""What is measured of each policy, each with its formula over units: `docs/experiments.md` lists them."""
+"""The metrics of a report with their formulas over units; docs/experiments.md lists them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,14 +13,15 @@ _MS = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One measured quantity.
+    """One metric.
 
     Attributes:
-        name: in `summary.json`.
-        title: for people, with its unit.
-        scale: from the summary's unit to the one of the title.
-        make: the measure of some units; None where they don't hold it.
-        points: differences are in percentage points rather than relative.
+        name: name in `summary.json`.
+        title: name and unit in tables.
+        digits: decimals in tables.
+        make: makes the statistic of some units; None if they don't have the data.
+        scale: factor from the unit in `summary.json` to the unit of the title.
+        points: whether differences are given in percentage points instead of ratios.
     """
 
     name: str
@@ -31,9 +32,9 @@ class Metric:
     points: bool = False
 
 
-def _ratio(part: str, whole: str, scale: float = 1.0) -> Callable[[Units], Measure | None]:
+def _ratio(numerator: str, denominator: str, scale: float = 1.0) -> Callable[[Units], Measure | None]:
     def make(units: Units) -> Measure | None:
-        return Ratio(units.sum(part), units.sum(whole), scale) if units.has(whole) else None
+        return Ratio(units.sum(numerator), units.sum(denominator), scale) if units.has(denominator) else None
 
     return make
 
@@ -52,7 +53,7 @@ def _dropped(units: Units) -> Measure | None:
 
 
 def _bytes(units: Units) -> Measure | None:
-    """Of the tokens that went through the model: a step of a batch has many."""
+    """Bytes per token that went through the model; a step of a batch has many tokens."""
     tokens = units.sum("step_tokens")
     return Ratio(units.sum("down_bytes") + units.sum("up_bytes"), tokens) if tokens.any() else None
 
@@ -102,7 +103,11 @@ SAME_TOKENS = Metric("same_tokens_share", "same tokens as baseline, %", 1, lambd
 
 
 def same_tokens(units: Units, baseline: Units) -> Measure:
-    """Tokens before the first difference, of all tokens of the longer answer; units as paired by the caller."""
+    """Share of tokens before the first difference, over the tokens of the longer answer of each pair.
+
+    Args:
+        units, baseline: answers paired by the caller: unit k of one belongs to unit k of the other.
+    """
     both = list(zip(units.ids(), baseline.ids(), strict=True))
     prefix = [
         next((i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), min(map(len, pair))) for pair in both

@@ -1,4 +1,4 @@
-"""The numbers of a run: `summary.json`."""
+"""The numbers of a run, as in `summary.json`."""
 
 from typing import Any
 
@@ -27,11 +27,11 @@ SCHEMA = 1
 
 
 class Against(Struct, frozen=True, kw_only=True):
-    """A policy's metric against the baseline's, on the units that both have.
+    """A metric of a policy against that of the baseline, over the units that both have.
 
     Attributes:
-        difference: policy less baseline.
-        ratio: policy over baseline; None where that is zero.
+        difference: policy minus baseline.
+        ratio: policy over baseline; None if the baseline is zero.
     """
 
     difference: Interval | None
@@ -39,15 +39,16 @@ class Against(Struct, frozen=True, kw_only=True):
 
 
 class WorkloadResult(Struct, frozen=True, kw_only=True):
-    """One arm on one workload.
+    """The results of one arm for one workload.
 
     Attributes:
-        kind: generate, choice or perplexity.
-        where: on nodes or in this process.
-        planned, cells: how many cells there are to be, and are.
-        metrics: by name; what could not be measured is not there.
-        against_baseline: by name of the metric; empty for the baseline itself.
-        items_gained, items_lost: questions right here and wrong with the baseline, and the other way round.
+        kind: `generate`, `choice` or `perplexity`.
+        where: `distributed` or `in-process`.
+        planned, cells: number of planned and of complete cells.
+        metrics: values by metric; metrics that could not be measured are missing.
+        against_baseline: comparisons by metric; empty for the baseline itself.
+        items_gained: questions that are right here and wrong with the baseline.
+        items_lost: questions that are wrong here and right with the baseline.
     """
 
     kind: str
@@ -61,10 +62,11 @@ class WorkloadResult(Struct, frozen=True, kw_only=True):
 
 
 class ArmResult(Struct, frozen=True, kw_only=True):
-    """One arm.
+    """The results of one arm.
 
     Attributes:
-        workloads: by name.
+        baseline: whether other policies are compared with this one.
+        workloads: results by workload.
     """
 
     policy: str
@@ -75,12 +77,12 @@ class ArmResult(Struct, frozen=True, kw_only=True):
 
 
 class LoggerCost(Struct, frozen=True, kw_only=True):
-    """What logging took of the time it measured.
+    """Cost of logging.
 
     Attributes:
-        log_us_per_token: on the hot path.
-        share: of all measured token time.
-        write_s: from rows to files, between cells.
+        log_us_per_token: time on the hot path per token.
+        share: share of all measured token time.
+        write_s: time for writing files between cells.
     """
 
     log_us_per_token: float
@@ -89,16 +91,16 @@ class LoggerCost(Struct, frozen=True, kw_only=True):
 
 
 class Summary(Struct, frozen=True, kw_only=True):
-    """A run in numbers.
+    """The numbers of a run.
 
     Attributes:
-        code: how many cells each version of the code measured; more than one where it changed before a `resume`.
-        complete: whether every cell of the plan is there.
-        failures: failed attempts, in order.
+        code: number of cells by version of the code; several if the code changed before a `resume`.
+        complete: whether all cells of the plan are complete.
+        method: how the intervals were computed.
+        failures: failed attempts at cells, in order.
         gaps: pauses of the runner.
-        without_result: cells that failed and are still missing, with their last error.
-        without_costs: cells in this process that found no measured costs: their policies saw equal nodes.
-        method: how the intervals were made.
+        without_result: last error of each cell that failed and is still incomplete, by cell id.
+        without_costs: cells in this process that found no measured costs, so that all nodes looked alike to policies.
     """
 
     schema: int
@@ -122,12 +124,12 @@ class Summary(Struct, frozen=True, kw_only=True):
 
 
 def kind_of(workload: Workload) -> str:
-    """As plans write it."""
+    """The kind of a workload, as plans name it."""
     return "generate" if isinstance(workload, Generate) else "choice" if isinstance(workload, Choice) else "perplexity"
 
 
 def metrics_of(units: WorkloadUnits, kind: str, where: str) -> list[tuple[Metric, Units]]:
-    """Which metrics an arm can have on a workload, each with the units it is made of."""
+    """The metrics that a workload of this kind can have, each with the units that it is computed from."""
     steps = [*STEP_METRICS]
     if where == "distributed":
         steps += NODE_METRICS
@@ -137,7 +139,7 @@ def metrics_of(units: WorkloadUnits, kind: str, where: str) -> list[tuple[Metric
 
 
 def summarise(analysis: Analysis, *, resamples: int = RESAMPLES) -> Summary:
-    """All numbers of a run; equal for equal cells."""
+    """Compute all numbers of a run; equal cells give equal numbers."""
     run = analysis.run
     manifest, plan = run.manifest, run.plan
     failures, gaps = (table.to_pylist() for table in failures_and_gaps(run))
@@ -175,7 +177,7 @@ def summarise(analysis: Analysis, *, resamples: int = RESAMPLES) -> Summary:
 
 
 def planned_in_order(run: RunDir) -> list[tuple[Arm, str]]:
-    """Arms with their workloads as the plan lists them, the baseline first."""
+    """All arms and workloads in the order of the plan, with the baseline first."""
     plan = run.plan
     policies = sorted(plan.policies, key=lambda policy: policy != plan.baseline_policy)
     return [
@@ -188,7 +190,7 @@ def planned_in_order(run: RunDir) -> list[tuple[Arm, str]]:
 
 
 def encode(summary: Summary) -> bytes:
-    """JSON for people and programs."""
+    """The summary as indented JSON."""
     return msgspec.json.format(msgspec.json.encode(summary), indent=1) + b"\n"
 
 
@@ -255,7 +257,7 @@ def _compare(metric: Metric, units: Units, baseline: Units, seed: int, resamples
 
 
 def paired(units: Units, baseline: Units) -> tuple[Units, Units]:
-    """The units that both have, in one order."""
+    """The units that both arms have, in the same order."""
     keys = sorted({*units.keys} & {*baseline.keys})
     return units.only(keys), baseline.only(keys)
 

@@ -1,7 +1,7 @@
-"""From a cell's rows to its units: one answer, one batch of questions, one text, or one question.
+"""Makes units of a cell's rows: one answer, one batch of questions, one text, or one question.
 
-A unit is what intervals draw and what policies are compared on: unit (repetition, number) of one policy is the
-same work as that of another.
+Units are what the bootstrap resamples and what policies are compared on: unit (repetition, number) is the same work for
+every policy.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from testbed.run_directory.cell_rows import CellRows, numbers
 from testbed.statistics import Float
 
 Key = tuple[int, int]
-"""Repetition, number of the prompt, batch, text or item in its workload."""
+"""Repetition, and number of the prompt, batch, text or item in the workload."""
 TOKEN_SUMS = (
     "total_ns", "trunk_ns", "network_ns", "compute_ns", "wait_ns", "framing_ns", "pairs", "full_pairs",
     "down_bytes", "up_bytes", "step_tokens",
@@ -26,13 +26,13 @@ TOKEN_SUMS = (
 
 @dataclass(slots=True)
 class Unit:
-    """What one unit adds up to; the tokens of the warm-up are left out everywhere.
+    """The sums of one unit, without the warm-up.
 
     Attributes:
-        sums: by column; `tokens` counts the tokens (steps, where nothing is generated) that the others are of.
-        token_ns: of each of them.
-        errors: |predicted − measured| / measured round trip of each request that has a prediction.
-        ids: generated, the first one included.
+        sums: sum of each column; `tokens` is the number of tokens (or steps, where nothing is generated).
+        token_ns: float64 [tokens], time of each token.
+        errors: float64 [requests], |predicted − measured| / measured round trip of each request with a prediction.
+        ids: all generated tokens, including the first one.
     """
 
     sums: dict[str, float] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Unit:
 
 
 class Units:
-    """Units of one kind by key."""
+    """Units of one kind, by key."""
 
     def __init__(self, units: dict[Key, Unit] | None = None) -> None:
         self._units = units if units is not None else {}
@@ -51,7 +51,7 @@ class Units:
         return len(self._units)
 
     def add(self, key: Key, unit: Unit) -> None:
-        """Put one in; what was measured again under the same key counts on top of it."""
+        """Add a unit; the sums of another unit with the same key are added to it."""
         if known := self._units.get(key):
             for name, value in unit.sums.items():
                 known.sums[name] = known.sums.get(name, 0.0) + value
@@ -60,37 +60,36 @@ class Units:
 
     @property
     def keys(self) -> list[Key]:
-        """Sorted."""
+        """Keys in ascending order, which is the order of all values below."""
         return sorted(self._units)
 
     def only(self, keys: Sequence[Key]) -> "Units":
-        """Those with these keys."""
+        """The units with the given keys."""
         return Units({key: self._units[key] for key in keys})
 
     def sum(self, column: str) -> Float:
-        """float64 [units] in the order of `keys`; zero for a unit without such rows."""
+        """Sum of a column by unit, float64 [units]; zero for units without such rows."""
         return np.array([self._units[key].sums.get(column, 0.0) for key in self.keys])
 
     def has(self, column: str) -> bool:
-        """Whether any unit counts it."""
+        """Whether the column is non-zero for any unit."""
         return any(unit.sums.get(column) for unit in self._units.values())
 
     def token_ns(self) -> list[Float]:
-        """Per unit."""
+        """Time of each token in ns, one array per unit."""
         return [self._units[key].token_ns for key in self.keys]
 
     def errors(self) -> list[Float]:
-        """Per unit."""
+        """Relative error of each predicted round trip, one array per unit."""
         return [self._units[key].errors for key in self.keys]
 
     def ids(self) -> list[tuple[int, ...]]:
-        """Per unit."""
+        """Generated token ids, one tuple per unit."""
         return [self._units[key].ids for key in self.keys]
 
 
 def step_units(rows: CellRows) -> list[tuple[Key, Unit]]:
-    """Answers of a cell that generates, with their tokens after the first; batches or texts of another, with
-    their steps."""
+    """Units with times: the answers of a cell that generates, without their first tokens; else its batches or texts."""
     generated = isinstance(rows.workload, Generate)
     tokens, layers, latency = (_measured(rows.table(name), generated) for name in ("tokens", "layers", "latency"))
     answers = rows.table("answers")
@@ -116,7 +115,11 @@ def step_units(rows: CellRows) -> list[tuple[Key, Unit]]:
         columns |= {"answers": add_up(answers), "first_token_ns": add_up(answers, numbers(answers, "first_token_ns"))}
     token_ns = _split(tokens, ids, numbers(tokens, "total_ns"))
     errors = _prediction_errors(latency, ids)
-    texts = _split(all_ := _warm(rows.table("tokens")), ids, numbers(all_, "token_id")) if generated else [()] * count
+    texts = (
+        _split(all_ := _without_warm_up(rows.table("tokens")), ids, numbers(all_, "token_id"))
+        if generated
+        else [()] * count
+    )
     return [
         (
             (rows.cell.repetition, order[i] if generated else int(ids[i])),
@@ -127,8 +130,10 @@ def step_units(rows: CellRows) -> list[tuple[Key, Unit]]:
 
 
 def item_units(rows: CellRows) -> list[tuple[Key, Unit]]:
-    """Questions of a cell with multiple choice, or texts of one with losses. Repetitions of an item count as one
-    unit: they are the same question."""
+    """Units with results: the questions or texts of a cell that doesn't generate.
+
+    Repetitions of an item have the same key, because they are the same question.
+    """
     choices, losses = rows.table("choices"), rows.table("losses")
     units = [
         ((0, int(item)), Unit({"items": 1.0, "right": float(right)}))
@@ -141,18 +146,18 @@ def item_units(rows: CellRows) -> list[tuple[Key, Unit]]:
     ]
 
 
-def _warm(table: pa.Table) -> pa.Table:
+def _without_warm_up(table: pa.Table) -> pa.Table:
     return table.filter(pc.invert(table["warm_up"]))
 
 
 def _measured(table: pa.Table, generated: bool) -> pa.Table:
-    table = _warm(table)
-    # An answer's first token stands for its whole prompt, and has a figure of its own.
+    table = _without_warm_up(table)
+    # An answer's first token includes its prompt and has a metric of its own.
     return table.filter(pc.greater(table["token"], 0)) if generated else table
 
 
 def _split(table: pa.Table, ids: NDArray[np.int_], values: Float) -> list[Float]:
-    """Values by answer, each in the order of its tokens."""
+    """Values by answer, in the order of each answer's tokens."""
     answer = numbers(table, "answer")
     token = numbers(table, "token")
     order = np.lexsort((token, answer))

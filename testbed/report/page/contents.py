@@ -1,4 +1,4 @@
-"""What a report says, from the summary's numbers and the drawn figures."""
+"""The text and tables of a report, from the numbers of its summary and the drawn figures."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,20 +13,24 @@ from testbed.report.page.session import NOTHING, clock, session_sections
 from testbed.run_directory.directory import RunDir
 from testbed.statistics import LEAST_UNITS, Interval
 
-_NO_CELL = "No cell of it is complete yet."
+_NO_CELL = "No cell of this workload is complete yet."
 _QUALITY = ("accuracy", "perplexity", "dropped_share", "layer_wait_ms", "predicted_layer_wait_ms")
 _SENT = ("dropped_share", "requests_per_layer", "bytes_per_token", "predicted_layer_wait_ms", "prediction_error")
 _COMPARED = ("token_ms", "token_p95_ms", "layer_wait_ms", "bytes_per_token")
 
 
 def contents(run: RunDir, summary: Summary, figures: dict[str, list[Figure]]) -> Document:
-    """The whole report."""
+    """The whole report.
+
+    Args:
+        figures: plots by kind, from `draw_plots`.
+    """
     sections = [
         _about(run, summary),
         *_generation(summary, figures["latency"]),
-        *_quality(summary, figures["front"]),
+        *_quality(summary, figures["pareto"]),
         *_links(summary, figures["links"]),
-        *([Section("Requests", [*figures["requests"]])] if figures["requests"] else []),
+        *([Section("Requests by expert and node", [*figures["requests"]])] if figures["requests"] else []),
         _run_history(summary),
         *session_sections(run),
         _method(summary),
@@ -36,47 +40,51 @@ def contents(run: RunDir, summary: Summary, figures: dict[str, list[Figure]]) ->
 
 
 def warnings(summary: Summary) -> list[str]:
-    """What a reader must know before any number."""
+    """Warnings that a reader needs before any number."""
     found = []
     if not summary.complete:
         found.append(
-            f"Incomplete: {summary.complete_cells} of {summary.planned_cells} cells are there. Numbers below are of "
-            "these; policies that miss cells are compared on what both have."
+            f"Incomplete: {summary.complete_cells} of {summary.planned_cells} cells are complete. All numbers come "
+            "from these cells; policies with missing cells are compared on the units that both have."
         )
     found += [f"No result: {line}" for line in summary.without_result.values()]
     if summary.without_costs:
         found.append(
-            f"{len(summary.without_costs)} cells in one process found no costs measured on nodes: policies that look "
-            "at links saw equal ones there."
+            f"{len(summary.without_costs)} in-process cells found no costs measured on nodes: in these cells, policies "
+            "that use link forecasts treated all nodes alike."
         )
     found += different_code(summary.code)
     if summary.dirty:
-        found.append("The code differed from its commit: numbers can't be reproduced from the commit alone.")
+        found.append("The code differed from its commit: the numbers can't be reproduced from the commit alone.")
     return found
 
 
 def different_code(code: Mapping[str, int]) -> list[str]:
-    """A warning if the cells that are compared were not measured by the same code."""
+    """A warning if cells were measured by different versions of the code.
+
+    Args:
+        code: number of cells by version.
+    """
     if len(code) < 2:
         return []
     counts = ", ".join(f"{name} ({count})" for name, count in code.items())
-    return [f"Cells measured by different versions: {counts}. What differs may be the code."]
+    return [f"Cells measured by different versions: {counts}. Differences between cells may come from the code."]
 
 
 def value_text(interval: Interval | None, metric: Metric) -> str:
-    """`83.3 (81.0 – 85.2)`."""
+    """A value with its interval in the metric's unit, such as `83.3 (81.0 – 85.2)`."""
     if interval is None:
         return NOTHING
     return _with_range(interval, lambda v: f"{v * metric.scale:.{metric.digits}f}")
 
 
 def ratio_text(interval: Interval | None) -> str:
-    """`× 0.78 (0.75 – 0.82)`."""
+    """A ratio with its interval, such as `× 0.78 (0.75 – 0.82)`."""
     return NOTHING if interval is None else "× " + _with_range(interval, "{:.2f}".format)
 
 
 def points_text(interval: Interval | None) -> str:
-    """`−1.5 (−4.0 – +1.0)`, percentage points of a share."""
+    """A difference of shares with its interval in percentage points, such as `−1.5 (−4.0 – +1.0)`."""
     return NOTHING if interval is None else _with_range(interval, lambda v: _signed(v * 100, 1))
 
 
@@ -93,15 +101,15 @@ def _signed(value: float, digits: int) -> str:
 
 def _about(run: RunDir, summary: Summary) -> Section:
     manifest = run.manifest
-    kind = "an emulated network" if run.plan.emulated else "nodes elsewhere" if run.plan.external else "localhost"
+    kind = "an emulated network" if run.plan.emulated else "external nodes" if run.plan.external else "localhost"
     text = (
         f"{summary.complete_cells} of {summary.planned_cells} cells, {len(run.plan.policies)} policies over {kind}, "
-        f"broker {manifest.broker}, begun {summary.created}, commit {summary.commit[:12]}. Policies are compared with "
-        f"{_label(summary, summary.baseline)}. Intervals hold 95 %; how they are made is said under Method."
+        f"broker {manifest.broker}, started {summary.created}, commit {summary.commit[:12]}. Policies are compared "
+        f"with {_label(summary, summary.baseline)}. Intervals are 95 % confidence intervals; see Method."
     )
     shortened = [policy for policy in dict.fromkeys(run.plan.policies) if _label(summary, policy) != policy]
     if shortened:
-        text += " Options: " + ", ".join(f"`{policy}`" for policy in shortened) + "."
+        text += " Policies with their options: " + ", ".join(f"`{policy}`" for policy in shortened) + "."
     return Section("What was run", [text])
 
 
@@ -113,19 +121,19 @@ def _generation(summary: Summary, figures: Sequence[Figure]) -> list[Section]:
             sections.append(Section(f"Latency: {name}", [_NO_CELL]))
             continue
         blocks: list[str | Table | Figure] = [
-            "Of generated tokens after each answer's first, on the base station's clock. Layer wait is the time from "
-            "chosen experts to their sum.",
+            "Times of generated tokens after the first of each answer, on the base station's clock. Layer wait is the "
+            "time from the choice of a layer's experts to their combined output.",
             _metric_table(summary, results, [*TOKEN_METRICS, METRICS["layer_wait_ms"]]),
-            f"Against {_label(summary, summary.baseline)}, paired by prompt and repetition:",
+            f"Relative to {_label(summary, summary.baseline)}, paired by prompt and repetition:",
             _against_table(summary, results),
-            "What was sent; dropped are pairs of token and expert that the policy left out:",
+            "Requests and bytes. Dropped pairs are (token, expert) pairs of plain top-k that the policy left out:",
             _metric_table(summary, results, [*(METRICS[m] for m in _SENT), SAME_TOKENS]),
-            "Along the critical path:",
+            "Time per token along the critical path:",
             _metric_table(summary, results, PART_METRICS),
         ]
         sections.append(Section(f"Latency: {name}", blocks))
     if sections and figures:
-        sections.append(Section("Latency: plots", [*figures]))
+        sections.append(Section("Latency plots", [*figures]))
     return sections
 
 
@@ -142,17 +150,17 @@ def _quality(summary: Summary, figures: Sequence[Figure]) -> list[Section]:
             for arm, result in results:
                 if result.against_baseline:
                     rows.append([*_labels(summary, arm), *_quality_change(kind, result)])
-            where = "on the nodes" if results[0][1].where == "distributed" else "in one process, with all experts"
+            where = "on the nodes" if results[0][1].where == "distributed" else "in one process with all experts"
             blocks: list[str | Table | Figure] = [f"Evaluated {where}.", table]
             if rows:
                 changes = [
-                    "difference, points",
-                    "right only here",
+                    "difference, percentage points",
+                    "right only with this policy",
                     f"right only with {_label(summary, summary.baseline)}",
                 ]
                 header = changes if kind == "choice" else ["ratio"]
                 blocks += [
-                    f"Against {_label(summary, summary.baseline)}, item by item:",
+                    f"Relative to {_label(summary, summary.baseline)}, item by item:",
                     Table([*_label_names(summary), *header], rows, _label_count(summary)),
                 ]
             sections.append(Section(f"{title}: {name}", blocks))
@@ -180,7 +188,7 @@ def _links(summary: Summary, figures: Sequence[Figure]) -> list[Section]:
         ]
         header = ("profile", "node", "quantity", "configured (median)", "median error, %", "samples")
         blocks.append(Table(header, rows, 3))
-    return [Section("Links: estimate and truth", [*blocks, *figures])]
+    return [Section("Links: estimated and configured", [*blocks, *figures])]
 
 
 def _run_history(summary: Summary) -> Section:
@@ -189,22 +197,24 @@ def _run_history(summary: Summary) -> Section:
         rows = [[clock(f["unix_ns"]), f["what"], f["kind"], f["error"], str(f["attempt"])] for f in summary.failures]
         blocks += [
             f"{len(rows)} attempts at cells failed:",
-            Table(("when", "cell", "error", "message", "attempt"), rows, 4),
+            Table(("time", "cell", "error", "message", "attempt"), rows, 4),
         ]
     else:
         blocks.append("No attempt at a cell failed.")
     if summary.gaps:
         rows = [[clock(g["unix_ns"]), g["after"], f"{g['gap_s']:.0f}", str(g["lost"])] for g in summary.gaps]
-        blocks += ["The runner paused:", Table(("resumed", "last event", "gap, s", "cells lost in flight"), rows, 2)]
+        header = ("resumed", "last event before", "gap, s", "unfinished cells discarded")
+        blocks += ["The run was interrupted and resumed:", Table(header, rows, 2)]
     else:
-        blocks.append("The run has no gap.")
+        blocks.append("The run was not interrupted.")
     if summary.logger:
         cost = summary.logger
         blocks.append(
-            f"Logging took {cost.log_us_per_token:.1f} µs per token or step while measuring, "
-            f"{100 * cost.share:.3f} % of its time, and {cost.write_s:.2f} s for writing files between cells."
+            f"Logging took {cost.log_us_per_token:.1f} µs per token or step during the measurement "
+            f"({100 * cost.share:.3f} % of the measured time), and {cost.write_s:.2f} s for writing files between "
+            f"cells."
         )
-    return Section("Failures, gaps and the logger's own cost", blocks)
+    return Section("Failures, gaps and the cost of logging", blocks)
 
 
 def _method(summary: Summary) -> Section:
@@ -212,16 +222,17 @@ def _method(summary: Summary) -> Section:
     return Section(
         "Method",
         [
-            f"Intervals are percentile bootstraps ({method['resamples']} resamples, seed {method['seed']}) that draw "
-            "whole answers, batches or texts, because the tokens of one answer are not independent, widened by "
-            "t(n − 1) / 1.96 × √(n / (n − 1)) for n of them. A mean is total time over total tokens of what was drawn. "
-            "Comparisons draw the same units for both policies. Accuracy has Wilson's interval; its difference on the "
-            "same items Bonett and Price's, on different ones Newcombe's. Quantiles are by nearest rank; a p95 of "
-            "fewer than 129 tokens is not given, no interval of fewer than "
-            f"{LEAST_UNITS} units, and none of a p95 itself of fewer than 59. The warm-up before each cell is left out "
-            "everywhere. n is the number of answers, items or texts; shares and times of multiple choice are drawn by "
-            "batch.",
-            "An interval speaks of these prompts and items on this machine; it is blind to what no repetition varied.",
+            f"Intervals are percentile bootstraps ({method['resamples']} resamples, seed {method['seed']}). They "
+            "resample whole answers, batches or texts, because the tokens of one answer are not independent, and are "
+            "widened by t(n − 1) / 1.96 × √(n / (n − 1)) for n units. A mean is the total time over the total number "
+            "of tokens of the resampled units. Comparisons resample the same units for both policies. Accuracy has "
+            "Wilson's interval; differences of accuracy have Bonett and Price's interval on the same items and "
+            "Newcombe's on different items. Quantiles are by nearest rank. A p95 needs at least 129 tokens, an "
+            f"interval at least {LEAST_UNITS} units, and an interval of a p95 at least 59. The warm-up before each "
+            "cell is excluded from all numbers. n is the number of answers, items or texts; shares and times of "
+            "multiple choice are resampled by batch.",
+            "Intervals apply to these prompts and items on this machine. They don't cover conditions that did not vary "
+            "between repetitions.",
         ],
     )
 
@@ -248,7 +259,7 @@ def _conditions(run: RunDir) -> Section:
 def _metric_table(
     summary: Summary, results: list[tuple[ArmResult, WorkloadResult]], metrics: Sequence[Metric]
 ) -> Table:
-    """One row per arm; a metric that no arm has gets no column."""
+    """One row per arm and one column per metric that any arm has."""
     shown = [m for m in metrics if any(m.name in result.metrics for _, result in results)]
     rows = [
         [*_labels(summary, arm), *(value_text(result.metrics.get(m.name), m) for m in shown), _units(result)]
@@ -269,7 +280,7 @@ def _against_table(summary: Summary, results: list[tuple[ArmResult, WorkloadResu
 
 
 def _units(result: WorkloadResult) -> str:
-    """How many answers or items the row's intervals drew from."""
+    """Largest number of answers or items that an interval of the row is based on."""
     counts = [interval.units for interval in result.metrics.values()]
     return str(max(counts, default=0))
 
@@ -283,7 +294,7 @@ def _results(summary: Summary, workload: str) -> list[tuple[ArmResult, WorkloadR
 
 
 def _label_names(summary: Summary) -> list[str]:
-    """Columns that tell arms apart; what they all share is left out."""
+    """Columns that distinguish the arms; coordinates that all arms share are left out."""
     several = [f for f in ("bundle", "profile") if len({getattr(arm, f) for arm in summary.arms}) > 1]
     return [*several, "policy"]
 

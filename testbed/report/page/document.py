@@ -1,4 +1,4 @@
-"""A report as headings, tables and figures, written as markdown or as one HTML file that stands alone."""
+"""A document of headings, tables and figures, written as Markdown or as one self-contained HTML file."""
 
 import base64
 from collections.abc import Callable, Sequence
@@ -8,12 +8,12 @@ from pathlib import Path
 import jinja2
 
 _WIDEST = 48
-"""Wider cells of a markdown table are not lined up."""
+"""Wider cells of a Markdown table are not aligned."""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Cells are text; the first `labels` columns name the row, the others hold numbers."""
+    """A table of text cells. The first `labels` columns name the row, the others are numbers."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -25,8 +25,8 @@ class Figure:
     """A plot.
 
     Attributes:
-        file: PNG, relative to the report.
-        caption: what it shows and how to read it.
+        file: path of the PNG, relative to the report.
+        caption: what the plot shows and how to read it.
     """
 
     file: str
@@ -35,11 +35,7 @@ class Figure:
 
 @dataclass(slots=True)
 class Section:
-    """A heading with what follows it.
-
-    Attributes:
-        blocks: paragraphs, tables and figures in their order.
-    """
+    """A heading and the blocks below it: paragraphs, tables and figures."""
 
     title: str
     blocks: list[str | Table | Figure] = field(default_factory=list)
@@ -47,11 +43,7 @@ class Section:
 
 @dataclass(slots=True)
 class Document:
-    """A report.
-
-    Attributes:
-        warnings: shown first of all.
-    """
+    """A report; `warnings` come before everything else."""
 
     title: str
     warnings: list[str]
@@ -59,7 +51,7 @@ class Document:
 
 
 def markdown(document: Document) -> str:
-    """GitHub's dialect."""
+    """The document in GitHub's dialect of Markdown."""
     lines = [f"# {_escape(document.title)}", ""]
     for warning in document.warnings:
         lines += [f"> **{_escape(warning)}**", ""]
@@ -76,7 +68,7 @@ def markdown(document: Document) -> str:
 
 
 def table_markdown(table: Table) -> str:
-    """Aligned, so that it can be read as it is."""
+    """A table in Markdown with aligned columns, readable as plain text."""
     rows = [[_escape(text).replace("|", "\\|") for text in row] for row in (table.header, *table.rows)]
     widths = [min(_WIDEST, max(3, *(len(row[i]) for row in rows))) for i in range(len(table.header))]
     rule = ["-" * (w - (i >= table.labels)) + ":" * (i >= table.labels) for i, w in enumerate(widths)]
@@ -91,10 +83,10 @@ def table_markdown(table: Table) -> str:
 
 
 def html(document: Document, folder: Path) -> str:
-    """One page with style and plots in it.
+    """The document as one HTML page that contains its style and plots.
 
     Args:
-        folder: where the figures' files are.
+        folder: folder of the figures' files.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -117,7 +109,7 @@ def _is(kind: type) -> Callable[[object], bool]:
 
 
 def _escape(text: str) -> str:
-    """Markdown's own signs as text."""
+    """Escape the characters that Markdown interprets, and join lines."""
     for sign in ("\\", "*", "_", "<", "`"):
         text = text.replace(sign, "\\" + sign)
     return " ".join(text.split())

@@ -1,6 +1,6 @@
-"""Plots of a run, each as PNG and SVG beside the CSV that it was drawn from.
+"""Plots of a run, each as PNG and SVG with a CSV file of its data.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart, and lines differ in their dashes too.
+The colours are those of Okabe and Ito, which colour-blind readers can distinguish; lines also differ in their dashes.
 """
 
 import csv
@@ -28,9 +28,9 @@ DASHES = ("-", "--", ":", "-.")
 MARKERS = "osD^vPX*<>"
 LINK_QUANTITIES = {"down_mbps": "down-link, Mbit/s", "up_mbps": "up-link, Mbit/s", "rtt_ms": "round trip, ms"}
 NODES_DRAWN = 8
-"""Link plots of more nodes can't be read."""
+"""Most nodes in one plot of links, to keep it readable."""
 _USUAL = 0.97
-"""Share of estimates that the axes of link plots make room for."""
+"""Share of estimates that fit into the axes of link plots."""
 _STYLE: Any = {
     "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "svg.hashsalt": "wdmoe",
     "figure.dpi": 120,
@@ -39,12 +39,12 @@ Row = tuple[object, ...]
 
 
 def draw_plots(analysis: Analysis, summary: Summary, folder: Path) -> dict[str, list[Figure]]:
-    """Draw all plots that the run has data for, into `folder`/plots; by kind."""
+    """Draw all plots that the run has data for into `folder`/plots; returns the figures by kind."""
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(_STYLE):
         return {
             "latency": [*_ecdf(analysis, folder), *_breakdown(summary, folder)],
-            "front": _fronts(analysis, summary, folder),
+            "pareto": _pareto_fronts(analysis, summary, folder),
             "links": _links(analysis, folder),
             "requests": _heat_map(analysis, folder),
         }
@@ -72,8 +72,8 @@ def _ecdf(analysis: Analysis, folder: Path) -> list[Figure]:
     _legend(figure, axes)
     header = ("bundle", "profile", "policy", "workload", "token_ms", "share")
     caption = (
-        "Share of generated tokens that took at most so long. The first token of each answer is left out; the axis "
-        "ends before the slowest half percent."
+        "Cumulative distribution of the time per generated token, without the first token of each answer. The axis "
+        "ends before the slowest 0.5 %."
     )
     return [_save(figure, folder, "latency-ecdf", header, rows, caption)]
 
@@ -106,13 +106,13 @@ def _breakdown(summary: Summary, folder: Path) -> list[Figure]:
     _legend(figure, axes)
     header = ("bundle", "profile", "policy", "workload", *(f"{part}_ms" for part in PARTS))
     caption = (
-        "Where a token's time goes along its critical path: trunk on the base station; of each layer's slowest "
-        "request the network, the node's compute and its queue; framing is the rest."
+        "Mean time per token along the critical path: the trunk on the base station; network, node compute and node "
+        "queue of each layer's slowest request; framing is the rest."
     )
     return [_save(figure, folder, "breakdown", header, rows, caption)]
 
 
-def _fronts(analysis: Analysis, summary: Summary, folder: Path) -> list[Figure]:
+def _pareto_fronts(analysis: Analysis, summary: Summary, folder: Path) -> list[Figure]:
     choices = [w for w in analysis.run.plan.workloads if isinstance(w, Choice)]
     figures = []
     for metric in ("token_ms", "layer_wait_ms"):
@@ -126,15 +126,15 @@ def _fronts(analysis: Analysis, summary: Summary, folder: Path) -> list[Figure]:
                     panels.setdefault(_panel_of(summary, arm, choice.name), []).append((arm.policy, cost, right))
                     rows.append((arm.bundle, arm.profile, arm.policy, choice.name, *_ends(cost), *_ends(right)))
         if panels:
-            figures.append(_front(analysis, folder, metric, panels, rows))
+            figures.append(_pareto_front(analysis, folder, metric, panels, rows))
     return figures
 
 
 def _cost(arm: ArmResult, choice: Choice, plan: Plan, metric: str) -> Interval | None:
-    """A time of tokens that chose as they did for this accuracy.
+    """A time per token that matches how the tokens of `choice` chose their experts.
 
-    That is its own on nodes; in this process, where tokens chose together, that of batches of as many on nodes, if the
-    plan has such, and else that of generating.
+    For a workload on nodes, it is the workload's own time. For one in this process whose tokens chose together, it is
+    the time of equal batches on nodes, if the plan has them; else it is the time of generated tokens.
     """
     if choice.where == "distributed":
         return arm.workloads[choice.name].metrics.get(metric)
@@ -147,7 +147,7 @@ def _cost(arm: ArmResult, choice: Choice, plan: Plan, metric: str) -> Interval |
     return next((time for time in times if time), None)
 
 
-def _front(
+def _pareto_front(
     analysis: Analysis,
     folder: Path,
     metric: str,
@@ -170,8 +170,9 @@ def _front(
     _legend(figure, axes)
     header = ("bundle", "profile", "policy", "workload", metric, "low", "high", "accuracy", "low", "high")
     caption = (
-        f"Accuracy against {what.removesuffix(', ms')}, with 95 % intervals; up and to the left is better. Times are "
-        "of batches on nodes where tokens chose together and the plan has such, else of generating."
+        f"Accuracy against {what.removesuffix(', ms')} with 95 % intervals; up and to the left is better. Where tokens "
+        "chose their experts together, times are those of equal batches on nodes if the plan has them; otherwise they "
+        "are those of generated tokens."
     )
     return _save(figure, folder, f"front-{metric.removesuffix('_ms').replace('_', '-')}", header, rows, caption)
 
@@ -188,7 +189,7 @@ def _links(analysis: Analysis, folder: Path) -> list[Figure]:
 def _links_of(profile: str, series: Sequence[LinkSeries], folder: Path) -> Figure:
     all_nodes = sorted({s.node for s in series}, key=lambda n: (len(n), n))
     nodes = all_nodes[:NODES_DRAWN]
-    # The CSV has all quantities, these are the ones that estimates and networks have in common.
+    # The CSV file has all quantities; drawn are those that both estimates and networks have.
     quantities = [q for q in LINK_QUANTITIES if any(s.quantity == q for s in series)]
     figure = Canvas(figsize=(3.4 * len(quantities) + 0.6, 1.5 * len(nodes) + 1.0), layout="constrained")
     axes = figure.subplots(len(nodes), len(quantities), squeeze=False, sharex=True)
@@ -201,18 +202,18 @@ def _links_of(profile: str, series: Sequence[LinkSeries], folder: Path) -> Figur
             _link(axes[nodes.index(s.node)][quantities.index(s.quantity)], s)
     for column, quantity in enumerate(quantities):
         axes[0][column].set_title(LINK_QUANTITIES[quantity])
-        axes[-1][column].set_xlabel("time in cells of this profile, s")
+        axes[-1][column].set_xlabel("measurement time, s")
     for row, node in enumerate(nodes):
         axes[row][0].set_ylabel(node)
     figure.align_ylabels(axes[:, 0])
     _legend(figure, axes.flatten().tolist())
-    what = "as they were configured and as they were estimated" if any(len(s.truth.s) for s in series) else "estimated"
+    what = "configured and estimated" if any(len(s.truth.s) for s in series) else "estimated"
     caption = (
-        f"Profile {profile}: links {what}, with two standard deviations. Pauses between cells are left out, and axes "
-        f"end above {100 * _USUAL:.0f} % of the estimates."
+        f"Links of profile {profile}, {what}; bands are two standard deviations. Pauses between cells are left out. "
+        f"The axes show {100 * _USUAL:.0f} % of the estimates."
     )
     if hidden := len(all_nodes) - len(nodes):
-        caption += f" The first {len(nodes)} nodes; the CSV has {hidden} more."
+        caption += f" {hidden} more nodes are only in the CSV file."
     header = ("profile", "node", "quantity", "kind", "time_s", "value")
     return _save(figure, folder, f"links-{profile}", header, rows, caption)
 
@@ -228,7 +229,7 @@ def _link(axis: Axes, s: LinkSeries) -> None:
     if s.std is not None:
         low, high = np.maximum(0, s.estimate.value - 2 * s.std), s.estimate.value + 2 * s.std
         axis.fill_between(s.estimate.s, low, high, color=COLOURS[4], alpha=0.15, linewidth=0)
-    # The first estimates of a young link may be anything; they must not flatten what follows.
+    # The first estimates of a link may be far off; they must not flatten the rest of the curve.
     seen = s.estimate.value[np.isfinite(s.estimate.value)]
     usual = float(np.quantile(seen, _USUAL)) if len(seen) else 0.0
     axis.set_ylim(0, 1.3 * max(usual, float(np.nanmax(s.truth.value)) if len(s.truth.value) else 0.0) or 1.0)
@@ -254,7 +255,7 @@ def _heat_map(analysis: Analysis, folder: Path) -> list[Figure]:
         axis.grid(visible=False)
     assert image is not None  # noqa: S101 (there is a policy)
     figure.colorbar(image, ax=axes, label="requests", shrink=0.9)
-    caption = "How many requests asked a node for an expert index, over all layers; white is none."
+    caption = "Number of requests to each node for each expert index, summed over all layers; white means none."
     return [_save(figure, folder, "requests", ("policy", "expert", "node", "requests"), rows, caption)]
 
 
@@ -293,7 +294,7 @@ def _line(policies: Sequence[str], policy: str) -> dict[str, Any]:
 
 
 def _legend(figure: Canvas, axes: Sequence[Axes]) -> None:
-    """One for all panels, below them."""
+    """Draw one legend for all panels, below them."""
     found: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):

@@ -1,4 +1,4 @@
-"""What a report says of a run's sessions: baselines, alerts, operators' notes."""
+"""Sections of a report about a run's sessions: baselines, alerts and operators' notes."""
 
 import time
 from collections.abc import Iterator
@@ -12,21 +12,21 @@ NOTHING = "–"
 
 
 def session_sections(run: RunDir) -> list[Section]:
-    """Sections for what there is."""
+    """Sections for whatever baselines, alerts and notes the run has."""
     events = run.events()
     notes = [event for event in events if event["event"] == NOTE]
     return [*_baselines(read_baselines(run)), *_alerts(events), *_notes(notes)]
 
 
 def clock(unix_ns: int) -> str:
-    """For people, in UTC."""
+    """A time in words, in UTC."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(unix_ns / 1e9)) + " UTC"
 
 
-def _baselines(found: list[Baseline]) -> Iterator[Section]:
-    if not found:
+def _baselines(baselines: list[Baseline]) -> Iterator[Section]:
+    if not baselines:
         return
-    measured = [b for b in found if b.token_ns]
+    measured = [b for b in baselines if b.token_ns]
     keys = list(dict.fromkeys((b.session, b.kind, b.over) for b in measured))
     rows = []
     for session, kind, over in keys:
@@ -36,14 +36,14 @@ def _baselines(found: list[Baseline]) -> Iterator[Section]:
         rows.append([str(session), kind, over, *_times(start), *_times(end), change])
     header = (
         *("session", "baseline", "over", "first token, ms", "token, ms"),
-        *("first token at the end, ms", "token at the end, ms", "end against start"),
+        *("first token at the end, ms", "token at the end, ms", "end / start"),
     )
     blocks: list[str | Table | Figure] = [
-        "One short answer with top-k before a session's first cell and after its last; tokens are medians. What "
-        "changes here changed for every policy.",
+        "One short answer with top-k before the first cell of each session and after the last; token times are "
+        "medians. A change between two baselines affected all policies.",
         Table(header, rows, 3),
     ]
-    why_not = dict.fromkeys(f"{b.kind}: {b.why_not}" for b in found if b.why_not)
+    why_not = dict.fromkeys(f"{b.kind}: {b.why_not}" for b in baselines if b.why_not)
     if why_not:
         blocks.append(f"Not measured: {'; '.join(why_not)}.")
     yield Section("Baselines", blocks)
@@ -72,14 +72,14 @@ def _alerts(events: list[dict[str, object]]) -> Iterator[Section]:
             begun.clear()
     rows += [row(alert, NOTHING) for alert in begun.values()]
     if rows:
-        header = ("when", "alert", "of", "what", "lasted, s")
-        yield Section("Alerts", [f"{len(rows)} alerts:", Table(header, sorted(rows), 4)])
+        header = ("time", "alert", "machine", "detail", "duration, s")
+        yield Section("Alerts", [f"{len(rows)} alerts were raised:", Table(header, sorted(rows), 4)])
 
 
 def _notes(notes: list[dict[str, object]]) -> Iterator[Section]:
     if notes:
         rows = [[clock(_ns(n)), str(n["text"]), str(n.get("photo", NOTHING))] for n in notes]
-        yield Section("Operators' notes", [Table(("when", "note", "photo"), rows, 3)])
+        yield Section("Operators' notes", [Table(("time", "note", "photo"), rows, 3)])
 
 
 def _ns(event: dict[str, object]) -> int:

@@ -59,5 +59,5 @@ def test_too_little_text_is_told(run: Run, tiny_bundle: Callable[[Scheme], Path]
     (tmp_path / "text.txt").write_text("Rain.")
     done = run("testbed", "differences", tiny_bundle("fp32"), tmp_path / "text.txt", "--out", tmp_path / "table.json")
     assert done.returncode != 0
-    assert "tokens, 2048 are wanted" in done.stderr
+    assert "tokens, but --tokens needs 2048" in done.stderr
     assert not (tmp_path / "table.json").exists()
