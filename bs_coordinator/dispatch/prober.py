@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from bs_coordinator.dispatch.health import Health
 from bs_coordinator.links.estimator import LinkSample
-from bs_coordinator.links.monitor import LinkMonitor, Probe
+from bs_coordinator.links.monitor import LinkMonitor
 from bs_coordinator.links.packet_train import dispersion_s
+from bs_coordinator.links.probes import Probe
 from bs_coordinator.nodes.clock_offsets import ClockSample
 from common.clock import Clock
 from wire.frames import PingFrame, PongFrame, RequestId

@@ -1,4 +1,4 @@
-"""The broker's side of the connections to its clients, where it runs on this host (and in this network namespace)."""
+"""TCP facts of a broker's connections to its clients, read with `ss` if the broker runs in this network namespace."""
 
 import logging
 import re
@@ -24,7 +24,7 @@ _MAPPED = re.compile(r"^\[::ffff:([\d.]+)\](:\d+)$")
 
 
 def parse_ss(text: str) -> dict[str, SocketFacts]:
-    """Facts by the client's endpoint, from the output of `ss -tinHO`; lines without a rate are left out."""
+    """Facts by client endpoint (`address:port`), from the output of `ss -tinHO`; lines without a rate are skipped."""
     facts = {}
     for line in text.splitlines():
         match = _LINE.match(line.strip())
@@ -45,13 +45,13 @@ def parse_ss(text: str) -> dict[str, SocketFacts]:
 
 
 def read_broker_sockets(port: int) -> dict[str, SocketFacts]:
-    """Facts of the connections that a broker on `port` of this host has; empty if `ss` is missing or fails."""
+    """Facts by client endpoint of a broker on `port` of this host; empty if `ss` is missing or fails."""
     ss = shutil.which("ss") or shutil.which("ss", path="/usr/sbin:/sbin")
     if ss is None:
         return {}
     try:
         argv = [ss, "-tinHO", "state", "established", "sport", "=", f":{port}"]
-        # With a state filter ss leaves the state's column out.
+        # With a state filter, ss omits the state column that `parse_ss` expects.
         done = subprocess.run(argv, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         log.debug("ss: %s", error)
@@ -60,7 +60,7 @@ def read_broker_sockets(port: int) -> dict[str, SocketFacts]:
 
 
 def is_local(host: str) -> bool:
-    """Whether a broker there runs on this host (and in this network namespace)."""
+    """Whether `host` is an address of this host, in this network namespace."""
     try:
         addresses = {info[4][0] for info in socket.getaddrinfo(host, None)}
     except OSError:
@@ -70,13 +70,13 @@ def is_local(host: str) -> bool:
 
 
 class BrokerSockets:
-    """Reads them every two seconds in a thread of its own, for `ss` takes as long as a layer."""
+    """Reads the facts every two seconds in its own thread, because running `ss` takes as long as a layer."""
 
     def __init__(self) -> None:
         self._new: Mapping[str, SocketFacts] = {}
 
     def take(self) -> Mapping[str, SocketFacts]:
-        """What was read since the last call, once."""
+        """The newest facts by client endpoint; empty if nothing was read since the last call."""
         new = self._new
         if new:
             self._new = {}
@@ -84,7 +84,7 @@ class BrokerSockets:
 
     @contextmanager
     def watching(self, port: int) -> Iterator[None]:
-        """Read while the context lasts."""
+        """Read the sockets of a broker on `port` while the context lasts."""
         stop = threading.Event()
 
         def watch() -> None:

@@ -1,13 +1,13 @@
-"""One node's link, estimated from what it did to our messages.
+"""Estimate of one node's link from the round trips of messages.
 
-A message of `down` bytes to a node and its answer of `up` bytes take, less the node's own time,
-`rtt + down / R_down + up / R_up`, and for work `handling` more: what both sides spend around a request without
-accounting for it, such as waking up. The state (rtt, 1/R_down, 1/R_up, handling) is tracked by a robust Kalman
-filter. As long as all messages have one size the four can't be told apart. Trains of pings (`links.train`) tell the
-rates, and before them the kernel's account of the sockets (`anchor`); empty pings tell the handling. Everything is in
-payload bytes, so rates are goodput.
+A message of `down` bytes to a node and its answer of `up` bytes take, without the node's own time,
+`rtt + down / R_down + up / R_up`, and for work `handling` more: what both sides spend on a request without
+reporting it, such as waking up. The state (rtt, 1/R_down, 1/R_up, handling) is tracked by a robust Kalman filter.
+While all messages have the same size, the four can't be separated. Packet trains (`links.packet_train`) measure the
+rates, the kernel's statistics of the sockets give first values (`anchor`), and empty pings separate the handling.
+All sizes are payload bytes, so rates are goodput.
 
-Pure: time comes with the samples, so that recorded traces can be replayed.
+Pure: time comes with the samples, so recorded traces can be replayed.
 """
 
 import math
@@ -25,41 +25,42 @@ _PRIOR_STD = (20.0, 0.5, 0.5, 0.5)
 _FLOOR = (0.01, 8e-5, 8e-5, 1e-3)
 _DRIFT = (0.02, 0.02, 0.02, 0.05)
 _FIRST_NOISE = 0.3
-_LEAST_NOISE = 0.02
+_MIN_NOISE = 0.02
 _TRANSFER_ERROR = 0.06
 """Relative error of the linear model for large messages: slow start, pacing, acknowledgements on shared air."""
 KNOWN_SAMPLES = 3
-"""With fewer a link is too little known."""
+"""With fewer samples, a link counts as unknown."""
 _SILENCE_S = 15.0
 _UNSURE_RATE = 0.12
 _PLAUSIBLE_S = 600.0
 
 _RTT_ABOVE_TCP_MS = 0.4
-"""What broker and clients add to the kernel's smallest round trip; the anchor allows as much again either way."""
+"""What broker and clients add to the kernel's smallest round trip; the anchor's standard deviation includes it too."""
 _RTT_ANCHOR_ERROR = 0.25
 _SEEDED = 3
 _RATE_ANCHOR_ERROR = 0.25
 _RATE_BOUND_SLACK = 1.3
-"""The kernel's rate of a short burst may lie above what the link sustains."""
+"""The kernel's rate of a short burst may exceed what the link sustains."""
 _LEAST_INFORMATIVE_MBPS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class LinkSample:
-    """One message there and its answer back, or what came between the answers to a train of pings.
+    """One message to a node and its answer, or the part of a packet train between its first and last arrival.
 
     Attributes:
-        time_s: when the answer arrived, by any clock that only grows.
-        down_bytes: frame towards the node.
-        up_bytes: frame from the node.
-        round_trip_s: by the base station's clock; of a train, from its first counted arrival to the last.
-        node_s: the node's own account of its time, to be taken off.
+        time_s: when the answer arrived, by a monotonic clock.
+        node: name of the node.
+        down_bytes: length of the frame to the node.
+        up_bytes: length of the frame from the node.
+        round_trip_s: by the base station's clock; for a train, from the first counted arrival to the last.
+        node_s: the time that the node reports for itself, to be subtracted.
         experts, rows: distinct experts and hidden states of a request; 0 for probes.
-        contention_s: time it presumably waited for other nodes' frames, on shared air or on machines that all of
-            them pass, to be taken off too.
-        load_s: the part of `node_s` that went into reading experts into memory.
-        queued: the node had other requests to answer first, so that the round trip says little about the link.
-        train: the round trip is not in it (see `links.train`).
+        contention_s: estimated wait for other nodes' frames, on shared air or in processes that all messages pass, to
+            be subtracted too.
+        load_s: the part of `node_s` spent on loading experts into memory.
+        queued: the node had to answer other requests first, so the round trip says little about the link.
+        train: the sample is of a packet train (`links.packet_train`): `round_trip_s` contains no round trip.
     """
 
     time_s: float
@@ -83,16 +84,16 @@ class LinkSample:
 
 @dataclass(frozen=True, slots=True)
 class LinkEstimate:
-    """What is believed of a link.
+    """The estimate of a link.
 
     Attributes:
         time_s: of the newest sample.
-        samples: taken in so far.
+        samples: number of samples so far.
         rtt_s: round trip of an empty message.
-        down_mbps: goodput towards the node, 10⁶ bit/s.
-        up_mbps: goodput from the node.
-        rtt_std_s, down_std_mbps, up_std_mbps: one standard deviation.
-        noise_s: of one round trip, one standard deviation (jitter).
+        down_mbps: goodput to the node, 10⁶ bit/s.
+        up_mbps: goodput from the node, 10⁶ bit/s.
+        rtt_std_s, down_std_mbps, up_std_mbps: standard deviations of the three.
+        noise_s: jitter: standard deviation of one round trip.
     """
 
     time_s: float
@@ -107,11 +108,11 @@ class LinkEstimate:
 
 
 class LinkEstimator:
-    """The estimate of one link.
+    """Estimates one link.
 
     Attributes:
-        rejected: samples that can't be true (negative, not finite), taken in by no one.
-        down_trains, up_trains: what trains say of each direction.
+        rejected: number of samples that were ignored as implausible (negative, not finite).
+        down_trains, up_trains: results of packet trains, by direction.
     """
 
     __slots__ = ("_filter", "_sampled_s", "_time_s", "down_trains", "rejected", "up_trains")
@@ -121,11 +122,11 @@ class LinkEstimator:
         self.down_trains, self.up_trains = RateWindow(), RateWindow()
         self._time_s = self._sampled_s = -math.inf
         self._filter = RobustFilter(
-            _PRIOR, _PRIOR_STD, drift=_DRIFT, floor=_FLOOR, noise=_FIRST_NOISE, least_noise=_LEAST_NOISE
+            _PRIOR, _PRIOR_STD, drift=_DRIFT, floor=_FLOOR, noise=_FIRST_NOISE, least_noise=_MIN_NOISE
         )
 
     def observe(self, sample: LinkSample) -> bool:
-        """Take in a sample; False if it can't be true."""
+        """Take in a sample; returns False if it is implausible."""
         network_s = sample.network_s
         if not (
             0 < network_s < _PLAUSIBLE_S
@@ -145,7 +146,7 @@ class LinkEstimator:
         filter = self._filter
         if filter.count == 0:
             filter.noise = max(_FIRST_NOISE, 0.1 * z)
-        # How long others' frames were in the way is itself a guess.
+        # The contention is itself an estimate: assume an error of half of it.
         filter.update(h, z, extra_std=self._model_std(h) + 0.5e3 * sample.contention_s)
         return True
 
@@ -163,34 +164,36 @@ class LinkEstimator:
         return True
 
     def anchor(self, facts: SocketFacts, *, towards_node: bool, time_s: float) -> None:
-        """Take in the kernel's account of the socket that sends in one direction.
+        """Take in the kernel's statistics of the socket that sends in one direction.
 
         Args:
-            towards_node: the broker's socket (True) or the node's own (False).
+            facts: of the socket.
+            towards_node: whether it is the broker's socket (True) or the node's own (False).
+            time_s: when they were read.
         """
         self.advance(time_s)
         filter = self._filter
         rtt_ms = 1e-3 * facts.min_rtt_us
         if 0 < rtt_ms < 1e3 * _PLAUSIBLE_S:
-            # The smallest of the last minutes: a bound, and only before the first messages more than that.
+            # The smallest round trip of the last minutes is a lower bound, and before the first messages an estimate.
             filter.bound(0, least=max(_FLOOR[0], 0.9 * rtt_ms))
             if filter.count < _SEEDED:
                 filter.anchor(0, rtt_ms + _RTT_ABOVE_TCP_MS, _RTT_ABOVE_TCP_MS + _RTT_ANCHOR_ERROR * rtt_ms)
         if (self.down_trains if towards_node else self.up_trains).s_per_byte:
-            # The kernel keeps the highest rate of short bursts, however long ago that was: trains know better.
+            # The kernel keeps the highest rate of short bursts, however old it is: trains are more accurate.
             return
         mbps = 8e-6 * facts.delivery_bytes_per_s
         if not _LEAST_INFORMATIVE_MBPS < mbps < 8 / _FLOOR[1]:
             return
         state = 1 if towards_node else 2
         if facts.app_limited:
-            # The sender had nothing more to send: the link is at least this fast.
+            # The sender had no more data to send, so the link is at least this fast.
             filter.bound(state, most=_RATE_BOUND_SLACK * 8 / mbps)
         else:
             filter.anchor(state, 8 / mbps, _RATE_ANCHOR_ERROR * 8 / mbps)
 
     def predict_s(self, down_bytes: float, up_bytes: float) -> tuple[float, float]:
-        """Mean and standard deviation of a work message's round trip, without the node's own time."""
+        """Mean and standard deviation of a work request's round trip, in seconds, without the node's own time."""
         h = _h(down_bytes, up_bytes, work=True)
         mean, var = self._filter.predict(h)
         return 1e-3 * mean, 1e-3 * math.sqrt(var + self._filter.noise**2 + self._model_std(h) ** 2)
@@ -218,23 +221,23 @@ class LinkEstimator:
 
     @property
     def costs_s(self) -> tuple[float, float, float]:
-        """Of a request: without bytes, per byte towards the node, per byte from it."""
+        """Seconds of a request without bytes, per byte to the node, and per byte from it."""
         rtt_ms, down_ms, up_ms, handling_ms = self._filter.x
         return 1e-3 * (rtt_ms + handling_ms), 1e-6 * down_ms, 1e-6 * up_ms
 
     @property
     def down_s_per_byte(self) -> float:
-        """1 / goodput towards the node."""
+        """Seconds per byte to the node: 1 / goodput."""
         return 1e-6 * self._filter.x[1]
 
     @property
     def up_s_per_byte(self) -> float:
-        """1 / goodput from the node."""
+        """Seconds per byte from the node: 1 / goodput."""
         return 1e-6 * self._filter.x[2]
 
     @property
     def down_mbps(self) -> float:
-        """Goodput towards the node, 10⁶ bit/s."""
+        """Goodput to the node, 10⁶ bit/s."""
         return 8 / self._filter.x[1]
 
     @property
@@ -244,7 +247,7 @@ class LinkEstimator:
 
     @property
     def noise_s(self) -> float:
-        """Jitter of one round trip, one standard deviation."""
+        """Jitter: standard deviation of one round trip."""
         return 1e-3 * self._filter.noise
 
     def relative_std(self) -> tuple[float, float, float]:
@@ -253,16 +256,16 @@ class LinkEstimator:
         return filter.std(0) / filter.x[0], filter.std(1) / filter.x[1], filter.std(2) / filter.x[2]
 
     def stale(self, now_s: float) -> bool:
-        """Whether the estimate should be renewed before it is trusted."""
+        """Whether the estimate is too old, or based on too few samples, to be trusted."""
         return now_s - self._sampled_s > _SILENCE_S or self.samples < KNOWN_SAMPLES
 
     def unsure_of_rates(self) -> bool:
-        """Whether messages of other sizes would tell what is not known yet."""
+        """Whether a rate is known too poorly, so that packet trains are worth sending."""
         _, down, up = self.relative_std()
         return max(down, up) > _UNSURE_RATE
 
     def estimate(self) -> LinkEstimate:
-        """The state in people's units."""
+        """The estimate in everyday units."""
         filter = self._filter
         _, down, up = self.relative_std()
         return LinkEstimate(

@@ -1,16 +1,17 @@
 """A small Kalman filter for costs that are positive, drift, jump, and are measured with outliers.
 
-The state x holds costs (a round trip, time per byte, time per expert); a measurement is z = h·x + noise. Four
-things are added to the textbook:
+The state x holds costs (a round trip, time per byte, time per expert); a measurement is z = h·x + noise. It extends the
+textbook filter by four things:
 
-- an innovation beyond `_CLIP` standard deviations counts as if measured with accordingly more noise (Huber), so
-  that a retransmission of 200 ms does not drag a state of 5 ms;
-- the measurement noise is learnt by counting how often an innovation exceeds its predicted median, which no
-  outlier can blow up;
-- innovations that stay on one side (CUSUM) mean that the state has jumped: its variance is inflated;
+- an innovation beyond `_CLIP` standard deviations is treated as measured with accordingly more noise (Huber), so a
+  retransmission of 200 ms does not drag a state of 5 ms;
+- the measurement noise is learnt by counting how often an innovation exceeds its predicted median, which outliers
+  hardly affect;
+- innovations that stay on one side (CUSUM; Page, Biometrika 41, 1954) mean that the state has jumped: its variance is
+  inflated;
 - states are kept at or above their floors by conditioning on them.
 
-Two or three states in plain Python floats take a few µs; numpy's calls alone would take several times that.
+With two to four states, plain Python floats take a few µs; numpy's calls alone would take several times as long.
 """
 
 import math
@@ -21,21 +22,21 @@ _MEDIAN = 0.6745
 """Half of a normal distribution lies within this many standard deviations."""
 _SLOWEST_LEARNING = 0.04
 _ALLOWANCE = 0.75
-"""Of the CUSUM, in standard deviations: a smaller shift is left to the drift."""
+"""Of the CUSUM, in standard deviations: smaller shifts are left to the drift."""
 _ALARM = 6.0
-"""With the allowance, one false alarm in some 40,000 normal innovations; a shift of two needs five of them."""
+"""With this allowance, one false alarm in about 40,000 normal innovations; a shift by two needs five innovations."""
 _JUMP = 0.6
 """Relative uncertainty of every state after an alarm."""
 
 
 class RobustFilter:
-    """State, covariance and learnt noise. Units are the caller's; about 1 is best.
+    """State, covariance and learnt noise. Choose units in which all states are about 1.
 
     Attributes:
         x: the state.
         noise: standard deviation of one measurement.
-        count: measurements taken in.
-        alarms: jumps noticed.
+        count: number of measurements.
+        alarms: number of jumps detected.
     """
 
     __slots__ = ("_cap", "_drift", "_floor", "_high", "_least_noise", "_low", "_p", "alarms", "count", "noise", "x")
@@ -54,12 +55,12 @@ class RobustFilter:
 
         Args:
             x: prior mean.
-            std: prior standard deviation; also the most that silence lets the uncertainty grow to, unless the
-                state itself is larger.
-            drift: relative standard deviation that each state gains in a second, of a random walk.
-            floor: smallest values, positive.
-            noise: first guess of the measurement noise.
-            least_noise: it is never believed to be smaller.
+            std: prior standard deviation; without measurements the uncertainty grows to this, or to the state itself
+                if that is larger.
+            drift: of a random walk: relative standard deviation that each state gains per second.
+            floor: smallest value of each state, positive.
+            noise: first estimate of the measurement noise.
+            least_noise: lower limit of the learnt noise.
         """
         n = len(x)
         self.x = list(x)
@@ -78,14 +79,14 @@ class RobustFilter:
         return math.sqrt(self._p[i][i])
 
     def advance(self, seconds: float) -> None:
-        """Let time pass: uncertainty grows, the state stays."""
+        """Let time pass: the uncertainty grows, the state stays."""
         if seconds > 0:
             for i, x in enumerate(self.x):
                 row = self._p[i]
                 row[i] = min(row[i] + self._drift[i] * x * x * seconds, max(self._cap[i], x * x, row[i]))
 
     def predict(self, h: Sequence[float]) -> tuple[float, float]:
-        """Mean of a measurement, and its variance as far as the state's uncertainty goes."""
+        """Mean of a measurement h·x, and its variance due to the state's uncertainty alone."""
         mean = var = 0.0
         for hi, xi, row in zip(h, self.x, self._p, strict=True):
             mean += hi * xi
@@ -100,7 +101,9 @@ class RobustFilter:
         """Take in a measurement.
 
         Args:
-            extra_std: of noise that is known beforehand, on top of the learnt one.
+            h: coefficients of the states.
+            z: the measured value.
+            extra_std: standard deviation of known noise, in addition to the learnt one.
 
         Returns:
             The innovation in predicted standard deviations.
@@ -128,20 +131,20 @@ class RobustFilter:
         return ratio
 
     def anchor(self, i: int, value: float, std: float) -> None:
-        """Take in word of one state from elsewhere.
+        """Take in a value of state i from another source.
 
-        Such word may repeat the same error again and again, so it never makes the state surer than itself.
+        Such values may repeat the same error, so they never make the state more certain than they are themselves.
         """
         if self._p[i][i] > std * std:
             self._correct([row[i] for row in self._p], value - self.x[i], self._p[i][i] + std * std)
 
     def replace(self, i: int, value: float, std: float) -> None:
-        """Take over better word of one state from elsewhere, whatever was believed of it."""
+        """Adopt a better value of state i from another source, even if it contradicts the state."""
         self._p[i][i] = max(self._p[i][i], (3 * std) ** 2)
         self._correct([row[i] for row in self._p], value - self.x[i], self._p[i][i] + std * std)
 
     def bound(self, i: int, *, least: float | None = None, most: float | None = None) -> None:
-        """Move the state to where one component keeps a bound; `least` holds from now on."""
+        """Move the state so that component i keeps a bound. `least` applies from now on, `most` once."""
         if least is not None:
             self._floor[i] = least
             self._keep_floors()
@@ -150,7 +153,7 @@ class RobustFilter:
             self._keep_floors()
 
     def alarm(self) -> None:
-        """The state has jumped: every component becomes unsure, correlations are forgotten."""
+        """Treat the state as having jumped: every component becomes uncertain, and correlations are dropped."""
         self._high = self._low = 0.0
         self.alarms += 1
         n = len(self.x)
@@ -166,7 +169,7 @@ class RobustFilter:
             row = p[i]
             for j, phj in enumerate(ph):
                 row[j] -= gain * phj
-            # Rounding must not make a variance vanish: the state would never move again.
+            # Rounding must not make a variance zero: the state would never change again.
             if row[i] < 1e-18:
                 row[i] = 1e-18
         for i, xi in enumerate(x):
@@ -184,20 +187,20 @@ class RobustFilter:
         self.x = [max(xi, floor) for xi, floor in zip(self.x, self._floor, strict=True)]
 
     def _condition(self, i: int, value: float) -> None:
-        """The most probable state in which component i has this value; the covariance stays as it was."""
+        """Set the most probable state in which component i has this value; the covariance stays as it was."""
         shift = (value - self.x[i]) / self._p[i][i]
         for j, row in enumerate(self._p):
             self.x[j] += row[i] * shift
         self.x[i] = value
 
     def _learn_noise(self, size: float, share: float) -> None:
-        # Half of all innovations should lie within the median. An uncertain state (small share) explains them
-        # without any noise, and so teaches little about it.
+        # Half of all innovations should lie within the median. If the state is uncertain (small share), its
+        # uncertainty explains them, and they teach little about the noise.
         rate = share * max(_SLOWEST_LEARNING, 1.0 / (self.count + 1))
         self.noise = max(self._least_noise, self.noise * math.exp(rate if size > _MEDIAN else -rate))
 
     def _watch_for_jumps(self, ratio: float) -> None:
-        # Clipped to 2, so that an outlier counts like two steps of a real jump and no more.
+        # Clipped to 2, so an outlier counts no more than two steps of a real jump.
         step = max(-2.0, min(2.0, ratio))
         self._high = max(0.0, self._high + step - _ALLOWANCE)
         self._low = max(0.0, self._low - step - _ALLOWANCE)

@@ -1,4 +1,4 @@
-"""Link samples as JSON lines: what estimates were made of, to be replayed."""
+"""Link samples as JSON lines, from which the estimates can be replayed."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -16,15 +16,15 @@ _NEWLINE = b"\n"
 
 
 def no_log(sample: LinkSample) -> None:
-    """For who keeps none."""
+    """Discard a sample: for a base station without a link log."""
 
 
 @contextmanager
 def link_log(path: Path) -> Iterator[Callable[[LinkSample], None]]:
-    """Append samples to a file while the context lasts. When the disk is full, warn once and go on without.
+    """Append samples to a file while the context lasts. If a write fails, warn once and stop logging.
 
     Raises:
-        StorageError: it can't be opened.
+        StorageError: the file can't be opened.
     """
     try:
         file = path.open("ab", buffering=0)
@@ -41,26 +41,26 @@ def link_log(path: Path) -> Iterator[Callable[[LinkSample], None]]:
             file.write(encoder.encode(sample) + _NEWLINE)
         except OSError as error:
             full = True
-            log.warning("can't write %s any more: %s; going on without", path, error.strerror)
+            log.warning("can't write %s: %s; no more link samples are logged", path, error.strerror)
 
     with file:
         yield write
 
 
 class LinkLogReader:
-    """A log that may still be written: each reading gives what is new."""
+    """Reads a log that may still be growing: each call of `read` returns what is new."""
 
     def __init__(self, path: Path) -> None:
-        """Nothing is read yet."""
+        """Start at the beginning of the file."""
         self._path = path
         self._offset = self._lines = 0
         self._decoder = msgspec.json.Decoder(LinkSample)
 
     def read(self) -> Iterator[LinkSample]:
-        """Samples since the last reading; a last line that is not complete is left for the next one.
+        """Samples since the last call; an incomplete last line is left for the next call.
 
         Raises:
-            StorageError: it can't be read, or a line is no sample.
+            StorageError: the file can't be read, or a line is not a link sample.
         """
         try:
             with self._path.open("rb") as file:
@@ -75,13 +75,13 @@ class LinkLogReader:
             try:
                 yield self._decoder.decode(line)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise StorageError(f"{self._path}, line {self._lines} is no link sample: {error}") from None
+                raise StorageError(f"{self._path}, line {self._lines} is not a link sample: {error}") from None
 
 
 def read_link_log(path: Path) -> Iterator[LinkSample]:
-    """The samples of a log; a last line that a crash cut off is left out.
+    """All samples of a log; an incomplete last line, as a crash leaves it, is ignored.
 
     Raises:
-        StorageError: see `LinkLogReader.read`.
+        StorageError: the file can't be read, or a line is not a link sample.
     """
     return LinkLogReader(path).read()

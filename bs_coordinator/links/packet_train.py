@@ -1,9 +1,11 @@
-"""Trains: equal messages back to back, whose arrivals tell how fast a link carries bytes (packet-train dispersion).
+"""Packet trains: equal messages sent back to back, whose arrival times show the rate of a link.
 
-What lies between two arrivals of a train is one message's time on the slowest link. The round trip is not in it, nor
-what hosts spend on every message alike, and jitter only at both ends, however long the train is.
+The gap between two arrivals of a train is one message's time on the slowest link (packet-train dispersion: Dovrolis,
+Ramanathan and Moore, "Packet-Dispersion Techniques and a Capacity-Estimation Methodology", IEEE/ACM Trans. Networking,
+2004). It contains neither the round trip nor what hosts spend equally on every message, and jitter affects only the
+train's two ends, however long it is.
 
-Pure: plans and evaluates, sends nothing.
+Pure: plans and evaluates trains, but sends nothing.
 """
 
 import math
@@ -14,34 +16,37 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 GAPS = 4
-"""Between the messages that count."""
-_LEAST_AIR_S, _MOST_AIR_S = 0.005, 0.012
-_NOISES = 6.0
-"""The messages that count take this many times the jitter of one, within the limits above."""
+"""Gaps between the messages that count."""
+_MIN_AIR_S, _MAX_AIR_S = 0.005, 0.012
+_JITTERS = 6.0
+"""The messages that count take this many times the jitter of one message, within the limits above."""
 _SEGMENT_BYTES, _HEADER_BYTES = 1448, 128
-"""Of TCP; and of our frame and MQTT around a payload: so that segments are full."""
-_LEAST_SEGMENTS, _MOST_SEGMENTS = 2, 12
-"""With less, hosts need longer for a message than a fast link."""
-_MOST_MESSAGES = 12
+"""Payload of a TCP segment, and our frame's and MQTT's headers, so that messages fill their segments."""
+_MIN_SEGMENTS, _MAX_SEGMENTS = 2, 12
+"""With smaller messages, hosts take longer per message than a fast link does."""
+_MAX_MESSAGES = 12
 _FIRST_WINDOW_BYTES = 14_000
-"""Of a TCP connection that was idle: ten segments; more have to wait for acknowledgements."""
-_RECENT, _RECENT_S, _FEW = 15, 8.0, 2
+"""Initial window of an idle TCP connection, ten segments (RFC 6928): more bytes must wait for acknowledgements."""
+_WINDOW_TRAINS, _WINDOW_S, _MIN_TRAINS = 15, 8.0, 2
+"""A rate is the median of this many trains, not older than this unless fewer than the last number would remain."""
 _ODD, _ODD_STDS = 0.15, 1.5
+"""A train is odd if its rate differs by more than this share, and by this many standard deviations."""
 _ALIKE, _CONVINCING = 0.25, 3
-_FIRST_STD, _LEAST_STD = 0.3, 0.04
-_READ_NS = 200_000
-"""Reading what is there already takes less."""
-_AWAY_NS = 300_000
+"""This many odd trains in a row whose rates differ by less than this share mean that the link has changed."""
+_FIRST_STD, _MIN_STD = 0.3, 0.04
+_WAITED_NS = 200_000
+"""Reading a message that is already there takes less than this."""
+_ACCURATE_NS = 300_000
 
 
 @dataclass(frozen=True, slots=True)
-class Train:
+class PacketTrain:
     """A train to send.
 
     Attributes:
         message_bytes: payload of each message.
-        count: of messages.
-        lead: arrivals that don't count: they open the window.
+        count: number of messages.
+        lead: number of first arrivals that do not count: they open the TCP window.
     """
 
     message_bytes: int
@@ -49,41 +54,42 @@ class Train:
     lead: int
 
 
-def plan_train(s_per_byte: float, rtt_s: float, noise_s: float) -> Train:
-    """The shortest train that tells something about a link.
+def plan_train(s_per_byte: float, rtt_s: float, noise_s: float) -> PacketTrain:
+    """The shortest train that measures a link's rate.
 
     Args:
-        s_per_byte: 1 / goodput, rather too large than too small.
+        s_per_byte: 1 / goodput; if uncertain, rather too large than too small.
+        rtt_s: round trip of an empty message.
         noise_s: jitter of one message.
     """
-    air_s = min(max(_NOISES * noise_s, _LEAST_AIR_S), _MOST_AIR_S)
-    segments = min(max(round(air_s / GAPS / s_per_byte / _SEGMENT_BYTES), _LEAST_SEGMENTS), _MOST_SEGMENTS)
+    air_s = min(max(_JITTERS * noise_s, _MIN_AIR_S), _MAX_AIR_S)
+    segments = min(max(round(air_s / GAPS / s_per_byte / _SEGMENT_BYTES), _MIN_SEGMENTS), _MAX_SEGMENTS)
     message_bytes = segments * _SEGMENT_BYTES - _HEADER_BYTES
     if (GAPS + 1) * message_bytes <= _FIRST_WINDOW_BYTES:
-        return Train(message_bytes, GAPS + 1, 0)
-    # As many bytes as are under way at once: then acknowledgements come as fast as the link carries.
+        return PacketTrain(message_bytes, GAPS + 1, 0)
+    # Lead with as many bytes as the link holds in flight: from then on acknowledgements arrive at the link's rate.
     window_bytes = max(_FIRST_WINDOW_BYTES, rtt_s / s_per_byte)
-    lead = min(math.ceil(window_bytes / message_bytes), _MOST_MESSAGES - GAPS - 1)
-    return Train(message_bytes, lead + GAPS + 1, lead)
+    lead = min(math.ceil(window_bytes / message_bytes), _MAX_MESSAGES - GAPS - 1)
+    return PacketTrain(message_bytes, lead + GAPS + 1, lead)
 
 
 def dispersion_s(arrivals: Sequence[tuple[float, bool]], lead: int) -> tuple[int, float] | None:
-    """What a train says.
+    """The time that a train's messages took on the slowest link.
 
     Args:
-        arrivals: when each message arrived, in seconds, and whether that is sure (see `ArrivalTiming`).
-        lead: see `Train`.
+        arrivals: of each message, when it arrived, in seconds, and whether that time is accurate (`ArrivalTiming`).
+        lead: number of first arrivals that do not count.
 
     Returns:
-        How many messages came after the first sure arrival until the last, and what time that took; None if that is
-        too little to go by.
+        The number of messages from the first accurate arrival (exclusive) to the last accurate one, and the time
+        between these arrivals in seconds; None if there are too few.
     """
-    exact = [(i, time_s) for i, (time_s, sure) in enumerate(arrivals) if sure and i >= lead]
+    exact = [(i, time_s) for i, (time_s, accurate) in enumerate(arrivals) if accurate and i >= lead]
     if not exact:
         return None
     (first, first_s), (last, last_s) = exact[0], exact[-1]
-    # Nothing in between is looked at: jitter has some arrive together and others late, and whoever leaves out the
-    # late ones believes the link to be faster than it is.
+    # Arrivals in between are ignored: jitter makes some of them late, and dropping only the late ones would make the
+    # link appear faster than it is.
     return (last - first, last_s - first_s) if last - first >= GAPS // 2 and last_s > first_s else None
 
 
@@ -93,21 +99,21 @@ class _TrainRate(NamedTuple):
 
 
 class RateWindow:
-    """What the last trains of one direction say.
+    """The rate of one direction by its last trains.
 
-    On a busy host, or with jitter, single trains are off by any factor, so what counts is their median. Three in a row
-    that are odd and agree with each other are a link that has changed: then what came before is forgotten.
+    On a busy host, or with jitter, single trains are off by any factor, so their median counts. Three odd trains in a
+    row that agree with each other mean that the link has changed, and earlier ones are dropped.
 
     Attributes:
-        s_per_byte: 1 / goodput.
+        s_per_byte: 1 / goodput; 0 before the first train.
         std: relative standard deviation of that.
-        noise_s: of one train, between its ends.
+        noise_s: jitter of one train, between its ends.
     """
 
     __slots__ = ("_odd_ones", "_trains", "noise_s", "s_per_byte", "std")
 
     def __init__(self) -> None:
-        self._trains: deque[_TrainRate] = deque(maxlen=_RECENT)
+        self._trains: deque[_TrainRate] = deque(maxlen=_WINDOW_TRAINS)
         self._odd_ones: list[_TrainRate] = []
         self.s_per_byte = self.noise_s = 0.0
         self.std = 1.0
@@ -118,13 +124,19 @@ class RateWindow:
         return bool(self._odd_ones)
 
     def observe(self, time_s: float, took_s: float, n_bytes: int) -> bool:
-        """Take in a train; whether the link has changed."""
+        """Take in a train; returns whether the link has changed.
+
+        Args:
+            time_s: when its last message arrived.
+            took_s: time between its ends.
+            n_bytes: that arrived in this time.
+        """
         train, trains = _TrainRate(time_s, took_s / n_bytes), self._trains
-        while trains and time_s - trains[0].time_s > _RECENT_S and len(trains) > _FEW:
+        while trains and time_s - trains[0].time_s > _WINDOW_S and len(trains) > _MIN_TRAINS:
             trains.popleft()
         odd = bool(trains) and abs(train.s_per_byte / self.s_per_byte - 1) > max(_ODD, _ODD_STDS * self._spread())
         if not (odd and self._odd_ones and abs(train.s_per_byte / self._odd_ones[-1].s_per_byte - 1) < _ALIKE):
-            # Those before were odd by chance.
+            # Earlier odd trains were odd by chance.
             trains.extend(self._odd_ones)
             self._odd_ones = []
         (self._odd_ones if odd else trains).append(train)
@@ -135,21 +147,21 @@ class RateWindow:
             self._odd_ones = []
         self.s_per_byte = statistics.median(t.s_per_byte for t in trains)
         spread = self._spread()
-        # With few values their spread says little.
-        self.std = max(_LEAST_STD, 1.25 * max(spread, _FIRST_STD / len(trains)) / math.sqrt(len(trains)))
+        # The spread of few values says little. 1.25 σ/√n is the standard error of a median.
+        self.std = max(_MIN_STD, 1.25 * max(spread, _FIRST_STD / len(trains)) / math.sqrt(len(trains)))
         self.noise_s = spread * self.s_per_byte * n_bytes
         return changed
 
     def _spread(self) -> float:
-        """Relative standard deviation of one train, from the median deviation."""
+        """Relative standard deviation of one train, from the median absolute deviation."""
         return 1.48 * statistics.median(abs(t.s_per_byte / self.s_per_byte - 1) for t in self._trains)
 
 
 class ArrivalTiming:
-    """Whether messages are read when they arrive, or were there already when somebody came to look.
+    """Tells whether a message was read when it arrived, or had been waiting in a buffer.
 
     Attributes:
-        sure: of the last message, that it arrived when it was read.
+        sure: whether the last message's time of reading is accurate as its time of arrival.
     """
 
     __slots__ = ("_last_ns", "sure")
@@ -162,10 +174,10 @@ class ArrivalTiming:
         """Take in one reading.
 
         Args:
-            asked_ns: when somebody began to wait for a message.
+            asked_ns: when polling for the message began.
             arrived_ns: when it was read.
         """
-        waited = arrived_ns - asked_ns >= _READ_NS
-        # Who hardly looked away and found one can't be late by more than that, unless the one before was late too.
-        self.sure = waited or (self.sure and asked_ns - self._last_ns <= _AWAY_NS)
+        waited = arrived_ns - asked_ns >= _WAITED_NS
+        # If we polled within 300 µs of the last read, the timestamp is accurate, unless the last one was not.
+        self.sure = waited or (self.sure and asked_ns - self._last_ns <= _ACCURATE_NS)
         self._last_ns = arrived_ns

@@ -1,4 +1,4 @@
-"""Estimates made again from recorded samples, and how well they foretold each next one."""
+"""Replays recorded samples: the estimates they lead to, and how well each sample was predicted by those before it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from bs_coordinator.links.estimator import LinkSample
 from bs_coordinator.links.monitor import LinkMonitor, NodeEstimate
 
 _WARM_UP = 8
-"""Samples of a node before its predictions count."""
+"""Samples of a node before the errors of its predictions count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +17,11 @@ class ReplayedNode:
     """One node of a log.
 
     Attributes:
-        estimate: at the end.
-        samples: of work and probes.
-        error: median of |predicted − measured| / measured network time of requests, each predicted from what came
+        estimate: at the end of the log.
+        samples: number of samples, of work and probes.
+        error: median of |predicted − measured| / measured network time of requests, each predicted from the samples
             before it; NaN if there were too few.
-        error_p90: the 90th percentile.
+        error_p90: the 90th percentile of the same.
     """
 
     estimate: NodeEstimate
@@ -31,7 +31,12 @@ class ReplayedNode:
 
 
 def replay(samples: Iterable[LinkSample], *, shared_air: bool = False) -> list[ReplayedNode]:
-    """SequenceInput samples, in the order of the log, to new estimators."""
+    """Pass samples to new estimators, in the order of the log; one result per node, by name.
+
+    Args:
+        samples: of the log.
+        shared_air: whether all links share one half-duplex channel.
+    """
     monitor = LinkMonitor(shared_air=shared_air)
     errors: dict[str, list[float]] = {}
     counts: dict[str, int] = {}
