@@ -1,6 +1,6 @@
-"""Selection policies by name.
+"""Selection policies: which experts each token is sent to.
 
-A policy is written `name` or `name:option=value,option=value`, the same in the command line and in plans.
+A policy is written `name` or `name:option=value,option=value`, on the command line and in plans alike.
 """
 
 from bs_coordinator.selection.policy import Policy

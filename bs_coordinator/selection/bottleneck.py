@@ -1,4 +1,4 @@
-"""Relieve the node that the layer waits for: its weakest tokens are dropped, or moved to another node."""
+"""Relieves the slowest node of a layer: the tokens that need it least are dropped there or moved to another node."""
 
 from typing import Annotated
 
@@ -6,7 +6,7 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from bs_coordinator.selection.demand import Chosen, demand, node_map, place, weights_of
+from bs_coordinator.selection.demand import Chosen, assign_by_preference, demand, node_map, weights_of
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.selection.one_token import OneToken, asked_experts, one_row
 from bs_coordinator.selection.topk import Experts, top_weights
@@ -14,19 +14,19 @@ from wire.tensors import Array
 
 
 class Bottleneck(Struct, frozen=True, forbid_unknown_fields=True):
-    """While the slowest node takes more than `factor` times as long as the next, take tokens from it.
+    """While the slowest node takes more than `factor` times as long as the next slowest, take tokens from it.
 
-    The tokens to which it matters least go first, as many as bring the node down to that factor. The layer's
-    predicted time never rises above top-k's: a round that does not lower it is not done.
+    Tokens with the least weight on that node go first, as many as bring it down to that factor. The layer's predicted
+    time never rises above top-k's, because a round that does not lower it is discarded.
 
-    Source: reconstructed from the testbed of arXiv 2411.06681; docs/policies.md says what is ours.
+    Source: reconstructed from the testbed of arXiv 2411.06681; docs/policies.md tells what was added.
 
     Attributes:
         k: experts per token before anything is dropped.
-        factor: of the next slowest node's time.
-        limit: a token stays where it has at least this share of its weight. Up to 0.5 and with `k` 2, its most
-            probable expert is never touched.
-        move: a token that is taken from a node asks its next-best expert elsewhere, if that node has the time.
+        factor: how much slower than the next slowest node the slowest may be.
+        limit: a token stays on a node that has at least this share of its weight. At 0.5 or less and with `k` 2, its
+            most probable expert is never dropped.
+        move: a token taken from a node asks its next-best expert elsewhere, if that expert's node has time.
         worth: a round must lower the layer's time by more than this share.
     """
 
@@ -37,28 +37,28 @@ class Bottleneck(Struct, frozen=True, forbid_unknown_fields=True):
     worth: Annotated[float, Meta(ge=0, lt=1)] = 0.02
 
     def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
-        """See `Policy.select`."""
+        """Gate weights, as `Policy.select` defines them."""
         if len(probabilities) == 1:
-            return self._select_one(probabilities, forecast)
-        return self._select_many(probabilities, forecast)
+            return self.select_single(probabilities, forecast)
+        return self.select_batch(probabilities, forecast)
 
-    def _select_one(self, probabilities: Array, forecast: LayerForecast) -> Array:
-        """The same for a single token."""
+    def select_single(self, probabilities: Array, forecast: LayerForecast) -> Array:
+        """Gate weights of one token; what `select_batch` gives for it, but several times faster."""
         costs = OneToken(forecast)
         weights = top_weights(probabilities, self.k)
         (p,) = probabilities.tolist()
         top = chosen = asked_experts(weights)
         layer_s = costs.layer_s(top)
         for _ in range(2 * len(costs.fixed_s)):
-            relieved = self._relieve_one(p, chosen, costs)
+            relieved = self._relieve_single(p, chosen, costs)
             relieved_s = costs.layer_s(relieved)
             if relieved_s >= layer_s * (1 - self.worth):
                 break
             layer_s, chosen = relieved_s, relieved
         return weights if chosen is top else weights_of(probabilities, one_row(chosen, len(p)))
 
-    def _relieve_one(self, p: list[float], chosen: list[int], costs: OneToken) -> list[int]:
-        """The token's experts after one round; the same list if nothing exceeds the factor or nothing may go."""
+    def _relieve_single(self, p: list[float], chosen: list[int], costs: OneToken) -> list[int]:
+        """The token's experts after one round; the same list if no node exceeds the factor or no expert may go."""
         asked = costs.asked(chosen)
         times_s = {node: costs.node_s(node, count) for node, count in asked.items()}
         slowest = min(times_s, key=lambda node: (-times_s[node], node))
@@ -70,18 +70,19 @@ class Bottleneck(Struct, frozen=True, forbid_unknown_fields=True):
             return chosen
         kept = [expert for expert in chosen if expert not in gone]
         if self.move:
-            # Who can take it on and still be done by the target.
+            # Nodes that can take on one more expert and still meet the target.
             able = [n for n, s in enumerate(costs.with_one_more_s(asked)) if s <= target_s and n != slowest]
             others = [e for e, node in enumerate(costs.holder) if node in able and e not in chosen and p[e] > 0]
             kept += sorted(others, key=lambda expert: -p[expert])[:1]
         return kept
 
-    def _select_many(self, probabilities: Array, forecast: LayerForecast) -> Array:
+    def select_batch(self, probabilities: Array, forecast: LayerForecast) -> Array:
+        """Gate weights of any number of tokens."""
         on_node = node_map(forecast)
         weights = top_weights(probabilities, self.k)
         asked = demand(weights > 0, on_node)
         layer_s = forecast.layer_s(*asked)
-        # Each round lowers the layer's time; the bound only keeps the worst case short.
+        # Each round lowers the layer's time, so this ends anyway; the bound limits the worst case.
         for _ in range(2 * on_node.shape[1]):
             chosen = self._relieve(probabilities, weights, on_node, asked, forecast)
             if chosen is None:
@@ -101,7 +102,7 @@ class Bottleneck(Struct, frozen=True, forbid_unknown_fields=True):
         asked: tuple[NDArray[np.int64], NDArray[np.int64]],
         forecast: LayerForecast,
     ) -> Chosen | None:
-        """bool [tokens, experts] after one round, or None if nothing exceeds the factor or nothing may go."""
+        """bool [tokens, experts] after one round; None if no node exceeds the factor or no token may go."""
         rows, experts = asked
         time_s = forecast.node_s(rows, experts)
         slowest = int(time_s.argmax())
@@ -120,12 +121,14 @@ class Bottleneck(Struct, frozen=True, forbid_unknown_fields=True):
         candidates = candidates[np.argsort(share[candidates], kind="stable")][: int(min(excess, len(candidates)))]
         moved = np.full(len(candidates), -1, np.intp)
         if self.move:
-            # What another node can take on and still be done by the target; one more expert is assumed.
+            # Rows that each other node can take on and still meet the target, assuming one more expert there.
             ready_s = forecast.fixed_s + (experts + 1) * forecast.expert_s + rows * row_s
             room = np.floor((target_s - ready_s) / np.maximum(row_s, 1e-12) + 1e-9)
             wanted = np.where(chosen[candidates] | here, np.float32(0), probabilities[candidates])
-            # Those that would lose most choose first.
-            moved = place(wanted[::-1], forecast.holder, np.minimum(room, len(candidates)).astype(np.int64))[0][::-1]
+            # Tokens that would lose most weight choose first.
+            moved = assign_by_preference(
+                wanted[::-1], forecast.holder, np.minimum(room, len(candidates)).astype(np.int64)
+            )[0][::-1]
         chosen[np.ix_(candidates, here)] = False
         chosen[candidates[moved >= 0], moved[moved >= 0]] = True
         return chosen

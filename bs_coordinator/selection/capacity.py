@@ -1,4 +1,4 @@
-"""Every node gets a share of the rows that suits its speed; what is too much goes elsewhere or is dropped."""
+"""Caps each node's rows by its speed; rows above the cap go to other nodes or are dropped."""
 
 import math
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from bs_coordinator.selection.demand import Chosen, demand, no_slower, node_map, place, weights_of
+from bs_coordinator.selection.demand import Chosen, assign_by_preference, demand, no_slower, node_map, weights_of
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.selection.one_token import OneToken, asked_experts, one_row
 from bs_coordinator.selection.topk import Experts, top_weights
@@ -18,16 +18,17 @@ from wire.tensors import Array
 class Capacity(Struct, frozen=True, forbid_unknown_fields=True):
     """Cap each node at the rows it can answer by a common deadline; overflow goes to the next-best expert with room.
 
-    The deadline is the one by which all nodes together could answer all rows, or what the pairs that must stay need,
-    times `slack`. The layer's predicted time never rises above top-k's: where it would, top-k is used.
+    The deadline is the time by which all nodes together could answer all rows, or the time that the pairs that must
+    stay need if that is longer, times `slack`. The layer's predicted time never rises above top-k's: where it would,
+    top-k is used.
 
-    Source: after arXiv 2503.05066, whose caps are equal; docs/policies.md says what is ours.
+    Source: after arXiv 2503.05066, whose caps are equal; docs/policies.md tells what was added.
 
     Attributes:
         k: experts per token before anything is dropped.
         slack: factor on the deadline.
-        limit: pairs with at least this share of their token's weight stay. At 0.5 and with `k` 2, that is each token's
-            most probable expert.
+        limit: (token, expert) pairs with at least this share of their token's weight stay. At 0.5 and with `k` 2,
+            these are each token's most probable expert.
         move: overflow may go to other experts; otherwise it is dropped.
     """
 
@@ -37,22 +38,22 @@ class Capacity(Struct, frozen=True, forbid_unknown_fields=True):
     move: bool = True
 
     def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
-        """See `Policy.select`."""
+        """Gate weights, as `Policy.select` defines them."""
         if len(probabilities) == 1:
-            return self._select_one(probabilities, forecast)
-        return self._select_many(probabilities, forecast)
+            return self.select_single(probabilities, forecast)
+        return self.select_batch(probabilities, forecast)
 
-    def _select_one(self, probabilities: Array, forecast: LayerForecast) -> Array:
-        """The same for a single token."""
+    def select_single(self, probabilities: Array, forecast: LayerForecast) -> Array:
+        """Gate weights of one token; what `select_batch` gives for it, but several times faster."""
         costs = OneToken(forecast)
         weights = top_weights(probabilities, self.k)
         (p,), (share,) = probabilities.tolist(), weights.tolist()
         top = asked_experts(weights)
-        caps = self._caps_of_one(share, top, costs)
+        caps = self._single_caps(share, top, costs)
         kept: list[int] = []
         over: list[int] = []
         used = [0] * len(caps)
-        # What stays comes first in its node's queue, then by weight.
+        # In each node's queue, pairs that must stay come first, then the others by weight.
         for expert in sorted(top, key=lambda e: (share[e] < self.limit, -share[e])):
             node = costs.holder[expert]
             used[node] += 1
@@ -73,8 +74,8 @@ class Capacity(Struct, frozen=True, forbid_unknown_fields=True):
             return weights
         return weights_of(probabilities, one_row(kept, len(p)))
 
-    def _caps_of_one(self, share: list[float], top: list[int], costs: OneToken) -> list[int]:
-        """By node, rows that it can answer by the deadline."""
+    def _single_caps(self, share: list[float], top: list[int], costs: OneToken) -> list[int]:
+        """By node, the rows that it can answer by the deadline."""
         must = costs.asked(expert for expert in top if share[expert] >= self.limit)
         kept_s = max((costs.node_s(node, count) for node, count in must.items()), default=0.0)
         asked = costs.asked(top)
@@ -84,17 +85,18 @@ class Capacity(Struct, frozen=True, forbid_unknown_fields=True):
         rows = ((deadline_s - ready) / row + 1e-6 for ready, row in zip(ready_s, row_s, strict=True))
         return [int(min(max(r, 0), len(top))) for r in rows]
 
-    def _select_many(self, probabilities: Array, forecast: LayerForecast) -> Array:
+    def select_batch(self, probabilities: Array, forecast: LayerForecast) -> Array:
+        """Gate weights of any number of tokens."""
         weights = top_weights(probabilities, self.k)
         caps = self._caps(weights, forecast)
         token, expert = np.nonzero(weights)
         share = weights[token, expert]
-        # What stays comes first in its node's queue, then by weight.
+        # In each node's queue, pairs that must stay come first, then the others by weight.
         order = np.lexsort((token, -share, share < self.limit))
         token, expert, share = token[order], expert[order], share[order]
         queue = forecast.holder[expert][:, None] == np.arange(len(caps))
-        place_in_queue = (queue.cumsum(axis=0) * queue).sum(axis=1)
-        over = (place_in_queue > caps[forecast.holder[expert]]) & (share < self.limit)
+        position = (queue.cumsum(axis=0) * queue).sum(axis=1)
+        over = (position > caps[forecast.holder[expert]]) & (share < self.limit)
         if not over.any():
             return weights
         chosen = weights > 0
@@ -102,12 +104,12 @@ class Capacity(Struct, frozen=True, forbid_unknown_fields=True):
         if self.move:
             room = caps - queue[~over].sum(axis=0)
             wanted = np.where(weights[token[over]] > 0, np.float32(0), probabilities[token[over]])
-            moved, _ = place(wanted, forecast.holder, room)
+            moved, _ = assign_by_preference(wanted, forecast.holder, room)
             chosen[token[over][moved >= 0], moved[moved >= 0]] = True
-        return no_slower(weights_of(probabilities, _nobody_alone(chosen, probabilities)), weights, forecast)
+        return no_slower(weights_of(probabilities, _at_least_one(chosen, probabilities)), weights, forecast)
 
     def _caps(self, weights: Array, forecast: LayerForecast) -> NDArray[np.int64]:
-        """int64 [nodes], rows that each node can answer by the deadline."""
+        """int64 [nodes], the rows that each node can answer by the deadline."""
         on_node = node_map(forecast)
         chosen = weights > 0
         _, experts = demand(chosen, on_node)
@@ -121,14 +123,15 @@ class Capacity(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def fill_s(ready_s: Iterable[float], row_s: Iterable[float], rows: int) -> float:
-    """The time by which nodes that share `rows` rows at will can all be done, if rows could be split.
+    """The earliest time by which all nodes together can finish `rows` rows, if rows could be split.
 
     Args:
-        ready_s: by node, before its first row.
-        row_s: by node, per row, above 0.
+        ready_s: by node, seconds before its first row.
+        row_s: by node, seconds per row, above 0.
+        rows: to share among the nodes.
     """
     soonest_s, speed, head_start = math.inf, 0.0, 0.0
-    # With the first nodes in use; one node too many, or one too few, makes it later.
+    # The best prefix of the nodes in order of readiness: with one node too many or too few, the time is later.
     for ready, row in sorted(zip(ready_s, row_s, strict=True)):
         speed += 1 / row
         head_start += ready / row
@@ -136,7 +139,8 @@ def fill_s(ready_s: Iterable[float], row_s: Iterable[float], rows: int) -> float
     return soonest_s
 
 
-def _nobody_alone(chosen: Chosen, probabilities: Array) -> Chosen:
+def _at_least_one(chosen: Chosen, probabilities: Array) -> Chosen:
+    """Give tokens without any expert their most probable one."""
     alone = np.flatnonzero(~chosen.any(axis=1))
     chosen[alone, probabilities[alone].argmax(axis=1)] = True
     return chosen

@@ -1,4 +1,4 @@
-"""Choosing when some experts can't be had: the next best ones, and which tokens were hurt."""
+"""Choosing when some experts are unavailable: the next best ones, and which tokens are affected."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,25 +10,26 @@ from wire.tensors import Array
 
 
 def select_available(policy: Policy, probabilities: Array, forecast: LayerForecast) -> tuple[Array, NDArray[np.intp]]:
-    """What `policy` chooses among the experts that can be had.
+    """Let `policy` choose among the available experts.
 
     Returns:
-        Gate weights as `Policy.select`, and the tokens [n] for which it would otherwise have chosen others.
+        Gate weights, as `Policy.select` defines them, and the indices of the tokens, intp [n], for which the policy
+        would have chosen an unavailable expert.
 
     Raises:
-        ExpertsLostError: none of the layer's experts can be had.
+        ExpertsLostError: none of the layer's experts is available.
     """
     available = forecast.available
     wanted = policy.select(probabilities, forecast)
     if available is None:
         return wanted, np.zeros(0, np.intp)
     if not available.any():
-        raise ExpertsLostError(f"none of the experts of layer {forecast.layer} can be had")
+        raise ExpertsLostError(f"none of the experts of layer {forecast.layer} is available")
     degraded = np.flatnonzero(wanted[:, ~available].any(axis=1))
     if not len(degraded):
         return wanted, degraded
     left = np.where(available, probabilities[degraded], np.float32(0))
-    # A gate may have given everything to what is gone; any expert is then as good as another.
+    # If a gate gave all its weight to unavailable experts, the others are equally good.
     left += available * np.float32(1e-9)
     left /= left.sum(axis=1, keepdims=True)
     gate = wanted.copy()
@@ -37,7 +38,7 @@ def select_available(policy: Policy, probabilities: Array, forecast: LayerForeca
 
 
 def _only(gate: Array, available: NDArray[np.bool_]) -> Array:
-    """Policies may move tokens to any expert; here only to those that can be had."""
+    """Remove unavailable experts from a choice: policies may move tokens to any expert."""
     kept = np.where(available, gate, np.float32(0))
     empty = ~kept.any(axis=1)
     kept[empty, int(np.flatnonzero(available)[0])] = 1

@@ -1,4 +1,4 @@
-"""What a choice of experts asks of the nodes, and the weights that follow from it: shared by the policies."""
+"""What a choice of experts demands of the nodes, and the gate weights that follow from it. Shared by the policies."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,14 +11,14 @@ Counts = NDArray[np.int64]
 
 
 def node_map(forecast: LayerForecast) -> Array:
-    """float32 [experts, nodes], 1 where a node holds an expert; as a factor it sums experts by node."""
+    """float32 [experts, nodes], 1 where a node holds an expert; a product with it sums over experts by node."""
     return np.equal.outer(forecast.holder, np.arange(len(forecast.fixed_s))).astype(np.float32)
 
 
 def demand(chosen: Chosen, on_node: Array) -> tuple[Counts, Counts]:
     """Rows and distinct experts that each node is asked for, int64 [nodes] each, as `LayerForecast.node_s` takes them.
 
-    A token that asks several experts of one node is one row of the request.
+    A token that asks several experts of one node is one row of the request to it.
 
     Args:
         chosen: bool [tokens, experts].
@@ -30,12 +30,12 @@ def demand(chosen: Chosen, on_node: Array) -> tuple[Counts, Counts]:
 
 
 def predicted_s(chosen: Chosen, forecast: LayerForecast) -> float:
-    """Predicted time of the layer if these experts are asked. `chosen` is bool [tokens, experts]."""
+    """Predicted time of the layer in seconds if `chosen`, bool [tokens, experts], is asked."""
     return forecast.layer_s(*demand(chosen, node_map(forecast)))
 
 
 def weights_of(probabilities: Array, chosen: Chosen) -> Array:
-    """The chosen experts' probabilities, scaled so that each row adds up to 1; zero elsewhere."""
+    """The chosen experts' probabilities, scaled to add up to 1 in each row: float32 [tokens, experts]."""
     weights = np.where(chosen, probabilities, np.float32(0))
     weights /= weights.sum(axis=1, keepdims=True)
     return weights
@@ -48,18 +48,18 @@ def no_slower(weights: Array, fallback: Array, forecast: LayerForecast) -> Array
     return fallback if slower else weights
 
 
-def place(
+def assign_by_preference(
     preference: Array, holder: NDArray[np.intp], room: NDArray[np.int64]
 ) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
-    """Give each applicant the expert it prefers among those whose nodes have room; earlier applicants first.
+    """Assign each applicant the expert it prefers among those whose nodes have room; earlier applicants choose first.
 
     Args:
-        preference: float32 [applicants, experts], zero where an expert is out of the question.
+        preference: float32 [applicants, experts], zero for an expert that an applicant must not get.
         holder: intp [experts], each expert's node.
         room: int64 [nodes], rows that each node may still take.
 
     Returns:
-        intp [applicants], an expert or -1; and the room that is left.
+        intp [applicants], an expert or -1; and int64 [nodes], the room that is left.
     """
     placed = np.full(len(preference), -1, np.intp)
     room = np.maximum(room, 0)
@@ -75,6 +75,6 @@ def place(
         served = turn <= room[holder[best]]
         placed[waiting[served]] = best[served]
         room = room - asks[served].sum(axis=0)
-        # Whoever is left met a node that is full now, so each round closes a node or serves all.
+        # Applicants not served met a node that is full now, so each round fills a node or serves all.
         waiting = waiting[~served]
     return placed, room

@@ -1,4 +1,4 @@
-"""How much the experts of a layer differ in their outputs: a table measured once per model."""
+"""How much the outputs of a layer's experts differ: a table that is measured once per model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,11 +19,12 @@ class DifferenceDocument(Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """The table as it is stored (JSON).
 
     Attributes:
+        schema: version of this document.
         model_sha256: `Manifest.model_sha256` of the model it was measured on.
-        text_sha256: of the file with the texts.
-        tokens: hidden states of each layer that were measured.
-        rows: [layers][experts], hidden states that the gate routed to each expert.
-        differences: [layers][experts][experts], see `DifferenceTable.values`.
+        text_sha256: SHA-256 of the file with the texts.
+        tokens: number of hidden states measured in each layer.
+        rows: [layers][experts], number of hidden states that the gate routed to each expert.
+        differences: [layers][experts][experts], the values of `DifferenceTable`.
     """
 
     schema: int
@@ -35,30 +36,30 @@ class DifferenceDocument(Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class DifferenceTable:
-    """What replacing one expert by another costs.
+    """The error of replacing one expert by another.
 
     Attributes:
-        model_sha256: of the model that it is about.
+        model_sha256: of the model.
         values: float32 [layers, experts, experts]; [l, a, b] is the mean of ‖E_a(x) − E_b(x)‖ / ‖E_a(x)‖ over
             hidden states x that layer l's gate routed to a.
-        or_nobody: float32 [layers, experts, experts + 1], the same with 0 for an expert itself, and in the last column
-            1 for nobody in its place.
+        or_skipped: float32 [layers, experts, experts + 1], the same with 0 on the diagonal, and a last column of 1 for
+            skipping the expert.
     """
 
-    # Not a dataclass: msgspec would then read it from a document instead of leaving it to the registry.
+    # Not a dataclass: msgspec would then decode it itself instead of calling the registry's hook.
     def __init__(self, model_sha256: str, values: Array) -> None:
         self.model_sha256 = model_sha256
         self.values = values
         layers, experts, _ = values.shape
-        self.or_nobody = np.concatenate([values, np.ones((layers, experts, 1), np.float32)], axis=2)
-        self.or_nobody[:, np.arange(experts), np.arange(experts)] = 0
+        self.or_skipped = np.concatenate([values, np.ones((layers, experts, 1), np.float32)], axis=2)
+        self.or_skipped[:, np.arange(experts), np.arange(experts)] = 0
 
 
 def read_differences(path: Path) -> DifferenceTable:
     """Read and check a table.
 
     Raises:
-        ValueError: the file is missing or not such a table.
+        ValueError: the file is missing, or is not a table of expert differences.
     """
     try:
         document = msgspec.json.decode(path.read_bytes(), type=DifferenceDocument)
@@ -79,10 +80,10 @@ def read_differences(path: Path) -> DifferenceTable:
 
 
 def write_differences(document: DifferenceDocument, path: Path) -> None:
-    """Store a table.
+    """Write a table.
 
     Raises:
-        StorageError: the file could not be written.
+        StorageError: the file can't be written.
     """
     with atomic_write(path) as file:
         file.write(msgspec.json.encode(document))

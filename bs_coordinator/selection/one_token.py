@@ -1,7 +1,7 @@
-"""What one token's experts cost, on plain numbers.
+"""The cost of one token's experts, computed with plain Python numbers.
 
-While decoding, a choice is waited for in every layer, and for a handful of numbers numpy takes many times as long. The
-arithmetic is `LayerForecast`'s.
+Decoding waits for a choice in every layer, and for so few numbers numpy takes many times as long. The arithmetic is
+that of `LayerForecast`.
 """
 
 from collections.abc import Collection, Iterable
@@ -14,11 +14,11 @@ from wire.tensors import Array
 
 
 class OneToken:
-    """A forecast for who asks for a single row of each node.
+    """A forecast for a single token, which is one row at each node that it asks.
 
     Attributes:
         holder: by expert, its node.
-        fixed_s, expert_s, row_s: by node, before the first row, for each distinct expert, for the row.
+        fixed_s, expert_s, row_s: by node, seconds of an empty request, per distinct expert and per row.
     """
 
     def __init__(self, forecast: LayerForecast) -> None:
@@ -29,7 +29,7 @@ class OneToken:
         self._air_s: list[float] | None = forecast.row_air_s.tolist() if forecast.shared_air else None
 
     def asked(self, experts: Iterable[int]) -> dict[int, int]:
-        """By node that holds any of them, how many."""
+        """For each node that holds any of these experts, how many it holds."""
         counts: dict[int, int] = {}
         for expert in experts:
             node = self.holder[expert]
@@ -37,15 +37,15 @@ class OneToken:
         return counts
 
     def node_s(self, node: int, experts: int, rows: int = 1) -> float:
-        """Time of a request for so many experts."""
+        """Time of a request for this many experts and rows, in seconds."""
         return self.fixed_s[node] + experts * self.expert_s[node] + rows * self.row_s[node]
 
     def with_one_more_s(self, asked: dict[int, int]) -> list[float]:
-        """By node, its time if it computes one row and one distinct expert more than it is asked for."""
+        """By node, its time if it computes one more expert, and one more row if it is asked already."""
         return [self.node_s(n, asked.get(n, 0) + 1, rows=1 + (n in asked)) for n in range(len(self.fixed_s))]
 
     def layer_s(self, experts: Iterable[int]) -> float:
-        """Time until the last answer."""
+        """Time until the last node has answered, in seconds."""
         times_s = {node: self.node_s(node, count) for node, count in self.asked(experts).items()}
         if self._air_s is None:
             return max(times_s.values(), default=0.0)
@@ -54,12 +54,12 @@ class OneToken:
 
 
 def asked_experts(weights: Array) -> list[int]:
-    """The experts that have any of the weight of float32 [1, experts]."""
+    """The experts with a weight above 0 in float32 [1, experts]."""
     return [expert for expert, weight in enumerate(weights[0].tolist()) if weight]
 
 
 def one_row(experts: Collection[int], count: int) -> Chosen:
-    """bool [1, `count`], true for these experts."""
+    """bool [1, count], true for these experts."""
     chosen = np.zeros((1, count), np.bool_)
     chosen[0, list(experts)] = True
     return chosen

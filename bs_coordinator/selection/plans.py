@@ -1,10 +1,10 @@
-"""Tokens choose among plans (small sets of experts): time against what a token loses, at a fixed price.
+"""Tokens choose among plans (small sets of experts), weighing time against loss at a fixed price.
 
-What a plan costs in time depends on what the other tokens choose, not on the token; what a token loses by it is the
-policy's business. One token's choice is found by trying all plans. For several, the time of a layer, which is that of
-its slowest node, is replaced by a weighted mean over nodes: then each token can choose for itself, and the weights for
-which that is no better than the slowest node (Lagrange's multipliers) are approached by giving late nodes more weight
-("The Multiplicative Weights Update Method", Arora, Hazan and Kale 2012, section 3.3).
+The time of a plan depends on what the other tokens choose, not on the token; the policy defines what a token loses by
+it. For one token, all plans are tried. For several, the time of a layer, which is that of its slowest node, is
+replaced by a weighted mean over nodes: then each token can choose independently. The weights for which the mean equals
+the slowest node's time (Lagrange multipliers) are approached by giving late nodes more weight (Arora, Hazan and Kale,
+"The Multiplicative Weights Update Method", 2012, section 3.3).
 """
 
 from functools import lru_cache
@@ -20,17 +20,17 @@ from bs_coordinator.selection.forecast import Float, LayerForecast
 
 MAX_PLANS = 4096
 Price = Annotated[float, Meta(ge=1e-6, le=1e6)]
-"""Of losing everything, in times of top-k."""
-# Of a few that were tried on real gates, from 4 to 500 tokens; 200 turns are less than 1 % better.
-_TURNS = 20
-_STEP, _STEP_TURNS = 0.8, 6
+"""Price of losing everything, in units of top-k's time."""
+# The best of a few that were tried on real gates, from 4 to 500 tokens; 200 iterations are less than 1 % better.
+_ITERATIONS = 20
+_STEP, _STEP_ITERATIONS = 0.8, 6
 
 
 class Plans:
-    """Sets of experts that tokens choose among. Two of them are never equal, so that results can be kept by them.
+    """Sets of experts that tokens choose among. Hashed by identity, so results can be cached per instance.
 
     Attributes:
-        members: float64 [plans, experts], 1 where a plan asks an expert, else 0; no row empty.
+        members: float64 [plans, experts], 1 where a plan asks an expert, else 0; no row is empty.
     """
 
     def __init__(self, members: Float) -> None:
@@ -38,12 +38,12 @@ class Plans:
         self._sizes: Float = members.sum(axis=1)
 
     def index_of(self, sets: Chosen) -> NDArray[np.intp]:
-        """Which plan each of some sets of experts is, intp [tokens].
+        """The index of the plan that each set of experts is, intp [tokens].
 
         Args:
-            sets: bool [tokens, experts], each one of the plans.
+            sets: bool [tokens, experts], each equal to one of the plans.
         """
-        # Twice what they share less the plan's size: largest, and that set's own size, where both are the same.
+        # Twice the common experts minus the plan's size is largest where the plan is the set.
         found: NDArray[np.intp] = (2.0 * sets @ self.members.T - self._sizes).argmax(axis=1)
         return found
 
@@ -67,20 +67,20 @@ def subsets(experts: int, k: int) -> Plans:
 
 @lru_cache(maxsize=8)
 def substitutions(experts: int, k: int) -> tuple[NDArray[np.intp], Plans]:
-    """All ways to fill `k` places with an expert or with nobody, but for the one where all places stay empty.
+    """All ways to fill `k` slots with an expert or with none, except leaving all slots empty.
 
     Returns:
-        intp [plans, k], an expert or, for nobody, `experts`; and the sets of experts that these are.
+        intp [plans, k], an expert's index or, for an empty slot, `experts`; and the sets of experts that these are.
 
     Raises:
         ValueError: there are more than `MAX_PLANS`.
     """
     _check_count((experts + 1) ** k - 1, experts, k)
-    places = np.array(list(product(range(experts + 1), repeat=k))[:-1], np.intp)
-    places.flags.writeable = False
-    members = np.zeros((len(places), experts + 1))
-    members[np.arange(len(places))[:, None], places] = 1
-    return places, Plans(members[:, :-1].copy())
+    slots = np.array(list(product(range(experts + 1), repeat=k))[:-1], np.intp)
+    slots.flags.writeable = False
+    members = np.zeros((len(slots), experts + 1))
+    members[np.arange(len(slots))[:, None], slots] = 1
+    return slots, Plans(members[:, :-1].copy())
 
 
 def _check_count(count: int, experts: int, k: int) -> None:
@@ -91,17 +91,18 @@ def _check_count(count: int, experts: int, k: int) -> None:
 def choose_plans(
     plans: Plans, loss: Float, top: NDArray[np.intp], price: float, forecast: LayerForecast
 ) -> NDArray[np.intp]:
-    """A plan for each token, so that T / T_top + `price` · mean loss is small, T being the predicted time of the layer.
+    """Choose a plan for each token that makes T / T_top + `price` · mean loss small, where T is the layer's time.
 
     Args:
-        plans: what tokens choose among.
+        plans: to choose among.
         loss: float64 [tokens, plans], at least 0, infinite for a plan that a token must not choose.
-        top: intp [tokens], the plan that is top-k's choice. It is taken to lose nothing, makes T_top, and is what all
-            choose where nothing better is found, so that T is never above T_top.
-        price: above 0, so that of equally fast plans that with the least loss is taken. Of equals, the first.
+        top: intp [tokens], the plan that is top-k's choice. Its loss counts as zero and its time is T_top. All tokens
+            keep it if nothing better is found, so T is never above T_top.
+        price: above 0, so of equally fast plans the one with the least loss is chosen; of equal plans, the first.
+        forecast: predicted costs of the layer.
 
     Returns:
-        intp [tokens], each token's plan.
+        intp [tokens], the index of each token's plan.
     """
     scaled = (price / len(loss)) * loss
     scaled[np.arange(len(loss)), top] = 0
@@ -114,44 +115,46 @@ def choose_plans(
 
 @lru_cache(maxsize=2)
 def _alone_s(plans: Plans, forecast: LayerForecast) -> Float:
-    """float64 [plans], time of the layer for a single token. Kept, since many may be asked for one after the other."""
+    """float64 [plans], time of the layer for a single token. Cached, as tokens may come one after the other."""
     load = _Load(plans, forecast)
     return load.layer_s(load.uses, load.busy_s(load.uses, load.held))
 
 
 def _choose_together(load: "_Load", loss: Float, top: NDArray[np.intp]) -> NDArray[np.intp]:
-    """The choice of several tokens.
+    """Choose plans for several tokens.
 
     Args:
-        loss: float64 [tokens, plans], in times of top-k.
+        load: what the plans demand of the nodes.
+        loss: float64 [tokens, plans], priced, in units of top-k's time.
+        top: intp [tokens], top-k's plans.
     """
     tokens = np.arange(len(loss))
     rows, experts = load.asked(top)
     top_s = load.layer_s(rows, load.busy_s(rows, experts))
     best, smallest = top, 1.0
-    # What a node that is asked for so much takes per row, requests and experts spread over all.
+    # Each node's time per row, with the time for requests and experts spread over its rows.
     row_s = load.busy_s(np.maximum(rows, 1), np.maximum(experts, 1)) / np.maximum(rows, 1) / top_s
     air = load.air_s / top_s
     late = np.full(len(row_s), 1.0 / len(row_s))
-    for turn in range(_TURNS):
+    for iteration in range(_ITERATIONS):
         chosen = (loss + load.uses @ (late * row_s + air)).argmin(axis=1)
         rows, experts = load.asked(chosen)
         busy_s = load.busy_s(rows, experts)
         total = float(load.layer_s(rows, busy_s) / top_s + loss[tokens, chosen].sum())
         if total < smallest:
             best, smallest = chosen, total
-        late *= np.exp(_STEP / (1 + turn / _STEP_TURNS) * (busy_s / busy_s.max() - 1))
+        late *= np.exp(_STEP / (1 + iteration / _STEP_ITERATIONS) * (busy_s / busy_s.max() - 1))
         late /= late.sum()
     return best
 
 
 class _Load:
-    """What plans ask of nodes.
+    """What plans demand of nodes.
 
     Attributes:
-        held: float64 [plans, nodes], experts that a plan asks of a node.
-        uses: float64 [plans, nodes], 1 where it asks any.
-        air_s: float64 [nodes], of a row where all share a channel, else 0.
+        held: float64 [plans, nodes], number of experts that a plan asks of a node.
+        uses: float64 [plans, nodes], 1 where a plan asks any expert of a node.
+        air_s: float64 [nodes], air time of a row if all links share a channel, else 0.
     """
 
     def __init__(self, plans: Plans, forecast: LayerForecast) -> None:
@@ -172,10 +175,11 @@ class _Load:
         return self._forecast.node_s(rows, experts) - rows * self.air_s
 
     def layer_s(self, rows: Float, busy_s: Float) -> Float:
-        """float64 [...], until the last answer (`LayerForecast.layer_s`).
+        """float64 [...], time until the last node has answered, as `LayerForecast.layer_s` computes it.
 
         Args:
-            busy_s: of these rows.
+            rows: float64 [..., nodes].
+            busy_s: float64 [..., nodes], for these rows, from `busy_s`.
         """
         time_s: Float = busy_s.max(axis=-1) + rows @ self.air_s
         return time_s

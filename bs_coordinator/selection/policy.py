@@ -1,4 +1,4 @@
-"""What a selection policy is."""
+"""The interface of selection policies."""
 
 from typing import Protocol
 
@@ -7,7 +7,7 @@ from wire.tensors import Array
 
 
 class Policy(Protocol):
-    """Which experts each token is sent to. Pure: the same arguments give the same answer."""
+    """Chooses the experts that each token is sent to. Pure: the same arguments give the same result."""
 
     def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
         """Gate weights of one layer.
@@ -17,5 +17,5 @@ class Policy(Protocol):
             forecast: predicted costs of this layer's experts.
 
         Returns:
-            float32 [tokens, experts], zero for an expert that is not asked; each token asks at least one.
+            float32 [tokens, experts], zero for an expert that is not asked. Each token asks at least one.
         """

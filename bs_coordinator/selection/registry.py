@@ -1,4 +1,4 @@
-"""From a policy's name and options to the policy."""
+"""The policies by name, and how their options are read from text."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ _KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "subset": (Subset, {}),
     "similar": (Similar, {}),
 }
-"""By name: the class, and what the name alone sets."""
+"""For each name the class, and the options that the name implies."""
 POLICY_NAMES = tuple(_KINDS)
 
 
@@ -31,11 +31,12 @@ def parse_policy(text: str, *, top_k: int, model_sha256: str | None = None) -> P
     """The policy that `text` describes, for example `topk` or `topk:k=3`.
 
     Args:
-        top_k: experts per token of the model, where the policy has that option and `text` does not set it.
-        model_sha256: of the model that it is for (`Manifest.model_sha256`), where that is known.
+        text: name and options.
+        top_k: the model's experts per token, used as `k` unless `text` sets it.
+        model_sha256: `Manifest.model_sha256` of the model, if known.
 
     Raises:
-        ValueError: unknown name or option, a value that is out of range, or a file of another model.
+        ValueError: the name or an option is unknown, a value is out of range, or a table is of another model.
     """
     name, _, options = text.partition(":")
     if name not in _KINDS:

@@ -1,4 +1,4 @@
-"""Slow experts are replaced by similar ones, or skipped, where that saves more time than it makes error."""
+"""Reslots slow experts by similar ones, or skips them, where the saved time outweighs the error."""
 
 from typing import Annotated
 
@@ -13,19 +13,19 @@ from wire.tensors import Array
 
 
 class Similar(Struct, frozen=True, forbid_unknown_fields=True):
-    """Of all ways to replace or skip a token's top-k experts, those with which T / T_topk + `price` · mean error is
-    smallest.
+    """Replace or skip tokens' top-k experts in the way that minimises T / T_topk + `price` · mean error.
 
-    Replacing expert a by b counts as a's weight × their difference, skipping a as its weight. b works with a's
-    weight, for it stands in for a. T is the layer's predicted time, which so never rises above top-k's.
+    The error of replacing expert a by b is a's weight × their difference, and that of skipping a is a's weight. A
+    replacement gets the weight of the expert it stands in for. T is the layer's predicted time; it never rises above
+    top-k's.
 
-    Source: after SiftMoE, arXiv 2603.23888, which minimises energy; docs/policies.md says what is ours.
+    Source: after SiftMoE, arXiv 2603.23888, which minimises energy; docs/policies.md tells what was added.
 
     Attributes:
         table: from a file that `wdmoe-testbed differences` wrote.
         k: experts per token before anything is replaced.
-        price: of an error of 1, in times of top-k. The higher, the nearer to top-k.
-        budget: error that no token may exceed; below 1, so that none can skip all its experts.
+        price: of an error of 1, in units of top-k's time. The higher it is, the closer the choice is to top-k.
+        budget: error that no token may exceed; below 1, so no token can skip all its experts.
     """
 
     table: DifferenceTable
@@ -35,14 +35,15 @@ class Similar(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def model_sha256(self) -> str:
-        """The only model that this policy is for."""
+        """Hash of the only model that this policy works with."""
         return self.table.model_sha256
 
     def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
-        """See `Policy.select`.
+        """Gate weights, as `Policy.select` defines them.
 
         Raises:
-            ValueError: the table has no such layer or number of experts, or the model too many experts for this `k`.
+            ValueError: the table does not fit the layer or the number of experts, or the model has too many experts
+                for this `k`.
         """
         tokens, experts = probabilities.shape
         if forecast.layer >= len(self.table.values) or self.table.values.shape[1] != experts:
@@ -52,14 +53,16 @@ class Similar(Struct, frozen=True, forbid_unknown_fields=True):
         k = min(self.k, experts)
         ways, plans = substitutions(experts, k)
         weights = top_weights(probabilities, k)
-        places = np.argsort(-weights, axis=1, kind="stable")[:, :k]
-        share = weights[np.arange(tokens)[:, None], places]
-        difference = self.table.or_nobody[forecast.layer]
+        slots = np.argsort(-weights, axis=1, kind="stable")[:, :k]
+        share = weights[np.arange(tokens)[:, None], slots]
+        difference = self.table.or_skipped[forecast.layer]
         error = np.zeros((tokens, len(ways)))
         for i in range(k):
-            error += (share[:, i, None] * difference[places[:, i]])[:, ways[:, i]]
+            error += (share[:, i, None] * difference[slots[:, i]])[:, ways[:, i]]
         error[error > self.budget] = np.inf
-        top = places @ (experts + 1) ** np.arange(k)[::-1]  # nothing replaced; ways count in these digits
+        top = (
+            slots @ (experts + 1) ** np.arange(k)[::-1]
+        )  # nothing replaced: `ways` are ordered like numbers with these digits
         chosen = ways[choose_plans(plans, error, top, self.price, forecast)]
         changed = np.zeros((tokens, experts + 1), np.float32)
         for i in range(k):

@@ -1,4 +1,4 @@
-"""Sets of experts that save more time than they lose of the gate's weight."""
+"""Sends tokens to smaller or other sets of experts where the saved time outweighs the lost gate weight."""
 
 from typing import Annotated
 
@@ -13,18 +13,18 @@ from wire.tensors import Array
 
 
 class Subset(Struct, frozen=True, forbid_unknown_fields=True):
-    """Of all sets of up to `k` experts, those with which T / T_topk + `price` · mean loss is smallest.
+    """Of all sets of up to `k` experts, choose those that minimise T / T_topk + `price` · mean loss.
 
     A token's loss is the share of top-k's probability that its set lacks: 1 - Σ p / Σ p of top-k. T is the layer's
-    predicted time, which so never rises above top-k's. The most probable expert has no privilege.
+    predicted time; it never rises above top-k's. The most probable expert may be left out like any other.
 
-    Source: after DES, arXiv 2503.13421, which minimises energy; docs/policies.md says what is ours.
+    Source: after DES, arXiv 2503.13421, which minimises energy; docs/policies.md tells what was added.
 
     Attributes:
         k: largest size of a set.
-        price: of losing all weight, in times of top-k. The higher, the nearer to top-k.
-        share: of top-k's probability that must remain, whatever it costs. Relative, because top-k itself must always
-            be allowed and gates differ in how flat they are; at 1 this is top-k.
+        price: of losing all weight, in units of top-k's time. The higher it is, the closer the choice is to top-k.
+        share: share of top-k's probability that must remain in any case. It is relative because top-k itself must
+            always be allowed and gates differ in how flat they are. At 1 this is top-k.
     """
 
     k: Experts
@@ -32,13 +32,13 @@ class Subset(Struct, frozen=True, forbid_unknown_fields=True):
     share: Annotated[float, Meta(ge=0, le=1)] = 0.4
 
     def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
-        """See `Policy.select`.
+        """Gate weights, as `Policy.select` defines them.
 
         Raises:
             ValueError: the model has too many experts for this `k`.
         """
         plans = subsets(probabilities.shape[1], self.k)
-        # In float64: in float32 sets that differ in their last expert may weigh the same.
+        # In float64, because in float32 sets that differ in their weakest expert may have equal weight.
         mass = probabilities.astype(np.float64) @ plans.members.T
         most = mass.max(axis=1, keepdims=True)
         allowed = (mass >= self.share * most) & (mass > 0)

@@ -1,4 +1,4 @@
-"""Mixtral's own routing, blind to links."""
+"""Mixtral's own routing, which ignores links."""
 
 from functools import reduce
 from operator import add
@@ -11,11 +11,11 @@ from bs_coordinator.selection.forecast import LayerForecast
 from wire.tensors import Array
 
 Experts = Annotated[int, Meta(ge=1)]
-"""How many experts a token asks; a model with fewer has all of them asked."""
+"""Number of experts that a token asks; in a model with fewer, it asks all."""
 
 
 class TopK(Struct, frozen=True, forbid_unknown_fields=True):
-    """The `k` most probable experts, weights renormalised over them.
+    """Choose the `k` most probable experts and renormalise their weights.
 
     Source: "Mixtral of Experts", arXiv 2401.04088, section 2.1.
     """
@@ -23,18 +23,18 @@ class TopK(Struct, frozen=True, forbid_unknown_fields=True):
     k: Experts
 
     def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
-        """See `Policy.select`."""
+        """Gate weights, as `Policy.select` defines them."""
         return top_weights(probabilities, self.k)
 
 
 def top_weights(probabilities: Array, k: int) -> Array:
-    """The k largest of each row, scaled so that they add up to 1; zero elsewhere. float32 [tokens, experts].
+    """The `k` largest probabilities of each row, scaled to add up to 1; zero elsewhere. float32 [tokens, experts].
 
-    Of equal ones the first count.
+    Of equal probabilities, the first ones count.
     """
     weights = np.zeros(probabilities.shape, np.float32)
     if len(probabilities) == 1:
-        # Decoding waits for this in every layer. The same arithmetic on plain numbers takes a fifth of the time.
+        # Decoding waits for this in every layer: the same arithmetic on plain numbers takes a fifth of the time.
         (left,) = probabilities.tolist()
         top = sorted(left, reverse=True)[:k]
         total = reduce(add, top)
@@ -45,7 +45,7 @@ def top_weights(probabilities: Array, k: int) -> Array:
         return weights
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
     largest = np.take_along_axis(probabilities, best, axis=1).astype(np.float64)
-    # One by one, in the order of a single row's sum.
+    # Added one by one, in the same order as for a single row, for bitwise equal sums.
     totals = reduce(add, largest.T)
     np.put_along_axis(weights, best, largest / totals[:, None], axis=1)
     return weights

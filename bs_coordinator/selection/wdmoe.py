@@ -1,4 +1,4 @@
-"""The WDMoE papers' training-free rule: tokens whose gate does not lean on slow experts give up their weakest one."""
+"""The WDMoE papers' training-free rule: tokens whose gate does not favour slow experts drop their weakest expert."""
 
 import math
 from operator import mul
@@ -20,17 +20,17 @@ _TINY_S = 1e-9
 class Wdmoe(Struct, frozen=True, forbid_unknown_fields=True):
     """Drop the weakest expert of every token with cos(gate, times) ≤ θ; θ rises until the batch has gained enough.
 
-    What is gained is the weight-to-latency ratio, the mean of weight ÷ time over all (token, expert) pairs asked.
+    The gain is measured by the weight-to-latency ratio: the mean of weight ÷ time over all (token, expert) pairs asked.
 
-    Source: reconstructed from arXiv 2405.03131 and 2411.06681; docs/policies.md says what is ours.
+    Source: reconstructed from arXiv 2405.03131 and 2411.06681; docs/policies.md tells what was added.
 
     Attributes:
         k: experts per token before anything is dropped.
         start: first θ.
-        step: by how much θ rises.
+        step: increment of θ.
         stop: last θ.
-        gain: enough is a ratio above `gain` times that of top-k.
-        renormalise: scale a token's remaining weights to add up to 1; otherwise what was dropped is missing.
+        gain: θ stops rising when the ratio exceeds `gain` times top-k's.
+        renormalise: scale a token's remaining weights to add up to 1; otherwise the dropped weight is lost.
     """
 
     k: Experts
@@ -44,12 +44,16 @@ class Wdmoe(Struct, frozen=True, forbid_unknown_fields=True):
         if self.start > self.stop:
             raise ValueError(f"start={self.start:g} is above stop={self.stop:g}")
         if self.stop - self.start > MAX_STEPS * self.step:
-            raise ValueError(f"step={self.step:g} is too small: at most {MAX_STEPS} lead from start to stop")
+            raise ValueError(f"step={self.step:g} is too small: at most {MAX_STEPS} may lead from start to stop")
 
     def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
-        """See `Policy.select`."""
+        """Gate weights, as `Policy.select` defines them."""
         if len(probabilities) == 1:
-            return self._select_one(probabilities, forecast)
+            return self.select_single(probabilities, forecast)
+        return self.select_batch(probabilities, forecast)
+
+    def select_batch(self, probabilities: Array, forecast: LayerForecast) -> Array:
+        """Gate weights of any number of tokens."""
         weights = top_weights(probabilities, self.k)
         chosen = weights > 0
         time_s = np.maximum(forecast.one_row_s, _TINY_S)
@@ -66,8 +70,12 @@ class Wdmoe(Struct, frozen=True, forbid_unknown_fields=True):
     def _steps(self) -> int:
         return int((self.stop - self.start) / self.step + 1e-9)
 
-    def _select_one(self, probabilities: Array, forecast: LayerForecast) -> Array:
-        """The same for a single token: θ rises to its end, or stops at once where nothing need be gained."""
+    def select_single(self, probabilities: Array, forecast: LayerForecast) -> Array:
+        """Gate weights of one token; what `select_batch` gives for it, but several times faster.
+
+        The token is dropped from at the first θ that reaches it, so with a `gain` of at least 1 only the last θ
+        matters; with a smaller `gain` the first θ is already enough.
+        """
         weights = top_weights(probabilities, self.k)
         (p,), (share,) = probabilities.tolist(), weights.tolist()
         time_s = np.maximum(forecast.one_row_s, _TINY_S).tolist()
@@ -83,13 +91,14 @@ class Wdmoe(Struct, frozen=True, forbid_unknown_fields=True):
     def _theta(self, likeness: Float, lost: Float, *, total: float, pairs: int) -> float:
         """The θ at which the search ends.
 
-        Every θ starts from top-k again, so that all of them can be seen at once: the tokens that a θ reaches are
-        those before it in the order of their likeness.
+        Every θ starts from top-k again, so all of them can be evaluated at once: a θ reaches the tokens up to it in
+        the order of their cosines.
 
         Args:
-            likeness: float64 [n], of the tokens that can drop an expert.
+            likeness: float64 [n], cosines of the tokens that can drop an expert.
             lost: float64 [n], weight ÷ time of the pair that each of them would drop.
-            total: sum of weight ÷ time over the pairs of top-k, whose number is `pairs`.
+            total: sum of weight ÷ time over the pairs of top-k.
+            pairs: number of pairs of top-k.
         """
         thetas = self.start + self.step * np.arange(self._steps + 1)
         order = np.argsort(likeness, kind="stable")
@@ -103,8 +112,8 @@ class Wdmoe(Struct, frozen=True, forbid_unknown_fields=True):
 def cosine(probabilities: Array, time_s: Float) -> Float:
     """Cosine between each token's gate and the experts' times, float64 [tokens], from 0 to 1.
 
-    Low where the probability lies on fast experts, so that the weakest chosen one is likely slow and a drop saves
-    time; with equal times it tells how flat the gate is.
+    It is low where the probability lies on fast experts: then the weakest chosen one is likely slow, and dropping it
+    saves time. With equal times it measures how flat the gate is.
 
     Args:
         probabilities: float32 [tokens, experts], over all experts.

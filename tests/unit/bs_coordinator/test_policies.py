@@ -13,7 +13,7 @@ from scipy.optimize import linprog
 from bs_coordinator.selection import TopK, parse_policy
 from bs_coordinator.selection.bottleneck import Bottleneck
 from bs_coordinator.selection.capacity import Capacity, fill_s
-from bs_coordinator.selection.demand import demand, node_map, place, predicted_s
+from bs_coordinator.selection.demand import assign_by_preference, demand, node_map, predicted_s
 from bs_coordinator.selection.differences import DifferenceTable
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.selection.plans import subsets
@@ -350,7 +350,7 @@ def test_placing_is_first_come_first_served(seed: int, applicants: int) -> None:
     preference = (rng.integers(0, 5, (applicants, EXPERTS)) / 8).astype(np.float32)
     holder = rng.integers(0, 3, EXPERTS)
     room = rng.integers(-1, 8, 3)
-    placed, left = place(preference, holder, room)
+    placed, left = assign_by_preference(preference, holder, room)
     assert (left >= 0).all()
     used = np.bincount(holder[placed[placed >= 0]], minlength=3)
     np.testing.assert_array_equal(used + left, np.maximum(room, 0))
@@ -380,9 +380,10 @@ def test_demand_counts_a_token_once_per_node() -> None:
 def test_one_token_alone_is_treated_as_in_company(
     layer: tuple[Array, LayerForecast], k: int, limit: float, move: bool, factor: float
 ) -> None:
-    """There are two ways through these policies; the one for many tokens can do with one as well."""
+    """These policies have a fast path for one token, which must choose what the path for many tokens chooses."""
     probabilities, forecast = layer
-    for policy in (Bottleneck(k, factor, limit, move), Capacity(k, factor, limit, move)):
-        alone, many = policy.select(probabilities, forecast), policy._select_many(probabilities, forecast)
+    wdmoe = Wdmoe(k, start=limit, stop=0.95, gain=factor - 0.5, renormalise=move)
+    for policy in (Bottleneck(k, factor, limit, move), Capacity(k, factor, limit, move), wdmoe):
+        alone, many = policy.select_single(probabilities, forecast), policy.select_batch(probabilities, forecast)
         np.testing.assert_array_equal(alone > 0, many > 0)
         np.testing.assert_allclose(alone, many, rtol=1e-6)
