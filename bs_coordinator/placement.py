@@ -1,28 +1,30 @@
-"""Which device should hold which experts: a plan for starting nodes. Pure.
+"""Plans which device should hold which experts. Pure.
 
-Within a layer the answers of all asked devices are waited for, so that traffic is balanced layer by layer: every
-expert goes to the device that would be done first with its share of that layer's traffic.
+A layer waits for the answers of all devices that it asks, so traffic is balanced layer by layer: every expert goes to
+the device that would finish its share of that layer's traffic first.
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from msgspec import Struct
+from numpy.typing import NDArray
 
 from bs_coordinator.errors import PlacementError
 from wire.experts import ExpertId
 from wire.tensors import Array
 
 HYSTERESIS = 0.25
-"""How much sooner another device must be done before an expert is moved there: moving costs its bytes over the air."""
+"""An expert is moved only to a device that would finish sooner by this share: a move costs its bytes over the air."""
 
 
-class Device(Struct, frozen=True):
-    """What a plan needs to know of a device.
+class PlacementDevice(Struct, frozen=True):
+    """A device that can hold experts.
 
     Attributes:
-        experts: how many fit into its RAM.
-        row_ms: time of one hidden state there, through an expert, and back (`wdmoe-bs links`).
+        name: of the node.
+        experts: number of experts that fit into its RAM.
+        row_ms: time of one hidden state to the device, through an expert, and back (`wdmoe-bs links`).
     """
 
     name: str
@@ -31,10 +33,11 @@ class Device(Struct, frozen=True):
 
 
 class Placement(Struct, frozen=True):
-    """Experts by device, in their order, and why.
+    """The experts of each device, and why.
 
     Attributes:
-        load: share of all traffic that reaches each device first, as long as nobody fails.
+        experts: by device, in order.
+        load: by device, the share of all traffic for which it is the first holder.
         reasons: lines for people.
     """
 
@@ -43,17 +46,45 @@ class Placement(Struct, frozen=True):
     reasons: list[str]
 
 
-def place(
-    devices: Sequence[Device], traffic: Array, replicas: int, *, current: Mapping[str, Sequence[ExpertId]] | None = None
+class _Load:
+    """The traffic that a device has been given, by layer."""
+
+    def __init__(self, device: PlacementDevice, layers: int) -> None:
+        self.device = device
+        self.held: set[ExpertId] = set()
+        self.first: NDArray[np.float64] = np.zeros(layers)
+        self._spare: NDArray[np.float64] = np.zeros(layers)
+
+    def can_take(self, id: ExpertId) -> bool:
+        return len(self.held) < self.device.experts and id not in self.held
+
+    def done_ms(self, layer: int, weight: float) -> tuple[float, float]:
+        """Score, the lower the better: when the layer would be done with `weight` more, then the whole model's load."""
+        load = self.first + self._spare
+        return (load[layer] + weight) * self.device.row_ms, load.sum() * self.device.row_ms
+
+    def take(self, id: ExpertId, weight: float, *, first: bool) -> None:
+        self.held.add(id)
+        (self.first if first else self._spare)[id.layer] += weight
+
+
+def plan_placement(
+    devices: Sequence[PlacementDevice],
+    traffic: Array,
+    replicas: int,
+    *,
+    current: Mapping[str, Sequence[ExpertId]] | None = None,
 ) -> Placement:
     """Put every expert on `replicas` devices.
 
-    Experts with the most traffic choose first. A device's load in a layer is the traffic of the experts that it is the
-    first holder of; further copies go where they would add least if the first holder failed.
+    Experts with the most traffic are placed first. A device's load in a layer is the traffic of the experts that it is
+    the first holder of. Further copies go to the device that would add least if the first holder failed.
 
     Args:
-        traffic: float32 [layers, experts], how often each is asked; only ratios count.
-        current: where experts are now; one stays unless another device is clearly better.
+        devices: to place experts on.
+        traffic: float32 [layers, experts], how often each expert is asked; only ratios count.
+        replicas: copies of each expert.
+        current: the experts that devices hold now; a copy stays unless another device is clearly better.
 
     Raises:
         PlacementError: the devices can't hold that many copies.
@@ -61,52 +92,54 @@ def place(
     layers, experts = traffic.shape
     _check(devices, layers * experts, replicas)
     share = traffic / max(float(traffic.sum()), 1e-9)
-    held: dict[str, set[ExpertId]] = {d.name: set() for d in devices}
-    first_load = {d.name: np.zeros(layers) for d in devices}
-    spare_load = {d.name: np.zeros(layers) for d in devices}
+    loads = [_Load(device, layers) for device in devices]
     before = {name: set(ids) for name, ids in (current or {}).items()}
     stayed = moved = 0
     order = sorted(np.ndindex(layers, experts), key=lambda at: (-share[at], at))
-    # All first copies before any second one: a device that is full of spares could not take a first copy.
+    # All first copies before any second one: a device full of spare copies could not take a first copy.
     for copy in range(replicas):
         for layer, expert in order:
             id, weight = ExpertId(layer, expert), float(share[layer, expert])
-            free = [d for d in devices if len(held[d.name]) < d.experts and id not in held[d.name]]
-            if not free:
-                raise PlacementError(f"no device with room is left for copy {copy + 1} of {id}: fewer --replicas")
-
-            def done_ms(device: Device, layer: int = layer, weight: float = weight) -> tuple[float, float]:
-                load = first_load[device.name] + spare_load[device.name]
-                return (load[layer] + weight) * device.row_ms, load.sum() * device.row_ms
-
-            best = min(free, key=lambda d: (*done_ms(d), d.name))
-            stay = [d for d in free if id in before.get(d.name, ())]
-            kept = min(stay, key=done_ms, default=None)
-            if kept is not None and done_ms(kept)[0] <= (1 + HYSTERESIS) * done_ms(best)[0]:
-                best = kept
-            stayed += id in before.get(best.name, ())
-            moved += bool(before) and id not in before.get(best.name, ())
-            held[best.name].add(id)
-            (first_load if copy == 0 else spare_load)[best.name][layer] += weight
-    load = {name: float(per_layer.sum()) for name, per_layer in first_load.items()}
+            chosen = _choose(loads, id, weight, before)
+            if chosen is None:
+                raise PlacementError(f"no device has room for copy {copy + 1} of {id}: use fewer --replicas")
+            stays = id in before.get(chosen.device.name, ())
+            stayed += stays
+            moved += bool(before) and not stays
+            chosen.take(id, weight, first=copy == 0)
+    load = {one.device.name: float(one.first.sum()) for one in loads}
     reasons = [
-        f"{d.name}: {len(held[d.name])} of the {d.experts} experts that fit; first holder for {load[d.name]:.0%} "
-        f"of the traffic at {d.row_ms:.1f} ms a row"
-        for d in devices
+        f"{d.name}: {len(one.held)} of the {d.experts} experts that fit; first holder for {load[d.name]:.0%} "
+        f"of the traffic at {d.row_ms:.1f} ms per row"
+        for one in loads
+        for d in (one.device,)
     ]
     if before:
         reasons.append(
             f"{stayed} copies stay where they are, {moved} are new: moved only for a gain of {HYSTERESIS:.0%}"
         )
-    return Placement({name: sorted(ids) for name, ids in held.items()}, load, reasons)
+    return Placement({one.device.name: sorted(one.held) for one in loads}, load, reasons)
 
 
-def _check(devices: Sequence[Device], experts: int, replicas: int) -> None:
+def _choose(loads: Sequence[_Load], id: ExpertId, weight: float, before: Mapping[str, set[ExpertId]]) -> _Load | None:
+    """The device for a copy; None if no device has room."""
+    free = [load for load in loads if load.can_take(id)]
+    if not free:
+        return None
+    best = min(free, key=lambda load: (*load.done_ms(id.layer, weight), load.device.name))
+    holding = [load for load in free if id in before.get(load.device.name, ())]
+    kept = min(holding, key=lambda load: load.done_ms(id.layer, weight), default=None)
+    if kept is None or kept.done_ms(id.layer, weight)[0] > (1 + HYSTERESIS) * best.done_ms(id.layer, weight)[0]:
+        return best
+    return kept
+
+
+def _check(devices: Sequence[PlacementDevice], experts: int, replicas: int) -> None:
     if len(devices) < replicas:
         raise PlacementError(f"{replicas} copies of each expert need as many devices, there are {len(devices)}")
     room = sum(min(d.experts, experts) for d in devices)
     if room < replicas * experts:
         raise PlacementError(
-            f"{experts} experts × {replicas} copies do not fit: all devices together hold {room}; add devices, or take "
+            f"{experts} experts × {replicas} copies do not fit: all devices together hold {room}; add devices, or use "
             "a smaller --quant"
         )

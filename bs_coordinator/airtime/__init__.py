@@ -1,1 +1,1 @@
-"""Sharing the down-link's bandwidth between nodes."""
+"""Sharing the bandwidth of the base station's down-link among nodes."""

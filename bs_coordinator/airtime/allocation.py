@@ -1,16 +1,16 @@
-"""Sharing one channel's bandwidth among nodes so that layers wait as little as possible.
+"""Allocates one channel's bandwidth to nodes so that layers wait as little as possible.
 
 The problem is that of arXiv 2411.06681: with `rows[i, k]` hidden states for node k in layer i,
 
     minimise  Σ_i max_k ( fixed_s[i, k] + rows[i, k] · τ_k(B_k) )   subject to  Σ_k B_k ≤ B,  B_k ≥ 0,
 
-where the maximum is over the nodes that layer i asks (rows > 0) and τ_k is the air time of one row there and back.
-`fixed_s` is what no bandwidth shortens: the node's compute, queue and round trip. With one layer the problem is
+where the maximum is over the nodes that layer i asks (rows > 0) and τ_k is the air time of one row to the node and
+back. `fixed_s` does not depend on bandwidth: the node's compute, queue and round trip. With one layer the problem is
 solved by root finding (`allocate_layer`), with several by an interior-point method (`allocate_common`).
 
-It can be solved exactly: a link's rate B · log2(1 + c/B) is concave and increasing in B, the reciprocal of a positive
-concave function is convex, and sums and maxima keep convexity. Leading axes are independent problems, for example
-channel draws. This module does no I/O.
+The problem is convex, so both find its optimum: a link's rate B · log2(1 + c/B) is concave and increasing in B, the
+reciprocal of a positive concave function is convex, and sums and maxima preserve convexity. Leading axes are
+independent problems, for example channel draws. This module does no I/O.
 """
 
 from dataclasses import dataclass
@@ -24,11 +24,11 @@ Bool = NDArray[np.bool_]
 
 _LN2 = float(np.log(2.0))
 _PRECISE = 1e-12
-"""Relative step at which root finding ends."""
+"""Relative step at which root finding stops."""
 _CENTRED = 1e-3
-"""Newton decrement at which a point counts as the barrier's minimum: far less than the gap allows."""
+"""Newton decrement at which a point counts as the barrier's minimum; far below what the gap allows."""
 _GAP = 1e-8
-"""Distance from the optimum, relative to the time with equal shares, at which the interior-point method ends."""
+"""Distance from the optimum, relative to the time with equal shares, at which the interior-point method stops."""
 _MAX_STEPS = 100
 _MAX_HALVINGS = 40
 
@@ -44,25 +44,25 @@ class RowTime(NamedTuple):
 class Links(Protocol):
     """Air time per row of each node as a function of its bandwidth.
 
-    Convex and decreasing, infinite at 0, and log τ convex in log B with slopes from -1 to 0.
+    The time must be convex and decreasing, infinite at 0, and log τ convex in log B with slopes from -1 to 0.
     """
 
     def row_time(self, bandwidth: Float) -> RowTime:
-        """At `bandwidth` > 0, float64 [..., nodes]."""
+        """Time per row and its derivatives at `bandwidth` > 0, float64 [..., nodes]."""
 
     def each_layer(self) -> "Links":
-        """The same links with an axis for layers in front of the nodes: [..., 1, nodes]."""
+        """The same links with an axis for layers before the nodes: [..., 1, nodes]."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShannonLinks:
-    """Radio links at Shannon's rate, B · log2(1 + P·g / (N0·B)) bit/s; a node uses its B in both directions in turn.
+    """Radio links at Shannon's rate, B · log2(1 + P·g / (N0·B)) bit/s. A node uses its B in both directions in turn.
 
     Attributes:
-        row_bits: of one hidden state.
+        row_bits: size of one hidden state.
         down_hz: float64 [..., nodes], P·g / N0 of the base station's signal at each node: the bandwidth at which
             signal and noise are equally strong.
-        up_hz: float64 [..., nodes], the same of each node's signal at the base station.
+        up_hz: float64 [..., nodes], the same for each node's signal at the base station.
     """
 
     row_bits: float
@@ -70,33 +70,33 @@ class ShannonLinks:
     up_hz: Float
 
     def row_time(self, bandwidth: Float) -> RowTime:
-        """See `Links.row_time`; bandwidth in Hz."""
+        """Time per row and its derivatives; bandwidth in Hz."""
         down = _shannon_time(self.row_bits, self.down_hz, bandwidth)
         up = _shannon_time(self.row_bits, self.up_hz, bandwidth)
         return RowTime(*(d + u for d, u in zip(down, up, strict=True)))
 
     def each_layer(self) -> "ShannonLinks":
-        """See `Links.each_layer`."""
+        """The same links with an axis for layers before the nodes."""
         return ShannonLinks(self.row_bits, self.down_hz[..., None, :], self.up_hz[..., None, :])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShareLinks:
-    """Links of given rates that take turns: with share s of the time a row takes `row_s / s`.
+    """Links of given rates that take turns: with a share s of the time, a row takes `row_s / s`.
 
     Attributes:
-        row_s: float64 [..., nodes], seconds of one row on the whole channel.
+        row_s: float64 [..., nodes], seconds of one row with the whole channel.
     """
 
     row_s: Float
 
     def row_time(self, bandwidth: Float) -> RowTime:
-        """See `Links.row_time`; bandwidth is a share of the time."""
+        """Time per row and its derivatives; bandwidth is a share of the time."""
         seconds = self.row_s / bandwidth
         return RowTime(seconds, -seconds / bandwidth, 2 * seconds / bandwidth**2)
 
     def each_layer(self) -> "ShareLinks":
-        """See `Links.each_layer`."""
+        """The same links with an axis for layers before the nodes."""
         return ShareLinks(self.row_s[..., None, :])
 
 
@@ -104,9 +104,10 @@ def layer_seconds(links: Links, bandwidth: Float, rows: Float, fixed_s: Float) -
     """Time of each layer with an allocation, float64 [...].
 
     Args:
+        links: time per row as a function of bandwidth.
         bandwidth: float64 [..., nodes], positive where rows are.
-        rows: float64 [..., nodes].
-        fixed_s: float64 [..., nodes].
+        rows: float64 [..., nodes], hidden states for each node.
+        fixed_s: float64 [..., nodes], the part that does not depend on bandwidth.
     """
     row_s = links.row_time(np.where(bandwidth > 0, bandwidth, 1.0)).seconds
     time_s: Float = np.where(rows > 0, fixed_s + rows * row_s, 0.0).max(axis=-1)
@@ -114,15 +115,16 @@ def layer_seconds(links: Links, bandwidth: Float, rows: Float, fixed_s: Float) -
 
 
 def allocate_layer(links: Links, rows: Float, fixed_s: Float, total: float) -> Float:
-    """The best allocation for one layer alone, float64 [..., nodes]; nothing for a node that is not asked.
+    """The optimal allocation for one layer, float64 [..., nodes]; 0 for a node that is not asked.
 
-    At the optimum all asked nodes finish at one time T: otherwise the last could be given some of the others'
-    bandwidth. So T solves Σ_k B_k(T) = B with B_k(T) = τ_k⁻¹((T - fixed_k) / rows_k). The inverse of a convex
-    decreasing function is one, too: Newton's method from a T that is too short approaches the root from that side.
+    At the optimum all asked nodes finish at the same time T; otherwise the last one could be given bandwidth of the
+    others. So T solves Σ_k B_k(T) = B with B_k(T) = τ_k⁻¹((T - fixed_k) / rows_k). The inverse of a convex decreasing
+    function is convex and decreasing too, so Newton's method from a T that is too short approaches the root from below.
 
     Args:
+        links: time per row as a function of bandwidth.
         rows: float64 [..., nodes], hidden states for each node; at least one node is asked.
-        fixed_s: float64 [..., nodes].
+        fixed_s: float64 [..., nodes], the part that does not depend on bandwidth.
         total: bandwidth of the channel, in the links' unit.
     """
     asked = rows > 0
@@ -144,10 +146,10 @@ def allocate_layer(links: Links, rows: Float, fixed_s: Float, total: float) -> F
 
 
 def _bandwidth_for(links: Links, row_s: Float, start: Float) -> Float:
-    """The bandwidth at which a row takes `row_s`, or `start` where that is infinite; Newton's method on log τ(log B).
+    """The bandwidth at which a row takes `row_s`, or `start` where that is infinite: Newton's method on log τ(log B).
 
-    That function is convex and decreasing: from the right a step leads to the left of the root, and from there on the
-    bandwidth grows. Steps to the left are limited, because where noise dominates the function is almost flat.
+    That function is convex and decreasing: from the right, a step leads to the left of the root, and from there on the
+    bandwidth grows. Steps to the left are limited, because the function is almost flat where noise dominates.
     """
     wanted = np.isfinite(row_s)
     bandwidth = start
@@ -161,22 +163,23 @@ def _bandwidth_for(links: Links, row_s: Float, start: Float) -> Float:
 
 
 def allocate_common(links: Links, rows: Float, fixed_s: Float, total: float) -> Float:
-    """The best single allocation for all layers, float64 [..., nodes]; nothing for a node that no layer asks.
+    """The optimal single allocation for all layers, float64 [..., nodes]; 0 for a node that no layer asks.
 
-    The barrier method (Boyd & Vandenberghe, "Convex Optimization", section 11.3) on the problem's epigraph form:
-    minimise Σ_i T_i with fixed_s[i, k] + rows[i, k]·τ_k(B_k) ≤ T_i. Its optimum with weight m/gap on the objective,
-    for m constraints, is within `gap` of the problem's.
+    Uses the barrier method (Boyd & Vandenberghe, "Convex Optimization", section 11.3) on the problem's epigraph form:
+    minimise Σ_i T_i with fixed_s[i, k] + rows[i, k]·τ_k(B_k) ≤ T_i. With m constraints and weight m/gap on the
+    objective, the barrier problem's optimum is within `gap` of the problem's.
 
     Args:
-        rows: float64 [..., layers, nodes], hidden states for each node; each layer asks at least one.
-        fixed_s: float64 [..., layers, nodes] or what broadcasts to it.
+        links: time per row as a function of bandwidth.
+        rows: float64 [..., layers, nodes], hidden states for each node; each layer asks at least one node.
+        fixed_s: float64 [..., layers, nodes] or broadcastable to it.
         total: bandwidth of the channel, in the links' unit.
     """
     asked = rows > 0
     used = np.asarray(asked.any(axis=-2))
     share = used / used.sum(axis=-1, keepdims=True)
     layers_s = layer_seconds(links.each_layer(), share[..., None, :] * total, rows, fixed_s)
-    # Times are in units of what equal shares take. No allocation is better by more than a factor of the nodes.
+    # Times are in units of the time with equal shares, which is at most `nodes` times the optimum.
     unit_s = layers_s.sum(axis=-1, keepdims=True)
     barrier = _Barrier(links, rows, fixed_s, asked, used, total, unit_s[..., None])
     point = _Point(share, (layers_s / unit_s) + 1 / rows.shape[-2])
@@ -190,9 +193,9 @@ def allocate_common(links: Links, rows: Float, fixed_s: Float, total: float) -> 
 
 class _Point(NamedTuple):
     share: Float
-    """[..., nodes], of the total bandwidth."""
+    """[..., nodes], shares of the total bandwidth."""
     time: Float
-    """[..., layers], an upper bound of each."""
+    """[..., layers], upper bounds of the layers' times."""
 
     def moved(self, direction: "_Point", length: Float) -> "_Point":
         return _Point(*(p + length[..., None] * d for p, d in zip(self, direction, strict=True)))
@@ -222,14 +225,14 @@ class _Barrier:
                 if not moving.any():
                     break
                 length = np.where(moving, length / 2, length)
-            length[moving] = 0.0  # rounding decides now
+            length[moving] = 0.0  # no step decreases the function: rounding errors dominate
             if not length.any():
                 break
             point = point.moved(direction, length)
         return point
 
     def _constraints(self, point: _Point) -> tuple[Float, Float, Float]:
-        """Slack of each, infinite for a node that is not asked, and the load's derivatives; [..., layers, nodes]."""
+        """Slack of each constraint (infinite for nodes not asked) and derivatives of the load; [..., layers, nodes]."""
         bandwidth = np.where(self.used & (point.share > 0), point.share, 1.0) * self.total
         seconds, slope, curvature = (part[..., None, :] for part in self.links.row_time(bandwidth))
         load = (self.fixed_s + self.rows * seconds) / self.unit_s
@@ -238,7 +241,7 @@ class _Barrier:
         return slack, per_row * slope * self.total, per_row * curvature * self.total**2
 
     def _rise(self, point: _Point, to: _Point, slack: Float, weight: Float) -> Float:
-        """The barrier function's change, [...]; infinite outside of its domain. A difference keeps more digits."""
+        """Change of the barrier function, [...]; infinite outside its domain. A difference, for precision."""
         ahead, _, _ = self._constraints(to)
         inside = np.asarray((ahead > 0).all(axis=(-1, -2)) & ((to.share > 0) | ~self.used).all(axis=-1))
         ratio = np.divide(ahead, slack, out=np.ones_like(slack), where=self.asked & inside[..., None, None])
@@ -246,7 +249,7 @@ class _Barrier:
         return np.where(inside, rise, np.inf)
 
     def _newton(self, slack: Float, slope: Float, curvature: Float, weight: Float) -> tuple[_Point, Float]:
-        """The direction and its decrement λ² [...]. The times are eliminated from the system, layer by layer."""
+        """The Newton direction and its decrement λ² [...]. The times are eliminated from the system by layer."""
         price = 1 / slack
         square = price**2
         layer = square.sum(axis=-1, keepdims=True)
@@ -254,7 +257,7 @@ class _Barrier:
         gradient_time = weight[..., None] - price.sum(axis=-1)
         gradient_share = (price * slope).sum(axis=-2)
         others = 1 - np.eye(slope.shape[-1])
-        # Written without differences of large numbers: near the optimum one constraint's square outweighs the rest.
+        # Avoids differences of large numbers: near the optimum, one constraint's square exceeds all others.
         hessian = -np.swapaxes(pull / layer, -1, -2) @ pull * others
         diagonal: Float = (pull * slope * (square @ others) / layer + price * curvature).sum(axis=-2)
         hessian += np.where(self.used, diagonal, 1.0)[..., None] * np.eye(slope.shape[-1])
@@ -267,10 +270,10 @@ class _Barrier:
 
 
 def _shannon_time(bits: float, signal_hz: Float, bandwidth: Float) -> RowTime:
-    """Seconds for `bits` at B · log2(1 + signal_hz/B), with derivatives in B."""
+    """Seconds for `bits` at B · log2(1 + signal_hz/B), with derivatives with respect to B."""
     snr = signal_hz / bandwidth
     rate = bandwidth * np.log1p(snr) / _LN2
-    # ln(1+x) - x/(1+x) cancels for weak signals; its series does not.
+    # ln(1+x) - x/(1+x) suffers from cancellation for weak signals; its series does not.
     series = snr**2 * (1 / 2 - snr * (2 / 3 - snr * (3 / 4 - snr * 4 / 5)))
     rate_slope = np.where(snr < 1e-3, series, np.log1p(snr) - snr / (1 + snr)) / _LN2
     rate_curvature = -((snr / (1 + snr)) ** 2) / bandwidth / _LN2

@@ -1,7 +1,7 @@
-"""The base station's down-link shared among nodes as the allocation says: htb classes on one interface.
+"""Shapes the base station's down-link by the allocation of air time: htb classes on one interface.
 
-On one Wi-Fi channel links take turns. A node with share s of the time on a link of rate R gets s·R for sure, and
-borrows up to R while others are silent. `tc` (iproute2) does the work; this needs root.
+On one Wi-Fi channel links take turns. A node with a share s of the time on a link of rate R is guaranteed s·R, and may
+borrow up to R while the others are silent. Uses `tc` (iproute2), which needs root.
 """
 
 import ipaddress
@@ -13,30 +13,31 @@ import numpy as np
 
 from bs_coordinator.airtime.allocation import Float, ShareLinks, allocate_layer
 from bs_coordinator.errors import ShapingError
+from common.moving_average import MovingAverage
 
 _TIMEOUT_S = 10
 _ROOT = "1:"
 _FIRST_CLASS = 0x10
 _MIN_MBPS = 0.05
-"""Even a node that is hardly ever asked must be reachable."""
+"""A node that is hardly ever asked must still be reachable."""
 _TURN_BYTES = "3028"
-"""Two packets: htb's own choice, a tenth of a second's worth, would let one borrower hold up the others."""
+"""Two packets. With htb's default, a tenth of a second's bytes, one borrower would delay the others."""
 _HEADROOM = 1.25
-"""Of a link that is measured through its own class: without it, it could never be found to have become faster."""
-_WORTH = 0.05
-"""Relative change of a class's rate below which it stays."""
+"""Factor on a link's measured rate. The rate is measured through the class, so without it no increase could show."""
+_MIN_CHANGE = 0.05
+"""A class is changed only if its rate differs by more than this share."""
 _MEMORY = 0.5
-"""Of the rows of earlier periods, per period."""
-_LEAST_ROWS = 0.01
+"""Weight of the rows of earlier periods, per period."""
+_MIN_ROWS = 0.01
 
 
-class NodeLink(NamedTuple):
-    """What is known of the link to one node.
+class ShapedLink(NamedTuple):
+    """The link to one node.
 
     Attributes:
-        address: the node's, IPv4 or IPv6.
-        mbps: rate of its link alone.
-        rows: hidden states that a layer is expected to send there.
+        address: of the node, IPv4 or IPv6.
+        mbps: rate of the link alone.
+        rows: hidden states that a layer is expected to send to the node; only ratios between nodes count.
     """
 
     address: str
@@ -44,23 +45,24 @@ class NodeLink(NamedTuple):
     rows: float
 
 
-def time_shares(links: Sequence[NodeLink]) -> Float:
-    """Shares of air time with which all nodes have their rows at the same time, float64 [nodes], adding up to 1."""
+def time_shares(links: Sequence[ShapedLink]) -> Float:
+    """Shares of air time with which all nodes receive their rows at the same time, float64 [nodes], with sum 1."""
     rows = np.array([[link.rows for link in links]])
     row_s = ShareLinks(np.array([1 / link.mbps for link in links]))
     shares: Float = allocate_layer(row_s.each_layer(), rows, np.zeros_like(rows), 1.0)[0]
     return shares
 
 
-def shape_commands(interface: str, links: Sequence[NodeLink], *, headroom: float = 1.0) -> list[list[str]]:
-    """The `tc` calls that give each node its share of the interface; traffic to others stays as it is.
+def shape_commands(interface: str, links: Sequence[ShapedLink], *, headroom: float = 1.0) -> list[list[str]]:
+    """The `tc` calls that give each node its share of the interface. Traffic to other hosts is not shaped.
 
     Args:
+        interface: name of the network interface.
         links: each with rows above 0.
         headroom: a node may borrow up to this many times its link's rate.
 
     Raises:
-        ShapingError: an address is not one.
+        ShapingError: an address is not an IP address.
     """
     commands = [["tc", "qdisc", "replace", "dev", interface, "root", "handle", _ROOT, "htb"]]
     commands += _classes("add", interface, links, headroom)
@@ -70,11 +72,16 @@ def shape_commands(interface: str, links: Sequence[NodeLink], *, headroom: float
     return commands
 
 
-def shape(interface: str, links: Sequence[NodeLink], *, headroom: float = 1.0) -> None:
-    """Replace whatever shapes the interface; see `shape_commands`.
+def shape(interface: str, links: Sequence[ShapedLink], *, headroom: float = 1.0) -> None:
+    """Replace the interface's queueing discipline with classes that give each node its share.
+
+    Args:
+        interface: name of the network interface.
+        links: each with rows above 0.
+        headroom: a node may borrow up to this many times its link's rate.
 
     Raises:
-        ShapingError: an address is wrong, or `tc` is missing, not allowed or failed; nothing is shaped then.
+        ShapingError: an address is invalid, or `tc` is missing, not permitted or failed; nothing is shaped then.
     """
     commands = shape_commands(interface, links, headroom=headroom)
     clear(interface)
@@ -87,53 +94,54 @@ def shape(interface: str, links: Sequence[NodeLink], *, headroom: float = 1.0) -
 
 
 class Shaper:
-    """Shares that follow what is measured: the links' rates, and the rows that each node was sent.
+    """Shapes an interface by the measured rates of the links and the rows that each node was sent.
 
     Attributes:
-        links: that the interface is shaped for now.
+        links: that the interface is shaped for at present; empty before the first time.
     """
 
     def __init__(self, interface: str, addresses: Mapping[str, str]) -> None:
-        """Nothing is shaped yet.
+        """Check the addresses. Nothing is shaped yet.
 
         Args:
-            addresses: by node.
+            interface: name of the network interface.
+            addresses: IP addresses by node.
 
         Raises:
-            ShapingError: an address is not one.
+            ShapingError: an address is not an IP address.
         """
         for address in addresses.values():
             _match(address)
-        self.links: Sequence[NodeLink] = ()
+        self.links: Sequence[ShapedLink] = ()
         self._interface = interface
         self._addresses = dict(addresses)
-        self._rows = dict.fromkeys(addresses, 0.0)
+        self._rows = {node: MovingAverage(_MEMORY) for node in addresses}
 
     def update(self, mbps: Mapping[str, float], rows: Mapping[str, float]) -> bool:
-        """Take in one period; whether that changed the interface. It is shaped once all rates are known.
+        """Take in one period; returns whether that changed the interface. It is shaped once all rates are known.
 
         Args:
             mbps: rates of the links, by node.
             rows: hidden states sent in this period, by node.
 
         Raises:
-            ShapingError: see `shape`.
+            ShapingError: `tc` is missing, not permitted or failed.
         """
-        for node in self._rows:
-            self._rows[node] = _MEMORY * self._rows[node] + (1 - _MEMORY) * rows.get(node, 0.0)
+        for node, average in self._rows.items():
+            average.add(rows.get(node, 0.0))
         if not mbps.keys() >= self._addresses.keys():
             return False
-        busiest = max(self._rows.values()) or 1.0
+        busiest = max(average.value for average in self._rows.values()) or 1.0
         links = [
-            NodeLink(address, mbps[node], max(self._rows[node] / busiest, _LEAST_ROWS))
+            ShapedLink(address, mbps[node], max(self._rows[node].value / busiest, _MIN_ROWS))
             for node, address in self._addresses.items()
         ]
         if not self.links:
             shape(self._interface, links, headroom=_HEADROOM)
-        elif np.allclose(_rates(links), _rates(self.links), rtol=_WORTH, atol=0):
+        elif np.allclose(_rates(links), _rates(self.links), rtol=_MIN_CHANGE, atol=0):
             return False
         else:
-            # Changed in place: what waits in the classes is not lost.
+            # Changed in place, so packets queued in the classes are not lost.
             for command in _classes("change", self._interface, links, _HEADROOM):
                 _run(command)
         self.links = links
@@ -141,28 +149,28 @@ class Shaper:
 
 
 def clear(interface: str) -> None:
-    """Let the interface send as it would by itself.
+    """Restore the interface's default queueing discipline.
 
     Raises:
-        ShapingError: `tc` is missing, not allowed or failed.
+        ShapingError: `tc` is missing, not permitted or failed.
     """
-    # Only what somebody has set can be deleted.
+    # A default discipline can't be deleted, so set one first.
     _run(["tc", "qdisc", "replace", "dev", interface, "root", "pfifo_fast"])
     _run(["tc", "qdisc", "del", "dev", interface, "root"])
 
 
-def _rates(links: Sequence[NodeLink]) -> Float:
-    """float64 [nodes, 2]: Mbit/s that each node has for sure, and those of its link."""
+def _rates(links: Sequence[ShapedLink]) -> Float:
+    """float64 [nodes, 2]: each node's guaranteed Mbit/s, and those of its link."""
     mbps = np.array([link.mbps for link in links])
     rates: Float = np.column_stack([np.maximum(time_shares(links) * mbps, _MIN_MBPS), mbps])
     return rates
 
 
-def _classes(verb: str, interface: str, links: Sequence[NodeLink], headroom: float) -> list[list[str]]:
+def _classes(verb: str, interface: str, links: Sequence[ShapedLink], headroom: float) -> list[list[str]]:
     most = headroom * max(link.mbps for link in links)
     commands = [_class(verb, interface, _ROOT, "1:1", most, most)]
-    for number, (sure_mbps, mbps) in enumerate(_rates(links), _FIRST_CLASS):
-        commands.append(_class(verb, interface, "1:1", f"1:{number:x}", sure_mbps, headroom * mbps))
+    for number, (guaranteed_mbps, mbps) in enumerate(_rates(links), _FIRST_CLASS):
+        commands.append(_class(verb, interface, "1:1", f"1:{number:x}", guaranteed_mbps, headroom * mbps))
     return commands
 
 
@@ -186,7 +194,7 @@ def _run(command: list[str]) -> None:
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
     except FileNotFoundError:
-        raise ShapingError("'tc' is missing: install iproute2") from None
+        raise ShapingError("'tc' is missing: install the package iproute2") from None
     except subprocess.CalledProcessError as error:
         raise ShapingError(f"'{' '.join(command)}' failed: {' '.join(error.stderr.split())}") from None
     except subprocess.TimeoutExpired:

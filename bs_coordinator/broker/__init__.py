@@ -1,1 +1,1 @@
-"""Private brokers as child processes."""
+"""MQTT brokers run as child processes."""

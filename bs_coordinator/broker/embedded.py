@@ -1,4 +1,4 @@
-"""A pure-Python MQTT broker (amqtt), run as a child process: `python -m … ADDRESS PORT`."""
+"""A pure-Python MQTT broker (amqtt) as a child process: `python -m bs_coordinator.broker.embedded ADDRESS PORT`."""
 
 import asyncio
 import logging
@@ -11,15 +11,16 @@ from amqtt.broker import Broker
 
 
 class _Subscriptions(dict[str, Any]):
-    """amqtt walks over its subscriptions, awaiting at each, whenever a client connects; a client that subscribes
-    meanwhile would end the first one's connection ("dictionary changed size during iteration")."""
+    """Iterates over a copy. amqtt iterates over its subscriptions with an await at each whenever a client connects; a
+    client that subscribes meanwhile would end the first one's connection: "dictionary changed size during iteration".
+    """
 
     def __iter__(self) -> Iterator[str]:
         return iter(tuple(super().__iter__()))
 
 
 async def serve(host: str, port: int) -> None:
-    """Serve until SIGTERM."""
+    """Serve on host:port until SIGTERM or SIGINT."""
     config = {
         "listeners": {"default": {"type": "tcp", "bind": f"{host}:{port}"}},
         "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
@@ -28,13 +29,13 @@ async def serve(host: str, port: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     broker = Broker(config)
-    broker._subscriptions = _Subscriptions()  # amqtt offers no other place
+    broker._subscriptions = _Subscriptions()  # amqtt has no public way to replace them
     await broker.start()
     await stop.wait()
     await broker.shutdown()
 
 
 if __name__ == "__main__":
-    # amqtt logs every dropped connection as an error; only what ends the broker is of interest here.
+    # amqtt logs every dropped connection as an error, but only errors that end the broker matter here.
     logging.basicConfig(level=logging.CRITICAL)
     asyncio.run(serve(sys.argv[1], int(sys.argv[2])))

@@ -1,7 +1,7 @@
-"""The broker behind `--broker`: one of our own as a child process, or somebody's by URL.
+"""The broker that `--broker` names: a private one as a child process, or an existing one by its URL.
 
-`embedded` is amqtt, pure Python: nothing to install, about 0.5 ms a round trip. `mosquitto` is a private
-mosquitto with a configuration made here. Both listen on loopback only; devices need a broker on the network.
+`embedded` is amqtt, in pure Python: nothing to install, about 0.5 ms per round trip. `mosquitto` is a private
+mosquitto with a configuration made here. Both listen on loopback only; other devices need a broker on the network.
 """
 
 import contextlib
@@ -38,14 +38,14 @@ def open_broker(
     """The address to connect to; a child broker lives as long as the context.
 
     Args:
-        spec: `embedded`, `mosquitto` or an URL.
+        spec: `embedded`, `mosquitto` or a URL.
         host: address that a child broker listens on.
-        port: for a child broker; 0 for any free one.
-        access: for an URL.
+        port: of a child broker; 0 for any free one.
+        access: credentials and certificates, for a URL.
 
     Raises:
         ValueError: `spec` is none of these.
-        BrokerError: the child does not come up.
+        BrokerError: the child broker does not start.
     """
     if spec not in PRIVATE_BROKERS:
         yield parse_broker_url(spec, access)
@@ -63,8 +63,8 @@ def configured_broker(config: ClusterConfig) -> Iterator[BrokerAddress]:
     """The broker that a config names; a private one lives as long as the context.
 
     Raises:
-        ConfigError: the URL is wrong.
-        BrokerError: a private broker does not come up.
+        ConfigError: the URL is invalid.
+        BrokerError: a private broker does not start.
     """
     with ExitStack() as stack:
         try:
@@ -78,10 +78,16 @@ def configured_broker(config: ClusterConfig) -> Iterator[BrokerAddress]:
 
 @contextmanager
 def broker_process(argv: list[str], address: tuple[str, int], name: str, log_path: Path) -> Iterator[None]:
-    """A broker as a child that listens on `address` and lives as long as the context.
+    """Run a broker as a child process while the context lasts.
+
+    Args:
+        argv: its command line.
+        address: host and port that it listens on.
+        name: for messages.
+        log_path: file for its output.
 
     Raises:
-        BrokerError: it does not come up.
+        BrokerError: it does not start within 20 s.
     """
     with log_path.open("wb") as log:
         child = subprocess.Popen(
@@ -89,7 +95,7 @@ def broker_process(argv: list[str], address: tuple[str, int], name: str, log_pat
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            # Ctrl-C is for us: the broker must outlive the clean good-byes of its clients.
+            # Ctrl-C must not reach the broker: its clients still have to disconnect cleanly.
             start_new_session=True,
         )
     try:
@@ -100,7 +106,7 @@ def broker_process(argv: list[str], address: tuple[str, int], name: str, log_pat
 
 
 def free_port(host: str = LOOPBACK) -> int:
-    """A TCP port of an address of this host that nobody listens on just now."""
+    """A free TCP port of an address of this host. Another process may take it before it is used."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
@@ -108,24 +114,26 @@ def free_port(host: str = LOOPBACK) -> int:
 
 
 def _check_free(host: str, port: int) -> int:
-    """The port. Else whoever has it would be taken for the child that did not get it."""
+    """Return the port if it is free: otherwise the program that uses it would be mistaken for the child broker."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as brokers do: not hindered by old connections
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as brokers do, to ignore connections in TIME_WAIT
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise BrokerError(f"no broker can listen on {host}:{port} ({error.strerror}): say another port") from None
+            raise BrokerError(
+                f"no broker can listen on {host}:{port} ({error.strerror}): choose another port"
+            ) from None
     return port
 
 
 def die_with_parent(argv: list[str]) -> list[str]:
-    """The command such that the kernel ends it when we die, even by kill -9, where util-linux allows."""
+    """Wrap a command so that the kernel ends it when this process dies, even by SIGKILL, if setpriv is installed."""
     setpriv = shutil.which("setpriv")
     return [setpriv, "--pdeathsig", "TERM", "--", *argv] if setpriv else argv
 
 
 def stop_child(child: subprocess.Popen[bytes]) -> None:
-    """End a child: politely, then not."""
+    """End a child process by SIGTERM, or by SIGKILL if it is still running after 5 s."""
     child.terminate()
     try:
         child.wait(_STOP_TIMEOUT_S)
@@ -141,8 +149,8 @@ def _embedded_argv(folder: Path, host: str, port: int) -> list[str]:
 
 
 def mosquitto_path() -> str | None:
-    """Where mosquitto is, if it is installed."""
-    # Debian puts it into /usr/sbin, which is not on every user's PATH.
+    """Path of mosquitto; None if it is not installed."""
+    # Debian installs it in /usr/sbin, which is not on every user's PATH.
     return shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
 
 
@@ -153,7 +161,7 @@ def _mosquitto_argv(folder: Path, host: str, port: int) -> list[str]:
     config = folder / "mosquitto.conf"
     config.write_text(
         f"listener {port} {host}\n"
-        # Started by root it would change its user, and a change of user undoes `die_with_parent`.
+        # When started by root, mosquitto would change its user, which cancels `die_with_parent`.
         "user root\n"
         "allow_anonymous true\n"
         "set_tcp_nodelay true\n"
@@ -173,4 +181,4 @@ def _wait_until_up(child: subprocess.Popen[bytes], address: tuple[str, int], spe
         with contextlib.suppress(OSError), socket.create_connection(address, timeout=1.0):
             return
         time.sleep(0.05)
-    raise BrokerError(f"the {spec} broker did not come up on port {address[1]} within {_START_TIMEOUT_S:.0f} s")
+    raise BrokerError(f"the {spec} broker did not start on port {address[1]} within {_START_TIMEOUT_S:.0f} s")

@@ -68,16 +68,15 @@ def place(
 
     Prints the options to start each node with, and on stderr the reasons.
     """
-    from bs_coordinator.placement import Device
-    from bs_coordinator.placement import place as plan
+    from bs_coordinator.placement import PlacementDevice, plan_placement
     from common.files import atomic_write
     from wire.experts import format_selector
     from wire.manifest import load_manifest
 
     manifest = load_manifest(bundle)
     expert_bytes = max(entry.bytes for entry in manifest.experts)
-    devices = [Device(name, ram // expert_bytes, ms) for name, (ram, ms) in nodes.items()]
-    placement = plan(devices, _traffic(traffic, manifest), replicas, current=_current(keep, manifest))
+    devices = [PlacementDevice(name, ram // expert_bytes, ms) for name, (ram, ms) in nodes.items()]
+    placement = plan_placement(devices, _traffic(traffic, manifest), replicas, current=_current(keep, manifest))
     selectors = {name: format_selector(ids) for name, ids in placement.experts.items() if ids}
     for name, selector in selectors.items():
         click.echo(f"wdmoe-node --id {name} --experts '{selector}' …")

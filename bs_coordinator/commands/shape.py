@@ -1,6 +1,5 @@
 """`wdmoe-bs shape`: the command; `bs_coordinator.airtime.shaping` talks to the kernel."""
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from common.clock import SYSTEM_CLOCK, Clock
 from common.options import Command
 
 if TYPE_CHECKING:
@@ -75,12 +75,14 @@ def shape(
         return
     if unknown := rows.keys() - links:
         raise click.UsageError(f"--rows names {', '.join(sorted(unknown))}, but no --link does")
-    given = [shaping.NodeLink(address, mbps, rows.get(address, 1.0)) for address, mbps in links.items()]
+    given = [shaping.ShapedLink(address, mbps, rows.get(address, 1.0)) for address, mbps in links.items()]
     shaping.shape(interface, given)
     _say(given)
 
 
-def _follow(interface: str, log: Path, addresses: dict[str, str], every_s: float) -> None:
+def _follow(
+    interface: str, log: Path, addresses: dict[str, str], every_s: float, *, clock: Clock = SYSTEM_CLOCK
+) -> None:
     from bs_coordinator.airtime import shaping
     from bs_coordinator.links import LinkMonitor
     from bs_coordinator.links.log import LinkLogReader
@@ -97,13 +99,13 @@ def _follow(interface: str, log: Path, addresses: dict[str, str], every_s: float
                 now_s = sample.time_s
             if shaper.update({e.node: e.link.down_mbps for e in monitor.estimates(now_s)}, rows):
                 _say(shaper.links)
-            time.sleep(every_s)
+            clock.sleep_s(every_s)
     finally:
         if shaper.links:
             shaping.clear(interface)
 
 
-def _say(links: "Sequence[shaping.NodeLink]") -> None:
+def _say(links: "Sequence[shaping.ShapedLink]") -> None:
     from bs_coordinator.airtime import shaping
 
     for link, share in zip(links, shaping.time_shares(links), strict=True):

@@ -1,1 +1,1 @@
-"""What the base station knows of its nodes: status, telemetry and clocks."""
+"""What the base station knows about its nodes: status, telemetry and clocks."""

@@ -1,10 +1,10 @@
-"""How far nodes' clocks are from the base station's: four timestamps per probe, bounds that hold whatever the delays.
+"""Offsets of the nodes' clocks from the base station's: four timestamps per probe, bounds that hold for any delays.
 
-Let t1 be when a probe left here, t2 when it arrived and t3 when its answer left there, by the node's clock, t4 when
-that arrived here. With the node's offset θ (its clock minus ours) and the two delays, t2 = t1 + down + θ and
-t4 = t3 + up − θ. No delay is negative, so t3 − t4 ≤ θ ≤ t2 − t1: that is a range as wide as the round trip, and all
-that can be known without assuming that both directions take equally long. Its middle, NTP's estimate (RFC 5905), does
-assume it. Probes at other times narrow the range as far as a clock's rate is limited. Pure.
+Let t1 be when a probe left here, t2 when it arrived and t3 when its answer left there, by the node's clock, and t4
+when that arrived here. With the node's offset θ (its clock minus ours) and the two delays, t2 = t1 + down + θ and
+t4 = t3 + up − θ. No delay is negative, so t3 − t4 ≤ θ ≤ t2 − t1. This range is as wide as the round trip, and it is
+all that can be known without assuming that both directions take equally long. Its middle, NTP's estimate (RFC 5905),
+does assume that. Because a clock's drift is limited, probes at other times narrow the range. Pure.
 """
 
 from collections.abc import Sequence
@@ -14,20 +14,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-MOST_DRIFT_PPM = 500.0
-"""What a Linux clock's rate may be off by (ntp_adjtime); beyond it a clock was set or is being slewed."""
+MAX_DRIFT_PPM = 500.0
+"""Largest rate error of a Linux clock (ntp_adjtime); a clock beyond it was set or is being slewed."""
 _BINS = 32
-_LEAST_SPAN_NS = 5_000_000_000
-"""Below it jitter is larger than any drift."""
+_MIN_SPAN_NS = 5_000_000_000
+"""Over a shorter time, jitter exceeds any drift."""
 _PPM = 1e-6
 
 
 class ClockSample(NamedTuple):
-    """One probe of a node's clock; nanoseconds since 1970 by the clock of whoever is named.
+    """One probe of a node's clock; times in nanoseconds since 1970.
 
     Attributes:
-        sent_unix_ns, arrived_unix_ns: by the base station (t1, t4).
-        node_arrived_unix_ns, node_left_unix_ns: by the node (t2, t3).
+        node: name of the node.
+        sent_unix_ns, arrived_unix_ns: by the base station's clock (t1, t4).
+        node_arrived_unix_ns, node_left_unix_ns: by the node's clock (t2, t3).
     """
 
     node: str
@@ -38,37 +39,37 @@ class ClockSample(NamedTuple):
 
     @property
     def low_ns(self) -> int:
-        """The node's clock is at least this far ahead."""
+        """Lower bound of the offset: the node's clock is at least this far ahead."""
         return self.node_left_unix_ns - self.arrived_unix_ns
 
     @property
     def high_ns(self) -> int:
-        """… and at most this far."""
+        """Upper bound of the offset: the node's clock is at most this far ahead."""
         return self.node_arrived_unix_ns - self.sent_unix_ns
 
     @property
     def delay_ns(self) -> int:
-        """Both ways together, without the node's own time."""
+        """Delay of both directions together, without the node's own time."""
         return self.high_ns - self.low_ns
 
     @property
     def middle_ns(self) -> float:
-        """The offset if both ways took equally long."""
+        """The offset if both directions took equally long."""
         return (self.low_ns + self.high_ns) / 2
 
     @property
     def at_unix_ns(self) -> int:
-        """The moment that it tells of, by our clock."""
+        """The time that the sample stands for, by the base station's clock."""
         return (self.sent_unix_ns + self.arrived_unix_ns) // 2
 
     @property
     def slack_ns(self) -> float:
-        """How far the clock may drift between that moment and those within the probe that its bounds hold for."""
-        return MOST_DRIFT_PPM * _PPM * (self.arrived_unix_ns - self.sent_unix_ns) / 2
+        """Largest drift between `at_unix_ns` and the times within the probe at which its bounds hold."""
+        return MAX_DRIFT_PPM * _PPM * (self.arrived_unix_ns - self.sent_unix_ns) / 2
 
 
 class OneWay(NamedTuple):
-    """Delays of one probe by direction. Estimated: they stand on the offset, and are off by at most `error_ns`."""
+    """Estimated delays of one probe by direction. They rest on the offset; their error is at most `error_ns`."""
 
     down_ns: float
     up_ns: float
@@ -77,11 +78,11 @@ class OneWay(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Offset:
-    """A node's clock at one moment.
+    """The offset of a node's clock at one time.
 
     Attributes:
-        offset_ns: estimated; positive when the node's clock is ahead.
-        low_ns, high_ns: where it must lie.
+        offset_ns: the estimate; positive if the node's clock is ahead.
+        low_ns, high_ns: bounds of the offset.
     """
 
     offset_ns: float
@@ -90,25 +91,26 @@ class Offset:
 
     @property
     def error_ns(self) -> float:
-        """Largest error of the estimate."""
+        """Largest possible error of the estimate."""
         return max(self.high_ns - self.offset_ns, self.offset_ns - self.low_ns)
 
 
 class NodeClock:
-    """What the probes of one node tell of its clock.
+    """One node's clock, estimated from its probes.
 
     Attributes:
-        samples: how many there are.
-        drift_ppm: how much faster the node's clock runs, in µs per second; None where they span less than 5 s.
-        drift_low_ppm, drift_high_ppm: where it must lie if the rate was constant; None as above.
-        steady: whether one constant rate of at most `MOST_DRIFT_PPM` explains all of them; if not, the clock was set.
+        samples: number of probes.
+        drift_ppm: how much faster the node's clock runs, in µs per second; None if the probes span less than 5 s.
+        drift_low_ppm, drift_high_ppm: bounds of the drift if the rate was constant; None if the probes span less than
+            5 s, or if no constant rate fits them.
+        steady: whether a constant rate of at most `MAX_DRIFT_PPM` explains all probes; if not, the clock was set.
     """
 
     def __init__(self, samples: Sequence[ClockSample]) -> None:
-        """Fit a line through the quickest probe of each stretch of time: what is quick has little room for asymmetry.
+        """Fit a line through the fastest probe of each interval: fast probes leave little room for asymmetry.
 
         Args:
-            samples: of one node, at least one.
+            samples: at least one, all of the same node.
         """
         ordered = sorted(samples, key=lambda sample: sample.at_unix_ns)
         self.samples = len(ordered)
@@ -116,11 +118,11 @@ class NodeClock:
         self._at = np.array([sample.at_unix_ns - self._origin_ns for sample in ordered], np.float64)
         self._low = np.array([sample.low_ns - sample.slack_ns for sample in ordered])
         self._high = np.array([sample.high_ns + sample.slack_ns for sample in ordered])
-        best = _quickest(ordered)
+        best = _fastest(ordered)
         self._line = _fit(best, self._origin_ns)
         self.drift_ppm = self.drift_low_ppm = self.drift_high_ppm = None
         self.steady = True
-        if len(best) > 1 and best[-1].at_unix_ns - best[0].at_unix_ns >= _LEAST_SPAN_NS:
+        if len(best) > 1 and best[-1].at_unix_ns - best[0].at_unix_ns >= _MIN_SPAN_NS:
             low, high = _drift_range(best)
             self.steady = low <= high
             middle = self._line[1] / _PPM
@@ -129,20 +131,20 @@ class NodeClock:
         self.steady = self.steady and all(self._range(at)[2] for at in self._at)
 
     def at(self, unix_ns: int) -> Offset:
-        """The offset at a moment of our clock."""
+        """The offset at a time of the base station's clock."""
         at = unix_ns - self._origin_ns
         low, high, _ = self._range(at)
         estimate = self._line[0] + self._line[1] * at
         return Offset(min(max(estimate, low), high), low, high)
 
     def one_way(self, sample: ClockSample) -> OneWay:
-        """Delays of one probe by direction."""
+        """The delays of one probe by direction."""
         offset = self.at(sample.at_unix_ns)
         return OneWay(sample.high_ns - offset.offset_ns, offset.offset_ns - sample.low_ns, offset.error_ns)
 
     def _range(self, at: float) -> tuple[float, float, bool]:
-        """Bounds of the offset at a moment, and whether all probes agree on them; if not, those of the nearest one."""
-        widened = MOST_DRIFT_PPM * _PPM * np.abs(self._at - at)
+        """Bounds of the offset, and whether all probes agree on them; if not, the bounds of the nearest probe."""
+        widened = MAX_DRIFT_PPM * _PPM * np.abs(self._at - at)
         low, high = float(np.max(self._low - widened)), float(np.min(self._high + widened))
         if low <= high:
             return low, high, True
@@ -150,8 +152,8 @@ class NodeClock:
         return float(self._low[nearest] - widened[nearest]), float(self._high[nearest] + widened[nearest]), False
 
 
-def _quickest(ordered: Sequence[ClockSample]) -> list[ClockSample]:
-    """The quickest probe of each of up to `_BINS` equal stretches of time."""
+def _fastest(ordered: Sequence[ClockSample]) -> list[ClockSample]:
+    """The fastest probe of each of up to `_BINS` equal intervals."""
     first, last = ordered[0].at_unix_ns, ordered[-1].at_unix_ns
     width = max((last - first) / _BINS, 1.0)
     best: dict[int, ClockSample] = {}
@@ -163,23 +165,23 @@ def _quickest(ordered: Sequence[ClockSample]) -> list[ClockSample]:
 
 
 def _fit(best: Sequence[ClockSample], origin_ns: int) -> tuple[float, float]:
-    """Offset at the origin and slope, by least squares with weights 1 / delay²; no slope where there is no span."""
+    """Offset at the origin and slope, by least squares with weights 1 / delay²; no slope for a short span."""
     at = np.array([sample.at_unix_ns - origin_ns for sample in best], np.float64)
     middle = np.array([sample.middle_ns for sample in best])
     weight = 1.0 / np.maximum([float(sample.delay_ns) for sample in best], 1e3) ** 2
     mean_at = float(np.average(at, weights=weight))
     mean = float(np.average(middle, weights=weight))
     spread = float(np.sum(weight * (at - mean_at) ** 2))
-    if spread == 0.0 or at[-1] - at[0] < _LEAST_SPAN_NS:
+    if spread == 0.0 or at[-1] - at[0] < _MIN_SPAN_NS:
         return mean, 0.0
     slope = float(np.sum(weight * (at - mean_at) * (middle - mean))) / spread
-    slope = min(max(slope, -MOST_DRIFT_PPM * _PPM), MOST_DRIFT_PPM * _PPM)
+    slope = min(max(slope, -MAX_DRIFT_PPM * _PPM), MAX_DRIFT_PPM * _PPM)
     return mean - slope * mean_at, slope
 
 
 def _drift_range(best: Sequence[ClockSample]) -> tuple[float, float]:
-    """In ppm: a line through all ranges rises between two of them by what their ends allow."""
-    low, high = -MOST_DRIFT_PPM, MOST_DRIFT_PPM
+    """Bounds of the drift in ppm: between any two probes, a line can rise only by what their bounds allow."""
+    low, high = -MAX_DRIFT_PPM, MAX_DRIFT_PPM
     for a, b in combinations(best, 2):
         span = (b.at_unix_ns - a.at_unix_ns) * _PPM
         slack_ns = a.slack_ns + b.slack_ns

@@ -1,4 +1,4 @@
-"""Which node holds which expert, as the nodes' status documents tell it: state and questions, no I/O."""
+"""Which node holds which expert, according to the nodes' status documents. No I/O."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -9,95 +9,104 @@ from wire.manifest import Dims
 from wire.status import NodeStatus
 
 LOCAL_NODE = "@bs"
-"""The base station itself, as the holder of experts that it keeps. No node can have this name."""
+"""Name of the base station itself as the holder of its local experts. No node can have this name."""
 
 
 class NodeRegistry:
-    """The nodes of a cluster.
+    """The nodes of a cluster. All getters return snapshots, which later changes do not affect.
 
     Attributes:
         dims: of the model.
-        changes: grows whenever some expert's holders may be others than before.
+        changes: increases whenever an expert's holders may have changed.
     """
 
     def __init__(self, dims: Dims, model_sha256: str) -> None:
-        self._ignored: dict[str, str] = {}
-        self.changes = 0
+        """A registry without nodes.
+
+        Args:
+            dims: of the model.
+            model_sha256: hash of the model; nodes with experts of another model are ignored.
+        """
         self.dims = dims
+        self.changes = 0
         self._model_sha256 = model_sha256
-        # Replaced at every change, never changed, so that `nodes` needs no copy.
-        self._nodes: Mapping[str, NodeStatus] = MappingProxyType({})
+        # Replaced on each change and never changed in place: a snapshot costs nothing.
+        self._nodes: Mapping[str, NodeStatus] = {}
+        self._ignored: Mapping[str, str] = {}
         self._local: frozenset[ExpertId] = frozenset()
-        self._holders: Mapping[ExpertId, list[str]] = {}
+        self._holders: Mapping[ExpertId, Sequence[str]] = {}
 
     def apply(self, status: NodeStatus) -> bool:
-        """Take in a status; True when it makes answers to earlier requests impossible: the node went offline
-        or was restarted."""
+        """Take in a status document.
+
+        Returns:
+            True if answers to earlier requests are now impossible, because the node went offline or restarted.
+        """
         if status.refused:
-            return False  # a process that never was the node of this name
-        known = self._nodes.get(status.node)
+            return False  # from a process that was refused this node's name
+        node = status.node
+        known = self._nodes.get(node)
         gone = known is not None and (not status.online or status.boot_id != known.boot_id)
-        self._ignored.pop(status.node, None)
+        nodes = {name: other for name, other in self._nodes.items() if name != node}
+        ignored = {name: why for name, why in self._ignored.items() if name != node}
         if status.online and status.holding and status.holding.model_sha256 != self._model_sha256:
-            self._ignored[status.node] = "its experts were cut from another checkpoint"
-        if status.online and status.node not in self._ignored:
-            self._nodes = MappingProxyType({**self._nodes, status.node: status})
-        elif known is not None:
-            self._nodes = MappingProxyType({n: s for n, s in self._nodes.items() if n != status.node})
+            ignored[node] = "its experts were cut from another checkpoint"
+        elif status.online:
+            # Keeps its place among the others if it was known.
+            nodes = {**self._nodes, node: status}
+        self._nodes, self._ignored = nodes, ignored
         if known is None or gone or known.holding != status.holding:
-            self._holders = self._index()
-            self.changes += 1
+            self._reindex()
         return gone
 
     def forget(self) -> None:
-        """No node is known to be online any more."""
-        self._nodes = MappingProxyType({})
-        self._holders = self._index()
-        self.changes += 1
+        """Consider all nodes offline."""
+        self._nodes = {}
+        self._reindex()
 
     def hold_locally(self, ids: frozenset[ExpertId]) -> None:
-        """From now on the base station itself keeps these experts, and no others."""
+        """From now on the base station itself holds these experts, and no others."""
         self._local = ids
-        self._holders = self._index()
-        self.changes += 1
+        self._reindex()
 
     @property
     def local_experts(self) -> frozenset[ExpertId]:
-        """The experts that the base station keeps itself."""
+        """The experts that the base station itself holds."""
         return self._local
 
     @property
     def nodes(self) -> Mapping[str, NodeStatus]:
-        """Status by name of the nodes online that serve this model, as of now: later changes don't show in it."""
-        return self._nodes
+        """The last status of each node that is online and serves this model, by name."""
+        return MappingProxyType(self._nodes)
 
     @property
     def ignored(self) -> Mapping[str, str]:
-        """Why a node is not used although it is online, by name, as of now: it serves another model."""
-        return dict(self._ignored)
+        """The nodes that are online but serve another model, and why they are ignored."""
+        return MappingProxyType(self._ignored)
 
     def batch_variant(self) -> list[str]:
-        """The nodes that have found that what a token gets depends on its batch."""
+        """Names of the nodes that found their results to depend on which tokens are computed together."""
         return sorted(n for n, s in self._nodes.items() if s.device and s.device.batch_invariant is False)
 
     def holders(self, id: ExpertId) -> Sequence[str]:
         """The holders of an expert: `LOCAL_NODE` first, then nodes with the fewest experts to serve, then by name.
 
-        The order depends only on which nodes are online."""
-        return tuple(self._holders.get(id, ()))
+        The order depends only on which nodes are online.
+        """
+        return self._holders.get(id, ())
 
     def node_at(self, endpoint: str) -> str | None:
-        """The node whose connection to the broker comes from there, as far as it says."""
+        """The node whose connection to the broker has this local endpoint (`address:port`), if a node reports it."""
         return next((n for n, s in self._nodes.items() if s.uplink and s.uplink.endpoint == endpoint), None)
 
     def missing(self) -> list[ExpertId]:
-        """Experts of the model that nobody holds."""
+        """Experts of the model without a holder."""
         dims = self.dims
         every = (ExpertId(layer, e) for layer in range(dims.layers) for e in range(dims.experts))
         return [id for id in every if id not in self._holders]
 
     def describe_missing(self) -> str:
-        """One line for people: what is missing, who is there, what to do."""
+        """One line for people: which experts are missing, which nodes are online, and what to do."""
         missing = format_selector(self.missing())
         online = ", ".join(sorted(self._nodes)) or "none"
         ignored = "".join(f"; ignored {node}: {why}" for node, why in sorted(self._ignored.items()))
@@ -106,7 +115,7 @@ class NodeRegistry:
             f"start 'wdmoe-node … --experts \"{missing}\"' on a device"
         )
 
-    def _index(self) -> Mapping[ExpertId, list[str]]:
+    def _reindex(self) -> None:
         holders: dict[ExpertId, list[str]] = defaultdict(list)
         for id in self._local:
             holders[id].append(LOCAL_NODE)
@@ -114,4 +123,5 @@ class NodeRegistry:
         for node in sorted(self._nodes, key=lambda n: (load[n], n)):
             for id in self._nodes[node].expert_ids():
                 holders[id].append(node)
-        return holders
+        self._holders = {id: tuple(nodes) for id, nodes in holders.items()}
+        self.changes += 1

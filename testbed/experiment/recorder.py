@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from bs_coordinator.engine.step_records import StepRecord
 from bs_coordinator.nodes.clock_offsets import ClockSample
-from bs_coordinator.nodes.telemetry_inbox import Arrived
+from bs_coordinator.nodes.telemetry_inbox import ReceivedTelemetry
 from testbed.experiment.clock_rows import Probe, clock_rows, node_clocks, probe_rows
 from testbed.run_directory.columns import Table
 from testbed.run_directory.machine_tables import (
@@ -48,7 +48,7 @@ class Recorder:
         top_k: int,
         sample_s: float,
         links: Callable[[], Sequence[LinkValue]] = lambda: (),
-        telemetry: Callable[[], Sequence[Arrived]] = lambda: (),
+        telemetry: Callable[[], Sequence[ReceivedTelemetry]] = lambda: (),
         clocks: Callable[[], Sequence[ClockSample]] = lambda: (),
         together: bool = True,
     ) -> None:
@@ -69,7 +69,7 @@ class Recorder:
         self._links = links
         self._telemetry = telemetry
         self._clocks = clocks
-        self._arrived: list[Arrived] = []
+        self._arrived: list[ReceivedTelemetry] = []
         self._probes: list[Probe] = []
         self._ticks: list[tuple[int, int]] = []
         self._link_samples: list[LinkSample] = []

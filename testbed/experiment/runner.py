@@ -15,7 +15,7 @@ import msgspec
 
 from bs_coordinator.base_station import BaseStation
 from bs_coordinator.nodes.clock_offsets import ClockSample
-from bs_coordinator.nodes.telemetry_inbox import Arrived
+from bs_coordinator.nodes.telemetry_inbox import ReceivedTelemetry
 from bs_coordinator.selection import parse_policy
 from common.errors import StorageError, WdmoeError, one_line
 from testbed import facts
@@ -266,7 +266,7 @@ class _Systems:
             values += forecast_values(dispatcher.holder_names, dispatcher.forecast(0))
         return values
 
-    def telemetry(self) -> list[Arrived]:
+    def telemetry(self) -> list[ReceivedTelemetry]:
         """Telemetry of the nodes since the last call."""
         base_station = self._base_station()
         return base_station.dispatcher.telemetry.drain() if base_station else []

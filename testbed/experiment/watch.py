@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
-from bs_coordinator.nodes.telemetry_inbox import Arrived, TelemetryInbox
+from bs_coordinator.nodes.telemetry_inbox import ReceivedTelemetry, TelemetryInbox
 from common.errors import StorageError
 from edge_node.limits import processor_celsius
 from testbed.experiment.alerts import BASE_STATION, Alerts, Change, MachineState, RunnerState
@@ -235,7 +235,9 @@ def route_of(sample: Telemetry | None) -> Route | None:
     return "wifi" if sample.wifi and sample.wifi.interface == sample.route else "wired"
 
 
-def _state(document: NodeStatus, heard_s: float, arrived: Arrived | None, clock_ms: float | None) -> MachineState:
+def _state(
+    document: NodeStatus, heard_s: float, arrived: ReceivedTelemetry | None, clock_ms: float | None
+) -> MachineState:
     machine, sample = document.machine, arrived.telemetry if arrived else None
     return MachineState(
         document.node,
@@ -250,7 +252,7 @@ def _state(document: NodeStatus, heard_s: float, arrived: Arrived | None, clock_
     )
 
 
-def _live(document: NodeStatus, heard_s: float, arrived: Arrived | None) -> LiveNode:
+def _live(document: NodeStatus, heard_s: float, arrived: ReceivedTelemetry | None) -> LiveNode:
     sample = arrived.telemetry if arrived else None
     return LiveNode(
         node=document.node,

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import pyarrow as pa
 
 from bs_coordinator.nodes.clock_offsets import ClockSample, Offset, OneWay
-from bs_coordinator.nodes.telemetry_inbox import Arrived
+from bs_coordinator.nodes.telemetry_inbox import ReceivedTelemetry
 from testbed.run_directory.columns import BOOL, FLOAT, INT, NAME, Column, Table
 from wire.telemetry import Telemetry
 
@@ -33,7 +33,7 @@ class LinkSample(NamedTuple):
 class SensorRow(NamedTuple):
     """One sensor of one telemetry sample."""
 
-    arrived: Arrived
+    arrived: ReceivedTelemetry
     sensor: str
     quantity: str
     value: float
@@ -56,7 +56,7 @@ class ClockProbeRow(NamedTuple):
     one_way: OneWay
 
 
-def sensor_rows(arrived: Arrived) -> Iterator[SensorRow]:
+def sensor_rows(arrived: ReceivedTelemetry) -> Iterator[SensorRow]:
     """One telemetry sample's rows of `sensors`."""
     sample = arrived.telemetry
     for sensor, celsius in sample.thermal.sensors_celsius.items():
@@ -67,11 +67,11 @@ def sensor_rows(arrived: Arrived) -> Iterator[SensorRow]:
                 yield SensorRow(arrived, rail, quantity, value)
 
 
-def _of_sample(part: Callable[[Telemetry], object]) -> Callable[..., Column[Arrived]]:
+def _of_sample(part: Callable[[Telemetry], object]) -> Callable[..., Column[ReceivedTelemetry]]:
     """Declares columns that are fields of one part of a telemetry sample; empty where the sample lacks the part."""
 
-    def column(name: str, dtype: pa.DataType, meaning: str, *, prefix: str = "") -> Column[Arrived]:
-        def value(arrived: Arrived) -> object:
+    def column(name: str, dtype: pa.DataType, meaning: str, *, prefix: str = "") -> Column[ReceivedTelemetry]:
+        def value(arrived: ReceivedTelemetry) -> object:
             found = part(arrived.telemetry)
             return None if found is None else getattr(found, name)
 
@@ -87,11 +87,11 @@ _clocks = _of_sample(lambda telemetry: telemetry.clocks)
 _wifi_field = _of_sample(lambda telemetry: telemetry.wifi)
 
 
-def _wifi(name: str, dtype: pa.DataType, meaning: str) -> Column[Arrived]:
+def _wifi(name: str, dtype: pa.DataType, meaning: str) -> Column[ReceivedTelemetry]:
     return _wifi_field(name, dtype, meaning, prefix="wifi_")
 
 
-TELEMETRY = Table[Arrived](
+TELEMETRY = Table[ReceivedTelemetry](
     "telemetry",
     "one row per telemetry sample of a node, about one a second",
     (

@@ -240,7 +240,7 @@ def test_a_prompt_that_is_no_text(run: Run, tiny_bundle: Bundle) -> None:
 @pytest.mark.parametrize("kind", ["embedded", pytest.param("mosquitto", marks=needs("mosquitto"))])
 def test_a_port_that_another_broker_has(run: Run, broker: BrokerAddress, kind: str) -> None:
     done = run("bs_coordinator", "broker", "--kind", kind, "--port", broker.port)
-    _one_line(done, 30, "say another port")
+    _one_line(done, 30, "choose another port")
 
 
 def test_a_folder_that_is_no_bundle(run: Run, tmp_path: Path) -> None:

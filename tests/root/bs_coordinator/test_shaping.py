@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bs_coordinator.airtime.shaping import NodeLink, shape_commands, time_shares
+from bs_coordinator.airtime.shaping import ShapedLink, shape_commands, time_shares
 from bs_coordinator.errors import ShapingError
 from bs_coordinator.links import LinkSample
 from bs_coordinator.links.log import link_log
@@ -22,7 +22,7 @@ SLOW, FAST = "10.77.0.2", "10.77.0.3"
 
 
 def test_all_nodes_have_their_rows_at_the_same_time() -> None:
-    links = [NodeLink(SLOW, 20, 3), NodeLink(FAST, 100, 5), NodeLink("fd00::1", 50, 2)]
+    links = [ShapedLink(SLOW, 20, 3), ShapedLink(FAST, 100, 5), ShapedLink("fd00::1", 50, 2)]
     shares = time_shares(links)
     assert shares.sum() == pytest.approx(1)
     times = [link.rows / (share * link.mbps) for link, share in zip(links, shares, strict=True)]
@@ -31,7 +31,7 @@ def test_all_nodes_have_their_rows_at_the_same_time() -> None:
 
 def test_an_address_must_be_one() -> None:
     with pytest.raises(ShapingError, match="'pi1' is not an IP address"):
-        shape_commands("eth0", [NodeLink("pi1", 20, 1)])
+        shape_commands("eth0", [ShapedLink("pi1", 20, 1)])
 
 
 @pytest.fixture

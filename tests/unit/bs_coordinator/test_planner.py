@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bs_coordinator.errors import PlacementError
-from bs_coordinator.placement import Device, Placement, place
+from bs_coordinator.placement import Placement, PlacementDevice, plan_placement
 from tests.conftest import Run
 from wire.experts import ExpertId
 from wire.manifest import Scheme
@@ -29,8 +29,8 @@ def test_every_expert_has_its_copies_on_different_devices(seed: int, replicas: i
     rng = np.random.default_rng(seed)
     traffic: Array = rng.random((LAYERS, EXPERTS), np.float32)
     room = -(-replicas * LAYERS * EXPERTS // count) + LAYERS * EXPERTS // 2
-    devices = [Device(f"d{k}", min(room, LAYERS * EXPERTS), float(rng.uniform(1, 20))) for k in range(count)]
-    placement = place(devices, traffic, replicas)
+    devices = [PlacementDevice(f"d{k}", min(room, LAYERS * EXPERTS), float(rng.uniform(1, 20))) for k in range(count)]
+    placement = plan_placement(devices, traffic, replicas)
     assert set(_copies(placement).values()) == {replicas}
     assert len(_copies(placement)) == LAYERS * EXPERTS
     assert all(len(placement.experts[d.name]) <= d.experts for d in devices)
@@ -38,26 +38,30 @@ def test_every_expert_has_its_copies_on_different_devices(seed: int, replicas: i
 
 
 def test_a_slow_device_gets_less_traffic() -> None:
-    devices = [Device("fast", 100, 5.0), Device("slow", 100, 15.0)]
-    load = place(devices, np.ones((LAYERS, EXPERTS), np.float32), 1).load
+    devices = [PlacementDevice("fast", 100, 5.0), PlacementDevice("slow", 100, 15.0)]
+    load = plan_placement(devices, np.ones((LAYERS, EXPERTS), np.float32), 1).load
     assert load["fast"] == pytest.approx(0.75)
 
 
 def test_a_placement_is_kept_for_small_changes_and_left_for_large_ones() -> None:
     traffic = np.ones((LAYERS, EXPERTS), np.float32)
-    first = place([Device("a", 100, 10.0), Device("b", 100, 10.0)], traffic, 1)
-    little = place([Device("a", 100, 10.0), Device("b", 100, 10.5)], traffic, 1, current=first.experts)
+    first = plan_placement([PlacementDevice("a", 100, 10.0), PlacementDevice("b", 100, 10.0)], traffic, 1)
+    little = plan_placement(
+        [PlacementDevice("a", 100, 10.0), PlacementDevice("b", 100, 10.5)], traffic, 1, current=first.experts
+    )
     assert little.experts == first.experts
-    much = place([Device("a", 100, 10.0), Device("b", 100, 30.0)], traffic, 1, current=first.experts)
+    much = plan_placement(
+        [PlacementDevice("a", 100, 10.0), PlacementDevice("b", 100, 30.0)], traffic, 1, current=first.experts
+    )
     assert len(much.experts["b"]) < len(first.experts["b"])
 
 
 def test_what_does_not_fit_is_said() -> None:
     traffic = np.ones((LAYERS, EXPERTS), np.float32)
     with pytest.raises(PlacementError, match="24 experts × 2 copies do not fit: all devices together hold 40"):
-        place([Device("a", 20), Device("b", 20)], traffic, 2)
+        plan_placement([PlacementDevice("a", 20), PlacementDevice("b", 20)], traffic, 2)
     with pytest.raises(PlacementError, match="need as many devices, there are 1"):
-        place([Device("a", 100)], traffic, 2)
+        plan_placement([PlacementDevice("a", 100)], traffic, 2)
 
 
 def test_the_command(run: Run, tiny_bundle: Callable[[Scheme], Path], tmp_path: Path) -> None:

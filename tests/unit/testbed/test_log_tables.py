@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from bs_coordinator.engine.step_records import DispatchRecord, LayerRecord, StepRecord
-from bs_coordinator.nodes.telemetry_inbox import Arrived
+from bs_coordinator.nodes.telemetry_inbox import ReceivedTelemetry
 from bs_coordinator.selection.forecast import LayerForecast
 from testbed.run_directory.machine_tables import SENSORS, TELEMETRY, sensor_rows
 from testbed.run_directory.step_tables import LATENCY, LAYERS, TOKENS, TokenRecord
@@ -133,7 +133,7 @@ def _telemetry_fields() -> Iterator[tuple[str, Telemetry]]:
 
 
 def _telemetry_rows(sample: Telemetry) -> list[pa.Table]:
-    arrived = Arrived(1, 2, sample)
+    arrived = ReceivedTelemetry(1, 2, sample)
     return [TELEMETRY.build([arrived]), SENSORS.build(sensor_rows(arrived))]
 
 
@@ -147,5 +147,5 @@ def test_every_field_of_telemetry_is_in_the_log() -> None:
 
 
 def test_without_a_radio_its_columns_are_empty() -> None:
-    row = TELEMETRY.build([Arrived(1, 2, msgspec.structs.replace(SAMPLE, wifi=None))]).to_pylist()[0]
+    row = TELEMETRY.build([ReceivedTelemetry(1, 2, msgspec.structs.replace(SAMPLE, wifi=None))]).to_pylist()[0]
     assert {value for name, value in row.items() if name.startswith("wifi_")} == {None}

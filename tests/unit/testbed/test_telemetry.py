@@ -7,7 +7,7 @@ import msgspec
 
 from bs_coordinator.dispatch.dispatcher import Dispatcher
 from bs_coordinator.nodes.registry import NodeRegistry
-from bs_coordinator.nodes.telemetry_inbox import Arrived
+from bs_coordinator.nodes.telemetry_inbox import ReceivedTelemetry
 from testbed.experiment.recorder import Recorder
 from testbed.local_nodes import LocalNodes
 from testbed.run_directory.machine_tables import SENSORS, sensor_rows
@@ -20,7 +20,7 @@ from wire.transports import connect
 
 
 def test_sensors_are_rows_of_their_own() -> None:
-    rows = SENSORS.build(sensor_rows(Arrived(1, 2, SAMPLE))).to_pylist()
+    rows = SENSORS.build(sensor_rows(ReceivedTelemetry(1, 2, SAMPLE))).to_pylist()
     assert [tuple(row.values()) for row in rows] == [
         (1, 2, "pi1", "cpu_thermal temp1", "celsius", 48.3),
         (1, 2, "pi1", "VDD_IN", "volts", 5.0),
