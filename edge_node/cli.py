@@ -9,7 +9,7 @@ import click
 from common.console import run as run_console
 from common.options import Command, Group, config_options
 from edge_node.config import NodeConfig
-from edge_node.tuning.command import tune
+from edge_node.tune_command import tune
 from wire import __version__
 
 
