@@ -14,7 +14,7 @@ help:
 	@echo "make test   set everything up and run the tests, but for those that take minutes: make test-slow"
 	@echo "make check  formatting, lint, types and import rules"
 	@echo "make bench  benchmarks: a table, and JSON with raw samples under runs/"
-	@echo "make reproduce DATA=folder  the README's tables of policies for single tokens, as root, in half an hour"
+	@echo "make reproduce DATA=folder  the tables of policies in docs/results.md, as root, in half an hour"
 	@echo "make reproduce-batches DATA=folder  those for batches, in as much time again"
 	@echo "make chaos  200 answers under random faults, as root (docs/reliability.md)"
 	@echo "make fuzz   damaged inputs to every reader of outside data, 100,000 each, in about an hour"
