@@ -1,13 +1,12 @@
-"""Answers for many callers at once: one thread owns the model, the rest hand it requests and take tokens.
+"""Answers for many callers at once: one thread owns the model; others submit requests and receive tokens.
 
-What can't be served soon is refused at once, with a time to come back: a caller that waits in a line without end
-can't tell a busy server from a dead one.
+A request that would wait long is refused at once with a time to retry: a caller in an endless queue can't tell a busy
+server from a dead one.
 """
 
 import logging
 import math
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,15 +16,18 @@ from bs_coordinator.dispatch.dispatcher import Dispatcher
 from bs_coordinator.engine.scheduler import Progress, Scheduler
 from bs_coordinator.engine.sequence import GeneratedAnswer, Sequence, TokenEvent
 from bs_coordinator.errors import BusyError
+from common.clock import SYSTEM_CLOCK, Clock
 from common.errors import WdmoeError
 from wire.errors import BrokerError
 
 log = logging.getLogger(__name__)
 
 _IDLE_S = 0.02
-_AGAIN_S = 1.0
+_RECONNECT_S = 1.0
 _FIRST_ANSWER_S = 10.0
+"""Assumed duration of an answer before any was finished."""
 _MEMORY = 0.8
+"""Weight of earlier answers in the moving average of their durations."""
 
 
 class StreamUpdate(NamedTuple):
@@ -39,7 +41,9 @@ class Request(NamedTuple):
     """One accepted request.
 
     Attributes:
-        deliver: called from the serving thread with everything new; must not wait.
+        ids: tokens of the prompt.
+        deliver: called from the serving thread with each update; must not block.
+        accepted_s: on the server's monotonic clock.
     """
 
     ids: list[int]
@@ -49,12 +53,12 @@ class Request(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What the server is at.
+    """State of the server, for health checks.
 
     Attributes:
-        requests: accepted and not done.
-        stalled_s: since something came of them; 0 when there are none.
-        lost: why the experts can't be asked just now; empty while they can.
+        requests: accepted and not finished.
+        stalled_s: seconds since the last progress of any of them; 0 when there are none.
+        lost: why experts can't be reached now; empty while they can.
     """
 
     requests: int
@@ -67,14 +71,16 @@ class AnswerServer:
 
     def __init__(
         self, scheduler: Scheduler, new_sequence: Callable[[], Sequence], *, max_waiting: int,
-        dispatcher: Dispatcher,
+        dispatcher: Dispatcher, clock: Clock = SYSTEM_CLOCK,
     ) -> None:  # fmt: skip
-        """Nothing runs yet.
+        """Nothing runs before `start`.
 
         Args:
             max_waiting: accepted requests beyond those that the scheduler steps at once.
             dispatcher: kept connected while there is nothing to do.
+            clock: for durations of answers and stalls.
         """
+        self._clock = clock
         self._scheduler = scheduler
         self._new_sequence = new_sequence
         self._limit = scheduler.max_live + max_waiting
@@ -83,18 +89,18 @@ class AnswerServer:
         self._inbox: deque[Request] = deque()
         self._cancelled: deque[Request] = deque()
         self._requests: dict[int, tuple[Request, GeneratedAnswer | None]] = {}
-        self._progress_s = time.monotonic()
+        self._progress_s = self._clock.monotonic_s()
         self._answer_s = _FIRST_ANSWER_S
         self._lost = ""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="answers")
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Start the serving thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Give up what is not done, and return when the model is no longer used."""
+        """End all running requests with an error, and return when the model is no longer used."""
         self._stop.set()
         self._thread.join()
 
@@ -102,44 +108,44 @@ class AnswerServer:
         """Accept a request, from any thread.
 
         Raises:
-            BusyError: as many as are allowed have been accepted already.
+            BusyError: there are too many requests already, or the server is being stopped.
         """
-        request = Request(ids, sampling, deliver, time.monotonic())
+        request = Request(ids, sampling, deliver, self._clock.monotonic_s())
         with self._lock:
             if len(self._requests) >= self._limit or self._stop.is_set():
                 # Those ahead leave `max_live` at a time.
                 rounds = math.ceil((len(self._requests) - self._scheduler.max_live + 1) / self._scheduler.max_live)
                 raise BusyError(len(self._requests), retry_after_s=max(1.0, rounds * self._answer_s))
             if not self._requests:
-                self._progress_s = time.monotonic()
+                self._progress_s = self._clock.monotonic_s()
             self._requests[id(request)] = (request, None)
             self._inbox.append(request)
         return request
 
     def cancel(self, request: Request) -> None:
-        """Forget a request, from any thread; nothing happens if it is done."""
+        """Drop a request, from any thread; nothing happens if it is finished."""
         self._cancelled.append(request)
 
     def load(self) -> Load:
-        """For health checks."""
+        """The present state, from any thread."""
         with self._lock:
-            stalled_s = time.monotonic() - self._progress_s if self._requests else 0.0
+            stalled_s = self._clock.monotonic_s() - self._progress_s if self._requests else 0.0
             return Load(len(self._requests), stalled_s, self._lost)
 
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                self._take()
+                self._update_requests()
                 if self._scheduler.idle:
                     self._wait()
                     continue
                 for progress in self._scheduler.step():
-                    self._hand_out(progress)
+                    self._deliver(progress)
             except Exception:
-                # A defect of ours. Nobody may wait for ever because of it, and the next request may fare better.
-                log.exception("a step failed in a way that was not foreseen")
-                self._give_up_all("the server failed in a way that was not foreseen: see its log")
-        self._give_up_all("the server was stopped")
+                # A bug must not leave callers waiting for ever; the next request may work.
+                log.exception("a step failed with an unexpected error")
+                self._fail_all("an unexpected error: see the server's log")
+        self._fail_all("the server was stopped")
 
     def _wait(self) -> None:
         try:
@@ -150,11 +156,11 @@ class AnswerServer:
             self._lost = str(error)
             try:
                 self._dispatcher.recover(error)
-            except BrokerError as still:
-                log.warning("%s", still)
-                self._stop.wait(_AGAIN_S)
+            except BrokerError as failure:
+                log.warning("%s", failure)
+                self._stop.wait(_RECONNECT_S)
 
-    def _take(self) -> None:
+    def _update_requests(self) -> None:
         while self._inbox:
             request = self._inbox.popleft()
             try:
@@ -174,20 +180,20 @@ class AnswerServer:
                 self._scheduler.cancel(cancelled)
             self._forget(request)
 
-    def _hand_out(self, progress: Progress) -> None:
+    def _deliver(self, progress: Progress) -> None:
         with self._lock:
             request = next((r for r, answer in self._requests.values() if answer is progress.answer), None)
         if request is None:
             return
-        self._progress_s = time.monotonic()
+        self._progress_s = self._clock.monotonic_s()
         if progress.error or progress.answer.done:
             self._forget(request)
             if not progress.error:
-                took_s = time.monotonic() - request.accepted_s
+                took_s = self._clock.monotonic_s() - request.accepted_s
                 self._answer_s = _MEMORY * self._answer_s + (1 - _MEMORY) * took_s
         request.deliver(StreamUpdate(progress.events, progress.error))
 
-    def _give_up_all(self, why: str) -> None:
+    def _fail_all(self, why: str) -> None:
         with self._lock:
             given_up = list(self._requests.values())
             self._requests.clear()

@@ -1,10 +1,8 @@
 """What callers of the HTTP interface may ask for. Pure.
 
-Source: the OpenAI API reference (completions, chat completions). `null` means the default, as there. An option that
-would change the answer if it were ignored is refused by name, unless its value says that nothing is to be changed; so
-is what is not known here.
-
-Other than there, the default is greedy decoding (temperature 0) of at most 256 tokens.
+Source: the OpenAI API reference (completions, chat completions). As there, `null` means the default. Unknown options
+are refused by name, and so are options that are not implemented, unless their value asks for nothing. Unlike there,
+the default is greedy decoding (temperature 0) of at most 256 tokens.
 """
 
 import secrets
@@ -40,36 +38,37 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 """Options that are not implemented, with the values that ask for nothing."""
 
+_DEFAULT = SamplingConfig()
 
 _Stop = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
-    """How a stream is written.
+    """Options of a stream.
 
     Attributes:
-        include_usage: end it with a chunk that says how many tokens there were.
+        include_usage: end the stream with a chunk that has the number of tokens.
     """
 
     include_usage: bool | None = None
 
 
 class Options(Struct, kw_only=True, forbid_unknown_fields=True):
-    """What completions and chat have in common.
+    """Options that completions and chat share.
 
     Attributes:
-        model: not looked at: there is one.
+        model: ignored, because a server has one model.
         max_completion_tokens: the newer name of `max_tokens`, which it overrides.
-        seed: of what torch's generator takes, what fits into 64 bits with a sign; drawn anew for whoever says none, so
-            that asking again gives another answer.
-        stop: the answer ends before the first of these.
+        seed: a signed 64-bit number; without one each request draws its own, so that repeating a request gives another
+            answer.
+        stop: strings before the first of which the answer ends.
     """
 
     model: str = ""
-    max_tokens: Annotated[int, Meta(ge=1)] = 256
+    max_tokens: Annotated[int, Meta(ge=1)] = _DEFAULT.max_tokens
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] = 0.0
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    temperature: Annotated[float, Meta(ge=0, le=2)] = _DEFAULT.temperature
+    top_p: Annotated[float, Meta(gt=0, le=1)] = _DEFAULT.top_p
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] = msgspec.field(default_factory=lambda: secrets.randbits(63))
     stop: _Stop | Annotated[list[_Stop], Meta(max_length=16)] = []
     stream: bool = False
@@ -77,18 +76,18 @@ class Options(Struct, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def sampling(self) -> SamplingConfig:
-        """How the answer's tokens are chosen."""
+        """How to choose the answer's tokens."""
         tokens = self.max_completion_tokens or self.max_tokens
         return SamplingConfig(tokens, self.temperature, self.top_p, self.seed)
 
     @property
     def stops(self) -> list[str]:
-        """Strings that end the answer."""
+        """`stop` as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
 
 class Completion(Options, kw_only=True):
-    """A text to continue."""
+    """Request for the continuation of a text."""
 
     prompt: Annotated[str, Meta(min_length=1)]
 
@@ -100,7 +99,7 @@ class _Text(Struct, tag_field="type", tag="text", forbid_unknown_fields=True):
 class _Message(Struct, forbid_unknown_fields=True):
     role: Literal["system", "user", "assistant"]
     content: str | list[_Text]
-    # What clients send back of earlier answers, where there was nothing of it.
+    # Fields of earlier answers that clients send back; only empty ones can be accepted.
     annotations: Annotated[list[Any], Meta(max_length=0)] | None = None
     audio: None = None
     function_call: None = None
@@ -109,35 +108,35 @@ class _Message(Struct, forbid_unknown_fields=True):
 
 
 class Chat(Options, kw_only=True):
-    """A conversation to go on with."""
+    """Request for the next message of a conversation."""
 
     messages: Annotated[list[_Message], Meta(min_length=1)]
 
     @property
     def conversation(self) -> list[ChatMessage]:
-        """The messages as chat templates want them."""
+        """The messages as chat templates take them."""
         return [
             {"role": m.role, "content": m.content if isinstance(m.content, str) else "".join(t.text for t in m.content)}
             for m in self.messages
         ]
 
 
-_Asked = TypeVar("_Asked", bound=Options)
+_Options = TypeVar("_Options", bound=Options)
 
 
-def parse_request(raw: bytes, kind: type[_Asked]) -> _Asked:
-    """What a request's body asks for.
+def parse_request(raw: bytes, kind: type[_Options]) -> _Options:
+    """Decode and check a request's body.
 
     Raises:
-        ValueError: why it can't be answered, in one line.
+        ValueError: one line that says why the request can't be answered.
     """
     try:
-        told = msgspec.json.decode(raw, type=dict[str, Any])
-        asked = {name: value for name, value in told.items() if value is not None and name not in _WITHOUT_EFFECT}
-        for name in _NEUTRAL.keys() & asked.keys():
-            if not _is_neutral(name, asked.pop(name)):
+        sent = msgspec.json.decode(raw, type=dict[str, Any])
+        wanted = {name: value for name, value in sent.items() if value is not None and name not in _WITHOUT_EFFECT}
+        for name in _NEUTRAL.keys() & wanted.keys():
+            if not _is_neutral(name, wanted.pop(name)):
                 raise ValueError(f"`{name}` is not implemented: leave it out")
-        return msgspec.convert(asked, kind)
+        return msgspec.convert(wanted, kind)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

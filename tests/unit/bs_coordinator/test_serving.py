@@ -1,4 +1,4 @@
-"""What the answering thread does when something breaks that nobody foresaw."""
+"""The answering thread: unexpected errors, and what it says of its load."""
 
 import queue
 from typing import Any
@@ -7,11 +7,13 @@ import pytest
 
 from bs_coordinator.config import SamplingConfig
 from bs_coordinator.errors import BusyError
-from bs_coordinator.http.answer_server import AnswerServer, StreamUpdate
+from bs_coordinator.http.answer_server import AnswerServer, Load, StreamUpdate
+from common.clock import ManualClock
+from tests.waiting import PATIENCE_S
 
 
 class _Scheduler:
-    """Fails its first steps with what is no error of ours."""
+    """Every step fails with an error that is not one of ours."""
 
     max_live = 1
 
@@ -48,17 +50,34 @@ def test_a_defect_ends_requests_instead_of_hanging_them() -> None:
     idle: Any = _Idle()
     scheduler: Any = _Scheduler()
     server = AnswerServer(scheduler, lambda: idle, max_waiting=0, dispatcher=idle)
-    news: queue.Queue[StreamUpdate] = queue.Queue()
-    server.submit([1], SamplingConfig(), news.put)
+    updates: queue.Queue[StreamUpdate] = queue.Queue()
+    server.submit([1], SamplingConfig(), updates.put)
     with pytest.raises(BusyError):
-        server.submit([1], SamplingConfig(), news.put)
+        server.submit([1], SamplingConfig(), updates.put)
     server.start()
     try:
         for _ in range(3):
-            error = news.get(timeout=10).error
+            error = updates.get(timeout=PATIENCE_S).error
             assert error is not None
-            assert "not foreseen" in str(error)
+            assert "unexpected error" in str(error)
             assert server.load().requests == 0
-            server.submit([1], SamplingConfig(), news.put)
+            server.submit([1], SamplingConfig(), updates.put)
     finally:
         server.stop()
+
+
+def test_load_and_the_time_to_retry() -> None:
+    idle: Any = _Idle()
+    scheduler: Any = _Scheduler()
+    clock = ManualClock()
+    server = AnswerServer(scheduler, lambda: idle, max_waiting=2, dispatcher=idle, clock=clock)
+    clock.advance_ns(10**9)
+    assert server.load() == Load(0, 0.0, "")
+    for _ in range(3):
+        server.submit([1], SamplingConfig(), lambda update: None)
+    clock.advance_ns(5 * 10**9)
+    assert server.load() == Load(3, 5.0, "")
+    with pytest.raises(BusyError, match="busy with 3 requests") as refused:
+        server.submit([1], SamplingConfig(), lambda update: None)
+    # Three rounds of one answer each, ten seconds long as long as none is known.
+    assert refused.value.retry_after_s == 30
