@@ -17,7 +17,7 @@ MODEL_NAME = "smol-mixtral-8x135m"
 
 
 def demo_model(*, layers: int | None = None, console: Console | None = None) -> Path:
-    """The demo model's folder, or that of its first `layers` layers."""
+    """Folder of the demo model, or of a model with only its first `layers` layers; made if missing."""
     folder = _cache() / "models" / (MODEL_NAME if layers is None else f"{MODEL_NAME}-{layers}-layers")
     with (console or Console(quiet=True)).status("demo model") as status:
         assemble_demo_model(
@@ -27,7 +27,7 @@ def demo_model(*, layers: int | None = None, console: Console | None = None) -> 
 
 
 def demo_bundle(scheme: Scheme, *, block: int = DEFAULT_BLOCK, console: Console | None = None) -> Path:
-    """A bundle of the whole demo model."""
+    """Folder of a bundle of the whole demo model; made if missing."""
     model = demo_model(console=console)
     out = demo_bundle_path(scheme, block=block)
     export_demo_bundle(model, out, scheme, block=block, console=console)
@@ -35,7 +35,7 @@ def demo_bundle(scheme: Scheme, *, block: int = DEFAULT_BLOCK, console: Console 
 
 
 def demo_draft(*, console: Console | None = None) -> Path:
-    """The demo model's dense base as a draft model, kept apart from the bundles: it suits all of them."""
+    """Folder of the demo model's dense base as a draft model, which suits all its bundles; made if missing."""
     folder = _cache() / "drafts" / MODEL_NAME
     if not (folder / DRAFT_NAME).is_file():
         with (console or Console(quiet=True)).status("draft model") as status:
@@ -44,7 +44,7 @@ def demo_draft(*, console: Console | None = None) -> Path:
 
 
 def demo_bundle_path(scheme: Scheme, *, block: int = DEFAULT_BLOCK) -> Path:
-    """Where `demo_bundle` keeps it, made or not."""
+    """Folder that `demo_bundle` returns; it need not exist yet."""
     quantisation = demo_quantisation(scheme, block)
     return _cache() / "bundles" / f"{MODEL_NAME}-{str(quantisation).replace(' ', '-')}"
 
@@ -52,7 +52,7 @@ def demo_bundle_path(scheme: Scheme, *, block: int = DEFAULT_BLOCK) -> Path:
 def export_demo_bundle(
     model: Path, out: Path, scheme: Scheme, *, block: int = DEFAULT_BLOCK, console: Console | None = None
 ) -> None:
-    """Export a checkpoint to `out`, or find it there."""
+    """Export the checkpoint `model` to `out`, unless it is there already."""
     with (console or Console(quiet=True)).status(f"{scheme} bundle") as status:
         export_bundle(
             model,

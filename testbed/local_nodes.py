@@ -1,4 +1,4 @@
-"""Edge nodes as processes on this machine: real `wdmoe-node` processes, only the devices are missing."""
+"""Edge nodes as `wdmoe-node` processes on this machine, instead of on devices."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from wire.broker_url import BrokerAddress
 
 
 class LocalNodes:
-    """Running node processes, by node id; each writes its log to `<folder>/<id>.log`."""
+    """Node processes by node id; each writes its log to `<folder>/<id>.log`."""
 
     def __init__(self, bundle: Path, address: BrokerAddress, folder: Path, *, cluster: str = "default") -> None:
         self.bundle = bundle
@@ -36,20 +36,23 @@ class LocalNodes:
         python: Sequence[str] = (sys.executable,),
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Start one node; it is ready when the base station sees it, not when this returns.
+        """Start a node's process, and return before it is ready.
 
         Args:
-            prefix: put before the command, for example to run it in a network namespace.
-            options: more of `wdmoe-node`'s.
-            python: the command that runs Python, for example that of another processor.
-            environment: more variables.
+            node: node id.
+            experts: selector of its experts.
+            threads: threads for computing.
+            prefix: words to put before the command, for example to run it in a network namespace.
+            options: further options of `wdmoe-node`.
+            python: command that runs Python, for example for another processor.
+            environment: further environment variables.
         """
         self._started[node] = experts, threads, prefix
         argv = [
             *(*python, "-m", "edge_node", "--bundle", str(self.bundle)),
             *("--broker", str(self.address), "--id", node, "--experts", experts),
             *("--cluster", self.cluster, "--threads", str(threads)),
-            # Emulated networks live on this machine.
+            # A broker beyond loopback is on an emulated network of this machine.
             *([] if self.address.tls or self.address.on_loopback else ["--allow-plaintext"]),
             *options,
         ]
@@ -60,7 +63,7 @@ class LocalNodes:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                # One thread per node is what a shelf of devices has; BLAS must not take every core here.
+                # All nodes share this machine: BLAS in one node must not take every core.
                 env={
                     **os.environ,
                     "OMP_NUM_THREADS": str(threads),
@@ -70,19 +73,19 @@ class LocalNodes:
             )
 
     def restart(self, node: str) -> None:
-        """Start a node again as it was started before; its log goes on."""
+        """Start a node again with the same experts, threads and prefix; its log is continued."""
         experts, threads, prefix = self._started[node]
         self.start(node, experts, threads=threads, prefix=prefix)
 
     def log_path(self, node: str) -> Path:
-        """Where a node's log goes."""
+        """Path of a node's log."""
         return self._folder / f"{node}.log"
 
     def check(self) -> None:
-        """Raise if a node has ended by itself.
+        """Check that all nodes are running.
 
         Raises:
-            WdmoeError: with the last line of its log.
+            WdmoeError: a node has ended; the message contains the last line of its log.
         """
         for node, process in self.processes.items():
             if process.poll() is not None:
@@ -90,7 +93,7 @@ class LocalNodes:
                 raise WdmoeError(f"node '{node}' ended: {lines[-1] if lines else 'no output'}")
 
     def stop(self) -> None:
-        """End all nodes, all at once."""
+        """Terminate all nodes at once, and wait until they have ended."""
         for process in self.processes.values():
             process.terminate()
         for process in self.processes.values():
@@ -107,25 +110,29 @@ def local_nodes(
     threads: int = 1,
     prefixes: Mapping[str, Sequence[str]] | None = None,
 ) -> Iterator[LocalNodes]:
-    """A fleet that lives as long as the context. Meanwhile torch has as many threads here as nodes leave cores: its
-    pool spins while it waits, on cores that nodes and network need.
+    """Run nodes for the duration of the context.
+
+    Meanwhile torch in this process has only as many threads as the nodes leave cores: its idle threads spin, on cores
+    that nodes and network need.
 
     Args:
-        prefixes: by node, see `LocalNodes.start`.
+        experts_by_node: selector of experts by node id.
+        threads: threads per node.
+        prefixes: by node, the words to put before its command.
     """
-    # Imported here: `LocalNodes` does without.
+    # Imported here because it is slow, and `LocalNodes` alone does not need it.
     import torch
 
-    fleet = LocalNodes(bundle, address, folder)
+    nodes = LocalNodes(bundle, address, folder)
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before - threads * len(experts_by_node)))
     try:
         for node, experts in experts_by_node.items():
-            fleet.start(node, experts, threads=threads, prefix=(prefixes or {}).get(node, ()))
-        # Most wrong settings end a node within its first moments; better told now than at a timeout.
+            nodes.start(node, experts, threads=threads, prefix=(prefixes or {}).get(node, ()))
+        # Most wrong settings end a node at once: report that now rather than after a timeout.
         time.sleep(0.2)
-        fleet.check()
-        yield fleet
+        nodes.check()
+        yield nodes
     finally:
         torch.set_num_threads(before)
-        fleet.stop()
+        nodes.stop()

@@ -1,4 +1,4 @@
-"""The parts of a decode step, each measured with nothing beside it: trunk, head, experts."""
+"""Times of the parts of a decode step, each measured alone: trunk, head, experts."""
 
 import statistics
 import time
@@ -18,14 +18,20 @@ _ROUNDS = 12
 
 
 class Parts:
-    """The parts in this process; `measure` between the blocks that they are compared with."""
+    """Runs the parts in this process. Call `measure` between the measurements that they are compared with.
+
+    Args:
+        bundle: bundle of the experts.
+        trunk: trunk to measure.
+        past_tokens: length of the context.
+    """
 
     def __init__(self, bundle: Path, trunk: Trunk, *, past_tokens: int) -> None:
         manifest = load_manifest(bundle)
         self._trunk = trunk
         self._cache = trunk.new_cache()
         self._past = past_tokens
-        # All experts of a column, so that each is out of the caches when its turn comes, as in decoding.
+        # Expert 0 of all layers: each has left the CPU caches when its turn comes, as in decoding.
         ids = [entry.id for entry in manifest.experts if entry.expert == 0]
         self._runtime = ExpertRuntime(bundle, manifest, ids, threads=1)
         self._x = probe_input(manifest.dims.hidden)
@@ -35,7 +41,7 @@ class Parts:
         self.expert_ms: list[float] = []
 
     def measure(self) -> None:
-        """A few rounds of each."""
+        """Run a few rounds of each part."""
         with torch.inference_mode():
             if not self._cache.get_seq_length():
                 self._prefill()
@@ -49,7 +55,7 @@ class Parts:
             self.expert_ms.append((time.perf_counter_ns() - began) / 1e6 / len(ids))
 
     def alone(self) -> Alone:
-        """Medians of all rounds so far."""
+        """Medians over all rounds so far."""
         expert_ms = statistics.median(self.expert_ms)
         compute: Callable[[int], float] = lambda experts: experts * expert_ms  # noqa: E731
         return Alone(statistics.median(self.trunk_ms), statistics.median(self.head_ms), compute)

@@ -1,4 +1,4 @@
-"""One expert of Mixtral-8x7B's size with random weights, exported as any other, for measuring it."""
+"""An expert of Mixtral-8x7B's size with random weights, exported like any other."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ _NOTHING = "0" * 64
 
 
 def random_weights(folder: Path) -> ExpertTensors:
-    """352 MB of normally distributed bf16 weights in a file, scaled so that outputs are about as large as inputs."""
+    """Write 352 MB of normally distributed bf16 weights, scaled to make outputs about as large as inputs."""
     path, rng, offset = folder / "weights", np.random.default_rng(0), 0
     tensors = []
     with path.open("wb") as file:
@@ -32,7 +32,7 @@ def random_weights(folder: Path) -> ExpertTensors:
 
 
 def export_big_expert(weights: ExpertTensors, quantisation: Quantisation, out: Path) -> Manifest:
-    """Write the expert to `out`; the manifest is returned only."""
+    """Export the expert to `out`, and return a manifest, which is not written."""
     entry = export_expert(ExpertJob(ID, weights, MIXTRAL, quantisation, out))
     return Manifest(
         schema=SCHEMA,

@@ -1,8 +1,8 @@
-"""What the benchmarks of decoding are asked: half without material, half with a text or code that the answer works on.
+"""Prompts for benchmarks of decoding: half are plain questions, half contain a text or code to work on.
 
-Short questions, whose answers nothing in the prompt foretells, are the built-in prompts of experiments. The others are
-what people paste into a chat: something to correct, change, shorten, sort or look something up in. All are run, in this
-order; none was left out or reworded after it had been measured.
+The plain questions are the built-in prompts of experiments; their answers share little text with the prompt. The others
+are typical of chats: material to correct, change, shorten, sort or search. All are run in this order; none was left out
+or reworded after measurements.
 """
 
 from testbed.prompts import PROMPTS
@@ -88,4 +88,4 @@ _MORE = (
     f"Print this table again with the cities in capital letters:\n\n{_CSV}",
 )
 CHAT_PROMPTS: tuple[str, ...] = (*(p for pair in zip(PROMPTS, _WITH_MATERIAL, strict=True) for p in pair), *_MORE)
-"""Both kinds in turns, so that any first few hold as many of each."""
+"""Both kinds alternate, so every prefix contains equally many of each."""

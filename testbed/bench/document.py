@@ -1,4 +1,4 @@
-"""One run of benchmarks as a table for people and as one JSON document."""
+"""Results of a run as a table and as a JSON document."""
 
 import json
 import statistics
@@ -18,7 +18,7 @@ SCHEMA = 2
 
 
 def print_results(results: Sequence[Result], console: Console) -> None:
-    """A line per row; below it what was skipped, and why."""
+    """Print a line per row, then the parts of rows, and skipped rows with reasons."""
     table = Table(pad_edge=False, padding=(0, 1))
     table.add_column("benchmark")
     table.add_column("floor")
@@ -43,7 +43,7 @@ def print_results(results: Sequence[Result], console: Console) -> None:
 
 
 def write_document(results: dict[str, list[Result]], settings: Settings, out: Path) -> None:
-    """Everything that was measured so far, with every sample."""
+    """Write all results so far, with every sample, as JSON."""
     document: dict[str, Any] = {
         **facts.result_header(SCHEMA),
         "parameters": {

@@ -1,7 +1,7 @@
-"""What decoding can't be faster than on given links: configured links, and everything else measured alone. Pure.
+"""Lower bound of the decoding time on given links: configured links, and all other parts measured alone. Pure.
 
-Per layer the trunk's part and the slowest of the nodes that were used, `rtt + down / R + compute + up / R`; per token
-all layers and the head. What was measured beyond it is told apart by cause.
+Per layer it is the trunk's time plus the time of the slowest node, `rtt + down / R + compute + up / R`; per token the
+sum over layers plus the head. The time beyond it is split by cause.
 """
 
 from collections.abc import Callable
@@ -10,24 +10,24 @@ from typing import NamedTuple
 from bs_coordinator.engine.step_records import DispatchRecord, LayerRecord, StepRecord
 
 
-class Link(NamedTuple):
-    """A configured link, the same both ways."""
+class FloorLink(NamedTuple):
+    """A configured link, equal in both directions."""
 
     rtt_ms: float
     mbps: float
 
     def ms(self, dispatch: DispatchRecord) -> float:
-        """A request and its answer on it."""
+        """Time in ms of a request and its answer on this link."""
         return self.rtt_ms + (dispatch.down_bytes + dispatch.up_bytes) * 8e-3 / self.mbps
 
 
 class Alone(NamedTuple):
-    """Times of the parts, each with nothing beside it.
+    """Times of the parts, each measured alone.
 
     Attributes:
-        trunk_ms: all layers' attention, norms and gates for one token.
+        trunk_ms: attention, norms and gates of all layers for one token.
         head_ms: embedding, last norm and head.
-        compute_ms: of a request, by its number of experts; of one row.
+        compute_ms: computing time of a request with one row, by its number of experts.
     """
 
     trunk_ms: float
@@ -35,20 +35,20 @@ class Alone(NamedTuple):
     compute_ms: Callable[[int], float]
 
 
-def floor_ms(step: StepRecord, link: Link, alone: Alone) -> float:
-    """A decode step's floor."""
+def floor_ms(step: StepRecord, link: FloorLink, alone: Alone) -> float:
+    """Lower bound of a decode step, in ms."""
     return alone.trunk_ms + alone.head_ms + sum(_layer_ms(layer, link, alone) for layer in step.layers)
 
 
-def causes_ms(step: StepRecord, link: Link, alone: Alone) -> dict[str, float]:
-    """What a step took beyond its floor, by cause; the causes add up to it.
+def causes_ms(step: StepRecord, link: FloorLink, alone: Alone) -> dict[str, float]:
+    """Time of a step beyond its floor by cause, in ms; the causes add up to the difference.
 
-    - trunk and choosing: the base station from one layer's sum to the next layer's chosen experts, beyond the trunk
-      alone: policy, forecast, and a trunk that is slower beside other processes;
-    - network: the slowest round trip, less the node's own time and the configured link: broker, kernels, MQTT clients
-      and waiting for a core;
-    - nodes: their experts slower than alone, decoding, encoding, waiting in their queue;
-    - requests: encoding and sending before the slowest node's turn, adding up after its answer.
+    - trunk and choosing: the base station's time from one layer's sum to the next layer's choice of experts, beyond
+      the trunk alone: policy, forecast, and a trunk slowed down by other processes;
+    - network: the slowest round trip, minus the node's own time and the configured link: broker, kernels, MQTT
+      clients and waiting for a core;
+    - nodes: experts slower than alone, decoding, encoding, waiting in the queue;
+    - requests: encoding and sending before the slowest node's request, summing after its answer.
     """
     trunk = sum(layer.trunk_ns for layer in step.layers) / 1e6 - alone.trunk_ms
     head = step.head_ns / 1e6 - alone.head_ms
@@ -74,5 +74,5 @@ def causes_ms(step: StepRecord, link: Link, alone: Alone) -> dict[str, float]:
     }
 
 
-def _layer_ms(layer: LayerRecord, link: Link, alone: Alone) -> float:
+def _layer_ms(layer: LayerRecord, link: FloorLink, alone: Alone) -> float:
     return max((link.ms(d) + alone.compute_ms(len(d.experts)) for d in layer.dispatches), default=0.0)

@@ -1,4 +1,4 @@
-"""Rows of the benchmarks: samples of ours and of the floor, and their ratio."""
+"""Rows of the benchmarks: samples of our code and of the floor, and their ratio."""
 
 import statistics
 import time
@@ -17,13 +17,14 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What all sections share.
+    """Settings for all sections.
 
     Attributes:
-        broker: `embedded`, `mosquitto` or an URL, for what runs on loopback.
-        samples: of a row whose sample takes a few milliseconds; rows of slower ones take fewer.
-        folder: for plots and logs.
-        stays_awake: cores do not sleep while they wait, see `common.cpu_idle`.
+        broker: `embedded`, `mosquitto` or a URL, for benchmarks on loopback.
+        samples: samples per row if a sample takes a few milliseconds; slower rows take fewer.
+        folder: folder for plots and logs.
+        console: where to print.
+        stays_awake: whether CPU idle states are disabled (`common.cpu_idle`).
     """
 
     broker: str
@@ -38,11 +39,12 @@ class Row:
     """One comparison.
 
     Attributes:
-        floor: what `ours` is compared with.
-        ours_ms, floor_ms: raw samples; sample k of one was taken beside sample k of the other.
-        target: the ratio that is wanted at most.
-        parameters: everything that the numbers depend on and the machine does not say.
-        parts: milliseconds of what lies between floor and ours, by cause; medians or means, as `parameters` says.
+        name: what was measured.
+        floor: name of the floor.
+        ours_ms, floor_ms: raw samples; sample k of both was taken in the same turn.
+        target: largest acceptable ratio; None for no target.
+        parameters: parameters of the measurement.
+        parts: milliseconds between floor and ours by cause, medians or means as described in `parameters`.
     """
 
     name: str
@@ -55,11 +57,11 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """Median of ours ÷ median of the floor."""
+        """Median of ours divided by the median of the floor."""
         return statistics.median(self.ours_ms) / statistics.median(self.floor_ms)
 
     def interval(self) -> tuple[float, float]:
-        """95 % of the ratio: percentile bootstrap over samples, both arms drawn together; seeded."""
+        """95 % interval of the ratio: seeded percentile bootstrap, with samples of equal number resampled in pairs."""
         ours, floor = np.asarray(self.ours_ms), np.asarray(self.floor_ms)
         rng = np.random.default_rng(0)
         if len(ours) == len(floor):
@@ -73,7 +75,7 @@ class Row:
 
 
 class Skipped(NamedTuple):
-    """A row that this machine can't give, and why."""
+    """A row that can't be measured on this machine, and why."""
 
     name: str
     why: str
@@ -85,7 +87,7 @@ Result = Row | Skipped
 def in_turns(
     ours: Callable[[], object], floor: Callable[[], object], samples: int, *, warm_up: int = WARM_UP
 ) -> tuple[list[float], list[float]]:
-    """Milliseconds that each call of `ours` and of `floor` takes; which of them goes first changes every time."""
+    """Call `ours` and `floor` alternately, and return the milliseconds of each call; the order changes every time."""
     ours_ms: list[float] = []
     floor_ms: list[float] = []
     arms = [(ours, ours_ms), (floor, floor_ms)]
@@ -100,7 +102,7 @@ def in_turns(
 
 @contextmanager
 def plot(settings: Settings, name: str) -> Iterator[Any]:
-    """Matplotlib axes, saved as `<name>.svg` at the end."""
+    """Matplotlib axes, saved as `<name>.svg` when the context ends."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")

@@ -1,4 +1,4 @@
-"""All sections, one after the other; the document is written again after each row, so that a crash loses one."""
+"""Runs sections one after the other. The document is rewritten after each row, so a crash loses at most one row."""
 
 import importlib
 from collections.abc import Sequence
@@ -13,14 +13,17 @@ from testbed.bench.sections.registry import SECTIONS
 
 
 def run_bench(settings: Settings, sections: Sequence[str], out: Path) -> None:
-    """Measure, print a table per section, write one JSON document. Cores stay awake where that can be had: what a
-    sleeping one takes to wake is the machine's, and differs from minute to minute.
+    """Measure, print a table per section, and write one JSON document.
+
+    CPU idle states are disabled where permitted: wake-up times depend on the machine and vary over minutes.
 
     Args:
-        sections: names of `SECTIONS`; all when empty.
+        settings: settings for all sections.
+        sections: names of `SECTIONS`; all if empty.
+        out: JSON file.
 
     Raises:
-        WdmoeError: something that a benchmark needs does not come up; what was measured before is kept.
+        WdmoeError: nothing could be measured.
     """
     results: dict[str, list[Result]] = {}
     with cpu_idle_disabled() as stays_awake:
@@ -33,10 +36,10 @@ def run_bench(settings: Settings, sections: Sequence[str], out: Path) -> None:
                     rows.append(row)
                     write_document(results, settings, out)
             except WdmoeError as error:
-                # The other sections may still be measured; the document says that this one is not whole.
+                # Continue with the other sections; the document records that this one is incomplete.
                 rows.append(Skipped(section, f"ended by an error: {error}"))
             print_results(rows, settings.console)
     write_document(results, settings, out)
     settings.console.print(f"raw samples: {out}", style="dim")
     if not any(isinstance(row, Row) for rows in results.values() for row in rows):
-        raise WdmoeError("nothing could be measured")
+        raise WdmoeError("nothing could be measured: the reasons are above")

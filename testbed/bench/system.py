@@ -1,4 +1,4 @@
-"""A whole system on an emulated network for the time of a benchmark: mosquitto, nodes, base station."""
+"""A whole system on an emulated network for benchmarks: mosquitto, nodes, base station."""
 
 import contextlib
 import os
@@ -24,11 +24,12 @@ DEDICATED_MBPS = 100
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """What runs.
+    """A running system.
 
     Attributes:
-        station: the base station, in this process.
-        processes: every process that takes part, by its role.
+        network: its emulated network.
+        station: base station, in this process.
+        processes: process ids of the whole system, by role.
     """
 
     network: EmulatedNetwork
@@ -36,7 +37,7 @@ class System:
     processes: Mapping[str, Sequence[int]]
 
     def core_ms(self) -> dict[str, float]:
-        """How long processes have had a core, and how long they waited for one, since they were started, by role."""
+        """Milliseconds since their start that processes ran on a core, and waited for one, by role."""
         found = {}
         for role, pids in self.processes.items():
             times = [_schedstat_ms(pid) for pid in pids]
@@ -46,8 +47,8 @@ class System:
 
 
 def why_not() -> str:
-    """What this machine lacks for it; empty where it can be done."""
-    # Imported here: needs Linux and pyroute2.
+    """Reason why this machine can't run it; empty if it can."""
+    # Imported here because it needs Linux and pyroute2.
     from testbed.network.namespaces import check_privileges
 
     try:
@@ -64,11 +65,15 @@ def running(
     settings: Settings, bundle: Path, *, nodes: Mapping[str, str], rtts_ms: Sequence[float],
     draft: DraftMode = "none", draft_model: Path | None = None,
 ) -> Iterator[System]:  # fmt: skip
-    """Dedicated links of `DEDICATED_MBPS` each way; this thread is on the base station meanwhile.
+    """Run a system on dedicated links of `DEDICATED_MBPS` per direction, for the duration of the context.
+
+    This thread is in the base station's network namespace meanwhile.
 
     Args:
+        settings: settings of the benchmark.
+        bundle: bundle of base station and nodes.
         nodes: experts by node.
-        rtts_ms: there is a profile `rtt<ms>` for each.
+        rtts_ms: round trips; each gets a profile `rtt<ms>`.
         draft, draft_model: as in `BaseStationConfig`.
     """
     from testbed.network import namespaces
@@ -84,13 +89,13 @@ def running(
         open_broker("mosquitto", host=network.bs_address) as address,
         local_nodes(
             bundle, address, settings.folder / "nodes", nodes, prefixes={node: network.prefix(node) for node in nodes}
-        ) as fleet,
+        ) as local,
         open_base_station(config, address) as station,
     ):
         brokers = [p.pid for p in psutil.Process().children(recursive=True) if p.name() == "mosquitto"]
         processes = {
             "base station": [os.getpid()],
-            "nodes": [process.pid for process in fleet.processes.values()],
+            "nodes": [process.pid for process in local.processes.values()],
             "broker": brokers,
             "relay": [network.status().pid],
         }
@@ -104,7 +109,7 @@ def _spec(nodes: Sequence[str], rtts_ms: Sequence[float]) -> str:
 
 
 def _schedstat_ms(pid: int) -> tuple[float, float]:
-    """Of all threads, on a core and waiting for one; 0 where the kernel does not tell."""
+    """Milliseconds that all threads of a process ran and waited for a core; 0 if the kernel does not report it."""
     running_ns = waiting_ns = 0
     for file in Path(f"/proc/{pid}/task").glob("*/schedstat"):
         with contextlib.suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The demo: the whole system on one machine, eight node processes as devices, three questions answered."""
+"""The demo: the whole system on one machine, with node processes as devices, answers three questions."""
 
 import sys
 import time
@@ -27,12 +27,15 @@ QUESTIONS = (
 def run_demo(
     *, broker: str, questions: Sequence[str], max_tokens: int, nodes: int, runs: Path, console: Console
 ) -> None:
-    """Answer `questions` and print where the time went.
+    """Answer `questions` and print how long each part took.
 
     Args:
-        broker: `embedded`, `mosquitto` or an URL.
-        nodes: processes to share the experts: node k holds experts k, k + nodes, … of every layer.
-        runs: folder under which the latency log and the nodes' logs go.
+        broker: `embedded`, `mosquitto` or a URL.
+        questions: user messages, answered one after the other.
+        max_tokens: maximum length of each answer.
+        nodes: number of node processes; node k holds experts k, k + nodes, … of every layer.
+        runs: folder for the latency log and the nodes' logs.
+        console: where to print.
     """
     bundle = demo_bundle("int4", console=console)
     folder = runs / time.strftime("demo-%Y%m%d-%H%M%S")
@@ -70,9 +73,9 @@ def _ask(
 
 def _print_tables(answers: Sequence[AnswerStats], console: Console) -> None:
     table = Table(
-        title="per answer; all after the first token are means per decoded token", pad_edge=False, padding=(0, 0)
+        title="per answer; times after the first token are means per decoded token", pad_edge=False, padding=(0, 0)
     )
-    # Short words, one above the other: the table must fit into 80 columns.
+    # Short words on several lines: the table must fit into 80 columns.
     for column in (
         "", "tokens", "first\ntoken\nms", "each\ntoken\nms", "trunk\nms", "network\nms", "node\ncompute\nms",
         "node\nwait\nms", "framing\nms", "down\nKiB", "up\nKiB",
@@ -93,7 +96,7 @@ def _print_tables(answers: Sequence[AnswerStats], console: Console) -> None:
             f"{a.down_bytes / 1024:.1f}", f"{a.up_bytes / 1024:.1f}",
         )  # fmt: skip
     console.print(table)
-    shares = Table(title="hidden states that each node computed on")
+    shares = Table(title="hidden states computed by each node")
     nodes = sorted({node for a in answers for node in a.tokens_by_node})
     for node in nodes:
         shares.add_column(node, justify="right")

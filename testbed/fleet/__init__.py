@@ -1,1 +1,1 @@
-"""Deployment to real devices: Ansible playbooks, and what they need to know about wheels, bundles and keys."""
+"""Deployment to real devices: Ansible playbooks, and the wheels, bundle files and keys that they need."""

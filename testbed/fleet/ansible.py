@@ -1,4 +1,4 @@
-"""Runs Ansible's playbooks as a child process and reads what they did."""
+"""Runs Ansible playbooks in a child process and reads their results."""
 
 import importlib.util
 import os
@@ -22,11 +22,12 @@ _LIST_S = 60.0
 
 
 class HostRecap(Struct, frozen=True):
-    """What a run did to one host.
+    """Result of a playbook run on one host.
 
     Attributes:
+        ok, changed, failures, unreachable: numbers of tasks with that result.
         changed_tasks: names of the tasks that changed something.
-        error: the last failure; empty when all went well.
+        error: message of the last failure; empty if there was none.
     """
 
     ok: int
@@ -38,10 +39,13 @@ class HostRecap(Struct, frozen=True):
 
 
 class Inventory(Struct, frozen=True):
-    """Hosts by group, and each host's variables.
+    """Hosts of a deployment and their variables.
 
     Attributes:
-        folder: relative paths in it are meant from here.
+        folder: folder of the inventory, to which its paths are relative.
+        base_station: host name of the base station.
+        nodes: host names of the nodes, which are also their node ids.
+        variables: Ansible variables by host.
     """
 
     folder: Path
@@ -50,36 +54,37 @@ class Inventory(Struct, frozen=True):
     variables: dict[str, dict[str, Any]]
 
     def address(self) -> str:
-        """Where nodes find the broker."""
+        """Host name or IP address at which nodes reach the broker."""
         own = self.variables.get(self.base_station, {})
         return str(own.get("wdmoe_address") or own.get("ansible_host") or self.base_station)
 
     def path(self, host: str, name: str) -> Path | None:
-        """A variable of a host that names a file or folder."""
+        """The path in a host's variable `name`, relative to the inventory's folder; None if it is not set."""
         value = self.variables.get(host, {}).get(name)
         return None if value is None else self.folder / str(value)
 
 
 def read_inventory(path: Path) -> Inventory:
-    """Read an inventory as Ansible understands it.
+    """Read an inventory through Ansible.
 
     Raises:
-        FleetError: Ansible is not installed or does not take it, or the groups are not what deployment needs.
+        FleetError: Ansible is not installed or rejects the inventory, a host name is not a valid node id, or the groups
+            are not one base station and at least one node.
     """
     if not path.is_file():
         raise FleetError(f"there is no inventory {path}: 'wdmoe-testbed fleet init {path}' writes an example")
     done = _ansible("inventory", "-i", str(path), "--list", timeout_s=_LIST_S)
     if done.returncode:
-        raise FleetError(f"{path} is no inventory: {_last(done.stderr)}")
+        raise FleetError(f"{path} is not a valid inventory: {_last(done.stderr)}")
     try:
         listed = msgspec.json.decode(done.stdout)
         groups = {name: list(listed.get(name, {}).get("hosts", [])) for name in (BASE_STATION, NODES)}
         variables = dict(listed["_meta"]["hostvars"])
     except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
-        raise FleetError(f"{path} is no inventory: {error}") from None
+        raise FleetError(f"{path} is not a valid inventory: {error}") from None
     if len(groups[BASE_STATION]) != 1 or not groups[NODES]:
         raise FleetError(
-            f"{path} needs one host in the group 'base_station' and some in 'nodes': it has "
+            f"{path} needs one host in the group 'base_station' and at least one in 'nodes': it has "
             f"{len(groups[BASE_STATION])} and {len(groups[NODES])}"
         )
     for host in (*groups[BASE_STATION], *groups[NODES]):
@@ -94,37 +99,45 @@ def run_playbook(
     name: str, inventory: Path, *, variables: Mapping[str, Any], limit: str | None, check: bool, quiet: bool,
     timeout_s: float,
 ) -> dict[str, HostRecap]:  # fmt: skip
-    """Run one of our playbooks, its output on ours unless `quiet`.
+    """Run a playbook of `PLAYBOOKS`.
 
     Args:
-        limit: only these hosts, in Ansible's patterns.
-        check: say what would change only.
+        name: file name without `.yml`.
+        variables: extra variables, passed as data: Ansible does not evaluate them as templates.
+        limit: Ansible pattern of the hosts to run on; None for all.
+        check: report what would change, and change nothing.
+        quiet: don't print Ansible's output.
+
+    Returns:
+        Results by host, without localhost.
 
     Raises:
-        FleetError: it could not start, took too long, or failed on a host.
+        FleetError: the playbook could not start, took longer than `timeout_s`, or failed on a host.
     """
     with tempfile.TemporaryDirectory(prefix="wdmoe-fleet-") as folder:
-        recap, extra = Path(folder) / "recap.json", Path(folder) / "extra.json"
+        recap_path, extra = Path(folder) / "recap.json", Path(folder) / "extra.json"
         extra.write_bytes(msgspec.json.encode(_as_data(variables)))
         arguments = ["playbook", "-i", str(inventory.absolute()), "--extra-vars", f"@{extra}"]
         arguments += [str(PLAYBOOKS / f"{name}.yml")]
         arguments += [f"--limit={limit},localhost"] if limit else []
         arguments += ["--check", "--diff"] if check else []
         try:
-            done = _ansible(*arguments, timeout_s=timeout_s, quiet=quiet, WDMOE_RECAP=str(recap))
+            done = _ansible(*arguments, timeout_s=timeout_s, quiet=quiet, WDMOE_RECAP=str(recap_path))
         except subprocess.TimeoutExpired:
-            raise FleetError(f"the deployment took more than {timeout_s:.0f} s: run it again, it goes on") from None
+            raise FleetError(
+                f"the deployment took more than {timeout_s:.0f} s: run the command again to continue"
+            ) from None
         try:
-            hosts = msgspec.json.decode(recap.read_bytes(), type=dict[str, HostRecap])
+            hosts = msgspec.json.decode(recap_path.read_bytes(), type=dict[str, HostRecap])
         except (OSError, msgspec.DecodeError):
-            said = _last(done.stderr) if quiet else f"exit code {done.returncode}"
-            raise FleetError(f"the playbook {name} could not be run: {said}") from None
-    for host, did in hosts.items():
-        if did.failures or did.unreachable:
-            raise FleetError(f"{host}: {did.error}")
+            reason = _last(done.stderr) if quiet else f"exit code {done.returncode}"
+            raise FleetError(f"the playbook {name} could not be run: {reason}") from None
+    for host, recap in hosts.items():
+        if recap.failures or recap.unreachable:
+            raise FleetError(f"{host}: {recap.error}")
     if done.returncode:
         raise FleetError(f"the playbook {name} failed: exit code {done.returncode}")
-    return {host: did for host, did in hosts.items() if host != "localhost"}
+    return {host: recap for host, recap in hosts.items() if host != "localhost"}
 
 
 def _as_data(value: Any) -> Any:
@@ -148,7 +161,7 @@ def _ansible(
     return subprocess.run(
         [sys.executable, "-m", "ansible", command, *arguments],
         env={
-            # Tasks call our own commands back: these, wherever they run.
+            # Tasks call `wdmoe-testbed fleet`: make sure that they import this copy.
             "LC_ALL": "C.UTF-8", **os.environ, "PYTHONPATH": os.pathsep.join([_ROOT, *_python_path()]),
             "ANSIBLE_CONFIG": str(PLAYBOOKS / "ansible.cfg"),
             "ANSIBLE_FORCE_COLOR": "1" if sys.stdout.isatty() and not quiet else "0", **environment,
@@ -163,4 +176,4 @@ def _python_path() -> list[str]:
 
 def _last(text: str) -> str:
     lines = [line for line in text.strip().splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "no error message"

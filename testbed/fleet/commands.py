@@ -1,4 +1,4 @@
-"""`wdmoe-testbed fleet`: deployment to the devices of an inventory. Ansible does it, this says what."""
+"""`wdmoe-testbed fleet`: deployment to the devices of an inventory with Ansible."""
 
 import tempfile
 import time
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 _PATH = click.Path(path_type=Path)
 _INVENTORY = click.option("-i", "--inventory", type=_PATH, default=Path("fleet.yaml"), show_default=True)
-_LIMIT = click.option("--limit", help="Only these hosts, as Ansible's patterns: pi1,pi2 or 'pi*'.")
+_LIMIT = click.option("--limit", help="Only these hosts, an Ansible pattern: pi1,pi2 or 'pi*'.")
 _TIMEOUT = click.option(
-    "--timeout", "timeout_s", type=click.FloatRange(10), default=7200.0, show_default=True, help="Seconds in all."
+    "--timeout", "timeout_s", type=click.FloatRange(10), default=7200.0, show_default=True, help="Time limit, s."
 )
 _QUICK_S = 600.0
 
@@ -38,18 +38,18 @@ def fleet() -> None:
 def init(path: Path) -> None:
     """Write an example inventory to PATH."""
     if path.exists():
-        raise FleetError(f"{path} is there already: edit it, or name another file")
+        raise FleetError(f"{path} exists already: edit it, or give another path")
     path.write_bytes((Path(__file__).parent / "example.yaml").read_bytes())
-    click.echo(f"{path}: put your devices in, then 'wdmoe-testbed fleet up -i {path}'")
+    click.echo(f"wrote {path}: enter your devices, then run 'wdmoe-testbed fleet up -i {path}'")
 
 
 @fleet.command()
 @_INVENTORY
 @_LIMIT
 @_TIMEOUT
-@click.option("--check", is_flag=True, help="Only say what would change.")
+@click.option("--check", is_flag=True, help="Report what would change, and change nothing.")
 def up(inventory: Path, limit: str | None, timeout_s: float, check: bool) -> None:
-    """Bring base station and nodes to what the inventory says; what is so already is left alone."""
+    """Bring base station and nodes to the state of the inventory; change only what differs."""
     _deploy(inventory, limit, timeout_s, {}, check=check)
 
 
@@ -58,7 +58,7 @@ def up(inventory: Path, limit: str | None, timeout_s: float, check: bool) -> Non
 @_LIMIT
 @_TIMEOUT
 def update(inventory: Path, limit: str | None, timeout_s: float) -> None:
-    """Bring this clone's code to all devices, one node after the other; a node that does not come up goes back."""
+    """Deploy this clone's code, one node after the other; a node that does not start returns to its old release."""
     _deploy(inventory, limit, timeout_s, {"wdmoe_serial": 1}, check=False)
 
 
@@ -68,16 +68,16 @@ def update(inventory: Path, limit: str | None, timeout_s: float) -> None:
 @_TIMEOUT
 @click.argument("release", required=False)
 def rollback(inventory: Path, limit: str | None, timeout_s: float, release: str | None) -> None:
-    """Go back to RELEASE, or to the one that the base station had before; run again to come back."""
+    """Return to RELEASE, or to the base station's previous one; a second rollback undoes the first."""
     variables = {} if release is None else {"wdmoe_target": release}
     _run("rollback", inventory, variables, limit=limit, timeout_s=timeout_s)
 
 
 @fleet.command()
 @_INVENTORY
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(inventory: Path, as_json: bool) -> None:
-    """What runs where."""
+    """Show release, service state and resources of each host."""
     hosts = _ask_hosts("status", inventory, {}, timeout_s=_QUICK_S)
     if as_json:
         click.echo(msgspec.json.encode(hosts))
@@ -88,10 +88,10 @@ def status(inventory: Path, as_json: bool) -> None:
 @fleet.command()
 @_INVENTORY
 @_LIMIT
-@click.option("--since", default="-1d", show_default=True, help="As journalctl takes it: -2h, 2026-11-20, today.")
-@click.option("--out", type=_PATH, help="New folder.  [default: runs/fleet-logs-TIME]")
+@click.option("--since", default="-1d", show_default=True, help="In journalctl's format: -2h, 2026-11-20, today.")
+@click.option("--out", type=_PATH, help="Folder for the files.  [default: runs/fleet-logs-TIME]")
 def logs(inventory: Path, limit: str | None, since: str, out: Path | None) -> None:
-    """Fetch journals, history of releases and the base station's runs into a folder."""
+    """Fetch journals, release histories and the base station's runs into a folder."""
     out = (out or Path("runs") / time.strftime("fleet-logs-%Y%m%d-%H%M%S")).absolute()
     for host in _hosts(inventory):
         (out / host).mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def logs(inventory: Path, limit: str | None, since: str, out: Path | None) -> No
 @click.argument("prompt")
 @click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
 def ask(inventory: Path, prompt: str, max_tokens: int) -> None:
-    """Have the base station answer PROMPT with its nodes."""
+    """Generate an answer to PROMPT on the base station and its nodes."""
     variables = {"wdmoe_prompt": prompt, "wdmoe_max_tokens": max_tokens}
     answer = _ask_hosts("ask", inventory, variables, timeout_s=_QUICK_S)
     click.echo(answer["text"])
@@ -115,29 +115,29 @@ def ask(inventory: Path, prompt: str, max_tokens: int) -> None:
 @_INVENTORY
 @_LIMIT
 def down(inventory: Path, limit: str | None) -> None:
-    """Stop all devices' services, also beyond the next start; `up` starts them again."""
+    """Stop all services and keep them off after a reboot; `up` starts them again."""
     _run("down", inventory, {}, limit=limit)
 
 
 @fleet.command()
 @_INVENTORY
 @_LIMIT
-@click.option("--purge", is_flag=True, help="Also what was measured: /var/lib/wdmoe.")
+@click.option("--purge", is_flag=True, help="Also remove measurements: /var/lib/wdmoe.")
 @click.confirmation_option(prompt="Remove WDMoE from the devices?")
 def uninstall(inventory: Path, limit: str | None, purge: bool) -> None:
-    """Remove everything that deployment put on the devices; keeps runs unless --purge."""
+    """Remove everything that deployment put on the devices; keep runs unless --purge."""
     _run("uninstall", inventory, {"wdmoe_purge": purge}, limit=limit)
 
 
 @fleet.command()
-@click.option("--machine", type=click.Choice(["aarch64", "x86_64"]), required=True, help="As `uname -m` says.")
-@click.option("--python", required=True, help="Such as 3.11.")
-@click.option("--glibc", default="2.36", show_default=True, help="Of the device's C library.")
+@click.option("--machine", type=click.Choice(["aarch64", "x86_64"]), required=True, help="As printed by `uname -m`.")
+@click.option("--python", required=True, help="Major and minor version, such as 3.11.")
+@click.option("--glibc", default="2.36", show_default=True, help="Version of the device's C library.")
 @click.option("--extra", type=click.Choice(["edge", "bs", "testbed"]), default="edge", show_default=True)
-@click.option("--cache", type=_PATH, help="[default: in the user's cache folder]")
-@click.option("--check", is_flag=True, help="Fetch nothing.")
+@click.option("--cache", type=_PATH, help="Folder of the wheels.  [default: in the user's cache folder]")
+@click.option("--check", is_flag=True, help="Report what would be fetched, and fetch nothing.")
 def wheels(machine: str, python: str, glibc: str, extra: str, cache: Path | None, check: bool) -> None:
-    """Fetch the wheels that a kind of device needs; says where they are, as JSON."""
+    """Fetch the wheels that a kind of device needs; print their folder as JSON."""
     import platformdirs
 
     from testbed.fleet.wheelhouse import Target, source_root, wheelhouse
@@ -152,14 +152,14 @@ def wheels(machine: str, python: str, glibc: str, extra: str, cache: Path | None
 
 @fleet.command()
 @click.argument("bundle", type=_PATH)
-@click.option("--experts", help="Of a node, such as 'L*:E0-1'.")
-@click.option("--trunk", is_flag=True, help="Of the base station.")
+@click.option("--experts", help="Experts of a node, such as 'L*:E0-1'.")
+@click.option("--trunk", is_flag=True, help="Files of the base station.")
 def files(bundle: Path, experts: str | None, trunk: bool) -> None:
-    """Say which files of BUNDLE a device needs, with sizes and hashes, as JSON."""
+    """Print the files of BUNDLE that a device needs, with sizes and hashes, as JSON."""
     from testbed.fleet.files import needed_files
 
     if experts is None and not trunk:
-        raise click.UsageError("say --experts of a node, or --trunk for the base station")
+        raise click.UsageError("give --experts for a node, or --trunk for the base station")
     try:
         needed = needed_files(bundle, experts=experts, trunk=trunk)
     except ValueError as error:
@@ -213,9 +213,9 @@ def _hosts(inventory: Path) -> list[str]:
 
 
 def _print_recap(hosts: "dict[str, HostRecap]", seconds: float) -> None:
-    changed = sum(did.changed for did in hosts.values())
-    for host, did in sorted(hosts.items()):
-        click.echo(f"{host:16} {did.changed} changed, {did.ok} as they should be")
+    changed = sum(recap.changed for recap in hosts.values())
+    for host, recap in sorted(hosts.items()):
+        click.echo(f"{host:16} {recap.changed} changed, {recap.ok} ok")
     click.echo(f"{len(hosts)} hosts, {changed} changed, {seconds:.0f} s")
 
 
@@ -225,9 +225,9 @@ def _print_status(hosts: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE)
-    for column in ("host", "release", "before", "service"):
+    for column in ("host", "release", "previous", "service"):
         table.add_column(column)
-    for column in ("restarts", "RAM MiB", "disk free GiB", "clock off ms"):
+    for column in ("restarts", "RAM MiB", "disk free GiB", "clock offset ms"):
         table.add_column(column, justify="right")
     for host, now in hosts.items():
         if "service" not in now:

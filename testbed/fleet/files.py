@@ -1,4 +1,4 @@
-"""Which files of a bundle a machine needs. Pure but for reading the manifest."""
+"""The files of a bundle that a machine needs. Pure, except for reading the manifest."""
 
 import hashlib
 from pathlib import Path
@@ -10,12 +10,12 @@ from wire.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileEntry, Manifest, lo
 
 
 class Needed(Struct, frozen=True):
-    """What a machine's bundle folder must hold.
+    """Files that a machine's bundle folder must contain.
 
     Attributes:
-        files: experts or trunk first, the manifest last: a folder with a manifest is complete.
-        bytes: of all of them.
-        model_sha256: which model, whatever its quantisation.
+        files: experts or trunk first, the manifest last, so a folder with a manifest is complete.
+        bytes: total size.
+        model_sha256: identifies the model, independent of its quantisation.
     """
 
     files: list[FileEntry]
@@ -24,11 +24,15 @@ class Needed(Struct, frozen=True):
 
 
 def needed_files(bundle: Path, *, experts: str | None, trunk: bool) -> Needed:
-    """The files of `bundle` for a node (its experts) or a base station (the trunk, and a draft model if there is one).
+    """The files of `bundle` for a node (its experts) or a base station (the trunk, and the draft model if any).
+
+    Args:
+        experts: selector of the node's experts; None for no experts.
+        trunk: include the trunk.
 
     Raises:
-        BundleError: it is no bundle, or was exported without one of the experts.
-        ValueError: `experts` is no selector for this model.
+        BundleError: `bundle` is not a bundle, or lacks one of the experts.
+        ValueError: `experts` is not a valid selector for this model.
     """
     manifest = load_manifest(bundle)
     files = [*manifest.trunk, *manifest.draft] if trunk else []
@@ -39,11 +43,11 @@ def needed_files(bundle: Path, *, experts: str | None, trunk: bool) -> Needed:
 
 
 def expert_files(manifest: Manifest, selector: str) -> list[FileEntry]:
-    """Of the experts that a selector names.
+    """The files of the experts that `selector` names.
 
     Raises:
-        BundleError: the bundle lacks one.
-        ValueError: the selector is wrong.
+        BundleError: the bundle lacks one of the experts.
+        ValueError: the selector is not valid for this model.
     """
     ids = parse_selector(selector, layers=manifest.dims.layers, experts=manifest.dims.experts)
     return [file for entry in manifest.entries(ids) for file in entry.files]

@@ -1,4 +1,4 @@
-"""What must be there before devices are touched: keys of all of them, and bundles that fit together and are signed."""
+"""Preparation before any device is changed: keys for all hosts, and signed bundles of one model."""
 
 from pathlib import Path, PurePosixPath
 
@@ -18,18 +18,18 @@ _DEFAULT_PORT = 8883
 
 
 def prepare_keys(inventory: Inventory, *, check: bool = False) -> list[str]:
-    """Make keys for the broker, the base station and all nodes, as far as they are missing.
+    """Make missing keys for the broker, the base station and the nodes.
 
     Args:
-        check: make none.
+        check: make no keys, only report.
 
     Returns:
-        What was made, or with `check` would be, a line each.
+        Lines that say which keys were made, or with `check` would be made.
 
     Raises:
-        FleetError: the keys are another broker's.
-        KeyFileError: the folder is none of keys.
-        StorageError: it can't be written.
+        FleetError: the broker's certificate is for another address.
+        KeyFileError: the folder is not a folder of keys.
+        StorageError: the folder can't be written.
     """
     folder, address = _keys_folder(inventory), inventory.address()
     if not folder.exists() and check:
@@ -41,35 +41,35 @@ def prepare_keys(inventory: Inventory, *, check: bool = False) -> list[str]:
             days=_CERTIFICATE_DAYS, port=int(variables.get("wdmoe_broker_port", _DEFAULT_PORT)),
             broker_folder=BROKER_FOLDER,
         )  # fmt: skip
-        return [f"keys of a new cluster in {folder}: keep it, nothing else can let devices in"]
+        return [f"made keys of a new cluster in {folder}: keep this folder, no other can add devices to the cluster"]
     keys = KeyFolder(folder)
     known = hosts_of((folder / "broker" / "broker.crt").read_bytes())
     if address not in known:
         raise FleetError(
-            f"the broker's certificate in {folder} is for {', '.join(known)}, but the inventory has nodes look for it "
-            f"at {address}: set wdmoe_address, or name another folder as wdmoe_keys"
+            f"the broker's certificate in {folder} is for {', '.join(known)}, but nodes connect to {address}: "
+            "set wdmoe_address, or set wdmoe_keys to another folder"
         )
     new = [node for node in inventory.nodes if node not in keys.nodes]
     if new and check:
         return [f"would make keys for {', '.join(new)} in {folder}"]
     keys.add(new, days=_CERTIFICATE_DAYS)
-    return [f"keys for {', '.join(new)} in {folder}"] if new else []
+    return [f"made keys for {', '.join(new)} in {folder}"] if new else []
 
 
 def prepare_bundles(inventory: Inventory, *, check: bool = False) -> list[str]:
-    """Check that all bundles are of one model and have what the inventory asks of them, and sign those that are not.
+    """Check that all bundles are of one model and contain what the inventory asks for; sign unsigned ones.
 
     Args:
-        check: sign none.
+        check: sign no bundle, only report.
 
     Returns:
-        What was signed, or with `check` would be, and which experts nobody holds, a line each.
+        Lines that say which bundles were signed, or with `check` would be signed, and how many experts no node holds.
 
     Raises:
-        FleetError: a host has no bundle or experts, or bundles are not of one model.
-        BundleError: a bundle is none, or lacks an expert.
+        FleetError: a host has no bundle or no experts, or the bundles are of different models.
+        BundleError: a folder is not a bundle, or a bundle lacks an expert.
     """
-    keys, said = _keys_folder(inventory), []
+    keys, lines = _keys_folder(inventory), []
     models: dict[str, str] = {}
     missing: set[ExpertId] = set()
     for host in (inventory.base_station, *inventory.nodes):
@@ -77,9 +77,11 @@ def prepare_bundles(inventory: Inventory, *, check: bool = False) -> list[str]:
         experts = inventory.variables.get(host, {}).get("wdmoe_experts")
         node = host in inventory.nodes
         if bundle is None:
-            raise FleetError(f"{host} has no wdmoe_bundle: the folder that 'wdmoe-export bundle' made")
+            raise FleetError(f"{host} has no wdmoe_bundle: set it to the folder that 'wdmoe-export bundle' made")
         if node and not isinstance(experts, str):
-            raise FleetError(f"{host} has no wdmoe_experts, such as 'L*:E0-1': 'wdmoe-bs place' plans them")
+            raise FleetError(
+                f"{host} has no wdmoe_experts: set it to a selector such as 'L*:E0-1' ('wdmoe-bs place' suggests one)"
+            )
         try:
             needed = needed_files(bundle, experts=experts if node else None, trunk=not node)
         except ValueError as error:
@@ -94,12 +96,12 @@ def prepare_bundles(inventory: Inventory, *, check: bool = False) -> list[str]:
         if not _signed(bundle, keys):
             if not check:
                 sign((bundle / MANIFEST_NAME).read_bytes(), bundle, keys / "bundle.key")
-            said.append(f"{'would sign' if check else 'signed'} {bundle} with the cluster's key")
+            lines.append(f"{'would sign' if check else 'signed'} {bundle} with the cluster's key")
     if len(models) > 1:
         raise FleetError(f"the bundles of {' and '.join(models.values())} are of different models")
     if missing:
-        said.append(f"nobody holds {len(missing)} experts, such as {min(missing)}: answers will be degraded")
-    return said
+        lines.append(f"no node holds {len(missing)} experts, such as {min(missing)}: answers will be degraded")
+    return lines
 
 
 def _keys_folder(inventory: Inventory) -> Path:

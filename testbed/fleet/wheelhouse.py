@@ -1,15 +1,14 @@
-"""Wheels for devices that need no internet and no compiler: downloaded here, for their CPU, Python and C library.
+"""Wheels for devices without internet or compiler: downloaded here for the device's CPU, Python and C library.
 
 A wheelhouse is one folder per release and target:
 
     CACHE/0.1.0-3fa9c1d2e4b5/aarch64-cp311-glibc2.36-edge/
-      *.whl               of everything, wdmoe and pip included
-      requirements.txt    each with its SHA-256: `pip install --require-hashes` takes nothing else
-    CACHE/0.1.0-3fa9c1d2e4b5/own/   our own wheel
-    CACHE/dependencies-5b0c…/…/   the same files, under a second name, for the next release
+      *.whl               wdmoe, pip and all dependencies
+      requirements.txt    SHA-256 of each: `pip install --require-hashes` accepts nothing else
+    CACHE/0.1.0-3fa9c1d2e4b5/own/   the wdmoe wheel
+    CACHE/dependencies-5b0c…/…/   hard links to the dependencies, for the next release
 """
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -21,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
+from filelock import FileLock
 from msgspec import Meta, Struct
 
 from exporter.errors import DownloadError
@@ -36,13 +36,13 @@ _PIP_S = 1800.0
 
 
 class Target(Struct, frozen=True, kw_only=True):
-    """What wheels must run on.
+    """Kind of device that wheels must run on.
 
     Attributes:
-        machine: as `uname -m` says.
-        python: major and minor.
-        glibc: major and minor of the C library.
-        extra: of our own package: `edge` on nodes.
+        machine: as printed by `uname -m`.
+        python: major and minor version.
+        glibc: major and minor version of the C library.
+        extra: extra of the wdmoe package to install: `edge` on nodes.
     """
 
     machine: Literal["aarch64", "x86_64"]
@@ -54,7 +54,7 @@ class Target(Struct, frozen=True, kw_only=True):
         return f"{self.machine}-cp{self.python.replace('.', '')}-glibc{self.glibc}-{self.extra}"
 
     def platforms(self) -> list[str]:
-        """Platform tags of wheels that run there (PEP 600), the newest first."""
+        """Platform tags (PEP 600) of the wheels that run on this target, the newest first."""
         newest = int(self.glibc.split(".")[1])
         tags = [f"manylinux_2_{minor}_{self.machine}" for minor in range(newest, _OLDEST_GLIBC_MINOR - 1, -1)]
         return [*tags, f"manylinux2014_{self.machine}", f"linux_{self.machine}"]
@@ -64,8 +64,9 @@ class Wheelhouse(Struct, frozen=True):
     """Wheels of one release for one target.
 
     Attributes:
-        release: names the code and its dependencies: equal for all targets of one checkout.
-        changed: something had to be fetched, or would have to be.
+        folder: path of the folder of wheels.
+        release: name of the code and its dependencies, equal for all targets of one checkout.
+        changed: whether something had to be fetched, or with `check` would have to be.
     """
 
     folder: str
@@ -74,19 +75,19 @@ class Wheelhouse(Struct, frozen=True):
 
 
 def source_root() -> Path:
-    """The clone that this package runs from.
+    """Root folder of the clone that this package runs from.
 
     Raises:
-        FleetError: it runs from an installed wheel.
+        FleetError: the package runs from an installed wheel.
     """
     root = Path(__file__).parents[2]
     if not (root / "pyproject.toml").is_file():
-        raise FleetError("devices get what is in a clone of this repository: install it with 'pip install -e .[fleet]'")
+        raise FleetError("deployment needs a clone of this repository: run 'pip install -e .[fleet]' in it")
     return root
 
 
 def release_name(root: Path) -> str:
-    """Version and content of a clone: every change of code, or of a dependency's version, is another release."""
+    """Version and hash of a clone; changes with the code and with the versions of dependencies."""
     digest = hashlib.sha256()
     for path in _sources(root):
         digest.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode())
@@ -95,17 +96,24 @@ def release_name(root: Path) -> str:
 
 
 def wheelhouse(target: Target, cache: Path, root: Path, *, check: bool = False) -> Wheelhouse:
-    """The wheels for a target, from the cache or fetched; with `check` only where they would be.
+    """Return the wheels for a target, from the cache or fetched.
+
+    Args:
+        cache: folder that keeps wheels.
+        root: root of the clone.
+        check: fetch nothing, only return where the wheels would be.
 
     Raises:
-        DownloadError: pip finds no wheel of something for that target, or can't reach its index.
+        DownloadError: pip finds no wheel of a package for the target, or can't reach its index.
         StorageError: the cache can't be written.
     """
     release = release_name(root)
     folder = cache / release / str(target)
     if check:
         return Wheelhouse(str(folder), release, changed=not (folder / LOCK).is_file())
-    with _alone(cache):
+    cache.mkdir(parents=True, exist_ok=True)
+    # Ansible calls this for all devices at once. Another holder of the lock ends by pip's own deadline.
+    with FileLock(cache / ".lock"):
         if (folder / LOCK).is_file():
             return Wheelhouse(str(folder), release, changed=False)
         with _part(folder) as part:
@@ -117,7 +125,7 @@ def wheelhouse(target: Target, cache: Path, root: Path, *, check: bool = False) 
 
 
 def _own_wheel(folder: Path, root: Path) -> Path:
-    """Our own code, the same for all targets."""
+    """The wdmoe wheel, which is the same for all targets."""
     built = folder / "own"
     if not built.is_dir():
         with _part(built) as part:
@@ -127,7 +135,7 @@ def _own_wheel(folder: Path, root: Path) -> Path:
 
 
 def _dependencies(target: Target, cache: Path, root: Path, own: Path) -> Path:
-    """A folder of all wheels but our own: releases that need the same ones share it."""
+    """A folder with all wheels except wdmoe's; releases with the same dependencies share it."""
     digest = hashlib.sha256()
     for name in ("pyproject.toml", "constraints.txt"):
         digest.update((root / name).read_bytes())
@@ -145,7 +153,7 @@ def _dependencies(target: Target, cache: Path, root: Path, own: Path) -> Path:
 
 
 def lock(wheels: Iterable[Path]) -> str:
-    """Requirements that name each wheel's version and SHA-256, in the format of pip's hash-checking mode."""
+    """Requirements with version and SHA-256 of each wheel, in the format of pip's hash-checking mode."""
     lines = []
     for wheel in sorted(wheels):
         name, version, *_ = wheel.name.split("-")
@@ -173,18 +181,8 @@ def _pip(*arguments: str) -> None:
 
 
 @contextmanager
-def _alone(cache: Path) -> Iterator[None]:
-    """While nobody else fills the cache: Ansible asks for all devices at once."""
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / ".lock").open("w") as file:
-        # Whoever holds it ends by pip's own deadline.
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
 def _part(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its name when the body succeeds."""
+    """A temporary folder beside `folder`, renamed to `folder` if the body succeeds."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         part = Path(temporary) / "wheels"

@@ -1,1 +1,1 @@
-"""Who may connect, and what each may read and write: certificates, frame keys, the broker's access list."""
+"""Certificates, frame keys and the broker's access list: which clients may connect, and which topics each may use."""

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 _EARLIER = timedelta(days=1)
-"""Boards without a clock that runs while they are off start in the past."""
+"""Certificates are valid from a day earlier: boards without a battery-backed clock start in the past."""
 
 
 class Issued(NamedTuple):
@@ -28,27 +28,27 @@ class Issued(NamedTuple):
 
 
 class Authority:
-    """Signs certificates and says which of them are no longer good."""
+    """Issues and revokes certificates."""
 
     def __init__(self, certificate: bytes, key: bytes) -> None:
-        """From the PEM of both.
+        """Load certificate and private key, both PEM.
 
         Raises:
-            ValueError: they are not what an authority has.
+            ValueError: one of them can't be parsed, or the key is not an elliptic curve key.
         """
         self._certificate = x509.load_pem_x509_certificate(certificate)
         private = load_pem_private_key(key, None)
         if not isinstance(private, ec.EllipticCurvePrivateKey):
-            raise ValueError("not an elliptic curve key")
+            raise ValueError("the authority's key is not an elliptic curve key")
         self._key = private
 
     def issue(self, name: str, *, days: float, hosts: Sequence[str] = ()) -> Issued:
-        """A certificate of a server, if it has hosts, else of a client.
+        """Issue a certificate: with `hosts` for a server, without for a client.
 
         Args:
-            name: its common name, which the broker takes for the user's name.
-            days: it is good for; negative for one that has expired already.
-            hosts: names and addresses that clients reach the server at.
+            name: common name, which the broker uses as user name.
+            days: validity in days; negative for a certificate that has expired already.
+            hosts: names and addresses at which clients reach the server.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         usage = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
@@ -63,11 +63,11 @@ class Authority:
         return Issued(_pem(builder.sign(self._key, hashes.SHA256())), _key_pem(key))
 
     def revocations(self, before: bytes | None, certificates: Sequence[bytes] = ()) -> bytes:
-        """The list of revoked certificates, PEM.
+        """A list of revoked certificates (CRL), PEM.
 
         Args:
-            before: the list so far.
-            certificates: PEM of those to add.
+            before: current list, PEM; None for an empty one.
+            certificates: certificates to add, PEM each.
         """
         revoked = list(x509.load_pem_x509_crl(before)) if before else []
         known = {entry.serial_number for entry in revoked}
@@ -77,7 +77,7 @@ class Authority:
             if serial not in known:
                 entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now).build()
                 revoked.append(entry)
-        # Nobody fetches the list again, and an outdated one would lock everybody out: it is good as long as we are.
+        # The list is never fetched again, and an expired one would lock out all clients: it expires with the authority.
         builder = (
             x509.CertificateRevocationListBuilder()
             .issuer_name(self._certificate.subject)
@@ -90,7 +90,7 @@ class Authority:
 
 
 def new_authority(name: str, *, days: float) -> Issued:
-    """The certificate and key of a new authority."""
+    """Make certificate and key of a new authority, valid for `days`."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = _name(name)
     certificate = (
@@ -110,12 +110,12 @@ def new_authority(name: str, *, days: float) -> Issued:
 
 
 def expiry(certificate: bytes) -> datetime:
-    """When a PEM certificate stops being good."""
+    """When a PEM certificate expires, in UTC."""
     return x509.load_pem_x509_certificate(certificate).not_valid_after_utc
 
 
 def hosts_of(certificate: bytes) -> list[str]:
-    """Names and addresses in a server's PEM certificate."""
+    """Host names and addresses in a server's PEM certificate."""
     loaded = x509.load_pem_x509_certificate(certificate)
     names = loaded.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return [str(name.value) for name in names]

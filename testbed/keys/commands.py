@@ -10,13 +10,13 @@ from wire.topics import check_name
 
 _FOLDER = click.argument("folder", type=click.Path(path_type=Path))
 _DAYS = click.option(
-    "--days", type=click.FloatRange(0, 3650, min_open=True), default=365.0, show_default=True, help="Certificates last."
+    "--days", type=click.FloatRange(0, 3650, min_open=True), default=365.0, show_default=True, help="Validity."
 )
 _SOON_DAYS = 30
 
 
 def register(cli: click.Group) -> None:
-    """Add the commands."""
+    """Add the commands to `wdmoe-testbed`."""
     cli.add_command(keys)
 
 
@@ -28,11 +28,11 @@ def keys() -> None:
 @keys.command()
 @_FOLDER
 @click.option("--host", "hosts", multiple=True, required=True, help="Name or address of the broker; repeatable.")
-@click.option("--node", "nodes", multiple=True, help="Repeatable; 'add' adds more later.")
+@click.option("--node", "nodes", multiple=True, help="Id of a node; repeatable. 'keys add' adds more later.")
 @click.option("--cluster", default="default", show_default=True)
-@click.option("--port", type=click.IntRange(1, 65535), default=8883, show_default=True, help="Of the broker.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8883, show_default=True, help="Port of the broker.")
 @click.option(
-    "--broker-folder", default="/etc/mosquitto/wdmoe", show_default=True, help="Where broker/ will be on its machine."
+    "--broker-folder", default="/etc/mosquitto/wdmoe", show_default=True, help="Where broker/ will be copied to."
 )
 @_DAYS
 def init(
@@ -71,7 +71,7 @@ def add(folder: Path, nodes: tuple[str, ...], days: float) -> None:
 @_FOLDER
 @click.argument("nodes", nargs=-1, required=True)
 def revoke(folder: Path, nodes: tuple[str, ...]) -> None:
-    """Lock NODES out and delete their keys here."""
+    """Revoke the certificates of NODES and delete their keys."""
     from testbed.keys.folder import KeyFolder
 
     KeyFolder(folder).revoke(nodes)
@@ -81,7 +81,7 @@ def revoke(folder: Path, nodes: tuple[str, ...]) -> None:
 @keys.command()
 @_FOLDER
 @click.argument("names", nargs=-1, required=True)
-@click.option("--revoke-old", is_flag=True, help="Else the old certificates stay good until they run out.")
+@click.option("--revoke-old", is_flag=True, help="Revoke the old certificates, which else stay valid.")
 @_DAYS
 def rotate(folder: Path, names: tuple[str, ...], revoke_old: bool, days: float) -> None:
     """Renew the keys of NAMES: nodes, 'bs', 'broker', or 'frames' for all frame keys."""
@@ -98,7 +98,7 @@ def rotate(folder: Path, names: tuple[str, ...], revoke_old: bool, days: float) 
 @keys.command(name="list")
 @_FOLDER
 def list_(folder: Path) -> None:
-    """Say until when each certificate is good."""
+    """Print when each certificate expires."""
     from testbed.keys.folder import KeyFolder
 
     now = datetime.now(UTC)

@@ -1,4 +1,4 @@
-"""The folder that holds all keys of a cluster, with one folder in it for each machine, to be copied there.
+"""The folder with all keys of a cluster, with a subfolder for each machine to copy there.
 
     ca.key  ca.crt  crl.pem  bundle.key     stay with the operator
     broker/   ca.crt crl.pem broker.crt broker.key acl mosquitto.conf
@@ -41,7 +41,7 @@ _RESERVED = (BASE_STATION, BROKER, FRAMES)
 
 
 class Expiry(NamedTuple):
-    """Until when somebody's certificate is good."""
+    """Owner of a certificate, and when it expires."""
 
     name: str
     until: datetime
@@ -51,19 +51,25 @@ def create(
     folder: Path, *, cluster: str, hosts: Sequence[str], nodes: Sequence[str], days: float, port: int,
     broker_folder: PurePosixPath,
 ) -> "KeyFolder":  # fmt: skip
-    """Make all keys of a new cluster; the folder appears complete or not at all.
+    """Make all keys of a new cluster. The folder appears complete or not at all.
 
     Args:
+        folder: where to make it; must not exist or be empty.
+        cluster: name of the cluster.
         hosts: names and addresses of the broker.
-        days: that certificates are good for.
-        broker_folder: where `broker/` will be on the broker's machine.
+        nodes: node ids.
+        days: validity of certificates in days.
+        port: port of the broker.
+        broker_folder: path of `broker/` on the broker's machine.
 
     Raises:
-        KeyFileError: the folder holds something already, or a name can't be a node's.
-        StorageError: it can't be written.
+        KeyFileError: the folder is not empty, or a name is not a valid node id.
+        StorageError: the folder can't be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise KeyFileError(f"{folder} is there already: name a new folder, or change this one with 'add' or 'rotate'")
+        raise KeyFileError(
+            f"{folder} exists already: give a new folder, or change this one with 'keys add' or 'keys rotate'"
+        )
     with _writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
@@ -119,7 +125,7 @@ class KeyFolder:
         """Make the keys of new nodes.
 
         Raises:
-            KeyFileError: a name is taken, reserved, or can't stand in a topic.
+            KeyFileError: a name has keys already, is reserved, or is not a valid node id.
         """
         for name in names:
             try:
@@ -127,7 +133,7 @@ class KeyFolder:
             except ValueError as error:
                 raise KeyFileError(str(error)) from None
             if name in _RESERVED or name in self.nodes or names.count(name) > 1:
-                why = "stands for something else" if name in _RESERVED else "has keys already: 'rotate' renews them"
+                why = "is a reserved name" if name in _RESERVED else "has keys already: 'keys rotate' renews them"
                 raise KeyFileError(f"'{name}' {why}")
         with _writing(self.path):
             for name in names:
@@ -135,10 +141,10 @@ class KeyFolder:
             self._write_access()
 
     def revoke(self, names: Sequence[str]) -> None:
-        """Lock nodes out: their certificates are listed as revoked, their rights and files removed.
+        """Revoke nodes' certificates, and remove their access rights and key files.
 
         Raises:
-            KeyFileError: there is no such node.
+            KeyFileError: a node has no keys in this folder.
         """
         self._check_known(names)
         folders = [self.path / "nodes" / name for name in names]
@@ -152,8 +158,9 @@ class KeyFolder:
         """Replace keys.
 
         Args:
-            names: nodes, `bs`, `broker` or `frames`: the cluster's frame key and with it every node's.
-            revoke_old: list the old certificates as revoked; else they run out by themselves.
+            names: node ids, `bs`, `broker`, or `frames` for the cluster's frame key and all keys derived from it.
+            days: validity of the new certificates in days.
+            revoke_old: revoke the old certificates; otherwise they stay valid until they expire.
 
         Raises:
             KeyFileError: a name is none of these.
@@ -177,7 +184,7 @@ class KeyFolder:
                 self._revoke(replaced)
 
     def expiries(self) -> list[Expiry]:
-        """Of all certificates, the first to run out first."""
+        """Expiry of all certificates, the earliest first."""
         with _writing(self.path):
             files = {"ca": self.path / "ca.crt"}
             files |= {name: self._certificate(name) for name in (BROKER, BASE_STATION, *self.nodes)}
@@ -185,14 +192,19 @@ class KeyFolder:
         return sorted(found, key=lambda e: e.until)
 
     def renew_broker(self, hosts: Sequence[str], *, days: float) -> None:
-        """A new certificate for the broker."""
+        """Make a new certificate for the broker.
+
+        Args:
+            hosts: names and addresses of the broker.
+            days: validity in days.
+        """
         folder = self.path / "broker"
         self._put_pair(folder, "broker", self._authority.issue(BROKER, days=days, hosts=hosts))
         _put(folder / "crl.pem", (self.path / "crl.pem").read_bytes())
         self._write_access()
 
     def renew_base_station(self, *, days: float) -> None:
-        """A new certificate for the base station."""
+        """Make a new certificate for the base station, valid for `days`."""
         self._put_pair(self.path / "bs", "bs", self._authority.issue(BASE_STATION, days=days))
         self._put_verifier(self.path / "bs")
 
@@ -226,7 +238,7 @@ class KeyFolder:
     def _check_known(self, names: Sequence[str]) -> None:
         unknown = [name for name in names if name not in self.nodes]
         if unknown:
-            raise KeyFileError(f"'{unknown[0]}' has no keys in {self.path}; these nodes have: {', '.join(self.nodes)}")
+            raise KeyFileError(f"'{unknown[0]}' has no keys in {self.path}; nodes with keys: {', '.join(self.nodes)}")
 
 
 @contextmanager
@@ -234,7 +246,7 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"can't keep keys in {folder}: {error.strerror or error}") from None
+        raise StorageError(f"can't write keys to {folder}: {error.strerror or error}") from None
 
 
 def _put(path: Path, content: bytes) -> None:

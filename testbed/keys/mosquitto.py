@@ -1,4 +1,4 @@
-"""What mosquitto is told: its configuration and its access list. Pure."""
+"""Configuration file and access list for mosquitto. Pure."""
 
 from collections.abc import Iterable
 from pathlib import PurePosixPath
@@ -11,10 +11,11 @@ _QUEUED_BYTES = 64 << 20
 
 
 def configuration(folder: PurePosixPath, *, port: int) -> str:
-    """Only over TLS, only with a certificate, whose common name is the user's name.
+    """A configuration that requires TLS and client certificates, whose common name is the user name.
 
     Args:
-        folder: where the files will be on the broker's machine.
+        folder: path of the key files on the broker's machine.
+        port: TCP port to listen on.
     """
     return (
         f"listener {port}\n"
@@ -28,11 +29,11 @@ def configuration(folder: PurePosixPath, *, port: int) -> str:
         "use_identity_as_username true\n"
         "allow_anonymous false\n"
         f"acl_file {folder / 'acl'}\n"
-        "# Without this every answer waits up to 40 ms.\n"
+        "# Without this, Nagle's algorithm delays answers by up to 40 ms.\n"
         "set_tcp_nodelay true\n"
-        "# All requests of a layer are on their way at once.\n"
+        "# All requests of a layer are in flight at once.\n"
         "max_inflight_messages 0\n"
-        "# A client that does not read, or sends what no frame is as long as, costs no more memory than this.\n"
+        "# Limits the memory for a client that does not read, or sends packets longer than any frame.\n"
         f"max_packet_size {_PACKET_BYTES}\n"
         f"max_queued_bytes {_QUEUED_BYTES}\n"
         "persistence false\n"
@@ -40,7 +41,7 @@ def configuration(folder: PurePosixPath, *, port: int) -> str:
 
 
 def access_list(cluster: str, nodes: Iterable[str]) -> str:
-    """Who may read and write which topics; all else is forbidden."""
+    """An access list with the topics that each client may read and write; all others are forbidden."""
     topics = Topics(cluster)
     blocks = [
         [
@@ -58,7 +59,7 @@ def access_list(cluster: str, nodes: Iterable[str]) -> str:
             f"topic read {topics.work(node)}",
             f"topic write {topics.results(node)}",
             f"topic write {topics.telemetry(node)}",
-            # Read as well: a node looks whether another one has its name.
+            # Nodes also read their own status, to detect another node with the same id.
             f"topic readwrite {topics.status(node)}",
         ]
         for node in sorted(nodes)

@@ -1,1 +1,1 @@
-"""Emulated Wi-Fi: a base station and nodes as network namespaces of one machine, joined by links that we control."""
+"""Emulated Wi-Fi: a base station and nodes as network namespaces of one machine, joined by configurable links."""

@@ -1,9 +1,9 @@
-"""Whether an emulated network is what its description says: iperf3 and ping against the configured links.
+"""Compare an emulated network with its description: iperf3 and ping against the configured links.
 
-Tolerances: rates within 8 %, round trips within 0.7 ms. Each node is measured alone, with the profile standing still.
+Tolerances: rates within 8 %, round trips within 0.7 ms. Each node is measured alone, with the profile held.
 Rates are TCP goodput; on a link with loss, where TCP itself backs off, they are UDP goodput at 1.2 times the rate, and
-the loss shows as what is missing. A round trip is the mean of small pings over an empty link: twice the delay, plus
-the pings' own time on the air.
+the loss shows as missing goodput. A round trip is the mean of small pings over an empty link: twice the delay, plus
+the pings' own air time.
 """
 
 import re
@@ -24,7 +24,7 @@ from rich.table import Table
 from testbed.errors import NetworkError, PreflightError
 from testbed.network.emulated import EmulatedNetwork
 from testbed.network.model import ETHERNET_BYTES, MTU_BYTES, air_bits
-from testbed.network.spec import Link
+from testbed.network.spec import LinkSpec
 
 RATE_TOLERANCE = 0.08
 RTT_TOLERANCE_MS = 0.7
@@ -39,31 +39,32 @@ _RTT_LINE = re.compile(r"time=([0-9.]+) ms")
 
 
 class RateCheck(Struct, frozen=True):
-    """One direction: goodput in Mbit/s."""
+    """Goodput of one direction of a link, in Mbit/s."""
 
     configured_mbps: float
     measured_mbps: float
 
     @property
     def error(self) -> float:
-        """Relative."""
+        """Relative error: measured / configured - 1."""
         return self.measured_mbps / self.configured_mbps - 1
 
 
 class NodeCheck(Struct, frozen=True):
-    """One node's link.
+    """Configured and measured properties of one node's link.
 
     Attributes:
-        expected_rtt_ms: of a ping.
-        measured_rtt_ms: mean.
-        median_rtt_ms: less moved by single delays of a busy machine; for information.
-        lost_percent: of round trips, of which a link with loss p loses 1 - (1 - p)².
-        late_ms: the relay's own worst delay during the check.
+        expected_rtt_ms: configured round trip of a ping.
+        measured_rtt_ms: mean round trip.
+        median_rtt_ms: median round trip, which single delays of a busy machine affect less; for information only.
+        lost_percent: lost round trips; a link with loss p loses 1 - (1 - p)² of them.
+        late_ms: largest delay that the relay itself added during the check.
+        cpu_percent: largest share of one core that the relay took during the check.
     """
 
     profile: str
     node: str
-    link: Link
+    link: LinkSpec
     down: RateCheck
     up: RateCheck
     expected_rtt_ms: float
@@ -75,17 +76,17 @@ class NodeCheck(Struct, frozen=True):
 
     @property
     def rates(self) -> tuple[RateCheck, RateCheck]:
-        """Both directions."""
+        """Rates of both directions, down first."""
         return self.down, self.up
 
     @property
     def rtt_error_ms(self) -> float:
-        """Measured minus expected."""
+        """Measured minus expected round trip, in ms."""
         return self.measured_rtt_ms - self.expected_rtt_ms
 
     @property
     def within(self) -> bool:
-        """Whether all tolerances are kept."""
+        """Whether rates and round trip are within the tolerances."""
         rates = all(abs(rate.error) <= RATE_TOLERANCE for rate in self.rates)
         return rates and abs(self.rtt_error_ms) <= RTT_TOLERANCE_MS
 
@@ -100,17 +101,18 @@ def check_network(
     out: Path | None = None,
     console: Console | None = None,
 ) -> list[NodeCheck]:
-    """Measure, print a table, and write it.
+    """Measure links, print a table per profile, and write the results.
 
     Args:
-        profiles: one after the other; the one that is set when empty. What was set is set again afterwards.
-        at_s: moment of each profile.
-        seconds: per rate.
-        out: JSON of all results.
+        profiles: checked in this order; if empty, the active one. The profile active before is restored afterwards.
+        nodes: ids of the nodes to check.
+        at_s: moment of each profile to hold it at, in seconds.
+        seconds: duration of each rate measurement.
+        out: JSON file for all results.
 
     Raises:
         PreflightError: iperf3 or ping is missing.
-        NetworkError: a link is beyond the tolerances, or can't be measured.
+        NetworkError: a link is outside the tolerances, or can't be measured.
     """
     for tool, package in (("iperf3", "iperf3"), ("ping", "iputils-ping")):
         if shutil.which(tool) is None:
@@ -142,10 +144,10 @@ def check_network(
 
 
 def check_node(network: EmulatedNetwork, profile: str, node: str, *, seconds: float = 2.0) -> NodeCheck:
-    """Measure one node's link as it is configured now.
+    """Measure one node's link as currently configured.
 
     Raises:
-        NetworkError: it can't be measured.
+        NetworkError: the link can't be measured.
     """
     link = next(n.link for n in network.status().nodes if n.node == node)
     rtts, lost_percent = _ping(network, node)
@@ -172,21 +174,21 @@ def check_node(network: EmulatedNetwork, profile: str, node: str, *, seconds: fl
     )
 
 
-def _udp_mbps(link: Link, mbps: float) -> float:
-    """What an overloaded link lets through of full UDP packets, whose headers are shorter than TCP's."""
+def _udp_mbps(link: LinkSpec, mbps: float) -> float:
+    """Goodput of full UDP packets on an overloaded link; UDP headers are shorter than TCP's."""
     share = _UDP_PAYLOAD_BYTES * 8 / air_bits(ETHERNET_BYTES + MTU_BYTES)
     return mbps * share * (1 - link.loss_percent / 100)
 
 
-def _ping_air_ms(link: Link) -> float:
+def _ping_air_ms(link: LinkSpec) -> float:
     bits = air_bits(_PING_FRAME_BYTES)
     return bits / link.down_mbps / 1e3 + bits / link.up_mbps / 1e3
 
 
 def _ping(network: EmulatedNetwork, node: str) -> tuple[list[float], float]:
-    """Round trips in ms, and the percentage lost."""
+    """Return round trips in ms, and the percentage of pings lost."""
     address = network.node_address(node)
-    # The first one also waits for ARP.
+    # The first ping also waits for ARP, so these are not counted.
     _run([*network.bs_prefix(), "ping", "-n", "-q", "-c", "3", "-i", "0.05", "-W", "2", address], timeout_s=20)
     argv = ["ping", "-n", "-c", str(_PINGS), "-i", str(_PING_INTERVAL_S), "-W", "1", "-s", str(_PING_BYTES), address]
     done = _run([*network.bs_prefix(), *argv], timeout_s=30)
@@ -196,8 +198,8 @@ def _ping(network: EmulatedNetwork, node: str) -> tuple[list[float], float]:
     return rtts, 100 * (1 - len(rtts) / _PINGS)
 
 
-def _iperf(network: EmulatedNetwork, node: str, link: Link, mbps: float, *, reverse: bool, seconds: float) -> float:
-    """Goodput in Mbit/s as the receiver saw it, without the first second's slow start."""
+def _iperf(network: EmulatedNetwork, node: str, link: LinkSpec, mbps: float, *, reverse: bool, seconds: float) -> float:
+    """Goodput in Mbit/s at the receiver, without the first second's slow start."""
     argv = ["iperf3", "--json", "-c", network.node_address(node), "-t", str(seconds), "-O", "1"]
     if reverse:
         argv.append("--reverse")
@@ -232,16 +234,16 @@ def _iperf_server(network: EmulatedNetwork, node: str) -> Iterator[None]:
 
 
 def _wait_for_listener(network: EmulatedNetwork, node: str, server: subprocess.Popen[bytes]) -> None:
-    """Wait until iperf3 listens, without connecting: it serves one client only."""
+    """Wait until iperf3 listens, without connecting: with --one-off it serves only one client."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise NetworkError(f"iperf3 ends at once on {node}: does another one run there?")
+            raise NetworkError(f"iperf3 exited at once on {node}: is another iperf3 running there?")
         sockets = _run([*network.prefix(node), "cat", "/proc/net/tcp", "/proc/net/tcp6"], timeout_s=10).stdout
         if any(line.split()[1].endswith(":1451") and line.split()[3] == "0A" for line in sockets.splitlines()):
             return
         time.sleep(0.02)
-    raise NetworkError(f"iperf3 does not start on {node}")
+    raise NetworkError(f"iperf3 did not start listening on {node} within 10 s")
 
 
 def _run(argv: list[str], *, timeout_s: float) -> subprocess.CompletedProcess[str]:

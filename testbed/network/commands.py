@@ -1,4 +1,4 @@
-"""`wdmoe-testbed net`: emulated networks. Heavy imports wait until a command needs them."""
+"""`wdmoe-testbed net`: emulated networks. Modules that are slow to import are imported inside the commands."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ from testbed.errors import NetworkError
 if TYPE_CHECKING:
     from testbed.network.control import NetworkStatus
 
-_NAME = click.option("--name", help="Which network; needed where several are up.")
+_NAME = click.option("--name", help="Name of the network; needed if several are up.")
 
 
 def register(group: click.Group) -> None:
@@ -25,9 +25,9 @@ def net() -> None:
 
 @net.command()
 @click.argument("spec", type=click.Path(path_type=Path))
-@click.option("--profile", help="Instead of the first one.")
+@click.option("--profile", help="Profile to start with, instead of the first one.")
 def up(spec: Path, profile: str | None) -> None:
-    """Bring a network up; it stays until `down`."""
+    """Bring up the network that SPEC describes; it stays up until `net down`."""
     from testbed.network.emulated import down as take_down
     from testbed.network.emulated import up as bring_up
 
@@ -45,9 +45,9 @@ def up(spec: Path, profile: str | None) -> None:
 
 
 @net.command()
-@click.option("--name", help="Only this network; else all.")
+@click.option("--name", help="Only this network.  [default: all]")
 def down(name: str | None) -> None:
-    """Take networks down and remove everything of them, also after a crash."""
+    """Take networks down and remove all their namespaces and files, also after a crash."""
     from testbed.network.emulated import down as take_down
     from testbed.network.emulated import leftovers
     from testbed.network.namespaces import check_privileges
@@ -65,9 +65,9 @@ def down(name: str | None) -> None:
 
 @net.command()
 @_NAME
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(name: str | None, as_json: bool) -> None:
-    """The links as they are now, what they carried, and how the relay keeps up."""
+    """Show the current links, their traffic, and the relay's load."""
     import msgspec
 
     from testbed.network.emulated import attach_by_name
@@ -83,7 +83,7 @@ def status(name: str | None, as_json: bool) -> None:
 @_NAME
 @click.argument("profile")
 def set_(name: str | None, profile: str) -> None:
-    """Start a profile from its beginning."""
+    """Switch to PROFILE, from its beginning."""
     from testbed.network.emulated import attach_by_name
 
     attach_by_name(name).set_profile(profile)
@@ -92,12 +92,12 @@ def set_(name: str | None, profile: str) -> None:
 
 @net.command()
 @_NAME
-@click.option("--profile", "profiles", multiple=True, help="Repeatable; else the one that is set.")
-@click.option("--all-profiles", is_flag=True, help="Every profile of the network.")
-@click.option("--node", "nodes", multiple=True, help="Repeatable; else all.")
-@click.option("--at", "at_s", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Second of a profile.")
-@click.option("--seconds", type=click.FloatRange(1, 60), default=2.0, show_default=True, help="Per rate.")
-@click.option("--out", type=click.Path(path_type=Path), help="Also as JSON.")
+@click.option("--profile", "profiles", multiple=True, help="Repeatable.  [default: the active one]")
+@click.option("--all-profiles", is_flag=True, help="Check every profile of the network.")
+@click.option("--node", "nodes", multiple=True, help="Repeatable.  [default: all]")
+@click.option("--at", "at_s", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Profile's second.")
+@click.option("--seconds", type=click.FloatRange(1, 60), default=2.0, show_default=True, help="For each rate.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the results as JSON.")
 def check(
     name: str | None,
     profiles: tuple[str, ...],
@@ -107,7 +107,7 @@ def check(
     seconds: float,
     out: Path | None,
 ) -> None:
-    """Compare the links with what iperf3 and ping measure; the profile stands still meanwhile."""
+    """Compare the configured links with iperf3 and ping; the profile is held meanwhile."""
     from testbed.network.check import check_network
     from testbed.network.emulated import attach_by_name
 
@@ -144,6 +144,6 @@ def _print(status: "NetworkStatus") -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"relay: process {status.pid}, {status.cpu_percent:.0f} % of a core, worst delay of its own "
-        f"{status.late_ms:.2f} ms in the last second"
+        f"relay: process {status.pid}, {status.cpu_percent:.0f} % of a core, at most "
+        f"{status.late_ms:.2f} ms late in the last second"
     )

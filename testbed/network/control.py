@@ -1,6 +1,6 @@
-"""The control socket of a running network: one JSON line asks, one JSON line answers.
+"""The control socket of a running network: one request and one reply per connection, each a line of JSON.
 
-It is a Unix socket, so that it can be reached from inside every network namespace, and only by its owner.
+It is a Unix socket: reachable from inside every network namespace, but only by its owner.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from testbed.errors import NetworkError, PrivilegeError
-from testbed.network.spec import Link
+from testbed.network.spec import LinkSpec
 
 MAX_REQUEST_BYTES = 4096
 MAX_REPLY_BYTES = 1 << 20
@@ -22,33 +22,34 @@ _CLIENT_S = 2.0
 
 
 class SetProfile(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag="set"):
-    """Start a profile from its beginning."""
+    """Request: switch to a profile, from its beginning."""
 
     profile: str
 
 
 class Hold(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag="hold"):
-    """Stand still at a moment of the profile; None starts it again."""
+    """Request: hold the profile at the moment `at_s`; None restarts it from its beginning."""
 
     at_s: float | None = None
 
 
 class GetStatus(Struct, frozen=True, forbid_unknown_fields=True, tag_field="do", tag="status"):
-    """Ask only."""
+    """Request: change nothing, only return the status."""
 
 
 Request = SetProfile | Hold | GetStatus
 
 
 class Counters(Struct, frozen=True):
-    """One direction of one link since the network came up.
+    """Traffic of one direction of one link since the network came up.
 
     Attributes:
-        sent_bytes: with Ethernet headers, that reached the other end.
-        dropped_frames: the queue was full.
-        lost_frames: lost on the air.
-        waiting_frames: in the queue now.
-        waiting_ms: what they take at the link's rate.
+        sent_frames: frames delivered to the other end.
+        sent_bytes: their bytes, with Ethernet headers.
+        dropped_frames: frames dropped because the queue was full.
+        lost_frames: frames lost on the air.
+        waiting_frames: frames in the queue now.
+        waiting_ms: time that the queued frames take at the link's rate.
     """
 
     sent_frames: int
@@ -59,23 +60,25 @@ class Counters(Struct, frozen=True):
     waiting_ms: float
 
 
-class NodeStatus(Struct, frozen=True):
-    """One node's link now."""
+class NodeLinkStatus(Struct, frozen=True):
+    """Configuration and traffic of one node's link at the moment."""
 
     node: str
     address: str
-    link: Link
+    link: LinkSpec
     down: Counters
     up: Counters
 
 
 class NetworkStatus(Struct, frozen=True, kw_only=True):
-    """A running network.
+    """State of a running network.
 
     Attributes:
-        at_s: since the profile was set, or the moment at which it is held.
-        late_ms: the worst delay of the relay itself within the last second; it adds to the links' delays.
-        cpu_percent: what the relay took of one core within the last second.
+        pid: process id of the relay.
+        at_s: seconds since the profile was set, or the moment at which it is held.
+        held: whether the profile is held.
+        late_ms: largest delay that the relay itself added in the last second, on top of the links' delays.
+        cpu_percent: share of one core that the relay took in the last second.
     """
 
     name: str
@@ -87,21 +90,21 @@ class NetworkStatus(Struct, frozen=True, kw_only=True):
     held: bool
     late_ms: float
     cpu_percent: float
-    nodes: list[NodeStatus]
+    nodes: list[NodeLinkStatus]
 
 
 class Refusal(Struct, frozen=True):
-    """The answer to what can't be done."""
+    """Reply to a request that can't be fulfilled, with the reason."""
 
     error: str
 
 
 class ControlServer:
-    """The relay's end; never blocks.
+    """The relay's end of the control socket; never blocks.
 
     Args:
-        path: of the socket, must not exist.
-        answer: from a request to its reply; `ValueError` is told to the client.
+        path: where to make the socket; must not exist.
+        answer: handles a request; the client gets the message of a `ValueError`.
     """
 
     def __init__(self, path: Path, answer: Callable[[Request], NetworkStatus]) -> None:
@@ -113,11 +116,11 @@ class ControlServer:
         self._listener.listen(_MAX_CLIENTS)
 
     def filenos(self) -> list[int]:
-        """What to wait for."""
+        """File descriptors to wait for."""
         return [self._listener.fileno(), *self._clients]
 
     def handle(self, fileno: int) -> None:
-        """Something happened on one of `filenos`."""
+        """Accept, read or reply, after the descriptor `fileno` became readable."""
         if fileno == self._listener.fileno():
             self._accept()
         elif fileno in self._clients:
@@ -131,7 +134,7 @@ class ControlServer:
                     self._drop(fileno)
 
     def drop_late(self) -> None:
-        """Close connections whose request does not come."""
+        """Close connections whose request did not arrive within its deadline."""
         for fileno, (_, _, deadline) in list(self._clients.items()):
             if time.monotonic() > deadline:
                 self._drop(fileno)
@@ -158,7 +161,7 @@ class ControlServer:
             reply = self._answer(msgspec.json.decode(line, type=Request))
         except (msgspec.DecodeError, ValueError) as error:
             reply = Refusal(str(error))
-        # A client that does not read is not waited for: frames are.
+        # Never wait for a client that does not read: that would delay frames.
         with contextlib.suppress(OSError):
             client.send(msgspec.json.encode(reply) + b"\n")
 
@@ -167,11 +170,11 @@ class ControlServer:
 
 
 def ask(path: Path, request: Request, *, timeout_s: float = 5.0) -> NetworkStatus:
-    """Ask a running network.
+    """Send a request to a running network and return its status afterwards.
 
     Raises:
-        PrivilegeError: it belongs to somebody else.
-        NetworkError: it does not answer, or refuses.
+        PrivilegeError: the network belongs to another user.
+        NetworkError: the network does not answer in time, or refuses.
     """
     deadline = time.monotonic() + timeout_s
     received = bytearray()
@@ -199,9 +202,9 @@ def _decode(received: bytes, path: Path) -> NetworkStatus:
     line, end, _ = received.partition(b"\n")
     try:
         if not end:
-            raise NetworkError(f"the emulated network broke off its answer on {path}")
+            raise NetworkError(f"the emulated network closed {path} in the middle of its reply")
         if b'"error"' in line[:16]:
             raise NetworkError(msgspec.json.decode(line, type=Refusal).error)
         return msgspec.json.decode(line, type=NetworkStatus)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise NetworkError(f"the emulated network gives an answer that can't be read: {error}") from None
+        raise NetworkError(f"the emulated network sent an invalid reply: {error}") from None

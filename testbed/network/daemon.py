@@ -1,8 +1,7 @@
 """The process behind an emulated network: `python -m testbed.network.daemon NAME READY_FD [OWNER]`. Started by `up`.
 
-It makes the namespaces and TAPs, tells through READY_FD that it is ready or what is wrong, and relays until SIGTERM,
-or until the process OWNER has ended, however it ended.
-Whatever way it ends, its TAPs end with it; `down` removes what else is left.
+It makes the namespaces and TAPs, writes to READY_FD that it is ready or what went wrong, and relays until SIGTERM or
+until the process OWNER has ended. Its TAPs vanish with it, however it ends; `down` removes everything else.
 """
 
 import ctypes
@@ -20,7 +19,7 @@ import msgspec
 
 from common.errors import WdmoeError
 from testbed.network import namespaces
-from testbed.network.control import ControlServer, Counters, Hold, NetworkStatus, NodeStatus, Request, SetProfile
+from testbed.network.control import ControlServer, Counters, Hold, NetworkStatus, NodeLinkStatus, Request, SetProfile
 from testbed.network.model import MTU_BYTES, AirModel
 from testbed.network.relay import Relay, mac
 from testbed.network.spec import NetworkSpec, read_spec
@@ -31,7 +30,7 @@ BASE_STATION = "bs"
 READY = "ready"
 
 _TICK_S = 0.05
-"""Between two looks at the timeline: a ramp's steps."""
+"""Interval of timeline updates, which is the step size of ramps."""
 _HEALTH_S = 1.0
 _PR_SET_TIMERSLACK = 29
 
@@ -40,11 +39,11 @@ class Daemon:
     """A running network, single-threaded.
 
     Args:
-        state: with the description in it.
-        owner: process with which the network ends; None if it stays.
+        state: the network's files, with the description already there.
+        owner: id of the process whose end also ends the network; None for a network that stays.
 
     Attributes:
-        own_core: the relay does not sleep while frames come.
+        own_core: whether the relay may busy-wait while frames arrive.
     """
 
     def __init__(self, state: State, owner: int | None) -> None:
@@ -52,7 +51,7 @@ class Daemon:
         self._spec = spec = read_spec(state.spec)
         self._spec_sha256 = hashlib.sha256(state.spec.read_bytes()).hexdigest()
         self._model = AirModel(len(spec.node_ids), queue_s=spec.queue_ms / 1e3, seed=spec.seed)
-        # One for each node, the base station and the broker, and this one.
+        # A core for each node, the base station, the broker, and the relay.
         self.own_core = len(os.sched_getaffinity(0)) >= len(spec.node_ids) + 3
         self._relay = Relay(_open_taps(spec), self._model, own_core=self.own_core)
         self._control = ControlServer(state.control, self._answer)
@@ -64,7 +63,7 @@ class Daemon:
         self._configure(now)
 
     def run(self) -> None:
-        """Relay until a signal, or until the owner has ended."""
+        """Relay frames until a signal arrives or the owner has ended."""
         tick = time.monotonic()
         while True:
             for fileno in self._relay.wait(tick, [*self._control.filenos(), *self._owner]):
@@ -125,7 +124,7 @@ class Daemon:
             late_ms=self._late_s * 1e3,
             cpu_percent=self._cpu_share * 100,
             nodes=[
-                NodeStatus(node, self._spec.address(k + 1), self._timeline.links[node], down[k], up[k])
+                NodeLinkStatus(node, self._spec.address(k + 1), self._timeline.links[node], down[k], up[k])
                 for k, node in enumerate(self._spec.node_ids)
             ],
         )
@@ -142,19 +141,21 @@ def _open_taps(spec: NetworkSpec) -> list[int]:
     return taps
 
 
-def _come_first(*, own_core: bool) -> None:
-    """Ask not to wait for a core behind what is measured, even if that was started with real-time priority itself
-    (`chrt`); where asking is not allowed, it goes without."""
+def _raise_priority(*, own_core: bool) -> None:
+    """Take precedence over the processes being measured, even if those run with real-time priority (`chrt`).
+
+    Without the permission to do so, the relay keeps its priority.
+    """
     with suppress(PermissionError):
         if own_core:
-            # The kernel stops real-time processes that never sleep for 50 ms of each second.
+            # The kernel pauses real-time processes that never sleep for 50 ms of each second.
             os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
             os.setpriority(os.PRIO_PROCESS, 0, -20)
         else:
             os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(os.sched_getparam(0).sched_priority + 1))
-    # Without real-time priority, the kernel wakes who waits for a time up to 50 µs late to save power; here 1 ns.
+    # Without real-time priority, the kernel delays timers by up to 50 µs to save power: reduce that to 1 ns.
     ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
-    # Nothing below makes cycles; a collection would only hold up frames.
+    # Nothing below makes reference cycles; a collection would only delay frames.
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -165,7 +166,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Entry of the process."""
+    """Entry point of the relay process."""
     name, ready_fd, *owner = sys.argv[1:]
     state = State(name)
     state.write_pid()
@@ -178,7 +179,7 @@ def main() -> None:
         except (WdmoeError, ProcessLookupError) as error:
             ready.write(str(error))
             raise SystemExit(1) from None
-        _come_first(own_core=daemon.own_core)
+        _raise_priority(own_core=daemon.own_core)
         ready.write(READY)
     daemon.run()
 

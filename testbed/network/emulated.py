@@ -1,4 +1,4 @@
-"""Bring emulated networks up and down, and use a running one."""
+"""Bring emulated networks up and down, and control a running one."""
 
 import hashlib
 import os
@@ -30,7 +30,7 @@ class EmulatedNetwork:
 
     Attributes:
         spec: its description.
-        truth_path: JSON lines: time, node, profile and the link's quantities, one line per change.
+        truth_path: JSON lines with the configured links: time, node, profile and the link's values, a line per change.
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
@@ -52,32 +52,32 @@ class EmulatedNetwork:
         """A node's IPv4 address.
 
         Raises:
-            NetworkError: there is no such node.
+            NetworkError: the network has no such node.
         """
         return self.spec.address(1 + self._index(node))
 
     def bs_prefix(self) -> list[str]:
-        """What to put before a command so that it runs on the base station."""
+        """Words to put before a command to run it on the base station."""
         return _enter(self.spec.name, BASE_STATION)
 
     def prefix(self, node: str) -> list[str]:
-        """What to put before a command so that it runs on `node`.
+        """Words to put before a command to run it on `node`.
 
         Raises:
-            NetworkError: there is no such node.
+            NetworkError: the network has no such node.
         """
         return _enter(self.spec.name, self.nodes[self._index(node)])
 
     def set_profile(self, name: str) -> None:
-        """Start a profile from its beginning.
+        """Switch to a profile, from its beginning.
 
         Raises:
-            NetworkError: there is none of that name, or the network does not answer.
+            NetworkError: there is no profile of that name, or the network does not answer.
         """
         self.ask(SetProfile(name))
 
     def hold(self, at_s: float | None) -> None:
-        """Stand still at a moment of the profile; None starts it again from its beginning.
+        """Hold the profile at a moment, in seconds; None restarts it from its beginning.
 
         Raises:
             NetworkError: the network does not answer.
@@ -85,7 +85,7 @@ class EmulatedNetwork:
         self.ask(Hold(at_s))
 
     def truth(self) -> list[tuple[str, str, float]]:
-        """The links as they are configured now: node, quantity with its unit, value.
+        """The links as currently configured: (node, quantity with its unit, value) each.
 
         Raises:
             NetworkError: the network does not answer.
@@ -97,7 +97,7 @@ class EmulatedNetwork:
         ]
 
     def status(self) -> NetworkStatus:
-        """Links, counters and the relay's own load.
+        """Links, traffic counters and the relay's load.
 
         Raises:
             NetworkError: the network does not answer.
@@ -105,10 +105,10 @@ class EmulatedNetwork:
         return self.ask(GetStatus())
 
     def ask(self, request: Request) -> NetworkStatus:
-        """Ask the relay.
+        """Send a request to the relay.
 
         Raises:
-            NetworkError: it does not answer, or refuses.
+            NetworkError: the relay does not answer, or refuses.
         """
         return ask(self._state.control, request)
 
@@ -119,15 +119,15 @@ class EmulatedNetwork:
 
 
 def up(spec_path: Path, *, owned: bool = False) -> EmulatedNetwork:
-    """Bring a network up, after removing what a crashed one of the same name left.
+    """Bring a network up, after removing the remains of a crashed one with the same name.
 
     Args:
-        owned: it ends with this process, even if that is killed.
+        owned: the network ends with this process, even if the process is killed.
 
     Raises:
         NetworkSpecError: the description is wrong.
-        PrivilegeError: this process may not.
-        NetworkError: one of that name is up, or it does not come up.
+        PrivilegeError: this process lacks the rights.
+        NetworkError: a network with that name is up already, or this one does not come up.
     """
     spec = read_spec(spec_path)
     namespaces.check_privileges()
@@ -148,12 +148,12 @@ def up(spec_path: Path, *, owned: bool = False) -> EmulatedNetwork:
 
 
 def attach(spec_path: Path) -> EmulatedNetwork:
-    """Use a network that is up, from a process in any of its namespaces or outside.
+    """Connect to a network that is up, from a process in any of its namespaces or outside.
 
     Raises:
         NetworkSpecError: the description is wrong.
-        PrivilegeError: it belongs to root, and this process does not.
-        NetworkError: it is not up, or was brought up with another description.
+        PrivilegeError: the network belongs to root, and this process does not run as root.
+        NetworkError: the network is not up, or was brought up with another description.
     """
     network = EmulatedNetwork(read_spec(spec_path))
     _check_up(network.spec.name)
@@ -166,11 +166,11 @@ def attach(spec_path: Path) -> EmulatedNetwork:
 
 
 def attach_by_name(name: str | None) -> EmulatedNetwork:
-    """Use the network of that name, or the only one.
+    """Connect to the network with that name, or without a name to the only one.
 
     Raises:
-        PrivilegeError: it belongs to root, and this process does not.
-        NetworkError: it is not up, or there are several.
+        PrivilegeError: the network belongs to root, and this process does not run as root.
+        NetworkError: the network is not up, or several are up and no name is given.
     """
     if name is None:
         name = only_name(sorted(set(state.known())))
@@ -179,32 +179,32 @@ def attach_by_name(name: str | None) -> EmulatedNetwork:
 
 
 def only_name(names: list[str]) -> str:
-    """The network that is meant when none is named.
+    """The only one of `names`.
 
     Raises:
-        NetworkError: there is none, or not one.
+        NetworkError: there is no name, or more than one.
     """
     if not names:
         raise NetworkError("no emulated network is up: 'wdmoe-testbed net up SPEC' brings one up")
     if len(names) > 1:
-        raise NetworkError(f"several networks are up, say --name: {', '.join(names)}")
+        raise NetworkError(f"several networks are up, choose one with --name: {', '.join(names)}")
     return names[0]
 
 
 def leftovers() -> list[str]:
-    """Networks that are up, or of which a crash left something.
+    """Names of networks that are up or left something behind after a crash.
 
     Raises:
-        PrivilegeError: they belong to root, and this process does not.
+        PrivilegeError: the networks belong to root, and this process does not run as root.
     """
     return sorted({*state.known(), *namespaces.existing()})
 
 
 def down(name: str) -> None:
-    """End a network and remove everything of it; also what a crash left.
+    """End a network and remove its namespaces and files, also after a crash.
 
     Raises:
-        PrivilegeError: this process may not.
+        PrivilegeError: this process lacks the rights.
         NetworkError: its relay does not end.
     """
     namespaces.check_privileges()
@@ -214,12 +214,12 @@ def down(name: str) -> None:
 
 @contextmanager
 def emulated(spec_path: Path) -> Iterator[EmulatedNetwork]:
-    """A network that lives as long as the context.
+    """Bring a network up for the duration of the context.
 
     Raises:
         NetworkSpecError: the description is wrong.
-        PrivilegeError: this process may not.
-        NetworkError: one of that name is up, or it does not come up.
+        PrivilegeError: this process lacks the rights.
+        NetworkError: a network with that name is up already, or this one does not come up.
     """
     network = up(spec_path, owned=True)
     try:
@@ -238,40 +238,41 @@ def _check_up(name: str) -> None:
     files = State(name)
     if files.relay() is None:
         raise NetworkError(
-            f"the network '{name}' has crashed ({_last_words(files)}): 'wdmoe-testbed net down' cleans up"
+            f"the network '{name}' has crashed ({_last_log_line(files)}): 'wdmoe-testbed net down' cleans up"
         )
 
 
 def _start(name: str, files: State, *, owned: bool) -> None:
     owner = [str(os.getpid())] if owned else []
-    told, tell = os.pipe()
+    ready_fd, child_fd = os.pipe()
     try:
         try:
             with files.log.open("ab") as log:
-                # setsid --fork: init becomes its parent, nobody has to wait for it.
+                # setsid --fork makes init the parent of the relay, so this process need not wait for it.
                 subprocess.run(
-                    ["setsid", "--fork", sys.executable, "-m", "testbed.network.daemon", name, str(tell), *owner],
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(tell,), timeout=_READY_S, check=True,
+                    ["setsid", "--fork", sys.executable, "-m", "testbed.network.daemon", name, str(child_fd), *owner],
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(child_fd,), timeout=_READY_S,
+                    check=True,
                 )  # fmt: skip
         finally:
-            os.close(tell)
-        answer = _read_all(told, _READY_S)
+            os.close(child_fd)
+        answer = _read_all(ready_fd, _READY_S)
     finally:
-        os.close(told)
+        os.close(ready_fd)
     if answer != READY:
-        raise NetworkError(f"the network '{name}' does not come up: {answer or _last_words(files)}")
+        raise NetworkError(f"the network '{name}' does not come up: {answer or _last_log_line(files)}")
 
 
-def _last_words(files: State) -> str:
+def _last_log_line(files: State) -> str:
     try:
         lines = files.log.read_text(errors="replace").strip().splitlines()
     except FileNotFoundError:
         lines = []
-    return lines[-1] if lines else "its relay said nothing"
+    return lines[-1] if lines else "its log is empty"
 
 
 def _read_all(fileno: int, timeout_s: float) -> str:
-    """What comes until the other end is closed, or nothing if that takes too long."""
+    """Text that arrives until the other end is closed; empty if that takes longer than `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     received = b""
     while select.select([fileno], (), (), max(0.0, deadline - time.monotonic()))[0]:
@@ -292,7 +293,7 @@ def _clean(name: str, files: State) -> None:
                 if psutil.wait_procs([process], timeout=_STOP_S)[1]:
                     raise NetworkError(f"the relay of the network '{name}' (process {process.pid}) does not end")
         except psutil.AccessDenied:
-            raise PrivilegeError(f"the network '{name}' belongs to somebody else: run as root") from None
+            raise PrivilegeError(f"the network '{name}' belongs to another user: run as root") from None
         except psutil.NoSuchProcess:
             pass
     for namespace in namespaces.existing().get(name, []):

@@ -1,12 +1,12 @@
-"""What happens to frames on the air. Pure: times come in, frames come out, and nothing here waits or does I/O.
+"""A model of frames on the air. Pure: the caller passes the time, and nothing here waits or does I/O.
 
-Every node has two queues, down and up. A *channel* serves its queues one frame at a time: a frame takes its bits
-divided by its link's rate, and is then under way for the link's delay. Dedicated links have a channel per queue. On
-shared air there is one channel for all: stations (the base station is one) take turns by frame, and the base
-station's own queues take turns within its turn, so that a frame waits for every other station at most once.
+Every node has two queues, down and up. A *channel* serves its queues one frame at a time: a frame occupies
+the channel for its bits divided by its link's rate, and arrives after the link's delay. Dedicated links have a channel
+per queue. On shared air there is one channel for all: stations (the base station is one) take turns frame by frame,
+and the base station's queues take turns within its turn, so a frame waits for each other station at most once.
 
-Rates are TCP goodput of full segments: of 1500 bytes of IP, 1448 are payload. What iperf3 shows, and what an
-application sees, is then the configured rate; on the air IP packets come 3.6 % faster.
+Rates are TCP goodput of full segments: of 1500 bytes of IP, 1448 are payload. iperf3 and
+applications then see the configured rate; IP packets cross the air 3.6 % faster.
 """
 
 import heapq
@@ -15,18 +15,18 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from enum import IntEnum
 
-from testbed.network.spec import Link
+from testbed.network.spec import LinkSpec
 
 ETHERNET_BYTES = 14
 MTU_BYTES = 1500
 GOODPUT_SHARE = 1448 / MTU_BYTES
-"""Of an IP packet's bits, with IPv4, TCP and its time stamps."""
+"""Payload share of a full IP packet with IPv4 and TCP headers and TCP time stamps."""
 MIN_QUEUE_FRAMES = 16
-"""A slow link holds a burst of these, however long they take."""
+"""A queue always holds this many frames, so a slow link does not drop short bursts."""
 
 
 class Direction(IntEnum):
-    """Which way a frame goes."""
+    """Direction of a frame: DOWN from the base station to a node, UP from a node to the base station."""
 
     DOWN = 0
     UP = 1
@@ -36,7 +36,7 @@ def air_bits(frame_bytes: int) -> float:
     """Bits of a frame that count against a link's rate.
 
     Args:
-        frame_bytes: with its Ethernet header.
+        frame_bytes: length with the Ethernet header.
     """
     return max(frame_bytes - ETHERNET_BYTES, 1) * 8 * GOODPUT_SHARE
 
@@ -45,13 +45,13 @@ class Queue:
     """One direction of one node's link.
 
     Attributes:
-        node: its number.
-        rate_bps: goodput.
-        waiting: frames with the time of their arrival and their bits.
-        waiting_bits: their sum.
-        sent_frames: that reached the other end; likewise `sent_bytes`.
-        dropped_frames: for which there was no room.
-        lost_frames: on the air.
+        node: number of the node, from 0.
+        rate_bps: TCP goodput in bit/s.
+        waiting: queued frames, each with its time of arrival and its bits.
+        waiting_bits: sum of the queued bits.
+        sent_frames, sent_bytes: delivered to the other end.
+        dropped_frames: dropped because the queue was full.
+        lost_frames: lost on the air.
     """
 
     __slots__ = (
@@ -86,7 +86,7 @@ class Queue:
 
     @property
     def station(self) -> int:
-        """Who sends: -1 is the base station."""
+        """Number of the sending station: the node's, or -1 for the base station."""
         return self.node if self.direction is Direction.UP else -1
 
 
@@ -94,19 +94,19 @@ class Channel:
     """A medium that carries one frame at a time.
 
     Attributes:
-        free_at: when the frame on the air ends.
-        asked: whether an event for `free_at` is on its way.
+        free_at: time at which the current frame leaves the channel.
+        scheduled: whether an event for the next transmission is pending.
     """
 
-    __slots__ = ("_turns", "asked", "free_at")
+    __slots__ = ("_turns", "free_at", "scheduled")
 
     def __init__(self) -> None:
         self.free_at = 0.0
-        self.asked = False
+        self.scheduled = False
         self._turns: deque[deque[Queue]] = deque()
 
     def add(self, queue: Queue) -> None:
-        """A queue has something to send, and had nothing before."""
+        """Add a queue that was empty and now has a frame to send."""
         for turn in self._turns:
             if turn[0].station == queue.station:
                 turn.append(queue)
@@ -114,16 +114,16 @@ class Channel:
         self._turns.append(deque([queue]))
 
     def clear(self) -> None:
-        """Forget all queues: another channel serves them."""
+        """Remove all queues, before another channel serves them."""
         self._turns.clear()
 
     @property
     def wanted(self) -> bool:
-        """Whether a frame waits for it."""
+        """Whether any frame waits for this channel."""
         return bool(self._turns)
 
     def next(self) -> Queue:
-        """Whose turn it is, when the channel is wanted; the caller takes a frame from that queue."""
+        """The queue whose turn it is. Call only if `wanted`, and then take one frame from that queue."""
         turn = self._turns.popleft()
         queue = turn.popleft()
         if len(queue.waiting) > 1:
@@ -137,9 +137,9 @@ class AirModel:
     """All links of an emulated network.
 
     Args:
-        nodes: how many.
-        queue_s: a frame that would wait longer at its link's rate is dropped.
-        seed: of loss and jitter.
+        nodes: number of nodes.
+        queue_s: queue length in seconds at the link's rate; a frame that would wait longer is dropped.
+        seed: seeds loss and jitter.
     """
 
     def __init__(self, nodes: int, *, queue_s: float, seed: int = 0) -> None:
@@ -153,8 +153,8 @@ class AirModel:
             [Queue(k, Direction.UP) for k in range(nodes)],
         )
 
-    def configure(self, now: float, links: Sequence[Link], *, shared_air: bool) -> None:
-        """Give the links of all nodes; frames already on the air are not affected, waiting ones stay.
+    def configure(self, now: float, links: Sequence[LinkSpec], *, shared_air: bool) -> None:
+        """Set the links of all nodes. Frames on the air are not affected, queued frames stay queued.
 
         Args:
             now: seconds, never less than in earlier calls.
@@ -175,11 +175,11 @@ class AirModel:
             queue.channel = common if shared_air else Channel()
             if queue.waiting:
                 queue.channel.add(queue)
-                if not queue.channel.asked:
-                    self._ask(queue.channel, now)
+                if not queue.channel.scheduled:
+                    self._schedule(queue.channel, now)
 
     def offer(self, now: float, node: int, direction: Direction, frame: bytes) -> bool:
-        """A frame comes to its sender's queue.
+        """Put a frame into its sender's queue.
 
         Args:
             now: seconds, never less than in earlier calls.
@@ -193,20 +193,20 @@ class AirModel:
             queue.dropped_frames += 1
             return False
         channel = queue.channel
-        if not channel.asked and channel.free_at <= now:
-            # Nobody waits, so that its turn is now.
+        if not channel.scheduled and channel.free_at <= now:
+            # The channel is idle and no other frame waits: send at once.
             self._put_on_air(queue, now, bits, frame)
             return True
         if not queue.waiting:
             channel.add(queue)
         queue.waiting.append((now, bits, frame))
         queue.waiting_bits += bits
-        if not channel.asked:
-            self._ask(channel, channel.free_at)
+        if not channel.scheduled:
+            self._schedule(channel, channel.free_at)
         return True
 
     def due(self, now: float) -> Iterator[tuple[int, Direction, bytes]]:
-        """Frames that have reached the other end by now, in order of time: node, direction, frame."""
+        """Yield (node, direction, frame) for each frame that has arrived by `now`, in order of arrival."""
         events = self._events
         while events and events[0][0] <= now:
             time, _, subject, frame = heapq.heappop(events)
@@ -218,11 +218,11 @@ class AirModel:
                 yield subject.node, subject.direction, frame
 
     def wake_at(self) -> float:
-        """When `due` has something to do next; infinity when nothing is under way."""
+        """Time of the next event for `due`; infinity if there is none."""
         return self._events[0][0] if self._events else float("inf")
 
     def counters(self) -> Mapping[str, list[dict[str, float]]]:
-        """Per direction and node: what was sent, dropped, lost and is waiting."""
+        """By direction (`down`, `up`), per node: frames and bytes sent, dropped, lost and waiting."""
         return {
             direction.name.lower(): [
                 {
@@ -238,8 +238,8 @@ class AirModel:
             for direction in Direction
         }
 
-    def _ask(self, channel: Channel, time: float) -> None:
-        channel.asked = True
+    def _schedule(self, channel: Channel, time: float) -> None:
+        channel.scheduled = True
         self._push(time, channel, b"")
 
     def _push(self, time: float, subject: Channel | Queue, frame: bytes) -> None:
@@ -247,17 +247,17 @@ class AirModel:
         heapq.heappush(self._events, (time, self._count, subject, frame))
 
     def _send(self, channel: Channel, time: float) -> None:
-        """The channel is free: put the next frame on the air."""
-        channel.asked = False
+        """Put the next frame on the air of a channel that has become free."""
+        channel.scheduled = False
         if not channel.wanted:
             return
         queue = channel.next()
         arrived, bits, frame = queue.waiting.popleft()
         queue.waiting_bits = queue.waiting_bits - bits if queue.waiting else 0.0
-        # `time` and not the clock: a relay that wakes late does not lose capacity.
+        # Use the event's time, not the clock: a relay that wakes late loses no capacity that way.
         self._put_on_air(queue, max(time, arrived), bits, frame)
         if channel.wanted:
-            self._ask(channel, channel.free_at)
+            self._schedule(channel, channel.free_at)
 
     def _put_on_air(self, queue: Queue, time: float, bits: float, frame: bytes) -> None:
         queue.channel.free_at = free_at = time + bits / queue.rate_bps

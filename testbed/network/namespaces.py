@@ -1,7 +1,7 @@
-"""Network namespaces and TAP interfaces, as far as emulated networks need them. Linux, as root.
+"""Network namespaces and TAP interfaces for emulated networks. Linux, as root.
 
-Only namespaces whose names begin with our prefix are ever made or removed, and interfaces only inside these. A TAP
-is not persistent: it vanishes with the file that its relay holds open, however that process ends.
+Only namespaces whose names begin with `PREFIX` are made or removed, and interfaces only inside these. A TAP is not
+persistent: it vanishes with the file descriptor that its relay holds, however that process ends.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ _CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21
 
 
 def check_privileges() -> None:
-    """Refuse early, with what is missing.
+    """Check that this process has the rights that emulated networks need.
 
     Raises:
         PrivilegeError: this process can't make namespaces or TAPs.
@@ -51,12 +51,12 @@ def _effective_capabilities() -> int:
 
 
 def namespace(network: str, host: str) -> str:
-    """The name of a host's namespace; network names have no hyphen, so that it is unique."""
+    """The name of a host's namespace; it is unique because network names contain no hyphen."""
     return f"{PREFIX}-{network}-{host}"
 
 
 def existing() -> dict[str, list[str]]:
-    """All our namespaces by network, left over or in use."""
+    """Names of all namespaces of emulated networks, by network, whether in use or left over."""
     found: dict[str, list[str]] = {}
     for name in sorted(netns.listnetns(str(FOLDER))):
         prefix, _, rest = name.partition("-")
@@ -67,7 +67,7 @@ def existing() -> dict[str, list[str]]:
 
 
 def create(name: str) -> None:
-    """Make a namespace with loopback up and without IPv6, whose neighbour chatter would only blur measurements.
+    """Make a namespace with loopback up and IPv6 off, whose neighbour discovery would disturb measurements.
 
     Raises:
         NetworkError: the kernel refuses.
@@ -85,13 +85,13 @@ def create(name: str) -> None:
 
 
 def remove(name: str) -> None:
-    """Remove a namespace of ours; processes in it keep running, cut off from the network.
+    """Remove a namespace; processes in it keep running, without a network.
 
     Raises:
         NetworkError: the kernel refuses.
     """
     if not name.startswith(f"{PREFIX}-"):
-        raise ValueError(f"{name} is not ours")
+        raise ValueError(f"{name} is no namespace of an emulated network: its name must begin with '{PREFIX}-'")
     try:
         netns.remove(str(FOLDER / name))
     except FileNotFoundError:
@@ -102,7 +102,7 @@ def remove(name: str) -> None:
 
 @contextmanager
 def inside(name: str) -> Iterator[None]:
-    """Run the body in a namespace. For single-threaded callers: it moves the calling thread."""
+    """Run the body in a namespace. It moves only the calling thread."""
     home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         netns.setns(str(FOLDER / name), flags=0)

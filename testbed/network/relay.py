@@ -1,8 +1,8 @@
-"""Frames from TAP to TAP, through the link model. The only part that touches frames and the clock.
+"""Carries frames from TAP to TAP through the link model. Only this module reads the clock and does I/O on frames.
 
-One thread, one loop: it must not be late, so everything in it is bounded and nothing blocks but the wait for the
-next frame or the next delivery. To be woken takes it ten times as long as a frame does, so that while frames come it
-does not sleep where it can have a core for itself.
+One thread with one loop. Lateness adds to the emulated delays, so all work in the loop is bounded and it blocks only to
+wait for the next frame or delivery. Waking up takes ten times as long as handling a frame: with a core of its own the
+relay busy-waits while frames arrive.
 """
 
 import contextlib
@@ -16,15 +16,15 @@ from testbed.network.model import ETHERNET_BYTES, MTU_BYTES, AirModel, Direction
 _FRAME_BYTES = ETHERNET_BYTES + MTU_BYTES + 4
 _FULL_BYTES = ETHERNET_BYTES + MTU_BYTES
 _BATCH = 64
-"""Frames read from one TAP before others get their turn."""
+"""Frames read from one TAP before the next TAP is read."""
 _ALERT_S = 0.02
-"""After a frame, for a relay that does not sleep while frames come."""
+"""How long a relay with a core of its own busy-waits after a frame."""
 _BASE_STATION = 0
 _BROADCAST_BIT = 1
 
 
 def mac(index: int) -> str:
-    """Locally administered: 0 is the base station, k + 1 is node k."""
+    """Locally administered MAC address: index 0 is the base station, k + 1 is node k."""
     return f"02:57:44:4d:00:{index:02x}"
 
 
@@ -33,10 +33,10 @@ class Relay:
 
     Args:
         taps: non-blocking descriptors, the base station's first.
-        own_core: it may keep a core busy while frames come.
+        own_core: busy-wait while frames arrive.
 
     Attributes:
-        refused_frames: that their receiver's kernel did not take.
+        refused_frames: frames that the receiver's kernel did not accept.
     """
 
     def __init__(self, taps: Sequence[int], model: AirModel, *, own_core: bool = False) -> None:
@@ -52,11 +52,11 @@ class Relay:
         """Wait for frames or the next delivery, and carry frames.
 
         Args:
-            until: on the monotonic clock; returns then at the latest.
-            others: descriptors to wait for besides.
+            until: latest time to return, on the monotonic clock.
+            others: further descriptors to wait for.
 
         Returns:
-            Those of `others` that can be read.
+            Those of `others` that are readable.
         """
         now = time.monotonic()
         pause_s = min(until, self._model.wake_at()) - now if now >= self._alert_until else 0.0
@@ -65,12 +65,12 @@ class Relay:
         for fileno in ready:
             if fileno in self._index:
                 self._read(fileno)
-        # What was just read may already be due: frames over an empty link without delay.
+        # Frames just read may already be due, on an idle link without delay.
         self._deliver()
         return [fileno for fileno in ready if fileno not in self._index]
 
     def take_worst_late_s(self) -> float:
-        """How late the latest of all deliveries was since the last call."""
+        """Largest lateness of a delivery since the last call, in seconds."""
         worst_s, self._worst_late_s = self._worst_late_s, 0.0
         return worst_s
 
@@ -85,7 +85,7 @@ class Relay:
             try:
                 os.write(self._taps[receiver], frame)
             except OSError:
-                # The interface was taken down, or its kernel is out of memory. On the air that is a lost frame.
+                # The interface was taken down, or the kernel is out of memory: count the frame as lost.
                 self.refused_frames += 1
 
     def _read(self, tap: int) -> None:
@@ -101,11 +101,11 @@ class Relay:
                     else:
                         self._model.offer(now, index - 1, Direction.UP, frame)
                 if len(frame) < _FULL_BYTES:
-                    # Presumably the last of a burst: to ask for another costs more than to be told of it.
+                    # Probably the last of a burst: one more read costs more than another select().
                     break
 
     def _receivers(self, sender: int, frame: bytes) -> Sequence[int]:
-        """Broadcasts go to everybody on the other side; nodes don't hear each other."""
+        """Broadcasts go to all hosts of the other side; there are no links between nodes."""
         if frame[0] & _BROADCAST_BIT:
             return range(1, len(self._taps)) if sender == _BASE_STATION else (_BASE_STATION,)
         receiver = self._by_mac.get(frame[:6], sender)

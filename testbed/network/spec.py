@@ -1,4 +1,4 @@
-"""What an emulated network is: nodes, link profiles and how links change over time. Pure but for reading files."""
+"""Description of an emulated network: nodes, link profiles and changes over time. Pure, except for reading the file."""
 
 import ipaddress
 from collections.abc import Mapping
@@ -23,15 +23,15 @@ NetworkName = Annotated[str, Meta(pattern="^[a-z0-9]{1,20}$")]
 ProfileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 
 
-class Link(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One node's link.
+class LinkSpec(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Configured properties of one node's link.
 
     Attributes:
-        down_mbps: base station to node, as TCP goodput of full segments, which is what iperf3 shows.
-        up_mbps: node to base station.
-        delay_ms: one way; a round trip takes twice that.
-        jitter_ms: each frame's delay is drawn evenly from `delay_ms` ± this; frames keep their order.
-        loss_percent: chance of a frame's loss, each way.
+        down_mbps: rate from base station to node, as TCP goodput of full segments, which is what iperf3 reports.
+        up_mbps: rate from node to base station.
+        delay_ms: one-way delay; a round trip takes twice that.
+        jitter_ms: each frame's delay is uniform in `delay_ms` ± `jitter_ms`; frames keep their order.
+        loss_percent: probability of losing a frame, in each direction.
     """
 
     down_mbps: Mbps = 100.0
@@ -42,7 +42,7 @@ class Link(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class LinkChange(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """Some of a link's quantities; what is not set stays as it is."""
+    """New values for some of a link's properties; those that are None do not change."""
 
     down_mbps: Mbps | None = None
     up_mbps: Mbps | None = None
@@ -51,18 +51,19 @@ class LinkChange(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, 
     loss_percent: Percent | None = None
 
     def values(self) -> dict[str, float]:
-        """The quantities that are set."""
+        """The properties that change, by name."""
         return {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
 
 
 class Event(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A change during a profile; exactly one of `set` and `ramp_to`.
+    """A change during a profile, with exactly one of `set` and `ramp_to`.
 
     Attributes:
-        at_s: since the profile was set.
-        nodes: all when not set.
-        set: from `at_s`, for `for_s`, or to the end when that is not set.
-        ramp_to: reached in a straight line within `for_s`, and kept.
+        at_s: seconds after the start of the profile.
+        for_s: duration of `set` or of the ramp.
+        nodes: nodes concerned; None for all.
+        set: values from `at_s` on, for `for_s`, or without `for_s` to the end.
+        ramp_to: values reached linearly within `for_s`, and kept afterwards.
     """
 
     at_s: Seconds
@@ -71,8 +72,8 @@ class Event(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     set: LinkChange | None = None
     ramp_to: LinkChange | None = None
 
-    def apply(self, link: Link, at_s: float) -> Link:
-        """The link at a time, given what earlier events make of it."""
+    def apply(self, link: LinkSpec, at_s: float) -> LinkSpec:
+        """The link at `at_s`, where `link` already includes the earlier events."""
         passed_s = at_s - self.at_s
         if passed_s < 0:
             return link
@@ -88,27 +89,27 @@ class Event(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Profile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The links of all nodes, over time.
+    """The links of all nodes over time.
 
     Attributes:
-        shared_air: one frame at a time for all nodes and both directions, so that air times add up.
-        default: every node's link.
-        nodes: what is different, by node.
-        events: changes; where they overlap, the later one acts on what the earlier one gives.
-        repeat_s: the events start over after this time.
+        shared_air: one channel for all nodes and both directions, on which air times add up.
+        default: link of every node.
+        nodes: differences from the default, by node.
+        events: changes over time; of overlapping events, the later one changes the result of the earlier one.
+        repeat_s: period after which the events start over.
     """
 
     shared_air: bool = False
-    default: Link = Link()
+    default: LinkSpec = LinkSpec()
     nodes: dict[str, LinkChange] = {}
     events: tuple[Event, ...] = ()
     repeat_s: Duration | None = None
 
-    def link(self, node: str, at_s: float) -> Link:
-        """A node's link.
+    def link(self, node: str, at_s: float) -> LinkSpec:
+        """A node's link at a moment.
 
         Args:
-            at_s: since the profile was set.
+            at_s: seconds after the start of the profile.
         """
         if self.repeat_s is not None:
             at_s %= self.repeat_s
@@ -120,7 +121,7 @@ class Profile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return link
 
     def ramping(self, node: str, at_s: float) -> bool:
-        """Whether a ramp moves a node's link at a time."""
+        """Whether a ramp is changing a node's link at a moment."""
         if self.repeat_s is not None:
             at_s %= self.repeat_s
         return any(
@@ -132,7 +133,7 @@ class Profile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         )
 
     def settled(self, at_s: float) -> bool:
-        """Whether nothing changes any more from that time on."""
+        """Whether no link changes after `at_s`."""
         if not self.events:
             return True
         return self.repeat_s is None and at_s > max(event.at_s + (event.for_s or 0.0) for event in self.events)
@@ -142,12 +143,12 @@ class NetworkSpec(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     """An emulated network.
 
     Attributes:
-        name: part of its namespaces' names.
-        nodes: ids, or a number of nodes `node0`, `node1`, …
-        subnet: the base station has its first address, nodes the following ones.
-        queue_ms: a frame that would wait longer than this at its link's rate is dropped, as a Wi-Fi driver does.
-        seed: of loss and jitter.
-        profiles: by name; the first is set when the network comes up.
+        name: part of the namespaces' names.
+        nodes: node ids, or a number n for `node0` to `node<n - 1>`.
+        subnet: the base station gets its first address, the nodes the following ones.
+        queue_ms: frames that would wait longer than this at their link's rate are dropped, as by a Wi-Fi driver.
+        seed: seeds loss and jitter.
+        profiles: profiles by name; the first is active when the network comes up.
     """
 
     name: NetworkName
@@ -159,25 +160,25 @@ class NetworkSpec(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
     @property
     def node_ids(self) -> tuple[str, ...]:
-        """All nodes, in the order of their addresses."""
+        """Ids of all nodes, in the order of their addresses."""
         return tuple(f"node{k}" for k in range(self.nodes)) if isinstance(self.nodes, int) else self.nodes
 
     @property
     def first_profile(self) -> str:
-        """What is set when the network comes up."""
+        """Name of the profile that is active when the network comes up."""
         return next(iter(self.profiles))
 
     @property
     def network(self) -> ipaddress.IPv4Network:
-        """The subnet."""
+        """The subnet, parsed."""
         return ipaddress.IPv4Network(self.subnet)
 
     def address(self, index: int) -> str:
-        """IPv4 address: 0 is the base station, k + 1 is node k."""
+        """IPv4 address of a host: index 0 is the base station, k + 1 is node k."""
         return str(self.network.network_address + 1 + index)
 
-    def links(self, profile: str, at_s: float) -> dict[str, Link]:
-        """All links at a time of a profile."""
+    def links(self, profile: str, at_s: float) -> dict[str, LinkSpec]:
+        """The links of all nodes at a moment of a profile, by node."""
         return {node: self.profiles[profile].link(node, at_s) for node in self.node_ids}
 
 
@@ -185,7 +186,7 @@ def read_spec(path: Path) -> NetworkSpec:
     """Read and check a description.
 
     Raises:
-        NetworkSpecError: with the field that is wrong.
+        NetworkSpecError: the file can't be read, or a field is wrong; the message names it.
     """
     try:
         raw = path.read_bytes()
@@ -202,10 +203,10 @@ def read_spec(path: Path) -> NetworkSpec:
 
 
 def check_spec(spec: NetworkSpec) -> None:
-    """Refuse what the types allow and nobody can mean.
+    """Check what types alone can't express.
 
     Raises:
-        ValueError: with the field that is wrong.
+        ValueError: a field is wrong; the message names it.
     """
     nodes = spec.node_ids
     for node in nodes:
@@ -213,7 +214,7 @@ def check_spec(spec: NetworkSpec) -> None:
     if "bs" in nodes:
         raise ValueError("nodes: 'bs' is the base station's name")
     if twice := sorted({node for node in nodes if nodes.count(node) > 1}):
-        raise ValueError(f"nodes: '{twice[0]}' is there twice")
+        raise ValueError(f"nodes: '{twice[0]}' is listed twice")
     try:
         network = spec.network
     except ValueError as error:
@@ -232,9 +233,9 @@ def _check_profile(where: str, profile: Profile, nodes: tuple[str, ...]) -> None
         for node in event.nodes or ():
             _check_node(f"{at}.nodes", node, nodes)
         if (event.set is None) == (event.ramp_to is None):
-            raise ValueError(f"{at}: say either set or ramp_to")
+            raise ValueError(f"{at}: give either set or ramp_to")
         if event.ramp_to is not None and event.for_s is None:
-            raise ValueError(f"{at}: a ramp needs for_s, the seconds it takes")
+            raise ValueError(f"{at}: a ramp needs for_s, its duration in seconds")
         if profile.repeat_s is not None and event.at_s >= profile.repeat_s:
             raise ValueError(f"{at}: at_s {event.at_s:g} is never reached with repeat_s {profile.repeat_s:g}")
     times = {0.0} | {t for event in profile.events for t in (event.at_s, event.at_s + (event.for_s or 0.0))}
@@ -244,13 +245,13 @@ def _check_profile(where: str, profile: Profile, nodes: tuple[str, ...]) -> None
 
 def _check_node(where: str, node: str, nodes: tuple[str, ...]) -> None:
     if node not in nodes:
-        raise ValueError(f"{where}: '{node}' is none of the nodes {', '.join(nodes)}")
+        raise ValueError(f"{where}: '{node}' is not one of the nodes {', '.join(nodes)}")
 
 
-def _check_jitter(where: str, node: str, links: Mapping[float, Link]) -> None:
+def _check_jitter(where: str, node: str, links: Mapping[float, LinkSpec]) -> None:
     for at_s, link in sorted(links.items()):
         if link.jitter_ms > link.delay_ms:
             raise ValueError(
                 f"{where}: jitter_ms {link.jitter_ms:g} of {node} at {at_s:g} s is more than its delay_ms "
-                f"{link.delay_ms:g}: no frame comes before it is sent"
+                f"{link.delay_ms:g}: a frame would arrive before it is sent"
             )

@@ -1,15 +1,13 @@
-"""Where a running network keeps what others need to find it: one folder per network, for root only."""
+"""Files of running networks: one folder per network, accessible to root only."""
 
 import contextlib
-import fcntl
-import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 import psutil
+from filelock import FileLock, Timeout
 from msgspec import Struct
 
 from testbed.errors import NetworkError, PrivilegeError
@@ -19,10 +17,10 @@ _LOCK_S = 30.0
 
 
 class _Pid(Struct, frozen=True):
-    """A process, told apart from a later one of the same number.
+    """Identifies a process even if its pid is reused.
 
     Attributes:
-        started: as the kernel tells it, seconds of the Unix clock.
+        started: start time according to the kernel, Unix seconds.
     """
 
     pid: int
@@ -33,7 +31,7 @@ class State:
     """The files of one network.
 
     Args:
-        name: the network's.
+        name: name of the network.
     """
 
     def __init__(self, name: str) -> None:
@@ -45,14 +43,14 @@ class State:
         self._pid = self.folder / "relay.pid"
 
     def write_pid(self) -> None:
-        """Note that this process is the network's relay."""
+        """Record this process as the network's relay."""
         process = psutil.Process()
         temporary = self._pid.with_suffix(".tmp")
         temporary.write_bytes(msgspec.json.encode(_Pid(process.pid, process.create_time())))
         temporary.rename(self._pid)
 
     def relay(self) -> psutil.Process | None:
-        """The network's relay, if it lives."""
+        """The network's relay; None if it is not running."""
         try:
             noted = msgspec.json.decode(self._pid.read_bytes(), type=_Pid)
             process = psutil.Process(noted.pid)
@@ -62,7 +60,7 @@ class State:
         return process if alive else None
 
     def remove(self) -> None:
-        """Delete the files, and only these."""
+        """Delete the network's files and its folder; unknown files in the folder are kept."""
         for path in (self.spec, self.control, self.truth, self.log, self._pid, self._pid.with_suffix(".tmp")):
             path.unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):
@@ -70,10 +68,10 @@ class State:
 
 
 def known() -> list[str]:
-    """Networks that have a folder, running or crashed.
+    """Names of networks that have a folder, whether running or crashed.
 
     Raises:
-        PrivilegeError: they belong to root, and this process does not.
+        PrivilegeError: the folders belong to root, and this process does not run as root.
     """
     try:
         return sorted(path.name for path in ROOT.iterdir() if path.is_dir())
@@ -85,23 +83,18 @@ def known() -> list[str]:
 
 @contextmanager
 def locked(name: str) -> Iterator[State]:
-    """The files of a network while nobody else brings it up or down.
+    """The files of a network, locked against other processes that bring it up or down.
 
     Raises:
-        NetworkError: somebody else does, and does not end.
+        NetworkError: another process holds the lock for too long.
     """
     ROOT.mkdir(mode=0o700, parents=True, exist_ok=True)
-    deadline = time.monotonic() + _LOCK_S
-    lock = os.open(ROOT / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = FileLock(ROOT / f"{name}.lock", mode=0o600)
     try:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise NetworkError(f"somebody else is bringing the network '{name}' up or down") from None
-                time.sleep(0.05)
+        lock.acquire(timeout=_LOCK_S)
+    except Timeout:
+        raise NetworkError(f"another process is bringing the network '{name}' up or down") from None
+    try:
         yield State(name)
     finally:
-        os.close(lock)
+        lock.release()

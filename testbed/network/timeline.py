@@ -1,38 +1,38 @@
-"""Where a network is in its profile, and when its links' truth is worth writing down. Pure."""
+"""Position of a network in its profile, and which link changes to record. Pure."""
 
-from testbed.network.spec import Link, NetworkSpec, Profile
+from testbed.network.spec import LinkSpec, NetworkSpec, Profile
 
 RAMP_RECORD_S = 1.0
-"""Between two records of a link on a ramp; steps are recorded at once."""
+"""Interval between records of a link during a ramp; steps are recorded at once."""
 
 
 class Timeline:
     """The links of a network as time passes.
 
     Args:
-        now: seconds on any clock that only goes forward; likewise everywhere below.
+        now: seconds of any monotonic clock; the same clock in all methods.
 
     Attributes:
-        profile_name: what is set.
-        links: by node, as of the latest `advance`.
-        held_s: the moment of the profile at which it stands still; None while it runs.
+        profile_name: name of the active profile.
+        links: links by node, as of the latest `advance`.
+        held_s: moment at which the profile is held; None while it runs.
     """
 
     def __init__(self, spec: NetworkSpec, now: float) -> None:
         self._spec = spec
-        self._recorded: dict[str, tuple[float, Link]] = {}
+        self._recorded: dict[str, tuple[float, LinkSpec]] = {}
         self.set_profile(spec.first_profile, now)
 
     @property
     def profile(self) -> Profile:
-        """What is set."""
+        """The active profile."""
         return self._spec.profiles[self.profile_name]
 
     def set_profile(self, name: str, now: float) -> None:
-        """Start a profile from its beginning.
+        """Switch to a profile, from its beginning.
 
         Raises:
-            ValueError: there is none of that name.
+            ValueError: there is no profile of that name.
         """
         if name not in self._spec.profiles:
             raise ValueError(f"no profile '{name}', only {', '.join(self._spec.profiles)}")
@@ -42,24 +42,24 @@ class Timeline:
         self.links = self._spec.links(name, 0.0)
 
     def hold(self, at_s: float | None, now: float) -> None:
-        """Stand still at a moment of the profile, or start it again from its beginning."""
+        """Hold the profile at the moment `at_s`; None restarts it from its beginning."""
         self.held_s = at_s
         self._began = now
         self.links = self._spec.links(self.profile_name, self.at_s(now))
 
     def at_s(self, now: float) -> float:
-        """Since the profile was set."""
+        """Seconds since the start of the profile, or the moment at which it is held."""
         return now - self._began if self.held_s is None else self.held_s
 
     def advance(self, now: float) -> bool:
-        """Let time pass; whether a link changed."""
+        """Update `links` to the time `now`; return whether any changed."""
         if self.held_s is not None or not self.profile.events:
             return False
         before, self.links = self.links, self._spec.links(self.profile_name, self.at_s(now))
         return before != self.links
 
-    def to_record(self, now: float) -> dict[str, Link]:
-        """Links to write down now; they count as written."""
+    def to_record(self, now: float) -> dict[str, LinkSpec]:
+        """Links to record now, by node; they then count as recorded."""
         due = {}
         for node, link in self.links.items():
             written_at, written = self._recorded.get(node, (float("-inf"), None))

@@ -1,5 +1,6 @@
-"""`make fleet-proof`: from a clone to an answer by freshly deployed machines, and what a second run, an update and a
-rollback leave alone. Root, debootstrap and systemd-nspawn needed; see docs/deploy.md for what it can't show.
+"""`make fleet-proof`: deploy from a clone to fresh machines, get an answer, and check redeployment, update, rollback.
+
+Needs root, debootstrap and systemd-nspawn. docs/deploy.md lists what it can't show.
 """
 
 import hashlib
@@ -25,11 +26,11 @@ _STEP_S = 3600.0
 
 
 class Proof:
-    """Runs one step after the other in a clone, and keeps what each took and said.
+    """Runs steps in a clone, and records result and duration of each.
 
     Args:
-        out: new folder of the clone, the machines and the report.
-        arm64: the last node's programs are arm64's, through qemu-user.
+        out: new folder for the clone, the machines and the report.
+        arm64: run the last node's programs as arm64 with qemu-user.
     """
 
     def __init__(self, out: Path, *, arm64: bool) -> None:
@@ -41,7 +42,7 @@ class Proof:
         self.steps: list[dict[str, object]] = []
 
     def step(self, what: str, do: Callable[[], str]) -> str:
-        """Do something, and print what came of it."""
+        """Run a step, and print and return its result."""
         began = time.monotonic()
         result = do()
         seconds = round(time.monotonic() - began, 1)
@@ -50,12 +51,12 @@ class Proof:
         return result
 
     def testbed(self, *arguments: str) -> str:
-        """`wdmoe-testbed` of the clone: what it prints.
+        """Run `wdmoe-testbed` of the clone, and return its output.
 
         Raises:
-            FleetError: it failed.
+            FleetError: the command failed.
         """
-        # In the clone's folder `python -m` takes its code, not the code that this process runs.
+        # `python -m` prefers the packages in the current folder: run there, it imports the clone's code.
         done = subprocess.run(
             [sys.executable, "-m", "testbed", *arguments], cwd=self.clone, capture_output=True, text=True,
             timeout=_STEP_S, check=False, stdin=subprocess.DEVNULL,
@@ -67,11 +68,11 @@ class Proof:
         return done.stdout
 
     def fleet(self, command: str, *arguments: str) -> str:
-        """`wdmoe-testbed fleet` with the machines' inventory."""
+        """Run `wdmoe-testbed fleet` with the machines' inventory, and return its output."""
         return self.testbed("fleet", command, "-i", str(self.inventory), *arguments)
 
     def shell(self, host: str, script: str) -> str:
-        """What a shell script prints on a machine, as root.
+        """Run a shell script on a machine as root, and return its output.
 
         Raises:
             FleetError: the machine can't be reached, or the script failed.
@@ -86,7 +87,7 @@ class Proof:
         return done.stdout
 
     def releases(self) -> set[str]:
-        """What is current, over all machines."""
+        """Names of the current releases of all machines."""
         hosts = json.loads(self.fleet("status", "--json"))
         return {str(now["release"]) for now in hosts.values()}
 
@@ -137,9 +138,9 @@ def _heal(proof: Proof) -> str:
     proof.shell("node0", f"printf 'x' | dd of={file} bs=1 seek=1000 conv=notrunc status=none")
     if proof.shell("node0", hashed) == whole:
         raise FleetError("the byte could not be changed")
-    said = _expect(_last(proof.fleet("up", "--limit", "node0")), "1 hosts, 1 changed")
+    result = _expect(_last(proof.fleet("up", "--limit", "node0")), "1 hosts, 1 changed")
     _expect(proof.shell("node0", hashed), whole)
-    return said
+    return result
 
 
 def _kill(proof: Proof) -> str:
@@ -154,7 +155,7 @@ def _kill(proof: Proof) -> str:
 
 
 def _log(proof: Proof, host: str) -> str:
-    """The experiment log so far: link samples of the base station, journals of nodes."""
+    """Log of a host so far: link samples on the base station, the start of the journal on nodes."""
     if host == "bs":
         return proof.shell(host, "cat /var/lib/wdmoe/runs/links.jsonl")
     return proof.shell(host, "journalctl --no-pager -o cat -u wdmoe-node | head -n 40")
@@ -165,7 +166,7 @@ def _kept(proof: Proof, logs: dict[str, str]) -> str:
     for host, before in logs.items():
         now = _log(proof, host)
         if not before.strip() or not now.startswith(before):
-            raise FleetError(f"the log of {host} is not what it was")
+            raise FleetError(f"the log of {host} has changed or is empty")
         kept.append(f"{host} {len(before.splitlines())} lines {hashlib.sha256(before.encode()).hexdigest()[:8]}")
     return ", ".join(kept)
 
@@ -179,7 +180,7 @@ def _fetched(proof: Proof) -> str:
 
 def _one(releases: set[str], *, but: frozenset[str] | set[str] = frozenset()) -> str:
     if len(releases) != 1 or releases & but:
-        raise FleetError(f"all machines should have one release: {', '.join(sorted(releases))}")
+        raise FleetError(f"all machines should have the same release: {', '.join(sorted(releases))}")
     return next(iter(releases))
 
 
@@ -196,11 +197,13 @@ def _last(text: str) -> str:
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/fleet-proof"), show_default=True)
 @click.option("--keep", is_flag=True, help="Leave the machines running.")
-@click.option("--arm64", is_flag=True, help="One node's programs are arm64's, through qemu-user: far slower.")
+@click.option("--arm64", is_flag=True, help="Run one node's programs as arm64 with qemu-user: much slower.")
 def cli(out: Path, keep: bool, arm64: bool) -> None:
-    """Deploy to four fresh machines and prove what docs/deploy.md says."""
+    """Deploy to fresh machines and check what docs/deploy.md promises."""
     if out.exists():
-        raise FleetError(f"{out} is there already: 'wdmoe-testbed machines down --folder {out}/machines' and remove it")
+        raise FleetError(
+            f"{out} exists already: run 'wdmoe-testbed machines down --folder {out}/machines' and remove it"
+        )
     out.mkdir(parents=True)
     proof = Proof(out, arm64=arm64)
     try:
@@ -211,7 +214,7 @@ def cli(out: Path, keep: bool, arm64: bool) -> None:
         if not keep and proof.clone.is_dir():
             proof.testbed("machines", "down", "--folder", str(proof.machines))
             shutil.rmtree(proof.clone)
-    click.echo(f"proven; {out}/proof.json, {out}/steps.log")
+    click.echo(f"all steps passed; {out}/proof.json, {out}/steps.log")
 
 
 if __name__ == "__main__":

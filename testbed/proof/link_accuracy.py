@@ -1,6 +1,6 @@
-"""How well links are estimated: real nodes over an emulated network, one hidden state per message, against iperf3.
+"""Accuracy of link estimates: real nodes on an emulated network, one hidden state per message, compared with iperf3.
 
-Every message has the same size, which is the hardest case: only probes tell the round trip from the rates.
+All messages have the same size, which is the hardest case: only probes separate the round trip from the rates.
 """
 
 import math
@@ -36,28 +36,29 @@ from wire.topics import Topics
 from wire.transports import connect
 
 _TRUNK_S = 0.003
-"""Between two messages, as the base station's own work is."""
+"""Pause between messages, as long as the base station's own work."""
 _WARM_UP = 64
-"""Messages of each node before its predictions count, and before its rates are compared."""
+"""Messages per node before its predictions and rates count."""
 _NEIGHBOURS = 8
 _FOLLOWED = 0.15
 Float = NDArray[np.float64]
 
 
 class ProfileAccuracy(Struct, frozen=True, kw_only=True):
-    """One link profile.
+    """Accuracy for one link profile.
 
     Attributes:
-        messages: that count.
+        profile: name of the profile.
+        messages: number of messages that count.
         error: median |predicted − typical| / typical network time; typical is the median of a message and its
-            neighbours on the same link, so that a message's own jitter is not counted as an error of the prediction.
+            neighbours on the same link, so a message's own jitter is not an error of the prediction.
         single_error: median |predicted − measured| / measured, jitter included.
-        spread: median |measured − typical| / typical: what no prediction can foresee.
+        spread: median |measured − typical| / typical: what no prediction can know.
         down_error, up_error: median over nodes and time of |estimated − configured| / configured goodput.
-        iperf_node: the node whose link was also measured with iperf3: at the end, when links were held as they were
-            and each had carried 64 more messages, within which a step is to be followed.
-        down_mbps, up_mbps: estimated then.
-        iperf_down_mbps, iperf_up_mbps: measured then.
+        iperf_node: the node whose link was also measured with iperf3, at the end: the profile was held and each link
+            had carried 64 more messages, enough to follow a step.
+        down_mbps, up_mbps: estimates at that time.
+        iperf_down_mbps, iperf_up_mbps: measured with iperf3 at that time.
         step_messages: after a step of the links, messages on each link until the estimated goodput of both directions
             was within 15 % of the new one; −1 for never. Empty without a step.
     """
@@ -78,7 +79,7 @@ class ProfileAccuracy(Struct, frozen=True, kw_only=True):
 
     @property
     def iperf_errors(self) -> tuple[float, float]:
-        """|estimated − iperf3| / iperf3, down and up."""
+        """|estimated − iperf3| / iperf3, for down and up."""
         return abs(self.down_mbps / self.iperf_down_mbps - 1), abs(self.up_mbps / self.iperf_up_mbps - 1)
 
 
@@ -98,7 +99,7 @@ class _Trace:
         )
 
     def step_messages(self) -> int | None:
-        """See `ProfileAccuracy`; of the first step."""
+        """Messages after the first step until the estimates have followed (`ProfileAccuracy.step_messages`)."""
         true = np.array(self.true)
         jumps = np.flatnonzero(np.abs(np.diff(true[:, 0])) > 0.3 * true[:-1, 0])
         if not len(jumps):
@@ -112,15 +113,18 @@ class _Trace:
 def measure_accuracy(
     spec: Path, bundle: Path, profiles: Sequence[str], *, seconds: float, out: Path, console: Console
 ) -> list[ProfileAccuracy]:
-    """Run every profile, print a table and write it.
+    """Run the profiles, and print and write a table.
 
     Args:
-        profiles: all of the network's when empty.
-        seconds: of messages in each profile.
-        out: JSON.
+        spec: description of the emulated network.
+        bundle: bundle of the nodes.
+        profiles: profiles to run; all if empty.
+        seconds: duration of messages per profile.
+        out: JSON file of the results.
+        console: where to print.
 
     Raises:
-        PrivilegeError, NetworkSpecError, NetworkError: no such network here.
+        PrivilegeError, NetworkSpecError, NetworkError: the network can't be brought up.
         BrokerError, PlacementError, DispatchError: the system does not come up.
     """
     manifest = load_manifest(bundle)
@@ -137,8 +141,8 @@ def measure_accuracy(
         ),
         closing(connect(address, "wdmoe-bs-accuracy")) as transport,
     ):
-        fleet = NodeRegistry(manifest.dims, manifest.model_sha256)
-        dispatcher = Dispatcher(transport, Topics("default"), fleet, dtype=WireDtype.FP16, timeout_s=30.0)
+        registry = NodeRegistry(manifest.dims, manifest.model_sha256)
+        dispatcher = Dispatcher(transport, Topics("default"), registry, dtype=WireDtype.FP16, timeout_s=30.0)
         wait_for_experts(dispatcher, timeout_s=60.0)
         results = []
         for profile in profiles or tuple(network.spec.profiles):
@@ -180,7 +184,7 @@ def _measure_profile(network: EmulatedNetwork, dispatcher: Dispatcher, profile: 
 def _exchange(
     network: EmulatedNetwork, dispatcher: Dispatcher, rng: np.random.Generator
 ) -> tuple[dict[str, float], Sequence[DispatchRecord]]:
-    """One hidden state to two nodes and back: what their links' part was predicted to be, and what it took."""
+    """Send one hidden state to two nodes; return the predicted network times in seconds, and the records."""
     dims, nodes = dispatcher.registry.dims, network.nodes
     row_bytes = WireDtype.FP16.codec.row_bytes(dims.hidden)
     down_bytes, up_bytes = frames.HEADER_BYTES + 2 * frames.ROW_BYTES + row_bytes, frames.RESULT_BYTES + row_bytes

@@ -1,4 +1,4 @@
-"""How good the model's answers are while a policy sees the simulated links: the cost of what it drops."""
+"""Accuracy of the model's answers while a policy sees the simulated links: the cost of dropped experts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from wire.tensors import Array
 
 
 class SimulatedLinks:
-    """`bs_coordinator.engine.model.Experts` that forecasts a draw of a cell; its answers come from other experts.
+    """Experts (`bs_coordinator.engine.experts.Experts`) with the forecasts of a simulated cell.
 
     Attributes:
-        draw: whose links are forecast.
-        pairs: (token, expert) pairs that were asked so far.
-        tokens: hidden states that were sent so far, over all layers.
+        draw: channel draw to forecast.
+        pairs: number of (token, expert) pairs requested so far.
+        tokens: number of hidden states sent so far, over all layers.
     """
 
     def __init__(self, experts: Experts, cell: Cell) -> None:
@@ -37,23 +37,23 @@ class SimulatedLinks:
         self.tokens = 0
 
     def begin(self, layer: int, hidden: Array, gate: Array) -> Pending:
-        """See `Experts.begin`."""
+        """Count the requested pairs, and begin computing with the underlying experts."""
         self.pairs += int(np.count_nonzero(gate))
         self.tokens += len(gate)
         return self._experts.begin(layer, hidden, gate)
 
     def forecast(self, layer: int) -> LayerForecast:
-        """See `Experts.forecast`."""
+        """The forecast of the simulated links for a layer, in the current draw."""
         return self._cell.forecast(self.draw, layer)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answers:
-    """What a policy made of the evaluation data.
+    """Answers to the evaluation data under one policy.
 
     Attributes:
-        right: bool [items] by task, whether each item was answered right.
-        asked: (token, expert) pairs per token and layer.
+        right: by task bool [items], whether each item was answered correctly.
+        asked: requested (token, expert) pairs per token and layer.
     """
 
     right: dict[str, NDArray[np.bool_]]
@@ -66,9 +66,13 @@ def evaluate(
     """Evaluate a bundle's model in this process under each policy, all on the same items and draws.
 
     Args:
+        bundle: bundle of the model.
         data: folder with the files of `TASKS`.
-        items: of each task, from its beginning.
-        batch: items per forward step, which share a channel draw as they share the policy's decision.
+        cell: simulated cell.
+        policies: policies to evaluate.
+        items: number of items per task, from the beginning.
+        batch: items per forward step; they share a channel draw and the policy's decision.
+        threads: threads per expert.
 
     Raises:
         WdmoeError: the bundle or the data can't be used.

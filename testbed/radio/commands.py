@@ -1,4 +1,4 @@
-"""The commands of `wdmoe-testbed` around the radio simulation. Heavy imports wait until a command needs them."""
+"""`wdmoe-testbed trace-routing` and `simulate`. Modules that are slow to import are imported inside the commands."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ from testbed.errors import SimulationError
 
 _PATH = click.Path(path_type=Path)
 _DATA_HELP = "Folder of evaluation data, see docs/measurement.md."
-_BUNDLE = click.option("--bundle", type=_PATH, help="Of the model; default: the demo model's, int8.")
-_THREADS = click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of the model.")
+_BUNDLE = click.option("--bundle", type=_PATH, help="Bundle of the model.  [default: the demo's, int8]")
+_THREADS = click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads.")
 
 
 def register(group: click.Group) -> None:
@@ -22,14 +22,14 @@ def register(group: click.Group) -> None:
 @click.option("--data", type=_PATH, required=True, help=_DATA_HELP)
 @_BUNDLE
 @click.option("--items", type=click.IntRange(0), default=40, show_default=True, help="Questions of each task.")
-@click.option("--texts", type=click.IntRange(0), default=20, show_default=True, help="Of the domains' texts.")
-@click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="Of each prompt, at most.")
+@click.option("--texts", type=click.IntRange(0), default=20, show_default=True, help="Texts of the domains' file.")
+@click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="Most per prompt.")
 @_THREADS
 @click.option("--out", type=_PATH, default=Path("runs/routing.npz"), show_default=True)
 def trace_routing(
     data: Path, bundle: Path | None, items: int, texts: int, tokens: int, threads: int, out: Path
 ) -> None:
-    """Record what a model's gates say on real prompts."""
+    """Record the gate probabilities of a model on real prompts."""
     from testbed.facts import commit
     from testbed.radio.traces import record_trace, write_trace
 
@@ -47,15 +47,15 @@ def trace_routing(
 @click.argument("trace_path", metavar="TRACE", type=_PATH)
 @click.option("--setting", "setting_path", type=_PATH, help="YAML, see docs/simulation.md.")
 @click.option("--policy", "policies", multiple=True, default=("topk", "wdmoe"), show_default=True, help="Repeatable.")
-@click.option("--draws", type=click.IntRange(1), default=1000, show_default=True, help="Of the channel.")
+@click.option("--draws", type=click.IntRange(1), default=1000, show_default=True, help="Channel draws.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--sensitivity", is_flag=True, help="Also sweep θ and γ of wdmoe.")
 @click.option(
-    "--sweep-draws", type=click.IntRange(1), default=200, show_default=True, help="Of the channel, for the sweep."
+    "--sweep-draws", type=click.IntRange(1), default=200, show_default=True, help="Channel draws of the sweep."
 )
 @click.option("--evaluate", "data", type=_PATH, help=_DATA_HELP)
 @_BUNDLE
-@click.option("--items", type=click.IntRange(1), default=200, show_default=True, help="Of each task, to evaluate.")
+@click.option("--items", type=click.IntRange(1), default=200, show_default=True, help="Items per task to evaluate.")
 @click.option(
     "--batch", type=click.IntRange(1), default=4, show_default=True, help="Items evaluated on one channel draw."
 )
@@ -92,7 +92,7 @@ def simulate(
             seed=seed,
             sweep_draws=sweep_draws if sensitivity else None,
             evaluation=evaluation,
-        ).run(out, say=click.echo)
+        ).run(out, on_progress=click.echo)
     except ValueError as error:
         raise SimulationError(str(error)) from None
 

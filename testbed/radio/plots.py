@@ -1,4 +1,4 @@
-"""Plots of a simulation, each beside the CSV that it is drawn from."""
+"""Plots of a simulation, each with its data as CSV."""
 
 import csv
 import io
@@ -16,13 +16,13 @@ from testbed.radio.sensitivity import Point
 from testbed.statistics import Interval
 
 _STYLE: Any = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "figure.dpi": 120}
-# Okabe and Ito's, which colour-blind readers can tell apart.
+# The palette of Okabe and Ito, distinguishable with colour-blindness.
 _COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999", "#F0E442")
 _MARKERS = "osD^vPX*<"
 
 
 def draw_latency(rows: Sequence[Latency], folder: Path) -> None:
-    """Mean time per token by policy and allocation: `latency.png` and `latency.csv`."""
+    """Draw the mean time per token by policy and allocation: `latency.png` and `latency.csv`."""
     _write_csv(
         folder / "latency.csv",
         ("phase", "policy", "allocation", "mean_ms", "low_ms", "high_ms", "median_ms", "saved", "dropped"),
@@ -49,7 +49,7 @@ def draw_latency(rows: Sequence[Latency], folder: Path) -> None:
 
 
 def draw_sensitivity(points: Sequence[Point], folder: Path) -> None:
-    """Time saved and pairs dropped over θ, a line per γ: `sensitivity.png` and `sensitivity.csv`."""
+    """Draw time saved and pairs dropped over θ, with a line per γ: `sensitivity.png` and `sensitivity.csv`."""
     _write_csv(
         folder / "sensitivity.csv",
         ("theta", "gain", "allocation", "mean_ms", "saved", "saved_low", "saved_high", "dropped"),

@@ -1,4 +1,4 @@
-"""Routing traces replayed over channel draws: what each policy asks of the devices, and how long they take.
+"""Replays routing traces over channel draws: the requests of each policy to the devices, and their times.
 
 Each draw is one channel and one batch of tokens: a whole prompt (prefill) or a single token of one (decode).
 """
@@ -19,13 +19,13 @@ Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 Allocation = Literal["uniform", "optimal", "per-layer"]
 ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "optimal", "per-layer")
-"""Equal shares; the best shares for all layers of a batch together, as in the papers; the best for each layer."""
+"""Bandwidth shares: equal, optimal for all layers of a batch together (as in the papers), or optimal per layer."""
 
 
 def batches(trace: RoutingTrace, phase: Phase, draws: int, seed: int) -> list[Array]:
-    """What each draw sends, float32 [tokens, layers, experts] each.
+    """Gate probabilities of the tokens that each draw sends, float32 [tokens, layers, experts] each.
 
-    Prompts take turns; decoding sends one token of the prompt, drawn from the seed.
+    Prompts take turns. In the phase `decode` a draw sends one token of its prompt, chosen by `seed`.
     """
     prompts = [trace.prompts[draw % len(trace.prompts)] for draw in range(draws)]
     if phase == "prefill":
@@ -35,10 +35,15 @@ def batches(trace: RoutingTrace, phase: Phase, draws: int, seed: int) -> list[Ar
 
 
 def replay(policy: Policy, batches: Sequence[Array], cell: Cell) -> Float:
-    """Hidden states that each device is asked for, float64 [draws, layers, devices]; draw d sends batch d.
+    """Number of hidden states sent to each device, float64 [draws, layers, devices]; draw d sends batch d.
+
+    Args:
+        policy: chooses experts by gate and forecast.
+        batches: result of `batches`.
+        cell: simulated cell, with one device per expert.
 
     Raises:
-        SimulationError: the cell has another number of devices than the model experts.
+        SimulationError: the number of devices differs from the number of experts per layer.
     """
     devices = len(cell.row_compute_s)
     if batches[0].shape[2] != devices:
@@ -55,10 +60,12 @@ def replay(policy: Policy, batches: Sequence[Array], cell: Cell) -> Float:
 
 
 def batch_seconds(cell: Cell, rows: Float, allocation: Allocation) -> Float:
-    """Time that each draw's batch waits for devices, summed over layers; float64 [draws].
+    """Time in seconds that each draw's batch waits for devices, summed over layers, float64 [draws].
 
     Args:
-        rows: from `replay`.
+        cell: simulated cell.
+        rows: result of `replay`.
+        allocation: how bandwidth is shared.
     """
     compute_s = rows * cell.row_compute_s
     if allocation == "per-layer":

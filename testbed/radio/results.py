@@ -1,4 +1,4 @@
-"""From replayed draws to the table: mean latencies with intervals, drop rates, accuracy. Pure."""
+"""Results of a simulation: mean latencies with intervals, drop rates, accuracy, and their tables. Pure."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,13 +18,16 @@ VANILLA = "topk"
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """One policy with one allocation.
+    """Latency of one policy with one bandwidth allocation.
 
     Attributes:
-        mean_ms: per token, all tokens of all draws counted alike.
-        median_ms: per token, over draws.
-        saved: share of the time of top-k with equal shares, on the same draws.
-        dropped: share of top-k's (token, expert) pairs that were not asked.
+        phase: `prefill` or `decode`.
+        policy: policy, as `parse_policy` reads it.
+        allocation: how bandwidth is shared.
+        mean_ms: mean time per token, over all tokens of all draws.
+        median_ms: median over draws of the time per token.
+        saved: time saved, as a share of the time of top-k with equal bandwidth shares on the same draws.
+        dropped: share of top-k's (token, expert) pairs that were not requested.
     """
 
     phase: Phase
@@ -38,12 +41,14 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """One policy's answers to one task, under the simulated links.
+    """Accuracy of one policy in one task, with the simulated links.
 
     Attributes:
-        right: share of the items.
-        lost: points less than top-k on the same items.
-        dropped: share of top-k's (token, expert) pairs that were not asked.
+        task: name of the task.
+        policy: policy, as `parse_policy` reads it.
+        right: correct answers in %.
+        lost: percentage points lost against top-k on the same items.
+        dropped: share of top-k's (token, expert) pairs that were not requested.
     """
 
     task: str
@@ -53,8 +58,8 @@ class Accuracy:
     dropped: float
 
 
-class Arena:
-    """Batches of one phase, on which policies with allocations are compared, and how top-k does on them."""
+class Comparison:
+    """Compares policies and allocations on the same batches of one phase, with top-k as baseline."""
 
     def __init__(self, trace: RoutingTrace, cell: Cell, phase: Phase, *, seed: int) -> None:
         self._facts = trace.facts
@@ -68,10 +73,11 @@ class Arena:
         self._vanilla = self._time(vanilla, "uniform")
 
     def latencies(self, policy: str, allocations: Iterable[Allocation] = ALLOCATIONS) -> list[Latency]:
-        """One per allocation.
+        """Latencies of a policy, one per allocation.
 
         Args:
-            policy: as `parse_policy` takes it.
+            policy: policy, as `parse_policy` reads it.
+            allocations: allocations to compare.
 
         Raises:
             ValueError: the policy is unknown.
@@ -104,25 +110,27 @@ def compare_latency(trace: RoutingTrace, cell: Cell, policies: Sequence[str], *,
     """Replay a trace in each phase under each policy with each allocation, all on the same draws.
 
     Args:
-        policies: as `parse_policy` takes them.
-        seed: of the tokens that decoding takes, and of the intervals.
+        policies: policies, as `parse_policy` reads them.
+        seed: seeds the choice of tokens for decoding, and the intervals.
 
     Raises:
-        SimulationError: the trace does not fit the cell.
+        SimulationError: the cell's number of devices differs from the trace's number of experts.
         ValueError: a policy is unknown.
     """
-    arenas = [Arena(trace, cell, phase, seed=seed) for phase in PHASES]
-    return [row for arena in arenas for policy in policies for row in arena.latencies(policy)]
+    comparisons = [Comparison(trace, cell, phase, seed=seed) for phase in PHASES]
+    return [row for comparison in comparisons for policy in policies for row in comparison.latencies(policy)]
 
 
 def compare_accuracy(
     right: dict[str, dict[str, NDArray[np.bool_]]], asked: dict[str, float], top_k: int, *, seed: int
 ) -> list[Accuracy]:
-    """Accuracy of each policy and how far it falls behind top-k.
+    """Accuracy of each policy, and its loss against top-k.
 
     Args:
-        right: by policy and task, bool [items], whether each item was answered right; top-k is among the policies.
-        asked: by policy, experts per token and layer.
+        right: by policy and task bool [items], whether each item was answered correctly; must include top-k.
+        asked: by policy, requested experts per token and layer.
+        top_k: experts per token and layer with top-k.
+        seed: seeds the intervals.
     """
     rows = []
     for policy, tasks in right.items():
@@ -148,7 +156,7 @@ def _present(interval: Interval | None) -> Interval:
 
 
 def latency_table(rows: Sequence[Latency], phase: Phase) -> str:
-    """Markdown."""
+    """A Markdown table of the latencies of one phase."""
     lines = [
         "| policy | bandwidth | ms per token (95 %) | median | saved % (95 %) | dropped % |",
         "|---|---|---:|---:|---:|---:|",
@@ -163,7 +171,7 @@ def latency_table(rows: Sequence[Latency], phase: Phase) -> str:
 
 
 def accuracy_table(rows: Sequence[Accuracy]) -> str:
-    """Markdown."""
+    """A Markdown table of accuracies."""
     lines = ["| policy | task | right % (95 %) | points lost (95 %) | dropped % |", "|---|---|---:|---:|---:|"]
     lines += [
         f"| {row.policy} | {row.task} | {_with_interval(row.right, 1)} | {_with_interval(row.lost, 1)} | "

@@ -1,6 +1,6 @@
-"""What a radio simulation assumes: where devices are, how they transmit, how fast they compute.
+"""Assumptions of a radio simulation: positions of devices, their transmission and their speed.
 
-The model is that of arXiv 2405.03131 and 2411.06681; docs/simulation.md says which numbers are ours.
+The model is that of arXiv 2405.03131 and 2411.06681; docs/simulation.md lists which numbers are not from there.
 """
 
 from pathlib import Path
@@ -18,15 +18,15 @@ from testbed.errors import SimulationError
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
 _SILU_FLOPS = 7
-"""Per value of x / (1 + exp(-x)), with an exponential counted as four."""
+"""Operations per value of SiLU, x / (1 + exp(-x)), where an exponential counts as four."""
 
 
-class Device(Struct, frozen=True, forbid_unknown_fields=True):
-    """One device, which holds the expert of its number in every layer.
+class RadioDevice(Struct, frozen=True, forbid_unknown_fields=True):
+    """A device of the cell; device k holds expert k of every layer.
 
     Attributes:
-        x_m, y_m: position; the base station is at the origin.
-        flops: floating-point operations per second that it reaches.
+        x_m, y_m: position in metres; the base station is at the origin.
+        flops: floating-point operations per second.
     """
 
     x_m: float
@@ -35,12 +35,12 @@ class Device(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def distance_m(self) -> float:
-        """From the base station; closer than 1 m the path loss is no longer meant to hold."""
+        """Distance from the base station in metres, at least 1, below which the path-loss model does not apply."""
         return max(1.0, float(np.hypot(self.x_m, self.y_m)))
 
 
 _DEVICES = tuple(
-    Device(x_m, y_m, flops)
+    RadioDevice(x_m, y_m, flops)
     for x_m, y_m, flops in (
         (40, 30, 2e12), (-60, 80, 1e12), (90, -120, 2e12), (-160, -120, 1e12),
         (150, 200, 2e12), (-240, 180, 1e12), (280, -210, 2e12), (-240, -320, 1e12),
@@ -53,12 +53,12 @@ class Setting(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     Attributes:
         devices: by default eight, 50 to 400 m from the base station.
-        bandwidth_hz: of the whole channel, to be shared.
+        bandwidth_hz: bandwidth of the whole channel, which devices share.
         carrier_ghz: carrier frequency.
         loss_1m_db: path loss at 1 m and 1 GHz.
-        loss_exponent: power of the distance; 2 is free space, 3.19 street canyons without line of sight
+        loss_exponent: path-loss exponent; 2 for free space, 3.19 for street canyons without line of sight
             (3GPP TR 38.901, optional model of UMi).
-        fading: `rayleigh` draws each link's power from an exponential distribution, `none` leaves the path loss.
+        fading: `rayleigh` draws each link's power from an exponential distribution, `none` uses path loss only.
         noise_dbm_hz: noise power density.
         bs_power_w: transmit power towards each device.
         device_power_w: transmit power of each device.
@@ -66,7 +66,7 @@ class Setting(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         hidden, intermediate: an expert's dimensions; by default those of the traced model.
     """
 
-    devices: Annotated[tuple[Device, ...], Meta(min_length=1)] = _DEVICES
+    devices: Annotated[tuple[RadioDevice, ...], Meta(min_length=1)] = _DEVICES
     bandwidth_hz: Positive = 100e6
     carrier_ghz: Positive = 3.5
     loss_1m_db: float = 32.4
@@ -80,7 +80,7 @@ class Setting(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     intermediate: Count | None = None
 
     def path_gain(self) -> Float:
-        """Share of a signal's power that arrives on average, float64 [devices]."""
+        """Mean ratio of received to transmitted power, float64 [devices]."""
         distance_m = np.array([device.distance_m for device in self.devices])
         loss_db = self.loss_1m_db + 20 * np.log10(self.carrier_ghz) + 10 * self.loss_exponent * np.log10(distance_m)
         gain: Float = 10 ** (-loss_db / 10)
@@ -88,10 +88,10 @@ class Setting(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 def read_setting(path: Path) -> Setting:
-    """Read a setting from YAML; what it leaves out has its default.
+    """Read a setting from YAML; missing fields get their defaults.
 
     Raises:
-        SimulationError: the file is missing or not a setting.
+        SimulationError: the file can't be read or is not a valid setting.
     """
     try:
         return msgspec.yaml.decode(path.read_bytes(), type=Setting)
@@ -102,7 +102,7 @@ def read_setting(path: Path) -> Setting:
 
 
 def expert_flops(hidden: int, intermediate: int) -> int:
-    """Operations of one SwiGLU expert on one hidden state.
+    """Floating-point operations of one SwiGLU expert for one hidden state.
 
     Three matrix products (4·m·m_h for w1 and w3, 2·m_h·m for w2), SiLU, and the product of the two branches.
     """
@@ -113,9 +113,9 @@ class Cell:
     """A setting's links and devices over many channel draws.
 
     Attributes:
-        links: of all draws, [draws, devices].
-        total_hz: the channel's bandwidth.
-        row_compute_s: float64 [devices], one hidden state through one expert.
+        links: links of all draws, [draws, devices].
+        total_hz: bandwidth of the channel.
+        row_compute_s: float64 [devices], computing time of one expert for one hidden state.
     """
 
     def __init__(self, setting: Setting, *, hidden: int, intermediate: int, draws: int, seed: int) -> None:
@@ -139,8 +139,8 @@ class Cell:
         return len(self._uniform_row_s)
 
     def forecast(self, draw: int, layer: int) -> LayerForecast:
-        """What a base station that knows its links predicts before bandwidth is allocated: equal shares."""
+        """Forecast of a base station that knows its links, with equal bandwidth shares."""
         devices = len(self.row_compute_s)
-        nothing = np.zeros(devices)
+        zeros = np.zeros(devices)
         holder: NDArray[np.intp] = np.arange(devices)
-        return LayerForecast(layer, holder, nothing, nothing, self._uniform_row_s[draw], self.row_compute_s)
+        return LayerForecast(layer, holder, zeros, zeros, self._uniform_row_s[draw], self.row_compute_s)

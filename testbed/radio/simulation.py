@@ -1,4 +1,4 @@
-"""One simulation from its inputs to its folder of results."""
+"""Runs a simulation and writes its folder of results."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -23,7 +23,15 @@ from wire.manifest import load_manifest, sha256_file
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What to evaluate: see `testbed.radio.accuracy.evaluate`."""
+    """Arguments of `testbed.radio.accuracy.evaluate`.
+
+    Attributes:
+        bundle: bundle of the model.
+        data: folder with the files of the tasks.
+        items: items per task.
+        batch: items per forward step.
+        threads: threads per expert.
+    """
 
     bundle: Path
     data: Path
@@ -32,7 +40,7 @@ class Evaluation:
     threads: int
 
     def facts(self) -> dict[str, Any]:
-        """What it depends on."""
+        """Parameters and hashes of the inputs, for `simulation.json`."""
         return {
             "quantisation": str(load_manifest(self.bundle).quantisation),
             "data_sha256": {file: sha256_file(self.data / file) for file in TASKS.values()},
@@ -43,11 +51,16 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """What to simulate.
+    """Parameters of a simulation.
 
     Attributes:
-        policies: as `parse_policy` takes them.
+        trace_path: routing trace.
+        setting: radio setting.
+        policies: policies, as `parse_policy` reads them.
+        draws: number of channel draws.
+        seed: seeds channel draws, choice of tokens and intervals.
         sweep_draws: channel draws of the sweep over θ and γ; None for no sweep.
+        evaluation: evaluation of accuracy; None for none.
     """
 
     trace_path: Path
@@ -58,14 +71,14 @@ class Simulation:
     sweep_draws: int | None = None
     evaluation: Evaluation | None = None
 
-    def run(self, folder: Path, *, say: Callable[[str], None]) -> None:
+    def run(self, folder: Path, *, on_progress: Callable[[str], None]) -> None:
         """Simulate, and write tables, plots and `simulation.json` into `folder`, part by part.
 
         Args:
-            say: told each table as soon as it is there.
+            on_progress: called with each table as soon as it is complete.
 
         Raises:
-            WdmoeError: an input can't be used, or the folder can't be written.
+            WdmoeError: an input is not valid, or the folder can't be written.
             ValueError: a policy is unknown.
         """
         from testbed.radio import plots
@@ -79,7 +92,7 @@ class Simulation:
         def keep(part: str, rows: Sequence[Any], *texts: str) -> None:
             document[part] = [asdict(row) for row in rows]
             for text in texts:
-                say(text)
+                on_progress(text)
             tables.extend(texts)
             _write(folder / "simulation.md", "\n".join(tables))
             _write(folder / "simulation.json", json.dumps(document, indent=1))
@@ -91,7 +104,7 @@ class Simulation:
             points = list(sweep(trace, self._cell(trace, self.sweep_draws), seed=self.seed))
             plots.draw_sensitivity(points, folder)
             keep("sensitivity", points)
-            say(f"{folder / 'sensitivity.png'}: {len(points)} combinations of θ and γ")
+            on_progress(f"{folder / 'sensitivity.png'}: {len(points)} combinations of θ and γ")
         if self.evaluation:
             accuracies = self._evaluate(trace, cell, policies, self.evaluation)
             keep("accuracy", accuracies, f"### Accuracy\n\n{accuracy_table(accuracies)}\n")
@@ -107,7 +120,7 @@ class Simulation:
         sha256 = load_manifest(plan.bundle).model_sha256
         if sha256 != trace.facts.model_sha256:
             raise SimulationError(
-                f"{plan.bundle} is of another model than {self.trace_path}: trace its routing, or name its bundle"
+                f"{plan.bundle} is of another model than {self.trace_path}: trace its routing, or give its --bundle"
             )
         parsed = [parse_policy(text, top_k=top_k, model_sha256=sha256) for text in policies]
         answers = evaluate(

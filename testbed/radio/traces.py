@@ -1,4 +1,4 @@
-"""Routing traces: the gate's probabilities of a real model on real text, recorded once and replayed often."""
+"""Routing traces: gate probabilities of a model on real text, recorded once to be replayed many times."""
 
 import io
 import zipfile
@@ -26,13 +26,14 @@ from wire.tensors import Array
 
 
 class TraceFacts(Struct, frozen=True, kw_only=True):
-    """Where a trace comes from.
+    """Origin of a trace.
 
     Attributes:
         model_sha256: `Manifest.model_sha256`.
-        hidden, intermediate, top_k: of the model.
-        data_sha256: of the files that the texts were taken from, by name.
-        commit: of this project, when the trace was recorded.
+        quantisation: of the bundle.
+        hidden, intermediate, top_k: dimensions of the model.
+        data_sha256: hashes of the files with the texts, by name.
+        commit: commit of this project that recorded the trace.
     """
 
     model_sha256: str
@@ -45,10 +46,11 @@ class TraceFacts(Struct, frozen=True, kw_only=True):
 
 
 class RoutingTrace:
-    """What a model's gates said.
+    """Gate probabilities of a model for several prompts.
 
     Attributes:
-        prompts: one float32 [tokens, layers, experts] per prompt: softmax over all experts, under top-k routing.
+        prompts: float32 [tokens, layers, experts] per prompt: softmax over all experts, with top-k routing.
+        facts: origin of the trace.
     """
 
     def __init__(self, prompts: Sequence[Array], facts: TraceFacts) -> None:
@@ -57,56 +59,60 @@ class RoutingTrace:
 
     @property
     def layers(self) -> int:
-        """Layers of the model."""
+        """Number of layers."""
         return int(self.prompts[0].shape[1])
 
     @property
     def experts(self) -> int:
-        """Experts per layer."""
+        """Number of experts per layer."""
         return int(self.prompts[0].shape[2])
 
 
 class _Recorder:
-    """A policy that chooses like another one and keeps what it is shown."""
+    """A policy that chooses like another policy, and records the probabilities."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self.shown: list[Array] = []
+        self.recorded: list[Array] = []
 
     def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
-        """See `Policy.select`."""
-        self.shown.append(probabilities)
+        """Record the probabilities, and choose with the other policy."""
+        self.recorded.append(probabilities)
         return self._policy.select(probabilities, forecast)
 
 
 def trace_prompts(model: DistributedMixtral, policy: Policy, prompts: Sequence[Sequence[int]]) -> list[Array]:
     """The gates' probabilities for each prompt, float32 [tokens, layers, experts].
 
-    ArrivalTiming looks back only, so that these are also what the gates say when the same tokens come one by one.
+    Attention is causal, so the probabilities are the same when the tokens are decoded one by one.
 
     Args:
-        policy: what the model routes with meanwhile.
-        prompts: token ids.
+        model: model to run; its policy is replaced.
+        policy: policy that routes meanwhile.
+        prompts: token ids of each prompt.
     """
     traces = []
     for ids in prompts:
         recorder = _Recorder(policy)
         model.policy = recorder
         model.step([SequenceInput(list(ids), model.trunk.new_cache())])
-        traces.append(np.stack(recorder.shown, axis=1))
+        traces.append(np.stack(recorder.recorded, axis=1))
     return traces
 
 
 def record_trace(
     bundle: Path, data: Path, *, items: int, texts: int, tokens: int, threads: int, commit: str
 ) -> RoutingTrace:
-    """Run a bundle's model in this process on evaluation data.
+    """Record a trace of a bundle's model on evaluation data, in this process.
 
     Args:
-        data: folder as for `wdmoe-testbed quality`.
-        items: questions of each task, from its beginning, as they are asked in an evaluation.
-        texts: of the domains' file, spread evenly over it.
-        tokens: of each prompt, at most.
+        bundle: bundle of the model.
+        data: folder with the evaluation data, as for `wdmoe-testbed quality`.
+        items: questions per task, from the beginning, in the form of the evaluation.
+        texts: texts from the domains' file, spread evenly over it.
+        tokens: maximum length of a prompt.
+        threads: threads per expert.
+        commit: commit of this project.
 
     Raises:
         WdmoeError: the bundle or the data can't be used.
@@ -139,7 +145,11 @@ def record_trace(
 
 
 def write_trace(trace: RoutingTrace, path: Path) -> None:
-    """As an npz file: `probabilities` float32 [tokens, layers, experts], `tokens` of each prompt, `facts` as JSON."""
+    """Write a trace as an npz file.
+
+    It contains `probabilities` float32 [tokens, layers, experts] of all prompts, `tokens` int64 [prompts] with their
+    lengths, and `facts` as JSON.
+    """
     with atomic_write(path) as file:
         np.savez_compressed(
             file,
@@ -153,7 +163,7 @@ def read_trace(path: Path) -> RoutingTrace:
     """Read a trace and check it.
 
     Raises:
-        SimulationError: the file is missing or not a trace.
+        SimulationError: the file can't be read or is not a valid trace.
     """
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
@@ -167,5 +177,5 @@ def read_trace(path: Path) -> RoutingTrace:
     fits = probabilities.dtype == np.float32 and probabilities.ndim == 3 and tokens.dtype == np.int64
     fits = fits and tokens.ndim == 1 and len(tokens) > 0 and bool((tokens > 0).all())
     if not fits or tokens.sum() != len(probabilities) or not np.isfinite(probabilities).all():
-        raise SimulationError(f"{path} is not a routing trace: its arrays do not fit together")
+        raise SimulationError(f"{path} is not a routing trace: the shapes or types of its arrays are inconsistent")
     return RoutingTrace(np.split(probabilities, np.cumsum(tokens)[:-1]), facts)

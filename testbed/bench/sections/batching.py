@@ -1,4 +1,4 @@
-"""Several sequences per step against one alone, over an emulated network: 8 nodes, 5 ms round trips."""
+"""Several sequences per step compared with one, on an emulated network: 8 nodes, 5 ms round trips."""
 
 import itertools
 import statistics
@@ -22,7 +22,7 @@ _ROUNDS = 3
 
 
 def measure(settings: Settings) -> Iterator[Result]:
-    """A row per number of sequences; a sample is one step's time per token."""
+    """Yield a row per number of sequences; a sample is the time of one step per token."""
     if why := why_not():
         yield Skipped(f"concurrent sequences, {RTT_MS:g} ms", why)
         return
@@ -43,10 +43,11 @@ def measure(settings: Settings) -> Iterator[Result]:
 
 
 class _Batch:
-    """So many answers at a time; where one ends, the next begins.
+    """Keeps `count` answers running; when one ends, the next begins.
 
     Attributes:
-        token_ms: of each step in which all of them got a token, divided by their number.
+        count: number of answers.
+        token_ms: time of each step in which every answer got a token, divided by `count`.
     """
 
     def __init__(self, station: BaseStation, count: int) -> None:
@@ -59,7 +60,7 @@ class _Batch:
         self._answers = [self._next() for _ in range(count)]
 
     def run(self) -> None:
-        """Some steps with all answers decoding, and those in between that read the prompts of new ones."""
+        """Measure some steps in which all answers decode; steps that read prompts of new answers are not measured."""
         for _ in range(_STEPS):
             self._answers = [self._next() if answer.done else answer for answer in self._answers]
             while not all(answer.decoding for answer in self._answers):
@@ -77,7 +78,7 @@ class _Batch:
         return answer
 
     def parts(self) -> dict[str, float]:
-        """Medians of where a step's time goes, not divided by the tokens."""
+        """Median time of each part of a step in ms, not divided by the number of tokens."""
         parts: dict[str, list[float]] = defaultdict(list)
         for step in self._steps:
             split = step.split_ns()

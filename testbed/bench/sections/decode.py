@@ -1,4 +1,4 @@
-"""Decoding the demo model on dedicated links, token by token, against the floor."""
+"""Decoding the demo model on dedicated links, token by token, compared with the floor."""
 
 import statistics
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.step_records import StepRecord
 from testbed.bench.alone import Parts
-from testbed.bench.floor import Link, causes_ms, floor_ms
+from testbed.bench.floor import FloorLink, causes_ms, floor_ms
 from testbed.bench.rows import Result, Row, Settings, Skipped
 from testbed.bench.system import DEDICATED_MBPS, System, running, why_not
 from testbed.demo_assets import demo_bundle
@@ -21,7 +21,7 @@ _WARM_UP = 4
 
 
 def measure(settings: Settings) -> Iterator[Result]:
-    """2, 5 and 10 ms round trip, eight nodes with an expert of each layer; the round trips take turns."""
+    """Yield rows for round trips of 2, 5 and 10 ms, which take turns; eight nodes have one expert of each layer."""
     if why := why_not():
         yield Skipped("decoding on an emulated network", why)
         return
@@ -39,7 +39,7 @@ def measure(settings: Settings) -> Iterator[Result]:
             parts.measure()
     alone = parts.alone()
     for rtt in RTTS_MS:
-        link = Link(rtt, DEDICATED_MBPS)
+        link = FloorLink(rtt, DEDICATED_MBPS)
         causes = [causes_ms(step, link, alone) for step in steps[rtt]]
         yield Row(
             f"decode, {rtt:g} ms round trip, 8 nodes",
@@ -52,17 +52,20 @@ def measure(settings: Settings) -> Iterator[Result]:
                 "trunk_alone_ms": alone.trunk_ms, "head_alone_ms": alone.head_ms,
                 "expert_alone_ms": alone.compute_ms(1),
                 "per_token_ms": {what: ms / len(steps[rtt]) for what, ms in core_ms[rtt].items()},
-                "parts": "medians over tokens of what lies beyond the floor",
+                "parts": "medians over tokens of the time beyond the floor",
             },
             {cause: statistics.median(c[cause] for c in causes) for cause in causes[0]},
         )  # fmt: skip
 
 
 def decode(system: System, prompt: str, *, tokens: int, core_ms: dict[str, float] | None = None) -> list[StepRecord]:
-    """The decode steps of an answer, the first few left out.
+    """Generate an answer, and return its decode steps without the first `_WARM_UP`.
 
     Args:
-        core_ms: `System.core_ms` of these steps is added to it.
+        system: running system.
+        prompt: user message.
+        tokens: maximum length of the answer.
+        core_ms: `System.core_ms` of the returned steps is added to it.
     """
     station = system.station
     ids = station.tokenizer.encode_chat([{"role": "user", "content": prompt}])

@@ -1,4 +1,4 @@
-"""One token through experts on one core, against reading as many bytes as their files hold."""
+"""One token through experts on one core, compared with reading as many bytes as their files have."""
 
 import json
 import multiprocessing
@@ -21,7 +21,7 @@ from testbed.demo_assets import demo_bundle
 from wire.manifest import EXACT_SUMS, Manifest, Quantisation, Scheme, load_manifest, probe_input
 
 TARGET = 1.5
-"""Of the preset of machines with dot-product instructions."""
+"""Target ratio of the preset for machines with dot-product instructions."""
 _PRESET = Quantisation(scheme="int4", block=32)
 _BIG = (
     _PRESET,
@@ -36,7 +36,7 @@ _PROFILED_RUNS = 20
 
 
 def measure(settings: Settings) -> Iterator[Row]:
-    """An expert of Mixtral-8x7B's size, alone; then the demo model's, one layer after the other as tokens come."""
+    """Yield rows for an expert of Mixtral-8x7B's size, and for the demo model's experts layer by layer."""
     with tempfile.TemporaryDirectory(prefix="wdmoe-bench-") as folder:
         with settings.console.status("experts of 4096 × 14336"):
             weights = random_weights(Path(folder))
@@ -63,7 +63,7 @@ def _big(settings: Settings, bundle: Path, manifest: Manifest, prepacked: Path |
         "floor_gb_per_s": file_bytes / statistics.median(floor) / 1e6,
         "prepacked": prepacked is not None,
         "anonymous_bytes": _loaded_bytes(bundle, manifest, prepacked),
-        "parts": "medians by onnxruntime's profiler, another session",
+        "parts": "medians by onnxruntime's profiler, in a separate session",
     }
     entry = manifest.experts[0]
     model = prepacked_model(bundle, entry, prepacked) if prepacked else bundle / entry.files[0].path
@@ -75,7 +75,7 @@ def _big(settings: Settings, bundle: Path, manifest: Manifest, prepacked: Path |
 
 
 def _demo(settings: Settings, scheme: Scheme) -> Row:
-    """None is still in the cache when its turn comes."""
+    """A row of one token through expert 0 of all layers; each has left the CPU cache when its turn comes."""
     bundle = demo_bundle(scheme, console=settings.console)
     manifest = load_manifest(bundle)
     entries = [entry for entry in manifest.experts if entry.expert == 0]
@@ -97,7 +97,7 @@ def _demo(settings: Settings, scheme: Scheme) -> Row:
 
 
 def _fastest_reader(size: int) -> tuple[str, Callable[[], object]]:
-    """Of several ways in which one core reads `size` bytes of memory through numpy, the one that is fastest here."""
+    """The fastest of several ways to read `size` bytes of memory on one core with numpy, and its name."""
     words, floats = np.ones(size // 8, np.uint64), np.ones(size // 4, np.float32)
     ways: dict[str, Callable[[], object]] = {"max of uint64": words.max, "max of float32": floats.max}
 
@@ -109,14 +109,14 @@ def _fastest_reader(size: int) -> tuple[str, Callable[[], object]]:
 
 
 def _loaded_bytes(bundle: Path, manifest: Manifest, prepacked: Path | None) -> int:
-    """Anonymous memory that the expert takes once loaded and run, in a process of its own."""
+    """Anonymous memory in bytes of the expert after it was loaded and run, measured in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_load_and_look, (bundle, manifest, prepacked))
 
 
 def _load_and_look(bundle: Path, manifest: Manifest, prepacked: Path | None) -> int:
     x = probe_input(manifest.dims.hidden)
-    # The library's own share comes first: it takes it with its first session.
+    # The first session includes the library's own memory, so measure the second.
     ExpertRuntime(bundle, manifest, [ID], prepacked=prepacked).run(ID, x)
     return_freed_memory()
     before = _anonymous_bytes()
@@ -132,7 +132,7 @@ def _anonymous_bytes() -> int:
 
 
 def _parts_ms(model: Path, x: np.ndarray) -> dict[str, float]:
-    """Median ms of the graph's nodes: each matrix, and all that lies between them."""
+    """Median time in ms of the graph's nodes: of each matrix, and of all other nodes together (`between`)."""
     with tempfile.TemporaryDirectory(prefix="wdmoe-bench-") as folder:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1

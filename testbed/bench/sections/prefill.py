@@ -1,4 +1,4 @@
-"""Prompts of 32 to 1024 tokens: pieces under way together against the same prompt in pieces one after the other."""
+"""Prompts of 32 to 1024 tokens: overlapping micro-batches compared with the same micro-batches one by one."""
 
 import time
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ _SAMPLES = 3
 
 
 def measure(settings: Settings) -> Iterator[Result]:
-    """On dedicated links, eight nodes; the two arms take turns."""
+    """Yield a row per prompt length, on dedicated links with eight nodes; the two arms take turns."""
     if why := why_not():
         yield Skipped("prefill on an emulated network", why)
         return
     bundle = demo_bundle("int4", console=settings.console)
     with running(settings, bundle, nodes=NODES, rtts_ms=[_RTT_MS]) as system:
-        prefill(system, TOKENS[-1], together=True)  # nodes grow their buffers
+        prefill(system, TOKENS[-1], together=True)  # lets nodes allocate their buffers
         for tokens in TOKENS:
             parts: dict[bool, list[dict[str, float]]] = {True: [], False: []}
 
@@ -47,7 +47,13 @@ def measure(settings: Settings) -> Iterator[Result]:
 
 
 def prefill(system: System, tokens: int, *, together: bool) -> dict[str, float]:
-    """Run a prompt; milliseconds of trunk and of waiting for nodes."""
+    """Run a prompt; return the milliseconds in total, in the trunk, and in dispatch.
+
+    Args:
+        system: running system.
+        tokens: length of the prompt.
+        together: overlap micro-batches; otherwise run them one by one.
+    """
     model = system.station.model
     text = "The quick brown fox jumps over the lazy dog, and nobody knows why it does so every day. " * 80
     ids = system.station.tokenizer.encode(text)[:tokens]
@@ -67,6 +73,6 @@ def prefill(system: System, tokens: int, *, together: bool) -> dict[str, float]:
 
 
 def _pieces(ids: list[int], most: int) -> list[list[int]]:
-    """As a step cuts them."""
+    """Split `ids` into equal parts of at most `most`, as a step does."""
     count = -(-len(ids) // most)
     return [ids[len(ids) * i // count : len(ids) * (i + 1) // count] for i in range(count)]

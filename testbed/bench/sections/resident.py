@@ -1,4 +1,4 @@
-"""Time per token with some experts on the base station, against none: emulated links, the whole demo model, int4."""
+"""Time per token with some experts on the base station, compared with none: emulated links, the demo model, int4."""
 
 import os
 import statistics
@@ -30,15 +30,15 @@ RTT_MS = 5
 MBPS = 100
 SHARES = (0.25, 0.5)
 LEARNT_FROM = 8
-"""Prompts whose traffic the choice is made from; measured is on others."""
+"""Number of prompts for learning the traffic; other prompts are measured."""
 _TOKENS = 24
 _WARM_UP = 2
 
 
 def measure(settings: Settings) -> Iterator[Row | Skipped]:
-    """All experts are loaded; how many of them count as being here changes from answer to answer."""
+    """Yield a row per choice of local experts. All experts are loaded; those in use change between answers."""
     name = f"decode, experts on the base station, {RTT_MS} ms"
-    # Imported here: needs Linux and pyroute2.
+    # Imported here because it needs Linux and pyroute2.
     from testbed.network.namespaces import check_privileges
 
     try:
@@ -79,10 +79,10 @@ def measure(settings: Settings) -> Iterator[Row | Skipped]:
 
 
 def _arms(station: BaseStation) -> dict[str, frozenset[ExpertId]]:
-    """By name the experts that are kept: chosen as the base station does, and by each expert's own traffic."""
-    fleet, residents = station.dispatcher.registry, station.residents
+    """Local experts by arm: chosen as the base station does, and by the traffic of each expert alone."""
+    registry, residents = station.dispatcher.registry, station.residents
     assert residents is not None  # noqa: S101 - configured below
-    every = fleet.local_experts
+    every = registry.local_experts
     here_s = []
     for event in _answer(station, PROMPTS[0]):
         for step in event.steps:
@@ -92,10 +92,10 @@ def _arms(station: BaseStation) -> dict[str, frozenset[ExpertId]]:
                 for d in layer.dispatches
                 if d.node == LOCAL_NODE and d.tokens == 1
             ]
-    fleet.hold_locally(frozenset())
+    registry.hold_locally(frozenset())
     for prompt in PROMPTS[:LEARNT_FROM]:
         _answer(station, prompt)
-    layers = range(fleet.dims.layers)
+    layers = range(registry.dims.layers)
     away_s = np.array([station.dispatcher.forecast(layer).one_row_s for layer in layers])
     pairs = residents.traffic.pairs
     by_traffic = sorted(every, key=lambda id: (-pairs[id.layer, id.expert, id.expert], id))
@@ -115,13 +115,13 @@ def _answer(station: BaseStation, prompt: str) -> list[TokenEvent]:
 def _token_ms(events: Sequence[TokenEvent]) -> float:
     steps = [step for event in events[_WARM_UP:] for step in event.steps]
     if not steps:
-        raise WdmoeError("an answer was too short to be measured")
+        raise WdmoeError(f"an answer has no more than {_WARM_UP} tokens, too few to measure")
     return sum(step.total_ns for step in steps) / len(steps) / 1e6
 
 
 @contextmanager
 def _station(settings: Settings, bundle: Path) -> Iterator[BaseStation]:
-    """A system with room for all experts on the base station; this thread is there meanwhile."""
+    """A system whose base station has memory for all experts; this thread is in its network namespace meanwhile."""
     from testbed.network import namespaces
     from testbed.network.daemon import BASE_STATION
     from testbed.network.emulated import emulated

@@ -1,4 +1,4 @@
-"""What tokens cost as nodes, layers and messages grow: lines fitted to measurements, plotted, with their data."""
+"""Time per token as nodes, layers and messages grow: measurements with fitted lines, plotted, with their data."""
 
 import itertools
 import socket
@@ -13,7 +13,7 @@ from bs_coordinator.broker.processes import LOOPBACK, open_broker
 from bs_coordinator.engine.step_records import StepRecord
 from common.files import atomic_write
 from testbed.bench.alone import Parts
-from testbed.bench.floor import Link, floor_ms
+from testbed.bench.floor import FloorLink, floor_ms
 from testbed.bench.rows import Result, Row, Settings, Skipped, plot
 from testbed.bench.sections.decode import decode
 from testbed.bench.sections.prefill import prefill
@@ -35,7 +35,8 @@ class Fit(NamedTuple):
     """`ms = intercept + slope · x`, by least squares.
 
     Attributes:
-        r2: share of the variance that it explains.
+        intercept, slope: in ms, and ms per unit of x.
+        r2: share of the variance that the line explains.
     """
 
     intercept: float
@@ -44,10 +45,11 @@ class Fit(NamedTuple):
 
 
 def fit_line(x: Sequence[float], y: Sequence[float], *, relative: bool = False) -> Fit:
-    """A straight line through points.
+    """Fit a line to points by least squares.
 
     Args:
-        relative: minimise relative errors, for points over orders of magnitude.
+        x, y: coordinates of the points.
+        relative: minimise relative errors, for points that span orders of magnitude.
     """
     xs, ys = np.asarray(x, float), np.asarray(y, float)
     slope, intercept = np.polyfit(xs, ys, 1, w=1 / ys if relative else None)
@@ -58,7 +60,7 @@ def fit_line(x: Sequence[float], y: Sequence[float], *, relative: bool = False) 
 
 
 def measure(settings: Settings) -> Iterator[Result]:
-    """1 to 8 nodes; layers of the same steps; 1 KiB to 1 MiB on loopback and on a link."""
+    """Yield rows for 1 to 8 nodes, and for messages of 1 KiB to 1 MiB on loopback and on a link; plot them."""
     if why := why_not():
         yield Skipped("scaling on an emulated network", why)
         return
@@ -75,7 +77,7 @@ def measure(settings: Settings) -> Iterator[Result]:
         at_eight = steps
         ours, floor = (
             [step.total_ns / 1e6 for step in steps],
-            [floor_ms(step, Link(_RTT_MS, DEDICATED_MBPS), parts.alone()) for step in steps],
+            [floor_ms(step, FloorLink(_RTT_MS, DEDICATED_MBPS), parts.alone()) for step in steps],
         )
         token_ms.append(statistics.median(ours))
         prefill_ms.append(statistics.median(prefills))
@@ -107,7 +109,7 @@ def _sizes(
 
 
 def _by_layer(steps: Sequence[StepRecord]) -> tuple[Sequence[int], dict[str, list[float]]]:
-    """Median time of a token's first n layers, and head."""
+    """Median time of the first n layers of a token plus the head, for each n."""
     passed = [
         [
             step.head_ns / 1e6 + ms
@@ -123,7 +125,7 @@ def _keep(
     settings: Settings, name: str, x_name: str, x: Sequence[float], series: dict[str, list[float]],
     *, fitted: bool = False, logarithmic: bool = False,
 ) -> None:  # fmt: skip
-    """A plot and its CSV; with `fitted` a line for each series, whose numbers stand in the legend and are printed."""
+    """Write a plot and its CSV; with `fitted`, fit a line to each series, and print its equation also in the legend."""
     settings.folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(settings.folder / f"{name}.csv") as file:
         rows = [[x_name, *(f"{key} ms" for key in series)], *zip(x, *series.values(), strict=True)]

@@ -1,8 +1,8 @@
-"""Chat answers with drafts against the same answers without, over an emulated network with round trips of 5 ms.
+"""Chat answers with drafts compared with the same answers without, on an emulated network with round trips of 5 ms.
 
-On eight nodes with an expert of each layer, and on four with two: guesses ask more experts, which is more messages
-there and fewer here. Answers take seconds each: they are appended to a file as they come, and a run that was
-interrupted goes on where it stopped.
+On eight nodes with one expert per layer, and on four with two: draft tokens need more experts, which means more
+messages on eight nodes than on four. Answers take seconds each; they are appended to a file, and an interrupted run
+continues.
 """
 
 import statistics
@@ -32,14 +32,18 @@ _MAX_TOKENS = 40
 _WARM_UP_TOKENS = 8
 
 
-class _Answer(Struct, frozen=True, kw_only=True):
-    """One answer.
+class _MeasuredAnswer(Struct, frozen=True, kw_only=True):
+    """One measured answer.
 
     Attributes:
-        prompt: its number in `CHAT_PROMPTS`.
-        token_ms: per token after the first, by the wall clock.
-        wall_s: of the whole answer, the prompt included.
-        draft_ms: per token, making the guesses.
+        arm: kind of draft.
+        prompt: index in `CHAT_PROMPTS`.
+        ids: token ids.
+        token_ms: wall-clock time per token after the first.
+        wall_s: wall-clock time of the whole answer, including the prompt.
+        first_token_ms: time to the first token.
+        steps, drafted, accepted: numbers of decode steps, draft tokens and accepted draft tokens.
+        draft_ms: drafting time per token.
     """
 
     arm: DraftMode
@@ -55,7 +59,7 @@ class _Answer(Struct, frozen=True, kw_only=True):
 
 
 def measure(settings: Settings) -> Iterator[Result]:
-    """Rows per number of nodes and kind of draft; all kinds answer each prompt, and plainly; who is first changes."""
+    """Yield a row per number of nodes and kind of draft; each prompt is answered with all kinds, in changing order."""
     for nodes in (EIGHT, _FOUR):
         name = f"chat answers with drafts, {RTT_MS:g} ms, {len(nodes)} nodes"
         if why := why_not():
@@ -66,7 +70,7 @@ def measure(settings: Settings) -> Iterator[Result]:
             yield _row(f"{name}, {arm}", [(done[n, arm], done[n, "none"]) for n, a in sorted(done) if a == arm])
 
 
-def _answers(settings: Settings, nodes: Mapping[str, str]) -> dict[tuple[int, DraftMode], _Answer]:
+def _answers(settings: Settings, nodes: Mapping[str, str]) -> dict[tuple[int, DraftMode], _MeasuredAnswer]:
     log = settings.folder / f"answers-{len(nodes)}.jsonl"
     done = _read(log)
     with open_site(settings, nodes) as station, log.open("ab", buffering=0) as file:
@@ -83,18 +87,19 @@ def _answers(settings: Settings, nodes: Mapping[str, str]) -> dict[tuple[int, Dr
     return done
 
 
-def _read(log: Path) -> dict[tuple[int, DraftMode], _Answer]:
+def _read(log: Path) -> dict[tuple[int, DraftMode], _MeasuredAnswer]:
     log.parent.mkdir(parents=True, exist_ok=True)
     lines = log.read_bytes().splitlines() if log.exists() else []
-    answers = [msgspec.json.decode(line, type=_Answer) for line in lines]
+    answers = [msgspec.json.decode(line, type=_MeasuredAnswer) for line in lines]
     return {(answer.prompt, answer.arm): answer for answer in answers}
 
 
 @contextmanager
 def open_site(settings: Settings, nodes: Mapping[str, str]) -> Iterator[BaseStation]:
-    """Nodes on links of their own.
+    """A base station with nodes on dedicated links.
 
     Args:
+        settings: settings of the benchmark.
         nodes: experts by node.
     """
     bundle, draft = demo_bundle("int4", console=settings.console), demo_draft(console=settings.console)
@@ -103,7 +108,9 @@ def open_site(settings: Settings, nodes: Mapping[str, str]) -> Iterator[BaseStat
         yield system.station
 
 
-def _answer(station: BaseStation, number: int, prompt: str, speculation: Speculation, max_tokens: int) -> _Answer:
+def _answer(
+    station: BaseStation, number: int, prompt: str, speculation: Speculation, max_tokens: int
+) -> _MeasuredAnswer:
     ids = station.tokenizer.encode_chat([{"role": "user", "content": prompt}])
     sequence = Sequence(station.model, station.tokenizer, speculation=speculation)
     began = time.perf_counter()
@@ -114,7 +121,7 @@ def _answer(station: BaseStation, number: int, prompt: str, speculation: Specula
         events.append(event)
     wall_s = time.perf_counter() - began
     stats = summarise(events)
-    return _Answer(
+    return _MeasuredAnswer(
         arm=speculation.mode,
         prompt=number,
         ids=[event.id for event in events],
@@ -128,15 +135,15 @@ def _answer(station: BaseStation, number: int, prompt: str, speculation: Specula
     )
 
 
-def _line(prompt: str, answers: list[_Answer]) -> str:
+def _line(prompt: str, answers: list[_MeasuredAnswer]) -> str:
     plain, *others = answers
     arms = ", ".join(f"{a.arm} ×{plain.token_ms / a.token_ms:.2f} ({a.accepted}/{a.drafted})" for a in others)
     return f"{prompt.partition(chr(10))[0][:50]:<50} {len(plain.ids)} tokens, plain {plain.token_ms:.0f} ms: {arms}"
 
 
-def _row(name: str, pairs: list[tuple[_Answer, _Answer]]) -> Row:
-    """Ours and plain, prompt by prompt."""
-    # A single token says nothing of decoding.
+def _row(name: str, pairs: list[tuple[_MeasuredAnswer, _MeasuredAnswer]]) -> Row:
+    """A row from pairs of answers with and without drafts."""
+    # An answer of a single token has no decode steps.
     decoded = [(ours, plain) for ours, plain in pairs if len(plain.ids) > 1]
     speedups = [plain.token_ms / ours.token_ms for ours, plain in decoded]
     whole = [plain.wall_s / ours.wall_s for ours, plain in decoded]

@@ -1,4 +1,4 @@
-"""One message there and back: our frames over MQTT against the same bytes over plain TCP."""
+"""Round trips of messages: our frames over MQTT compared with the same bytes over plain TCP."""
 
 import multiprocessing
 import os
@@ -22,10 +22,8 @@ from wire.transport import Transport
 from wire.transports import connect
 
 HIDDEN = 4096
-"""Of Mixtral: one token in fp16 is 8 KiB."""
+"""Hidden size of Mixtral: one token in fp16 has 8 KiB."""
 _THERE, _BACK = "wdmoe/v1/bench/nodes/node/work", "wdmoe/v1/bench/results/node"
-
-
 SIZES = ((1, 512), (1, HIDDEN), (8, HIDDEN), (64, HIDDEN), (512, HIDDEN))
 """Tokens and hidden size: 1 KiB to 4 MiB."""
 LINK_MBPS, LINK_RTT_MS = 50, 2
@@ -35,7 +33,7 @@ _NODE = "node"
 
 
 def measure(settings: Settings) -> Iterator[Result]:
-    """1 KiB to 4 MiB on loopback and on an emulated link."""
+    """Yield rows for 1 KiB to 4 MiB, on loopback and on an emulated link."""
     with open_broker(settings.broker) as address, echoes(address, LOOPBACK) as (transport, plain):
         for tokens, hidden in SIZES:
             yield compare(settings, f"loopback, {settings.broker}", transport, plain, tokens, hidden)
@@ -51,7 +49,7 @@ def measure(settings: Settings) -> Iterator[Result]:
 
 @contextmanager
 def link(settings: Settings) -> Iterator[tuple[Transport, socket.socket]]:
-    """The two ways over an emulated link; this thread is on its base station meanwhile."""
+    """MQTT and plain TCP over an emulated link; this thread is in the base station's namespace meanwhile."""
     from testbed.network import namespaces
     from testbed.network.daemon import BASE_STATION
     from testbed.network.emulated import emulated
@@ -79,12 +77,12 @@ def compare(
     hidden: int,
     target: float | None = None,
 ) -> Row:
-    """A row of a [tokens, hidden] tensor there and back, cut into frames as the dispatcher cuts it."""
+    """Measure round trips of a [tokens, hidden] tensor, split into frames as the dispatcher does."""
     x = np.random.default_rng(0).standard_normal((tokens, hidden), np.float32)
     most = frames.max_tokens(hidden, WireDtype.FP16)
     parts = [x[i : i + most] for i in range(0, tokens, most)]
     pairs = [(len(_work(part)), len(_result(part))) for part in parts]
-    # In the same pieces, each answered as soon as it is there.
+    # The same pieces; each is answered as soon as it has arrived.
     there = [up.to_bytes(4, "little") + down.to_bytes(4, "little") + bytes(up) for up, down in pairs]
     back_bytes = sum(down for _, down in pairs)
 
@@ -123,11 +121,12 @@ def _result(x: Array) -> bytes:
 def echoes(
     address: BrokerAddress, host: str, namespace: str | None = None
 ) -> Iterator[tuple[Transport, socket.socket]]:
-    """Two processes that send back what they get: one over the broker, one over plain TCP.
+    """Two processes that answer each message: one over the broker, one over plain TCP. Yields connections to both.
 
     Args:
-        host: where the plain one finds us.
-        namespace: network namespace of these processes, if not ours.
+        address: address of the broker.
+        host: address of this process for plain TCP.
+        namespace: network namespace of the two processes; None for this one.
     """
     context = multiprocessing.get_context("spawn")
     with socket.create_server((host, 0)) as server:
@@ -180,14 +179,18 @@ def _echo_tcp(namespace: str | None, host: str, port: int) -> None:
 def _in_namespace(name: str | None) -> AbstractContextManager[None]:
     if name is None:
         return nullcontext()
-    # Needs Linux and pyroute2, which loopback does not.
+    # Imported here because it needs Linux and pyroute2, unlike benchmarks on loopback.
     from testbed.network import namespaces
 
     return namespaces.inside(name)
 
 
 def exchange(plain: socket.socket, pieces: Sequence[bytes], back_bytes: int) -> None:
-    """Send pieces and receive so many bytes at the same time: neither way waits for the other."""
+    """Send pieces and receive `back_bytes` bytes at the same time, so neither direction waits for the other.
+
+    Raises:
+        TimeoutError: nothing could be sent or received for 60 s.
+    """
     waiting = deque([memoryview(piece) for piece in pieces])
     scrap = bytearray(1 << 18)
     while waiting or back_bytes:
@@ -201,11 +204,11 @@ def exchange(plain: socket.socket, pieces: Sequence[bytes], back_bytes: int) -> 
             got = plain.recv_into(scrap, min(len(scrap), back_bytes))
             back_bytes -= got
         if not ready and not free:
-            raise TimeoutError("the other side of the benchmark has stopped")
+            raise TimeoutError("the other side of the benchmark did not answer for 60 s")
 
 
 def read_exactly(plain: socket.socket, size: int) -> bytes:
-    """That many bytes, or none when the other side has closed."""
+    """Read `size` bytes; empty if the other side has closed the connection."""
     data = bytearray(size)
     view = memoryview(data)
     while view:

@@ -1,4 +1,4 @@
-"""One token through a trunk of Mixtral-8x7B's size on a GPU, experts answering at once, against reading its weights."""
+"""One token through a trunk of Mixtral-8x7B's size on a GPU, instant experts, compared with reading its weights."""
 
 import json
 import statistics
@@ -31,7 +31,7 @@ _PROFILED = 5
 
 
 class _InstantExperts:
-    """Experts that answer zeros at once."""
+    """Experts that return zeros immediately."""
 
     def __init__(self, experts: int, hidden: int) -> None:
         self._forecast = LayerForecast.even(0, experts)
@@ -49,7 +49,7 @@ class _InstantExperts:
 
 
 def measure(settings: Settings) -> Iterator[Result]:
-    """Decode steps with captured graphs and eager, in bf16."""
+    """Yield rows of decode steps in bf16, with captured CUDA graphs and in eager mode."""
     name = "one token through a trunk of Mixtral-8x7B's size, GPU, bf16"
     if not torch.cuda.is_available():
         yield Skipped(name, "torch sees no CUDA GPU")
@@ -67,7 +67,7 @@ def _row(name: str, trunk: Trunk, read_bytes: int, settings: Settings) -> Row:
     model = DistributedMixtral(trunk, _InstantExperts(8, 4096), TopK(2))
     cache = trunk.new_cache()
     model.step([SequenceInput(list(range(_PAST_TOKENS)), cache)])
-    # A copy reads and writes: half as many bytes move as many.
+    # A copy reads and writes each byte, so copying half the bytes moves as many.
     source = torch.empty(read_bytes // 2, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
 
@@ -85,7 +85,7 @@ def _row(name: str, trunk: Trunk, read_bytes: int, settings: Settings) -> Row:
 
 
 def _parts(trunk: Trunk, cache: Any, step: Callable[[], None], ours: list[float]) -> dict[str, float]:
-    """Means of a few profiled steps; medians of steps whose host chooses nothing, and of steps that nobody waits in."""
+    """Time of the parts of a step in ms: from profiled steps, steps without policy, and graphs run without waiting."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(_PROFILED):
             step()
@@ -101,7 +101,7 @@ def _parts(trunk: Trunk, cache: Any, step: Callable[[], None], ours: list[float]
     zeros = np.zeros((1, 4096), np.float32)
 
     def gpu_alone() -> None:
-        # Kernels overlap, so that their times don't add up; given up at once, the graph runs through without waiting.
+        # Kernels overlap, so their times don't add up; an abandoned graph runs to its end without waiting for experts.
         decoder.begin(7, cache)
         decoder.abandon()
 
@@ -120,7 +120,7 @@ def _parts(trunk: Trunk, cache: Any, step: Callable[[], None], ours: list[float]
 
 
 def _random_trunk(folder: Path) -> int:
-    """Write a trunk with random weights; the bytes that a token has to read."""
+    """Write a trunk with random weights; return the number of bytes that each token reads."""
     generator = torch.Generator("cuda").manual_seed(0)
     size, kv, vocab = 4096, 1024, 32000
 

@@ -1,1 +1,1 @@
-"""The node as it runs on ARM boards: real aarch64 wheels under an emulated processor, against a base station here."""
+"""Nodes as on ARM boards: aarch64 wheels on an emulated processor, with a base station on this machine."""

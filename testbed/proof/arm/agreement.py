@@ -1,4 +1,4 @@
-"""How far answers of two processors may lie apart, how far they do, and the table of it. Pure."""
+"""Differences between the answers of two processors: tolerances, measurements and their table. Pure."""
 
 import statistics
 from collections.abc import Sequence
@@ -12,17 +12,19 @@ from wire.tensors import Array
 
 SCHEMA = 1
 
-_SUM_ORDER = (1e-5, "the same products, perhaps added up in another order")
+_SUM_ORDER = (1e-5, "the same products, possibly added in another order")
 _CODES = (3e-3, "a last bit decides to which of two neighbouring 8-bit codes an activation is rounded: about two codes")
-_UNROUNDED = (0.03, "without dot product activations stay in fp32, elsewhere they are rounded to 8 bits per block")
-_ONE_SCALE = (0.03, "a last bit of the activations' one scale moves many codes by one")
+_UNROUNDED = (0.03, "without dot product, activations stay in fp32; with it they are rounded to 8 bits per block")
+_ONE_SCALE = (0.03, "activations have a single scale, whose last bit moves many codes by one")
 
 
 def tolerance(scheme: Scheme, *, dot_product: bool) -> tuple[float, str]:
-    """Largest ‖board − here‖ / ‖here‖ of a row between healthy processors, and why they may differ at all.
+    """Largest ‖board − here‖ / ‖here‖ of a row between correct processors, and the reason for differences.
 
     Args:
-        dot_product: whether the board's processor has it; this machine's is taken to have it, or VNNI or AVX2.
+        scheme: quantisation of the experts.
+        dot_product: whether the board's processor has dot-product instructions. This machine is assumed to have them,
+            or VNNI or AVX2.
     """
     match scheme:
         case "fp32" | "fp16":
@@ -34,16 +36,19 @@ def tolerance(scheme: Scheme, *, dot_product: bool) -> tuple[float, str]:
 
 
 class BoardResult(Struct, frozen=True, kw_only=True):
-    """What one board's node answered in one quantisation, against this machine's node. Lists are per expert.
+    """Answers of one board's node in one quantisation, compared with this machine's node. Lists are per expert.
 
     Attributes:
-        quantisation: as the manifest says.
-        tolerance, why: largest difference that healthy processors may show, and where it comes from.
-        difference: largest ‖board − here‖ / ‖here‖ of any row, rows sent alone and together.
-        error: ‖board − fp32‖ / ‖fp32‖ over all rows sent alone; `error_here` this machine's.
-        together: largest ‖together − alone‖ / ‖alone‖ of a row of the board's own.
-        tokens, tokens_here: generated with experts of this node alone.
-        node, device: what it says of itself.
+        board: name of the board.
+        variant: name of the bundle variant.
+        quantisation: quantisation in the manifest.
+        tolerance, why: largest difference between correct processors, and its reason.
+        experts: the experts compared.
+        difference: largest ‖board − here‖ / ‖here‖ of any row, for rows sent alone and together.
+        error, error_here: ‖board − fp32‖ / ‖fp32‖ over all rows sent alone; the same for this machine.
+        together: largest ‖together − alone‖ / ‖alone‖ of a row, both from the board.
+        tokens, tokens_here: token ids generated with the board's experts only, and with this machine's.
+        node, device: facts from the node's status.
     """
 
     board: str
@@ -63,12 +68,12 @@ class BoardResult(Struct, frozen=True, kw_only=True):
 
     @property
     def agrees(self) -> bool:
-        """Whether every expert is within the tolerance (a NaN is not)."""
+        """Whether the differences of all experts are within the tolerance; NaN is not."""
         return all(d <= self.tolerance for d in self.difference)
 
     @property
     def equal_tokens(self) -> int:
-        """How many of the tokens are the same up to the first that is not."""
+        """Number of equal tokens before the first difference."""
         pairs = enumerate(zip(self.tokens, self.tokens_here, strict=False))
         return next((k for k, (a, b) in pairs if a != b), min(len(self.tokens), len(self.tokens_here)))
 
@@ -84,7 +89,7 @@ def total_error(found: Array, expected: Array) -> float:
 
 
 def markdown(results: Sequence[BoardResult]) -> str:
-    """The table, a line per quantisation and board."""
+    """A Markdown table with a line per quantisation and board, and the reasons for the tolerances."""
     lines = [
         "| experts | board | answers | differs from x86: median, largest | tolerance | error to fp32: here, board | "
         "together against alone | tokens equal |",
@@ -101,4 +106,4 @@ def markdown(results: Sequence[BoardResult]) -> str:
     for r in results:
         whys.setdefault((r.tolerance, r.why), []).append(f"{r.quantisation} on {r.board}")
     notes = [f"- {limit:g}: {why} ({', '.join(who)})." for (limit, why), who in whys.items()]
-    return "\n".join([*lines, "", "Where the tolerances come from:", "", *notes]) + "\n"
+    return "\n".join([*lines, "", "Reasons for the tolerances:", "", *notes]) + "\n"

@@ -1,6 +1,6 @@
-"""The boards that are emulated: a processor for qemu, and the `/proc/cpuinfo` that goes with it.
+"""The emulated boards: a processor model for qemu, and the matching `/proc/cpuinfo`.
 
-onnxruntime chooses its kernels by both, and crashes at import where they contradict each other.
+onnxruntime chooses its kernels by both, and crashes at import if they contradict each other.
 """
 
 from dataclasses import dataclass
@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """One board.
+    """A board to emulate.
 
     Attributes:
-        cpu: the processor's name in qemu.
-        part: its CPU part number at Arm.
-        variant: and major revision.
-        features: what Linux lists for it.
+        name: short name, also the node id.
+        model: model name as in the device tree.
+        cpu: qemu's name of the processor.
+        part: Arm's part number of the processor.
+        variant: major revision of the processor.
+        features: features that Linux lists in `/proc/cpuinfo`.
     """
 
     name: str
@@ -26,11 +28,11 @@ class Board:
 
     @property
     def dot_product(self) -> bool:
-        """Whether it has the instructions that 4-bit and 8-bit block kernels are written for."""
+        """Whether the processor has the dot-product instructions that the 4-bit and 8-bit block kernels use."""
         return "asimddp" in self.features.split()
 
     def cpuinfo(self) -> str:
-        """The text of its `/proc/cpuinfo`: four cores."""
+        """Content of the board's `/proc/cpuinfo`, with four cores."""
         core = (
             "processor\t: {core}\n"
             "BogoMIPS\t: 108.00\n"

@@ -9,20 +9,20 @@ from testbed.proof.arm.boards import BOARDS
 
 
 def register(cli: click.Group) -> None:
-    """Add the command."""
+    """Add the command to `wdmoe-testbed`."""
     cli.add_command(arm)
 
 
 @click.command()
 @click.option("--variant", "variants", multiple=True, type=click.Choice(list(VARIANTS)), help="Repeatable; else all.")
 @click.option("--board", "boards", multiple=True, type=click.Choice([b.name for b in BOARDS]), help="Repeatable.")
-@click.option("--experts", default="L*:E*", show_default=True, help="What each node holds and is asked for.")
-@click.option("--layers", type=click.IntRange(1), default=2, show_default=True, help="Of the demo model.")
+@click.option("--experts", default="L*:E*", show_default=True, help="Experts to compare.")
+@click.option("--layers", type=click.IntRange(1), default=2, show_default=True, help="Layers of the demo model.")
 @click.option("--rows", type=click.IntRange(1, 64), default=6, show_default=True, help="Hidden states per expert.")
-@click.option("--tokens", type=click.IntRange(0), default=8, show_default=True, help="To generate on each board alone.")
+@click.option("--tokens", type=click.IntRange(0), default=8, show_default=True, help="To generate on each board.")
 @click.option(
     "--apt-sources", type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="List of apt sources with arm64, where this system's have none.",
+    help="File of apt sources with arm64, if this system's have none.",
 )  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/arm"), show_default=True)
 def arm(

@@ -1,4 +1,4 @@
-"""What the boards are asked, and what fp32 experts answer to it."""
+"""Inputs for the boards' experts, and the outputs of fp32 experts for them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +23,12 @@ PROMPT = "The capital of France is the city of Paris, and the largest city of Ge
 
 
 class Reference(NamedTuple):
-    """Questions and answers of one model.
+    """Inputs and fp32 outputs of one model's experts.
 
     Attributes:
-        hidden: per layer float32 [rows, hidden], what the trunk gives its experts for the first tokens of `PROMPT`.
-            The very first makes some experts answer hundreds of times as large as others do.
-        output: float32 [rows, hidden] by expert, of onnxruntime with fp32 weights on this machine.
+        hidden: per layer float32 [rows, hidden], the experts' inputs for the first tokens of `PROMPT`. For the very
+            first token, some experts' outputs are hundreds of times as large as others'.
+        output: by expert float32 [rows, hidden], computed by onnxruntime with fp32 weights on this machine.
     """
 
     hidden: Sequence[Array]
@@ -36,31 +36,32 @@ class Reference(NamedTuple):
 
 
 def make_reference(fp32_bundle: Path, ids: Sequence[ExpertId], *, rows: int) -> Reference:
-    """Run the model on `PROMPT` here, and its experts on what they got."""
+    """Run the model on the first `rows` tokens of `PROMPT` in this process, and the experts `ids` on their inputs."""
     experts = LocalExperts(fp32_bundle, threads=1)
-    listener = _Listener(experts)
+    recorder = _RecordingExperts(experts)
     dims = load_manifest(fp32_bundle).dims
-    model = DistributedMixtral(Trunk(fp32_bundle / "trunk"), listener, TopK(dims.top_k))
+    model = DistributedMixtral(Trunk(fp32_bundle / "trunk"), recorder, TopK(dims.top_k))
     tokenizer = Tokenizer(fp32_bundle / "trunk")
     sequence = TokenSequence(model, tokenizer)
     next(sequence.generate(tokenizer.encode(PROMPT)[:rows], SamplingConfig(max_tokens=1)))
-    output = {id: ask(experts, id, listener.hidden[id.layer], dims.experts) for id in ids}
-    return Reference(listener.hidden, output)
+    output = {id: ask(experts, id, recorder.hidden[id.layer], dims.experts) for id in ids}
+    return Reference(recorder.hidden, output)
 
 
 def ask(experts: Experts, id: ExpertId, hidden: Array, count: int) -> Array:
-    """One expert's own answer to `hidden`.
+    """Output of one expert alone, float32 [rows, hidden].
 
     Args:
-        count: experts of a layer.
+        hidden: float32 [rows, hidden].
+        count: experts per layer.
     """
     gate = np.zeros((len(hidden), count), np.float32)
     gate[:, id.expert] = 1.0
     return experts.begin(id.layer, hidden, gate).result().output
 
 
-class _Listener:
-    """Experts that remember what they were asked."""
+class _RecordingExperts:
+    """Experts that record their inputs."""
 
     def __init__(self, experts: LocalExperts) -> None:
         self.hidden: list[Array] = []

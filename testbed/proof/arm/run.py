@@ -1,6 +1,6 @@
-"""Nodes on emulated boards beside one on this machine, in one cluster: the same questions to each.
+"""Sends the same inputs to nodes on emulated boards and to a node on this machine, and compares their answers.
 
-How long anything takes under emulation says nothing about boards, so no times are kept.
+Times under emulation say nothing about boards, so none are recorded.
 """
 
 import time
@@ -42,13 +42,24 @@ from wire.tensors import Array, WireDtype
 
 LOCAL_NODE = "here"
 _START_TIMEOUT_S = 600.0
-"""An emulated node imports onnxruntime, hashes and proves dozens of times as slowly as a real one."""
+"""Importing onnxruntime, hashing and proving take dozens of times as long on an emulated node."""
 _LAYER_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What to compare; `testbed.proof.arm.commands` says what each means."""
+    """What to compare.
+
+    Attributes:
+        variants: names of bundle variants.
+        boards: boards to emulate.
+        experts: selector of the experts to compare.
+        layers: layers of the demo model.
+        rows: hidden states per expert.
+        tokens: tokens to generate on each board; 0 for none.
+        apt_sources: apt's list of sources with arm64; None for the system's own.
+        out: folder for results, bundles and logs.
+    """
 
     variants: Sequence[str]
     boards: Sequence[Board]
@@ -64,12 +75,14 @@ def run_arm(settings: Settings, console: Console) -> list[BoardResult]:
     """Compare, and write `agreement.json` and `agreement.md` after every quantisation.
 
     Raises:
-        AgreementError: a board's answers lie farther from this machine's than they may.
-        EmulationError, DownloadError: there can be no emulated board here.
+        AgreementError: a board's answers differ from this machine's by more than the tolerance.
+        EmulationError, DownloadError: boards can't be emulated on this machine.
     """
     cache = Path(platformdirs.user_cache_dir("wdmoe"))
     with console.status("arm64") as status:
-        userland = prepare(cache, apt_sources=settings.apt_sources, say=lambda what: status.update(f"arm64: {what}"))
+        userland = prepare(
+            cache, apt_sources=settings.apt_sources, on_progress=lambda what: status.update(f"arm64: {what}")
+        )
     model = demo_model(layers=settings.layers, console=console)
     bundles = settings.out / "bundles"
     export_demo_bundle(model, bundles / "fp32", "fp32", console=console)
@@ -86,9 +99,9 @@ def run_arm(settings: Settings, console: Console) -> list[BoardResult]:
                 results += _compare(variant, bundles / variant, site, ids, reference, userland, settings, console)
             _write(results, userland, settings)
     console.print(markdown(results), soft_wrap=True)
-    console.print(f"in {settings.out / 'agreement.json'} and agreement.md beside it")
+    console.print(f"results in {settings.out / 'agreement.json'} and agreement.md")
     if bad := [f"{r.quantisation} on {r.board}" for r in results if not r.agrees]:
-        raise AgreementError(f"answers lie farther from this machine's than they may: {', '.join(bad)}")
+        raise AgreementError(f"answers differ from this machine's by more than the tolerance: {', '.join(bad)}")
     return results
 
 
@@ -96,26 +109,26 @@ def _compare(
     variant: str, bundle: Path, site: Site, ids: Sequence[ExpertId], reference: Reference,
     userland: Userland, settings: Settings, console: Console,
 ) -> list[BoardResult]:  # fmt: skip
-    fleet = LocalNodes(bundle, site.address, settings.out / "nodes" / variant, cluster=CLUSTER)
+    nodes = LocalNodes(bundle, site.address, settings.out / "nodes" / variant, cluster=CLUSTER)
     with ExitStack() as stack:
-        stack.callback(fleet.stop)
-        # What is not asked for is held here, so that the model is whole.
-        fleet.start(LOCAL_NODE, "L*:E*", options=site.node_options(LOCAL_NODE))
+        stack.callback(nodes.stop)
+        # This node holds all experts, so that the model is complete.
+        nodes.start(LOCAL_NODE, "L*:E*", options=site.node_options(LOCAL_NODE))
         code = link_our_code(settings.out / "code")
         for board in settings.boards:
-            fleet.start(
+            nodes.start(
                 board.name,
                 settings.experts,
                 python=userland.python(board),
                 environment=userland.environment(code),
-                options=["--no-telemetry", *site.node_options(board.name)],  # telemetry would tell of this machine
+                options=["--no-telemetry", *site.node_options(board.name)],  # telemetry would describe this machine
             )
         config = BaseStationConfig(
             bundle=bundle, cluster=CLUSTER, cluster_key=site.cluster_key, wire=WireDtype.FP32,
             nodes_timeout_s=_START_TIMEOUT_S, layer_timeout_s=_LAYER_TIMEOUT_S, degrade=False, draft="none",
         )  # fmt: skip
         station = stack.enter_context(open_base_station(config, site.address))
-        _wait_for(fleet, station.dispatcher)
+        _wait_for(nodes, station.dispatcher)
         prove_nodes(station.dispatcher, station.manifest)
         here = _answers(station, LOCAL_NODE, ids, reference, settings.tokens)
         found = []
@@ -126,17 +139,17 @@ def _compare(
         return found
 
 
-def _wait_for(fleet: LocalNodes, dispatcher: Dispatcher) -> None:
+def _wait_for(nodes: LocalNodes, dispatcher: Dispatcher) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
-    while missing := fleet.processes.keys() - dispatcher.registry.nodes.keys():
-        fleet.check()
+    while missing := nodes.processes.keys() - dispatcher.registry.nodes.keys():
+        nodes.check()
         if time.monotonic() > deadline:
-            raise PlacementError(f"after {_START_TIMEOUT_S:.0f} s {', '.join(sorted(missing))} did not announce itself")
+            raise PlacementError(f"nodes not announced after {_START_TIMEOUT_S:.0f} s: {', '.join(sorted(missing))}")
         dispatcher.pump(0.2)
 
 
 class _OneNode:
-    """All experts as one node has them."""
+    """Experts that are all computed by one node."""
 
     def __init__(self, dispatcher: Dispatcher, node: str) -> None:
         self._dispatcher = dispatcher
@@ -151,7 +164,7 @@ class _OneNode:
 
 @dataclass(frozen=True, slots=True)
 class _Answers:
-    """Float32 [rows, hidden] by expert; ids of generated tokens."""
+    """Outputs by expert, float32 [rows, hidden], for rows sent alone and together; ids of generated tokens."""
 
     alone: dict[ExpertId, Array]
     together: dict[ExpertId, Array]

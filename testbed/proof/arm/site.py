@@ -1,4 +1,4 @@
-"""Broker and keys as in the field: TLS, a certificate and a frame key for each, an access list, signed bundles."""
+"""Broker and keys as in a deployment: TLS, client certificates, frame keys, an access list, signed bundles."""
 
 import os
 import tempfile
@@ -20,10 +20,11 @@ _DAYS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A running broker, and the folder of everybody's keys.
+    """A running broker, and the folder of all keys.
 
     Attributes:
-        address: for the base station.
+        address: broker address for the base station, with its certificate.
+        keys: folder of all keys.
     """
 
     address: BrokerAddress
@@ -31,11 +32,11 @@ class Site:
 
     @property
     def cluster_key(self) -> Path:
-        """The base station's, for frames."""
+        """File of the base station's cluster key, for frames."""
         return self.keys / "bs/cluster.key"
 
     def node_options(self, node: str) -> list[str]:
-        """What `wdmoe-node` takes to be that node."""
+        """Options of `wdmoe-node` with the key files of `node`."""
         files = {
             "--ca-file": "ca.crt", "--tls-cert": "node.crt", "--tls-key": "node.key", "--frame-key": "frame.key",
             "--bundle-key": "bundle.pub",
@@ -43,16 +44,16 @@ class Site:
         return [word for option, file in files.items() for word in (option, str(self.keys / "nodes" / node / file))]
 
     def sign(self, bundle: Path) -> None:
-        """Let nodes believe a bundle."""
+        """Sign a bundle with the cluster's key."""
         sign((bundle / MANIFEST_NAME).read_bytes(), bundle, self.keys / "bundle.key")
 
 
 @contextmanager
 def open_site(nodes: Sequence[str]) -> Iterator[Site]:
-    """A mosquitto with new keys, which go with it.
+    """Run a mosquitto with new keys for the duration of the context.
 
     Raises:
-        BrokerError: there is no mosquitto, or it does not come up.
+        BrokerError: mosquitto is not installed, or does not start.
     """
     mosquitto = mosquitto_path()
     if mosquitto is None:
@@ -66,7 +67,7 @@ def open_site(nodes: Sequence[str]) -> Iterator[Site]:
         )  # fmt: skip
         if os.getuid() == 0:
             with (broker / "mosquitto.conf").open("a") as file:
-                file.write("user root\n")  # else mosquitto becomes a user that can't read the folder
+                file.write("user root\n")  # else mosquitto switches to a user that can't read the folder
         argv = [mosquitto, "-c", str(broker / "mosquitto.conf")]
         with broker_process(argv, (LOOPBACK, port), "mosquitto", Path(folder) / "broker.log"):
             access = Access(ca_file=keys / "bs/ca.crt", tls_cert=keys / "bs/bs.crt", tls_key=keys / "bs/bs.key")

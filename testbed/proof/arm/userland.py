@@ -1,5 +1,7 @@
-"""Debian's Python for arm64 and the node's aarch64 wheels in a folder, made once, without root and without touching
-this system's packages: apt downloads by its own configuration, so mirrors and signatures are the system's.
+"""A folder with Debian's Python for arm64 and the node's aarch64 wheels. It is made once, without root.
+
+apt downloads the packages with a separate state, so this system's packages do not change, but with the system's mirrors
+and signature checks.
 """
 
 import hashlib
@@ -18,7 +20,7 @@ from testbed.errors import EmulationError
 from testbed.proof.arm.boards import BOARDS, Board
 
 _ROOT = Path(__file__).resolve().parents[3]
-# libstdc++6 is what the wheels take for granted; every system image has it.
+# The wheels need libstdc++6 without declaring it; every system image has it.
 _PACKAGES = ("python3", "libstdc++6")
 _OURS = ("common", "wire", "edge_node")
 _OLDEST_GLIBC = 17
@@ -27,37 +29,37 @@ _APT_TIMEOUT_S, _PIP_TIMEOUT_S, _FIRST_RUN_TIMEOUT_S = 300, 600, 120
 
 @dataclass(frozen=True, slots=True)
 class Userland:
-    """Where everything lies.
+    """Emulator and files of the userland.
 
     Attributes:
-        qemu: the emulator.
-        folder: `system`, `packages` and a folder per board in it.
+        qemu: path of the emulator.
+        folder: contains `system`, `packages` and a folder per board.
     """
 
     qemu: str
     folder: Path
 
     def python(self, board: Board) -> list[str]:
-        """The command that runs arm64 Python on a board; `environment` goes with it."""
+        """Command that runs arm64 Python on a board; use it with the variables of `environment`."""
         python = next((self.folder / "system/usr/bin").glob("python3.[0-9]*"))
         return [self.qemu, "-L", str(self.folder / board.name), "-cpu", board.cpu, str(python)]
 
     def environment(self, code: Path) -> dict[str, str]:
-        """Variables for `python`.
+        """Environment variables for the command `python`.
 
         Args:
-            code: folder with our packages, see `link_our_code`.
+            code: folder that `link_our_code` returned.
         """
-        # Byte code would be written into the checkout.
+        # Byte code would otherwise be written into the checkout.
         return {"PYTHONPATH": f"{self.folder / 'packages'}:{code}", "PYTHONDONTWRITEBYTECODE": "1"}
 
     def qemu_version(self) -> str:
-        """The first line of what it says."""
+        """First line of `qemu --version`."""
         done = subprocess.run([self.qemu, "--version"], capture_output=True, text=True, check=True, timeout=10)
         return done.stdout.partition("\n")[0]
 
     def wheels(self) -> dict[str, str]:
-        """By distribution its version and wheel tag, as installed."""
+        """Version and wheel tag of each installed distribution, by name."""
         found = {}
         for info in sorted((self.folder / "packages").glob("*.dist-info")):
             name, _, version = info.name.removesuffix(".dist-info").rpartition("-")
@@ -67,7 +69,7 @@ class Userland:
 
 
 def link_our_code(folder: Path) -> Path:
-    """A folder with links to what a node needs of ours, as it is now, and to nothing else of this environment."""
+    """Make a folder with links to those packages of this checkout that a node imports, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     for package in _OURS:
         link = folder / package
@@ -76,21 +78,22 @@ def link_our_code(folder: Path) -> Path:
     return folder
 
 
-def prepare(cache: Path, *, apt_sources: Path | None = None, say: Callable[[str], None]) -> Userland:
-    """Make the userland in `cache`, or find it there.
+def prepare(cache: Path, *, apt_sources: Path | None = None, on_progress: Callable[[str], None]) -> Userland:
+    """Make the userland in `cache`, unless it is there already.
 
     Args:
-        apt_sources: apt's list of sources for arm64, where the system's own have no arm64.
+        apt_sources: apt's list of sources with arm64; None for the system's own.
+        on_progress: called with the name of each step.
 
     Raises:
         EmulationError: qemu or Debian's tools are missing, this is not a clone, or arm64 Python does not run.
-        DownloadError: packages or wheels can't be had.
+        DownloadError: packages or wheels can't be downloaded.
     """
     qemu = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
     missing = [p for p in ("apt-get", "dpkg-deb") if shutil.which(p) is None] + ([] if qemu else ["qemu-aarch64"])
     if missing or qemu is None:
         raise EmulationError(
-            f"{', '.join(missing)} not found: emulation needs Debian or a relative, and 'apt install qemu-user-static'"
+            f"{', '.join(missing)} not found: emulation needs Debian or similar, and 'apt install qemu-user-static'"
         )
     try:
         project, constraints = ((_ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
@@ -103,11 +106,11 @@ def prepare(cache: Path, *, apt_sources: Path | None = None, say: Callable[[str]
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".part-", dir=cache, ignore_cleanup_errors=True) as part:
             made = Userland(qemu, Path(part) / "whole")
-            say("Debian packages for arm64")
+            on_progress("Debian packages for arm64")
             _unpack_system(Path(part), made.folder / "system", apt_sources)
             for board in BOARDS:
                 _make_board(made.folder, board)
-            say("aarch64 wheels")
+            on_progress("aarch64 wheels")
             _install_wheels(made, project)
             if not done.folder.exists():  # else another process was faster
                 made.folder.rename(done.folder)
@@ -118,7 +121,7 @@ def _unpack_system(work: Path, system: Path, apt_sources: Path | None) -> None:
     state, archives = work / "state", work / "cache/archives"
     for folder in (state / "lists/partial", archives / "partial", system):
         folder.mkdir(parents=True)
-    (work / "status").touch()  # nothing is installed yet, so that apt downloads all that is needed
+    (work / "status").touch()  # an empty list of installed packages: apt downloads all dependencies
     config = work / "apt.conf"
     lines = [
         'APT::Architecture "arm64";', 'APT::Architectures { "arm64"; };', 'Acquire::Languages "none";',
@@ -137,7 +140,7 @@ def _unpack_system(work: Path, system: Path, apt_sources: Path | None) -> None:
 
 
 def _make_board(folder: Path, board: Board) -> None:
-    """What `qemu -L` looks into first: the system, and what the board's own /proc says of it."""
+    """Make the root folder for `qemu -L`: links to the system, and the board's own files in /proc."""
     root = folder / board.name
     (root / "proc/device-tree").mkdir(parents=True)
     (root / "proc/cpuinfo").write_text(board.cpuinfo())
@@ -166,7 +169,7 @@ def _install_wheels(made: Userland, project: bytes) -> None:
 
 
 def _first_run(made: Userland) -> tuple[str, int]:
-    """Version of the arm64 Python and minor version of its glibc, asked of itself."""
+    """Run the arm64 Python; return its version and the minor version of its glibc."""
     code = "import os, sys; print('%d.%d' % sys.version_info[:2], os.confstr('CS_GNU_LIBC_VERSION'))"
     command = [*made.python(BOARDS[0]), "-c", code]
     try:
@@ -177,16 +180,16 @@ def _first_run(made: Userland) -> tuple[str, int]:
     return version, int(libc.split(".")[1])
 
 
-def _download(command: Sequence[str], who: str, timeout_s: float, environment: dict[str, str]) -> None:
+def _download(command: Sequence[str], tool: str, timeout_s: float, environment: dict[str, str]) -> None:
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=timeout_s, env=environment,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise DownloadError(f"{who} did not end within {timeout_s:.0f} s") from None
+        raise DownloadError(f"{tool} did not end within {timeout_s:.0f} s") from None
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no output"]
         said = next((line for line in lines if line.lower().startswith(("e:", "error"))), lines[-1])
-        hint = ": where this system's sources have no arm64, name some with --apt-sources" if who == "apt-get" else ""
-        raise DownloadError(f"{who} could not fetch what arm64 needs ({said.strip()}){hint}")
+        hint = ": if this system's sources have no arm64, give a list with --apt-sources" if tool == "apt-get" else ""
+        raise DownloadError(f"{tool} could not download the arm64 packages ({said.strip()}){hint}")

@@ -1,1 +1,1 @@
-"""Random faults while answers are made: does every one end, and are those that look right right?"""
+"""Random faults during answers: each answer must end, and be right unless it is reported as degraded or failed."""

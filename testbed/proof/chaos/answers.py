@@ -1,4 +1,4 @@
-"""One answer by a base station in a process of its own, and how it ended."""
+"""Makes one answer with a base station in a process of its own, under faults, and judges it."""
 
 import random
 import re
@@ -14,22 +14,29 @@ import msgspec
 from msgspec import Struct
 
 from testbed.proof.chaos.schedule import Fault
-from testbed.proof.chaos.stage import Stage
+from testbed.proof.chaos.system import TestSystem
 
 Outcome = Literal["right", "degraded", "failed", "wrong", "hung", "crashed"]
 DEADLINE_S = 150.0
-"""Longer than anything in the base station waits: 60 s for a broker and 12 s for its nodes, twice."""
+"""Longer than all timeouts of the base station: 60 s for a broker and 12 s for its nodes, twice."""
 _POLL_S = 0.01
 
 
-class Answer(Struct, frozen=True, kw_only=True):
-    """What became of one answer.
+class JudgedAnswer(Struct, frozen=True, kw_only=True):
+    """Outcome of one answer.
 
     Attributes:
-        outcome: `right`: the tokens of the undisturbed answer. `degraded`: complete and says so. `failed`: ended
-            with one clear line. `wrong`: other tokens and not said so. `hung`, `crashed`: what must not happen.
-        detail: the line that was said.
-        longest_pause_s: between two tokens.
+        number: number of the answer in the run.
+        prompt: number of its prompt.
+        faults: faults during the answer.
+        outcome: `right`: the same tokens as without faults. `degraded`: complete, and reported as degraded. `failed`:
+            ended with one line of error. `wrong`: other tokens without a report. `hung`: did not end. `crashed`: a
+            traceback, a signal, or a fault that did not work.
+        seconds: duration.
+        longest_pause_s: longest time between two tokens.
+        tokens: number of tokens.
+        resumed: how often the base station was killed and resumed the answer.
+        detail: the error line.
     """
 
     number: int
@@ -44,26 +51,27 @@ class Answer(Struct, frozen=True, kw_only=True):
 
 
 def make_answer(
-    stage: Stage, bundle: Path, folder: Path, *, number: int, prompt: int, text: str, tokens: int,
+    system: TestSystem, bundle: Path, folder: Path, *, number: int, prompt: int, text: str, tokens: int,
     faults: Sequence[Fault], expected: list[int] | None, seed: int,
-) -> Answer:  # fmt: skip
-    """Ask, disturb, and judge.
+) -> JudgedAnswer:  # fmt: skip
+    """Start a base station, inject faults, and judge the answer.
 
     Args:
-        expected: ids of the undisturbed answer; None for making that one.
+        expected: token ids of the answer without faults; None to make that answer.
+        seed: seeds what the faults do.
     """
     session = folder / f"answer-{number}.jsonl"
     session.unlink(missing_ok=True)
     link_log = ["--link-log", "/dev/full"] if any(f.kind == "disk" for f in faults) else []
     argv = [
-        sys.executable, "-m", "bs_coordinator", "generate", "--bundle", str(bundle), "--broker", str(stage.address),
+        sys.executable, "-m", "bs_coordinator", "generate", "--bundle", str(bundle), "--broker", str(system.address),
         "--cluster", "chaos", "--prompt", text, "--raw", "--wire", "fp32", "--max-tokens", str(tokens),
         "--session", str(session), *link_log,
         # The emulated network stays on this machine.
-        *([] if stage.address.on_loopback else ["--allow-plaintext"]),
+        *([] if system.address.on_loopback else ["--allow-plaintext"]),
     ]  # fmt: skip
     waiting = list(faults)
-    happening: list[Future[None]] = []
+    running: list[Future[None]] = []
     began = changed = time.monotonic()
     count, longest_s, resumed = 0, 0.0, 0
     with (folder / f"answer-{number}.log").open("wb") as log:
@@ -74,10 +82,10 @@ def make_answer(
             if now - began > DEADLINE_S:
                 hung = True
                 process.kill()
-            if (there := _count(session)) > count:
+            if (found := _count(session)) > count:
                 if count:
                     longest_s = max(longest_s, now - changed)
-                count, changed = there, now
+                count, changed = found, now
             for fault in [f for f in waiting if count >= f.after_tokens]:
                 waiting.remove(fault)
                 if fault.kind == "coordinator":
@@ -87,33 +95,33 @@ def make_answer(
                     resumed += 1
                 else:
                     rng = random.Random(f"{seed} {number} {fault.kind}")  # noqa: S311 - to be reproduced
-                    happening.append(stage.begin(fault, rng))
+                    running.append(system.begin(fault, rng))
             if process.poll() is not None:
                 break
             time.sleep(_POLL_S)
-    done, unfinished = wait(happening, 30.0)
+    done, unfinished = wait(running, 30.0)
     errors = [str(error) for future in done if (error := future.exception())]
     errors += ["a fault did not end"] * len(unfinished)
-    said = (folder / f"answer-{number}.log").read_text(errors="replace")
+    log_text = (folder / f"answer-{number}.log").read_text(errors="replace")
     ids = _ids(session)
-    outcome, detail = _judge(process.returncode, said, ids, expected, hung=hung)
+    outcome, detail = _judge(process.returncode, log_text, ids, expected, hung=hung)
     if errors:
-        outcome, detail = "crashed", f"the stage: {errors[0]}"
-    return Answer(
+        outcome, detail = "crashed", f"fault: {errors[0]}"
+    return JudgedAnswer(
         number=number, prompt=prompt, faults=list(faults), outcome=outcome, seconds=time.monotonic() - began,
         longest_pause_s=longest_s, tokens=len(ids), resumed=resumed, detail=detail,
     )  # fmt: skip
 
 
-def _judge(code: int, said: str, ids: list[int], expected: list[int] | None, *, hung: bool) -> tuple[Outcome, str]:
-    lines = [line for line in said.splitlines() if re.search(r"\berror: ", line)]
+def _judge(code: int, log: str, ids: list[int], expected: list[int] | None, *, hung: bool) -> tuple[Outcome, str]:
+    lines = [line for line in log.splitlines() if re.search(r"\berror: ", line)]
     if hung:
-        return "hung", said.strip().splitlines()[-1] if said.strip() else ""
-    if code < 0 or "Traceback" in said or (code > 0 and len(lines) != 1):
+        return "hung", log.strip().splitlines()[-1] if log.strip() else ""
+    if code < 0 or "Traceback" in log or (code > 0 and len(lines) != 1):
         return "crashed", f"exit code {code}"
     if code > 0:
         return "failed", f"{code}: {lines[0]}"
-    if re.search(r"degraded: \d+ of", said):
+    if re.search(r"degraded: \d+ of", log):
         return "degraded", ""
     return ("right", "") if expected is None or ids == expected else ("wrong", "")
 
@@ -134,5 +142,5 @@ def _ids(session: Path) -> list[int]:
 
 
 def session_ids(folder: Path, number: int) -> list[int]:
-    """The tokens of an answer that was made."""
+    """Token ids of an answer in `folder`."""
     return _ids(folder / f"answer-{number}.jsonl")

@@ -9,7 +9,7 @@ from testbed.proof.chaos.schedule import KINDS, LINK_KINDS
 
 
 def register(cli: click.Group) -> None:
-    """Add the commands."""
+    """Add the commands to `wdmoe-testbed`."""
     cli.add_command(chaos)
     cli.add_command(soak)
 
@@ -17,18 +17,16 @@ def register(cli: click.Group) -> None:
 @click.command()
 @click.option("--answers", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same faults.")
-@click.option("--tokens", type=click.IntRange(8), default=64, show_default=True, help="Of each answer.")
+@click.option("--tokens", type=click.IntRange(8), default=64, show_default=True, help="Length of each answer.")
 @click.option("--nodes", type=click.IntRange(3, 8), default=8, show_default=True, help="Each expert is on two of them.")
 @click.option("--fault", "kinds", multiple=True, type=click.Choice(KINDS), help="Repeatable; else all.")
-@click.option("--layers", type=click.IntRange(1), default=2, show_default=True, help="Of the demo model.")
-@click.option(
-    "--localhost", is_flag=True, help="Without an emulated network (no root needed), so without the faults of links."
-)
+@click.option("--layers", type=click.IntRange(1), default=2, show_default=True, help="Layers of the demo model.")
+@click.option("--localhost", is_flag=True, help="Without an emulated network, so without link faults; needs no root.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/chaos"), show_default=True)
 def chaos(
     answers: int, seed: int, tokens: int, nodes: int, kinds: tuple[str, ...], layers: int, localhost: bool, out: Path
 ) -> None:
-    """Make answers while nodes, links, broker and base station fail; each must end, and tell when it is not whole."""
+    """Make answers while nodes, links, broker and base station fail; each must end, and report if it is degraded."""
     from rich.console import Console
 
     from testbed.demo_assets import demo_model, export_demo_bundle
@@ -40,9 +38,9 @@ def chaos(
         left_out = [kind for kind in wanted if kind in LINK_KINDS or (kind == "clock" and os.getuid() != 0)]
         wanted = [kind for kind in wanted if kind not in left_out]
         if left_out:
-            click.echo(f"without emulated network and root these are left out: {', '.join(left_out)}", err=True)
+            click.echo(f"without emulated network and root these faults are left out: {', '.join(left_out)}", err=True)
     if not wanted:
-        raise click.UsageError("--fault: none is left")
+        raise click.UsageError("--fault: no fault is left; run without --localhost as root")
     bundle = out / "bundle"
     export_demo_bundle(demo_model(layers=layers, console=console), bundle, "fp32", console=console)
     run_chaos(
@@ -53,20 +51,20 @@ def chaos(
 
 @click.command()
 @click.option("--tokens", type=click.IntRange(100), default=20_000, show_default=True)
-@click.option("--churn", "churn_s", type=click.FloatRange(5.0), default=30.0, show_default=True, help="Seconds.")
+@click.option("--churn", "churn_s", type=click.FloatRange(5.0), default=30.0, show_default=True, help="In seconds.")
 @click.option("--nodes", type=click.IntRange(3, 8), default=4, show_default=True, help="Each expert is on two of them.")
-@click.option("--layers", type=click.IntRange(1), default=2, show_default=True, help="Of the demo model.")
+@click.option("--layers", type=click.IntRange(1), default=2, show_default=True, help="Layers of the demo model.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/soak"), show_default=True)
 def soak(tokens: int, churn_s: float, nodes: int, layers: int, seed: int, out: Path) -> None:
-    """Generate for long while nodes are killed and started: memory and open files must stay, the log be complete."""
+    """Generate tokens while nodes are killed and restarted; check memory, open files and the log."""
     from rich.console import Console
 
     from testbed.demo_assets import demo_model, export_demo_bundle
     from testbed.proof.chaos.soak import run_soak
 
     if (out / "latency.csv").exists():
-        raise click.UsageError(f"--out: {out} holds a log already; name another folder")
+        raise click.UsageError(f"--out: {out} holds a log already; give another folder")
     console = Console(highlight=False)
     bundle = out / "bundle"
     export_demo_bundle(demo_model(layers=layers, console=console), bundle, "int4", console=console)

@@ -1,4 +1,4 @@
-"""The suite: undisturbed answers first, then the same ones under faults, then a table by fault."""
+"""The suite: answers without faults, the same answers under faults, and a table of outcomes by fault."""
 
 import platform
 from collections import Counter, defaultdict
@@ -15,9 +15,9 @@ from rich.table import Table
 from common.files import atomic_write
 from testbed.errors import ChaosError
 from testbed.facts import commit
-from testbed.proof.chaos.answers import Answer, Outcome, make_answer, session_ids
+from testbed.proof.chaos.answers import JudgedAnswer, Outcome, make_answer, session_ids
 from testbed.proof.chaos.schedule import Kind, draw
-from testbed.proof.chaos.stage import EmulatedLinks, Links, Stage, write_network
+from testbed.proof.chaos.system import EmulatedLinks, Links, TestSystem, write_network
 from wire.manifest import load_manifest
 
 PROMPTS = ("The capital of France is", "def add(a, b):", "Water boils at", "Once upon a time", "2 + 2 =")
@@ -28,29 +28,38 @@ _BAD = ("wrong", "hung", "crashed")
 def run_chaos(
     bundle: Path, *, answers: int, seed: int, tokens: int, nodes: int, kinds: Sequence[Kind], emulate: bool,
     out: Path, console: Console,
-) -> list[Answer]:  # fmt: skip
-    """Make answers under faults; print and write what became of them.
+) -> list[JudgedAnswer]:  # fmt: skip
+    """Make answers under faults, and print and write their outcomes.
 
     Args:
-        emulate: put an emulated network between the processes, for the faults of links; root only.
+        bundle: fp32 bundle of the model.
+        answers: number of answers under faults.
+        seed: seeds the faults.
+        tokens: maximum length of an answer.
+        nodes: number of nodes.
+        kinds: kinds of faults to inject.
+        emulate: run on an emulated network, which link faults need; root only.
+        out: folder for results and logs.
+        console: where to print.
 
     Raises:
-        ChaosError: an undisturbed answer fails, or one under faults is wrong, hung or crashed.
+        ChaosError: an answer without faults fails, one under faults is wrong, hung or crashed, or a node ended by
+            itself.
         PrivilegeError, NetworkError: the emulated network does not come up.
     """
     out.mkdir(parents=True, exist_ok=True)
     names = [f"node{k}" for k in range(nodes)]
     experts = load_manifest(bundle).dims.experts
-    results: list[Answer] = []
+    results: list[JudgedAnswer] = []
     ended: Counter[str] = Counter()
     with ExitStack() as stack:
         links = stack.enter_context(_emulated(names, out)) if emulate else Links()
-        stage = Stage(bundle, out, names, experts, links)
-        stack.enter_context(stage.running())
-        calm = []
+        system = TestSystem(bundle, out, names, experts, links)
+        stack.enter_context(system.running())
+        reference = []
         for i, text in enumerate(PROMPTS):
             answer = make_answer(
-                stage,
+                system,
                 bundle,
                 out,
                 number=-1 - i,
@@ -62,21 +71,21 @@ def run_chaos(
                 seed=seed,
             )
             if answer.outcome != "right":
-                raise ChaosError(f"without any fault an answer {answer.outcome}: {answer.detail} (logs in {out})")
-            calm.append((session_ids(out, -1 - i), answer.seconds))
+                raise ChaosError(f"an answer without faults is {answer.outcome}: {answer.detail} (logs in {out})")
+            reference.append((session_ids(out, -1 - i), answer.seconds))
         for number in range(answers):
             prompt = number % len(PROMPTS)
-            faults = draw(seed, number, names, kinds, tokens=len(calm[prompt][0]))
+            faults = draw(seed, number, names, kinds, tokens=len(reference[prompt][0]))
             answer = make_answer(
-                stage, bundle, out, number=number, prompt=prompt, text=PROMPTS[prompt], tokens=tokens, faults=faults,
-                expected=calm[prompt][0], seed=seed,
+                system, bundle, out, number=number, prompt=prompt, text=PROMPTS[prompt], tokens=tokens, faults=faults,
+                expected=reference[prompt][0], seed=seed,
             )  # fmt: skip
             killed = {f.node for f in faults if f.kind in ("kill", "clock")}
-            ended.update(node for node in stage.revive() if node not in killed)
+            ended.update(node for node in system.revive() if node not in killed)
             results.append(answer)
             what = " + ".join(f.kind for f in faults)
             console.print(f"{number + 1}/{answers} {what}: {answer.outcome}, {answer.seconds:.1f} s {answer.detail}")
-            _write(out / "chaos.json", results, ended, seed=seed, tokens=tokens, calm_s=median(s for _, s in calm))
+            _write(out / "chaos.json", results, ended, seed=seed, tokens=tokens, calm_s=median(s for _, s in reference))
     console.print(_table(results))
     bad = [a for a in results if a.outcome in _BAD]
     if bad or ended:
@@ -97,7 +106,7 @@ def _emulated(names: Sequence[str], out: Path) -> Iterator[Links]:
         yield EmulatedLinks(network)
 
 
-def _write(path: Path, results: list[Answer], ended: Counter[str], **parameters: Any) -> None:
+def _write(path: Path, results: list[JudgedAnswer], ended: Counter[str], **parameters: Any) -> None:
     document = {
         "commit": commit()[0],
         "machine": platform.platform(),
@@ -109,9 +118,9 @@ def _write(path: Path, results: list[Answer], ended: Counter[str], **parameters:
         file.write(msgspec.json.encode(document))
 
 
-def _table(results: Sequence[Answer]) -> Table:
-    """By fault; an answer with two faults counts for both."""
-    by_kind: dict[str, list[Answer]] = defaultdict(list)
+def _table(results: Sequence[JudgedAnswer]) -> Table:
+    """Outcomes by fault; an answer with two faults counts for both."""
+    by_kind: dict[str, list[JudgedAnswer]] = defaultdict(list)
     for answer in results:
         for fault in answer.faults:
             by_kind[fault.kind].append(answer)

@@ -1,4 +1,4 @@
-"""Which faults hit which answer, and when: drawn from a seed, pure."""
+"""The faults of each answer and their times, drawn from a seed. Pure."""
 
 import random
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ Kind = Literal[
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
 LINK_KINDS: tuple[Kind, ...] = ("blackhole", "loss", "slow")
-"""Those that need an emulated network."""
+"""Kinds that need an emulated network."""
 LOSSES_PERCENT = (5, 10, 20, 30)
 
 
@@ -20,10 +20,11 @@ class Fault(Struct, frozen=True):
     """One fault during one answer.
 
     Attributes:
-        node: that it hits; empty where it hits no node.
-        after_tokens: how much of the answer is there when it begins.
-        for_s: how long it lasts.
-        level: of what comes in degrees: lost frames in %.
+        kind: what happens; `TestSystem.inject` does it.
+        node: node concerned; empty for faults that concern no node.
+        after_tokens: number of tokens of the answer after which the fault begins.
+        for_s: duration in seconds.
+        level: severity where there are degrees: lost frames in %.
     """
 
     kind: Kind
@@ -34,11 +35,14 @@ class Fault(Struct, frozen=True):
 
 
 def draw(seed: int, answer: int, nodes: Sequence[str], kinds: Sequence[Kind], *, tokens: int) -> list[Fault]:
-    """The faults of one answer: one, or in a third of the answers two of different kinds at once.
+    """The faults of one answer: one, or in a third of the answers two of different kinds.
 
     Args:
-        kinds: take turns as the first fault, so that each comes up equally often.
-        tokens: of the answer; faults begin in its first half.
+        seed: the same seed gives the same faults.
+        answer: number of the answer.
+        nodes: node ids.
+        kinds: kinds to draw from; they take turns as the first fault, so each occurs equally often.
+        tokens: length of the answer; faults begin in its first half.
     """
     rng = random.Random(f"{seed} {answer}")  # noqa: S311 - to be reproduced, not to be secret
     order = random.Random(f"{seed} {answer // len(kinds)}").sample(list(kinds), len(kinds))  # noqa: S311

@@ -1,1 +1,1 @@
-"""Fresh Debian machines in network namespaces, each with its own systemd and sshd, to try deployment on."""
+"""Fresh Debian machines in network namespaces, each with its own systemd and sshd, to test deployment."""

@@ -7,7 +7,11 @@ import click
 from testbed.errors import NetworkError
 
 _FOLDER = click.option(
-    "--folder", type=click.Path(path_type=Path), default=Path("runs/machines"), show_default=True, help="Of all files."
+    "--folder",
+    type=click.Path(path_type=Path),
+    default=Path("runs/machines"),
+    show_default=True,
+    help="Folder of all files.",
 )
 
 
@@ -18,16 +22,16 @@ def register(group: click.Group) -> None:
 
 @click.group()
 def machines() -> None:
-    """Fresh Debian machines on an emulated network, to try deployment on (Linux, as root)."""
+    """Fresh Debian machines on an emulated network, to test deployment (Linux, as root)."""
 
 
 @machines.command()
 @click.argument("spec", type=click.Path(path_type=Path))
 @_FOLDER
-@click.option("--arm64", multiple=True, help="This node's programs are arm64's, through qemu-user; repeatable.")
-@click.option("--bundle", type=click.Path(path_type=Path), help="For the inventory.  [default: the demo's, int4]")
+@click.option("--arm64", multiple=True, help="Run this node's programs as arm64 with qemu-user; repeatable.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="Bundle in the inventory.  [default: the demo's, int4]")
 def up(spec: Path, folder: Path, arm64: tuple[str, ...], bundle: Path | None) -> None:
-    """Bring the network of SPEC up, and on it a machine for the base station and each node."""
+    """Bring up the network of SPEC, with a machine for the base station and for each node."""
     from rich.console import Console
 
     from testbed.demo_assets import demo_bundle
@@ -40,21 +44,21 @@ def up(spec: Path, folder: Path, arm64: tuple[str, ...], bundle: Path | None) ->
     bundle = bundle.absolute() if bundle else demo_bundle("int4", console=Console(stderr=True))
     experts = load_manifest(bundle).dims.experts
     network = emulated.up(spec)
-    shelf = VirtualMachines(folder)
+    virtual_machines = VirtualMachines(folder)
     try:
-        with Console(stderr=True).status("machines (the first time debootstrap takes minutes)"):
-            shelf.up(network, arm64=arm64, bundle=bundle, experts=experts)
+        with Console(stderr=True).status("machines (the first time, debootstrap takes minutes)"):
+            virtual_machines.up(network, arm64=arm64, bundle=bundle, experts=experts)
     except BaseException:
         emulated.down(name)
         raise
     (folder / "network").write_text(name)
-    click.echo(f"{len(network.nodes) + 1} machines are up on network '{name}'; inventory: {shelf.inventory}")
+    click.echo(f"{len(network.nodes) + 1} machines are up on network '{name}'; inventory: {virtual_machines.inventory}")
 
 
 @machines.command()
 @_FOLDER
 def down(folder: Path) -> None:
-    """Take machines and network down and remove everything of them, also after a crash."""
+    """Take machines and network down and delete all their files, also after a crash."""
     from testbed.network import emulated
     from testbed.network.namespaces import check_privileges
     from testbed.proof.machines.virtual_machines import VirtualMachines
@@ -75,7 +79,7 @@ def down(folder: Path) -> None:
 @machines.command()
 @_FOLDER
 def status(folder: Path) -> None:
-    """Say which machines run."""
+    """Show which machines are running."""
     from testbed.proof.machines.virtual_machines import VirtualMachines
 
     found = VirtualMachines(folder).machines()
@@ -83,5 +87,5 @@ def status(folder: Path) -> None:
         raise NetworkError(f"no machines are up in {folder}: 'wdmoe-testbed machines up SPEC' starts some")
     for machine in found:
         process = machine.process()
-        state = f"runs, process {process.pid}" if process else f"ended: {machine.last_words()}"
+        state = f"running, process {process.pid}" if process else f"ended: {machine.last_log_line()}"
         click.echo(f"{machine.name:12} {state}")

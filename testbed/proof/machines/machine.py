@@ -13,9 +13,9 @@ from testbed.proof.machines.rootfs import USER
 
 _STOP_S = 30.0
 _QEMU_CPU = "cortex-a76"
-"""What a Pi 5 has; qemu's own choice has extensions that no board has."""
+"""The Pi 5's processor; qemu's default has extensions that no board has."""
 
-# onnxruntime reads the part number of the first core and can't be imported without one.
+# onnxruntime reads the part number of the first core; without it, its import fails.
 _CPUINFO = """processor\t: {index}
 BogoMIPS\t: 108.00
 Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp
@@ -29,11 +29,11 @@ CPU revision\t: 1
 
 
 class Machine:
-    """A machine that runs, or may.
+    """A machine, running or not.
 
     Args:
-        folder: holds all of it; must be on a filesystem that an overlay may lie on.
-        name: its host name.
+        folder: folder of all its files; must be on a filesystem that supports overlays.
+        name: host name.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -43,17 +43,18 @@ class Machine:
         self.log = self.folder / "console.log"
 
     def make(self, base: Path, *, authorized_key: str, emulated: bool) -> str:
-        """Lay a fresh overlay over a root filesystem.
+        """Make the machine: a fresh overlay over a root filesystem, with keys and configuration.
 
         Args:
-            authorized_key: who may log in.
-            emulated: its programs run through qemu-user, where sudo does not work: root logs in.
+            base: root filesystem.
+            authorized_key: public key for logging in.
+            emulated: programs run with qemu-user, where sudo does not work, so the login user is root.
 
         Returns:
-            Its public host key, as a known_hosts file has it after the host's name.
+            Type and public host key, as in a known_hosts file.
 
         Raises:
-            MachineError: it can't be made.
+            MachineError: the overlay or the host key can't be made.
         """
         for part in ("upper", "work", "root"):
             (self.folder / part).mkdir(parents=True)
@@ -71,13 +72,13 @@ class Machine:
         for path in (ssh, ssh / "authorized_keys"):
             shutil.chown(path, home.st_uid, home.st_gid)
         units = etc / "systemd/system"
-        # All machines have one clock, and none may set it: chrony follows its source without.
+        # All machines share the kernel's clock and may not set it: chrony only measures the offset.
         _write(units / "chrony.service.d/machine.conf", "[Unit]\nConditionCapability=\n")
         _write(etc / "default/chrony", 'DAEMON_OPTS="-F 1 -x"\n')
         if emulated:
             manager = f"[Manager]\nDefaultEnvironment=QEMU_CPU={_QEMU_CPU}\nDefaultTimeoutStartSec=600\n"
             _write(etc / "systemd/system.conf.d/qemu.conf", manager)
-            # qemu-user lacks the system calls by which systemd hands credentials to services; none needs any here.
+            # qemu-user lacks the system calls by which systemd passes credentials to services; none are needed here.
             no_credentials = "[Service]\nLoadCredential=\nLoadCredentialEncrypted=\nSetCredential=\n"
             _write(units / "service.d/qemu.conf", no_credentials)
             _write(etc / "cpuinfo", "".join(_CPUINFO.format(index=i) for i in range(psutil.cpu_count() or 1)))
@@ -86,16 +87,16 @@ class Machine:
         return " ".join(host_key.with_suffix(".pub").read_text().split()[:2])
 
     def boot(self, namespace: Path, *, emulated: bool) -> None:
-        """Start it; it goes on when this process ends.
+        """Start the machine; it keeps running when this process ends.
 
         Args:
-            namespace: its network's file.
-            emulated: as it was made.
+            namespace: path of its network namespace.
+            emulated: same as for `make`.
         """
         command = [
             "setsid", "--fork", "systemd-nspawn", "--quiet", "--boot", "--keep-unit", "--register=no",
             f"--directory={self.root}", f"--machine={self.name}", f"--network-namespace-path={namespace}",
-            # Not a terminal: nobody would read it, and systemd would wait for that.
+            # No terminal: systemd would wait for a reader of its output.
             "--console=read-only", "--resolv-conf=off", "--timezone=off", "--link-journal=no",
         ]  # fmt: skip
         if emulated:
@@ -104,30 +105,30 @@ class Machine:
             subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=30, check=True)
 
     def process(self) -> psutil.Process | None:
-        """Its systemd-nspawn, if it runs."""
-        mine = f"--directory={self.root}"
+        """The machine's systemd-nspawn process; None if it is not running."""
+        argument = f"--directory={self.root}"
         for process in psutil.process_iter(["name", "cmdline"]):
-            if process.info["name"] == "systemd-nspawn" and mine in (process.info["cmdline"] or ()):
+            if process.info["name"] == "systemd-nspawn" and argument in (process.info["cmdline"] or ()):
                 return process
         return None
 
-    def last_words(self) -> str:
-        """The end of its console."""
+    def last_log_line(self) -> str:
+        """Last line of the console, or why there is none."""
         with contextlib.suppress(FileNotFoundError):
             lines = self.log.read_text(errors="replace").strip().splitlines()
-            return lines[-1] if lines else "it said nothing"
+            return lines[-1] if lines else "its console is empty"
         return "it was never started"
 
     def remove(self) -> None:
-        """Shut it down and delete it; also what a crash left.
+        """Shut the machine down and delete its files, also after a crash.
 
         Raises:
-            MachineError: it does not end, or can't be deleted.
+            MachineError: the machine does not end, or its files can't be deleted.
         """
         process = self.process()
         if process is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
-                # systemd-nspawn takes it as a request to power off in good order, and a second one as an order.
+                # systemd-nspawn then shuts the machine down in order.
                 process.send_signal(signal.SIGTERM)
                 everything = [process, *process.children(recursive=True)]
                 if psutil.wait_procs([process], timeout=_STOP_S)[1]:

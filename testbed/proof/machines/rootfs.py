@@ -1,7 +1,7 @@
 """Debian root filesystems, made once by debootstrap and kept in the user's cache folder.
 
-They hold what a board's image holds: systemd, sshd, Python, rsync, a user who may sudo. Machines run on an overlay
-above them, so that each starts fresh.
+They contain what a board's image contains: systemd, sshd, Python, rsync, a user with sudo. Each machine runs on an
+overlay above them, so it starts fresh.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import platformdirs
 from testbed.errors import MachineError
 
 USER = "pi"
-"""Who logs in, as on a board's image: not root, sudo without a password."""
+"""Login user, as on a board's image: not root, but with sudo without a password."""
 
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 _PACKAGES = (
@@ -36,7 +36,7 @@ useradd --create-home --shell /bin/bash {USER}
 echo '{USER} ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/{USER}
 chmod 440 /etc/sudoers.d/{USER}
 printf 'PasswordAuthentication no\\nUseDNS no\\n' > /etc/ssh/sshd_config.d/machines.conf
-# A package of a service starts it; on a board nobody has installed a broker yet.
+# Debian's package enables the broker; on a fresh board there is none yet.
 [ ! -e /usr/sbin/mosquitto ] || systemctl disable mosquitto
 systemctl disable chrony apt-daily.timer apt-daily-upgrade.timer e2scrub_all.timer console-getty
 systemctl mask getty.target
@@ -47,7 +47,7 @@ rm -rf /var/cache/apt/archives/*.deb /var/lib/apt/lists/*
 
 
 def rootfs(architecture: str) -> Path:
-    """A root filesystem with the release of this machine's own Debian, made if it is not there.
+    """Folder of a root filesystem with this machine's Debian release; made if missing.
 
     Args:
         architecture: `amd64` or `arm64`.
@@ -68,17 +68,19 @@ def rootfs(architecture: str) -> Path:
 
 
 def debian_mirror() -> tuple[str, str]:
-    """The mirror that apt uses here, and the release that is installed.
+    """URL of apt's Debian mirror, and the code name of the installed release.
 
     Raises:
-        MachineError: this is no Debian, or apt knows no mirror of it.
+        MachineError: this machine does not run Debian, or apt has no Debian mirror.
     """
     facts = dict(
         line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line
     )  # fmt: skip
     release = facts.get("VERSION_CODENAME", "").strip('"')
     if facts.get("ID", "").strip('"') != "debian" or not release:
-        raise MachineError("machines are made by debootstrap from this machine's Debian mirror: this is no Debian")
+        raise MachineError(
+            "machines are made by debootstrap from apt's Debian mirror: this machine does not run Debian"
+        )
     _need("apt-get")
     listed = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(SITE) $(CODENAME) $(COMPONENT) $(CREATED_BY)"],
@@ -88,14 +90,14 @@ def debian_mirror() -> tuple[str, str]:
         site, *rest = line.split()
         if rest == [release, "main", "Packages"]:
             return site, release
-    raise MachineError(f"apt knows no mirror of Debian {release}: run 'apt-get update'")
+    raise MachineError(f"apt has no package list of Debian {release}: run 'apt-get update'")
 
 
 def ensure_emulation(architecture: str) -> None:
-    """Have the kernel run programs of another architecture through qemu-user, as Debian's package asks for.
+    """Register qemu-user in the kernel for programs of another architecture, with the rule of Debian's package.
 
     Raises:
-        MachineError: it can't be had.
+        MachineError: qemu-user is not installed, or the kernel rejects it.
     """
     if architecture != "arm64":
         raise MachineError(f"machines of {architecture} need a machine of {ARCHITECTURES[architecture]}")
@@ -110,7 +112,7 @@ def ensure_emulation(architecture: str) -> None:
             )
         (_BINFMT / "register").write_text(_BINFMT_RULE.read_text())
     except (OSError, subprocess.SubprocessError) as error:
-        raise MachineError(f"the kernel does not take qemu-user for arm64 programs: {error}") from None
+        raise MachineError(f"the kernel rejects qemu-user for arm64 programs: {error}") from None
 
 
 def _build(folder: Path, architecture: str, release: str, mirror: str) -> None:
@@ -125,7 +127,7 @@ def _build(folder: Path, architecture: str, release: str, mirror: str) -> None:
 
 
 def _packages(architecture: str) -> tuple[str, ...]:
-    """Base stations are never emulated: a trunk would take minutes per token."""
+    """Packages of a root filesystem. Only native ones have a broker: emulated base stations would be too slow."""
     return (*_PACKAGES, _BROKER) if ARCHITECTURES[architecture] == platform.machine() else _PACKAGES
 
 
@@ -135,8 +137,8 @@ def _run(command: list[str], what: str) -> None:
     except subprocess.TimeoutExpired:
         raise MachineError(f"{what} took more than {_BUILD_S:.0f} s") from None
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise MachineError(f"{what} failed: {said[-1] if said else f'exit code {done.returncode}'}")
+        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        raise MachineError(f"{what} failed: {lines[-1] if lines else f'exit code {done.returncode}'}")
 
 
 def _need(*tools: str) -> None:
@@ -147,11 +149,11 @@ def _need(*tools: str) -> None:
 
 @contextmanager
 def _part(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its name when the body succeeds."""
+    """A temporary folder beside `folder`, renamed to `folder` if the body succeeds."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".{folder.name}.{os.getpid()}")
     part.mkdir()
-    # debootstrap's root must be its own world: others read it when they log in.
+    # The root folder of a system must be readable by all users.
     part.chmod(0o755)
     try:
         yield part

@@ -1,11 +1,11 @@
-"""A shelf of machines: base station and nodes of an emulated network, each with its own machine, and their inventory.
+"""Machines for the base station and the nodes of an emulated network, and their inventory.
 
 FOLDER/
   fleet.yaml       inventory for `wdmoe-testbed fleet`
-  ssh              ssh from where the base station is in the network
-  id_ed25519       logs in everywhere
+  ssh              ssh from the base station's network namespace
+  id_ed25519       key for logging in to all machines
   known_hosts
-  machines/NAME/   overlay and console of each
+  machines/NAME/   overlay and console of each machine
 """
 
 import contextlib
@@ -31,10 +31,14 @@ _TOOLS = ("systemd-nspawn", "ssh", "ssh-keygen", "mount", "setsid", "rsync")
 
 
 class VirtualMachines:
-    """Machines of one network in one folder.
+    """The machines of one network.
 
     Args:
-        folder: of all files; made when missing.
+        folder: folder of all their files; made if missing.
+
+    Attributes:
+        inventory: path of the inventory.
+        ssh: path of the ssh wrapper.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,20 +47,21 @@ class VirtualMachines:
         self.ssh = self.folder / "ssh"
 
     def machines(self) -> list[Machine]:
-        """Those that are there, running or crashed."""
+        """All machines in the folder, running or crashed."""
         parent = self.folder / "machines"
         return [Machine(path, path.name) for path in sorted(parent.iterdir())] if parent.is_dir() else []
 
     def up(self, network: EmulatedNetwork, *, arm64: Collection[str], bundle: Path, experts: int) -> None:
-        """Start one machine for the base station and one for each node, and write the inventory.
+        """Start a machine for the base station and for each node, and write the inventory.
 
         Args:
-            arm64: nodes whose programs are arm64's, through qemu-user.
-            bundle: that the inventory names.
-            experts: of the bundle's model, per layer; nodes share them evenly.
+            network: network that is up.
+            arm64: nodes whose programs run as arm64 with qemu-user.
+            bundle: bundle in the inventory.
+            experts: experts per layer; nodes share them evenly.
 
         Raises:
-            MachineError: a tool is missing, there are machines already, or one does not come up.
+            MachineError: a tool is missing, the folder has machines already, or a machine does not come up.
         """
         _check_tools()
         if self.machines():
@@ -88,10 +93,10 @@ class VirtualMachines:
             raise
 
     def down(self) -> None:
-        """Shut all machines down and delete them, with the keys that log in there.
+        """Shut all machines down, and delete them and their keys.
 
         Raises:
-            MachineError: one does not end.
+            MachineError: a machine does not end.
         """
         for machine in self.machines():
             machine.remove()
@@ -110,7 +115,7 @@ class VirtualMachines:
         options = f"-i {key} -o UserKnownHostsFile={self.folder / 'known_hosts'} -o StrictHostKeyChecking=yes"
         prefix = " ".join(network.bs_prefix())
         self.ssh.write_text(
-            f'#!/bin/sh\n# ssh from where the base station is in the network\nexec {prefix} ssh {options} "$@"\n'
+            f'#!/bin/sh\n# ssh from the network namespace of the base station\nexec {prefix} ssh {options} "$@"\n'
         )
         self.ssh.chmod(0o755)
 
@@ -122,17 +127,17 @@ class VirtualMachines:
         timeout_s = _EMULATED_BOOT_S if emulated else _BOOT_S
         command = [str(self.ssh), "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", target, "true"]
         deadline = time.monotonic() + timeout_s
-        said = ""
+        reason = ""
         while time.monotonic() < deadline:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
                 if done.returncode == 0:
                     return
-                said = done.stderr.strip()
+                reason = done.stderr.strip()
             if machine.process() is None:
-                raise MachineError(f"machine {machine.name} does not run: {machine.last_words()}")
+                raise MachineError(f"machine {machine.name} has ended: {machine.last_log_line()}")
             time.sleep(1)
-        raise MachineError(f"machine {machine.name} can't be logged in to after {timeout_s:.0f} s: {said}")
+        raise MachineError(f"machine {machine.name} can't be logged in to after {timeout_s:.0f} s: {reason}")
 
     def _write_inventory(self, network: EmulatedNetwork, arm64: Collection[str], bundle: Path, experts: int) -> None:
         nodes = network.nodes

@@ -35,7 +35,7 @@ def test_emulated_boards_join_and_answer_as_this_machine_does(tmp_path: Path) ->
 def test_without_qemu_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(EmulationError, match="qemu-user-static"):
-        userland.prepare(tmp_path / "cache", say=lambda what: None)
+        userland.prepare(tmp_path / "cache", on_progress=lambda what: None)
     assert not (tmp_path / "cache").exists()
 
 

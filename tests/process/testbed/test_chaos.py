@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from testbed.network.spec import read_spec
 from testbed.proof.chaos.schedule import KINDS, Kind, draw
-from testbed.proof.chaos.stage import network_description
+from testbed.proof.chaos.system import network_description
 from tests.conftest import Run
 from tests.needs import needs
 

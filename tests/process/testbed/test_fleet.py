@@ -390,10 +390,14 @@ class TestPlaybooks:
         hosts = play("site", path, check=True, ansible_facts={"service_mgr": "systemd", "pkg_mgr": "apt"})
         assert set(tmp_path.rglob("*")) == there
         # Nothing of it is there, keys included: all that can be told is told.
-        every = {"release : Say that it would be installed", "bundle : Say what would be sent"}
-        steps = {"Make this release the current one", "Service", "Run it, with what is there now"}
+        every = {"release : Report that it would be installed", "bundle : Report what would be sent"}
+        steps = {
+            "Make this release the current one",
+            "Install the service",
+            "Start the service, or restart it if something changed",
+        }
         assert every | {f"node : {step}" for step in steps} <= set(hosts["pi5"].changed_tasks)
-        assert every | {"base_station : Command"} <= set(hosts["bs"].changed_tasks)
+        assert every | {"base_station : Install the command"} <= set(hosts["bs"].changed_tasks)
         assert capfd.readouterr().out.count("its kernel has no memory controller") == 1
 
     def test_a_rollback_after_a_failed_update_does_not_come_to_what_failed(
@@ -428,22 +432,22 @@ class TestPlaybooks:
             names = ("current", "previous")
             return {h: [release.linked(tmp_path / h / "opt" / n) for n in names] for h in ("bs", "pi4", "pi5")}
 
-        with pytest.raises(FleetError, match="the one before serves again"):
+        with pytest.raises(FleetError, match="its old release serves again"):
             play("node", path, wdmoe_release="new", wdmoe_serial=1)
         assert links() == {"bs": ["new", "old"], "pi4": ["new", "old"], "pi5": ["old", "older"]}
         # Fails for another reason, with nothing new: it keeps what it has.
         release.switch(tmp_path / "pi5/opt", "new", tmp_path / "pi5/var/releases.log", check=False)
-        with pytest.raises(FleetError, match="the node does not serve:"):
+        with pytest.raises(FleetError, match="the node does not start:"):
             play("node", path, wdmoe_release="new", wdmoe_serial=1)
         assert links()["pi5"] == ["new", "old"]
         release.restore(tmp_path / "pi5/opt", "old", "older", tmp_path / "pi5/var/releases.log", check=False)
 
         hosts = play("rollback", path)
         assert links() == {"bs": ["old", "new"], "pi4": ["old", "new"], "pi5": ["old", "older"]}
-        assert "Go back" not in hosts["pi5"].changed_tasks
+        assert "Switch the release" not in hosts["pi5"].changed_tasks
         lacks = tmp_path / "pi4/opt/releases/older" / release.COMPLETE
         lacks.unlink()
-        with pytest.raises(FleetError, match="pi4: Say that it is not: release older is not installed here"):
+        with pytest.raises(FleetError, match="pi4: Fail if it is not installed: release older is not installed here"):
             play("rollback", path, wdmoe_target="older")
         assert links() == {"bs": ["old", "new"], "pi4": ["old", "new"], "pi5": ["old", "older"]}
         lacks.touch()
@@ -465,8 +469,8 @@ class TestPlaybooks:
         play("clock", path)
         lines = (tmp_path / "etc/chrony/conf.d/wdmoe.conf").read_text().splitlines()
         assert lines[3:6] == ["allow 127.0.0.1", "allow 192.168.1.21", "allow fd00::1:2"]
-        assert [line.split(",")[0] for line in lines[6:]] == [
-            "# off may not ask: off.invalid is no address", "# mute may not ask: mute is no address"
+        assert [line.split(" and ")[0] for line in lines[6:]] == [
+            "# off is not allowed: off.invalid is not an address", "# mute is not allowed: mute is not an address"
         ]  # fmt: skip
 
     def as_in(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

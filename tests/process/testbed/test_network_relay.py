@@ -9,7 +9,7 @@ import pytest
 
 from testbed.network.model import AirModel
 from testbed.network.relay import Relay, mac
-from testbed.network.spec import Link
+from testbed.network.spec import LinkSpec
 from tests.waiting import PATIENCE_S, wait_until
 
 _DELAY_S = 0.01
@@ -33,7 +33,7 @@ def test_frames_are_carried_and_a_relay_with_a_core_does_not_sleep(
     ends: list[tuple[socket.socket, socket.socket]], own_core: bool
 ) -> None:
     model = AirModel(1, queue_s=0.1)
-    model.configure(time.monotonic(), [Link(delay_ms=1e3 * _DELAY_S)], shared_air=False)
+    model.configure(time.monotonic(), [LinkSpec(delay_ms=1e3 * _DELAY_S)], shared_air=False)
     relay = Relay([relays.fileno() for _, relays in ends], model, own_core=own_core)
     (base_station, _), (node, _) = ends
     frame = bytes.fromhex((mac(1) + mac(0)).replace(":", "")) + bytes(500)

@@ -207,11 +207,11 @@ def test_all_keys_are_private_and_nothing_is_overwritten(site: Site, run: Run, t
     for path in [site.keys.path, *site.keys.path.rglob("*")]:
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
     for arguments, words in [
-        (["init", site.keys.path, "--host", "h"], "is there already"),
+        (["init", site.keys.path, "--host", "h"], "exists already"),
         (["init", tmp_path / "n", "--host", "h", "--node", "a/b"], "not valid"),
-        (["init", tmp_path / "n", "--host", "h", "--node", "bs"], "stands for something else"),
+        (["init", tmp_path / "n", "--host", "h", "--node", "bs"], "is a reserved name"),
         (["add", site.keys.path, "a"], "has keys already"),
-        (["revoke", site.keys.path, "c"], "these nodes have: a, b"),
+        (["revoke", site.keys.path, "c"], "nodes with keys: a, b"),
         (["list", tmp_path], "holds no keys"),
     ]:
         done = run("testbed", "keys", *arguments)

@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bs_coordinator.engine.step_records import DispatchRecord, LayerRecord, StepRecord
-from testbed.bench.floor import Alone, Link, causes_ms, floor_ms
+from testbed.bench.floor import Alone, FloorLink, causes_ms, floor_ms
 from testbed.bench.sections.scaling import fit_line
 from wire.frames import NodeDurations
 
 times = st.integers(0, 20_000_000)
-LINK = Link(rtt_ms=5.0, mbps=100.0)
+LINK = FloorLink(rtt_ms=5.0, mbps=100.0)
 ALONE = Alone(trunk_ms=12.0, head_ms=9.0, compute_ms=lambda experts: 0.2 * experts)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.network.model import MIN_QUEUE_FRAMES, AirModel, Direction
-from testbed.network.spec import Link
+from testbed.network.spec import LinkSpec
 
 
 class Offer(NamedTuple):
@@ -35,7 +35,7 @@ OFFERS = st.lists(
 ).map(lambda steps: [Offer(sum(s[0] for s in steps[: i + 1]), *steps[i][1:]) for i in range(len(steps))])
 LINKS = st.lists(
     st.builds(
-        lambda down, up, delay, share, loss: Link(
+        lambda down, up, delay, share, loss: LinkSpec(
             down_mbps=down, up_mbps=up, delay_ms=delay, jitter_ms=delay * share, loss_percent=loss
         ),
         st.floats(1, 100), st.floats(1, 100), st.floats(0, 8), st.floats(0, 1), st.sampled_from([0.0, 30.0]),
@@ -45,13 +45,13 @@ LINKS = st.lists(
 )  # fmt: skip
 
 
-def _air_s(link: Link, direction: Direction, frame_bytes: int) -> float:
+def _air_s(link: LinkSpec, direction: Direction, frame_bytes: int) -> float:
     """1448 payload bytes of a 1500-byte packet at the link's rate; other sizes in proportion."""
     mbps = link.down_mbps if direction is Direction.DOWN else link.up_mbps
     return (frame_bytes - 14) / 1500 * 1448 * 8 / (mbps * 1e6)
 
 
-def _model(links: list[Link], *, shared_air: bool, queue_s: float = 100.0) -> AirModel:
+def _model(links: list[LinkSpec], *, shared_air: bool, queue_s: float = 100.0) -> AirModel:
     model = AirModel(len(links), queue_s=queue_s)
     model.configure(0.0, links, shared_air=shared_air)
     return model
@@ -77,7 +77,7 @@ def _play(model: AirModel, offers: list[Offer]) -> list[Delivery]:
 
 @given(OFFERS, LINKS, st.booleans())
 def test_order_is_kept_and_frames_are_delivered_or_counted(
-    offers: list[Offer], links: list[Link], shared_air: bool
+    offers: list[Offer], links: list[LinkSpec], shared_air: bool
 ) -> None:
     model = _model(links, shared_air=shared_air)
     deliveries = _play(model, offers)
@@ -99,9 +99,9 @@ def test_order_is_kept_and_frames_are_delivered_or_counted(
 
 
 @given(OFFERS, LINKS)
-def test_dedicated_links_follow_lindley(offers: list[Offer], links: list[Link]) -> None:
+def test_dedicated_links_follow_lindley(offers: list[Offer], links: list[LinkSpec]) -> None:
     """Each direction is a single server of its own: a frame starts when it is there and the one before is through."""
-    steady = [Link(down_mbps=link.down_mbps, up_mbps=link.up_mbps, delay_ms=link.delay_ms) for link in links]
+    steady = [LinkSpec(down_mbps=link.down_mbps, up_mbps=link.up_mbps, delay_ms=link.delay_ms) for link in links]
     got = {d.number: d.at for d in _play(_model(steady, shared_air=False), offers)}
     free_at: dict[tuple[int, Direction], float] = {}
     for number, offer in enumerate(offers):
@@ -113,9 +113,9 @@ def test_dedicated_links_follow_lindley(offers: list[Offer], links: list[Link]) 
 
 @given(OFFERS, LINKS)
 def test_shared_air_carries_one_frame_at_a_time_and_is_never_idle_while_one_waits(
-    offers: list[Offer], links: list[Link]
+    offers: list[Offer], links: list[LinkSpec]
 ) -> None:
-    steady = [Link(down_mbps=link.down_mbps, up_mbps=link.up_mbps, delay_ms=0) for link in links]
+    steady = [LinkSpec(down_mbps=link.down_mbps, up_mbps=link.up_mbps, delay_ms=0) for link in links]
     deliveries = _play(_model(steady, shared_air=True), offers)
     assert len(deliveries) == len(offers)
     ends = sorted((d.at, _air_s(steady[d.node], d.direction, d.bytes)) for d in deliveries)
@@ -129,9 +129,11 @@ def test_shared_air_carries_one_frame_at_a_time_and_is_never_idle_while_one_wait
 
 
 @given(OFFERS, LINKS, st.integers(1, 7))
-def test_rate_is_never_exceeded_by_a_relay_that_wakes_late(offers: list[Offer], links: list[Link], wakes: int) -> None:
+def test_rate_is_never_exceeded_by_a_relay_that_wakes_late(
+    offers: list[Offer], links: list[LinkSpec], wakes: int
+) -> None:
     """However rarely the model is looked at, no more comes out by any time than the rate allows until then."""
-    steady = [Link(down_mbps=link.down_mbps, up_mbps=link.up_mbps, delay_ms=0) for link in links]
+    steady = [LinkSpec(down_mbps=link.down_mbps, up_mbps=link.up_mbps, delay_ms=0) for link in links]
     model = _model(steady, shared_air=False)
     air_s = dict.fromkeys(((n, d) for n in range(NODES) for d in Direction), 0.0)
     began: dict[tuple[int, Direction], float] = {}
@@ -147,7 +149,7 @@ def test_rate_is_never_exceeded_by_a_relay_that_wakes_late(offers: list[Offer], 
 
 def test_stations_take_turns_on_shared_air() -> None:
     """The base station's two queues share its turn, so that every node's up-link gets as much as both together."""
-    link = Link(down_mbps=10, up_mbps=10, delay_ms=0)
+    link = LinkSpec(down_mbps=10, up_mbps=10, delay_ms=0)
     model = _model([link, link], shared_air=True)
     for _ in range(90):
         for node, direction in ((0, Direction.DOWN), (1, Direction.DOWN), (0, Direction.UP)):
@@ -161,7 +163,7 @@ def test_stations_take_turns_on_shared_air() -> None:
 
 def test_a_slow_node_takes_the_air_of_a_fast_one() -> None:
     """Air times add up: a frame at 5 Mbit/s holds up one at 50 for its whole time."""
-    links = [Link(down_mbps=5, up_mbps=5, delay_ms=0), Link(down_mbps=50, up_mbps=50, delay_ms=0)]
+    links = [LinkSpec(down_mbps=5, up_mbps=5, delay_ms=0), LinkSpec(down_mbps=50, up_mbps=50, delay_ms=0)]
     for shared, expected in ((True, 1.1), (False, 0.1)):
         model = _model(links, shared_air=shared)
         model.offer(0.0, 0, Direction.UP, bytes(1514))
@@ -171,18 +173,18 @@ def test_a_slow_node_takes_the_air_of_a_fast_one() -> None:
 
 
 def test_a_full_queue_drops_the_newest() -> None:
-    link = Link(down_mbps=8, up_mbps=8, delay_ms=0)
+    link = LinkSpec(down_mbps=8, up_mbps=8, delay_ms=0)
     model = _model([link], shared_air=False, queue_s=0.1)
     taken = [model.offer(0.0, 0, Direction.DOWN, bytes(1014)) for _ in range(300)]
     # One is on the air; what waits is the queue.
     kept = 1 + int(0.1 / _air_s(link, Direction.DOWN, 1014))
     assert taken == [True] * kept + [False] * (300 - kept)
-    slow = _model([Link(down_mbps=0.1, delay_ms=0)], shared_air=False, queue_s=0.1)
+    slow = _model([LinkSpec(down_mbps=0.1, delay_ms=0)], shared_air=False, queue_s=0.1)
     assert sum(slow.offer(0.0, 0, Direction.DOWN, bytes(1014)) for _ in range(50)) == 1 + MIN_QUEUE_FRAMES
 
 
 def test_loss_and_jitter_are_as_configured() -> None:
-    link = Link(down_mbps=1000, up_mbps=1000, delay_ms=3, jitter_ms=2, loss_percent=5)
+    link = LinkSpec(down_mbps=1000, up_mbps=1000, delay_ms=3, jitter_ms=2, loss_percent=5)
     model = _model([link], shared_air=False)
     offers = [Offer(i * 0.01, 0, Direction.DOWN, 60) for i in range(20_000)]
     deliveries = _play(model, offers)
@@ -198,9 +200,9 @@ def test_loss_and_jitter_are_as_configured() -> None:
 
 @given(OFFERS, LINKS, st.booleans(), st.floats(0, 0.1))
 def test_a_change_of_links_loses_and_duplicates_nothing(
-    offers: list[Offer], links: list[Link], shared_air: bool, at: float
+    offers: list[Offer], links: list[LinkSpec], shared_air: bool, at: float
 ) -> None:
-    calm = [Link(down_mbps=link.down_mbps, up_mbps=link.up_mbps, delay_ms=link.delay_ms) for link in links]
+    calm = [LinkSpec(down_mbps=link.down_mbps, up_mbps=link.up_mbps, delay_ms=link.delay_ms) for link in links]
     model = _model(calm, shared_air=shared_air)
     early = [o for o in offers if o.at <= at]
     first: list[bytes] = []

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.errors import NetworkSpecError
-from testbed.network.spec import Link, NetworkSpec, read_spec
+from testbed.network.spec import LinkSpec, NetworkSpec, read_spec
 from testbed.network.timeline import Timeline
 
 SHIPPED = Path("testbed/network/specs/wifi.yaml")
@@ -29,10 +29,10 @@ def _spec(tmp_path: Path, text: str) -> NetworkSpec:
         (BASE + "{default: {down_mbps: 0}}", "down_mbps"),
         (BASE + "{default: {delay_ms: .nan}}", "delay_ms"),
         (BASE + "{default: {delay_ms: 1, jitter_ms: 2}}", "jitter_ms 2 of node0 at 0 s is more than its delay_ms 1"),
-        (BASE + "{nodes: {node2: {up_mbps: 1}}}", "'node2' is none of the nodes node0, node1"),
-        (BASE + "{events: [{at_s: 1}]}", "events[0]: say either set or ramp_to"),
+        (BASE + "{nodes: {node2: {up_mbps: 1}}}", "'node2' is not one of the nodes node0, node1"),
+        (BASE + "{events: [{at_s: 1}]}", "events[0]: give either set or ramp_to"),
         (BASE + "{events: [{at_s: 1, ramp_to: {up_mbps: 1}}]}", "a ramp needs for_s"),
-        (BASE + "{events: [{at_s: 1, nodes: [x], set: {up_mbps: 1}}]}", "'x' is none of the nodes"),
+        (BASE + "{events: [{at_s: 1, nodes: [x], set: {up_mbps: 1}}]}", "'x' is not one of the nodes"),
         (BASE + "{events: [{at_s: 9, set: {up_mbps: 1}}], repeat_s: 5}", "at_s 9 is never reached"),
         (
             BASE + "{default: {delay_ms: 4, jitter_ms: 4}, events: [{at_s: 2, for_s: 1, ramp_to: {delay_ms: 1}}]}",
@@ -40,7 +40,7 @@ def _spec(tmp_path: Path, text: str) -> NetworkSpec:
         ),
         ("name: t-1\nprofiles: {p: {}}", "name"),
         ("name: t\nprofiles: {}", "profiles"),
-        ("name: t\nnodes: [a, a]\nprofiles: {p: {}}", "'a' is there twice"),
+        ("name: t\nnodes: [a, a]\nprofiles: {p: {}}", "'a' is listed twice"),
         ("name: t\nnodes: [bs]\nprofiles: {p: {}}", "base station's name"),
         ("name: t\nnodes: [../x]\nprofiles: {p: {}}", "not valid"),
         ("name: t\nnodes: 8\nsubnet: 10.0.0.0/29\nprofiles: {p: {}}", "no room"),
@@ -93,18 +93,18 @@ profiles:
 @pytest.mark.parametrize(
     ("at_s", "node", "link"),
     [
-        (0, "node0", Link(down_mbps=40, delay_ms=2)),
-        (20, "node0", Link(down_mbps=30, delay_ms=3)),
-        (30, "node0", Link(down_mbps=1, delay_ms=4, loss_percent=5)),
-        (32, "node0", Link(down_mbps=20, delay_ms=4)),
-        (99, "node0", Link(down_mbps=20, delay_ms=4)),
-        (120, "node0", Link(down_mbps=30, delay_ms=3)),
-        (31, "node1", Link(down_mbps=1, up_mbps=7, delay_ms=2, loss_percent=5)),
-        (60, "node1", Link(down_mbps=40, up_mbps=7, delay_ms=9)),
-        (100, "node1", Link(down_mbps=40, up_mbps=7, delay_ms=2)),
+        (0, "node0", LinkSpec(down_mbps=40, delay_ms=2)),
+        (20, "node0", LinkSpec(down_mbps=30, delay_ms=3)),
+        (30, "node0", LinkSpec(down_mbps=1, delay_ms=4, loss_percent=5)),
+        (32, "node0", LinkSpec(down_mbps=20, delay_ms=4)),
+        (99, "node0", LinkSpec(down_mbps=20, delay_ms=4)),
+        (120, "node0", LinkSpec(down_mbps=30, delay_ms=3)),
+        (31, "node1", LinkSpec(down_mbps=1, up_mbps=7, delay_ms=2, loss_percent=5)),
+        (60, "node1", LinkSpec(down_mbps=40, up_mbps=7, delay_ms=9)),
+        (100, "node1", LinkSpec(down_mbps=40, up_mbps=7, delay_ms=2)),
     ],
 )
-def test_events_change_links(tmp_path: Path, at_s: float, node: str, link: Link) -> None:
+def test_events_change_links(tmp_path: Path, at_s: float, node: str, link: LinkSpec) -> None:
     assert _spec(tmp_path, EVENTS).links("p", at_s)[node] == link
 
 

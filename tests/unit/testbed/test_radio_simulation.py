@@ -14,7 +14,7 @@ from testbed.errors import SimulationError
 from testbed.radio.replay import ALLOCATIONS, batch_seconds, batches, replay
 from testbed.radio.results import compare_accuracy, compare_latency
 from testbed.radio.sensitivity import sweep
-from testbed.radio.setting import Cell, Device, Setting, expert_flops, read_setting
+from testbed.radio.setting import Cell, RadioDevice, Setting, expert_flops, read_setting
 from testbed.radio.traces import RoutingTrace, TraceFacts, read_trace, write_trace
 
 FACTS = TraceFacts(
@@ -41,7 +41,7 @@ def cell(setting: Setting | None = None, draws: int = 50) -> Cell:
 
 def test_link_budget_by_hand() -> None:
     """One device at 100 m without fading: -83.28 dB of path loss at 3.5 GHz, Shannon's rate both ways."""
-    setting = Setting(devices=(Device(60, 80, 1e12),), fading="none", bandwidth_hz=20e6)
+    setting = Setting(devices=(RadioDevice(60, 80, 1e12),), fading="none", bandwidth_hz=20e6)
     assert 10 * np.log10(setting.path_gain()) == pytest.approx(-(32.4 + 10.881 + 40), abs=1e-3)
     one = Cell(setting, hidden=576, intermediate=1536, draws=1, seed=0)
     noise_dbm = -174 + 10 * np.log10(20e6)
@@ -177,7 +177,7 @@ def test_setting_from_yaml(tmp_path: Path) -> None:
     path = tmp_path / "setting.yaml"
     path.write_text("loss_exponent: 3.19\ndevices:\n- {x_m: 3, y_m: 4, flops: 1.0e+9}\n")
     setting = read_setting(path)
-    assert setting == Setting(loss_exponent=3.19, devices=(Device(3, 4, 1e9),))
+    assert setting == Setting(loss_exponent=3.19, devices=(RadioDevice(3, 4, 1e9),))
     assert setting.devices[0].distance_m == 5
     for wrong in ("bandwidth_hz: -1", "colour: red", "devices: []", "- 1", "a: [", "fading: rice"):
         path.write_text(wrong)
@@ -186,7 +186,7 @@ def test_setting_from_yaml(tmp_path: Path) -> None:
 
 
 def test_another_number_of_devices_is_refused() -> None:
-    radio = cell(Setting(devices=(Device(1, 1, 1e9),)))
+    radio = cell(Setting(devices=(RadioDevice(1, 1, 1e9),)))
     with pytest.raises(SimulationError, match="1 devices, the model 8 experts"):
         replay(TopK(2), some_trace().prompts, radio)
 

@@ -1,4 +1,4 @@
-"""Ansible callback: writes what a run did to the file that WDMOE_RECAP names, for `wdmoe-testbed fleet`."""
+"""Ansible callback: writes the results of a run to the file in WDMOE_RECAP, for `wdmoe-testbed fleet`."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from ansible.plugins.callback import CallbackBase
 
 
 class CallbackModule(CallbackBase):  # type: ignore[misc] # Ansible has no types
-    """Per host: counts, which tasks changed something, and the last failure."""
+    """Collects per host the counts, the tasks that changed something, and the last failure."""
 
     CALLBACK_VERSION = 2.0
     CALLBACK_TYPE = "aggregate"
@@ -22,25 +22,25 @@ class CallbackModule(CallbackBase):  # type: ignore[misc] # Ansible has no types
         self._failed: dict[str, str] = {}
 
     def v2_runner_on_ok(self, result: Any) -> None:
-        """A task went well."""
+        """Record a task that succeeded."""
         if result.is_changed():
             self._changed.setdefault(_host(result), []).append(_task(result))
 
     def v2_runner_on_failed(self, result: Any, ignore_errors: bool = False) -> None:
-        """A task failed."""
+        """Record a task that failed."""
         if not ignore_errors:
             what = result._result
-            said = what.get("msg") or ""
+            message = what.get("msg") or ""
             detail = (what.get("stderr") or "").strip().splitlines()[-1:] + (what.get("last_words") or [])[-1:]
-            # The last failure, since what rescues from the first one says what came of it.
-            self._failed[_host(result)] = f"{_task(result)}: {' — '.join([str(said), *detail])}"
+            # The last failure: if a rescue block fails too, its message includes the outcome of the rescue.
+            self._failed[_host(result)] = f"{_task(result)}: {' — '.join([str(message), *detail])}"
 
     def v2_runner_on_unreachable(self, result: Any) -> None:
-        """A host can't be reached."""
+        """Record a host that can't be reached."""
         self._failed.setdefault(_host(result), str(result._result.get("msg", "unreachable")))
 
     def v2_playbook_on_stats(self, stats: Any) -> None:
-        """The run has ended."""
+        """Write the results at the end of the run."""
         path = os.environ.get("WDMOE_RECAP")
         if not path:
             return

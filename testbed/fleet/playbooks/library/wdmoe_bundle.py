@@ -1,4 +1,4 @@
-"""Ansible module: which files of a bundle are missing here, or are not what the manifest says. Changes nothing.
+"""Ansible module: list the files of a bundle that are missing or differ from the manifest. Changes nothing.
 
 Runs on the device with the system's own Python.
 """
@@ -11,7 +11,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 
 def wrong_files(folder: Path, files: list[dict[str, Any]]) -> list[str]:
-    """Paths of files that are not there with their size and SHA-256."""
+    """Paths of the files that are missing or have another size or SHA-256."""
     return [file["path"] for file in files if not _right(folder / file["path"], file)]
 
 
@@ -29,7 +29,7 @@ def _right(path: Path, file: dict[str, Any]) -> bool:
 
 
 def main() -> None:
-    """Ansible's entry."""
+    """Entry point for Ansible."""
     module = AnsibleModule(
         argument_spec={
             "folder": {"type": "path", "required": True},

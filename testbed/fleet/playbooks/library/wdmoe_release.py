@@ -1,8 +1,8 @@
-"""Ansible module: point `current` to a release, or take that back, and remove the oldest ones.
+"""Ansible module: point `current` to a release, or undo that, and remove the oldest releases.
 
-    ROOT/releases/0.1.0-3fa9c1d2e4b5/   a virtual environment, complete when `.complete` is in it
-    ROOT/current, ROOT/previous         links
-    HISTORY                             a line per change, kept for good: what ran when
+    ROOT/releases/0.1.0-3fa9c1d2e4b5/   a virtual environment; complete if it contains `.complete`
+    ROOT/current, ROOT/previous         symbolic links
+    HISTORY                             a line per change, never deleted
 
 Runs on the device with the system's own Python.
 """
@@ -18,14 +18,14 @@ COMPLETE = ".complete"
 
 
 class ReleaseError(Exception):
-    """What is asked for can't be had."""
+    """The requested release is not installed."""
 
 
 def switch(root: Path, release: str, history: Path, *, check: bool) -> bool:
-    """Make `release` current and the one that was so previous; False if it is current already.
+    """Make `release` current and the current one previous; return False if it is current already.
 
     Raises:
-        ReleaseError: it is not installed completely.
+        ReleaseError: `release` is not completely installed.
     """
     if not check and not (root / "releases" / release / COMPLETE).exists():
         raise ReleaseError(f"release {release} is not installed")
@@ -41,17 +41,17 @@ def switch(root: Path, release: str, history: Path, *, check: bool) -> bool:
 
 
 def restore(root: Path, release: str, previous: "str | None", history: Path, *, check: bool) -> bool:
-    """Take a switch back: `release` is current again, and `previous` the one before it.
+    """Undo a switch: `release` becomes current again, and `previous` the previous one.
 
-    What did not work does not stay behind as previous: a later rollback must not find it.
+    The release that failed does not become the previous one, so that no later rollback returns to it.
 
     Raises:
-        ReleaseError: `release` is not installed completely.
+        ReleaseError: `release` is not completely installed.
     """
     failed = linked(root / "current")
     changed = switch(root, release, history, check=check)
     if changed and not check:
-        # Nothing is previous if the switch has removed what was.
+        # Without a previous release if the switch has pruned it.
         if previous is not None and (root / "releases" / previous / COMPLETE).exists():
             _link(root / "previous", previous)
         else:
@@ -61,7 +61,7 @@ def restore(root: Path, release: str, previous: "str | None", history: Path, *, 
 
 
 def prune(root: Path, keep: int, *, check: bool) -> list[str]:
-    """Remove releases but the newest `keep`, the current and the previous one."""
+    """Remove all releases except the newest `keep`, the current and the previous one; return their names."""
     folder = root / "releases"
     if not folder.is_dir():
         return []
@@ -74,7 +74,7 @@ def prune(root: Path, keep: int, *, check: bool) -> list[str]:
 
 
 def linked(link: Path) -> "str | None":
-    """The release that a link names."""
+    """Name of the release that a link points to; None if there is no link."""
     return link.readlink().name if link.is_symlink() else None
 
 
@@ -93,7 +93,7 @@ def _note(history: Path, what: str) -> None:
 
 
 def main() -> None:
-    """Ansible's entry."""
+    """Entry point for Ansible."""
     module = AnsibleModule(
         argument_spec={
             "root": {"type": "path", "default": "/opt/wdmoe"},

@@ -1,6 +1,6 @@
-"""Ansible module: start a service, or restart it when anything it was started from has changed since.
+"""Ansible module: start a service, or restart it if a file that it depends on has changed since its start.
 
-Asking for the time of change instead of notifying a handler also heals a deployment that broke off between the two.
+Unlike a notified handler, comparing times also works after a deployment that was interrupted before the restart.
 Runs on the device with the system's own Python.
 """
 
@@ -13,17 +13,17 @@ from ansible.module_utils.basic import AnsibleModule
 
 
 def newest_change(paths: Iterable[Path]) -> float:
-    """When the newest of these files, folders' direct entries and links was put there, Unix seconds."""
+    """Latest change time (ctime, Unix seconds) of these files and links, and of the direct entries of folders."""
     newest = 0.0
     for path in paths:
         entries = [path, *(path.iterdir() if path.is_dir() and not path.is_symlink() else ())]
-        # Not the time of modification: copies keep that.
+        # Not the modification time, which copies preserve.
         newest = max([newest, *(entry.lstat().st_ctime for entry in entries)])
     return newest
 
 
 def started_at(pid: int) -> float:
-    """When a process began, Unix seconds; 0 when there is none."""
+    """Start time of a process, Unix seconds; 0 if `pid` is 0."""
     if pid == 0:
         return 0.0
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -34,7 +34,7 @@ def started_at(pid: int) -> float:
 
 
 def main() -> None:
-    """Ansible's entry."""
+    """Entry point for Ansible."""
     module = AnsibleModule(
         argument_spec={
             "name": {"type": "str", "required": True},
@@ -52,9 +52,9 @@ def main() -> None:
     shown = systemctl("show", unit, "-p", "ActiveState,MainPID,UnitFileState,NeedDaemonReload").stdout
     facts = dict(line.split("=", 1) for line in shown.splitlines())
     begun = started_at(int(facts.get("MainPID", "0") or 0))
-    # In check mode files may not be there yet. A second: the kernel's own clock tick and the boot time's rounding.
-    to_come = module.check_mode and not all(os.path.lexists(path) for path in paths)
-    stale = to_come or newest_change(paths) > begun + 1.0
+    # In check mode files may not exist yet. 1 s of tolerance: the boot time is rounded to seconds.
+    missing = module.check_mode and not all(os.path.lexists(path) for path in paths)
+    stale = missing or newest_change(paths) > begun + 1.0
     steps = []
     if facts.get("NeedDaemonReload") == "yes":
         steps.append(["daemon-reload"])
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def last_words(unit: str) -> "list[str]":
-    """The end of the service's journal."""
+    """The last 20 lines of the service's journal."""
     return subprocess.run(
         ["journalctl", "--no-pager", "-o", "cat", "-n", "20", "-u", unit],
         capture_output=True, text=True, timeout=60, check=False,

@@ -1,4 +1,4 @@
-"""Ansible module: what runs on a device, and how it fares. Changes nothing; what a device can't tell is null.
+"""Ansible module: release, service state and resources of a device. Changes nothing; unknown values are null.
 
 Runs on the device with the system's own Python.
 """
@@ -15,7 +15,7 @@ _OFFSET = re.compile(r"System time\s*:\s*([\d.]+) seconds (slow|fast)")
 
 
 def clock_offset_ms(tracking: str) -> "float | None":
-    """This clock against its source, from `chronyc tracking`: positive when it is fast."""
+    """Offset of this clock from its source, from the output of `chronyc tracking`; positive if it is fast."""
     match = _OFFSET.search(tracking)
     return None if match is None else round(1e3 * float(match[1]) * (1 if match[2] == "fast" else -1), 3)
 
@@ -31,7 +31,7 @@ def _link(path: Path) -> "str | None":
 
 
 def main() -> None:
-    """Ansible's entry."""
+    """Entry point for Ansible."""
     module = AnsibleModule(
         argument_spec={
             "root": {"type": "path", "required": True},

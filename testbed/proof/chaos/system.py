@@ -1,4 +1,4 @@
-"""What faults happen to: a broker that can be restarted, node processes, links, and an uninvited guest."""
+"""The system under test: a broker that can be restarted, node processes and links, with the faults to inject."""
 
 import random
 import signal
@@ -30,7 +30,7 @@ _FLOOD_PAUSE_S = 0.002
 
 
 def network_description(nodes: Sequence[str]) -> dict[str, object]:
-    """An emulated network with a profile for every link fault."""
+    """Description of an emulated network with a profile for every link fault."""
     calm = {"down_mbps": 50, "up_mbps": 50, "delay_ms": 1}
     profiles: dict[str, object] = {CALM: {"default": calm}}
     for percent in LOSSES_PERCENT:
@@ -42,52 +42,72 @@ def network_description(nodes: Sequence[str]) -> dict[str, object]:
 
 
 class Links:
-    """The network between the processes; without emulation its profiles can't change."""
+    """The network between the processes: here loopback, without emulation, which has only the profile `CALM`."""
 
     address = "127.0.0.1"
 
     def prefix(self, node: str) -> list[str]:
-        """What to put before a node's command."""
+        """Words to put before a node's command."""
         return []
 
     def set_profile(self, name: str) -> None:
-        """Change the links."""
+        """Switch to a profile.
+
+        Raises:
+            ValueError: there is no profile of that name.
+        """
         if name != CALM:
             raise ValueError(f"loopback has no profile '{name}'")
 
 
 class EmulatedLinks(Links):
-    """An emulated network that is up."""
+    """Links of an emulated network that is up."""
 
     def __init__(self, network: "EmulatedNetwork") -> None:
         self.address = network.bs_address
         self._network = network
 
     def prefix(self, node: str) -> list[str]:
-        """See `Links.prefix`."""
+        """Words that run a node's command in its network namespace."""
         return self._network.prefix(node)
 
     def set_profile(self, name: str) -> None:
-        """See `Links.set_profile`."""
+        """Switch the emulated network to a profile.
+
+        Raises:
+            NetworkError: there is no profile of that name.
+        """
         self._network.set_profile(name)
 
 
-class Stage:
-    """Broker and nodes, each expert on two of them."""
+class TestSystem:
+    """Broker and nodes, with each expert on two nodes.
+
+    Attributes:
+        node_ids: ids of all nodes.
+        nodes: their processes.
+        address: of the broker.
+    """
+
+    __test__ = False  # not a pytest class
 
     def __init__(self, bundle: Path, folder: Path, nodes: Sequence[str], experts: int, links: Links) -> None:
-        """Nothing runs yet.
+        """Prepare the system; nothing runs yet.
 
         Args:
-            experts: per layer; node k of n holds experts k, k + 1, k + n, k + 1 + n, ….
+            bundle: bundle of the nodes.
+            folder: folder for logs.
+            nodes: node ids.
+            experts: experts per layer; node k of n holds experts k, k + 1, k + n, k + 1 + n, ….
+            links: network between the processes.
         """
-        self.nodes = tuple(nodes)
+        self.node_ids = tuple(nodes)
         self._links = links
         self._broker = ExitStack()
-        # Threads that stay: the kernel ends a child with the thread that started it (`die_with_parent`).
+        # These threads outlive the nodes: a child dies with the thread that started it (`die_with_parent`).
         self._threads = ThreadPoolExecutor(4)
         self.address = BrokerAddress(links.address, free_port(links.address))
-        self.fleet = LocalNodes(bundle, self.address, folder / "nodes", cluster="chaos")
+        self.nodes = LocalNodes(bundle, self.address, folder / "nodes", cluster="chaos")
         n = len(nodes)
         self._experts = {
             node: "L*:E" + ",".join(str(e) for e in range(experts) if e % n in (k, (k + 1) % n))
@@ -96,44 +116,44 @@ class Stage:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Everything, for as long as the context."""
+        """Run broker and nodes for the duration of the context."""
         try:
             self.start_broker()
-            for node in self.nodes:
+            for node in self.node_ids:
                 self.start_node(node)
             yield
         finally:
             self._threads.shutdown(cancel_futures=True)
-            self.fleet.stop()
+            self.nodes.stop()
             self._broker.close()
 
     def start_broker(self) -> None:
-        """On the same port as before."""
+        """Start the broker, always on the same port."""
         self._broker.enter_context(open_broker("mosquitto", host=self.address.host, port=self.address.port))
 
     def start_node(self, node: str, *, extra_prefix: Sequence[str] = ()) -> None:
-        """Start or replace a node's process."""
+        """Start a node's process, or start it again."""
         prefix = [*self._links.prefix(node), *extra_prefix]
-        self.fleet.start(node, self._experts[node], prefix=prefix)
+        self.nodes.start(node, self._experts[node], prefix=prefix)
 
     def revive(self) -> list[str]:
-        """Start again what is not running; the nodes that had ended."""
-        ended = [node for node, process in self.fleet.processes.items() if process.poll() is not None]
+        """Restart nodes that have ended, and return their ids."""
+        ended = [node for node, process in self.nodes.processes.items() if process.poll() is not None]
         for node in ended:
             self.start_node(node)
         return ended
 
     def begin(self, fault: Fault, rng: random.Random) -> "Future[None]":
-        """Let a fault happen beside the answer."""
-        return self._threads.submit(self.happen, fault, rng)
+        """Inject a fault from another thread."""
+        return self._threads.submit(self.inject, fault, rng)
 
-    def happen(self, fault: Fault, rng: random.Random) -> None:
-        """Let a fault begin, last and end; returns when all is as before.
+    def inject(self, fault: Fault, rng: random.Random) -> None:
+        """Inject a fault, wait for its duration, and end it.
 
         Raises:
-            WdmoeError: the stage itself broke down.
+            WdmoeError: the fault could not be injected or ended.
         """
-        process = self.fleet.processes.get(fault.node)
+        process = self.nodes.processes.get(fault.node)
         match fault.kind:
             case "kill" | "clock":
                 assert process is not None  # noqa: S101 - these kinds name a node
@@ -155,10 +175,10 @@ class Stage:
             case "loss":
                 self._with_profile(f"loss-{fault.level}", fault.for_s)
             case "noise" | "flood" | "strangers":
-                guest = {"noise": self._noise, "flood": self._flood, "strangers": self._strangers}[fault.kind]
-                with suppress(BrokerError):  # the broker may be down for another fault's sake
-                    guest(time.monotonic() + fault.for_s, rng)
-            case _:  # hits the base station itself, see `answers`
+                attack = {"noise": self._noise, "flood": self._flood, "strangers": self._strangers}[fault.kind]
+                with suppress(BrokerError):  # another fault may have stopped the broker
+                    attack(time.monotonic() + fault.for_s, rng)
+            case _:  # concerns the base station, which `make_answer` handles
                 return
 
     def _with_profile(self, name: str, seconds: float) -> None:
@@ -167,34 +187,34 @@ class Stage:
         self._links.set_profile(CALM)
 
     def _noise(self, until: float, rng: random.Random) -> None:
-        """Repeats what it overhears, unchanged or with a bit flipped."""
+        """Replay received work and results, unchanged or with one bit flipped."""
         topics = Topics("chaos")
-        with closing(connect(self.address, f"noise-{rng.random()}")) as guest:
-            guest.subscribe(topics.work("+"))
-            guest.subscribe(topics.results("+"))
+        with closing(connect(self.address, f"noise-{rng.random()}")) as client:
+            client.subscribe(topics.work("+"))
+            client.subscribe(topics.results("+"))
             ours: set[int] = set()
             while time.monotonic() < until:
-                message = guest.receive(0.05)
+                message = client.receive(0.05)
                 if message is None or hash(message.payload) in ours:
                     continue
                 changed = bytearray(message.payload)
                 if rng.random() < 0.5 and changed:
                     changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
                 ours.add(hash(bytes(changed)))
-                guest.publish(message.topic, bytes(changed))
+                client.publish(message.topic, bytes(changed))
 
     def _flood(self, until: float, rng: random.Random) -> None:
-        """As much nonsense as the base station and a node can be sent by a member of the cluster."""
+        """Send random payloads to the base station and to nodes, as a member of the cluster could."""
         topics = Topics("chaos")
-        with closing(connect(self.address, f"flood-{rng.random()}")) as guest:
+        with closing(connect(self.address, f"flood-{rng.random()}")) as client:
             while time.monotonic() < until:
-                node = rng.choice(self.nodes)
+                node = rng.choice(self.node_ids)
                 for topic in (topics.results(node), topics.work(node), topics.status(f"ghost{rng.randrange(50)}")):
-                    guest.publish(topic, rng.randbytes(_FLOOD_BYTES))
-                guest.receive(_FLOOD_PAUSE_S)
+                    client.publish(topic, rng.randbytes(_FLOOD_BYTES))
+                client.receive(_FLOOD_PAUSE_S)
 
     def _strangers(self, until: float, rng: random.Random) -> None:
-        """Connections that speak no MQTT, or begin and say nothing."""
+        """Open connections that send random bytes and then stay idle."""
         idle = []
         while time.monotonic() < until:
             with suppress(OSError):
@@ -207,5 +227,5 @@ class Stage:
 
 
 def write_network(nodes: Sequence[str], path: Path) -> None:
-    """The description as a file, for `read_spec`."""
+    """Write the description of the network to a file."""
     path.write_bytes(msgspec.yaml.encode(network_description(nodes)))
