@@ -1,8 +1,7 @@
 """Experts on the nodes: a layer's chosen experts become one request per node, and their answers one output.
 
-This module owns the loop around the socket. It turns messages and time into events for `state_machine`, which decides,
-and executes the commands that come back. Every wait has a deadline; an answer counts only if session, request and node
-match. Any other message is counted and dropped.
+This module assembles the parts and is the interface to them. `request_loop` owns the loop around the socket,
+`state_machine` decides what happens to a request.
 """
 
 import contextlib
@@ -11,51 +10,30 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from bs_coordinator.dispatch.health import QUARANTINE_S, Health
+from bs_coordinator.dispatch.health import Health
 from bs_coordinator.dispatch.holders import Holders
 from bs_coordinator.dispatch.join_watch import JoinWatch
 from bs_coordinator.dispatch.layer_requests import LayerRequests, Limits, NodeAnswer, SubRequest
 from bs_coordinator.dispatch.local_node import LocalExperts, LocalNode
-from bs_coordinator.dispatch.output_guard import OutputGuard, largest_gain
-from bs_coordinator.dispatch.plan_requests import chosen_experts, plan_requests
 from bs_coordinator.dispatch.probe_schedule import ProbeSchedule
 from bs_coordinator.dispatch.prober import Prober
-from bs_coordinator.dispatch.receiver import MessageRouter, NodeFrame, NodeGone
+from bs_coordinator.dispatch.receiver import MessageRouter
 from bs_coordinator.dispatch.reconnection import Reconnector
+from bs_coordinator.dispatch.request_loop import RequestLoop
 from bs_coordinator.dispatch.sender import RequestSender
-from bs_coordinator.dispatch.state_machine import (
-    AnswerReceived,
-    Command,
-    ConnectionLost,
-    CountDropped,
-    ErrorReceived,
-    Event,
-    LearnGain,
-    MarkFailed,
-    NodeLeft,
-    Planned,
-    Send,
-    StopLocal,
-    TimePassed,
-    transition,
-)
 from bs_coordinator.engine.experts import ExpertOutput
-from bs_coordinator.errors import ExpertsLostError, PlacementError
 from bs_coordinator.links import LinkMonitor
 from bs_coordinator.nodes.clock_offsets import ClockSample
-from bs_coordinator.nodes.registry import LOCAL_NODE, NodeRegistry
+from bs_coordinator.nodes.registry import NodeRegistry
 from bs_coordinator.nodes.telemetry_inbox import TelemetryInbox
 from bs_coordinator.selection.forecast import LayerForecast
 from common.clock import SYSTEM_CLOCK, Clock
-from common.errors import WdmoeError
 from wire.errors import BrokerError
-from wire.experts import ExpertId, format_selector
 from wire.frame_auth import ClusterKey
-from wire.frames import ErrorFrame, ResultFrame
 from wire.status import SocketFacts
 from wire.tensors import Array, WireDtype
 from wire.topics import Topics
-from wire.transport import Message, Transport
+from wire.transport import Transport
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +63,7 @@ class PendingLayer:
 
     def cancel(self) -> None:
         """Stop waiting; answers that still come are dropped."""
-        self._dispatcher._close(self._layer)
+        self._dispatcher._loop.close(self._layer)
 
 
 class _Done(NamedTuple):
@@ -144,17 +122,18 @@ class Dispatcher:
             transport, topics, self.links,
             hidden=registry.dims.hidden, dtype=dtype, timeout_s=timeout_s, cluster_key=cluster_key, clock=clock,
         )  # fmt: skip
-        last_holder_s = timeout_s if last_holder_s is None else min(last_holder_s, timeout_s)
-        self._limits = Limits(timeout_s, last_holder_s, self._sender.max_tokens)
-        self._dtype = dtype
-        self._guard = OutputGuard(registry.dims.layers)
+        self._limits = Limits(
+            timeout_s,
+            timeout_s if last_holder_s is None else min(last_holder_s, timeout_s),
+            self._sender.max_tokens,
+        )
         self._join_watch = JoinWatch()
         self._holders = Holders(
             registry,
             self.health,
             self.links,
             message_bytes=self._sender.frame_bytes[0] + self._sender.row_bytes[1],
-            last_resort=last_holder_s >= timeout_s,
+            last_resort=last_holder_s is None,
         )
         self.local = None
         if local_experts is not None:
@@ -171,7 +150,17 @@ class Dispatcher:
         self._reconnector = Reconnector(
             reconnect, sender=self._sender, router=self._router, registry=registry, pump=self.pump, clock=clock
         )  # fmt: skip
-        self._open: list[LayerRequests] = []
+        self._loop = RequestLoop(
+            sender=self._sender,
+            router=self._router,
+            holders=self._holders,
+            registry=registry,
+            health=self.health,
+            local=self.local,
+            recover=self._reconnector.recover,
+            dtype=dtype,
+            clock=clock,
+        )
         self._done: list[_Done] = []
         self._router.subscribe(transport)
 
@@ -243,9 +232,9 @@ class Dispatcher:
         Raises:
             BrokerError: the connection is lost.
         """
-        if self._schedule.due(working=bool(self._open)):
+        if self._schedule.due(working=bool(self._loop.open)):
             self._learn()
-            self._schedule.probe(self._open)
+            self._schedule.probe(self._loop.open)
 
     def measure_links(self, seconds: float) -> None:
         """Probe idle links for this long."""
@@ -278,8 +267,7 @@ class Dispatcher:
         until_s = self._now_s() + timeout_s
         while (remaining_s := until_s - self._now_s()) > 0:
             self._prober.prove(self.registry.nodes, self._now_s())
-            if message := self._receive(remaining_s):
-                self._take(message)
+            self._loop.receive(remaining_s)
 
     def recover(self, lost: BrokerError) -> None:
         """Connect again after the connection was lost.
@@ -297,179 +285,22 @@ class Dispatcher:
         # The clock of `Message.arrived_ns`, which links are timed by.
         return self.clock.perf_ns() / 1e9
 
-    def _receive(self, timeout_s: float) -> Message | None:
-        polled_ns = self.clock.perf_ns()
-        message = self._sender.transport.receive(timeout_s)
-        self._router.polled(polled_ns, message.arrived_ns if message else self.clock.perf_ns())
-        return message
-
     def _begin(self, layer: LayerRequests) -> PendingLayer:
-        self._open.append(layer)
-        try:
-            try:
-                self._plan(layer)
-            except BrokerError as error:
-                self._restart(error, begun=layer)
-        except WdmoeError:
-            self._close(layer)
-            raise
+        self._loop.begin(layer)
         # Done while the nodes compute, because it would delay the next layer. Links of nodes that have no request are
         # idle now, and answers to probes are read at once.
         self._learn()
         self._probe_meanwhile()
         return PendingLayer(self, layer)
 
-    def _plan(self, layer: LayerRequests) -> None:
-        """Choose holders and send a layer's requests; earlier ones of this layer no longer count."""
-        experts = chosen_experts(layer.gate)
-        if layer.only_node is not None:
-            holders = dict.fromkeys(experts, layer.only_node)
-        else:
-            self._holders.refresh(self._now_s())
-            holders = {expert: self._holder(layer.layer, expert) for expert in experts}
-        requests = plan_requests(layer.gate, holders, max_tokens=self._limits.max_tokens)
-        self._handle(layer, Planned(requests, self._now_s()))
-
-    def _holder(self, layer: int, expert: int) -> str:
-        node = self._holders.node(layer, expert)
-        if node is not None:
-            return node
-        id = ExpertId(layer, expert)
-        online = self.registry.holders(id)
-        if not online:
-            raise PlacementError(self.registry.describe_missing())
-        reasons = ", ".join(f"'{n}' ({self.health.why(n)})" for n in online)
-        raise ExpertsLostError(f"every node that holds {format_selector([id])} is left out for now: {reasons}")
-
-    def _restart(self, lost: BrokerError, *, begun: LayerRequests | None = None) -> None:
-        """Connect again and send every layer under way again: requests sent before will not be answered.
-
-        Args:
-            begun: the layer that is being begun; if it can't be sent, that is an error of `begin`.
-
-        Raises:
-            BrokerError: the broker stays away, or the connection was lost too often over the same requests.
-        """
-        while True:
-            for layer in self._open:
-                self._handle(layer, ConnectionLost(str(lost)))
-                if isinstance(layer.error, BrokerError):
-                    raise layer.error from None
-            self.recover(lost)
-            try:
-                for layer in [layer for layer in self._open if not layer.done]:
-                    try:
-                        self._plan(layer)
-                    except (PlacementError, ExpertsLostError) as missing:
-                        if layer is begun:
-                            raise
-                        layer.error = ExpertsLostError(str(missing))
-                return
-            except BrokerError as again:
-                lost = again
-
     def _result(self, layer: LayerRequests) -> ExpertOutput:
-        try:
-            while True:
-                try:
-                    self._collect(layer)
-                    break
-                except BrokerError as error:
-                    if error is layer.error:
-                        raise
-                    self._restart(error)
-        finally:
-            self._close(layer)
+        self._loop.finish(layer)
         answers = layer.answers()
         self._done.append(_Done(layer, answers, self.clock.perf_ns() - layer.began_ns))
         output = ExpertOutput(layer.output(), tuple(answer.record for _, answer in answers))
         if self.links.shared_air or {sub.node for sub in layer.sub_requests}.issuperset(self.registry.nodes):
             self._probe_meanwhile()
         return output
-
-    def _close(self, layer: LayerRequests) -> None:
-        if layer in self._open:
-            self._open.remove(layer)
-        if self.local is not None:
-            self.local.forget(layer)
-
-    def _collect(self, layer: LayerRequests) -> None:
-        """Take in messages until `layer` is done, those for other open layers as well."""
-        while not layer.done:
-            if layer.error is not None:
-                raise layer.error
-            now_s = self._now_s()
-            if self.local is not None:
-                results = self.local.results(layer, max(0.0, layer.deadline_s - now_s))
-                for result in results:
-                    self._handle(layer, result)
-                if results:
-                    continue
-                now_s = self._now_s()
-            until_s = layer.deadline_s
-            for other in self._open:
-                self._handle(other, TimePassed(now_s))
-                until_s = min(until_s, other.next_overdue_s())
-            if layer.error is None and (message := self._receive(max(0.0, until_s - now_s))) is not None:
-                self._take(message)
-
-    def _take(self, message: Message) -> None:
-        """Hand a message to the layer that it concerns."""
-        match self._router.take(message):
-            case NodeFrame(node, frame):
-                for layer in self._open:
-                    sub = layer.find(frame.id)
-                    if sub is not None and sub.node == node:
-                        self._take_frame(layer, sub, frame, message)
-                        return
-                self._router.dropped["not awaited"] += 1
-            case NodeGone(node):
-                for layer in self._open:
-                    self._handle(layer, NodeLeft(node))
-
-    def _take_frame(
-        self, layer: LayerRequests, sub: SubRequest, frame: ResultFrame | ErrorFrame, message: Message
-    ) -> None:
-        if isinstance(frame, ErrorFrame):
-            self._handle(layer, ErrorReceived(sub, frame.status, frame.message))
-            return
-        rows = layer.rows(sub.request)
-        if frame.layer != layer.layer or frame.output.shape != rows.shape:
-            self._router.dropped["wrong shape"] += 1
-        elif frame.dtype is not self._dtype:
-            self._router.dropped["wrong dtype"] += 1
-        else:
-            gain = largest_gain(rows, frame.output)
-            answer = NodeAnswer(frame.output, sub.record(frame, message))
-            self._handle(layer, AnswerReceived(sub, answer, gain, self._guard.suspects(layer.layer, gain)))
-
-    def _handle(self, layer: LayerRequests, event: Event) -> None:
-        for command in transition(layer, event, self._holders.others):
-            self._execute(layer, command)
-
-    def _execute(self, layer: LayerRequests, command: Command) -> None:
-        match command:
-            case LearnGain(rows, gain):
-                self._guard.learn(layer.layer, rows, gain)
-            case Send(sub_requests):
-                self._send(layer, sub_requests)
-            case MarkFailed(node, why, quarantine):
-                self.health.failed(node, self._now_s(), why, least_pause_s=QUARANTINE_S if quarantine else 0.0)
-            case CountDropped(reason):
-                self._router.dropped[reason] += 1
-            case StopLocal(why):
-                log.error("the base station computes no experts any more: %s", why)
-                if self.local is not None:
-                    self.local.stop()
-
-    def _send(self, layer: LayerRequests, sub_requests: Sequence[SubRequest]) -> None:
-        published = self._sender.send(layer, [sub for sub in sub_requests if sub.node != LOCAL_NODE])
-        # Local computing starts last, so that it does not delay the nodes' requests.
-        for sub in sub_requests:
-            if self.local is not None and sub.node == LOCAL_NODE:
-                self.local.send(layer, sub, self._sender.new_id())
-        # Predictions take time, so they are made once everything is on its way.
-        self._sender.expect(layer, published, lambda node: sum(other.unanswered(node) for other in self._open))
 
     def _learn(self) -> None:
         """Update the estimates of links and nodes from the layers that are done."""

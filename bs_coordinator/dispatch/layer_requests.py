@@ -172,6 +172,7 @@ class LayerRequests:
         only_node: the one node that may be asked; None for any holder.
         planned: holders are chosen, and the sub-requests are those that count.
         sub_requests: one or more per node, in the order of sending.
+        suspects: those that ever were in the state SUSPECT.
         deadline_s: time, in seconds by `Clock.perf_ns`, at which the layer fails.
         error: why the layer has failed; None while it has not.
         connection_losses: how often the connection was lost while the layer was under way.
@@ -196,6 +197,7 @@ class LayerRequests:
         self.only_node = only_node
         self.planned = False
         self.sub_requests: list[SubRequest] = []
+        self.suspects: list[SubRequest] = []
         self.deadline_s = float("inf")
         self.error: DispatchError | BrokerError | None = None
         self.connection_losses = 0
@@ -210,6 +212,7 @@ class LayerRequests:
         """Forget all requests: answers to them will not come, or not count."""
         self.planned = False
         self.sub_requests = []
+        self.suspects = []
         self._by_id = {}
 
     def mark_sent(self, sub: SubRequest, sent: Sent) -> None:
@@ -238,10 +241,13 @@ class LayerRequests:
         """Requests that `node` is still working on, as far as this layer knows."""
         return sum(sub.in_flight and sub.node == node for sub in self._by_id.values())
 
-    def next_overdue_s(self) -> float:
-        """When the next sub-request will be overdue, in seconds by `Clock.perf_ns`; inf if none will."""
-        times = (sub.sent.overdue_s for sub in _open(self.sub_requests) if sub.state is State.SENT and sub.sent)
-        return min(times, default=float("inf"))
+    def next_due_s(self) -> float:
+        """When time itself will be an event: the deadline or the next overdue sub-request, in seconds by
+        `Clock.perf_ns`; inf if the layer is done or has failed."""
+        if self.error is not None or self.done:
+            return float("inf")
+        times = [sub.sent.overdue_s for sub in _open(self.sub_requests) if sub.state is State.SENT and sub.sent]
+        return min(self.deadline_s, *times) if times else self.deadline_s
 
     def answers(self) -> list[tuple[SubRequest, NodeAnswer]]:
         """The answers that count, in the order of sending."""

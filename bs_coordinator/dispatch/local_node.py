@@ -112,10 +112,6 @@ class LocalNode:
         if review or self._experts.review_is_due():
             self._experts.review(self._holders.remote_s(), self._holders.local_s())
 
-    def stop(self) -> None:
-        """Ask the local experts no more."""
-        self._registry.hold_locally(frozenset())
-
     def send(self, layer: LayerRequests, sub: SubRequest, id: RequestId) -> None:
         """Start to compute a sub-request."""
         request = sub.request

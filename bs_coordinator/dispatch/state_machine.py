@@ -173,6 +173,7 @@ def _answer_received(layer: LayerRequests, event: AnswerReceived, find_holders: 
     if event.suspicious:
         if sub.replacements or (commands := _reroute(layer, sub, find_holders)):
             sub.state, sub.answer = State.SUSPECT, event.answer
+            layer.suspects.append(sub)
             return commands
     else:
         commands.append(LearnGain(len(output), event.gain))
@@ -262,7 +263,11 @@ def _connection_lost(layer: LayerRequests, why: str) -> None:
 
 def _awaited(layer: LayerRequests, sub: SubRequest) -> bool:
     """Whether an answer to `sub` would count: not if its rows are answered, by itself or by others."""
-    return sub.in_flight and any(sub is other for other in layer.in_flight())
+    if not sub.in_flight:
+        return False
+    if len(sub.tried) == 1 and not sub.replacements:
+        return True  # no other node was ever asked, which is nearly always so
+    return any(sub is other for other in layer.in_flight())
 
 
 def _fail(layer: LayerRequests, sub: SubRequest, why: str, find_holders: FindHolders) -> list[Command]:
@@ -291,16 +296,9 @@ def _reroute(layer: LayerRequests, sub: SubRequest, find_holders: FindHolders) -
 
 def _verdicts(layer: LayerRequests) -> list[Command]:
     """Once a layer is done: was each suspect answer wrong, or do the replacements say the same?"""
-    if not layer.done:
+    if not layer.suspects or not layer.done:
         return []
-    commands: list[Command] = []
-    waiting = list(layer.sub_requests)
-    while waiting:
-        sub = waiting.pop()
-        waiting += sub.replacements
-        if sub.state is State.SUSPECT:
-            commands += _verdict(layer, sub)
-    return commands
+    return [command for sub in layer.suspects for command in _verdict(layer, sub)]
 
 
 def _verdict(layer: LayerRequests, sub: SubRequest) -> list[Command]:

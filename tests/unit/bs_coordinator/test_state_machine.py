@@ -170,7 +170,7 @@ def test_silence_ends_with_an_error_at_the_deadline(
     world = _World(gate, holders, last_holder_s=last_holder_s)
     world.plan()
     while not world.layer.done and world.layer.error is None:
-        due_s = min(world.layer.next_overdue_s(), world.layer.deadline_s)
+        due_s = world.layer.next_due_s()
         assert due_s > world.now_s, "the loop around it must not spin"
         world.wait(due_s - world.now_s)
     assert world.layer.error is not None or not gate.any()
@@ -200,7 +200,7 @@ def test_an_overdue_request_goes_to_another_holder_and_the_first_answer_counts()
 def test_without_another_holder_an_overdue_request_waits_for_as_long_as_the_last_holder_may_take() -> None:
     world, sub = _started("a", last_holder_s=2.5)
     world.wait(OVERDUE_S)
-    assert world.layer.next_overdue_s() == 2.5
+    assert world.layer.next_due_s() == 2.5
     world.wait(1.0)
     assert sub.in_flight
     world.wait(0.5)

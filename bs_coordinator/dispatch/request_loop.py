@@ -1,0 +1,277 @@
+"""The loop around the socket: messages and time become events for `state_machine`, and its commands are executed.
+
+Every wait has a deadline. An answer counts only if session, request and node match; any other message is counted and
+dropped.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+
+from bs_coordinator.dispatch.health import QUARANTINE_S, Health
+from bs_coordinator.dispatch.holders import Holders
+from bs_coordinator.dispatch.layer_requests import LayerRequests, NodeAnswer, SubRequest
+from bs_coordinator.dispatch.local_node import LocalNode
+from bs_coordinator.dispatch.output_guard import OutputGuard, largest_gain
+from bs_coordinator.dispatch.plan_requests import chosen_experts, plan_requests
+from bs_coordinator.dispatch.receiver import MessageRouter, NodeFrame, NodeGone
+from bs_coordinator.dispatch.sender import RequestSender
+from bs_coordinator.dispatch.state_machine import (
+    AnswerReceived,
+    Command,
+    ConnectionLost,
+    CountDropped,
+    ErrorReceived,
+    Event,
+    LearnGain,
+    MarkFailed,
+    NodeLeft,
+    Planned,
+    Send,
+    StopLocal,
+    TimePassed,
+    transition,
+)
+from bs_coordinator.errors import ExpertsLostError, PlacementError
+from bs_coordinator.nodes.registry import LOCAL_NODE, NodeRegistry
+from common.clock import Clock
+from wire.errors import BrokerError
+from wire.experts import ExpertId, format_selector
+from wire.frames import ErrorFrame, ResultFrame
+from wire.tensors import WireDtype
+from wire.transport import Message
+
+log = logging.getLogger(__name__)
+
+
+class RequestLoop:
+    """Sends the requests of layers and collects their answers.
+
+    Attributes:
+        open: the layers under way.
+    """
+
+    def __init__(
+        self,
+        *,
+        sender: RequestSender,
+        router: MessageRouter,
+        holders: Holders,
+        registry: NodeRegistry,
+        health: Health,
+        local: LocalNode | None,
+        recover: Callable[[BrokerError], None],
+        dtype: WireDtype,
+        clock: Clock,
+    ) -> None:
+        """No layer is under way yet.
+
+        Args:
+            local: computes what is asked of the base station itself.
+            recover: replaces a lost connection, or raises.
+            dtype: of requests on the wire, and so of answers.
+        """
+        self.open: list[LayerRequests] = []
+        self._sender = sender
+        self._router = router
+        self._holders = holders
+        self._registry = registry
+        self._health = health
+        self._local = local
+        self._recover = recover
+        self._dtype = dtype
+        self._clock = clock
+        self._guard = OutputGuard(registry.dims.layers)
+
+    def begin(self, layer: LayerRequests) -> None:
+        """Choose holders and send a layer's requests.
+
+        Raises:
+            PlacementError: no node online holds a chosen expert.
+            ExpertsLostError: all holders of a chosen expert are left out.
+            BrokerError: the connection is lost and can't be restored in time.
+        """
+        self.open.append(layer)
+        try:
+            try:
+                self._plan(layer)
+            except BrokerError as error:
+                self._restart(error, begun=layer)
+        except BaseException:
+            self.close(layer)
+            raise
+
+    def finish(self, layer: LayerRequests) -> None:
+        """Wait until a layer is done. After a lost connection, all layers under way are sent again.
+
+        Raises:
+            ExpertsLostError: all holders of a chosen expert have failed or are left out.
+            DispatchError: the layer took longer than it may.
+            BrokerError: the connection is lost and can't be restored in time.
+        """
+        try:
+            while True:
+                try:
+                    self._collect(layer)
+                    break
+                except BrokerError as error:
+                    if error is layer.error:
+                        raise
+                    self._restart(error)
+        finally:
+            self.close(layer)
+
+    def close(self, layer: LayerRequests) -> None:
+        """Stop waiting for a layer; answers that still come are dropped."""
+        if layer in self.open:
+            self.open.remove(layer)
+        if self._local is not None:
+            self._local.forget(layer)
+
+    def receive(self, timeout_s: float) -> None:
+        """Wait for one message and take it in.
+
+        Raises:
+            BrokerError: the connection is lost.
+        """
+        polled_ns = self._clock.perf_ns()
+        message = self._sender.transport.receive(timeout_s)
+        self._router.polled(polled_ns, message.arrived_ns if message else self._clock.perf_ns())
+        if message is not None:
+            self._take(message)
+
+    def _now_s(self) -> float:
+        return self._clock.perf_ns() / 1e9
+
+    def _plan(self, layer: LayerRequests) -> None:
+        """Choose holders and send a layer's requests; earlier ones of this layer no longer count."""
+        experts = chosen_experts(layer.gate)
+        if layer.only_node is not None:
+            holders = dict.fromkeys(experts, layer.only_node)
+        else:
+            self._holders.refresh(self._now_s())
+            holders = {expert: self._holder(layer.layer, expert) for expert in experts}
+        requests = plan_requests(layer.gate, holders, max_tokens=self._sender.max_tokens)
+        self._handle(layer, Planned(requests, self._now_s()))
+
+    def _holder(self, layer: int, expert: int) -> str:
+        node = self._holders.node(layer, expert)
+        if node is not None:
+            return node
+        id = ExpertId(layer, expert)
+        online = self._registry.holders(id)
+        if not online:
+            raise PlacementError(self._registry.describe_missing())
+        reasons = ", ".join(f"'{n}' ({self._health.why(n)})" for n in online)
+        raise ExpertsLostError(f"every node that holds {format_selector([id])} is left out for now: {reasons}")
+
+    def _restart(self, lost: BrokerError, *, begun: LayerRequests | None = None) -> None:
+        """Connect again and send every layer under way again: requests sent before will not be answered.
+
+        Args:
+            begun: the layer that is being begun; if it can't be sent, that is an error of `begin`.
+
+        Raises:
+            BrokerError: the broker stays away, or the connection was lost too often over the same requests.
+        """
+        while True:
+            for layer in self.open:
+                self._handle(layer, ConnectionLost(str(lost)))
+                if isinstance(layer.error, BrokerError):
+                    raise layer.error from None
+            self._recover(lost)
+            try:
+                for layer in self.open:
+                    if layer.done:
+                        continue
+                    try:
+                        self._plan(layer)
+                    except (PlacementError, ExpertsLostError) as missing:
+                        if layer is begun:
+                            raise
+                        layer.error = ExpertsLostError(str(missing))
+                return
+            except BrokerError as again:
+                lost = again
+
+    def _collect(self, layer: LayerRequests) -> None:
+        """Take in messages until `layer` is done, those for other open layers as well."""
+        while not layer.done:
+            if layer.error is not None:
+                raise layer.error
+            if self._local is not None and self._take_local(layer, self._local):
+                continue
+            now_s = self._now_s()
+            until_s = layer.deadline_s
+            for other in self.open:
+                due_s = other.next_due_s()
+                if now_s >= due_s:
+                    self._handle(other, TimePassed(now_s))
+                    due_s = other.next_due_s()
+                until_s = min(until_s, due_s)
+            if layer.error is None:
+                self.receive(max(0.0, until_s - now_s))
+
+    def _take_local(self, layer: LayerRequests, local: LocalNode) -> bool:
+        """Take in what was computed locally for a layer; False if there is nothing new."""
+        results = local.results(layer, max(0.0, layer.deadline_s - self._now_s()))
+        for result in results:
+            self._handle(layer, result)
+        return bool(results)
+
+    def _take(self, message: Message) -> None:
+        """Hand a message to the layer that it concerns."""
+        match self._router.take(message):
+            case NodeFrame(node, frame):
+                for layer in self.open:
+                    sub = layer.find(frame.id)
+                    if sub is not None and sub.node == node:
+                        self._take_frame(layer, sub, frame, message)
+                        return
+                self._router.dropped["not awaited"] += 1
+            case NodeGone(node):
+                for layer in self.open:
+                    self._handle(layer, NodeLeft(node))
+
+    def _take_frame(
+        self, layer: LayerRequests, sub: SubRequest, frame: ResultFrame | ErrorFrame, message: Message
+    ) -> None:
+        if isinstance(frame, ErrorFrame):
+            self._handle(layer, ErrorReceived(sub, frame.status, frame.message))
+            return
+        rows = layer.rows(sub.request)
+        if frame.layer != layer.layer or frame.output.shape != rows.shape:
+            self._router.dropped["wrong shape"] += 1
+        elif frame.dtype is not self._dtype:
+            self._router.dropped["wrong dtype"] += 1
+        else:
+            gain = largest_gain(rows, frame.output)
+            answer = NodeAnswer(frame.output, sub.record(frame, message))
+            self._handle(layer, AnswerReceived(sub, answer, gain, self._guard.suspects(layer.layer, gain)))
+
+    def _handle(self, layer: LayerRequests, event: Event) -> None:
+        for command in transition(layer, event, self._holders.others):
+            self._execute(layer, command)
+
+    def _execute(self, layer: LayerRequests, command: Command) -> None:
+        match command:
+            case LearnGain(rows, gain):
+                self._guard.learn(layer.layer, rows, gain)
+            case Send(sub_requests):
+                self._send(layer, sub_requests)
+            case MarkFailed(node, why, quarantine):
+                self._health.failed(node, self._now_s(), why, least_pause_s=QUARANTINE_S if quarantine else 0.0)
+            case CountDropped(reason):
+                self._router.dropped[reason] += 1
+            case StopLocal(why):
+                log.error("the base station computes no experts any more: %s", why)
+                self._registry.hold_locally(frozenset())
+
+    def _send(self, layer: LayerRequests, sub_requests: Sequence[SubRequest]) -> None:
+        published = self._sender.send(layer, [sub for sub in sub_requests if sub.node != LOCAL_NODE])
+        # Local computing starts last, so that it does not delay the nodes' requests.
+        if self._local is not None:
+            for sub in sub_requests:
+                if sub.node == LOCAL_NODE:
+                    self._local.send(layer, sub, self._sender.new_id())
+        # Predictions take time, so they are made once everything is on its way.
+        self._sender.expect(layer, published, lambda node: sum(other.unanswered(node) for other in self.open))
