@@ -24,7 +24,7 @@ from bs_coordinator.selection import Policy, TopK, parse_policy
 from bs_coordinator.trunk.trunk import Trunk, check_device
 from common.config import ConfigError
 from common.cpu_idle import cpu_idle_disabled
-from wire.broker_url import BrokerAddress
+from wire.broker_address import BrokerAddress
 from wire.errors import BundleError
 from wire.frame_auth import ClusterKey, read_cluster_key
 from wire.manifest import Manifest, verify_file

@@ -30,7 +30,7 @@ from edge_node.telemetry.process import EVERY_S as TELEMETRY_S
 from edge_node.telemetry.process import TelemetryProcess
 from edge_node.worker import Worker
 from wire import __version__, status, transports
-from wire.broker_url import BrokerAddress
+from wire.broker_address import BrokerAddress
 from wire.errors import BrokerAuthError, BrokerError, FrameError
 from wire.experts import format_selector
 from wire.status import DeviceFacts, Holding, Machine, NodeStatus, Residency, SocketFacts

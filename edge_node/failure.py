@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager, suppress
 
 from common.errors import WdmoeError, one_line
 from wire import status, transports
-from wire.broker_url import BrokerAddress
+from wire.broker_address import BrokerAddress
 from wire.errors import BrokerError, FrameError
 from wire.status import NodeStatus
 from wire.topics import Topics

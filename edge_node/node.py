@@ -19,7 +19,8 @@ from edge_node.failure import failure_published
 from edge_node.limits import Limits
 from edge_node.tuning.tune import Variants
 from edge_node.worker import Worker
-from wire.broker_url import BrokerAddress, parse_broker_url
+from wire.broker_address import BrokerAddress
+from wire.broker_url import parse_broker_url
 from wire.device_profiles import Provider
 from wire.experts import format_selector, parse_selector
 from wire.frame_auth import read_node_authenticator

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bs_coordinator.broker.processes import die_with_parent, stop_child
 from common.errors import WdmoeError
-from wire.broker_url import BrokerAddress
+from wire.broker_address import BrokerAddress
 
 
 class LocalNodes:

@@ -19,7 +19,7 @@ from testbed.demo_assets import demo_model, export_demo_bundle
 from testbed.local_nodes import LocalNodes
 from tests.checkpoints import save_mixtral
 from tests.needs import missing_packages
-from wire.broker_url import BrokerAddress
+from wire.broker_address import BrokerAddress
 from wire.manifest import Scheme
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -3,15 +3,15 @@
 Passwords come from a file that only its owner can read, so that they show up neither in `ps` nor in logs.
 """
 
-import ipaddress
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from common.config import Config, Option
 from common.private_files import check_private
+from wire.broker_address import BrokerAddress
 from wire.errors import BrokerAuthError, PlaintextError
 from wire.transport import Scheme
 from wire.transports import schemes
@@ -36,54 +36,6 @@ class Access(Config):
     allow_plaintext: Annotated[bool, Option("Allow mqtt:// without TLS to other machines.")] = False
 
 
-@dataclass(frozen=True, slots=True)
-class BrokerAddress:
-    """Where a broker listens, and as which user to connect.
-
-    Attributes:
-        scheme: name of a transport (`wire.transports`).
-        ca_file, tls_cert, tls_key: as in `Access`.
-    """
-
-    host: str
-    port: int
-    scheme: str = "mqtt"
-    user: str | None = None
-    password: str | None = field(default=None, repr=False)
-    ca_file: Path | None = None
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-
-    @property
-    def tls(self) -> bool:
-        """Whether connections are encrypted, and certificates checked."""
-        return schemes()[self.scheme].tls
-
-    @property
-    def in_process(self) -> bool:
-        """Whether the broker is a part of this process, so that there are no sockets."""
-        return schemes()[self.scheme].in_process
-
-    @property
-    def on_loopback(self) -> bool:
-        """Whether nothing leaves this machine."""
-        return self.in_process or is_loopback(self.host)
-
-    def __str__(self) -> str:
-        user = f"{self.user}@" if self.user else ""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        port = f":{self.port}" if self.port else ""
-        return f"{self.scheme}://{user}{host}{port}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a name or address is this machine's own."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 _NO_ACCESS = Access()
 
 
@@ -105,6 +57,8 @@ def parse_broker_url(url: str, access: Access = _NO_ACCESS) -> BrokerAddress:
         host=parts.hostname,
         port=_port(parts, scheme),
         scheme=scheme.name,
+        tls=scheme.tls,
+        in_process=scheme.in_process,
         user=unquote(parts.username) if parts.username else None,
         password=read_secret(access.password_file) if access.password_file else None,
         ca_file=access.ca_file,

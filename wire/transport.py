@@ -7,8 +7,9 @@ that makes one, and knows no implementation.
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from wire.broker_address import BrokerAddress
+
 if TYPE_CHECKING:
-    from wire.broker_url import BrokerAddress
     from wire.status import SocketFacts
 
 WILL_DELAY_S = 15.0
@@ -86,7 +87,7 @@ class Connect(Protocol):
     """Opens a connection to a broker, such as `wire.transports.connect`."""
 
     def __call__(
-        self, address: "BrokerAddress", client_id: str, *, will: LastWill | None = None, timeout_s: float = 10.0
+        self, address: BrokerAddress, client_id: str, *, will: LastWill | None = None, timeout_s: float = 10.0
     ) -> Transport:
         """Connect and wait for the broker's acknowledgement.
 

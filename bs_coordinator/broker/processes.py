@@ -19,7 +19,8 @@ from pathlib import Path
 
 from bs_coordinator.config import ClusterConfig
 from common.config import ConfigError
-from wire.broker_url import Access, BrokerAddress, parse_broker_url
+from wire.broker_address import BrokerAddress
+from wire.broker_url import Access, parse_broker_url
 from wire.errors import BrokerError
 
 log = logging.getLogger(__name__)

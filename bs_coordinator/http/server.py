@@ -16,7 +16,7 @@ from bs_coordinator.http.openai_api import http_app
 from common.errors import KeyFileError
 from common.private_files import read_private
 from common.systemd import notify
-from wire.broker_url import is_loopback
+from wire.broker_address import is_loopback
 
 if TYPE_CHECKING:
     from bs_coordinator.base_station import BaseStation

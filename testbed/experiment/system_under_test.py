@@ -28,7 +28,7 @@ from testbed.experiment.networks import Network
 from testbed.local_nodes import local_nodes
 from testbed.plan.schema import Plan
 from testbed.run_directory.directory import BundleFacts
-from wire.broker_url import BrokerAddress
+from wire.broker_address import BrokerAddress
 from wire.tensors import WireDtype
 
 

@@ -23,7 +23,7 @@ from testbed.experiment.baselines import Route
 from testbed.run_directory.directory import RunDir
 from testbed.run_directory.live import Live, LiveNode, write_live
 from wire import status
-from wire.broker_url import BrokerAddress
+from wire.broker_address import BrokerAddress
 from wire.errors import BrokerError, FrameError
 from wire.status import NodeStatus
 from wire.telemetry import Telemetry

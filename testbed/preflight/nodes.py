@@ -15,7 +15,7 @@ from testbed.experiment.clock_rows import node_clocks
 from testbed.preflight.iperf import measure_rate
 from testbed.preflight.verdicts import NodeFacts, Rate
 from wire import status
-from wire.broker_url import BrokerAddress
+from wire.broker_address import BrokerAddress
 from wire.errors import BrokerError, FrameError
 from wire.frame_auth import ClusterKey
 from wire.manifest import Manifest

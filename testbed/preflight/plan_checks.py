@@ -24,7 +24,7 @@ from testbed.plan.estimate import estimate
 from testbed.plan.reading import check_plan
 from testbed.plan.schema import Choice, Perplexity, Plan
 from testbed.preflight.verdicts import Check, Level
-from wire.broker_url import BrokerAddress
+from wire.broker_address import BrokerAddress
 from wire.experts import ExpertId, format_selector, parse_selector
 from wire.manifest import MANIFEST_NAME, Manifest, load_manifest, sha256_file
 from wire.topics import Topics

@@ -25,7 +25,7 @@ from testbed.plan.schema import Broker, Plan
 from testbed.preflight.nodes import gather
 from testbed.preflight.plan_checks import bundle_checks, check_broker, checked, machine_checks, plan_checks
 from testbed.preflight.verdicts import Check, Level, NodeFacts, certificate, judge
-from wire.broker_url import BrokerAddress
+from wire.broker_address import BrokerAddress
 from wire.frame_auth import read_cluster_key
 from wire.manifest import Manifest
 

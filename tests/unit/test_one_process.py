@@ -14,7 +14,7 @@ from bs_coordinator.trunk.inputs import SequenceInput
 from edge_node.agent import NodeAgent
 from edge_node.experts.runtime import ExpertRuntime
 from edge_node.worker import Worker
-from wire.broker_url import BrokerAddress
+from wire.broker_address import BrokerAddress
 from wire.experts import parse_selector
 from wire.manifest import Scheme, load_manifest
 from wire.status import Holding

@@ -9,12 +9,9 @@ import pkgutil
 from collections.abc import Mapping
 from functools import cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
+from wire.broker_address import BrokerAddress
 from wire.transport import LastWill, Scheme, Transport
-
-if TYPE_CHECKING:
-    from wire.broker_url import BrokerAddress
 
 
 @cache
@@ -25,7 +22,7 @@ def schemes() -> Mapping[str, Scheme]:
 
 
 def connect(
-    address: "BrokerAddress", client_id: str, *, will: LastWill | None = None, timeout_s: float = 10.0
+    address: BrokerAddress, client_id: str, *, will: LastWill | None = None, timeout_s: float = 10.0
 ) -> Transport:
     """Connect to a broker with the transport that its address names (`wire.transport.Connect`).
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from paho.mqtt.client import topic_matches_sub
 
 from common.clock import SYSTEM_CLOCK, Clock
-from wire.broker_url import BrokerAddress
+from wire.broker_address import BrokerAddress
 from wire.errors import BrokerError
 from wire.transport import LastWill, Message, Scheme, Transport
 
@@ -40,7 +40,7 @@ class MemoryBroker:
             clock: what arrival times are read from. A `common.clock.ManualClock` is advanced by clients that wait, so
                 that waiting takes no time; all code under test must then read the same clock.
         """
-        self.address = BrokerAddress(f"broker-{next(_numbers)}", 0, scheme="memory")
+        self.address = BrokerAddress(f"broker-{next(_numbers)}", 0, scheme="memory", in_process=True)
         self.latency_s = latency_s
         self.clock = clock
         self.changed = threading.Condition()

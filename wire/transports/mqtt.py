@@ -22,7 +22,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.reasoncodes import ReasonCode
 
 from common.tcp_info import read_tcp_info
-from wire.broker_url import BrokerAddress
+from wire.broker_address import BrokerAddress
 from wire.errors import BrokerAuthError, BrokerError
 from wire.status import SocketFacts
 from wire.transport import WILL_DELAY_S, LastWill, Message, Scheme, Transport

@@ -15,7 +15,7 @@ from common.files import atomic_write
 from testbed.bench.rows import Result, Row, Settings, Skipped, in_turns
 from testbed.bench.system import why_not
 from wire import frames
-from wire.broker_url import BrokerAddress
+from wire.broker_address import BrokerAddress
 from wire.frames import ExpertSlice, NodeDurations, RequestId, ResultFrame, WorkFrame
 from wire.tensors import Array, WireDtype
 from wire.transport import Transport

@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 
 from bs_coordinator.broker.processes import LOOPBACK, broker_process, free_port, mosquitto_path
 from testbed.keys.folder import create
-from wire.broker_url import Access, BrokerAddress, parse_broker_url
+from wire.broker_address import BrokerAddress
+from wire.broker_url import Access, parse_broker_url
 from wire.errors import BrokerError
 from wire.manifest import MANIFEST_NAME
 from wire.signature import sign

@@ -15,7 +15,7 @@ import msgspec
 from bs_coordinator.broker.processes import free_port, open_broker
 from testbed.local_nodes import LocalNodes
 from testbed.proof.chaos.schedule import LOSSES_PERCENT, Fault
-from wire.broker_url import BrokerAddress
+from wire.broker_address import BrokerAddress
 from wire.errors import BrokerError
 from wire.topics import Topics
 from wire.transports import connect

@@ -6,7 +6,7 @@ from contextlib import closing
 
 from bs_coordinator.broker.processes import open_broker
 from tests.waiting import wait_until
-from wire.broker_url import BrokerAddress
+from wire.broker_address import BrokerAddress
 from wire.topics import Topics
 from wire.transport import Transport
 from wire.transports import connect

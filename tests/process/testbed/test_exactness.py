@@ -15,7 +15,7 @@ from bs_coordinator.config import BaseStationConfig, SamplingConfig
 from bs_coordinator.trunk.inputs import SequenceInput
 from testbed.demo_assets import demo_bundle, demo_model
 from testbed.local_nodes import local_nodes
-from wire.broker_url import BrokerAddress
+from wire.broker_address import BrokerAddress
 from wire.manifest import Scheme
 from wire.tensors import WireDtype
 

@@ -20,7 +20,7 @@ from testbed.local_nodes import LocalNodes
 from tests.conftest import Run
 from tests.needs import needs, skip_without
 from tests.waiting import wait_until
-from wire.broker_url import BrokerAddress
+from wire.broker_address import BrokerAddress
 from wire.manifest import Scheme
 from wire.status import decode_status
 from wire.topics import Topics

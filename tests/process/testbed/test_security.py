@@ -21,7 +21,8 @@ from testbed.keys.folder import KeyFolder, create
 from tests.conftest import Run
 from tests.needs import needs
 from tests.waiting import wait_until
-from wire.broker_url import Access, BrokerAddress, parse_broker_url
+from wire.broker_address import BrokerAddress
+from wire.broker_url import Access, parse_broker_url
 from wire.errors import BrokerAuthError, BrokerError, PlaintextError
 from wire.manifest import Scheme
 from wire.topics import Topics

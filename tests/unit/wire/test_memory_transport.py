@@ -6,7 +6,8 @@ import pytest
 
 from common.clock import ManualClock
 from wire import transports
-from wire.broker_url import BrokerAddress, parse_broker_url
+from wire.broker_address import BrokerAddress
+from wire.broker_url import parse_broker_url
 from wire.errors import BrokerError
 from wire.transport import LastWill, Message, Transport
 from wire.transports.memory import MemoryBroker
