@@ -1,7 +1,6 @@
 """Experts that the base station keeps: which, that nothing changes but the time, and that they replace lost nodes."""
 
 import itertools
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from bs_coordinator.base_station import BaseStation, open_base_station
-from bs_coordinator.config import BaseStationConfig, ResidentConfig, SamplingConfig
-from bs_coordinator.nodes.registry import LOCAL_NODE
 from bs_coordinator.resident import ResidentExperts, Traffic, read_traffic, traffic_of_log
 from bs_coordinator.resident.choice import choose_resident
 from bs_coordinator.resident.traffic import HALVED_AT, write_traffic
@@ -22,7 +18,7 @@ from common.errors import StorageError
 from edge_node.errors import MemoryBudgetError
 from edge_node.experts.memory import largest, needed_bytes
 from edge_node.experts.runtime import ExpertRuntime
-from testbed.local_nodes import LocalNodes
+from tests.waiting import wait_until
 from wire import tensors
 from wire.experts import ExpertId
 from wire.frames import ExpertSlice
@@ -103,15 +99,13 @@ def test_a_choice_is_the_best_of_all(seed: int, slots: int) -> None:
     assert choose_resident(pairs, away_s, HERE_S, slots, current=chosen) == chosen
 
 
-def test_many_experts_are_chosen_from_in_reasonable_time() -> None:
+def test_a_clique_is_found_among_many_experts() -> None:
     rng = np.random.default_rng(0)
     pairs = rng.integers(1, 100, (2, 64, 64)).astype(float)
     # Experts 0 to 7 are asked among themselves only, and often.
     pairs[:, :8, :], pairs[:, :, :8], pairs[:, :8, :8] = 0, 0, 1e6
-    began = time.monotonic()
     chosen = choose_resident(pairs + pairs.transpose(0, 2, 1), np.full((2, 64), AWAY_S), HERE_S, 16)
     assert chosen == {ExpertId(layer, e) for layer in range(2) for e in range(8)}
-    assert time.monotonic() - began < 5
 
 
 def test_room_is_filled_where_nodes_are_as_fast() -> None:
@@ -173,10 +167,15 @@ def _slice(expert: int, rows: int) -> ExpertSlice:
 
 
 def _wait_for_changes(residents: ResidentExperts) -> frozenset[ExpertId]:
-    deadline = time.monotonic() + 30
-    while (ids := residents.changes()) is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    ids = None
+
+    def changed() -> bool:
+        nonlocal ids
+        ids = residents.changes()
+        return ids is not None
+
+    wait_until(changed, "experts to be loaded", poll_s=0.01)
+    assert ids is not None
     return ids
 
 
@@ -234,68 +233,3 @@ def test_a_budget_is_enough_for_one_and_not_more_than_there_is(tiny_bundle: Bund
     with pytest.raises(MemoryBudgetError, match="are available: ask for less"):
         residents(1 << 50)
     assert residents(_room(bundle, 5)).slots == 5
-
-
-def _config(fleet: LocalNodes, resident: ResidentConfig | None) -> BaseStationConfig:
-    return BaseStationConfig(
-        bundle=fleet.bundle, cluster=fleet.cluster, resident=resident, degrade=False, draft="none"
-    )  # fmt: skip
-
-
-def _answer(station: BaseStation, tokens: int = 12) -> tuple[list[int], set[str]]:
-    """Token ids of a greedy answer, and who computed for it."""
-    prompt = station.tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
-    events = list(station.new_sequence().generate(prompt, SamplingConfig(max_tokens=tokens)))
-    records = [d for event in events for step in event.steps for layer in step.layers for d in layer.dispatches]
-    assert all(d.down_bytes == d.up_bytes == 0 for d in records if d.node == LOCAL_NODE)
-    return [event.id for event in events], {d.node for d in records}
-
-
-@pytest.mark.parametrize("fleet", ["int4"], indirect=True)
-def test_tokens_do_not_depend_on_where_experts_are(fleet: LocalNodes, tmp_path: Path) -> None:
-    """Over an fp16 wire, with none, some and all experts here; in the end without any node."""
-    for k in range(8):
-        fleet.start(f"n{k}", f"L*:E{k}")
-    resident = ResidentConfig(_room(fleet.bundle, 16), traffic=tmp_path / "traffic.json")
-    with open_base_station(_config(fleet, resident), fleet.address) as station:
-        every = station.dispatcher.registry.local_experts
-        assert len(every) == 16
-        # A base station that keeps everything waits for nobody.
-        deadline = time.monotonic() + 60
-        while len(station.dispatcher.registry.nodes) < 8 and time.monotonic() < deadline:
-            station.dispatcher.pump(0.1)
-        hold_locally = station.dispatcher.registry.hold_locally
-        hold_locally(frozenset())
-        ids, nodes = _answer(station)
-        assert LOCAL_NODE not in nodes
-        for some in ({ExpertId(0, e) for e in range(8)}, {i for i in every if i.expert % 2}, {ExpertId(1, 3)}):
-            hold_locally(frozenset(some))
-            again, nodes = _answer(station)
-            assert again == ids
-            assert LOCAL_NODE in nodes
-            assert len(nodes) > 1
-        hold_locally(every)
-        fleet.stop()
-        assert _answer(station) == (ids, {LOCAL_NODE})
-    kept = read_traffic(tmp_path / "traffic.json", station.manifest.dims, station.manifest.model_sha256)
-    assert kept.pairs[0].diagonal().sum() > 5 * 12 * 2
-
-
-@pytest.mark.parametrize("fleet", ["int4"], indirect=True)
-def test_the_base_station_keeps_what_no_node_holds_and_takes_over(fleet: LocalNodes) -> None:
-    fleet.start("a", "L*:E0-5")
-    fleet.start("b", "L*:E0-3")
-    with open_base_station(_config(fleet, ResidentConfig(_room(fleet.bundle, 6))), fleet.address) as station:
-        here = station.dispatcher.registry.local_experts
-        assert {ExpertId(layer, e) for layer in range(2) for e in (6, 7)} <= here
-        ids, _ = _answer(station, 8)
-        # Both nodes die; what they held is lost, what is kept here is not even asked of them again.
-        fleet.stop()
-        layer, expert = min(here)
-        gate = np.zeros((1, 8), np.float32)
-        gate[0, expert] = 1.0
-        began = time.monotonic()
-        output = station.dispatcher.apply(layer, probe_input(576), gate)
-        assert time.monotonic() - began < 0.5
-        assert [d.node for d in output.dispatches] == [LOCAL_NODE]
-    assert len(ids) == 8

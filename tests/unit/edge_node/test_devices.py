@@ -2,10 +2,8 @@
 
 import os
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from edge_node import devices
@@ -15,13 +13,9 @@ from edge_node.experts.providers import first_that_proves, unavailable
 from edge_node.experts.runtime import ExpertRuntime
 from edge_node.experts.session import ExpertSession
 from exporter.expert.presets import choose_quantisation
-from testbed.local_nodes import LocalNodes
 from wire.device_profiles import PROFILES, DeviceName, Provider
 from wire.experts import ExpertId
 from wire.manifest import Manifest, Scheme, load_manifest
-from wire.status import NodeStatus
-from wire.topics import Topics
-from wire.transports import connect
 
 CORTEX_A72 = "Features\t: fp asimd evtstrm crc32 cpuid\n"
 CORTEX_A76 = "Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid lrcpc dcpop asimddp\n"
@@ -144,26 +138,3 @@ def test_a_gpu_proves_itself(tiny_bundle: Callable[[Scheme], Path], scheme: Sche
     ids = [ExpertId(0, 0), ExpertId(1, 7)]
     _, chosen = first_that_proves(["cuda", "cpu"], lambda p: ExpertRuntime(bundle, manifest, ids, provider=p))
     assert chosen == ("cuda", "")
-
-
-@pytest.mark.skipif(not unavailable("cuda"), reason="this onnxruntime has CUDA")
-def test_a_node_that_is_asked_for_cuda_serves_with_the_cpu_and_says_why(fleet: LocalNodes) -> None:
-    fleet.start("g", "L*:E0", options=["--profile", "jetson-orin", "--provider", "cuda"])
-    status = _status(fleet, "g")
-    assert status.device is not None
-    assert (status.device.profile, status.device.because, status.device.provider) == ("jetson-orin", "as told", "cpu")
-    assert "has no CUDAExecutionProvider" in status.device.provider_reason
-    log = fleet.log_path("g").read_text()
-    assert "not computing with cuda: this onnxruntime has no CUDAExecutionProvider" in log
-    assert "profile jetson-orin (as told)" in log
-
-
-def _status(fleet: LocalNodes, node: str) -> NodeStatus:
-    with closing(connect(fleet.address, f"look-{fleet.cluster}")) as transport:
-        transport.subscribe(Topics(fleet.cluster).status(node), qos=1)
-        for _ in range(100):
-            message = transport.receive(0.2)
-            fleet.check()
-            if message and (status := msgspec.json.decode(message.payload, type=NodeStatus)).online:
-                return status
-    raise AssertionError("the node did not come")

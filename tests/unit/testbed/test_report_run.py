@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import shutil
-import subprocess
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -16,7 +14,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from testbed.local_nodes import LocalNodes
 from testbed.run_directory.directory import RunDir
 from testbed.run_directory.tables import COORDINATES, SCHEMAS
 from tests.conftest import Run
@@ -392,31 +389,3 @@ def test_preflight_says_what_a_plan_lacks(run: Run, plan_path: Path, tmp_path: P
     assert "items.jsonl has 6 items, the plan needs 7" in bad.stdout
     assert "no node holds L0-1:E7" in bad.stdout
     assert bad.stdout.count("fail") == 3
-
-
-@pytest.mark.slow
-def test_preflight_asks_running_nodes(run: Run, fleet: LocalNodes, tmp_path: Path) -> None:
-    plan_path = tmp_path / "plan.yaml"
-    plan_path.write_text(
-        f"{{name: outside, network: {{external: {{broker: '{fleet.address}', cluster: {fleet.cluster}}}}}, "
-        f"bundles: [{fleet.bundle}], nodes: {{pi1: '', pi2: ''}}, policies: [topk], workloads: [{{kind: generate}}]}}"
-    )
-
-    def ask_until(text: str) -> subprocess.CompletedProcess[str]:
-        deadline = time.monotonic() + 40
-        while True:
-            done = run("testbed", "preflight", plan_path, "--out", tmp_path, env={**os.environ, "COLUMNS": "300"})
-            if text in done.stdout:
-                return done
-            assert time.monotonic() < deadline, done.stdout
-
-    fleet.start("pi1", "L*:E0-3")
-    half = ask_until("L0-1:E0-3, fp32")
-    assert half.returncode == 62
-    assert "with TCP_NODELAY" in half.stdout
-    assert "no node holds L0-1:E4-7" in half.stdout
-    assert "node pi2, online: no message from it" in half.stderr
-    fleet.start("pi2", "L*:E4-7")
-    assert ask_until("every expert has a holder").returncode == 0
-    plan_path.write_text(plan_path.read_text().replace(str(fleet.address), "mqtt://127.0.0.1:1"))
-    assert "127.0.0.1" in run("testbed", "preflight", plan_path).stderr
