@@ -15,10 +15,17 @@ if TYPE_CHECKING:
     from testbed.fleet.ansible import HostRecap
 
 _PATH = click.Path(path_type=Path)
-_INVENTORY = click.option("-i", "--inventory", type=_PATH, default=Path("fleet.yaml"), show_default=True)
+_INVENTORY = click.option(
+    "-i", "--inventory", type=_PATH, default=Path("fleet.yaml"), show_default=True, help="Inventory file."
+)
 _LIMIT = click.option("--limit", help="Only these hosts, an Ansible pattern: pi1,pi2 or 'pi*'.")
 _TIMEOUT = click.option(
-    "--timeout", "timeout_s", type=click.FloatRange(10), default=7200.0, show_default=True, help="Time limit, s."
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(10),
+    default=7200.0,
+    show_default=True,
+    help="Time limit in seconds.",
 )
 _QUICK_S = 600.0
 
@@ -102,7 +109,7 @@ def logs(inventory: Path, limit: str | None, since: str, out: Path | None) -> No
 @fleet.command()
 @_INVENTORY
 @click.argument("prompt")
-@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Length limit.")
 def ask(inventory: Path, prompt: str, max_tokens: int) -> None:
     """Generate an answer to PROMPT on the base station and its nodes."""
     variables = {"wdmoe_prompt": prompt, "wdmoe_max_tokens": max_tokens}
@@ -133,7 +140,9 @@ def uninstall(inventory: Path, limit: str | None, purge: bool) -> None:
 @click.option("--machine", type=click.Choice(["aarch64", "x86_64"]), required=True, help="As printed by `uname -m`.")
 @click.option("--python", required=True, help="Major and minor version, such as 3.11.")
 @click.option("--glibc", default="2.36", show_default=True, help="Version of the device's C library.")
-@click.option("--extra", type=click.Choice(["edge", "bs", "testbed"]), default="edge", show_default=True)
+@click.option(
+    "--extra", type=click.Choice(["edge", "bs", "testbed"]), default="edge", show_default=True, help="Package extra."
+)
 @click.option("--cache", type=_PATH, help="Folder of the wheels.  [default: in the user's cache folder]")
 @click.option("--check", is_flag=True, help="Report what would be fetched, and fetch nothing.")
 def wheels(machine: str, python: str, glibc: str, extra: str, cache: Path | None, check: bool) -> None:

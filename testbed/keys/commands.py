@@ -10,8 +10,9 @@ from wire.topics import check_name
 
 _FOLDER = click.argument("folder", type=click.Path(path_type=Path))
 _DAYS = click.option(
-    "--days", type=click.FloatRange(0, 3650, min_open=True), default=365.0, show_default=True, help="Validity."
-)
+    "--days", type=click.FloatRange(0, 3650, min_open=True), default=365.0, show_default=True,
+    help="Validity of certificates, in days.",
+)  # fmt: skip
 _SOON_DAYS = 30
 
 
@@ -29,11 +30,12 @@ def keys() -> None:
 @_FOLDER
 @click.option("--host", "hosts", multiple=True, required=True, help="Name or address of the broker; repeatable.")
 @click.option("--node", "nodes", multiple=True, help="Id of a node; repeatable. 'keys add' adds more later.")
-@click.option("--cluster", default="default", show_default=True)
+@click.option("--cluster", default="default", show_default=True, help="Name of the cluster.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8883, show_default=True, help="Port of the broker.")
 @click.option(
-    "--broker-folder", default="/etc/mosquitto/wdmoe", show_default=True, help="Where broker/ will be copied to."
-)
+    "--broker-folder", default="/etc/mosquitto/wdmoe", show_default=True,
+    help="Folder on the broker's machine to which broker/ will be copied.",
+)  # fmt: skip
 @_DAYS
 def init(
     folder: Path, hosts: tuple[str, ...], nodes: tuple[str, ...], cluster: str, port: int, broker_folder: str,
@@ -81,7 +83,7 @@ def revoke(folder: Path, nodes: tuple[str, ...]) -> None:
 @keys.command()
 @_FOLDER
 @click.argument("names", nargs=-1, required=True)
-@click.option("--revoke-old", is_flag=True, help="Revoke the old certificates, which else stay valid.")
+@click.option("--revoke-old", is_flag=True, help="Revoke the old certificates, which otherwise stay valid.")
 @_DAYS
 def rotate(folder: Path, names: tuple[str, ...], revoke_old: bool, days: float) -> None:
     """Renew the keys of NAMES: nodes, 'bs', 'broker', or 'frames' for all frame keys."""

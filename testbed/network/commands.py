@@ -92,11 +92,16 @@ def set_(name: str | None, profile: str) -> None:
 
 @net.command()
 @_NAME
-@click.option("--profile", "profiles", multiple=True, help="Repeatable.  [default: the active one]")
+@click.option("--profile", "profiles", multiple=True, help="Profile to check; repeatable.  [default: the active one]")
 @click.option("--all-profiles", is_flag=True, help="Check every profile of the network.")
-@click.option("--node", "nodes", multiple=True, help="Repeatable.  [default: all]")
-@click.option("--at", "at_s", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Profile's second.")
-@click.option("--seconds", type=click.FloatRange(1, 60), default=2.0, show_default=True, help="For each rate.")
+@click.option("--node", "nodes", multiple=True, help="Node to check; repeatable.  [default: all]")
+@click.option(
+    "--at", "at_s", type=click.FloatRange(min=0), default=0.0, show_default=True,
+    help="Moment of the profile to hold it at, in seconds.",
+)  # fmt: skip
+@click.option(
+    "--seconds", type=click.FloatRange(1, 60), default=2.0, show_default=True, help="Duration of each rate measurement."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Write the results as JSON.")
 def check(
     name: str | None,

@@ -7,9 +7,9 @@ import click
 from testbed.errors import SimulationError
 
 _PATH = click.Path(path_type=Path)
-_DATA_HELP = "Folder of evaluation data, see docs/measurement.md."
+_DATA_HELP = "Folder of evaluation data (docs/measurement.md)."
 _BUNDLE = click.option("--bundle", type=_PATH, help="Bundle of the model.  [default: the demo's, int8]")
-_THREADS = click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads.")
+_THREADS = click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads per expert.")
 
 
 def register(group: click.Group) -> None:
@@ -23,9 +23,9 @@ def register(group: click.Group) -> None:
 @_BUNDLE
 @click.option("--items", type=click.IntRange(0), default=40, show_default=True, help="Questions of each task.")
 @click.option("--texts", type=click.IntRange(0), default=20, show_default=True, help="Texts of the domains' file.")
-@click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="Most per prompt.")
+@click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="Limit per prompt.")
 @_THREADS
-@click.option("--out", type=_PATH, default=Path("runs/routing.npz"), show_default=True)
+@click.option("--out", type=_PATH, default=Path("runs/routing.npz"), show_default=True, help="Trace file.")
 def trace_routing(
     data: Path, bundle: Path | None, items: int, texts: int, tokens: int, threads: int, out: Path
 ) -> None:
@@ -45,10 +45,13 @@ def trace_routing(
 
 @click.command()
 @click.argument("trace_path", metavar="TRACE", type=_PATH)
-@click.option("--setting", "setting_path", type=_PATH, help="YAML, see docs/simulation.md.")
-@click.option("--policy", "policies", multiple=True, default=("topk", "wdmoe"), show_default=True, help="Repeatable.")
+@click.option("--setting", "setting_path", type=_PATH, help="Radio setting, a YAML file (docs/simulation.md).")
+@click.option(
+    "--policy", "policies", multiple=True, default=("topk", "wdmoe"), show_default=True,
+    help="Policy to compare; repeatable.",
+)  # fmt: skip
 @click.option("--draws", type=click.IntRange(1), default=1000, show_default=True, help="Channel draws.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seeds channel draws.")
 @click.option("--sensitivity", is_flag=True, help="Also sweep θ and γ of wdmoe.")
 @click.option(
     "--sweep-draws", type=click.IntRange(1), default=200, show_default=True, help="Channel draws of the sweep."
@@ -60,7 +63,7 @@ def trace_routing(
     "--batch", type=click.IntRange(1), default=4, show_default=True, help="Items evaluated on one channel draw."
 )
 @_THREADS
-@click.option("--out", type=_PATH, default=Path("runs/simulation"), show_default=True)
+@click.option("--out", type=_PATH, default=Path("runs/simulation"), show_default=True, help="Folder for results.")
 def simulate(
     trace_path: Path,
     setting_path: Path | None,

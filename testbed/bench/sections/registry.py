@@ -1,4 +1,4 @@
-"""The sections of `make bench`, in the order in which they run. To add one: write its module, name it here."""
+"""The sections of `make bench`, in the order in which they run. To add one, write its module and list it here."""
 
 SECTIONS: dict[str, str] = {
     "transport": "testbed.bench.sections.transport",
@@ -11,4 +11,4 @@ SECTIONS: dict[str, str] = {
     "batching": "testbed.bench.sections.batching",
     "resident": "testbed.bench.sections.resident",
 }
-"""Module by name. Imported only when its turn comes: some need torch, or Linux as root."""
+"""Module of each section, imported when the section runs: some need torch, or Linux as root."""

@@ -19,6 +19,7 @@ from bs_coordinator.config import DraftMode, SamplingConfig
 from bs_coordinator.engine.answer_stats import summarise
 from bs_coordinator.engine.sequence import Sequence
 from bs_coordinator.engine.speculation import Speculation
+from common.jsonl import read_json_lines
 from testbed.bench.chat_prompts import CHAT_PROMPTS
 from testbed.bench.rows import Result, Row, Settings, Skipped
 from testbed.bench.system import running, why_not
@@ -89,8 +90,8 @@ def _answers(settings: Settings, nodes: Mapping[str, str]) -> dict[tuple[int, Dr
 
 def _read(log: Path) -> dict[tuple[int, DraftMode], _MeasuredAnswer]:
     log.parent.mkdir(parents=True, exist_ok=True)
-    lines = log.read_bytes().splitlines() if log.exists() else []
-    answers = [msgspec.json.decode(line, type=_MeasuredAnswer) for line in lines]
+    log.touch()
+    answers = read_json_lines(log, msgspec.json.Decoder(_MeasuredAnswer).decode, skip_damaged=True)
     return {(answer.prompt, answer.arm): answer for answer in answers}
 
 

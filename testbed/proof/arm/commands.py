@@ -14,17 +14,25 @@ def register(cli: click.Group) -> None:
 
 
 @click.command()
-@click.option("--variant", "variants", multiple=True, type=click.Choice(list(VARIANTS)), help="Repeatable; else all.")
-@click.option("--board", "boards", multiple=True, type=click.Choice([b.name for b in BOARDS]), help="Repeatable.")
+@click.option(
+    "--variant", "variants", multiple=True, type=click.Choice(list(VARIANTS)),
+    help="Quantisation to compare; repeatable.  [default: all]",
+)  # fmt: skip
+@click.option(
+    "--board", "boards", multiple=True, type=click.Choice([b.name for b in BOARDS]),
+    help="Board to emulate; repeatable.  [default: all]",
+)  # fmt: skip
 @click.option("--experts", default="L*:E*", show_default=True, help="Experts to compare.")
 @click.option("--layers", type=click.IntRange(1), default=2, show_default=True, help="Layers of the demo model.")
 @click.option("--rows", type=click.IntRange(1, 64), default=6, show_default=True, help="Hidden states per expert.")
-@click.option("--tokens", type=click.IntRange(0), default=8, show_default=True, help="To generate on each board.")
+@click.option("--tokens", type=click.IntRange(0), default=8, show_default=True, help="Tokens to generate.")
 @click.option(
     "--apt-sources", type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="File of apt sources with arm64, if this system's have none.",
 )  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/arm"), show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/arm"), show_default=True, help="For results."
+)
 def arm(
     variants: tuple[str, ...], boards: tuple[str, ...], experts: str, layers: int, rows: int, tokens: int,
     apt_sources: Path | None, out: Path,

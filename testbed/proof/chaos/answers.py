@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from common.jsonl import read_json_lines
 from testbed.proof.chaos.schedule import Fault
 from testbed.proof.chaos.system import TestSystem
 
@@ -134,11 +135,12 @@ def _count(session: Path) -> int:
 
 
 def _ids(session: Path) -> list[int]:
+    # Skips the header, and a last line that is not complete.
+    tokens = read_json_lines(session, msgspec.json.Decoder(tuple[int, bool]).decode, skip_damaged=True)
     try:
-        lines = session.read_bytes().split(b"\n")[1:-1]
+        return [token for token, _ in tokens]
     except OSError:
         return []
-    return [msgspec.json.decode(line, type=tuple[int, bool])[0] for line in lines]
 
 
 def session_ids(folder: Path, number: int) -> list[int]:

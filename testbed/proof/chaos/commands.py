@@ -15,14 +15,19 @@ def register(cli: click.Group) -> None:
 
 
 @click.command()
-@click.option("--answers", type=click.IntRange(1), default=200, show_default=True)
+@click.option("--answers", type=click.IntRange(1), default=200, show_default=True, help="Number of answers.")
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same faults.")
 @click.option("--tokens", type=click.IntRange(8), default=64, show_default=True, help="Length of each answer.")
-@click.option("--nodes", type=click.IntRange(3, 8), default=8, show_default=True, help="Each expert is on two of them.")
-@click.option("--fault", "kinds", multiple=True, type=click.Choice(KINDS), help="Repeatable; else all.")
+@click.option("--nodes", type=click.IntRange(3, 8), default=8, show_default=True, help="Node processes.")
+@click.option(
+    "--fault", "kinds", multiple=True, type=click.Choice(KINDS), help="Fault to inject; repeatable.  [default: all]"
+)
 @click.option("--layers", type=click.IntRange(1), default=2, show_default=True, help="Layers of the demo model.")
 @click.option("--localhost", is_flag=True, help="Without an emulated network, so without link faults; needs no root.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/chaos"), show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/chaos"), show_default=True,
+    help="Folder for results and logs.",
+)  # fmt: skip
 def chaos(
     answers: int, seed: int, tokens: int, nodes: int, kinds: tuple[str, ...], layers: int, localhost: bool, out: Path
 ) -> None:
@@ -50,12 +55,18 @@ def chaos(
 
 
 @click.command()
-@click.option("--tokens", type=click.IntRange(100), default=20_000, show_default=True)
-@click.option("--churn", "churn_s", type=click.FloatRange(5.0), default=30.0, show_default=True, help="In seconds.")
-@click.option("--nodes", type=click.IntRange(3, 8), default=4, show_default=True, help="Each expert is on two of them.")
+@click.option("--tokens", type=click.IntRange(100), default=20_000, show_default=True, help="Tokens to generate.")
+@click.option(
+    "--churn", "churn_s", type=click.FloatRange(5.0), default=30.0, show_default=True,
+    help="Interval between kills of nodes, in seconds.",
+)  # fmt: skip
+@click.option("--nodes", type=click.IntRange(3, 8), default=4, show_default=True, help="Node processes.")
 @click.option("--layers", type=click.IntRange(1), default=2, show_default=True, help="Layers of the demo model.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/soak"), show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seeds kills and sampling.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/soak"), show_default=True,
+    help="Folder for results and logs.",
+)  # fmt: skip
 def soak(tokens: int, churn_s: float, nodes: int, layers: int, seed: int, out: Path) -> None:
     """Generate tokens while nodes are killed and restarted; check memory, open files and the log."""
     from rich.console import Console
