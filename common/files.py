@@ -1,7 +1,8 @@
-"""Writing files so that a reader never meets half of one."""
+"""Writing files so that a reader never meets half of one, and keeping other processes out of a folder."""
 
+import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -15,7 +16,7 @@ def atomic_write(path: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`; on success it takes that name, on failure it is removed.
 
     Args:
-        mode: of the file, less what the umask takes away.
+        mode: permissions of the file, less the umask.
 
     Raises:
         StorageError: the file could not be written.
@@ -37,7 +38,7 @@ def atomic_write(path: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
 
 
 def sync(path: Path) -> None:
-    """Return when a file, or what a folder names, would outlast a power cut.
+    """Return when a file's content, or a folder's list of names, is on disk and would survive a power cut.
 
     Raises:
         OSError: it can't be opened or written.
@@ -45,5 +46,35 @@ def sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def folder_lock(folder: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Keep other processes that take this lock out of a folder. A process that is killed releases it.
+
+    The lock is on the folder itself: unlike a lock file, it leaves nothing behind in what will be published.
+
+    Args:
+        on_wait: called if another process holds the lock, before waiting for it; without it, that is an error.
+
+    Raises:
+        BlockingIOError: another process holds the lock, and `on_wait` is None.
+        OSError: the folder can't be opened.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if on_wait is None:
+                raise
+            on_wait()
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError:
+            # Some network file systems have no locks for folders: users must not run two processes there.
+            pass
+        yield
     finally:
         os.close(fd)

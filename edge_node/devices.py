@@ -1,4 +1,4 @@
-"""Which kind of device this is, from what its kernel and system say, and how many threads suit it."""
+"""Recognises the kind of device from its kernel's and system's files, and says how many threads suit it."""
 
 import os
 import platform
@@ -20,12 +20,13 @@ _DOT_PRODUCT = "asimddp"
 _NEEDS_DOT_PRODUCT = ("int4", "int8")
 
 
-class Device(NamedTuple):
-    """A device.
+class DetectedDevice(NamedTuple):
+    """The kind of this device.
 
     Attributes:
         because: what it was recognised by, for people.
-        dot_product: whether its cores have what 4- and 8-bit kernels live on; None where the question is not asked.
+        dot_product: whether its cores have dot-product instructions, which 4- and 8-bit kernels need to be fast; None
+            on x86, where it does not matter.
     """
 
     name: DeviceName
@@ -34,7 +35,7 @@ class Device(NamedTuple):
 
     @property
     def profile(self) -> DeviceProfile:
-        """What suits it."""
+        """What suits this kind of device."""
         return PROFILES[self.name]
 
 
@@ -43,51 +44,53 @@ def board_model(root: Path = Path("/")) -> str:
     return _text(root / "proc/device-tree/model").rstrip("\0\n")
 
 
-def detect(root: Path = Path("/"), machine: str = "") -> Device:
-    """What this device is.
+def detect(root: Path = Path("/"), machine: str = "") -> DetectedDevice:
+    """Recognise this device.
 
     Args:
-        root: below which /proc and /etc lie.
+        root: folder that holds /proc, /sys and /etc.
         machine: processor architecture; this machine's if empty.
     """
     machine = machine or platform.machine()
     if machine in ("x86_64", "AMD64", "amd64", "i686"):
-        return Device("x86", f"a {machine} processor")
+        return DetectedDevice("x86", f"a {machine} processor")
     features = re.search(r"^Features\s*:\s*(.*)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
     dot_product = _DOT_PRODUCT in features[1].split() if features else None
     model = board_model(root)
     for name, pattern in (("pi5", _PI5), ("pi4", _PI4), ("jetson-orin", _ORIN)):
         if pattern.search(model):
-            return Device(name, model, dot_product)  # type: ignore[arg-type]
-    # In a container the device tree may be hidden. Releases before 36 ran on Xavier as well, those after on Thor.
+            return DetectedDevice(name, model, dot_product)  # type: ignore[arg-type]
+    # In a container the device tree may be hidden. Earlier releases also ran on Xavier, later ones run on Thor.
     release = re.match(r"# R36\b", _text(root / "etc/nv_tegra_release"))
     if release:
-        return Device("jetson-orin", "/etc/nv_tegra_release says R36", dot_product)
-    return Device("generic-arm64", model or f"a {machine} processor", dot_product)
+        return DetectedDevice("jetson-orin", "/etc/nv_tegra_release says R36", dot_product)
+    return DetectedDevice("generic-arm64", model or f"a {machine} processor", dot_product)
 
 
-def named(name: DeviceName, root: Path = Path("/")) -> Device:
-    """The device that the user says this is."""
+def named(name: DeviceName, root: Path = Path("/")) -> DetectedDevice:
+    """A device of the kind that the user named, with the instructions that this one has."""
     found = detect(root)
-    return Device(name, "as told", None if name == "x86" else found.dot_product)
+    return DetectedDevice(name, "as configured", None if name == "x86" else found.dot_product)
 
 
-def threads_for(device: Device, root: Path = Path("/")) -> int:
-    """Threads to compute with: one per core that this process may use, of the fast ones where cores differ, and of
-    x86's the physical ones, within the profile's limit."""
+def threads_for(device: DetectedDevice, root: Path = Path("/")) -> int:
+    """Threads to compute with: one per core that this process may use, at most the profile's limit.
+
+    Slow cores are left out if there are faster ones; on x86, only physical cores count.
+    """
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores = len(allowed)
     if device.name == "x86":
         cores = min(cores, psutil.cpu_count(logical=False) or cores)
     else:
         capacities = [_capacity(root, cpu) for cpu in allowed]
-        # Every step waits for the slowest thread: a slow core among fast ones costs more than it gives.
+        # Every step waits for its slowest thread, so a slow core among fast ones costs more than it adds.
         cores = sum(capacity == max(capacities) for capacity in capacities)
     return max(1, min(cores, device.profile.most_threads or cores))
 
 
-def advice(device: Device, scheme: "Scheme") -> str:
-    """Why another quantisation would suit this device better; empty if none would."""
+def advice(device: DetectedDevice, scheme: "Scheme") -> str:
+    """Why another quantisation would suit this device better, for people; empty if none would."""
     profile = device.profile
     slow = device.dot_product is False or (device.dot_product is None and device.name == "pi4")
     if scheme in _NEEDS_DOT_PRODUCT and slow:

@@ -1,4 +1,4 @@
-"""When a device should rather not compute: too hot, or short of memory."""
+"""Limits beyond which a device takes no work: temperature and free memory."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,8 @@ _MORE_MEMORY = 1.25
 
 
 class Limits:
-    """What a device must stay within to take work; with a margin on the way back, so that it does not flap."""
+    """Limits of one device. After one was exceeded, a margin must be regained, so that the node's state does not
+    flap."""
 
     def __init__(
         self,
@@ -25,7 +26,10 @@ class Limits:
         """Nothing is measured yet.
 
         Args:
-            max_celsius: None for no limit; none either where no sensor tells.
+            max_celsius: highest temperature; no limit if None, or if the device has no sensor.
+            min_available_bytes: least RAM available.
+            read_celsius: returns the present temperature; `processor_celsius` if None.
+            read_available_bytes: returns the RAM available now.
         """
         self._max_celsius = max_celsius
         self._min_available_bytes = min_available_bytes
@@ -34,7 +38,7 @@ class Limits:
         self._unfit = ""
 
     def unfit(self) -> str:
-        """Why no work should come now; empty when fit."""
+        """Why the device takes no work now; empty if it does."""
         margin_celsius, factor = (_COOLER_CELSIUS, _MORE_MEMORY) if self._unfit else (0.0, 1.0)
         celsius = self._read_celsius() if self._max_celsius is not None else None
         available = self._read_available_bytes()
@@ -49,7 +53,7 @@ class Limits:
 
 
 def processor_celsius() -> float | None:
-    """The hottest sensor of the processor, None where there is none."""
+    """Temperature of the processor's hottest sensor; None if it has none."""
     sensors = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
     found = [
         reading.current

@@ -11,7 +11,7 @@ from common.cpu_idle import cpu_idle_disabled
 from edge_node import devices
 from edge_node.agent import NodeAgent, residency_status
 from edge_node.config import HoldingConfig, NodeConfig
-from edge_node.devices import Device
+from edge_node.devices import DetectedDevice
 from edge_node.experts.memory import check_memory, fitting, largest, needed_bytes, room_bytes
 from edge_node.experts.providers import first_that_proves
 from edge_node.experts.runtime import ExpertRuntime
@@ -183,9 +183,9 @@ def _address(config: NodeConfig) -> BrokerAddress:
         raise ConfigError(f"--broker: {error}") from None
 
 
-def _device(config: HoldingConfig) -> Device:
+def _device(config: HoldingConfig) -> DetectedDevice:
     return devices.detect() if config.profile == "auto" else devices.named(config.profile)
 
 
-def _providers(config: HoldingConfig, device: Device) -> tuple[Provider, ...]:
+def _providers(config: HoldingConfig, device: DetectedDevice) -> tuple[Provider, ...]:
     return device.profile.providers if config.provider == "auto" else (config.provider,)

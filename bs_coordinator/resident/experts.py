@@ -20,8 +20,7 @@ from bs_coordinator.resident.wire_rounding import round_to_wire
 from common.clock import SYSTEM_CLOCK, Clock
 from common.errors import StorageError, WdmoeError
 from edge_node.errors import MemoryBudgetError
-from edge_node.experts.memory import available_bytes, fitting
-from edge_node.experts.runtime import ExpertRuntime
+from edge_node.experts import ExpertRuntime, available_bytes, fitting
 from wire.experts import ExpertId
 from wire.frames import ExpertSlice
 from wire.manifest import Manifest

@@ -1,4 +1,4 @@
-"""Whether the chosen experts fit into this device's memory: asked before the first one is loaded."""
+"""Whether the chosen experts fit into this device's memory, before the first one is loaded."""
 
 import ctypes
 import re
@@ -17,13 +17,13 @@ RESIDENT_PER_FILE_BYTE: dict[Scheme, float] = {
     "fp16": 2.2,
     "fp32": 1.15,
 }
-"""RAM of a loaded expert ÷ bytes of its files: the larger of what experts of d 576 and of d 4096 were measured to
-take on x86-64 (1.54, 1.31, 1.01, 2.02, 1.07), rounded up. onnxruntime repacks quantised weights beside the file's
-own pages and widens fp16 weights to fp32."""
+"""RAM of a loaded expert ÷ bytes of its files: the larger of the ratios measured with experts of hidden size 576 and
+4096 on x86-64 (1.54, 1.31, 1.01, 2.02, 1.07), rounded up. onnxruntime repacks quantised weights in addition to the
+file's pages, and widens fp16 weights to fp32."""
 SESSION_BYTES = 512 << 10
-"""What a session takes whatever its size."""
+"""RAM of a session on top of its weights."""
 RESERVE_BYTES = 64 << 20
-"""Left to the system: buffers, the MQTT client, the next fork of a shell."""
+"""RAM left to the rest of the system: buffers, the MQTT client, a shell."""
 
 
 _HUGE_PAGE = 2 << 20
@@ -37,30 +37,31 @@ _libc = ctypes.CDLL(None)
 
 
 def return_freed_memory() -> None:
-    """Give what was freed back to the system, where the C library can (glibc).
+    """Return freed memory to the system, if the C library can (glibc).
 
-    Loading an expert frees about as much as it keeps, and glibc would hold on to all of it: with fp16 experts of
-    d 576 it kept 376 of 1019 MiB.
+    Loading an expert frees about as much memory as it keeps, and glibc would retain it: 376 of 1019 MiB with fp16
+    experts of hidden size 576.
     """
     if hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)
 
 
 def use_huge_pages() -> None:
-    """Put large blocks of memory that are wholly in use on huge pages, where the kernel can (Linux 6.1 or newer).
+    """Move large blocks of memory that are wholly in use to huge pages, if the kernel can (Linux 6.1 or newer).
 
-    An expert of Mixtral's size is read from end to end for every token. On pages of 4 KiB looking up their addresses
-    takes as long as reading them: one token took 10.7 instead of 6.6 ms.
+    An expert of Mixtral's size is read from end to end for every token. With pages of 4 KiB, address translation takes
+    as long as reading: one token took 10.7 instead of 6.6 ms.
     """
     for start, end in _blocks_on_small_pages():
         first, last = -(-start // _HUGE_PAGE) * _HUGE_PAGE, end // _HUGE_PAGE * _HUGE_PAGE
-        # Kernels that can't say so and change nothing.
+        # Kernels without these calls return an error, which changes nothing.
         _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_HUGEPAGE)
         _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_COLLAPSE)
 
 
 def _blocks_on_small_pages() -> Iterator[tuple[int, int]]:
-    """Start and end of this process's large anonymous mappings that are all in memory, and not on huge pages yet."""
+    """Start and end of this process's large anonymous mappings that are in memory as a whole, and mostly on small
+    pages."""
     try:
         mappings = Path("/proc/self/smaps").read_text().split("VmFlags:")
     except OSError:
@@ -71,21 +72,21 @@ def _blocks_on_small_pages() -> Iterator[tuple[int, int]]:
             continue
         start, end = int(header[1], 16), int(header[2], 16)
         in_memory, huge = (1024 * int(found[1]) if (found := field.search(mapping)) else 0 for field in (_RSS, _HUGE))
-        # A hole would be filled, and take memory for nothing.
+        # Collapsing a mapping with holes would fill them and waste memory.
         if end - start >= _LARGE_BLOCK and in_memory >= end - start and huge < (end - start) // 2:
             yield start, end
 
 
 def needed_bytes(entries: Iterable[ExpertEntry], scheme: Scheme) -> int:
-    """RAM that these experts take once loaded (an estimate from above)."""
+    """RAM in bytes that these experts take once loaded; an upper estimate."""
     factor = RESIDENT_PER_FILE_BYTE[scheme]
     sizes = [entry.bytes for entry in entries]
-    # While an expert loads, its file is in memory beside what becomes of it.
+    # While an expert is loaded, its file is in memory as well.
     return sum(int(size * factor) + SESSION_BYTES for size in sizes) + max(sizes, default=0)
 
 
 def fitting(entries: Iterable[ExpertEntry], scheme: Scheme, budget: int) -> int:
-    """How many of these experts, whichever, fit into `budget` bytes at once (an estimate from below)."""
+    """How many of these experts, whichever they are, fit into `budget` bytes at once; a lower estimate."""
     sizes = [entry.bytes for entry in entries]
     most = max(sizes, default=0)
     each = int(most * RESIDENT_PER_FILE_BYTE[scheme]) + SESSION_BYTES
@@ -93,32 +94,32 @@ def fitting(entries: Iterable[ExpertEntry], scheme: Scheme, budget: int) -> int:
 
 
 def largest(entries: Iterable[ExpertEntry], count: int) -> list[ExpertEntry]:
-    """The `count` experts that take most."""
+    """The `count` largest experts."""
     return sorted(entries, key=lambda entry: -entry.bytes)[:count]
 
 
 def room_bytes(budget: int | None) -> int:
-    """RAM that experts may take: what is available, or less by the user's own limit."""
+    """RAM in bytes that experts may take: what is available, or the user's limit `budget` if that is less."""
     available = available_bytes()
     return available if budget is None else min(budget, available)
 
 
 def available_bytes() -> int:
-    """RAM that a process may still take: what the kernel would give, or less under a cgroup limit."""
+    """RAM in bytes that this process may still take, by the kernel and by the limits of its cgroups."""
     available = psutil.virtual_memory().available
     cgroup = _cgroup_free_bytes()
     return max(0, (available if cgroup is None else min(available, cgroup)) - RESERVE_BYTES)
 
 
 def check_memory(needed: int, *, budget: int | None) -> None:
-    """Refuse what does not fit.
+    """Make sure that experts fit into memory.
 
     Args:
         needed: bytes that the experts take.
-        budget: the user's own limit in bytes, on top of the device's.
+        budget: the user's limit in bytes; None for the device's alone.
 
     Raises:
-        MemoryBudgetError: with both numbers.
+        MemoryBudgetError: they do not fit.
     """
     available = available_bytes()
     source = "available on this device"
@@ -135,10 +136,10 @@ def check_memory(needed: int, *, budget: int | None) -> None:
 
 
 def _cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes left under the memory limits of our cgroup and those around it (v2), or None where there is no limit.
+    """Bytes left under the memory limits of this process's cgroup and its parents (v2); None without a limit.
 
-    What files take in the page cache counts as left, as in the kernel's own MemAvailable: else a node that has read its
-    experts once would never have any.
+    The page cache counts as free, as in the kernel's MemAvailable: otherwise a node that has read its experts once
+    would have no memory left.
     """
     try:
         own = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
@@ -160,9 +161,9 @@ def _cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 def _cache_bytes(group: Path) -> int:
-    """Page cache that the kernel drops when the cgroup needs memory; 0 where it doesn't tell.
+    """Bytes of page cache that the kernel drops when the cgroup needs memory; 0 if unknown.
 
-    Locked pages and those of a tmpfs, which can't be dropped, are on other lists.
+    Locked pages and those of a tmpfs can't be dropped and are on other lists.
     """
     try:
         rows = [line.split() for line in (group / "memory.stat").read_text().splitlines()]

@@ -1,7 +1,8 @@
-"""Experts as onnxruntime wants them in memory, saved on the device, so that they are mapped instead of allocated.
+"""Prepacked copies of experts: weights in onnxruntime's own arrangement, mapped from a file instead of allocated.
 
-onnxruntime rearranges quantised weights when a session starts, into anonymous memory beside the file's pages. Saved
-once, the rearranged weights are pages of a file: the kernel shares them, drops them under pressure and reads them back.
+onnxruntime rearranges quantised weights when a session starts, in anonymous memory in addition to the file's pages.
+Saved once, the rearranged weights are pages of a file: the kernel shares them, drops them under memory pressure and
+reads them again.
 """
 
 import hashlib
@@ -22,14 +23,14 @@ _MODEL, _WEIGHTS = "expert.onnx", "expert.weights"
 
 
 def prepacked_model(bundle: Path, entry: ExpertEntry, folder: Path) -> Path:
-    """The prepacked copy of a verified expert, made at its first use.
+    """Path of the prepacked model of a verified expert; it is made at first use.
 
-    Copies are kept by the expert's hashes, onnxruntime's version and settings, and the processor, since each decides
-    the arrangement.
+    A copy's name is a hash of all that decides the arrangement: the expert's files, onnxruntime's version and settings,
+    and the processor.
 
     Raises:
         BundleError: onnxruntime can't load the expert.
-        StorageError: there is no room in `folder`, or no right to write.
+        StorageError: `folder` has no room or can't be written.
     """
     decisive = [*(f.sha256 for f in entry.files), ort.__version__, *EXACT_SUMS, platform.machine(), processor()]
     key = hashlib.sha256("\n".join(decisive).encode()).hexdigest()
@@ -39,18 +40,18 @@ def prepacked_model(bundle: Path, entry: ExpertEntry, folder: Path) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".part-", dir=folder, ignore_cleanup_errors=True) as part:
                 _save(bundle / entry.files[0].path, Path(part) / "whole")
-                # A power cut must not leave a copy under its name without what is in it.
+                # After a power cut, a copy under its final name must have its content.
                 for path in (*(Path(part) / "whole").iterdir(), Path(part) / "whole"):
                     sync(path)
                 (Path(part) / "whole").rename(target)
         except OSError as error:
-            if not target.exists():  # else another process was faster
+            if not target.exists():  # if it does, another process was faster
                 raise StorageError(f"can't keep prepacked experts in {folder}: {error.strerror or error}") from None
     return target / _MODEL
 
 
 def discard(model: Path) -> None:
-    """Remove a copy that is of no use, so that the next `prepacked_model` makes it again.
+    """Remove a damaged copy; the next `prepacked_model` makes it again.
 
     Raises:
         StorageError: it can't be removed.
@@ -79,12 +80,12 @@ def _save(model: Path, folder: Path) -> None:
     try:
         ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001
-        # onnxruntime raises a dozen unrelated classes, all for the same reason: not a loadable model.
+        # onnxruntime raises a dozen unrelated classes for the same reason: the model can't be loaded.
         raise BundleError(f"{model} can't be prepacked by onnxruntime: {str(error).partition(chr(10))[0]}") from None
 
 
 def processor() -> str:
-    """What tells processors apart: the features that kernels are chosen by."""
+    """The processor's features, by which onnxruntime chooses kernels; its name if they are unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-"""What onnxruntime computes with: a GPU where it proves that it can, else the CPU, and why.
+"""Execution providers of onnxruntime: a GPU if it proves that it computes every expert correctly, else the CPU.
 
-A wheel may list a GPU that it has no kernels for, and a session falls back to the CPU without a word. So a GPU counts
-only if it takes every operation of every expert and gives the probe's expected output on a real inference.
+A wheel may list a GPU that it has no kernels for, and sessions fall back to the CPU silently. A GPU is therefore used
+only if it takes every operation of every expert and gives the expected output for the probe input.
 """
 
 import logging
@@ -26,15 +26,16 @@ _SESSIONS: dict[Provider, list[tuple[str, dict[str, Any]]]] = {
     "tensorrt": [("TensorrtExecutionProvider", {}), _CUDA],  # what it can't build goes to CUDA
 }
 _GPU_TOLERANCE: dict[Scheme, float] = {"fp16": 5e-3, "int4": 0.03, "int8": 0.03}
-"""Where a GPU may differ more than another CPU: it computes fp16 in fp16, and block-quantised weights with activations
-that are not quantised. On the demo model's int4 experts that alone is 0.011, on a CPU with accuracy_level 0."""
+"""Relative errors that are allowed on a GPU where they exceed those of CPUs: a GPU computes fp16 in fp16, and
+multiplies block-quantised weights with activations that are not quantised. The latter alone makes 0.011 with the demo
+model's int4 experts, as measured on a CPU with accuracy_level 0."""
 
 
-class Chosen(NamedTuple):
-    """What computes.
+class ChosenProvider(NamedTuple):
+    """The provider that computes.
 
     Attributes:
-        reason: why not what was asked for; empty if it is.
+        reason: why none of the providers before it does; empty if it was the first.
     """
 
     provider: Provider
@@ -42,29 +43,30 @@ class Chosen(NamedTuple):
 
 
 def session_providers(provider: Provider) -> list[tuple[str, dict[str, Any]]]:
-    """As `onnxruntime.InferenceSession` takes them."""
+    """The `providers` argument of `onnxruntime.InferenceSession`: names and options, the preferred one first."""
     return _SESSIONS[provider]
 
 
 def probe_tolerance(manifest: Manifest, provider: Provider) -> float:
-    """Largest relative error of a probe's output."""
+    """Largest relative error of a probe output that is accepted."""
     if provider == "cpu":
         return manifest.probe_tolerance
     return max(manifest.probe_tolerance, _GPU_TOLERANCE.get(manifest.quantisation.scheme, 0.0))
 
 
 def unavailable(provider: Provider) -> str:
-    """Why the installed onnxruntime can't even try; empty if it can."""
+    """Why the installed onnxruntime lacks a provider, for people; empty if it has it."""
     first = _SESSIONS[provider][0][0]
     listed = ort.get_available_providers()
     return "" if first in listed else f"{provider}: this onnxruntime has no {first} (only {', '.join(listed)})"
 
 
-def first_that_proves(providers: Sequence[Provider], load: Callable[[Provider], _T]) -> tuple[_T, Chosen]:
-    """What `load` makes with the first provider that it can be made with; the CPU is tried last.
+def first_that_proves(providers: Sequence[Provider], load: Callable[[Provider], _T]) -> tuple[_T, ChosenProvider]:
+    """What `load` returns for the first provider with which it succeeds; the CPU is tried last.
 
     Args:
-        load: raises `ProviderError` where a provider does not do.
+        providers: to try in this order.
+        load: raises `ProviderError` if a provider fails.
     """
     reasons: list[str] = []
     for provider in providers:
@@ -73,9 +75,9 @@ def first_that_proves(providers: Sequence[Provider], load: Callable[[Provider], 
         reason = unavailable(provider)
         if not reason:
             try:
-                return load(provider), Chosen(provider, "; ".join(reasons))
+                return load(provider), ChosenProvider(provider, "; ".join(reasons))
             except ProviderError as error:
                 reason = f"{provider}: {error}"
         reasons.append(reason)
         log.warning("not computing with %s", reason)
-    return load("cpu"), Chosen("cpu", "; ".join(reasons))
+    return load("cpu"), ChosenProvider("cpu", "; ".join(reasons))

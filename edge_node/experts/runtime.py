@@ -1,16 +1,16 @@
-"""The experts of a device: which it answers for, which of them are in memory, and that each computes what it should.
+"""The experts of a device: loads them, proves that each computes what it should, and keeps the ones in use in memory.
 
-The same runtime serves experts on nodes and on a base station that keeps some itself.
+Nodes use it, and a base station that computes some experts itself.
 """
 
 import logging
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from common.clock import SYSTEM_CLOCK, Clock
 from edge_node.errors import ProviderError
 from edge_node.experts.memory import return_freed_memory, use_huge_pages
 from edge_node.experts.prepacked import discard, prepacked_model
@@ -25,22 +25,22 @@ from wire.tensors import Array
 log = logging.getLogger(__name__)
 
 BATCH_ROWS = 16
-"""Hidden states of a batch: what a draft, or a few callers together, bring to one expert."""
+"""Size of a typical batch in hidden states: what draft tokens, or a few callers together, send to one expert."""
 _LONELY_ROWS = 2
-"""onnxruntime has kernels of its own for a single row, and some of them round differently (int4 on processors with AVX2
-only, for one). Two rows take 2 to 29 % longer there (docs/devices.md)."""
+"""onnxruntime has special kernels for a single row, some of which round differently (int4 on processors with AVX2
+only, for example). Two rows take 2 to 29 % longer there (docs/devices.md)."""
 LARGE_EXPERT_BYTES = 16 << 20
-"""Smaller ones have no matrix that fills huge pages."""
+"""Experts with less have no matrix that fills huge pages."""
 
 
 @dataclass(slots=True)
 class Loads:
-    """What keeping only some experts in memory has cost.
+    """What it has cost to keep only some experts in memory.
 
     Attributes:
-        count: experts that a request had to wait for.
-        ns: how long requests waited for them in all.
-        evictions: experts that made room.
+        count: experts that were loaded while a request waited.
+        ns: total time of these waits.
+        evictions: experts that were removed to make room.
     """
 
     count: int = 0
@@ -55,10 +55,12 @@ class ExpertRuntime:
     another thread, one at a time, as long as the expert is not run meanwhile.
 
     Attributes:
-        most_loaded: experts in memory at once; None for all.
-        least_rows: computed at once: 2 where a hidden state by itself would get another output than in company.
-        same_in_batch: whether it gets the same then, as found with the first expert.
-        loads: since the start.
+        manifest: of the bundle.
+        most_loaded: number of experts in memory at once; None for all.
+        least_rows: least number of rows per call: 2 if a single row would get another output than within a batch.
+        same_in_batch: whether a hidden state then gets the same output alone and in a batch, as found with the first
+            expert.
+        loads: cost of loading experts since the start.
     """
 
     def __init__(
@@ -71,19 +73,23 @@ class ExpertRuntime:
         prepacked: Path | None = None,
         most_loaded: int | None = None,
         provider: Provider = "cpu",
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        """Verify, load and prove the experts, each of them, also where only some can stay.
+        """Verify, load and prove every expert, even if only some of them stay in memory.
 
         Args:
+            bundle: folder of the bundle.
+            threads: computing threads, the same for all runtimes of this process.
             prepacked: folder of copies that are mapped instead of allocated (`edge_node.experts.prepacked`).
-            most_loaded: keep this many, those used last; others are loaded when they are asked for.
-            provider: what computes; prepacked copies are for the CPU only.
+            most_loaded: keep this many in memory, those used last; others are loaded when a request needs them.
+            provider: what computes; prepacked copies are used on the CPU only.
+            clock: measures the waits for loading.
 
         Raises:
             BundleError: a file is missing, changed, or no valid model.
-            StorageError: no prepacked copy can be kept.
+            StorageError: a prepacked copy can't be saved.
             ProbeError: an expert's output differs from the one recorded at export.
-            ProviderError: the same on a GPU, or it can't compute an expert at all.
+            ProviderError: the same on a GPU, or the GPU can't compute an expert at all.
         """
         if most_loaded is not None and most_loaded < 1:
             raise ValueError("most_loaded must be at least 1")
@@ -94,6 +100,7 @@ class ExpertRuntime:
         self.same_in_batch = False
         self.loads = Loads()
         self._bundle = bundle
+        self._clock = clock
         self._provider = provider
         self._prepacked = prepacked if provider == "cpu" else None
         self._hidden = manifest.dims.hidden
@@ -107,28 +114,28 @@ class ExpertRuntime:
 
     @property
     def ids(self) -> Sequence[ExpertId]:
-        """Experts that it answers for, in the order in which it got them."""
+        """Experts that can be run, in the order in which they were added."""
         return tuple(self._entries)
 
     @property
     def loaded(self) -> Sequence[ExpertId]:
-        """Experts in memory; those used last come last where not all are."""
+        """Experts in memory. If not all of them are, those used last come last."""
         return tuple(self._sessions)
 
     def __contains__(self, id: ExpertId) -> bool:
         return id in self._entries
 
     def add(self, id: ExpertId) -> None:
-        """Verify, load and prove one more.
+        """Verify, load and prove one more expert.
 
         Raises:
-            BundleError, StorageError, ProbeError: as the constructor.
+            BundleError, StorageError, ProbeError: for the same reasons as the constructor.
         """
         (entry,) = self.manifest.entries([id])
         self._load(entry)
 
     def drop(self, id: ExpertId) -> None:
-        """Answer for it no longer, and free its memory."""
+        """Remove an expert and free its memory."""
         del self._entries[id]
         self._sessions.pop(id, None)
         return_freed_memory()
@@ -139,7 +146,7 @@ class ExpertRuntime:
         The result is a view that the next call overwrites.
 
         Raises:
-            KeyError: it does not answer for this expert.
+            KeyError: the runtime does not have this expert.
             BundleError, StorageError, ProbeError: the expert was not in memory and can no longer be loaded.
         """
         session = self._sessions.get(id) or self._load_on_demand(self._entries[id])
@@ -155,13 +162,14 @@ class ExpertRuntime:
         return self._y[:n]
 
     def batch_invariant(self, id: ExpertId) -> bool:
-        """Whether this expert gave `BATCH_ROWS` hidden states the same outputs, to the last bit, alone and together."""
+        """Whether this expert computes the same outputs, to the last bit, for `BATCH_ROWS` hidden states alone and
+        together."""
         x = probe_input(self._hidden, BATCH_ROWS)
         alone = np.concatenate([self.run(id, row[None]).copy() for row in x])
         return np.array_equal(alone, self.run(id, x))
 
     def _find_least_rows(self, id: ExpertId) -> None:
-        """See `least_rows`; 1 too where even two rows don't help."""
+        """Set `least_rows` and `same_in_batch`; `least_rows` is 1 if two rows make no difference either."""
         for self.least_rows in (1, _LONELY_ROWS):
             self.same_in_batch = self.batch_invariant(id)
             if self.same_in_batch:
@@ -173,15 +181,15 @@ class ExpertRuntime:
         self._y = np.zeros((tokens, self._hidden), np.float32)
 
     def _load_on_demand(self, entry: ExpertEntry) -> ExpertSession:
-        began_ns = time.perf_counter_ns()
+        began_ns = self._clock.perf_ns()
         self.loads.evictions += self._make_room()
         session = self._load(entry)
         self.loads.count += 1
-        self.loads.ns += time.perf_counter_ns() - began_ns
+        self.loads.ns += self._clock.perf_ns() - began_ns
         return session
 
     def _make_room(self) -> int:
-        """Forget those that were not used for longest; how many."""
+        """Remove the experts that have been unused for longest until there is room for one; returns how many."""
         evicted = 0
         while self.most_loaded is not None and len(self._sessions) >= self.most_loaded:
             del self._sessions[next(iter(self._sessions))]
@@ -197,7 +205,7 @@ class ExpertRuntime:
         self._entries[entry.id] = entry
         self._sessions[entry.id] = session
         if not self.least_rows:
-            # Experts are alike, so that the first one tells for all.
+            # All experts have the same graph, so the first one stands for all.
             self._find_least_rows(entry.id)
         return_freed_memory()
         if entry.bytes >= LARGE_EXPERT_BYTES:
@@ -210,20 +218,20 @@ class ExpertRuntime:
         return session
 
     def _open_prepacked(self, entry: ExpertEntry, folder: Path) -> ExpertSession:
-        """From the prepacked copy. It has no hash of its own, so one that a power cut damaged is found here, and made
-        once more."""
+        """Open the prepacked copy. It has no hash: if it is damaged, for example by a power cut, it is made again."""
         model = prepacked_model(self._bundle, entry, folder)
         try:
             return self._open(entry, model)
         except Exception as error:  # noqa: BLE001
             # A damaged model may load and then raise whatever onnxruntime raises.
             first_line = str(error).partition("\n")[0]
-            log.warning("the prepacked copy of expert %s is of no use and is made again: %s", entry.id, first_line)
+            log.warning("the prepacked copy of expert %s is damaged and is made again: %s", entry.id, first_line)
             discard(model)
         return self._open(entry, prepacked_model(self._bundle, entry, folder))
 
     def _verify(self, entry: ExpertEntry) -> None:
-        """Hash the files, unless they are those that were hashed before: an expert may be loaded many times."""
+        """Check the files' hashes, unless they have not changed since the last check: an expert may be loaded many
+        times."""
         for file in entry.files:
             path = self._bundle / file.path
             if path not in self._verified or _identity(path) != self._verified[path]:
@@ -239,7 +247,7 @@ class ExpertRuntime:
         except Exception as failure:
             if self._provider == "cpu":
                 raise
-            # A GPU that the wheel has no kernels for is found out only now.
+            # That the wheel has no kernels for a GPU shows only now.
             first_line = str(failure).partition("\n")[0]
             raise ProviderError(f"expert {entry.id} can't be computed: {first_line}") from None
         expected = decode_probe_output(entry.probe_output, self._hidden)
@@ -256,10 +264,10 @@ class ExpertRuntime:
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """What changes with a file's content, as far as the file system tells.
+    """What the file system changes together with a file's content: inode, size and times.
 
     Raises:
-        BundleError: it is missing.
+        BundleError: the file is missing.
     """
     try:
         found = path.stat()

@@ -1,7 +1,7 @@
-"""One expert in onnxruntime: a session of its own, one shared thread pool, buffers bound once.
+"""One expert in onnxruntime: its own session, one thread pool for all sessions, buffers bound once.
 
-A session per expert is what lets a node hold any set of them, and costs nothing: a call with bound buffers
-takes 4 µs on top of the arithmetic.
+With a session per expert, a node can hold any set of experts. It costs little: a call with bound buffers takes 4 µs on
+top of the arithmetic.
 """
 
 from pathlib import Path
@@ -20,9 +20,10 @@ _shared_pool_threads: int | None = None
 
 
 def share_thread_pool(threads: int) -> None:
-    """Give all sessions of this process one pool. The first call decides: onnxruntime allows only one.
+    """Make all sessions of this process share a pool of `threads` threads.
 
-    A single thread needs none, and without one other code in this process may use sessions as it likes.
+    Only the first call with more than one thread has an effect: onnxruntime allows one pool. A single thread needs no
+    pool, and without it other code of this process may configure its sessions freely.
     """
     global _shared_pool_threads
     if _shared_pool_threads is None and threads > 1:
@@ -31,19 +32,24 @@ def share_thread_pool(threads: int) -> None:
 
 
 class ExpertSession:
-    """One loaded expert; its buffers are bound again only when they or the token count change."""
+    """One loaded expert. Buffers are bound again only if they or the number of tokens change."""
 
     def __init__(self, model: Path, hidden: int, provider: Provider = "cpu") -> None:
-        """Load it.
+        """Load an expert.
+
+        Args:
+            model: path of its ONNX graph.
+            hidden: the model's hidden size.
+            provider: what computes.
 
         Raises:
-            BundleError: onnxruntime can't.
-            ProviderError: the GPU that was asked for can't take all of its operations.
+            BundleError: onnxruntime can't load it.
+            ProviderError: `provider` is a GPU that can't compute all of its operations.
         """
         options = ort.SessionOptions()
         options.use_per_session_threads = _shared_pool_threads is None
         options.intra_op_num_threads = 0 if _shared_pool_threads else 1
-        # Activations are one small buffer: an arena per session would only keep memory.
+        # Activations fit into one small buffer; an arena per session would only retain memory.
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
         options.log_severity_level = 3
@@ -54,19 +60,19 @@ class ExpertSession:
         try:
             self._session = ort.InferenceSession(model, options, providers=wanted)
         except Exception as error:  # noqa: BLE001
-            # onnxruntime raises a dozen unrelated classes, all for the same reason: not a loadable model.
+            # onnxruntime raises a dozen unrelated classes for the same reason: the model can't be loaded.
             first_line = str(error).partition("\n")[0]
             kind = BundleError if provider == "cpu" else ProviderError
             raise kind(f"{model} can't be loaded by onnxruntime: {first_line}") from None
         if (got := self._session.get_providers()[0]) != wanted[0][0]:
-            # A library that can't be loaded is only a line in onnxruntime's log.
+            # If a library can't be loaded, onnxruntime only logs it and takes another provider.
             raise ProviderError(f"onnxruntime can't start {wanted[0][0]} and took {got}")
         self._hidden = hidden
         self._binding = self._session.io_binding()
         self._bound = (0, 0, 0)
 
     def run(self, x: Array, y: Array, tokens: int) -> None:
-        """The first `tokens` rows of y from those of x, both float32 [≥ tokens, hidden], contiguous."""
+        """Compute the first `tokens` rows of y from those of x; both are float32 [≥ tokens, hidden] and contiguous."""
         key = (x.ctypes.data, y.ctypes.data, tokens)
         if key != self._bound:
             shape = (tokens, self._hidden)

@@ -4,11 +4,9 @@ The first row says what is exported and how; one row follows per finished expert
 an unfinished bundle and goes away when the manifest is there.
 """
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -16,7 +14,7 @@ from msgspec import Struct
 
 from common.console import describe_os_error
 from common.errors import StorageError
-from common.files import atomic_write
+from common.files import atomic_write, folder_lock
 from wire.errors import BundleError
 from wire.experts import ExpertId
 from wire.manifest import ExpertEntry, FileEntry, Quantisation, Source, verify_file
@@ -118,16 +116,13 @@ def exclusive(bundle: Path) -> Iterator[None]:
     Raises:
         BundleError: another export is writing there.
     """
-    fd = os.open(bundle, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(folder_lock(bundle))
         except BlockingIOError:
             raise BundleError(f"another export is writing to {bundle}: wait for it or choose another folder") from None
         remove_temporary_files(bundle)
         yield
-    finally:
-        os.close(fd)
 
 
 def remove_temporary_files(bundle: Path) -> None:

@@ -4,10 +4,8 @@ A base is a GGUF file or a Hugging Face folder of one dense Llama model. Both ar
 time, so that a 135 M model never sits in memory as a whole. This module knows nothing of experts.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -15,14 +13,14 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from common.console import describe_os_error
 from common.errors import StorageError
-from common.files import atomic_write
+from common.files import atomic_write, folder_lock
 from exporter.checkpoint.safetensors_file import read_header
 from exporter.errors import CheckpointError, DownloadError
 from wire.manifest import sha256_file
@@ -106,32 +104,21 @@ class Base(Protocol):
 
 
 @contextmanager
-def exclusive(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold `folder` (created when absent) against other processes; `waiting` is called if one has it.
+def exclusive(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold `folder` (made if missing) against other processes; `on_wait` is called if one of them has it.
 
-    The lock is on the directory itself: nothing is left behind, and a killed holder releases it. Two
-    makes side by side therefore build once instead of deleting each other's unfinished files.
+    Two processes side by side then build once, instead of deleting each other's unfinished files.
 
     Raises:
-        StorageError: the folder could not be created or opened.
+        StorageError: the folder could not be made or opened.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise StorageError(f"can't use folder {folder}: {describe_os_error(error)}") from error
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:
-            # Some network file systems can't lock directories. Being alone there is the user's care.
-            pass
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(folder_lock(folder, on_wait=on_wait))
+        except OSError as error:
+            raise StorageError(f"can't use folder {folder}: {describe_os_error(error)}") from error
         yield
-    finally:
-        os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bs_coordinator.trunk.trunk import Trunk
-from edge_node.experts.runtime import ExpertRuntime
+from edge_node.experts import ExpertRuntime
 from testbed.bench.floor import Alone
 from wire.experts import ExpertId
 from wire.manifest import load_manifest, probe_input

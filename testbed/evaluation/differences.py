@@ -17,7 +17,7 @@ from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import SequenceInput
 from bs_coordinator.trunk.trunk import Trunk
 from common.errors import WdmoeError
-from edge_node.experts.runtime import ExpertRuntime
+from edge_node.experts import ExpertRuntime
 from wire.experts import ExpertId
 from wire.manifest import load_manifest, sha256_file
 from wire.tensors import Array

@@ -12,7 +12,7 @@ import numpy as np
 from bs_coordinator.engine.experts import ExpertOutput, Ready
 from bs_coordinator.resident.wire_rounding import round_to_wire
 from bs_coordinator.selection.forecast import LayerForecast
-from edge_node.experts.runtime import ExpertRuntime
+from edge_node.experts import ExpertRuntime
 from wire.experts import ExpertId
 from wire.manifest import load_manifest
 from wire.tensors import Array, WireDtype

@@ -23,7 +23,7 @@ from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.sequence import Sequence
 from bs_coordinator.selection import TopK
 from common.errors import one_line
-from edge_node.experts.memory import check_memory, needed_bytes
+from edge_node.experts import check_memory, needed_bytes
 from testbed.experiment.networks import Loopback, Network
 from testbed.experiment.system_under_test import SystemUnderTest, in_process_system
 from testbed.plan.schema import BaselineKind, Plan

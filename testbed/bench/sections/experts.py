@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from edge_node.experts.memory import return_freed_memory
+from edge_node.experts import ExpertRuntime, return_freed_memory
 from edge_node.experts.prepacked import prepacked_model
-from edge_node.experts.runtime import ExpertRuntime
 from testbed.bench.big_expert import ID, export_big_expert, random_weights
 from testbed.bench.rows import Row, Settings, in_turns
 from testbed.demo_assets import demo_bundle

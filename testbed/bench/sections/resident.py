@@ -16,7 +16,7 @@ from bs_coordinator.nodes.registry import LOCAL_NODE
 from bs_coordinator.resident.choice import choose_resident
 from common.errors import WdmoeError
 from common.files import atomic_write
-from edge_node.experts.memory import needed_bytes
+from edge_node.experts import needed_bytes
 from testbed.bench.rows import Row, Settings, Skipped
 from testbed.demo_assets import demo_bundle
 from testbed.errors import PrivilegeError

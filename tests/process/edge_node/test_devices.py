@@ -18,11 +18,15 @@ def test_a_node_that_is_asked_for_cuda_serves_with_the_cpu_and_says_why(fleet: L
     fleet.start("g", "L*:E0", options=["--profile", "jetson-orin", "--provider", "cuda"])
     status = _status(fleet, "g")
     assert status.device is not None
-    assert (status.device.profile, status.device.because, status.device.provider) == ("jetson-orin", "as told", "cpu")
+    assert (status.device.profile, status.device.because, status.device.provider) == (
+        "jetson-orin",
+        "as configured",
+        "cpu",
+    )
     assert "has no CUDAExecutionProvider" in status.device.provider_reason
     log = fleet.log_path("g").read_text()
     assert "not computing with cuda: this onnxruntime has no CUDAExecutionProvider" in log
-    assert "profile jetson-orin (as told)" in log
+    assert "profile jetson-orin (as configured)" in log
 
 
 def _status(fleet: LocalNodes, node: str) -> NodeStatus:

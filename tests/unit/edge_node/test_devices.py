@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edge_node import devices
-from edge_node.devices import Device
+from edge_node.devices import DetectedDevice
 from edge_node.errors import ProviderError
 from edge_node.experts.providers import first_that_proves, unavailable
 from edge_node.experts.runtime import ExpertRuntime
@@ -76,23 +76,23 @@ def test_only_the_fast_cores_count(tmp_path: Path) -> None:
         folder = tmp_path / f"sys/devices/system/cpu/cpu{cpu}"
         folder.mkdir(parents=True)
         (folder / "cpu_capacity").write_text("1024\n" if i == 0 else "410\n")
-    assert devices.threads_for(Device("generic-arm64", "test"), tmp_path) == 1
+    assert devices.threads_for(DetectedDevice("generic-arm64", "test"), tmp_path) == 1
 
 
 @pytest.mark.parametrize(
     ("device", "scheme", "advised"),
     [
-        (Device("pi4", "", False), "int4", True),
-        (Device("pi4", "", False), "int8", True),
-        (Device("pi4", "", False), "int8-dynamic", False),
-        (Device("generic-arm64", "", False), "int4", True),
-        (Device("generic-arm64", "", True), "int4", False),
-        (Device("pi5", "", True), "int4", False),
-        (Device("pi5", "", True), "fp32", True),
-        (Device("x86", ""), "int4", False),
+        (DetectedDevice("pi4", "", False), "int4", True),
+        (DetectedDevice("pi4", "", False), "int8", True),
+        (DetectedDevice("pi4", "", False), "int8-dynamic", False),
+        (DetectedDevice("generic-arm64", "", False), "int4", True),
+        (DetectedDevice("generic-arm64", "", True), "int4", False),
+        (DetectedDevice("pi5", "", True), "int4", False),
+        (DetectedDevice("pi5", "", True), "fp32", True),
+        (DetectedDevice("x86", ""), "int4", False),
     ],
 )
-def test_a_quantisation_that_does_not_suit_is_said(device: Device, scheme: Scheme, advised: bool) -> None:
+def test_a_quantisation_that_does_not_suit_is_said(device: DetectedDevice, scheme: Scheme, advised: bool) -> None:
     assert bool(devices.advice(device, scheme)) == advised
 
 
@@ -100,7 +100,7 @@ def test_a_quantisation_that_does_not_suit_is_said(device: Device, scheme: Schem
 def test_the_exporter_s_choice_suits_the_node(name: DeviceName) -> None:
     quantisation, said = choose_quantisation(name, None, None, False)
     assert name in said
-    assert not devices.advice(Device(name, "", name != "pi4"), quantisation.scheme)
+    assert not devices.advice(DetectedDevice(name, "", name != "pi4"), quantisation.scheme)
     assert PROFILES[name].providers[-1] == "cpu"
 
 

@@ -68,7 +68,7 @@ def test_a_damaged_copy_is_made_once_more(
     with caplog.at_level(logging.WARNING):
         healed = ExpertRuntime(bundle, manifest, [id], prepacked=tmp_path)
     (line,) = caplog.messages
-    assert line.startswith(f"the prepacked copy of expert {id} is of no use and is made again: ")
+    assert line.startswith(f"the prepacked copy of expert {id} is damaged and is made again: ")
     assert "\n" not in line
     assert np.array_equal(healed.run(id, x), expected)
     (file,) = tmp_path.glob(f"*/{name}")
