@@ -13,7 +13,7 @@ from edge_node.experts import ExpertRuntime
 from edge_node.limits import Limits
 from edge_node.worker import Worker
 from wire import status
-from wire.broker_url import BrokerAddress
+from wire.broker_address import BrokerAddress
 from wire.errors import BrokerAuthError, BrokerError
 from wire.experts import ExpertId
 from wire.manifest import Scheme, load_manifest
