@@ -46,7 +46,7 @@ class Command(click.Command):
         """Write the groups of options."""
         groups: dict[str, list[tuple[str, str]]] = {"Options": []}
         for param in self.get_params(ctx):
-            if (record := param.get_help_record(ctx)) is not None:
+            if isinstance(param, click.Option) and (record := param.get_help_record(ctx)) is not None:
                 groups.setdefault(getattr(param, "heading", "Options"), []).append(record)
         for heading, records in groups.items():
             with formatter.section(heading):
@@ -165,7 +165,7 @@ def _click_type(plain: Any, option: Option) -> click.ParamType[Any]:
     return click.STRING
 
 
-def _choices(plain: Any) -> list[str]:
+def _choices(plain: Any) -> list[Any]:
     """What a Literal, a union of Literals or an Enum allows; empty for other types."""
     if _is_enum(plain):
         return [member.name.lower() for member in plain]

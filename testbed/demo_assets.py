@@ -1,12 +1,12 @@
 """The demo model and its bundles, made once and kept in the user's cache folder."""
 
-import os
 from pathlib import Path
 
 import platformdirs
 from rich.console import Console
 
 from exporter.bundle.bundle import export_bundle
+from exporter.config import ExportConfig
 from exporter.demo_model.assembly import assemble_demo_model
 from exporter.draft.draft import export_draft
 from exporter.expert.presets import DEFAULT_BLOCK
@@ -58,7 +58,7 @@ def export_demo_bundle(
             model,
             out,
             demo_quantisation(scheme, block),
-            jobs=min(4, os.cpu_count() or 1),
+            jobs=ExportConfig().jobs,
             progress=lambda done, all_: status.update(f"{scheme} bundle: expert {done} of {all_}"),
         )
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _per_node(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
-    """Each `ADDRESS=NUMBER`, the number above 0."""
+    """Number by address, from `ADDRESS=NUMBER` each; the number must be above 0."""
     found = {}
     for value in values:
         address, _, number = value.rpartition("=")
@@ -29,32 +29,49 @@ def _per_node(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
 
 
 def _addresses(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    """Each `NODE=ADDRESS`."""
+    """Address by node, from `NODE=ADDRESS` each."""
     found = dict(value.partition("=")[::2] for value in values)
     if not all(node and address for node, address in found.items()):
-        raise click.BadParameter("say NODE=ADDRESS")
+        raise click.BadParameter("write NODE=ADDRESS, such as pi1=192.168.1.21")
     return found
 
 
 @click.command(cls=Command)
 @click.argument("interface")
-@click.option("--link", "links", multiple=True, callback=_per_node, help="ADDRESS=MBPS of a node's link; repeatable.")
 @click.option(
-    "--rows", multiple=True, callback=_per_node, help="ADDRESS=ROWS that a layer sends there; else all alike."
+    "--link",
+    "links",
+    multiple=True,
+    callback=_per_node,
+    metavar="ADDRESS=MBPS",
+    help="A node's address and the rate of its link in Mbit/s; repeatable.",
 )
+@click.option(
+    "--rows", multiple=True, callback=_per_node, metavar="ADDRESS=ROWS",
+    help="Hidden states that a layer sends to a node; repeatable.  [default: all nodes alike]",
+)  # fmt: skip
 @click.option(
     "--follow",
     metavar="LOG",
     type=click.Path(path_type=Path),
-    help="Take rates and rows from the --link-log of a base station that runs, until interrupted.",
+    help="Take rates and rows from the --link-log of a running base station, until interrupted.",
 )
 @click.option(
-    "--node", "nodes", multiple=True, callback=_addresses, metavar="NODE=ADDRESS", help="For --follow; repeatable."
+    "--node",
+    "nodes",
+    multiple=True,
+    callback=_addresses,
+    metavar="NODE=ADDRESS",
+    help="A node's address, for --follow; repeatable.",
 )
 @click.option(
-    "--every", type=click.FloatRange(0.2, 3600), default=5.0, show_default=True, help="Seconds between changes."
+    "--every",
+    type=click.FloatRange(0.2, 3600),
+    default=5.0,
+    show_default=True,
+    help="Seconds between changes, for --follow.",
 )
-@click.option("--off", is_flag=True, help="Stop shaping.")
+@click.option("--off", is_flag=True, help="Remove all shares from the interface.")
 def shape(
     interface: str, links: dict[str, float], rows: dict[str, float], follow: Path | None, nodes: dict[str, str],
     every: float, off: bool,
@@ -77,7 +94,7 @@ def shape(
         raise click.UsageError(f"--rows names {', '.join(sorted(unknown))}, but no --link does")
     given = [shaping.ShapedLink(address, mbps, rows.get(address, 1.0)) for address, mbps in links.items()]
     shaping.shape(interface, given)
-    _say(given)
+    _print_shares(given)
 
 
 def _follow(
@@ -98,14 +115,14 @@ def _follow(
                 rows[sample.node] += sample.rows
                 now_s = sample.time_s
             if shaper.update({e.node: e.link.down_mbps for e in monitor.estimates(now_s)}, rows):
-                _say(shaper.links)
+                _print_shares(shaper.links)
             clock.sleep_s(every_s)
     finally:
         if shaper.links:
             shaping.clear(interface)
 
 
-def _say(links: "Sequence[shaping.ShapedLink]") -> None:
+def _print_shares(links: "Sequence[shaping.ShapedLink]") -> None:
     from bs_coordinator.airtime import shaping
 
     for link, share in zip(links, shaping.time_shares(links), strict=True):

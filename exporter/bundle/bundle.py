@@ -78,7 +78,7 @@ def export_bundle(
     *,
     layers: Sequence[int] | None = None,
     experts: Sequence[int] | None = None,
-    jobs: int = 1,
+    jobs: int,
     preset: str = "",
     progress: Progress | None = None,
 ) -> ExportResult:

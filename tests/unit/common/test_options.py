@@ -16,6 +16,8 @@ from common.options import make_config
 from common.sizes import format_bytes, parse_bytes
 from edge_node.cli import cli as node
 from edge_node.config import NodeConfig, TuneConfig
+from exporter.cli import cli as exporter
+from exporter.config import ExportConfig
 from wire.tensors import WireDtype
 
 _BUNDLE, _TUNED = {"bundle": Path("b")}, Path("t.json")
@@ -32,6 +34,7 @@ COMMANDS: list[tuple[click.Group, str, list[str], dict[Any, dict[str, Any]]]] = 
         node, "serve", [*_HOLDING_ARGUMENTS, "--broker", "mqtt://h", "--id", "n"],
         {NodeConfig: {**_HOLDING, "broker": "mqtt://h", "node": "n"}},
     ),
+    (exporter, "bundle", ["checkpoint", "out"], {ExportConfig: {}}),
     (node, "tune", [*_HOLDING_ARGUMENTS, "--tuned", "t.json"], {TuneConfig: {**_HOLDING, "tuned": _TUNED}}),
 ]  # fmt: skip
 WITHOUT_OPTION = {

@@ -59,7 +59,7 @@ def test_a_tokenizer_of_any_kind_will_do(names: tuple[str, ...], mixtral: Callab
     (source / "tokenizer.json").unlink()
     for name in names:
         (source / name).write_bytes(tokenizer)
-    manifest = export_bundle(source, out, INT4, layers=[0], experts=[0]).manifest
+    manifest = export_bundle(source, out, INT4, layers=[0], experts=[0], jobs=1).manifest
     assert {f"trunk/{name}" for name in names} <= {file.path for file in manifest.trunk}
 
 
@@ -68,7 +68,7 @@ def test_what_is_new_beside_the_weights_is_copied_without_the_experts(
 ) -> None:
     source, out = copy_checkpoint(mixtral(), tmp_path / "checkpoint"), tmp_path / "out"
     (source / "tokenizer.json").rename(source / "tokenizer.model")
-    export_bundle(source, out, INT4)
+    export_bundle(source, out, INT4, jobs=1)
     experts = {path: path.stat().st_mtime_ns for path in out.glob("experts/*/*")}
     shutil.copy(mixtral() / "tokenizer.json", source)
     for template in ("one", "another"):
@@ -88,7 +88,7 @@ def test_what_is_new_beside_the_weights_is_copied_without_the_experts(
 def signed(mixtral: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
     """A bundle with a draft model (of any bytes) and a signature, and the public key."""
     out, private, public = tmp_path / "out", tmp_path / "bundle.key", tmp_path / "bundle.pub"
-    manifest = export_bundle(mixtral(), out, INT4).manifest
+    manifest = export_bundle(mixtral(), out, INT4, jobs=1).manifest
     (out / "draft").mkdir()
     (out / "draft/draft.json").write_bytes(b"a draft")
     digest = hashlib.sha256(b"a draft").hexdigest()
@@ -129,9 +129,9 @@ def test_an_interrupted_repair_does_not_forget_the_draft(
     with monkeypatch.context() as patched:
         patched.setattr("exporter.bundle.bundle.export_all", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            export_bundle(mixtral(), out, INT4)
+            export_bundle(mixtral(), out, INT4, jobs=1)
     assert not (out / "manifest.json").exists()
-    result = export_bundle(mixtral(), out, INT4)
+    result = export_bundle(mixtral(), out, INT4, jobs=1)
     assert (result.kept, result.lost) == (7, ())
     assert load_trusted_manifest(out, public) == before
     assert sorted(path.name for path in out.iterdir()) == ["draft", "experts", "manifest.json", "manifest.sig", "trunk"]
@@ -196,11 +196,11 @@ def test_refusals(mixtral: Callable[..., Path], tmp_path: Path, run: Run) -> Non
 
 def test_unfinished_export_of_another_kind(mixtral: Callable[..., Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    export_bundle(mixtral(), out, INT4)
+    export_bundle(mixtral(), out, INT4, jobs=1)
     (out / "manifest.json").rename(out / "gone")
     assert not (out / JOURNAL).exists()
     (out / JOURNAL).write_text("not a journal\n")
-    export_bundle(mixtral(), out, INT4)
+    export_bundle(mixtral(), out, INT4, jobs=1)
     assert load_manifest(out).quantisation == INT4
 
 

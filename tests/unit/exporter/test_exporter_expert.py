@@ -30,7 +30,7 @@ def test_fp32_export_equals_transformers(dtype: str, shards: str, tmp_path: Path
     import torch
 
     model = save_mixtral(tmp_path / "model", dtype, shard_size=shards)
-    export_bundle(tmp_path / "model", tmp_path / "bundle", FP32)
+    export_bundle(tmp_path / "model", tmp_path / "bundle", FP32, jobs=1)
     x = probe_input(HIDDEN, 5)
     for layer, block in enumerate(model.float().model.layers):
         experts = block.mlp.experts
@@ -141,7 +141,7 @@ def test_wrong_probe_output_is_found(mixtral: Callable[..., Path], tmp_path: Pat
 
 def test_trunk_holds_everything_else_unchanged(mixtral: Callable[..., Path], tmp_path: Path) -> None:
     source = mixtral("float32")
-    export_bundle(source, tmp_path / "bundle", FP32, layers=[1], experts=[0])
+    export_bundle(source, tmp_path / "bundle", FP32, layers=[1], experts=[0], jobs=1)
     trunk = load_file(tmp_path / "bundle/trunk/model.safetensors")
     whole = load_file(source / "model.safetensors")
     assert set(trunk) == {name for name in whole if ".experts." not in name}

@@ -1,0 +1,33 @@
+"""How a checkpoint is exported. The options of `wdmoe-export bundle` are made from this class."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from common.config import Config, Option
+from wire.device_profiles import DeviceName
+from wire.manifest import Scheme
+
+_MOST_JOBS = 4
+"""Each process needs the RAM of an expert's weights in fp32."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportConfig(Config):
+    """Quantisation and experts."""
+
+    quant: Annotated[Scheme | None, Option("Quantisation of the experts.  [default: the device's, else int4]")] = None
+    device: Annotated[DeviceName | None, Option("Kind of device to choose the quantisation for.")] = None
+    block: Annotated[
+        Literal[32, 64, 128] | None, Option("Weights that share a scale, for int4 and int8.  [default: 32]")
+    ] = None
+    symmetric: Annotated[bool, Option("Quantise without zero points: smaller, less exact.")] = False
+    via: Annotated[
+        Literal["direct", "optimum"],
+        Option("Quantiser; optimum makes int8-dynamic and needs an environment of its own."),
+    ] = "direct"
+    layers: Annotated[str, Option("Layers to export, such as 0-3,7.")] = "*"
+    experts: Annotated[str, Option("Experts of each layer to export, such as 0,2.")] = "*"
+    jobs: Annotated[int, Option("Processes to use.", minimum=1, maximum=64)] = field(
+        default_factory=lambda: min(_MOST_JOBS, os.cpu_count() or 1)
+    )
