@@ -4,13 +4,13 @@ from common.errors import WdmoeError
 
 
 class PlanError(WdmoeError):
-    """An experiment's plan is wrong."""
+    """The plan of an experiment is not valid."""
 
     exit_code = 60
 
 
 class RunDirectoryError(WdmoeError):
-    """A run directory is missing, in use, or not one."""
+    """A folder is missing, in use, or not a run directory."""
 
     exit_code = 61
 
@@ -22,25 +22,25 @@ class PreflightError(WdmoeError):
 
 
 class FailedCellsError(WdmoeError):
-    """A run went to its end, but some of its cells failed."""
+    """A run ended, but some of its cells failed."""
 
     exit_code = 63
 
 
 class PrivilegeError(WdmoeError):
-    """Emulated networks need rights that this process lacks."""
+    """This process lacks the rights that emulated networks need."""
 
     exit_code = 64
 
 
 class NetworkSpecError(WdmoeError):
-    """The description of an emulated network is wrong."""
+    """The description of an emulated network is not valid."""
 
     exit_code = 65
 
 
 class NetworkError(WdmoeError):
-    """An emulated network is not up, does not come up, or is not what was configured."""
+    """An emulated network is not up, does not come up, or differs from its configuration."""
 
     exit_code = 66
 
@@ -52,36 +52,36 @@ class SimulationError(WdmoeError):
 
 
 class ChaosError(WdmoeError):
-    """Under faults an answer was wrong, hung or crashed."""
+    """An answer under faults was wrong, hung or crashed."""
 
     exit_code = 68
 
 
 class MachineError(WdmoeError):
-    """Machines to try deployment on can't be made, or do not come up."""
+    """Machines for testing deployment can't be made, or do not come up."""
 
     exit_code = 71
 
 
 class FleetError(WdmoeError):
-    """A deployment can't be made as the inventory says, or failed on some hosts."""
+    """The inventory is not valid, or deployment failed on some hosts."""
 
     exit_code = 72
 
 
 class EmulationError(WdmoeError):
-    """Another processor can't be emulated here."""
+    """Another processor can't be emulated on this machine."""
 
     exit_code = 73
 
 
 class AgreementError(WdmoeError):
-    """An emulated processor computes something else than this one."""
+    """Results of an emulated processor differ from this one's by more than the tolerance."""
 
     exit_code = 74
 
 
 class ArchiveError(WdmoeError):
-    """A run's archive is damaged, unsafe, or can't be made as asked."""
+    """The archive of a run is damaged, unsafe, or can't be written."""
 
     exit_code = 75

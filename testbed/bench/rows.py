@@ -36,7 +36,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One comparison.
+    """A comparison of our code with a floor.
 
     Attributes:
         name: what was measured.

@@ -93,13 +93,13 @@ def create(
 
 
 class KeyFolder:
-    """An existing folder of keys."""
+    """An existing folder with all keys of a cluster."""
 
     def __init__(self, path: Path) -> None:
-        """Open it.
+        """Open the folder.
 
         Raises:
-            KeyFileError: it is not one, or others may read it.
+            KeyFileError: `path` is not a folder of keys, or other users can read them.
         """
         self.path = path
         if not (path / "ca.key").is_file():
@@ -111,13 +111,13 @@ class KeyFolder:
 
     @property
     def nodes(self) -> list[str]:
-        """Names of the nodes that have keys."""
+        """Ids of the nodes that have keys, sorted."""
         folder = self.path / "nodes"
         return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
 
     @property
     def cluster_key(self) -> ClusterKey:
-        """What frame keys are derived from."""
+        """The cluster key, from which all frame keys are derived."""
         _, cluster, secret = read_private(self.path / "bs" / "cluster.key").decode().split()
         return ClusterKey(cluster, bytes.fromhex(secret))
 
