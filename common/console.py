@@ -1,4 +1,4 @@
-"""How each command of this project ends: one clear line and an exit code, never a traceback.
+"""Runs a command of this project so that every failure ends with one line and an exit code, without a traceback.
 
 Commands are click commands. `WDMOE_DEBUG=1` in the environment keeps the traceback for developers.
 """
@@ -20,7 +20,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(command: click.Command, prog_name: str) -> None:
-    """Run `command` on `sys.argv` and leave the process with the exit code of what happened."""
+    """Run `command` on `sys.argv` and end the process with its exit code."""
     level = logging.DEBUG if _debug() else logging.INFO
     logging.basicConfig(level=level, format=LOG_FORMAT, stream=sys.stderr)
     sys.exit(exit_code(command, prog_name))

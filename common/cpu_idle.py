@@ -1,7 +1,7 @@
-"""Keeping processor cores out of sleep (Linux PM QoS).
+"""Disables the idle states of processor cores (Linux PM QoS).
 
-A token is a chain of short waits, and cores fall asleep in each of them. To wake one takes time, on a virtual machine
-that of its host as well.
+Computing a token is a chain of short waits, and idle cores enter sleep states in each of them. Waking a core takes
+time; on a virtual machine, the host's core has to wake as well.
 """
 
 import logging
@@ -18,19 +18,19 @@ _LATENCY_US = struct.Struct("=i")
 
 @contextmanager
 def cpu_idle_disabled(device: Path = DEVICE) -> Iterator[bool]:
-    """Ask the kernel not to let any core sleep meanwhile; it costs power.
+    """Ask the kernel to keep all cores out of sleep states within the context. This costs power.
 
     Args:
-        device: the kernel's PM QoS interface: holds for as long as it is open.
+        device: the kernel's PM QoS interface; a request holds for as long as it is open.
 
     Yields:
-        Whether the kernel took the request; if not, why is logged.
+        Whether the kernel accepted the request; if not, the reason is logged.
     """
     try:
-        # Opened without creating: where the kernel has no such device, a file would be nothing but litter.
+        # Without creating it: if the kernel has no such device, a file of this name would have no effect.
         file = device.open("r+b", buffering=0)
     except OSError as error:
-        log.warning("cores may fall asleep while they wait: can't open %s: %s", device, error.strerror)
+        log.warning("CPU idle states stay enabled: can't open %s: %s", device, error.strerror)
         yield False
         return
     with file:

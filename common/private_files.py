@@ -1,4 +1,4 @@
-"""Reading files that only their owner may read."""
+"""Reads files that only their owner may read."""
 
 import stat
 from pathlib import Path
@@ -7,24 +7,24 @@ from common.errors import KeyFileError
 
 
 def check_private(path: Path) -> None:
-    """Make sure that nobody else can read a file.
+    """Make sure that only the owner can read a file.
 
     Raises:
-        KeyFileError: it is missing, or others may read it.
+        KeyFileError: the file is missing, or other users may read it.
     """
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
     except OSError as error:
         raise KeyFileError(f"can't read {path}: {error.strerror}") from None
     if mode & 0o077:
-        raise KeyFileError(f"{path} can be read by others (mode {mode:o}): run 'chmod 600 {path}'")
+        raise KeyFileError(f"{path} can be read by other users (mode {mode:o}): run 'chmod 600 {path}'")
 
 
 def read_private(path: Path, *, most_bytes: int = 64 << 10) -> bytes:
     """The bytes of a small secret file.
 
     Raises:
-        KeyFileError: it can't be read, is too long, or others may read it.
+        KeyFileError: the file can't be read, is too long, or other users may read it.
     """
     check_private(path)
     try:

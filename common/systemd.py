@@ -1,11 +1,11 @@
-"""Telling systemd that we are ready, and still alive: sd_notify(3), which is one datagram."""
+"""Tells systemd that this service is ready, and still alive: sd_notify(3), which is one datagram."""
 
 import os
 import socket
 
 
 def notify(state: str) -> None:
-    """Send `READY=1`, `WATCHDOG=1`, `STATUS=…` or `STOPPING=1`; nothing happens where systemd does not listen."""
+    """Send `READY=1`, `WATCHDOG=1`, `STATUS=…` or `STOPPING=1`; without systemd, this does nothing."""
     path = os.environ.get("NOTIFY_SOCKET")
     if not path:
         return
@@ -14,4 +14,4 @@ def notify(state: str) -> None:
         try:
             sock.sendto(state.encode(), address)
         except OSError:
-            return  # systemd restarts; it asks again, or its watchdog will
+            return  # systemd is restarting: the next message, or its watchdog, will do

@@ -102,7 +102,7 @@ def read_secret(path: Path) -> str:
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
         if mode & 0o077:
-            raise BrokerAuthError(f"{path} can be read by others (mode {mode:o}): run 'chmod 600 {path}'")
+            raise BrokerAuthError(f"{path} can be read by other users (mode {mode:o}): run 'chmod 600 {path}'")
         secret = path.read_text().partition("\n")[0]
     except OSError as error:
         raise BrokerAuthError(f"can't read the password file {path}: {error.strerror}") from None

@@ -1,6 +1,6 @@
-"""Kinds of devices, and what suits each: the exporter chooses a quantisation by it, a node its threads and provider.
+"""Kinds of devices, and what suits each: quantisation for the exporter, threads and provider for a node.
 
-The thread limits and providers were not measured on these boards; `docs/devices.md` says what each rests on.
+Thread limits and providers were not measured on these boards; docs/devices.md gives the source of each.
 """
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -11,16 +11,17 @@ if TYPE_CHECKING:
 
 DeviceName = Literal["pi4", "pi5", "jetson-orin", "generic-arm64", "x86"]
 Provider = Literal["cpu", "cuda", "tensorrt"]
-"""What onnxruntime computes with."""
+"""Execution provider of onnxruntime."""
 
 
 class DeviceProfile(NamedTuple):
     """What suits a kind of device.
 
     Attributes:
-        scheme, reason: quantisation, and why, in words that command lines repeat.
-        most_threads: more do not help; None for as many as there are (fast) cores.
-        providers: to try in this order; the last is always the CPU.
+        scheme: recommended quantisation.
+        reason: why, for messages.
+        most_threads: more threads do not help; None for one per (fast) core.
+        providers: to be tried in this order; the last is always the CPU.
     """
 
     scheme: "Scheme"
@@ -31,7 +32,7 @@ class DeviceProfile(NamedTuple):
 
 PROFILES: dict[DeviceName, DeviceProfile] = {
     "pi4": DeviceProfile(
-        "int8-dynamic", "its cores lack the dot-product instructions that 4-bit kernels live on", 4, ("cpu",)
+        "int8-dynamic", "its cores lack the dot-product instructions that make 4-bit kernels fast", 4, ("cpu",)
     ),
     "pi5": DeviceProfile("int4", "one token is bound by memory bandwidth, and its cores have dot product", 4, ("cpu",)),
     "jetson-orin": DeviceProfile("int4", "smallest in RAM; its CPU has dot product", 6, ("cuda", "cpu")),

@@ -1,4 +1,4 @@
-"""JSON documents that a node publishes of itself: what all of them have in common. Pure."""
+"""What the JSON documents that a node publishes about itself have in common. Pure."""
 
 from typing import Annotated, Protocol, TypeVar
 
@@ -8,7 +8,7 @@ from msgspec import Meta
 from wire.errors import FrameError
 
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-"""JSON's integers have no end: what becomes a float or a table's 64 bits needs one."""
+"""A non-negative integer that fits into the 64 bits of tables; JSON itself has no limit."""
 
 
 class _Document(Protocol):
@@ -28,12 +28,14 @@ def decode_document(
     """The document in `payload`, which arrived on a topic of `node`.
 
     Args:
-        what: its name in errors, and the reason of one that is not valid.
-        schema: the only one that this side reads.
+        node: the node that the topic belongs to; the document must name the same.
+        what: the document's name in messages, and the reason of the error if it is not valid.
+        most_bytes: longest payload to accept.
+        schema: the version to accept.
 
     Raises:
-        FrameError: with reason `length`, `what`, `version` or `node`: it is too long, not valid, of another schema, or
-            speaks for another node.
+        FrameError: with reason `length`, `what`, `version` or `node`: the payload is too long, not valid, of another
+            schema, or about another node.
     """
     if len(payload) > most_bytes:
         raise FrameError("length", f"{what} of {len(payload)} bytes exceeds {most_bytes}")
@@ -44,5 +46,5 @@ def decode_document(
     if document.schema != schema:
         raise FrameError("version", f"{what} schema {document.schema}, this side reads {schema}")
     if document.node != node:
-        raise FrameError("node", f"{what} speaks for '{document.node}' on the topic of '{node}'")
+        raise FrameError("node", f"{what} of '{document.node}' on the topic of '{node}'")
     return document

@@ -1,4 +1,4 @@
-"""A draft model's document: what the exporter makes and the base station loads to guess tokens with."""
+"""The manifest of a draft model, which the exporter makes and the base station loads to draft tokens."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,20 +13,20 @@ from wire.manifest import MAX_MANIFEST_BYTES, FileEntry, Positive, Quantisation,
 
 DRAFT_SCHEMA = 1
 DRAFT_FOLDER = "draft"
-"""Of a bundle that brings one."""
+"""Folder of the draft model in a bundle that has one."""
 DRAFT_NAME = "draft.json"
 
 
 class DraftManifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A folder with one graph of a whole dense model (`exporter.draft.draft_graph`).
+    """A folder with a single ONNX graph of a whole dense model.
 
     Attributes:
-        source: the model's own name.
-        source_sha256: see `exporter.demo_model.base.fingerprint`.
-        tokens_sha256: see `tokens_sha256`.
+        source: name of the model that it was made from.
+        source_sha256: hash of that model's config and weights.
+        tokens_sha256: hash of its vocabulary, by the function of this name.
         vocab, layers, kv_heads, head_dim, max_positions: dimensions, as counts.
         files: the graph first, then its weights.
-        tools: versions of what made it.
+        tools: versions of the software that made it.
     """
 
     schema: int
@@ -44,25 +44,25 @@ class DraftManifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 def tokens_sha256(ids: Mapping[str, int]) -> str:
-    """Equal for tokenizers that give every token the same id."""
+    """Hex SHA-256 of a vocabulary (token → id): equal for tokenizers that give every token the same id."""
     return hashlib.sha256(msgspec.json.encode(sorted((id, token) for token, id in ids.items()))).hexdigest()
 
 
 def load_draft(folder: Path) -> DraftManifest:
-    """Read the document of a draft model, and check it and its files.
+    """Read the manifest of a draft model's folder, and check the hashes of its files.
 
     Raises:
-        BundleError: it is not one, or damaged.
+        BundleError: there is no valid manifest, or a file is missing or changed.
     """
     path = folder / DRAFT_NAME
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES >> 20} MiB: not a draft model's document")
+            raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES >> 20} MiB: not a draft model")
         draft = msgspec.json.decode(path.read_bytes(), type=DraftManifest)
     except OSError as error:
         raise BundleError(f"can't read {path}: {error.strerror}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path} is not a valid draft model's document: {error}") from None
+        raise BundleError(f"{path} is not a valid manifest of a draft model: {error}") from None
     if draft.schema != DRAFT_SCHEMA:
         raise BundleError(f"{path} has schema {draft.schema}, this version reads {DRAFT_SCHEMA}: export it again")
     for file in draft.files:

@@ -18,7 +18,7 @@ _ITEM = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 _MOST_REPEATS = 4
-"""How often a selector may name everything there is: a text of a node's can't keep its reader busy."""
+"""How often a selector may name everything there is. It bounds the work of reading a selector from a node's status."""
 
 
 class ExpertId(NamedTuple):
@@ -35,7 +35,7 @@ def parse_index_set(text: str, size: int) -> tuple[int, ...]:
     """Sorted indices named by a set such as `*`, `3` or `0,2-4`.
 
     Raises:
-        ValueError: not a set, an index is not below `size`, or the same ones are named over and over.
+        ValueError: not a set, an index is not below `size`, or indices are repeated too often.
     """
     if text == "*":
         return tuple(range(size))
@@ -52,7 +52,7 @@ def parse_index_set(text: str, size: int) -> tuple[int, ...]:
             raise ValueError(f"index {last} is out of range: there are {size} (0 to {size - 1})")
         named += last + 1 - first
         if named > _MOST_REPEATS * size:
-            raise ValueError(f"the same of {size} are named over and over")
+            raise ValueError(f"the set names more than {_MOST_REPEATS * size} indices of {size}: name each once")
         chosen.update(range(first, last + 1))
     return tuple(sorted(chosen))
 
@@ -61,7 +61,7 @@ def parse_selector(text: str, *, layers: int, experts: int) -> tuple[ExpertId, .
     """Sorted expert ids that a selector names, for a model of `layers` × `experts`.
 
     Raises:
-        ValueError: the text is not a selector, names something that the model lacks, or the same over and over.
+        ValueError: the text is not a selector, names what the model does not have, or repeats experts too often.
     """
     chosen: set[ExpertId] = set()
     named = 0
@@ -73,7 +73,7 @@ def parse_selector(text: str, *, layers: int, experts: int) -> tuple[ExpertId, .
         named_experts = parse_index_set(match["experts"], experts)
         named += len(named_layers) * len(named_experts)
         if named > _MOST_REPEATS * layers * experts:
-            raise ValueError(f"the same of {layers * experts} experts are named over and over")
+            raise ValueError(f"the selector repeats experts too often: name each of the {layers * experts} once")
         chosen.update(ExpertId(layer, expert) for layer in named_layers for expert in named_experts)
     if not chosen:
         raise ValueError("no expert selected: write for example 'L*:E3'")
@@ -81,7 +81,7 @@ def parse_selector(text: str, *, layers: int, experts: int) -> tuple[ExpertId, .
 
 
 def format_selector(ids: Iterable[ExpertId]) -> str:
-    """The shortest selector for these ids that `parse_selector` reads back to the same set."""
+    """A short selector for these ids; `parse_selector` turns it into the same set again."""
     experts_by_layer: dict[int, set[int]] = defaultdict(set)
     for layer, expert in ids:
         experts_by_layer[layer].add(expert)

@@ -1,4 +1,4 @@
-"""The manifest of a bundle: what it holds, where it came from, and how to prove it on a device.
+"""The manifest of a bundle: what it holds, what it was made from, and how a device proves that it computes correctly.
 
 A bundle folder holds `manifest.json`, `trunk/` (safetensors, Hugging Face config and tokenizer) and
 `experts/L00/E0.onnx` with its weights beside it in `E0.weights`. A node may hold any part of the experts.
@@ -21,14 +21,14 @@ from wire.tensors import Array
 SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
 SIGNATURE_NAME = "manifest.sig"
-"""Written and checked by `wire.signature`; named here because that module needs cryptography."""
+"""`wire.signature` writes and checks it; the name is here because that module needs cryptography."""
 MAX_MANIFEST_BYTES = 64 << 20
 MOST_EXPERTS = 1 << 16
-"""Of all layers; three times those of the largest models there are."""
+"""Largest number of experts in all layers together, three times that of the largest known models."""
 
 EXACT_SUMS = ("session.x64quantprecision", "1")
-"""onnxruntime's setting for every session of an expert, so that int8-dynamic gives the same outputs everywhere. Without
-it, x86 processors with AVX2 but no VNNI add pairs of products in 16 bits, which overflow."""
+"""Setting of every onnxruntime session of an expert, so that int8-dynamic gives the same outputs on all processors.
+Without it, x86 processors with AVX2 but no VNNI add pairs of products in 16 bits, which overflow."""
 
 Scheme = Literal["int4", "int8", "int8-dynamic", "fp16", "fp32"]
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -39,7 +39,7 @@ class Dims(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Dimensions of the model, as counts.
 
     Raises:
-        ValueError: more than `MOST_EXPERTS` in all. A node's status names them, which is expanded.
+        ValueError: more than `MOST_EXPERTS` in all. The limit bounds the work of expanding the selector in a status.
     """
 
     hidden: Positive
@@ -63,7 +63,7 @@ class Quantisation(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             activations quantised per call, `fp16` and `fp32` plain.
         block: weights along the input dimension that share a scale; 0 where there are no blocks.
         symmetric: no zero points.
-        backend: what built the graphs: `direct` (this project) or `optimum`.
+        backend: what made the graphs: `direct` (this project) or `optimum`.
     """
 
     scheme: Scheme
@@ -100,10 +100,10 @@ class ExpertEntry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
     Attributes:
         files: the `.onnx` graph first, then its weights.
-        probe_output: base64 of the fp16 output [hidden] for `probe_input(hidden)`, by onnxruntime where
-            it was exported.
-        error: ‖exported − fp32‖ / ‖fp32‖ of the output for Gaussian inputs.
-        source_sha256: of the source tensors' raw bytes w1, w3, w2, the order in which they are read.
+        probe_output: base64 of the fp16 output [hidden] for `probe_input(hidden)`, computed by onnxruntime on the
+            exporting machine.
+        error: ‖exported − fp32‖ / ‖fp32‖ of outputs for Gaussian inputs.
+        source_sha256: SHA-256 of the raw bytes of the source tensors w1, w3, w2, in this order.
     """
 
     layer: Annotated[int, Meta(ge=0)]
@@ -115,7 +115,7 @@ class ExpertEntry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
     @property
     def id(self) -> ExpertId:
-        """Layer and index."""
+        """Layer and index of the expert."""
         return ExpertId(self.layer, self.expert)
 
     @property
@@ -125,13 +125,13 @@ class ExpertEntry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
 
 class Source(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The checkpoint that the bundle was cut from.
+    """The checkpoint that the bundle was made from.
 
     Attributes:
         name: the checkpoint folder's own name (never its path: bundles are published).
-        config_sha256: of its config.json.
-        header_sha256: of its safetensors headers (names, shapes and offsets of every tensor), by file.
-        dtype: of the expert weights, as safetensors writes it.
+        config_sha256: hash of its config.json.
+        header_sha256: hashes of its safetensors headers (names, shapes and offsets of all tensors), by file.
+        dtype: number format of the expert weights, as safetensors writes it.
     """
 
     name: str
@@ -145,7 +145,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     Attributes:
         probe_tolerance: largest relative error of a probe output on a healthy device.
-        tools: versions of what made the bundle.
+        tools: versions of the software that made the bundle.
         draft: files of a draft model (`wire.draft`), if the bundle brings one.
     """
 
@@ -161,7 +161,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def model_sha256(self) -> str:
-        """Hash of source and dims: equal for bundles that can work together whatever their quantisation."""
+        """Hash of source and dims: equal for bundles of one model, whatever their quantisation."""
         return hashlib.sha256(msgspec.json.encode([self.source, self.dims])).hexdigest()
 
     def entries(self, ids: Iterable[ExpertId]) -> list[ExpertEntry]:
@@ -181,8 +181,11 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 def probe_input(hidden: int, rows: int = 1) -> Array:
-    """The input [rows, hidden] that every exported expert is proven on: about unit variance, no library's
-    random numbers, so the same on every device and in every version."""
+    """The input, float32 [rows, hidden], with which exported experts are proven.
+
+    It has about unit variance and needs no library's random numbers, so it is the same on every device and in every
+    version.
+    """
     index = np.arange(rows * hidden, dtype=np.uint64)
     # SplitMix64 from seed 0 (Steele et al. 2014): integer arithmetic modulo 2⁶⁴, exact everywhere.
     z = (index + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
@@ -194,15 +197,15 @@ def probe_input(hidden: int, rows: int = 1) -> Array:
 
 
 def encode_probe_output(output: Array) -> str:
-    """What `ExpertEntry.probe_output` holds for a float32 [hidden] output."""
+    """`ExpertEntry.probe_output` of a float32 [hidden] output."""
     return base64.b64encode(output.astype("<f2").tobytes()).decode()
 
 
 def decode_probe_output(text: str, hidden: int) -> Array:
-    """Float32 [hidden] from `ExpertEntry.probe_output`.
+    """The float32 [hidden] output in `ExpertEntry.probe_output`.
 
     Raises:
-        BundleError: not base64 or of another length.
+        BundleError: not base64, or of another length.
     """
     try:
         raw = base64.b64decode(text, validate=True)
@@ -217,7 +220,7 @@ def load_manifest(bundle: Path) -> Manifest:
     """Read and check `manifest.json` of a bundle folder.
 
     Raises:
-        BundleError: there is none, or it is not a valid manifest of this schema version.
+        BundleError: there is no manifest, or it is not a valid one of this schema version.
     """
     return decode_manifest(read_manifest(bundle), bundle)
 
@@ -226,7 +229,7 @@ def read_manifest(bundle: Path) -> bytes:
     """The bytes of `manifest.json` in a bundle folder, at most `MAX_MANIFEST_BYTES`.
 
     Raises:
-        BundleError: there is none, or it is too large.
+        BundleError: there is no manifest, or it is too large.
     """
     path = bundle / MANIFEST_NAME
     try:
@@ -259,7 +262,7 @@ def verify_file(bundle: Path, entry: FileEntry) -> None:
     """Check one file's size and SHA-256.
 
     Raises:
-        BundleError: it is missing, of another size, or changed.
+        BundleError: the file is missing, has another size, or was changed.
     """
     path = bundle / entry.path
     try:

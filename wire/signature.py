@@ -1,4 +1,4 @@
-"""Signed bundles: an Ed25519 signature over the manifest, which in turn names every file's SHA-256."""
+"""Signed bundles: an Ed25519 signature over the manifest, which lists the SHA-256 of every file."""
 
 import base64
 from pathlib import Path
@@ -13,7 +13,7 @@ from common.private_files import read_private
 from wire.errors import SignatureError
 from wire.manifest import SIGNATURE_NAME, Manifest, decode_manifest, read_manifest
 
-_WORD = b"wdmoe-ed25519-v1 "
+_PREFIX = b"wdmoe-ed25519-v1 "
 _CONTEXT = b"wdmoe bundle manifest v1\n"
 _MOST_BYTES = 4096
 
@@ -25,10 +25,10 @@ def sign(manifest: bytes, bundle: Path, key: Path) -> Path:
         key: Ed25519 private key in PEM, mode 600.
 
     Returns:
-        The signature's file.
+        Path of the signature.
 
     Raises:
-        KeyFileError: the key can't be read, or is of another kind.
+        KeyFileError: the key can't be read, or is not an Ed25519 private key.
         StorageError: the signature can't be written.
     """
     try:
@@ -39,17 +39,17 @@ def sign(manifest: bytes, bundle: Path, key: Path) -> Path:
         raise KeyFileError(f"{key} is not an Ed25519 private key in PEM: 'wdmoe-testbed keys init' makes one")
     path = bundle / SIGNATURE_NAME
     with atomic_write(path) as file:
-        file.write(_WORD + base64.b64encode(private.sign(_CONTEXT + manifest)) + b"\n")
+        file.write(_PREFIX + base64.b64encode(private.sign(_CONTEXT + manifest)) + b"\n")
     return path
 
 
 def load_trusted_manifest(bundle: Path, key: Path | None) -> Manifest:
-    """The manifest of a bundle folder; with a public key, only if that key's owner signed it.
+    """The manifest of a bundle folder; with a public key, only if it was signed with the private half.
 
     The signature is checked before the manifest is parsed.
 
     Raises:
-        KeyFileError: the public key can't be read, or is of another kind.
+        KeyFileError: the key can't be read, or is not an Ed25519 public key.
         SignatureError: the bundle is not signed with the private half of `key`.
         BundleError: there is no manifest, or it is not a valid one of this schema version.
     """
@@ -63,8 +63,8 @@ def check_signature(manifest: bytes, bundle: Path, key: Path) -> None:
     """Make sure that a manifest's bytes were signed with the private half of `key`.
 
     Raises:
-        KeyFileError: the public key can't be read, or is of another kind.
-        SignatureError: there is no signature, or not this key's over these bytes.
+        KeyFileError: the key can't be read, or is not an Ed25519 public key.
+        SignatureError: there is no signature, or it is not one of these bytes with this key.
     """
     try:
         public = load_pem_public_key(key.read_bytes())
@@ -83,9 +83,9 @@ def check_signature(manifest: bytes, bundle: Path, key: Path) -> None:
     except OSError as error:
         raise SignatureError(f"can't read {path}: {error.strerror}") from None
     try:
-        if not raw.startswith(_WORD):
+        if not raw.startswith(_PREFIX):
             raise ValueError
-        public.verify(base64.b64decode(raw[len(_WORD) :].strip(), validate=True), _CONTEXT + manifest)
+        public.verify(base64.b64decode(raw[len(_PREFIX) :].strip(), validate=True), _CONTEXT + manifest)
     except (ValueError, InvalidSignature):
         raise SignatureError(
             f"{bundle} was not signed with the private half of {key}, or its manifest was changed since"

@@ -1,4 +1,4 @@
-"""The status document of a node: retained JSON, and in its shortest form the node's last will."""
+"""The status document of a node: retained JSON; its shortest form is the node's last will."""
 
 from typing import Annotated, Literal
 
@@ -20,7 +20,7 @@ class Holding(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     Attributes:
         experts: selector (`wire.experts`) of the experts it answers for.
         model_sha256: `Manifest.model_sha256` of its bundle; the base station's must be equal.
-        quantisation: for people, such as `int4 b32`.
+        quantisation: such as `int4 b32`, for people.
         resident_bytes: RAM that the experts take.
     """
 
@@ -32,14 +32,14 @@ class Holding(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Residency(Struct, frozen=True, kw_only=True):
-    """Which of its experts a node that can't keep all of them has in memory, since its start.
+    """Experts in the memory of a node that can't keep all of them there. Counts are since the node's start.
 
     Attributes:
         loaded: selector of the experts in memory.
-        most_loaded: how many there is room for.
-        loads: experts that requests had to wait for.
-        load_ms: mean of those waits.
-        evictions: experts that made room.
+        most_loaded: how many fit into memory.
+        loads: experts that were loaded while a request waited.
+        load_ms: mean of these waits.
+        evictions: experts that were removed to make room.
     """
 
     loaded: str
@@ -53,7 +53,7 @@ class Machine(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The device behind a node, for logs.
 
     Attributes:
-        disk_free_bytes: where the node's bundle lies.
+        disk_free_bytes: free space of the disk that holds the bundle.
     """
 
     host: str
@@ -69,13 +69,15 @@ class Machine(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class DeviceFacts(Struct, frozen=True, kw_only=True):
-    """What the node takes its device for, and what computes.
+    """The kind of the node's device, and what it computes with.
 
     Attributes:
-        profile: see `wire.device_profiles`; because: what it was recognised by.
-        provider: see there; provider_reason: why not what was asked for, empty if it is.
-        batch_invariant: a hidden state's output is the same to the last bit whatever is beside it, as tried at the
-            start; None where it was not.
+        profile: name of a profile in `wire.device_profiles`.
+        because: what the device was recognised by, for people.
+        provider: execution provider of onnxruntime, such as `cpu`.
+        provider_reason: why it is not the one that was asked for; empty if it is.
+        batch_invariant: a hidden state's output is the same to the last bit alone and in a batch, as tried at the
+            start; None if it was not tried.
     """
 
     profile: str
@@ -86,13 +88,13 @@ class DeviceFacts(Struct, frozen=True, kw_only=True):
 
 
 class SocketFacts(Struct, frozen=True, kw_only=True):
-    """The kernel's account of one TCP connection, of the direction in which its owner sends.
+    """The kernel's statistics of one TCP connection, in the direction in which its owner sends.
 
     Attributes:
-        endpoint: the owner's own address and port, by which the other end knows the connection.
+        endpoint: the owner's address and port, by which the other end knows the connection.
         min_rtt_us: smallest round trip; 0 or 2³²−1 if none was measured yet.
-        delivery_bytes_per_s: rate of what was acknowledged most recently.
-        app_limited: the owner had nothing more to send, so the link may be faster than that.
+        delivery_bytes_per_s: rate at which data was acknowledged most recently.
+        app_limited: the owner had nothing more to send then, so the link may be faster.
     """
 
     endpoint: str
@@ -102,18 +104,20 @@ class SocketFacts(Struct, frozen=True, kw_only=True):
 
 
 class NodeStatus(Struct, frozen=True, kw_only=True):
-    """State of one node. Unknown fields are ignored, so that newer nodes can say more.
+    """State of one node. Unknown fields are ignored, so that newer nodes can add some.
 
     Attributes:
-        boot_id: random per process, tells two processes with one id apart.
+        boot_id: random per process; tells two processes with the same id apart.
         since_unix_ms: when the process announced itself, by its own clock.
         reason: why it is offline, for people.
-        uplink: its connection to the broker, where the kernel tells.
-        device: see there.
-        residency: of its experts, where it can't keep all of them in memory.
-        refused: it wanted an id that another process has, says so once, not retained, and ends; nothing changes for
-            that other process.
-        rival: of that other process: who was refused last, and when.
+        holding: the experts that it serves; None if offline.
+        machine: the device behind it.
+        uplink: its connection to the broker; None if the kernel has no statistics.
+        device: the kind of its device; None in a last will and from old nodes.
+        residency: of its experts, if it can't keep all of them in memory.
+        refused: this process wanted an id that another process has. It publishes this once, not retained, and ends;
+            nothing changes for the other process.
+        rival: host and time of the last process that was refused this id; empty if there was none.
     """
 
     schema: int
@@ -155,11 +159,11 @@ def decode_status(payload: bytes, node: str) -> NodeStatus:
     """The status in `payload`, which arrived on the status topic of `node`.
 
     Raises:
-        FrameError: it is too long, not valid, of another schema, or speaks for another node.
+        FrameError: the payload is too long, not valid, of another schema, or about another node.
     """
     status = decode_document(payload, node, _decoder, what="status", most_bytes=MAX_STATUS_BYTES, schema=SCHEMA)
     try:
         status.expert_ids()
     except ValueError as error:
-        raise FrameError("status", f"status names impossible experts: {error}") from None
+        raise FrameError("status", f"the status names experts that can't exist: {error}") from None
     return status

@@ -1,7 +1,7 @@
-"""What a node tells of itself once a second: its radio, its temperatures, its power. JSON, not retained.
+"""Telemetry that a node publishes once a second: radio, temperatures, power. JSON, not retained.
 
-Everything that a device does not tell is null. Names end with the unit. "Up" is from the node towards the base
-station, "down" the other way. Pure: `edge_node.telemetry` reads devices, `docs/devices.md` says from where.
+Values that a device does not report are null. Names end with the unit. "Up" is from the node to the base station,
+"down" the other way. Pure: `edge_node.telemetry` reads devices; docs/devices.md lists the sources.
 """
 
 from typing import Annotated
@@ -14,7 +14,7 @@ from wire.documents import Count, decode_document
 SCHEMA = 1
 MAX_TELEMETRY_BYTES = 16 << 10
 MAX_SENSORS = 64
-"""Temperatures and rails that one document may name."""
+"""Most temperatures and most rails in one document."""
 
 Small = Annotated[int, Meta(ge=-(2**31), le=2**31)]
 Name = Annotated[str, Meta(max_length=64)]
@@ -25,16 +25,16 @@ class Wifi(Struct, frozen=True, kw_only=True):
     """One wireless interface.
 
     Attributes:
-        connected: to an access point.
+        connected: associated with an access point.
         ssid, bssid: of the network and of the access point's radio; `export` makes them anonymous.
-        rssi_dbm, rssi_average_dbm: signal of the last frames, and as the driver smooths it.
-        up_phy_mbps, down_phy_mbps: bit rates of the radio, which are about twice what TCP gets.
-        up_mode, down_mode: `ht` (802.11n), `vht` (ac), `he` (ax) or `eht` (be); null at older rates and where the
-            driver tells the rate alone.
+        rssi_dbm, rssi_average_dbm: signal strength of the last frames, and the driver's average.
+        up_phy_mbps, down_phy_mbps: bit rates of the radio, about twice the throughput of TCP.
+        up_mode, down_mode: `ht` (802.11n), `vht` (ac), `he` (ax) or `eht` (be); null for older
+            rates, and if the driver reports only the rate.
         up_streams, down_streams: spatial streams.
-        up_packets, up_retries, up_failed, down_packets, down_dropped, beacon_losses: since the association.
-        roams: changes of the BSSID since the node's start; disconnects: losses of the association since then.
-        inactive_ms: since the last frame from the access point.
+        up_packets, up_retries, up_failed, down_packets, down_dropped, beacon_losses: counts since the association.
+        roams, disconnects: changes of the BSSID and losses of the association since the node's start.
+        inactive_ms: time since the last frame from the access point.
     """
 
     interface: Name
@@ -69,14 +69,14 @@ class Wifi(Struct, frozen=True, kw_only=True):
 
 
 class Thermal(Struct, frozen=True, kw_only=True):
-    """Temperatures, and whether they or the supply slow the device down.
+    """Temperatures, and whether heat or the supply makes the device slower.
 
     Attributes:
         soc_celsius: the hottest sensor of the processor.
         sensors_celsius: all sensors.
-        throttled_bits: what a Raspberry Pi's firmware says, 0 when all is well.
-        throttling_now, throttling_since_boot: the same in words, separated by commas; empty when all is well.
-        throttle_events: counted by the kernel since boot, where it counts.
+        throttled_bits: flags of a Raspberry Pi's firmware, 0 without throttling.
+        throttling_now, throttling_since_boot: these flags in words, separated by commas; empty without throttling.
+        throttle_events: counted by the kernel since boot.
     """
 
     soc_celsius: float | None = None
@@ -99,12 +99,12 @@ class Power(Struct, frozen=True, kw_only=True):
     """Supply and consumption.
 
     Attributes:
-        board_watts: of the whole board, where a sensor or the sum of its rails tells.
-        board_watts_from: which of both: the rail's name, or `sum of rails`.
+        board_watts: power of the whole board, from a sensor or as the sum of its rails.
+        board_watts_from: its source: a rail's name, or `sum of rails`.
         supply_volts: at the board's input.
         core_volts: of the processor's cores.
-        rails: each measured rail.
-        mode: power mode by name, such as `15W`.
+        rails: measured rails by name.
+        mode: name of the power mode, such as `15W`.
     """
 
     board_watts: float | None = None
@@ -116,12 +116,12 @@ class Power(Struct, frozen=True, kw_only=True):
 
 
 class Clocks(Struct, frozen=True, kw_only=True):
-    """How fast the processors run now.
+    """Clocks and load of the processors.
 
     Attributes:
         cpu_slowest_mhz, cpu_fastest_mhz: over the cores that are online.
-        governor: of the cores; several are separated by commas.
-        gpu_percent, memory_percent: how busy the GPU and the memory controller are.
+        governor: of the cores, separated by commas if they differ.
+        gpu_percent, memory_percent: load of the GPU and of the memory controller.
     """
 
     cpu_slowest_mhz: float | None = None
@@ -134,16 +134,16 @@ class Clocks(Struct, frozen=True, kw_only=True):
 
 
 class Telemetry(Struct, frozen=True, kw_only=True):
-    """One sample. Unknown fields are ignored, so that newer nodes can say more.
+    """One sample. Unknown fields are ignored, so that newer nodes can add some.
 
     Attributes:
         boot_id: of the node's process, as in its status.
-        sequence: counts up from 0; a gap is a sample that was lost on the way.
-        unix_ns: when, by the node's own clock.
-        sampling_ms: how long the reading took, apart from the node's own work.
+        sequence: counts up from 0; a gap means that samples were lost.
+        unix_ns: time of the sample by the node's own clock.
+        sampling_ms: how long it took to read the device, in a process beside the node.
         route: interface by which the node reaches the broker.
-        wifi: that interface if it is wireless, else the first wireless one; null where there is none.
-        warnings: outputs that could not be understood or did not come in time, by source, since the start.
+        wifi: that interface if it is wireless, else the first wireless one; null if there is none.
+        warnings: outputs that were not understood or came too late, by source, since the start.
     """
 
     schema: int
@@ -172,6 +172,6 @@ def decode_telemetry(payload: bytes, node: str) -> Telemetry:
     """The sample in `payload`, which arrived on the telemetry topic of `node`.
 
     Raises:
-        FrameError: it is too long, not valid, of another schema, or speaks for another node.
+        FrameError: the payload is too long, not valid, of another schema, or about another node.
     """
     return decode_document(payload, node, _decoder, what="telemetry", most_bytes=MAX_TELEMETRY_BYTES, schema=SCHEMA)

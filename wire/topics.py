@@ -1,4 +1,4 @@
-"""MQTT topics of one cluster, and what each carries.
+"""MQTT topics of a cluster, and what each carries.
 
     wdmoe/v1/<cluster>/nodes/<node>/status    node → all   retained JSON (`wire.status`), also the last will
     wdmoe/v1/<cluster>/nodes/<node>/telemetry node → BS    JSON (`wire.telemetry`), once a second
@@ -6,7 +6,7 @@
     wdmoe/v1/<cluster>/results/<node>         node → BS    frames: RESULT, ERROR, PONG
     wdmoe/v1/<cluster>/control/<client>/echo  client → itself, to measure the broker
 
-The shape makes one broker ACL line per node and direction enough.
+A broker's access list needs one line per node and direction.
 """
 
 import re
@@ -20,10 +20,10 @@ _RESULT = re.compile(rf"wdmoe/v1/(?P<cluster>[^/]+)/results/{_NODE}")
 
 
 def check_name(kind: str, name: str) -> str:
-    """Return `name` if it can stand in a topic.
+    """Return `name` if it is allowed in a topic.
 
     Raises:
-        ValueError: it is empty, too long, or holds `/`, `+`, `#` or other characters with a meaning in MQTT.
+        ValueError: it is empty, too long, or contains `/`, `+`, `#` or other characters with a meaning in MQTT.
     """
     if _NAME.fullmatch(name) is None:
         raise ValueError(
@@ -36,7 +36,7 @@ class Topics(NamedTuple):
     """Topic names of one cluster.
 
     Attributes:
-        cluster: name that keeps several clusters on one broker apart.
+        cluster: name that separates several clusters on one broker.
     """
 
     cluster: str
@@ -46,36 +46,36 @@ class Topics(NamedTuple):
         return f"wdmoe/v1/{self.cluster}"
 
     def status(self, node: str) -> str:
-        """Retained status of `node`; `+` for all nodes."""
+        """Topic of the retained status of `node`; `+` for all nodes."""
         return f"{self._root}/nodes/{node}/status"
 
     def telemetry(self, node: str) -> str:
-        """Where `node` tells of its radio, temperature and power; `+` for all nodes."""
+        """Topic of the telemetry of `node`; `+` for all nodes."""
         return f"{self._root}/nodes/{node}/telemetry"
 
     def work(self, node: str) -> str:
-        """Where `node` takes its work from."""
+        """Topic of the frames to `node`."""
         return f"{self._root}/nodes/{node}/work"
 
     def results(self, node: str) -> str:
-        """Where `node` answers; `+` for all nodes."""
+        """Topic of the answers of `node`; `+` for all nodes."""
         return f"{self._root}/results/{node}"
 
     def echo(self, client: str) -> str:
-        """Where `client` sends messages to itself."""
+        """Topic of messages from `client` to itself."""
         return f"{self._root}/control/{client}/echo"
 
     def node_of_status(self, topic: str) -> str | None:
-        """Node that a status topic of this cluster belongs to, or None for any other topic."""
+        """The node of a status topic of this cluster; None for any other topic."""
         match = _STATUS.fullmatch(topic)
         return match["node"] if match and match["cluster"] == self.cluster else None
 
     def node_of_telemetry(self, topic: str) -> str | None:
-        """Node that a telemetry topic of this cluster belongs to, or None for any other topic."""
+        """The node of a telemetry topic of this cluster; None for any other topic."""
         match = _TELEMETRY.fullmatch(topic)
         return match["node"] if match and match["cluster"] == self.cluster else None
 
     def node_of_result(self, topic: str) -> str | None:
-        """Node that a results topic of this cluster belongs to, or None for any other topic."""
+        """The node of a results topic of this cluster; None for any other topic."""
         match = _RESULT.fullmatch(topic)
         return match["node"] if match and match["cluster"] == self.cluster else None

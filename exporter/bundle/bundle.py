@@ -1,4 +1,4 @@
-"""A checkpoint becomes a bundle: trunk copied, experts by a pool of processes, manifest last.
+"""Exports a checkpoint to a bundle: copies the trunk, exports experts in several processes, writes the manifest last.
 
 An export that was interrupted goes on where it stopped: every finished expert leaves a row in a journal,
 and is kept when its files still match. `manifest.json` is written last, so a folder with one is complete; where a
@@ -48,7 +48,7 @@ from wire.manifest import (
 
 _BEFORE_NAME = "manifest-before.json"
 _TOOLS = ("numpy", "onnx", "onnxruntime")
-# Graphs, journal and manifest: about what they take per expert.
+# Size of graph, journal row and manifest entry per expert, roughly.
 _EXTRA_BYTES = 16 << 10
 Progress = Callable[[int, int], None]
 
@@ -59,9 +59,9 @@ class ExportResult:
 
     Attributes:
         kept: experts that were already there, complete and undamaged.
-        source_bytes: of the exported experts in the checkpoint.
+        source_bytes: size of the exported experts in the checkpoint.
         up_to_date: whether there was nothing to do.
-        lost: what the bundle had and has no longer, a line each.
+        lost: one line for each thing that the bundle had and no longer has.
     """
 
     manifest: Manifest
@@ -88,13 +88,13 @@ def export_bundle(
     was signed.
 
     Args:
-        layers, experts: which; None for all.
-        jobs: processes.
-        preset: of the optimum backend (`quantisation.backend`).
-        progress: called with the number of finished experts and of all.
+        layers, experts: indices to export; None for all.
+        jobs: number of processes.
+        preset: quantisation preset of the optimum backend.
+        progress: called with the number of finished experts and of all experts.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged or no Mixtral, or has no tokenizer.
+        CheckpointError: the checkpoint is missing, damaged or not a Mixtral, or has no tokenizer.
         BundleError: `out` holds something else, or another export is writing there.
         StorageError: `out` can't be written or is too small.
     """
@@ -135,7 +135,8 @@ class _Export:
 
     @contextmanager
     def folder(self) -> Iterator[None]:
-        """Make and lock the folder; if nothing was finished in a new one, take it away again."""
+        """Make and lock the folder. If an export fails in a new folder before its first expert, the folder is
+        removed."""
         new = not self._out.exists()
         if new:
             self._check_space(len(self._ids))
@@ -155,7 +156,7 @@ class _Export:
             raise
 
     def run(self, jobs: int, progress: Progress | None) -> ExportResult:
-        """Do what is left to do."""
+        """Export what is missing, and write the manifest."""
         source = self._source
         source_bytes = sum(source.experts[id].bytes for id in self._ids)
         finished = self._finished()
@@ -183,14 +184,14 @@ class _Export:
         return ExportResult(manifest, kept, source_bytes, up_to_date=False, lost=tuple(lost))
 
     def _complete(self, trunk: tuple[FileEntry, ...]) -> tuple[Manifest, list[str]]:
-        """Write the manifest; returns it, and `ExportResult.lost`."""
+        """Write the manifest; returns it and the lines of `ExportResult.lost`."""
         draft, lost = self._draft()
         manifest = self._manifest(trunk, draft)
         raw = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
         before, signature = self._out / _BEFORE_NAME, self._out / SIGNATURE_NAME
         if signature.exists() and not (before.exists() and before.read_bytes() == raw):
             signature.unlink()
-            lost.append(f"removed {signature}, which is not over the new manifest: 'wdmoe-export sign' signs it again")
+            lost.append(f"removed {signature}, which does not fit the new manifest: 'wdmoe-export sign' signs it again")
         with atomic_write(self._out / MANIFEST_NAME) as file:
             file.write(raw)
         before.unlink(missing_ok=True)
@@ -198,7 +199,7 @@ class _Export:
         return manifest, lost
 
     def _draft(self) -> tuple[tuple[FileEntry, ...], list[str]]:
-        """Files of the draft model that the bundle had, and what to say where it can't stay."""
+        """Files of the bundle's draft model, and a message if they are damaged and must be left out."""
         try:
             before = msgspec.json.decode((self._out / _BEFORE_NAME).read_bytes(), type=Manifest)
         except (OSError, msgspec.DecodeError):
@@ -208,10 +209,10 @@ class _Export:
         return (), [f"the draft model in {self._out} is damaged and left out: 'wdmoe-export draft' makes it again"]
 
     def _finished(self) -> Manifest | None:
-        """The complete bundle in the folder; None, with `_done` filled, where something is left to do."""
+        """The manifest of the folder if its bundle is complete; else None, with the finished experts in `_done`."""
         if not (self._out / MANIFEST_NAME).exists():
             if not journal_path(self._out).exists() and any(self._out.iterdir()):
-                raise BundleError(f"{self._out} is not empty and no bundle: choose another folder")
+                raise BundleError(f"{self._out} is not empty and not a bundle: choose another folder")
             self._done = read_journal(self._out, self._header)
             return None
         manifest = load_manifest(self._out)
@@ -223,7 +224,7 @@ class _Export:
                 f"{self._out} already holds another bundle ({manifest.source.name}, {manifest.quantisation}, "
                 f"{held}): choose another folder or remove it"
             )
-        # Headers don't change when a model is trained on; its weights do, all of them.
+        # Further training changes all weights but no header, so the hash of one expert's weights shows it.
         first = manifest.experts[0]
         if hash_source(self._source.experts[first.id]) != first.source_sha256:
             raise BundleError(

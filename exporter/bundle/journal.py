@@ -1,4 +1,4 @@
-"""What an export has finished so far, on disk: a file of JSON rows that survives whatever ends the export.
+"""The journal of an export: a file of JSON rows with the finished experts, from which an interrupted export resumes.
 
 The first row says what is exported and how; one row follows per finished expert. The file marks a folder as
 an unfinished bundle and goes away when the manifest is there.
@@ -23,12 +23,12 @@ JOURNAL_NAME = "export-state.jsonl"
 
 
 class JournalHeader(Struct, frozen=True, kw_only=True):
-    """First row.
+    """First row of a journal.
 
     Attributes:
-        experts: selector of all experts that the bundle shall hold.
+        experts: selector of all experts to be exported.
         shards: size in bytes and modification time in ns of each source file, by name.
-        tools: versions of what encodes, since another one may encode differently.
+        tools: versions of the encoding software; another version may encode differently.
     """
 
     source: Source
@@ -39,12 +39,12 @@ class JournalHeader(Struct, frozen=True, kw_only=True):
 
 
 def journal_path(bundle: Path) -> Path:
-    """Where the journal of a bundle lies."""
+    """Path of a bundle's journal."""
     return bundle / JOURNAL_NAME
 
 
 def read_journal(bundle: Path, header: JournalHeader) -> dict[ExpertId, ExpertEntry]:
-    """Finished experts whose files still match; none when the source's files or the tools changed.
+    """Finished experts whose files match their hashes; none if the source's files or the tools have changed.
 
     Raises:
         BundleError: the journal is of an export with other parameters.
@@ -66,7 +66,7 @@ def read_journal(bundle: Path, header: JournalHeader) -> dict[ExpertId, ExpertEn
     done: dict[ExpertId, ExpertEntry] = {}
     if found == header:
         for row in rows:
-            # The last row may be cut short by whatever ended the export.
+            # The last row may be incomplete if the export was killed.
             with suppress(msgspec.DecodeError, UnicodeDecodeError):
                 entry = msgspec.json.decode(row, type=ExpertEntry)
                 if is_intact(bundle, entry.files):
@@ -85,10 +85,10 @@ def is_intact(bundle: Path, files: Iterable[FileEntry]) -> bool:
 
 
 def start_journal(bundle: Path, header: JournalHeader, done: Mapping[ExpertId, ExpertEntry]) -> None:
-    """Write the journal anew with what is finished.
+    """Replace the journal by one with the finished experts.
 
     Raises:
-        StorageError: it could not be written.
+        StorageError: the journal can't be written.
     """
     with atomic_write(journal_path(bundle)) as file:
         for row in (header, *done.values()):
@@ -99,7 +99,7 @@ def append_entry(bundle: Path, entry: ExpertEntry) -> None:
     """Add a finished expert.
 
     Raises:
-        StorageError: it could not be written.
+        StorageError: the journal can't be written.
     """
     path = journal_path(bundle)
     try:
@@ -111,7 +111,7 @@ def append_entry(bundle: Path, entry: ExpertEntry) -> None:
 
 @contextmanager
 def exclusive(bundle: Path) -> Iterator[None]:
-    """Keep a second export out of the folder; temporary files that a killed one left are removed.
+    """Lock the folder against other exports, and remove temporary files that a killed export left.
 
     Raises:
         BundleError: another export is writing there.
@@ -126,7 +126,7 @@ def exclusive(bundle: Path) -> Iterator[None]:
 
 
 def remove_temporary_files(bundle: Path) -> None:
-    """Remove what `atomic_write` leaves behind in a process that is killed."""
+    """Remove the temporary files that `atomic_write` leaves behind if its process is killed."""
     for pattern in (".*.tmp", "trunk/.*.tmp", "experts/*/.*.tmp"):
         for path in bundle.glob(pattern):
             if path.is_dir():

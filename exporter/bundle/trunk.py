@@ -1,4 +1,4 @@
-"""The trunk of a bundle: all that is no expert, with config and tokenizer, as transformers reads it."""
+"""The trunk of a bundle: all weights that belong to no expert, config and tokenizer, as transformers reads them."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -26,7 +26,7 @@ _FILES = (
     "chat_template.json",
 )
 _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
-# Exponent bits, all set in NaN and infinities only.
+# Mask of the exponent bits: all of them are set only in NaN and infinities.
 _EXPONENTS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)}
 
 
@@ -51,37 +51,37 @@ def copy_trunk(source: Checkpoint, out: Path) -> Iterator[FileEntry]:
 
 
 def check_tokenizer(source: Checkpoint) -> None:
-    """Make sure that the base station will have a tokenizer.
+    """Make sure that the checkpoint has a tokenizer, which the base station needs.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: it has none.
     """
     if not any(all((source.folder / name).is_file() for name in names) for names in _TOKENIZERS):
         known = ", ".join(" with ".join(names) for names in _TOKENIZERS)
         raise CheckpointError(
-            f"{source.folder} has no tokenizer (none of {known}), and without one a base station can't read a prompt: "
-            "copy it there from where the weights are from"
+            f"{source.folder} has no tokenizer (none of {known}), which a base station needs to read "
+            "prompts: copy it from the source of the weights"
         )
 
 
 def texts_current(source: Checkpoint, trunk: Iterable[FileEntry]) -> bool:
-    """Whether these files of a bundle's trunk have config and tokenizer as they are in the checkpoint now.
+    """Whether config and tokenizer in these files of a bundle's trunk are those of the checkpoint.
 
     Raises:
-        CheckpointError: one can't be read.
+        CheckpointError: a file of the checkpoint can't be read.
     """
     held = {file.path: file.sha256 for file in trunk}
     return all(held.get(path) == hashlib.sha256(data).hexdigest() for path, data in _texts(source))
 
 
 def trunk_bytes(source: Checkpoint) -> int:
-    """About how many bytes `copy_trunk` writes."""
+    """Roughly the number of bytes that `copy_trunk` writes."""
     files = (source.folder / name for name in _FILES)
     return sum(ref.bytes for ref in source.trunk) + sum(p.stat().st_size for p in files if p.exists())
 
 
 def _texts(source: Checkpoint) -> Iterator[tuple[str, bytes]]:
-    """Path in a bundle and content of all that is no tensor."""
+    """Path in a bundle, and content, of all files without tensors."""
     for name in _FILES:
         path = source.folder / name
         try:

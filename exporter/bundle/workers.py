@@ -1,8 +1,7 @@
-"""Exporting experts in several processes that end with the parent, whatever ends it.
+"""Exports experts in several processes, which end when their parent ends, whatever the reason.
 
-The standard library's pool waits for running work when it is left; an expert of a large model takes
-seconds, and Ctrl-C must not. Here the workers are ended at once, and one that dies (out of memory, killed)
-is reported instead of waited for.
+The standard library's pool waits for running jobs at its end, which would delay Ctrl-C by seconds with large experts.
+Here workers are ended at once, and a worker that dies (out of memory, killed) is reported instead of waited for.
 """
 
 import ctypes
@@ -28,10 +27,10 @@ _PR_SET_PDEATHSIG = 1
 def export_all(work: Sequence[ExpertJob], processes: int) -> Iterator[ExpertEntry]:
     """Entries of finished experts, in the order in which they finish.
 
-    With one process the work is done in this one.
+    With `processes` 1, this process does all the work.
 
     Raises:
-        WdmoeError: what `export_expert` raises, or a worker died.
+        WdmoeError: `export_expert` failed, or a worker died.
     """
     if processes == 1 or len(work) <= 1:
         yield from map(_export, work)
@@ -66,10 +65,10 @@ def _export(job: ExpertJob) -> ExpertEntry:
 
 
 class _Worker:
-    """One process and our end of its pipe."""
+    """One worker process, and the pipe to it."""
 
     def __init__(self) -> None:
-        # spawn: a fork would inherit onnxruntime's and BLAS's threads in an undefined state.
+        # spawn, because a fork would inherit onnxruntime's and BLAS's threads in an undefined state.
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self._busy: ExpertId | None = None
@@ -80,11 +79,11 @@ class _Worker:
 
     def give(self, job: ExpertJob) -> None:
         self._busy = job.id
-        with suppress(BrokenPipeError):  # it died: `take` finds out and says so
+        with suppress(BrokenPipeError):  # the worker died: `take` reports it
             self.pipe.send(job)
 
     def take(self) -> ExpertEntry:
-        """What the worker made of the last job."""
+        """The result of the worker's last job."""
         try:
             answer = self.pipe.recv()
         except (EOFError, ConnectionResetError):
@@ -110,7 +109,8 @@ class _Worker:
 
 @contextmanager
 def _sigint_ignored() -> Iterator[None]:
-    """Children inherit this: a terminal sends SIGINT to the whole group, and the parent decides."""
+    """Ignore SIGINT, for children to inherit: a terminal sends it to the whole group, but the parent ends its
+    workers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -122,9 +122,9 @@ def _sigint_ignored() -> Iterator[None]:
 
 
 def _serve(pipe: Connection) -> None:
-    """What a worker process runs: jobs in, entries or errors out, until the pipe closes."""
+    """Run a worker process: receive jobs, send entries or errors, until the pipe closes."""
     if sys.platform == "linux":
-        # A parent killed with -9 can't end us; the kernel does.
+        # If the parent is killed with SIGKILL, the kernel ends this process.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with suppress(EOFError, BrokenPipeError):
         while True:

@@ -1,6 +1,6 @@
-"""A Hugging Face Mixtral folder, checked: dimensions, where every expert lies, what belongs to the trunk.
+"""Checks a Hugging Face Mixtral folder: dimensions, the place of every expert, what belongs to the trunk.
 
-Only headers and config.json are read here; tensors are referred to, never loaded.
+Only config.json and headers are read here, no tensors.
 """
 
 import hashlib
@@ -42,17 +42,20 @@ class ExpertTensors(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Bytes of all three."""
+        """Bytes of the three matrices."""
         return self.w1.bytes + self.w3.bytes + self.w2.bytes
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose config and headers were found sound.
+    """A checkpoint whose config and headers are valid.
 
     Attributes:
-        folder: where it lies.
-        trunk: every tensor that is no expert's, in file order.
+        folder: of the checkpoint.
+        dims: dimensions of the model.
+        source: name and hashes, for the manifest.
+        experts: the tensors of each expert.
+        trunk: tensors that belong to no expert, in file order.
     """
 
     folder: Path
@@ -64,7 +67,7 @@ class Checkpoint:
     def shard_stamps(self, tensors: Iterable[TensorRef]) -> dict[str, tuple[int, int]]:
         """Size in bytes and modification time in ns of the files that hold `tensors`, by file name.
 
-        Tells a resumed export whether a shard was replaced since.
+        A resumed export finds out from them whether a shard has been replaced.
         """
         stamps = {}
         for path in sorted({t.file for t in tensors}):
@@ -77,7 +80,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Check a checkpoint folder's config and safetensors headers.
 
     Raises:
-        CheckpointError: it is missing, incomplete, damaged or no Mixtral.
+        CheckpointError: the checkpoint is missing, incomplete, damaged or not a Mixtral.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder: give the folder that holds config.json")
@@ -175,7 +178,7 @@ def _read_shards(folder: Path) -> list[SafetensorsFile]:
         for name in [n for n, s in placed.items() if s == file.path.name]:
             if name not in file.tensors:
                 raise CheckpointError(f"{file.path} lacks tensor '{name}' that {INDEX_FILE} places there")
-        # A tensor that the index doesn't name belongs to no model: keep it out of the trunk.
+        # A tensor that is not in the index belongs to no model and must stay out of the trunk.
         for name in [n for n in file.tensors if placed.get(n) != file.path.name]:
             del file.tensors[name]
     return files
@@ -207,7 +210,7 @@ def _find_experts(folder: Path, tensors: dict[str, TensorRef], dims: Dims) -> di
 
 
 def _tensor(folder: Path, tensors: dict[str, TensorRef], name: str, shape: tuple[int | None, ...]) -> TensorRef:
-    """The tensor called `name` if it has this shape; None stands for any size."""
+    """The tensor `name`, after a check of its shape; None in `shape` allows any size."""
     ref = tensors.get(name)
     if ref is None:
         raise CheckpointError(f"{folder} lacks tensor '{name}': its files don't fit its config.json")

@@ -42,12 +42,12 @@ ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class TensorRef:
-    """Where one tensor lies.
+    """The place of one tensor in a file.
 
     Attributes:
         file: the safetensors file.
-        dtype: as safetensors writes it (`BF16`, `F32`, …).
-        offset: of the first byte, counted from the start of the file.
+        dtype: number format as safetensors writes it, such as `BF16` or `F32`.
+        offset: of the first byte, from the start of the file.
     """
 
     name: str
@@ -64,10 +64,10 @@ class TensorRef:
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """A file whose header was found sound.
+    """A file whose header is valid.
 
     Attributes:
-        header_sha256: of the JSON header's bytes.
+        header_sha256: hash of the JSON header's bytes.
     """
 
     path: Path
@@ -193,7 +193,7 @@ class TensorReader:
         """The tensor's bytes in order, in one reused buffer of at most `COPY_BYTES`.
 
         Raises:
-            CheckpointError: as `read_into`.
+            CheckpointError: the file ends too early, or can't be read.
         """
         buffer = memoryview(bytearray(min(COPY_BYTES, tensor.bytes)))
         for begin in range(0, tensor.bytes, COPY_BYTES):
@@ -205,8 +205,8 @@ class TensorReader:
 def encode_header(tensors: Iterable[TensorRef]) -> bytes:
     """Length and JSON header of a new file that holds these tensors in this order.
 
-    The metadata says `format: pt`, which transformers insists on. Padded with blanks so that the data
-    starts at a multiple of eight bytes.
+    The metadata says `format: pt`, which transformers requires. It is padded with blanks so that
+    the data starts at a multiple of eight bytes.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

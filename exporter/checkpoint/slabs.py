@@ -14,15 +14,14 @@ SLAB_WEIGHTS = 1 << 17
 
 
 def slab_rows(columns: int) -> int:
-    """Rows of a slab of a matrix with this many columns."""
+    """Number of rows per slab of a matrix with this many columns."""
     return max(1, SLAB_WEIGHTS // columns)
 
 
 def stream_rows(reader: TensorReader, tensor: TensorRef, hasher: Any) -> Iterator[tuple[int, Array]]:
     """Slabs (first row, float32 [rows, columns]) of a matrix, from the first row to the last.
 
-    A slab is a view of a reused buffer: use it before asking for the next. `hasher` (hashlib) is fed the
-    raw bytes.
+    A slab is a view of a buffer that the next slab overwrites. `hasher` (from hashlib) is updated with the raw bytes.
 
     Raises:
         CheckpointError: the file could not be read to the end.
@@ -44,7 +43,7 @@ def stream_rows(reader: TensorReader, tensor: TensorRef, hasher: Any) -> Iterato
 
 
 def widen(raw: NDArray[np.uint8], dtype: str, out: Array) -> None:
-    """Turn the raw bytes of BF16, F16 or F32 values into float32, exactly."""
+    """Convert the raw bytes of BF16, F16 or F32 values to float32 in `out`, without rounding."""
     flat = out.reshape(-1)
     if dtype == "BF16":
         # bfloat16 is the upper half of a float32.

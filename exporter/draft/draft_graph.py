@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from onnx.helper import make_tensor_value_info as value_info
 
 from exporter.demo_model.base import DenseShape
-from exporter.expert.encoders import Part, matrix_parts
+from exporter.expert.encoders import StoredPart, matrix_parts
 from exporter.expert.graph import ACCURACY_LEVEL, ALIGNMENT, Placed, external, model_bytes
 from wire.manifest import Quantisation
 
@@ -61,7 +61,7 @@ def plan_draft(shape: DenseShape) -> DraftLayout:
     matrices: dict[str, Matrix] = {}
     end = 0
 
-    def place(name: str, sources: tuple[str, ...], rows: int, columns: int, parts: tuple[Part, ...]) -> None:
+    def place(name: str, sources: tuple[str, ...], rows: int, columns: int, parts: tuple[StoredPart, ...]) -> None:
         nonlocal end
         placed = []
         for part in parts:
@@ -74,10 +74,10 @@ def plan_draft(shape: DenseShape) -> DraftLayout:
         place(name, sources, rows, columns, matrix_parts(QUANTISATION, rows, columns))
 
     def norm(name: str, source: str) -> None:
-        place(name, (source,), 1, hidden, (Part("weight", np.dtype("<f4"), (hidden,)),))
+        place(name, (source,), 1, hidden, (StoredPart("weight", np.dtype("<f4"), (hidden,)),))
 
     table = (shape.vocab_size, hidden)
-    place("embedding", (embedding,), *table, (Part("weight", np.dtype("<f2"), table),))
+    place("embedding", (embedding,), *table, (StoredPart("weight", np.dtype("<f2"), table),))
     for layer in range(shape.layers):
         at, model = f"{layer}", f"model.layers.{layer}"
         attention = tuple(f"{model}.self_attn.{p}_proj.weight" for p in "qkv")

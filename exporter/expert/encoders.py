@@ -22,7 +22,7 @@ _BITS = {"int4": 4, "int8": 8}
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """One stored tensor of a matrix.
 
     Attributes:
@@ -55,26 +55,26 @@ class Encoder(Protocol):
         ...
 
 
-def matrix_parts(quantisation: Quantisation, rows: int, columns: int) -> tuple[Part, ...]:
+def matrix_parts(quantisation: Quantisation, rows: int, columns: int) -> tuple[StoredPart, ...]:
     """What a scheme stores of one [rows, columns] matrix, in the order in which an encoder gives it."""
     u8, f4 = np.dtype(np.uint8), np.dtype("<f4")
     match quantisation.scheme:
         case "int4" | "int8":
             bits = _BITS[quantisation.scheme]
             blocks = -(-columns // quantisation.block)
-            parts: tuple[Part, ...] = (
-                Part("weight", u8, (rows, blocks, quantisation.block * bits // 8)),
-                Part("scales", f4, (rows * blocks,)),
+            parts: tuple[StoredPart, ...] = (
+                StoredPart("weight", u8, (rows, blocks, quantisation.block * bits // 8)),
+                StoredPart("scales", f4, (rows * blocks,)),
             )
             if not quantisation.symmetric:
-                parts += (Part("zero_points", u8, (rows * _zero_bytes(blocks, bits),)),)
+                parts += (StoredPart("zero_points", u8, (rows * _zero_bytes(blocks, bits),)),)
             return parts
         case "int8-dynamic":
-            return Part("weight", np.dtype(np.int8), (columns, rows)), Part("scales", f4, (rows,))
+            return StoredPart("weight", np.dtype(np.int8), (columns, rows)), StoredPart("scales", f4, (rows,))
         case "fp16":
-            return (Part("weight", np.dtype("<f2"), (rows, columns)),)
+            return (StoredPart("weight", np.dtype("<f2"), (rows, columns)),)
         case "fp32":
-            return (Part("weight", f4, (rows, columns)),)
+            return (StoredPart("weight", f4, (rows, columns)),)
 
 
 def make_encoder(quantisation: Quantisation, rows: int, columns: int) -> Encoder:

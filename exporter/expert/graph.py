@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from exporter.expert.encoders import Part, matrix_parts
+from exporter.expert.encoders import StoredPart, matrix_parts
 from wire.manifest import Dims, Quantisation
 
 # The smallest page of the platforms in question; tensors that start on a page map without copying.
@@ -46,7 +46,7 @@ PROTO_TYPES = {
 class Placed:
     """A part and where it lies in the weights file."""
 
-    part: Part
+    part: StoredPart
     offset: int
 
 

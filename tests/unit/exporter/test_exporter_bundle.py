@@ -145,7 +145,7 @@ def test_a_damaged_draft_is_left_out_and_a_changed_manifest_unsigned(
     result = run("exporter", "bundle", mixtral(), out)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("the draft model in") == 1
-    assert result.stdout.count("manifest.sig, which is not over the new manifest") == 1
+    assert result.stdout.count("manifest.sig, which does not fit the new manifest") == 1
     assert load_manifest(out).draft == ()
     assert not (out / "manifest.sig").exists()
     with pytest.raises(SignatureError, match="is not signed"):
