@@ -10,7 +10,9 @@ HIDDEN, INTERMEDIATE, LAYERS, EXPERTS = 64, 96, 2, 4
 VOCABULARY = 48
 
 
-def save_mixtral(folder: Path, dtype: str, *, shard_size: str = "1GB", layers: int = LAYERS) -> Any:
+def save_mixtral(
+    folder: Path, dtype: str, *, shard_size: str = "1GB", layers: int = LAYERS, positions: int = 64
+) -> Any:
     """Save a random model and return it (transformers' MixtralForCausalLM, already in `dtype`)."""
     import torch
     from tokenizers import Tokenizer, models
@@ -26,7 +28,7 @@ def save_mixtral(folder: Path, dtype: str, *, shard_size: str = "1GB", layers: i
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=VOCABULARY,
-        max_position_embeddings=64,
+        max_position_embeddings=positions,
         # Weights of a size that gives outputs of the size of the inputs.
         initializer_range=0.15,
     )

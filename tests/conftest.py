@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from bs_coordinator.broker.processes import mosquitto_path, open_broker
 from testbed.demo_assets import demo_model, export_demo_bundle
@@ -29,15 +29,13 @@ def pytest_configure() -> None:
     """Settings of every run.
 
     SIGINT gets Python's handler, as a shell's background jobs ignore it, and so would the processes that tests start.
-    Hypothesis' examples have no deadline: on a busy machine each of them may have to wait for a core. Parallel workers
-    share the cores: threads that spin on each other's cores cost several times the work.
+    Hypothesis' examples have no deadline and may be slow to make: on a busy machine they may have to wait for a core.
+    Torch uses one thread: with several, tests' small products wait for descheduled threads, which on a busy machine
+    takes ten times as long as the work.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-        threads = max(1, (os.cpu_count() or 1) // int(workers))
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-        torch.set_num_threads(threads)
-    settings.register_profile("patient", deadline=None)
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+    settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("patient")
     # `--hypothesis-profile=fuzz` takes its place.
     settings.register_profile("fuzz", deadline=None, max_examples=100_000, print_blob=True)
@@ -85,6 +83,19 @@ def tiny_bundle(tiny_model: Path, shared_folder: Path) -> Callable[[Scheme], Pat
         return folder
 
     return get
+
+
+@pytest.fixture(scope="session")
+def random_bundle(shared_folder: Path) -> Path:
+    """An int4 bundle of a random model, a thousand times smaller than the demo: two layers of four experts."""
+    folder = shared_folder / "bundle-random"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            checkpoint, partial = shared_folder / "checkpoint-random", shared_folder / "bundle-random.partial"
+            save_mixtral(checkpoint, "float32", positions=512)
+            export_demo_bundle(checkpoint, partial, "int4")
+            partial.rename(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -89,7 +89,7 @@ def scipy_sum_s(instance: Instance) -> float:
     return least_s
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(12))
 def test_common_allocation_agrees_with_scipy(seed: int) -> None:
     instance = random_instance(seed)
     bandwidth = allocate_common(*instance, TOTAL_HZ)
@@ -99,7 +99,7 @@ def test_common_allocation_agrees_with_scipy(seed: int) -> None:
     assert (bandwidth[~instance.rows.any(axis=0)] == 0).all()
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(12))
 def test_layer_allocation_agrees_with_scipy(seed: int) -> None:
     instance = random_instance(100 + seed, layers=1)
     bandwidth = allocate_layer(instance.links.each_layer(), instance.rows, instance.fixed_s, TOTAL_HZ)

@@ -1,8 +1,8 @@
 """Many sequences at once: each gets what it would get alone, and others' failures are not its own."""
 
-from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bs_coordinator.config import SamplingConfig
@@ -16,35 +16,40 @@ from bs_coordinator.errors import DispatchError
 from bs_coordinator.selection import TopK
 from bs_coordinator.trunk.trunk import Trunk
 from testbed.evaluation.local_experts import LocalExperts
-from testbed.prompts import PROMPTS
-from wire.manifest import Scheme
+from tests.checkpoints import VOCABULARY
 from wire.tensors import Array, WireDtype
 
 
 class _Experts(LocalExperts):
-    """Refuses batches with more rows than it was told to take."""
+    """Fails for batches with more than `most_rows` rows."""
 
     most_rows = 10**6
 
     def begin(self, layer: int, hidden: Array, gate: Array) -> Ready:
         if len(hidden) > self.most_rows:
-            raise DispatchError("as told")
+            raise DispatchError("too many rows")
         return super().begin(layer, hidden, gate)
 
 
 @pytest.fixture(scope="module")
-def experts(tiny_bundle: Callable[[Scheme], Path]) -> _Experts:
-    return _Experts(tiny_bundle("int4"), threads=1, wire=WireDtype.FP16)
+def experts(random_bundle: Path) -> _Experts:
+    return _Experts(random_bundle, threads=1, wire=WireDtype.FP16)
 
 
 @pytest.fixture(scope="module")
-def model(tiny_bundle: Callable[[Scheme], Path], experts: _Experts) -> DistributedMixtral:
-    return DistributedMixtral(Trunk(tiny_bundle("int4") / "trunk"), experts, TopK(2))
+def model(random_bundle: Path, experts: _Experts) -> DistributedMixtral:
+    return DistributedMixtral(Trunk(random_bundle / "trunk"), experts, TopK(2))
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_bundle: Callable[[Scheme], Path]) -> Tokenizer:
-    return Tokenizer(tiny_bundle("int4") / "trunk")
+def tokenizer(random_bundle: Path) -> Tokenizer:
+    return Tokenizer(random_bundle / "trunk")
+
+
+def _prompts(count: int) -> list[list[int]]:
+    """Prompts of 1 to 40 tokens, so that some go through the trunk as rows and some as blocks."""
+    rng = np.random.default_rng(5)
+    return [rng.integers(1, VOCABULARY, int(rng.integers(1, 41))).tolist() for _ in range(count)]
 
 
 def _run(scheduler: Scheduler, answers: list[GeneratedAnswer]) -> list[list[int]]:
@@ -57,9 +62,10 @@ def _run(scheduler: Scheduler, answers: list[GeneratedAnswer]) -> list[list[int]
 
 
 def test_answers_are_what_they_are_alone(model: DistributedMixtral, tokenizer: Tokenizer) -> None:
-    config = SamplingConfig(max_tokens=12)
-    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS[:10]]
+    config = SamplingConfig(max_tokens=8)
+    prompts = _prompts(8)
     alone = [[e.id for e in Sequence(model, tokenizer).generate(ids, config)] for ids in prompts]
+    assert len({tuple(ids) for ids in alone}) > 5
     scheduler = Scheduler(model, max_live=4)
     answers = [Sequence(model, tokenizer).answer(ids, config) for ids in prompts]
     for answer in answers:
@@ -68,10 +74,9 @@ def test_answers_are_what_they_are_alone(model: DistributedMixtral, tokenizer: T
 
 
 def test_look_ups_change_nothing(model: DistributedMixtral, tokenizer: Tokenizer) -> None:
-    config = SamplingConfig(max_tokens=40)
+    config = SamplingConfig(max_tokens=24)
     speculation = Speculation("ngram")
-    for prompt in PROMPTS[:2]:
-        ids = tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    for ids in _prompts(3):
         plain = [e.id for e in Sequence(model, tokenizer).generate(ids, config)]
         drafted = list(Sequence(model, tokenizer, speculation=speculation).generate(ids, config))
         assert [e.id for e in drafted] == plain
@@ -83,7 +88,7 @@ def test_a_long_prompt_does_not_starve_those_who_decode(model: DistributedMixtra
     short = Sequence(model, tokenizer).answer([5, 6, 7], SamplingConfig(max_tokens=20))
     scheduler.add(short)
     scheduler.step()
-    long = Sequence(model, tokenizer).answer(list(range(100, 200)), SamplingConfig(max_tokens=2))
+    long = Sequence(model, tokenizer).answer([1 + i % 40 for i in range(100)], SamplingConfig(max_tokens=2))
     scheduler.add(long)
     for _ in range(4):
         by_answer = {p.answer: p.events for p in scheduler.step()}
@@ -102,7 +107,7 @@ def test_a_failure_ends_only_the_answer_that_fails_alone(
     expected = [e.id for e in Sequence(model, tokenizer).generate([5, 6, 7], config)]
     scheduler = Scheduler(model)
     small = Sequence(model, tokenizer).answer([5, 6, 7], config)
-    large = Sequence(model, tokenizer).answer(list(range(50)), config)
+    large = Sequence(model, tokenizer).answer([1 + i % 40 for i in range(50)], config)
     scheduler.add(large)
     scheduler.add(small)
     experts.most_rows = 20

@@ -29,9 +29,8 @@ def test_a_token_gets_bitwise_the_same_alone_in_a_draft_and_in_a_batch(
     other = trunk.new_cache()
     model.step([SequenceInput(ids[10:50], other)])
     for count in (2, 3, 5, 8, 9, 16):
-        cache = trunk.new_cache()
-        model.step([SequenceInput(ids[:30], cache)])
-        feeds = [SequenceInput([ids[7]], other), SequenceInput(ids[30 : 30 + count], cache, rows=list(range(count)))]
-        (_, logits), _ = model.step(feeds)
+        trunk.truncate(alone, 30)
+        drafted = SequenceInput(ids[30 : 30 + count], alone, rows=list(range(count)))
+        (_, logits), _ = model.step([SequenceInput([ids[7]], other), drafted])
         for row, one in zip(logits, expected[:count], strict=True):
             assert torch.equal(row, one[0]), count
