@@ -18,6 +18,7 @@ from bs_coordinator.engine.sequence import GeneratedAnswer, Sequence, TokenEvent
 from bs_coordinator.errors import BusyError
 from common.clock import SYSTEM_CLOCK, Clock
 from common.errors import WdmoeError
+from common.moving_average import MovingAverage
 from wire.errors import BrokerError
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class AnswerServer:
         self._cancelled: deque[Request] = deque()
         self._requests: dict[int, tuple[Request, GeneratedAnswer | None]] = {}
         self._progress_s = self._clock.monotonic_s()
-        self._answer_s = _FIRST_ANSWER_S
+        self._answer_s = MovingAverage(_MEMORY, _FIRST_ANSWER_S)
         self._lost = ""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="answers")
@@ -115,7 +116,7 @@ class AnswerServer:
             if len(self._requests) >= self._limit or self._stop.is_set():
                 # Those ahead leave `max_live` at a time.
                 rounds = math.ceil((len(self._requests) - self._scheduler.max_live + 1) / self._scheduler.max_live)
-                raise BusyError(len(self._requests), retry_after_s=max(1.0, rounds * self._answer_s))
+                raise BusyError(len(self._requests), retry_after_s=max(1.0, rounds * self._answer_s.value))
             if not self._requests:
                 self._progress_s = self._clock.monotonic_s()
             self._requests[id(request)] = (request, None)
@@ -190,7 +191,7 @@ class AnswerServer:
             self._forget(request)
             if not progress.error:
                 took_s = self._clock.monotonic_s() - request.accepted_s
-                self._answer_s = _MEMORY * self._answer_s + (1 - _MEMORY) * took_s
+                self._answer_s.add(took_s)
         request.deliver(StreamUpdate(progress.events, progress.error))
 
     def _fail_all(self, why: str) -> None:

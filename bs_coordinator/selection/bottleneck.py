@@ -19,7 +19,7 @@ class Bottleneck(Struct, frozen=True, forbid_unknown_fields=True):
     Tokens with the least weight on that node go first, as many as bring it down to that factor. The layer's predicted
     time never rises above top-k's, because a round that does not lower it is discarded.
 
-    Source: reconstructed from the testbed of arXiv 2411.06681; docs/policies.md tells what was added.
+    Source: reconstructed from the testbed of arXiv 2411.06681; docs/policies.md lists our additions.
 
     Attributes:
         k: experts per token before anything is dropped.

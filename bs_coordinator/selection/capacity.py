@@ -22,7 +22,7 @@ class Capacity(Struct, frozen=True, forbid_unknown_fields=True):
     stay need if that is longer, times `slack`. The layer's predicted time never rises above top-k's: where it would,
     top-k is used.
 
-    Source: after arXiv 2503.05066, whose caps are equal; docs/policies.md tells what was added.
+    Source: after arXiv 2503.05066, whose caps are equal; docs/policies.md lists our additions.
 
     Attributes:
         k: experts per token before anything is dropped.

@@ -19,7 +19,7 @@ class Similar(Struct, frozen=True, forbid_unknown_fields=True):
     replacement gets the weight of the expert it stands in for. T is the layer's predicted time; it never rises above
     top-k's.
 
-    Source: after SiftMoE, arXiv 2603.23888, which minimises energy; docs/policies.md tells what was added.
+    Source: after SiftMoE, arXiv 2603.23888, which minimises energy; docs/policies.md lists our additions.
 
     Attributes:
         table: from a file that `wdmoe-testbed differences` wrote.

@@ -18,7 +18,7 @@ class Subset(Struct, frozen=True, forbid_unknown_fields=True):
     A token's loss is the share of top-k's probability that its set lacks: 1 - Σ p / Σ p of top-k. T is the layer's
     predicted time; it never rises above top-k's. The most probable expert may be left out like any other.
 
-    Source: after DES, arXiv 2503.13421, which minimises energy; docs/policies.md tells what was added.
+    Source: after DES, arXiv 2503.13421, which minimises energy; docs/policies.md lists our additions.
 
     Attributes:
         k: largest size of a set.

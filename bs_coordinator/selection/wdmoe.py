@@ -22,7 +22,7 @@ class Wdmoe(Struct, frozen=True, forbid_unknown_fields=True):
 
     The gain is measured by the weight-to-latency ratio: the mean of weight ÷ time over all (token, expert) pairs asked.
 
-    Source: reconstructed from arXiv 2405.03131 and 2411.06681; docs/policies.md tells what was added.
+    Source: reconstructed from arXiv 2405.03131 and 2411.06681; docs/policies.md lists our additions.
 
     Attributes:
         k: experts per token before anything is dropped.
