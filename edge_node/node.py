@@ -3,8 +3,10 @@
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from common.config import ConfigError
 from common.cpu_idle import cpu_idle_disabled
@@ -13,7 +15,7 @@ from edge_node.agent import NodeAgent, residency_status
 from edge_node.config import HoldingConfig, NodeConfig
 from edge_node.devices import DetectedDevice
 from edge_node.experts.memory import check_memory, fitting, largest, needed_bytes, room_bytes
-from edge_node.experts.providers import first_that_proves
+from edge_node.experts.providers import ChosenProvider, first_that_proves
 from edge_node.experts.runtime import ExpertRuntime
 from edge_node.failure import failure_published
 from edge_node.limits import Limits
@@ -22,8 +24,9 @@ from edge_node.worker import Worker
 from wire.broker_address import BrokerAddress
 from wire.broker_url import parse_broker_url
 from wire.device_profiles import Provider
-from wire.experts import format_selector, parse_selector
+from wire.experts import ExpertId, format_selector, parse_selector
 from wire.frame_auth import read_node_authenticator
+from wire.manifest import Manifest
 from wire.signature import load_trusted_manifest
 from wire.status import DeviceFacts, Holding
 from wire.topics import Topics
@@ -112,41 +115,19 @@ def build_node(config: NodeConfig) -> Node:
         MemoryBudgetError: the experts need more RAM than there is.
         ProbeError: an expert does not compute what it did where it was exported.
     """
-    address = _address(config)
-    topics = Topics(config.cluster)
+    address, topics = _address(config), Topics(config.cluster)
     authenticator = read_node_authenticator(config.frame_key, config.cluster, config.node) if config.frame_key else None
     device = _device(config)
     (bundle,) = config.bundles
     with failure_published(address, topics, config.node):
         manifest = load_trusted_manifest(bundle, config.bundle_key)
-    dims = manifest.dims
-    try:
-        ids = parse_selector(config.experts, layers=dims.layers, experts=dims.experts)
-    except ValueError as error:
-        raise ConfigError(f"--experts: {error}") from None
-    selector = format_selector(ids)
-    entries, scheme, budget = manifest.entries(ids), manifest.quantisation.scheme, config.memory_budget_bytes
-    lru = config.residency == "lru"
-    most_loaded = max(1, fitting(entries, scheme, room_bytes(budget))) if lru else len(entries)
-    resident_bytes = needed_bytes(largest(entries, most_loaded), scheme)
+    held = _held(config, manifest)
     threads = config.threads or devices.threads_for(device)
     log.info("profile %s (%s), %d threads", device.name, device.because, threads)
-    if config.tuned is None and (better := devices.advice(device, scheme)):
+    if config.tuned is None and (better := devices.advice(device, manifest.quantisation.scheme)):
         log.warning("%s", better)
-    began = time.monotonic()
     with failure_published(address, topics, config.node):
-        check_memory(resident_bytes, budget=budget)
-        runtime, chosen = first_that_proves(
-            _providers(config, device),
-            lambda provider: ExpertRuntime(
-                bundle, manifest, ids, threads=threads, prepacked=config.prepacked, provider=provider,
-                most_loaded=most_loaded if most_loaded < len(ids) else None,
-            ),
-        )  # fmt: skip
-    seconds = time.monotonic() - began
-    log.info("proved %d experts (%s) with %s in %.1f s", len(ids), manifest.quantisation, chosen.provider, seconds)
-    if runtime.most_loaded is not None:
-        log.info("%d of them fit into memory at once: the others are loaded when they are asked for", most_loaded)
+        runtime, chosen = _load(config, manifest, held, threads, _providers(config, device))
     worker = Worker(runtime, authenticator=authenticator)
     agent = NodeAgent(
         node=config.node,
@@ -165,15 +146,67 @@ def build_node(config: NodeConfig) -> Node:
         folder=bundle,
         limits=Limits(max_celsius=config.max_celsius, min_available_bytes=config.min_free_bytes),
         holding=Holding(
-            experts=selector,
+            experts=held.selector,
             model_sha256=manifest.model_sha256,
-            dims=dims,
+            dims=manifest.dims,
             quantisation=str(manifest.quantisation),
-            resident_bytes=resident_bytes,
+            resident_bytes=held.resident_bytes,
         ),
         residency=lambda: residency_status(runtime),
     )
-    return Node(config, address, worker, agent, selector)
+    return Node(config, address, worker, agent, held.selector)
+
+
+class _Held(NamedTuple):
+    """The experts that a node holds.
+
+    Attributes:
+        most_loaded: how many of them are in memory at once.
+        resident_bytes: RAM that these need at most.
+    """
+
+    ids: tuple[ExpertId, ...]
+    most_loaded: int
+    resident_bytes: int
+
+    @property
+    def selector(self) -> str:
+        return format_selector(self.ids)
+
+
+def _held(config: NodeConfig, manifest: Manifest) -> _Held:
+    try:
+        ids = parse_selector(config.experts, layers=manifest.dims.layers, experts=manifest.dims.experts)
+    except ValueError as error:
+        raise ConfigError(f"--experts: {error}") from None
+    entries, scheme = manifest.entries(ids), manifest.quantisation.scheme
+    most_loaded = len(entries)
+    if config.residency == "lru":
+        most_loaded = max(1, fitting(entries, scheme, room_bytes(config.memory_budget_bytes)))
+    return _Held(ids, most_loaded, needed_bytes(largest(entries, most_loaded), scheme))
+
+
+def _load(
+    config: NodeConfig, manifest: Manifest, held: _Held, threads: int, providers: Sequence[Provider]
+) -> tuple[ExpertRuntime, ChosenProvider]:
+    """The experts, proven, with the first provider that proves itself."""
+    (bundle,) = config.bundles
+    began_s = time.monotonic()
+    check_memory(held.resident_bytes, budget=config.memory_budget_bytes)
+    runtime, chosen = first_that_proves(
+        providers,
+        lambda provider: ExpertRuntime(
+            bundle, manifest, held.ids, threads=threads, prepacked=config.prepacked, provider=provider,
+            most_loaded=held.most_loaded if held.most_loaded < len(held.ids) else None,
+        ),
+    )  # fmt: skip
+    log.info(
+        "proved %d experts (%s) with %s in %.1f s",
+        len(held.ids), manifest.quantisation, chosen.provider, time.monotonic() - began_s,
+    )  # fmt: skip
+    if runtime.most_loaded is not None:
+        log.info("%d of them fit into memory at once: the others are loaded when they are asked for", held.most_loaded)
+    return runtime, chosen
 
 
 def _address(config: NodeConfig) -> BrokerAddress:

@@ -18,6 +18,9 @@ from edge_node.cli import cli as node
 from edge_node.config import NodeConfig, TuneConfig
 from exporter.cli import cli as exporter
 from exporter.config import ExportConfig
+from testbed.cli import cli as experiments
+from testbed.report.trace import TOKENS_PER_CELL
+from testbed.statistics import RESAMPLES
 from wire.tensors import WireDtype
 
 _BUNDLE, _TUNED = {"bundle": Path("b")}, Path("t.json")
@@ -79,6 +82,13 @@ def test_every_field_has_an_option(
     for config in configs:
         for field in _fields(config):
             assert (field.flag in options) != (field.name in WITHOUT_OPTION), field.name
+
+
+def test_reports_have_the_librarys_defaults() -> None:
+    defaults = {
+        param.name: param.default for name in ("report", "compare") for param in experiments.commands[name].params
+    }
+    assert (defaults["resamples"], defaults["trace_tokens"]) == (RESAMPLES, TOKENS_PER_CELL)
 
 
 def test_options_reach_the_config() -> None:
