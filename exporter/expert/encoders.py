@@ -1,7 +1,7 @@
-"""How float32 weight rows become the stored tensors of each scheme. Pure numpy, no files, no graphs.
+"""Encodes float32 weights as the stored tensors of each quantisation scheme. Pure numpy, no files, no graphs.
 
-A matrix is [rows, columns] = [outputs, inputs], as checkpoints store it. Encoders are fed row slabs in
-order and work in preallocated buffers, so that a slab never leaves the processor's cache.
+A matrix is [rows, columns] = [outputs, inputs], as checkpoints store it. Encoders take row slabs in order and work in
+preallocated buffers, so that a slab stays in the processor's cache.
 """
 
 import math
@@ -43,7 +43,7 @@ class Encoder(Protocol):
     """Turns the row slabs of one matrix into the bytes of its parts (`matrix_parts`)."""
 
     def encode(self, rows: Array) -> Stored:
-        """Bytes that these rows add to the first part; a view that is valid until the next call.
+        """Values that these rows add to the first part, as a view that is valid until the next call.
 
         Raises:
             ValueError: a value can't be stored in this scheme.
@@ -51,12 +51,12 @@ class Encoder(Protocol):
         ...
 
     def finish(self) -> list[Stored]:
-        """Whatever is left once all rows were encoded, in the order of the parts."""
+        """The remaining parts, in order, after all rows have been encoded."""
         ...
 
 
 def matrix_parts(quantisation: Quantisation, rows: int, columns: int) -> tuple[StoredPart, ...]:
-    """What a scheme stores of one [rows, columns] matrix, in the order in which an encoder gives it."""
+    """The stored tensors of a [rows, columns] matrix in a scheme, in the order in which the encoder returns them."""
     u8, f4 = np.dtype(np.uint8), np.dtype("<f4")
     match quantisation.scheme:
         case "int4" | "int8":
@@ -88,28 +88,28 @@ def make_encoder(quantisation: Quantisation, rows: int, columns: int) -> Encoder
 
 
 class PlainEncoder:
-    """Weights as they are, in fp16 or fp32, rows × columns."""
+    """Weights without quantisation, in fp16 or fp32, [rows, columns]."""
 
     def __init__(self, dtype: DTypeLike) -> None:
         self._dtype = np.dtype(dtype)
 
     def encode(self, rows: Array) -> Stored:
-        """See `Encoder`."""
+        """Encode the next rows, float32 [rows, columns]; returns the values to append to the first part."""
         dtype = self._dtype
         if dtype.itemsize == 2 and (peak := float(np.abs(rows).max(initial=0.0))) > FP16_MAX:
             raise ValueError(f"value {peak:.6g} does not fit into fp16")
         return rows.astype(dtype, copy=False)
 
     def finish(self) -> list[Stored]:
-        """See `Encoder`."""
+        """The remaining parts, in order."""
         return []
 
 
 class ChannelEncoder:
-    """Symmetric int8 with one scale per output channel, stored [columns, rows] as MatMulInteger wants it.
+    """Symmetric int8 with one scale per output channel, stored [columns, rows] as MatMulInteger needs it.
 
-    The range is ±127, never −128, so that a channel and its negative encode alike. The transposed matrix
-    is kept whole (one byte per weight) until `finish`.
+    The range is ±127, without −128, so that a channel and its negative get the same codes up to the sign. The whole
+    transposed matrix (one byte per weight) is kept until `finish`.
     """
 
     def __init__(self, rows: int, columns: int) -> None:
@@ -119,7 +119,7 @@ class ChannelEncoder:
         self._done = 0
 
     def encode(self, rows: Array) -> Stored:
-        """See `Encoder`."""
+        """Encode the next rows, float32 [rows, columns]; returns the values to append to the first part."""
         count = len(rows)
         scratch = _scratch(self._scratch, count)
         peak = np.maximum(rows.max(axis=1), -rows.min(axis=1))
@@ -135,7 +135,7 @@ class ChannelEncoder:
         return self._transposed[:0]
 
     def finish(self) -> list[Stored]:
-        """See `Encoder`."""
+        """The remaining parts, in order."""
         return [self._transposed, self._scales]
 
 
@@ -154,14 +154,14 @@ class BlockEncoder:
         self._zeros = np.zeros((rows, _zero_bytes(blocks, bits)), np.uint8)
         self._done = 0
         step = min(rows, slab_rows(columns))
-        # Zero in the padding, where no row is ever copied to.
+        # The padding stays zero: no row is copied there.
         self._padded = np.zeros((step, blocks * block), np.float32) if columns % block else None
         self._turned = np.empty(step * blocks * block, np.float32)
         self._codes = np.empty(step * blocks * block, np.uint8)
         self._packed = np.empty(step * blocks * block // 2, np.uint8)
 
     def encode(self, rows: Array) -> Stored:
-        """See `Encoder`."""
+        """Encode the next rows, float32 [rows, columns]; returns the values to append to the first part."""
         count, where = len(rows), slice(self._done, self._done + len(rows))
         self._done += count
         if self._padded is not None:
@@ -177,18 +177,18 @@ class BlockEncoder:
         return codes if self._bits == 8 else self._pack(codes)
 
     def finish(self) -> list[Stored]:
-        """See `Encoder`."""
+        """The remaining parts, in order."""
         return [self._scales] if self._symmetric else [self._scales, self._zeros]
 
     def _ranges(self, blocks: Array) -> tuple[Array, Array]:
-        """Scale and zero point, both float32 [blocks], of [blocks, block] weights."""
-        # numpy reduces short rows one by one, ten times slower than whole rows of the transpose.
+        """Scales and zero points, both float32 [blocks], of [blocks, block] weights."""
+        # numpy reduces short rows one by one, which takes ten times as long as with the transpose.
         turned = self._turned[: blocks.size].reshape(self._block, len(blocks))
         np.copyto(turned, blocks.T)
         low, high = turned.min(axis=0), turned.max(axis=0)
         top, middle = np.float32(2**self._bits - 1), np.float32(2 ** (self._bits - 1))
         if self._symmetric:
-            # The larger end maps to code 0, which is one step further from the middle than the top code.
+            # The larger end maps to code 0, which is one step farther from the middle than the highest code.
             return np.where(high > -low, high, low) / -middle, np.full(len(blocks), middle)
         np.minimum(low, 0, out=low)
         np.maximum(high, 0, out=high)
@@ -198,13 +198,13 @@ class BlockEncoder:
 
     def _quantise(self, blocks: Array, scale: Array, zero: Array) -> NDArray[np.uint8]:
         """Codes uint8 [blocks, block]."""
-        # A scale too small to be inverted belongs to weights that are zero for all purposes.
+        # If a scale is too small to be inverted, its weights are practically zero.
         with np.errstate(over="ignore"):
             inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
         inverse[np.isinf(inverse)] = 0
         values = self._turned[: blocks.size].reshape(blocks.shape)
         np.multiply(blocks, inverse[:, None], out=values)
-        # Adding a half makes the truncation of the cast below a rounding.
+        # With half added, the truncation of the cast below rounds.
         np.add(values, (zero + np.float32(0.5))[:, None], out=values)
         np.clip(values, 0, 2**self._bits - 1, out=values)
         codes = self._codes[: blocks.size].reshape(blocks.shape)
@@ -212,7 +212,7 @@ class BlockEncoder:
         return codes
 
     def _pack(self, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Neighbouring 4-bit codes put into one byte each."""
+        """Pairs of neighbouring 4-bit codes packed into bytes."""
         pairs = codes.reshape(-1).view("<u2")
         packed = self._packed[: len(pairs)]
         np.copyto(packed, np.bitwise_or(pairs, pairs >> 4), casting="unsafe")

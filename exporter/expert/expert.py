@@ -1,4 +1,4 @@
-"""Export of one expert: stream, quantise, write, and measure the result against fp32.
+"""Exports one expert: streams, quantises and writes it, and measures the result against fp32.
 
 One pass over the source does it all. While a slab of float32 weights is in the cache it is hashed,
 checked, multiplied with the probe rows (the fp32 reference) and encoded.
@@ -29,7 +29,7 @@ from wire.tensors import Array
 
 @dataclass(frozen=True)
 class ExpertJob:
-    """Everything that exporting one expert takes; small, so that it can be sent to another process.
+    """The inputs of exporting one expert; small enough to be sent to another process.
 
     Attributes:
         out: the bundle folder.
@@ -83,7 +83,7 @@ def export_expert(job: ExpertJob) -> ExpertEntry:
 
 
 class HashingWriter:
-    """Sequential writes with a running size and SHA-256."""
+    """A file that is written sequentially, with its size and SHA-256."""
 
     def __init__(self, path: str, file: BinaryIO) -> None:
         self._path, self._file = path, file
@@ -91,7 +91,7 @@ class HashingWriter:
         self.position = 0
 
     def write(self, data: Any) -> None:
-        """Append anything with a buffer, contiguous."""
+        """Append the bytes of an object with a contiguous buffer."""
         if len(data) == 0:
             return
         view = memoryview(data).cast("B")
@@ -104,16 +104,16 @@ class HashingWriter:
         self.write(bytes(position - self.position))
 
     def entry(self) -> FileEntry:
-        """Manifest entry of what was written so far."""
+        """The manifest entry of the file as written so far."""
         return FileEntry(path=self._path, bytes=self.position, sha256=self._sha256.hexdigest())
 
 
 @contextmanager
 def open_writer(out: Path, path: str) -> Iterator[HashingWriter]:
-    """Write the file `path` of the bundle `out`, which appears when all is written.
+    """Write the file `path` of the bundle `out`, which gets its name when it is complete.
 
     Raises:
-        StorageError: it could not be written.
+        StorageError: the file can't be written.
     """
     with atomic_write(out / path) as file:
         yield HashingWriter(path, file)
@@ -149,7 +149,7 @@ def hash_source(tensors: ExpertTensors) -> str:
 
 
 def silu(x: Array) -> Array:
-    """x · sigmoid(x), without overflow."""
+    """x · sigmoid(x) without overflow."""
     # tanh saturates where exp would overflow.
     return np.asarray(x * (np.float32(0.5) * np.tanh(np.float32(0.5) * x) + np.float32(0.5)), np.float32)
 
@@ -178,7 +178,7 @@ def _encode_matrix(
         except ValueError as error:
             raise CheckpointError(f"tensor '{tensor.name}': {error}") from None
     pending: list[Stored] = encoder.finish()
-    # What was streamed is the first part, or a part that only `finish` could give.
+    # The first part was streamed, unless the encoder returns all parts at the end.
     placed = [first_part, *other_parts][-len(pending) :] if pending else []
     for where, data in zip(placed, pending, strict=True):
         weights.pad_to(where.offset)
@@ -187,7 +187,7 @@ def _encode_matrix(
 
 
 def _checked_product(tensor: TensorRef, x: Array, slab: Array) -> Array:
-    """x · slabᵀ, in passing a proof that all weights are finite."""
+    """x · slabᵀ, with a check that all weights are finite."""
     with np.errstate(all="ignore"):
         product: Array = x @ slab.T
     # Any NaN or infinity among the weights makes a whole column non-finite, so nothing else is scanned.

@@ -1,18 +1,18 @@
 """The ONNX graph of one expert: y = w2 (silu(w1 x) · w3 x), x and y float32 [tokens, hidden].
 
-Built node by node: no tracing, no exporter, and the same bytes on every run. Weights are external data in
-one file beside the graph, every tensor at a multiple of `ALIGNMENT`, so that runtimes can map it.
+Built node by node, without tracing, and with the same bytes on every run. Weights are external data in one file beside
+the graph, every tensor at a multiple of `ALIGNMENT`, so that runtimes can map it.
 
 How each scheme multiplies:
 
     int4, int8     com.microsoft MatMulNBits, accuracy level 4 (activations to int8 per block)
     int8-dynamic   DynamicQuantizeLinear → MatMulInteger → Cast → Mul, which onnxruntime fuses
-    fp32           Gemm with the weights transposed, so that they stay as the checkpoint stores them
+    fp32           Gemm with the weights transposed, so that they keep the checkpoint's layout
     fp16           the same behind a Cast: fp16 on disk, computed in fp32
 
-int8-dynamic stores signed weights, which cost nothing on the ARM processors without dot product that the scheme is
-meant for. Unsigned ones took 1.1 times as long at one row and 2.3 times at 128 on an x86 core with VNNI; where
-there is none, onnxruntime is told to convert them (`wire.manifest.EXACT_SUMS`).
+int8-dynamic stores signed weights, which cost nothing on the Arm processors without dot product that the scheme is for.
+Unsigned weights took 1.1 times as long at one row and 2.3 times at 128 rows on an x86 core with VNNI. On x86 without
+VNNI, onnxruntime converts them (`wire.manifest.EXACT_SUMS`).
 """
 
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ from onnx import TensorProto, helper
 from exporter.expert.encoders import StoredPart, matrix_parts
 from wire.manifest import Dims, Quantisation
 
-# The smallest page of the platforms in question; tensors that start on a page map without copying.
+# The smallest page size of all platforms: tensors that start on a page are mapped without copying.
 ALIGNMENT = 4096
-# Old enough for the onnxruntime of a Jetson image, new enough for all operators used here.
+# Old enough for the onnxruntime of Jetson images, new enough for all operators used here.
 OPSET = 17
 IR_VERSION = 8
-# Activations are quantised to int8 per block. Lower levels are several times slower at one token.
+# Quantises activations to int8 per block; lower levels are several times slower at one token.
 ACCURACY_LEVEL = 4
 
 MATRICES = ("w1", "w3", "w2")
@@ -44,7 +44,7 @@ PROTO_TYPES = {
 
 @dataclass(frozen=True)
 class Placed:
-    """A part and where it lies in the weights file."""
+    """A stored tensor and its place in the weights file."""
 
     part: StoredPart
     offset: int
@@ -52,10 +52,10 @@ class Placed:
 
 @dataclass(frozen=True)
 class Layout:
-    """The weights file of one expert.
+    """Layout of one expert's weights file.
 
     Attributes:
-        parts: by matrix (`w1`, `w3`, `w2`), in file order.
+        parts: stored tensors by matrix (`w1`, `w3`, `w2`), in file order.
         bytes: size of the file.
     """
 
@@ -69,7 +69,7 @@ def matrix_shape(dims: Dims, matrix: str) -> tuple[int, int]:
 
 
 def plan_layout(dims: Dims, quantisation: Quantisation) -> Layout:
-    """Where every tensor of an expert lies in its weights file; equal for all experts of a bundle."""
+    """The layout of an expert's weights file; the same for all experts of a bundle."""
     parts: dict[str, tuple[Placed, ...]] = {}
     end = 0
     for matrix in MATRICES:
@@ -83,7 +83,7 @@ def plan_layout(dims: Dims, quantisation: Quantisation) -> Layout:
 
 
 def build_graph(dims: Dims, quantisation: Quantisation, layout: Layout, weights_name: str) -> bytes:
-    """The serialised graph whose weights lie in the file `weights_name` beside it."""
+    """The serialised graph; its weights are in the file `weights_name` in the same folder."""
     build = _Builder(quantisation, layout, weights_name)
     gate = build.matmul("x", "w1", dims)
     up = build.matmul("x", "w3", dims)
@@ -102,7 +102,7 @@ def build_graph(dims: Dims, quantisation: Quantisation, layout: Layout, weights_
 
 
 def model_bytes(graph: onnx.GraphProto) -> bytes:
-    """A model of one graph, the same bytes for the same graph."""
+    """A serialised model of one graph, the same bytes for the same graph."""
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="wdmoe")
     serialised: bytes = model.SerializeToString(deterministic=True)

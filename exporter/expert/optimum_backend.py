@@ -2,7 +2,7 @@
 
 Starts from the same fp32 graph as `--quant fp32`, so the two differ in the quantiser only. optimum-onnx
 pins an older transformers than the rest of this project, hence an environment of its own. One expert is
-held in memory several times over while optimum works: the direct backend is the lean one.
+held in memory several times while optimum works; the direct backend needs much less memory.
 """
 
 import importlib.metadata
@@ -30,7 +30,7 @@ def require_optimum() -> str:
     """The installed version of optimum-onnx.
 
     Raises:
-        WdmoeError: it is not there; says how to make an environment that has it.
+        WdmoeError: it is not installed; the message says how to make an environment with it.
     """
     try:
         version = importlib.metadata.version("optimum-onnx")
@@ -42,7 +42,7 @@ def require_optimum() -> str:
 
 
 def choose_preset(device: DeviceName | None) -> str:
-    """Name of the AutoQuantizationConfig preset for a device; x86, and none, mean this machine's own."""
+    """Name of optimum's AutoQuantizationConfig preset for a device; for x86 and None, this machine's own."""
     if device not in (None, "x86") or platform.machine() in ("aarch64", "arm64"):
         return "arm64"
     try:
@@ -58,7 +58,7 @@ def export_expert_with_optimum(job: ExpertJob) -> ExpertEntry:
     """As `export_expert`, with optimum's dynamic quantisation and the preset `job.preset`.
 
     Raises:
-        WdmoeError: as `export_expert`, or optimum is not installed.
+        WdmoeError: for the reasons of `export_expert`, or optimum is not installed.
     """
     require_optimum()
     graph_path, weights_path = expert_paths(job.id)

@@ -1,4 +1,4 @@
-"""Which quantisation suits which device, and why, in words that the command line repeats."""
+"""Chooses the quantisation for a device, with the reason for messages."""
 
 from wire.device_profiles import PROFILES, DeviceName
 from wire.manifest import Quantisation, Scheme
@@ -9,10 +9,10 @@ DEFAULT_BLOCK = 32
 def choose_quantisation(
     device: DeviceName | None, scheme: Scheme | None, block: int | None, symmetric: bool
 ) -> tuple[Quantisation, str]:
-    """The quantisation that the options mean, and one line that says what was chosen and why.
+    """The quantisation that the options ask for, and one line about the choice and its reason.
 
     Raises:
-        ValueError: options that don't go together.
+        ValueError: the options contradict each other.
     """
     preset = PROFILES[device] if device else None
     chosen = scheme or (preset.scheme if preset else "int4")

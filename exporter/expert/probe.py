@@ -1,4 +1,4 @@
-"""Running an exported expert in onnxruntime, and how far its outputs may lie from what was stored."""
+"""Runs an exported expert in onnxruntime and compares its output with the one recorded at export."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from wire.errors import BundleError, ProbeError
 from wire.manifest import EXACT_SUMS, ExpertEntry, Quantisation, decode_probe_output, probe_input
 from wire.tensors import Array
 
-# Rows that the output error of an expert is measured on; row 0 is what its manifest entry stores.
+# Rows with which the output error of an expert is measured; the manifest entry stores the output of row 0.
 PROBE_ROWS = 8
 
 
@@ -45,7 +45,7 @@ def run_rows(graph: Path, inputs: Array, threads: int = 1) -> Array:
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry(*EXACT_SUMS)
-    # Each buffer is as large as its tensor: an arena would round them up and keep them.
+    # An arena would round buffers up to larger sizes and keep them.
     options.enable_cpu_mem_arena = False
     try:
         session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
@@ -56,7 +56,7 @@ def run_rows(graph: Path, inputs: Array, threads: int = 1) -> Array:
 
 
 def relative_error(found: Array, expected: Array) -> float:
-    """‖found − expected‖ / ‖expected‖ over all values; 0 when both vanish."""
+    """‖found − expected‖ / ‖expected‖ over all values; 0 if both are zero."""
     scale = float(np.linalg.norm(expected))
     distance = float(np.linalg.norm(found - expected))
     if distance == 0.0:
@@ -68,13 +68,13 @@ def check_probe(bundle: Path, entry: ExpertEntry, hidden: int, tolerance: float)
     """Relative error of an expert's probe output on this machine.
 
     Raises:
-        ProbeError: it exceeds `tolerance`.
-        BundleError: the graph can't be loaded or the stored output is malformed.
+        ProbeError: the error exceeds `tolerance`.
+        BundleError: the graph can't be loaded, or the stored output is malformed.
     """
     expected = decode_probe_output(entry.probe_output, hidden)
     found = run_rows(bundle / entry.files[0].path, probe_input(hidden))[0]
     error = relative_error(found, expected)
-    # Written so that a NaN fails too.
+    # Written as a negation so that NaN fails too.
     if not error <= tolerance:
         raise ProbeError(
             f"expert {entry.id} computes something else here than where it was exported "
