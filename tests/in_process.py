@@ -28,7 +28,7 @@ def run_in_process(
     """Run a command here, which saves the seconds that a process takes to import its libraries.
 
     A test that needs signals, a process's end, or output after an interpreter's exit starts a process instead
-    (the fixture `run`).
+    (the fixture `run_process`).
 
     Args:
         room: package of the command, as in `python -m room`.

@@ -40,6 +40,7 @@ def _answer(station: BaseStation, tokens: int = 12) -> tuple[list[int], set[str]
 
 
 @pytest.mark.parametrize("fleet", ["int4"], indirect=True)
+@pytest.mark.slow
 def test_tokens_do_not_depend_on_where_experts_are(fleet: LocalNodes, tmp_path: Path) -> None:
     """Over an fp16 wire, with none, some and all experts here; in the end without any node."""
     for k in range(8):

@@ -41,9 +41,9 @@ def test_the_network_has_a_profile_for_every_link_fault(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs("mosquitto")
-def test_a_short_run_on_localhost(run: Run, tmp_path: Path) -> None:
+def test_a_short_run_on_localhost(run_process: Run, tmp_path: Path) -> None:
     faults = [word for kind in ("kill", "broker", "noise", "coordinator", "disk") for word in ("--fault", kind)]
-    done = run(
+    done = run_process(
         "testbed", "chaos", "--localhost", "--answers", 5, "--nodes", 4, "--tokens", 48, *faults, "--out", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -56,9 +56,9 @@ def test_a_short_run_on_localhost(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_short_soak_grows_nothing_and_logs_every_layer(run: Run, tmp_path: Path) -> None:
-    done = run("testbed", "soak", "--tokens", 300, "--churn", 5, "--out", tmp_path / "soak")
+def test_a_short_soak_grows_nothing_and_logs_every_layer(run_process: Run, tmp_path: Path) -> None:
+    done = run_process("testbed", "soak", "--tokens", 300, "--churn", 5, "--out", tmp_path / "soak")
     assert done.returncode == 0, done.stderr
     assert "log: complete" in done.stdout
-    again = run("testbed", "soak", "--tokens", 300, "--out", tmp_path / "soak")
+    again = run_process("testbed", "soak", "--tokens", 300, "--out", tmp_path / "soak")
     assert (again.returncode, "holds a log already" in again.stderr) == (2, True)

@@ -82,6 +82,7 @@ def test_the_demo_model_is_exact(broker: BrokerAddress, tmp_path: Path) -> None:
         _compare(demo_model(), station, positions=256, prompts=8, tokens=64)
 
 
+@pytest.mark.slow
 def test_a_batch_and_a_reused_cache_change_nothing(
     tiny_bundle: Callable[[Scheme], Path], broker: BrokerAddress, tmp_path: Path
 ) -> None:

@@ -72,15 +72,16 @@ def _rows(run_dir: RunDir, table: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def finished(run: Run, tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+def finished(run_process: Run, tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A small run of every workload."""
     folder = tmp_path_factory.mktemp("finished")
     plan = _write_plan(folder, tiny_bundle("int4"), more=CHOICE)
-    done = run("testbed", "run", plan, "--out", folder / "run")
+    done = run_process("testbed", "run", plan, "--out", folder / "run")
     assert done.returncode == 0, done.stderr
     return RunDir(folder / "run")
 
 
+@pytest.mark.slow
 def test_clocks_are_compared_before_during_and_after(finished: RunDir) -> None:
     probes = [row for row in _rows(finished, "clock_probes") if row["cell"].workload == "generate"]
     assert {(row["node"], row["moment"]) for row in probes} == {
@@ -141,7 +142,8 @@ def test_accuracy_is_the_same_on_nodes_and_in_this_process(finished: RunDir) -> 
     assert all(0 < row["loss_nats"] / row["tokens"] < 20 for row in losses)
 
 
-def test_tokens_that_choose_alone_have_no_time_together(run: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_tokens_that_choose_alone_have_no_time_together(run_process: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
     plan = tmp_path / "plan.yaml"
     workload = "{{kind: choice, name: {0}, choosing: {0}, dataset: items.jsonl, items: 4, where: in-process}}"
@@ -149,7 +151,7 @@ def test_tokens_that_choose_alone_have_no_time_together(run: Run, tiny_bundle: B
         f"name: here\nbundles: [{tiny_bundle('int4')}]\npolicies: [topk, 'subset:price=0.1']\n"
         f"workloads: [{workload.format('together')}, {workload.format('alone')}]\n"
     )
-    done = run("testbed", "run", plan, "--out", tmp_path / "run")
+    done = run_process("testbed", "run", plan, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     rows = _rows(RunDir(tmp_path / "run"), "layers")
     predicted = {
@@ -173,7 +175,7 @@ def test_the_manifest_says_what_was_run(finished: RunDir) -> None:
 
 
 @pytest.mark.slow
-def test_kill_in_mid_run_then_resume(run: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_kill_in_mid_run_then_resume(run_process: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
     plan = _write_plan(tmp_path, tiny_bundle("int4"), repetitions=4, tokens=16)
     folder = tmp_path / "run"
     argv = [sys.executable, "-m", "testbed", "run", str(plan), "--out", str(folder)]
@@ -192,9 +194,9 @@ def test_kill_in_mid_run_then_resume(run: Run, tiny_bundle: Bundle, tmp_path: Pa
     (folder / "cells" / ".half").mkdir()
     with (folder / "events.jsonl").open("a") as file:
         file.write('{"event": "cell_fi')
-    assert "stopped" in run("testbed", "status", folder).stdout
+    assert "stopped" in run_process("testbed", "status", folder).stdout
 
-    done = run("testbed", "resume", folder)
+    done = run_process("testbed", "resume", folder)
     assert done.returncode == 0, done.stderr
     resumed = RunDir(folder)
     cells = resumed.cells()
@@ -212,7 +214,7 @@ def test_kill_in_mid_run_then_resume(run: Run, tiny_bundle: Bundle, tmp_path: Pa
     tokens = [(t["cell"].id, t["answer"], t["token"]) for t in _rows(resumed, "tokens")]
     assert len(tokens) == len(set(tokens)) == sum(a["tokens"] for a in _rows(resumed, "answers"))
     events = resumed.events()
-    again = run("testbed", "resume", folder)
+    again = run_process("testbed", "resume", folder)
     assert again.returncode == 0
     assert "8 cells are complete" in again.stdout
     assert "nothing to resume" in again.stdout
@@ -221,12 +223,12 @@ def test_kill_in_mid_run_then_resume(run: Run, tiny_bundle: Bundle, tmp_path: Pa
     assert "no node holds" not in done.stdout
 
 
-def test_one_runner_per_folder(run: Run, finished: RunDir) -> None:
+def test_one_runner_per_folder(run_process: Run, finished: RunDir) -> None:
     with finished.lock():
-        other = run("testbed", "resume", finished.path)
+        other = run_process("testbed", "resume", finished.path)
         assert other.returncode == 61
         assert "another process" in other.stderr
-        assert "10 of 10 cells complete, running" in run("testbed", "status", finished.path).stdout
+        assert "10 of 10 cells complete, running" in run_process("testbed", "status", finished.path).stdout
     assert not finished.is_running()
 
 
@@ -239,10 +241,10 @@ def _digest(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_failures_are_counted_and_the_run_goes_on(run: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_failures_are_counted_and_the_run_goes_on(run_process: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
     plan = _write_plan(tmp_path, tiny_bundle("int4"), repetitions=1, more=CHOICE)
     (tmp_path / "items.jsonl").write_text("not json\n")
-    done = run("testbed", "run", plan, "--out", tmp_path / "run")
+    done = run_process("testbed", "run", plan, "--out", tmp_path / "run")
     assert done.returncode == 63
     assert "4 of 8 cells failed" in done.stderr
     assert "Traceback" not in done.stderr
@@ -251,7 +253,7 @@ def test_failures_are_counted_and_the_run_goes_on(run: Run, tiny_bundle: Bundle,
     assert len(failed) == 2 * 4
     assert all("items.jsonl" in event["error"] for event in failed)
     assert len(_events(run_dir, "cell_given_up")) == 4
-    assert "8 failed attempts, 4 cells" in run("testbed", "status", tmp_path / "run").stdout
+    assert "8 failed attempts, 4 cells" in run_process("testbed", "status", tmp_path / "run").stdout
 
 
 def _unstarted(plan: Path, folder: Path) -> RunDir:
@@ -293,7 +295,7 @@ def test_what_must_end_a_run_ends_it(
     assert not _events(run_dir, "cell_failed")
 
 
-def test_a_run_goes_on_only_with_what_it_began_with(run: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_a_run_goes_on_only_with_what_it_began_with(run_process: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(tiny_bundle("int4"), bundle)
     plan = _write_plan(tmp_path, bundle, repetitions=1, more=CHOICE)
@@ -314,19 +316,20 @@ def test_a_run_goes_on_only_with_what_it_began_with(run: Run, tiny_bundle: Bundl
             check_unchanged(run_dir)
         path.write_bytes(before)
     (tmp_path / "items.jsonl").write_text("{}")
-    resumed = run("testbed", "resume", run_dir.path)
+    resumed = run_process("testbed", "resume", run_dir.path)
     assert resumed.returncode == 61
     assert resumed.stderr.count("\n") == 1
     assert not run_dir.events()
 
 
-def test_a_complete_run_needs_nothing_any_more(run: Run, finished: RunDir, tmp_path: Path) -> None:
+def test_a_complete_run_needs_nothing_any_more(run_process: Run, finished: RunDir, tmp_path: Path) -> None:
     shutil.copytree(finished.path, tmp_path / "run")
     path = tmp_path / "run" / "manifest.json"
     path.write_text(path.read_text().replace("items.jsonl", "gone.jsonl"))
-    assert run("testbed", "resume", tmp_path / "run").returncode == 0
+    assert run_process("testbed", "resume", tmp_path / "run").returncode == 0
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_run_cleanly(tiny_bundle: Bundle, tmp_path: Path) -> None:
     plan = _write_plan(tmp_path, tiny_bundle("int4"), repetitions=50, tokens=30)
     folder = tmp_path / "run"
@@ -362,11 +365,11 @@ def test_an_interruption_in_a_finaliser_is_not_lost() -> None:
         run_on()
 
 
-def test_folders_that_cannot_be_used(run: Run, tiny_bundle: Bundle, finished: RunDir, tmp_path: Path) -> None:
+def test_folders_that_cannot_be_used(run_process: Run, tiny_bundle: Bundle, finished: RunDir, tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="not a run's folder"):
         RunDir(tmp_path)
     plan = _write_plan(tmp_path, tiny_bundle("int4"))
-    taken = run("testbed", "run", plan, "--out", finished.path)
+    taken = run_process("testbed", "run", plan, "--out", finished.path)
     assert taken.returncode == 61
     assert "not empty" in taken.stderr
     copy = tmp_path / "copy"
@@ -375,6 +378,6 @@ def test_folders_that_cannot_be_used(run: Run, tiny_bundle: Bundle, finished: Ru
     with pytest.raises(RunDirectoryError, match="damaged"):
         RunDir(copy)
     no_bundle = _write_plan(tmp_path, tmp_path / "nowhere")
-    assert run("testbed", "run", no_bundle, "--out", tmp_path / "run").returncode == 11
+    assert run_process("testbed", "run", no_bundle, "--out", tmp_path / "run").returncode == 11
     odd = _write_plan(tmp_path, Path("int5"))
-    assert run("testbed", "run", odd, "--out", tmp_path / "run").returncode == 60
+    assert run_process("testbed", "run", odd, "--out", tmp_path / "run").returncode == 60

@@ -65,12 +65,12 @@ def full_fleet(fleet: LocalNodes) -> LocalNodes:
     return fleet
 
 
-def test_text_comes_out(run: Run, full_fleet: LocalNodes) -> None:
-    done = _generate(run, full_fleet)
+def test_text_comes_out(run_process: Run, full_fleet: LocalNodes) -> None:
+    done = _generate(run_process, full_fleet)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert "8 tokens" in done.stderr
-    assert _generate(run, full_fleet).stdout == done.stdout
+    assert _generate(run_process, full_fleet).stdout == done.stdout
 
 
 def test_nodes_are_listed(run: Run, full_fleet: LocalNodes) -> None:
@@ -86,8 +86,8 @@ def test_nodes_are_listed(run: Run, full_fleet: LocalNodes) -> None:
     assert "…" not in probed.stdout
 
 
-def test_chat_remembers(run: Run, full_fleet: LocalNodes) -> None:
-    done = run(
+def test_chat_remembers(run_process: Run, full_fleet: LocalNodes) -> None:
+    done = run_process(
         "bs_coordinator", "chat", "--bundle", full_fleet.bundle, *_cluster(full_fleet), "--max-tokens", 4,
         input="Hello\nAnd again\n\n",
     )  # fmt: skip
@@ -95,12 +95,12 @@ def test_chat_remembers(run: Run, full_fleet: LocalNodes) -> None:
     assert done.stderr.count("4 tokens") == 2
 
 
-def test_no_broker(run: Run, tiny_bundle: Bundle) -> None:
+def test_no_broker(run_process: Run, tiny_bundle: Bundle) -> None:
     url = f"mqtt://127.0.0.1:{free_port()}"
     generate = ("generate", "--bundle", tiny_bundle("fp32"), "--broker", url, "--prompt", "x")
-    _one_line(run("bs_coordinator", *generate), 30, "no broker at", "refused")
+    _one_line(run_process("bs_coordinator", *generate), 30, "no broker at", "refused")
     node = ("--bundle", tiny_bundle("fp32"), "--broker", url, "--id", "a", "--experts", "L0:E0")
-    _one_line(run("edge_node", *node), 30, "no broker at")
+    _one_line(run_process("edge_node", *node), 30, "no broker at")
 
 
 def test_an_expert_that_no_node_holds(run: Run, fleet: LocalNodes) -> None:
@@ -113,11 +113,11 @@ def test_a_prompt_longer_than_the_context(run: Run, full_fleet: LocalNodes) -> N
     _one_line(done, 42, "context is 8192")
 
 
-def test_two_nodes_with_one_id(run: Run, fleet: LocalNodes) -> None:
+def test_two_nodes_with_one_id(run_process: Run, fleet: LocalNodes) -> None:
     fleet.start("twin", "L*:E0")
     _wait_for_status(fleet, "twin", online=True)
     node = ("--bundle", fleet.bundle, *_cluster(fleet), "--id", "twin", "--experts", "L*:E1")
-    _one_line(run("edge_node", *node), 22, "'twin' is in use", "another --id")
+    _one_line(run_process("edge_node", *node), 22, "'twin' is in use", "another --id")
     fleet.check()
 
 
@@ -231,9 +231,9 @@ def test_a_device_that_trunks_can_not_run_on(run: Run, tiny_bundle: Bundle) -> N
     _one_line(done, 46, "--device banana")
 
 
-def test_a_prompt_that_is_no_text(run: Run, tiny_bundle: Bundle) -> None:
+def test_a_prompt_that_is_no_text(run_process: Run, tiny_bundle: Bundle) -> None:
     prompt = os.fsdecode(b"caf\xe9")
-    done = run("bs_coordinator", "generate", "--bundle", tiny_bundle("fp32"), "--prompt", prompt)
+    done = run_process("bs_coordinator", "generate", "--bundle", tiny_bundle("fp32"), "--prompt", prompt)
     _one_line(done, 2, "--prompt is not UTF-8: byte 4 is 0xe9")
 
 

@@ -116,8 +116,8 @@ class TestWheels:
         assert "cp311-cp311-manylinux_2_39_aarch64" not in accepted
 
     @pytest.mark.parametrize("glibc", ["2.36;rm -rf", "3.0", "", "2.x"])
-    def test_a_device_can_not_put_words_into_the_command_line(self, glibc: str, run: Run) -> None:
-        done = run("testbed", "fleet", "wheels", "--machine", "aarch64", "--python", "3.11", "--glibc", glibc)
+    def test_a_device_can_not_put_words_into_the_command_line(self, glibc: str, run_process: Run) -> None:
+        done = run_process("testbed", "fleet", "wheels", "--machine", "aarch64", "--python", "3.11", "--glibc", glibc)
         assert done.returncode == 2
         assert "glibc" in done.stderr
 
@@ -161,9 +161,9 @@ class TestFiles:
         for file in needed.files:
             verify_file(bundle, file)
 
-    def test_the_base_station_gets_the_trunk(self, tiny_bundle: Bundle, run: Run) -> None:
+    def test_the_base_station_gets_the_trunk(self, tiny_bundle: Bundle, run_process: Run) -> None:
         bundle = tiny_bundle("int4")
-        needed = msgspec.json.decode(run("testbed", "fleet", "files", bundle, "--trunk").stdout, type=Needed)
+        needed = msgspec.json.decode(run_process("testbed", "fleet", "files", bundle, "--trunk").stdout, type=Needed)
         trunk = {file.path for file in load_manifest(bundle).trunk}
         assert {file.path for file in needed.files} == trunk | {MANIFEST_NAME}
 
@@ -176,8 +176,8 @@ class TestFiles:
         assert draft in needed_files(bundle, experts=None, trunk=True).files
         assert draft not in needed_files(bundle, experts="L*:E0", trunk=False).files
 
-    def test_wrong_experts_are_said(self, tiny_bundle: Bundle, run: Run) -> None:
-        done = run("testbed", "fleet", "files", tiny_bundle("int4"), "--experts", "L*:E99")
+    def test_wrong_experts_are_said(self, tiny_bundle: Bundle, run_process: Run) -> None:
+        done = run_process("testbed", "fleet", "files", tiny_bundle("int4"), "--experts", "L*:E99")
         assert done.returncode == 2
         assert "99" in done.stderr
 
@@ -286,16 +286,16 @@ class TestInventory:
         assert done.returncode == 0, done.stderr
         assert "WARNING" not in done.stderr
 
-    def test_the_example_is_one(self, tmp_path: Path, run: Run) -> None:
+    def test_the_example_is_one(self, tmp_path: Path, run_process: Run) -> None:
         path = tmp_path / "fleet.yaml"
-        assert run("testbed", "fleet", "init", path).returncode == 0
+        assert run_process("testbed", "fleet", "init", path).returncode == 0
         read = read_inventory(path)
         assert (read.base_station, read.nodes) == ("laptop", ["pi5", "pi4", "orin", "nuc"])
         assert read.address() == "192.168.1.10"
         assert read.path("pi4", "wdmoe_bundle") == tmp_path / "bundle-int8-dynamic"
-        again = run("testbed", "fleet", "init", path)
+        again = run_process("testbed", "fleet", "init", path)
         assert again.returncode == FleetError.exit_code
-        done = run("testbed", "fleet", "up", "-i", path)
+        done = run_process("testbed", "fleet", "up", "-i", path)
         assert done.returncode == BundleError.exit_code
         assert "bundle" in done.stderr
 
@@ -330,18 +330,20 @@ class TestInventory:
             [False, "python3", "performance"], [False, "python3.11", ""], [False, "python3.11", "performance"]
         ]  # fmt: skip
 
-    def test_a_missing_inventory_names_the_command_that_makes_one(self, tmp_path: Path, run: Run) -> None:
-        done = run("testbed", "fleet", "status", "-i", tmp_path / "none.yaml")
+    def test_a_missing_inventory_names_the_command_that_makes_one(self, tmp_path: Path, run_process: Run) -> None:
+        done = run_process("testbed", "fleet", "status", "-i", tmp_path / "none.yaml")
         assert done.returncode == FleetError.exit_code
         assert "fleet init" in done.stderr
 
-    def test_a_host_that_can_not_be_reached_is_one_line(self, tiny_bundle: Bundle, tmp_path: Path, run: Run) -> None:
+    def test_a_host_that_can_not_be_reached_is_one_line(
+        self, tiny_bundle: Bundle, tmp_path: Path, run_process: Run
+    ) -> None:
         path = inventory(tmp_path, tiny_bundle("int4"), a="L*:E*")
         text = path.read_text().replace("10.0.0.0", "127.0.0.1\n          ansible_port: 1")
         path.write_text(
             text.replace("ansible_connection: local\n", "ansible_host: 127.0.0.1\n          ansible_port: 1\n")
         )
-        done = run("testbed", "fleet", "down", "-i", path)
+        done = run_process("testbed", "fleet", "down", "-i", path)
         assert done.returncode == FleetError.exit_code
         assert done.stderr.strip().splitlines()[-1].startswith("wdmoe-testbed: error: ")
         assert "Traceback" not in done.stderr
@@ -356,11 +358,11 @@ class TestInventory:
         '{"json": [1, 2]}',
     ],
 )
-def test_a_prompt_is_data_and_never_a_template(prompt: str, run: Run, tmp_path: Path) -> None:
+def test_a_prompt_is_data_and_never_a_template(prompt: str, run_process: Run, tmp_path: Path) -> None:
     path = local_inventory(tmp_path, tmp_path, "pi5")
     program(tmp_path / "bin", "wdmoe-fleet-bs", "cat")
     environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    done = run("testbed", "fleet", "ask", "-i", path, prompt, env=environment, cwd=tmp_path)
+    done = run_process("testbed", "fleet", "ask", "-i", path, prompt, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{prompt}\n"
     assert not list(tmp_path.rglob("evaluated"))

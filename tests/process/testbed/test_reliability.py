@@ -16,6 +16,7 @@ from testbed.local_nodes import LocalNodes
 from tests.needs import skip_without
 from wire.manifest import Scheme
 
+pytestmark = pytest.mark.slow
 TOKENS = 160
 """Of the two-layer model: a few seconds."""
 
@@ -112,7 +113,6 @@ def restartable(tmp_path: Path, tiny_bundle: Callable[[Scheme], Path]) -> Iterat
         fleet.stop()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("down_s", [0.0, 6.0])
 def test_a_broker_restart_in_mid_answer(restartable: tuple[LocalNodes, ExitStack], down_s: float) -> None:
     fleet, broker = restartable
@@ -131,7 +131,6 @@ def test_a_broker_restart_in_mid_answer(restartable: tuple[LocalNodes, ExitStack
     fleet.check()
 
 
-@pytest.mark.slow
 def test_a_killed_coordinator_goes_on_where_it_ended(pairs: LocalNodes, tmp_path: Path) -> None:
     session = tmp_path / "answer.session"
     sampled = ("--temperature", 1.0, "--seed", 3, "--session")

@@ -204,7 +204,7 @@ def test_rotation(site: Site) -> None:
         site.connect("a", "old")
 
 
-def test_all_keys_are_private_and_nothing_is_overwritten(site: Site, run: Run, tmp_path: Path) -> None:
+def test_all_keys_are_private_and_nothing_is_overwritten(site: Site, run_process: Run, tmp_path: Path) -> None:
     for path in [site.keys.path, *site.keys.path.rglob("*")]:
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
     for arguments, words in [
@@ -215,7 +215,7 @@ def test_all_keys_are_private_and_nothing_is_overwritten(site: Site, run: Run, t
         (["revoke", site.keys.path, "c"], "nodes with keys: a, b"),
         (["list", tmp_path], "holds no keys"),
     ]:
-        done = run("testbed", "keys", *arguments)
+        done = run_process("testbed", "keys", *arguments)
         assert done.returncode == KeyFileError.exit_code
         assert len(done.stderr.splitlines()) == 1
         assert words in done.stderr
@@ -234,11 +234,11 @@ def test_plaintext_beyond_loopback_must_be_asked_for() -> None:
 
 
 @pytest.fixture
-def sealed(site: Site, tiny_bundle: Bundle, tmp_path: Path, run: Run) -> Iterator[tuple[Path, list[object]]]:
+def sealed(site: Site, tiny_bundle: Bundle, tmp_path: Path, run_process: Run) -> Iterator[tuple[Path, list[object]]]:
     """A signed bundle, served by a and b over TLS with frame keys; what the base station needs to say."""
     bundle = tmp_path / "bundle"
     shutil.copytree(tiny_bundle("fp32"), bundle)
-    assert run("exporter", "sign", bundle, "--key", site.keys.path / "bundle.key").returncode == 0
+    assert run_process("exporter", "sign", bundle, "--key", site.keys.path / "bundle.key").returncode == 0
     with ExitStack() as stack:
         for name, experts in (("a", "L*:E0-3"), ("b", "L*:E4-7")):
             folder = site.keys.path / "nodes" / name
@@ -285,11 +285,11 @@ while True:
 
 @pytest.mark.slow
 def test_a_broker_that_lies_is_not_believed(
-    site: Site, sealed: tuple[Path, list[object]], run: Run, tmp_path: Path
+    site: Site, sealed: tuple[Path, list[object]], run_process: Run, tmp_path: Path
 ) -> None:
     """Somebody who may write everything, as the broker itself may, answers for the nodes."""
     _, generate = sealed
-    calm = run("bs_coordinator", *generate, "--max-tokens", 24)
+    calm = run_process("bs_coordinator", *generate, "--max-tokens", 24)
     assert calm.returncode == 0, calm.stderr
     site.keys.add(["mallory"], days=1)
     with (site.keys.path / "broker" / "acl").open("a") as file:
@@ -299,7 +299,7 @@ def test_a_broker_that_lies_is_not_believed(
     mallory = subprocess.Popen([sys.executable, "-c", _MALLORY, site.url, folder, f"wdmoe/v1/{CLUSTER}"])
     try:
         wait_until((folder / "ready").exists, "mallory")
-        lied_to = run("bs_coordinator", *generate, "--max-tokens", 24)
+        lied_to = run_process("bs_coordinator", *generate, "--max-tokens", 24)
     finally:
         mallory.kill()
         mallory.wait()
@@ -307,30 +307,30 @@ def test_a_broker_that_lies_is_not_believed(
     assert lied_to.stdout == calm.stdout
     assert "dropped" in lied_to.stderr
     # Without the key nobody is understood, and that is said.
-    unsealed = run("bs_coordinator", *_without(generate, "--cluster-key"), "--nodes-timeout", 8)
+    unsealed = run_process("bs_coordinator", *_without(generate, "--cluster-key"), "--nodes-timeout", 8)
     assert unsealed.returncode != 0
     assert "Traceback" not in unsealed.stderr
 
 
-def test_an_unsigned_or_changed_bundle_is_refused(sealed: tuple[Path, list[object]], run: Run) -> None:
+def test_an_unsigned_or_changed_bundle_is_refused(sealed: tuple[Path, list[object]], run_process: Run) -> None:
     bundle, generate = sealed
     manifest = bundle / "manifest.json"
     manifest.write_bytes(manifest.read_bytes().replace(b'"layers"', b'"layers" ', 1))
-    done = run("bs_coordinator", *generate)
+    done = run_process("bs_coordinator", *generate)
     assert (done.returncode, len(done.stderr.splitlines())) == (14, 1), done.stderr
     (bundle / "manifest.sig").unlink()
-    done = run("bs_coordinator", *generate)
+    done = run_process("bs_coordinator", *generate)
     assert done.returncode == 14
     assert "is not signed" in done.stderr
 
 
 def test_no_secret_gets_into_logs_or_arguments(
-    site: Site, sealed: tuple[Path, list[object]], run: Run, tmp_path: Path
+    site: Site, sealed: tuple[Path, list[object]], run_process: Run, tmp_path: Path
 ) -> None:
     _, generate = sealed
     out = tmp_path / "run"
     out.mkdir()
-    done = run("bs_coordinator", *generate, "--max-tokens", 8, "--link-log", out / "links.jsonl")
+    done = run_process("bs_coordinator", *generate, "--max-tokens", 8, "--link-log", out / "links.jsonl")
     assert done.returncode == 0, done.stderr
     secrets = [(site.keys.path / "bs" / "cluster.key").read_text().split()[-1]]
     secrets += [path.read_text().split()[-1] for path in site.keys.path.rglob("frame.key")]

@@ -47,7 +47,7 @@ def test_samples_of_nodes_become_rows(fleet: LocalNodes) -> None:
     for node in ("a", "b"):
         own = [row for row in rows if row["node"] == node]
         sequence = [row["sequence"] for row in own]
-        assert sequence == list(range(sequence[0], sequence[0] + len(own)))
+        assert sequence == sorted(set(sequence))  # a node that is busy leaves some out
         # One machine, so one clock: a sample is read before it arrives.
         assert all(row["unix_ns"] >= row["node_unix_ns"] for row in own)
         assert all(row["route"] == "lo" and row["load_1min"] >= 0 for row in own)

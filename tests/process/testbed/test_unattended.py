@@ -31,17 +31,17 @@ workloads:
 
 @pytest.mark.slow
 def test_a_run_survives_lost_nodes_and_tells_of_them(
-    run: Run, tiny_bundle: Callable[[Scheme], Path], tmp_path: Path
+    run_process: Run, tiny_bundle: Callable[[Scheme], Path], tmp_path: Path
 ) -> None:
     plan, folder = tmp_path / "plan.yaml", tmp_path / "run"
     plan.write_text(PLAN.format(bundle=tiny_bundle("int4")))
-    prepared = run("testbed", "run", plan, "--out", folder, "--prepare")
+    prepared = run_process("testbed", "run", plan, "--out", folder, "--prepare")
     assert prepared.returncode == 0, prepared.stderr
-    assert run("testbed", "note", folder, "two boards on the shelf").returncode == 0
+    assert run_process("testbed", "note", folder, "two boards on the shelf").returncode == 0
     argv = [sys.executable, "-m", "testbed", "resume", str(folder)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         wait_until((folder / "live.json").exists, "the run")
-        shown = run("testbed", "status", folder, "--follow")
+        shown = run_process("testbed", "status", folder, "--follow")
         said, _ = process.communicate()
     assert process.returncode == 0, said
     assert "4 of 4 cells complete" in shown.stdout
@@ -59,12 +59,12 @@ def test_a_run_survives_lost_nodes_and_tells_of_them(
     assert {b.why_not for b in read_baselines(found) if b.kind == "wifi"} == {
         "the nodes are on this machine's loopback"
     }
-    reported = run("testbed", "report", folder, "--resamples", "100")
+    reported = run_process("testbed", "report", folder, "--resamples", "100")
     assert reported.returncode == 0, reported.stderr
     page = (folder / "report.md").read_text()
     assert "two boards on the shelf" in page
     assert "## Alerts" in page
     assert "## Baselines" in page
-    text = run("testbed", "note", folder, "  ")
+    text = run_process("testbed", "note", folder, "  ")
     assert text.returncode == 61
-    assert run("testbed", "note", folder, "x", "--photo", plan).returncode == 61
+    assert run_process("testbed", "note", folder, "x", "--photo", plan).returncode == 61

@@ -52,7 +52,7 @@ def reported(run: Run, plan_path: Path) -> RunDir:
     folder = plan_path.parent / "run"
     done = run("testbed", "run", plan_path, "--out", folder)
     assert done.returncode == 0, done.stderr
-    done = run("testbed", "report", folder)
+    done = run("testbed", "report", folder, "--resamples", "100")
     assert done.returncode == 0, done.stderr
     assert "10 of 10 cells" in done.stdout
     return RunDir(folder)
@@ -268,7 +268,7 @@ def test_the_trace_is_in_the_format_and_its_spans_nest(reported: RunDir) -> None
 
 
 def test_equal_cells_give_an_equal_report(run: Run, copy: RunDir, reported: RunDir) -> None:
-    assert run("testbed", "report", copy.path).returncode == 0
+    assert run("testbed", "report", copy.path, "--resamples", "100").returncode == 0
     made = sorted(path.relative_to(copy.path) for path in copy.path.rglob("*") if "cells" not in path.parts)
     assert made == sorted(
         path.relative_to(reported.path) for path in reported.path.rglob("*") if "cells" not in path.parts
@@ -283,7 +283,7 @@ def test_a_run_that_is_not_complete_says_so_first(run: Run, copy: RunDir) -> Non
     shutil.rmtree(copy.cell_path(lost))
     copy.event("cell_failed", cell=lost.id, attempt=1, error="node 'node1' <left> | early", kind="DispatchError")
     copy.event("run_resumed", gap_s=61.0, after="cell_failed", left=1, lost=1)
-    done = run("testbed", "report", copy.path)
+    done = run("testbed", "report", copy.path, "--resamples", "100")
     assert done.returncode == 0, done.stderr
     assert "9 of 10 cells" in done.stdout
     summary = _summary(copy)
@@ -303,6 +303,7 @@ def test_a_run_that_is_not_complete_says_so_first(run: Run, copy: RunDir) -> Non
     assert against["difference"]["units"] == PROMPTS
 
 
+@pytest.mark.slow
 def test_cells_of_different_code_are_told_apart(run: Run, copy: RunDir) -> None:
     path = copy.path / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -334,7 +335,7 @@ def test_what_cannot_be_reported_ends_in_one_line(run: Run, copy: RunDir, tmp_pa
     page = (copy.path / "report.html").read_bytes()
     damaged = copy.cell_path(cell) / "tokens.parquet"
     damaged.write_bytes(damaged.read_bytes()[:-100])
-    done = run("testbed", "report", copy.path)
+    done = run("testbed", "report", copy.path, "--resamples", "100")
     assert done.returncode == 61
     assert done.stderr.count("\n") == 1
     assert str(damaged) in done.stderr
@@ -342,12 +343,12 @@ def test_what_cannot_be_reported_ends_in_one_line(run: Run, copy: RunDir, tmp_pa
     assert (copy.path / "report.html").read_bytes() == page
     assert not list(copy.path.glob(".report-*"))
     (copy.cell_path(cell) / "cell.json").write_text("{")
-    assert run("testbed", "report", copy.path).returncode == 61
+    assert run("testbed", "report", copy.path, "--resamples", "100").returncode == 61
     shutil.rmtree(copy.path / "cells")
-    nothing = run("testbed", "report", copy.path)
+    nothing = run("testbed", "report", copy.path, "--resamples", "100")
     assert nothing.returncode == 61
     assert "no complete cell" in nothing.stderr
-    assert run("testbed", "report", tmp_path).returncode == 61
+    assert run("testbed", "report", tmp_path, "--resamples", "100").returncode == 61
 
 
 def test_compare_says_what_differed_and_pairs_equal_items(run: Run, reported: RunDir, copy: RunDir) -> None:
@@ -356,7 +357,7 @@ def test_compare_says_what_differed_and_pairs_equal_items(run: Run, reported: Ru
     manifest["plan"]["wire"] = "int8"
     manifest["machine"]["cpu"] = "another CPU"
     (copy.path / "manifest.json").write_text(json.dumps(manifest))
-    done = run("testbed", "compare", reported.path, copy.path)
+    done = run("testbed", "compare", reported.path, copy.path, "--resamples", "100")
     assert done.returncode == 0, done.stderr
     assert "code commit: ffffffffffff" in done.stdout
     assert "plan wire: int8 instead of fp16" in done.stdout
@@ -370,9 +371,9 @@ def test_compare_says_what_differed_and_pairs_equal_items(run: Run, reported: Ru
     assert all(line.split("|")[-2].strip().startswith("× 1.00 (0.") for line in times[2:])
     value = _result(reported, "topk", "generate")["metrics"]["token_ms"]["value"]
     assert f"{value:.1f} (" in times[2]
-    same = run("testbed", "compare", reported.path, reported.path)
+    same = run("testbed", "compare", reported.path, reported.path, "--resamples", "100")
     assert "no differences" in same.stdout
-    assert run("testbed", "compare", reported.path).returncode == 2
+    assert run("testbed", "compare", reported.path, "--resamples", "100").returncode == 2
 
 
 def test_preflight_says_what_a_plan_lacks(run: Run, plan_path: Path, tmp_path: Path) -> None:
