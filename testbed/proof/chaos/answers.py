@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from bs_coordinator.broker.processes import die_with_parent
 from common.jsonl import read_json_lines
 from testbed.proof.chaos.schedule import Fault
 from testbed.proof.chaos.system import TestSystem
@@ -71,6 +72,7 @@ def make_answer(
         # The emulated network stays on this machine.
         *([] if system.address.on_loopback else ["--allow-plaintext"]),
     ]  # fmt: skip
+    argv = die_with_parent(argv)
     waiting = list(faults)
     running: list[Future[None]] = []
     began = changed = time.monotonic()
