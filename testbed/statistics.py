@@ -7,6 +7,7 @@ of their own, because a bootstrap of equal marks has no width. docs/measurement.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -298,15 +299,18 @@ def _bootstrap(
     def along_last(*draws: NDArray[np.float64], axis: int) -> Float:
         return statistic(*(np.moveaxis(draw, axis, -1) for draw in draws))
 
-    found = scipy.stats.bootstrap(
-        tuple(np.arange(count) for count in units),
-        along_last,
-        n_resamples=resamples,
-        vectorized=True,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
+    with warnings.catch_warnings():
+        # A draw without a value makes the interval NaN, and the caller leaves it out.
+        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
+        found = scipy.stats.bootstrap(
+            tuple(np.arange(count) for count in units),
+            along_last,
+            n_resamples=resamples,
+            vectorized=True,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
     low, high = min(found.confidence_interval.low, value), max(found.confidence_interval.high, value)
     few = min(units)
     times = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, few - 1) / _Z * math.sqrt(few / (few - 1))

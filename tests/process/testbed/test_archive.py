@@ -25,7 +25,7 @@ from testbed.run_directory.directory import RunDir
 from testbed.run_directory.machine_tables import TELEMETRY
 from testbed.run_directory.tables import ALL_TABLES
 from testbed.run_directory.unpack import unpack
-from tests.conftest import Run
+from tests.in_process import run_in_process
 from wire.manifest import Scheme
 
 KEY = b"k" * 32
@@ -43,19 +43,21 @@ workloads:
 
 
 @pytest.fixture(scope="module")
-def finished(run: Run, tiny_bundle: Callable[[Scheme], Path], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+def finished(tiny_bundle: Callable[[Scheme], Path], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A real small run, with the data that a run on a private Wi-Fi network would contain."""
     folder = tmp_path_factory.mktemp("archive")
     home = folder / "home" / "ann"
     home.mkdir(parents=True)
     (home / "plan.yaml").write_text(PLAN.format(bundle=tiny_bundle("int4")))
-    done = run("testbed", "run", home / "plan.yaml", "--out", folder / "run")
+    done = run_in_process("testbed", "run", home / "plan.yaml", "--out", folder / "run")
     assert done.returncode == 0, done.stderr
     photo = folder / "IMG_1.jpg"
     exif = Image.Exif()
     exif[0x010F] = "AnnPhone"
     Image.new("RGB", (8, 8)).save(photo, exif=exif)
-    note = run("testbed", "note", folder / "run", "ann moved 192.168.7.23 behind Attic Net", "--photo", photo)
+    note = run_in_process(
+        "testbed", "note", folder / "run", "ann moved 192.168.7.23 behind Attic Net", "--photo", photo
+    )
     assert note.returncode == 0, note.stderr
     found = RunDir(folder / "run")
     path = found.path / "manifest.json"
@@ -132,20 +134,23 @@ def test_equal_runs_give_equal_archives_and_results_stay(finished: RunDir, key: 
 
 
 @pytest.mark.slow
-def test_report_and_compare_work_from_the_archive_alone(run: Run, finished: RunDir, key: Path, tmp_path: Path) -> None:
+def test_report_and_compare_work_from_the_archive_alone(
+    finished: RunDir, key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     archive = tmp_path / "shelf.tar.zst"
-    made = run("testbed", "export", finished.path, "-o", archive, "--key", key)
+    made = run_in_process("testbed", "export", finished.path, "-o", archive, "--key", key)
     assert made.returncode == 0, made.stderr
     assert "look at them before you publish" in made.stdout
-    assert run("testbed", "export", finished.path, "-o", archive, "--key", key).returncode == 75
+    assert run_in_process("testbed", "export", finished.path, "-o", archive, "--key", key).returncode == 75
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    reported = run("testbed", "report", archive, "--resamples", "100", cwd=elsewhere)
+    monkeypatch.chdir(elsewhere)
+    reported = run_in_process("testbed", "report", archive, "--resamples", "100")
     assert reported.returncode == 0, reported.stderr
     page = (elsewhere / "shelf" / "report.html").read_text()
     assert "Operators' notes" in page or "Operators&#39; notes" in page
     assert "anns-laptop" not in page
-    compared = run("testbed", "compare", archive, elsewhere / "shelf", "--resamples", "100", cwd=elsewhere)
+    compared = run_in_process("testbed", "compare", archive, elsewhere / "shelf", "--resamples", "100")
     assert compared.returncode == 0, compared.stderr
     assert "no differences" in compared.stdout
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import pytest
 
 from testbed.run_directory.directory import RunDir
 from testbed.run_directory.tables import COORDINATES, SCHEMAS
-from tests.conftest import Run
+from tests.in_process import run_in_process
 from wire.manifest import Scheme
 
 Bundle = Callable[[Scheme], Path]
@@ -47,12 +46,12 @@ def plan_path(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def reported(run: Run, plan_path: Path) -> RunDir:
+def reported(plan_path: Path) -> RunDir:
     """A small run of every workload, with its report."""
     folder = plan_path.parent / "run"
-    done = run("testbed", "run", plan_path, "--out", folder)
+    done = run_in_process("testbed", "run", plan_path, "--out", folder)
     assert done.returncode == 0, done.stderr
-    done = run("testbed", "report", folder, "--resamples", "100")
+    done = run_in_process("testbed", "report", folder)
     assert done.returncode == 0, done.stderr
     assert "10 of 10 cells" in done.stdout
     return RunDir(folder)
@@ -267,8 +266,8 @@ def test_the_trace_is_in_the_format_and_its_spans_nest(reported: RunDir) -> None
     assert 0 < len(tokens) <= 4 * len(reported.cells())
 
 
-def test_equal_cells_give_an_equal_report(run: Run, copy: RunDir, reported: RunDir) -> None:
-    assert run("testbed", "report", copy.path, "--resamples", "100").returncode == 0
+def test_equal_cells_give_an_equal_report(copy: RunDir, reported: RunDir) -> None:
+    assert run_in_process("testbed", "report", copy.path).returncode == 0
     made = sorted(path.relative_to(copy.path) for path in copy.path.rglob("*") if "cells" not in path.parts)
     assert made == sorted(
         path.relative_to(reported.path) for path in reported.path.rglob("*") if "cells" not in path.parts
@@ -278,12 +277,12 @@ def test_equal_cells_give_an_equal_report(run: Run, copy: RunDir, reported: RunD
             assert (copy.path / path).read_bytes() == (reported.path / path).read_bytes(), path
 
 
-def test_a_run_that_is_not_complete_says_so_first(run: Run, copy: RunDir) -> None:
+def test_a_run_that_is_not_complete_says_so_first(copy: RunDir) -> None:
     lost = next(cell for cell in copy.cells() if (cell.workload, cell.policy) == ("generate", "top1"))
     shutil.rmtree(copy.cell_path(lost))
     copy.event("cell_failed", cell=lost.id, attempt=1, error="node 'node1' <left> | early", kind="DispatchError")
     copy.event("run_resumed", gap_s=61.0, after="cell_failed", left=1, lost=1)
-    done = run("testbed", "report", copy.path, "--resamples", "100")
+    done = run_in_process("testbed", "report", copy.path, "--resamples", "100")
     assert done.returncode == 0, done.stderr
     assert "9 of 10 cells" in done.stdout
     summary = _summary(copy)
@@ -304,7 +303,7 @@ def test_a_run_that_is_not_complete_says_so_first(run: Run, copy: RunDir) -> Non
 
 
 @pytest.mark.slow
-def test_cells_of_different_code_are_told_apart(run: Run, copy: RunDir) -> None:
+def test_cells_of_different_code_are_told_apart(copy: RunDir) -> None:
     path = copy.path / "manifest.json"
     manifest = json.loads(path.read_text())
     now = manifest["commit"], manifest["dirty"]
@@ -315,12 +314,12 @@ def test_cells_of_different_code_are_told_apart(run: Run, copy: RunDir) -> None:
         (copy.cell_path(cell) / "cell.json").write_text(json.dumps(marker))
     again = next(c for c in copy.cells() if (c.workload, c.policy) == ("choice-here", "topk"))
     shutil.rmtree(copy.cell_path(again))
-    resumed = run("testbed", "resume", copy.path)
+    resumed = run_in_process("testbed", "resume", copy.path)
     assert resumed.returncode == 0, resumed.stderr
     assert f"the code is {now[0][:12]}" in resumed.stdout
     (event,) = [e for e in copy.events() if e["event"] == "run_resumed"]
     assert (event["commit"], event["dirty"]) == now
-    reported = run("testbed", "report", copy.path, "--resamples", "100")
+    reported = run_in_process("testbed", "report", copy.path, "--resamples", "100")
     assert reported.returncode == 0, reported.stderr
     assert "Cells measured by different versions: " in reported.stdout
     assert "ffffffffffff (9)" in reported.stdout
@@ -330,12 +329,12 @@ def test_cells_of_different_code_are_told_apart(run: Run, copy: RunDir) -> None:
     assert {row["commit"] for row in tokens if row["cell"] != again.id} == {"f" * 40}
 
 
-def test_what_cannot_be_reported_ends_in_one_line(run: Run, copy: RunDir, tmp_path: Path) -> None:
+def test_what_cannot_be_reported_ends_in_one_line(copy: RunDir, tmp_path: Path) -> None:
     cell = copy.cells()[0]
     page = (copy.path / "report.html").read_bytes()
     damaged = copy.cell_path(cell) / "tokens.parquet"
     damaged.write_bytes(damaged.read_bytes()[:-100])
-    done = run("testbed", "report", copy.path, "--resamples", "100")
+    done = run_in_process("testbed", "report", copy.path, "--resamples", "100")
     assert done.returncode == 61
     assert done.stderr.count("\n") == 1
     assert str(damaged) in done.stderr
@@ -343,21 +342,21 @@ def test_what_cannot_be_reported_ends_in_one_line(run: Run, copy: RunDir, tmp_pa
     assert (copy.path / "report.html").read_bytes() == page
     assert not list(copy.path.glob(".report-*"))
     (copy.cell_path(cell) / "cell.json").write_text("{")
-    assert run("testbed", "report", copy.path, "--resamples", "100").returncode == 61
+    assert run_in_process("testbed", "report", copy.path, "--resamples", "100").returncode == 61
     shutil.rmtree(copy.path / "cells")
-    nothing = run("testbed", "report", copy.path, "--resamples", "100")
+    nothing = run_in_process("testbed", "report", copy.path, "--resamples", "100")
     assert nothing.returncode == 61
     assert "no complete cell" in nothing.stderr
-    assert run("testbed", "report", tmp_path, "--resamples", "100").returncode == 61
+    assert run_in_process("testbed", "report", tmp_path).returncode == 61
 
 
-def test_compare_says_what_differed_and_pairs_equal_items(run: Run, reported: RunDir, copy: RunDir) -> None:
+def test_compare_says_what_differed_and_pairs_equal_items(reported: RunDir, copy: RunDir) -> None:
     manifest = json.loads((copy.path / "manifest.json").read_text())
     manifest["commit"] = "f" * 40
     manifest["plan"]["wire"] = "int8"
     manifest["machine"]["cpu"] = "another CPU"
     (copy.path / "manifest.json").write_text(json.dumps(manifest))
-    done = run("testbed", "compare", reported.path, copy.path, "--resamples", "100")
+    done = run_in_process("testbed", "compare", reported.path, copy.path, "--resamples", "1000")
     assert done.returncode == 0, done.stderr
     assert "code commit: ffffffffffff" in done.stdout
     assert "plan wire: int8 instead of fp16" in done.stdout
@@ -371,20 +370,20 @@ def test_compare_says_what_differed_and_pairs_equal_items(run: Run, reported: Ru
     assert all(line.split("|")[-2].strip().startswith("× 1.00 (0.") for line in times[2:])
     value = _result(reported, "topk", "generate")["metrics"]["token_ms"]["value"]
     assert f"{value:.1f} (" in times[2]
-    same = run("testbed", "compare", reported.path, reported.path, "--resamples", "100")
+    same = run_in_process("testbed", "compare", reported.path, reported.path, "--resamples", "100")
     assert "no differences" in same.stdout
-    assert run("testbed", "compare", reported.path, "--resamples", "100").returncode == 2
+    assert run_in_process("testbed", "compare", reported.path).returncode == 2
 
 
-def test_preflight_says_what_a_plan_lacks(run: Run, plan_path: Path, tmp_path: Path) -> None:
-    wide = {**os.environ, "COLUMNS": "300"}
-    fine = run("testbed", "preflight", plan_path, "--out", tmp_path, env=wide)
+def test_preflight_says_what_a_plan_lacks(plan_path: Path, tmp_path: Path) -> None:
+    wide = {"COLUMNS": "300"}
+    fine = run_in_process("testbed", "preflight", plan_path, "--out", tmp_path, env=wide)
     assert fine.returncode == 0, fine.stderr
     assert "2 nodes hold all 16 experts" in fine.stdout
     text = plan_path.read_text().replace("items: 6", "items: 7").replace("nodes: 2", "nodes: {pi1: 'L*:E0-6'}")
     shutil.copy(plan_path.parent / "items.jsonl", tmp_path)
     (tmp_path / "plan.yaml").write_text(text)
-    bad = run("testbed", "preflight", tmp_path / "plan.yaml", env=wide)
+    bad = run_in_process("testbed", "preflight", tmp_path / "plan.yaml", env=wide)
     assert bad.returncode == 62
     assert bad.stderr.count("\n") == 1
     assert "items.jsonl has 6 items, the plan needs 7" in bad.stdout

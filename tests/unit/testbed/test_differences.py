@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, MixtralForCausalLM
 
 from bs_coordinator.selection.differences import read_differences
-from tests.conftest import Run
+from tests.in_process import run_in_process
 from wire.manifest import Scheme
 
 TEXT = (
@@ -45,19 +45,21 @@ def _independent(model_path: Path, tokens: int) -> np.ndarray:
 
 
 def test_the_table_is_what_the_checkpoint_says(
-    run: Run, tiny_model: Path, tiny_bundle: Callable[[Scheme], Path], tmp_path: Path
+    tiny_model: Path, tiny_bundle: Callable[[Scheme], Path], tmp_path: Path
 ) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     out = tmp_path / "table.json"
     argv = ["differences", tiny_bundle("fp32"), tmp_path / "text.txt", "--tokens", 400, "--chunk", 400, "--out", out]
-    done = run("testbed", *argv)
+    done = run_in_process("testbed", *argv)
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(read_differences(out).values[0], _independent(tiny_model, 400), atol=2e-4)
 
 
-def test_too_little_text_is_told(run: Run, tiny_bundle: Callable[[Scheme], Path], tmp_path: Path) -> None:
+def test_too_little_text_is_told(tiny_bundle: Callable[[Scheme], Path], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("Rain.")
-    done = run("testbed", "differences", tiny_bundle("fp32"), tmp_path / "text.txt", "--out", tmp_path / "table.json")
+    done = run_in_process(
+        "testbed", "differences", tiny_bundle("fp32"), tmp_path / "text.txt", "--out", tmp_path / "table.json"
+    )
     assert done.returncode != 0
     assert "tokens, but --tokens needs 2048" in done.stderr
     assert not (tmp_path / "table.json").exists()

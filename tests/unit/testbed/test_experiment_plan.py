@@ -12,7 +12,7 @@ from testbed.plan.cells import blocks, expand
 from testbed.plan.estimate import describe, estimate
 from testbed.plan.reading import read_plan
 from testbed.plan.schema import Generate, Perplexity, Plan
-from tests.conftest import Run
+from tests.in_process import run_in_process
 
 POLICIES = ("topk", "top1", "topk:k=3", "topk:k=4")
 
@@ -141,15 +141,15 @@ def test_the_plans_of_the_project_are_valid(path: Path) -> None:
     assert describe(plan)
 
 
-def test_plan_as_a_command(run: Run, tmp_path: Path) -> None:
+def test_plan_as_a_command(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text("\n".join(f"{key}: {value}" for key, value in GOOD.items()))
-    done = run("testbed", "plan", path, "--dry-run")
+    done = run_in_process("testbed", "plan", path, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert len([line for line in done.stdout.splitlines() if "generate topk" in line]) == 1
     assert "1 cell over localhost: 1 policy, 1 bundle, 1 link profile, 1 workload, 1 repetition\n" in done.stdout
     assert "4 answers, at most 128 tokens in all, 0 items, 0 texts" in done.stdout
-    missing = run("testbed", "plan", tmp_path / "none.yaml")
+    missing = run_in_process("testbed", "plan", tmp_path / "none.yaml")
     assert missing.returncode == 60
     assert "none.yaml" in missing.stderr
     assert "Traceback" not in missing.stderr
