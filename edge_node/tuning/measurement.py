@@ -1,7 +1,7 @@
-"""Measuring one quantisation with one number of threads on this device.
+"""Measures one quantisation with one number of threads on this device.
 
-Each trial is a process of its own: onnxruntime's thread pool can't be changed within one, and a kernel that this
-processor can't run ends only the trial.
+Each measurement is a process of its own: onnxruntime's thread pool can't be changed within a process, and a kernel that
+this processor can't run ends only the measurement.
 """
 
 import statistics
@@ -26,13 +26,13 @@ from wire.tensors import Array
 
 _SPREAD_BYTES = 64 << 20
 _MOST_EXPERTS = 32
-"""Experts are measured in turn, as tokens come to them: as many as no processor's cache holds, if there are."""
+"""Experts are measured in turn, as tokens reach them. They are so many that no processor's cache holds all of them."""
 _LEAST_S, _MOST_S, _LEAST_CALLS = 0.5, 4.0, 48
 TIMEOUT_S = 300.0
 
 
 def sample(entries: Sequence[ExpertEntry]) -> list[ExpertEntry]:
-    """Experts to measure on, spread over those that the device will hold."""
+    """Experts to measure, spread evenly over those that the device will hold."""
     size = max(1, max(entry.bytes for entry in entries))
     count = min(len(entries), _MOST_EXPERTS, max(2, -(-_SPREAD_BYTES // size)))
     return [entries[k * len(entries) // count] for k in range(count)]
@@ -41,10 +41,16 @@ def sample(entries: Sequence[ExpertEntry]) -> list[ExpertEntry]:
 def measure(
     bundle: Path, manifest: Manifest, ids: Sequence[ExpertId], threads: int, providers: Sequence[Provider]
 ) -> TuningMeasurement:
-    """Measure in this process, with the first of the providers that does.
+    """Measure in this process, with the first provider that works.
+
+    Args:
+        bundle, manifest: the bundle and its manifest.
+        ids: experts to measure.
+        threads: number of threads to compute with.
+        providers: to be tried in this order.
 
     Raises:
-        BundleError, ProbeError: these experts can't be used here.
+        BundleError, ProbeError: these experts can't be used on this device.
     """
     runtime, chosen = first_that_proves(
         providers, lambda provider: ExpertRuntime(bundle, manifest, ids, threads=threads, provider=provider)
@@ -73,7 +79,7 @@ def measure(
 def measure_apart(
     bundle: Path, manifest: Manifest, ids: Sequence[ExpertId], threads: int, providers: Sequence[Provider]
 ) -> TuningMeasurement:
-    """Measure in a process of its own; what goes wrong there is the trial's `refused`."""
+    """Measure in a process of its own. If that fails, the measurement says why in `refused`."""
     command = [
         sys.executable,
         "-m",
@@ -121,11 +127,11 @@ def _median_ms(runtime: ExpertRuntime, x: Array) -> float:
 @click.argument("threads", type=int)
 @click.argument("providers", nargs=-1)
 def _command(bundle: Path, experts: str, threads: int, providers: tuple[Provider, ...]) -> None:
-    """Print one trial as JSON."""
+    """Print one measurement as JSON."""
     manifest = load_manifest(bundle)
     ids = parse_selector(experts, layers=manifest.dims.layers, experts=manifest.dims.experts)
     sys.stdout.buffer.write(msgspec.json.encode(measure(bundle, manifest, ids, threads, providers)))
 
 
 if __name__ == "__main__":
-    run_console(_command, "trial")
+    run_console(_command, "measurement")

@@ -1,4 +1,4 @@
-"""Bundles of one model in several quantisations: which to serve from, as measured on this device."""
+"""Chooses among bundles of one model in several quantisations, by measurements on this device."""
 
 import hashlib
 import logging
@@ -33,7 +33,7 @@ ROUNDS = 2
 
 
 class Variants:
-    """The bundles to choose from, and what a device is to hold of them."""
+    """The bundles to choose from, and the experts that the device is to hold."""
 
     def __init__(
         self,
@@ -50,16 +50,18 @@ class Variants:
         """Read the manifests.
 
         Args:
-            key: public key of which the bundles must have signatures.
-            budget: the user's own limit of memory in bytes.
-            all_resident: all experts have to be in memory at once.
-            most_threads: more are not tried.
-            threads: numbers to try; powers of two and `most_threads` if empty.
-            providers: to compute with, see `edge_node.experts.providers`.
+            bundles: folders of the bundles.
+            selector: experts that the device is to hold.
+            key: public key with which the bundles must be signed; not checked if None.
+            budget: the user's limit of memory in bytes.
+            all_resident: whether all experts must be in memory at once.
+            most_threads: largest number of threads to try.
+            threads: numbers of threads to try; powers of two and `most_threads` if empty.
+            providers: execution providers, to be tried in this order.
 
         Raises:
-            ValueError: the selector makes no sense.
-            BundleError: a bundle is none, or lacks an expert.
+            ValueError: the selector is not valid for this model.
+            BundleError: a bundle is not valid, or lacks an expert.
             TuningError: the bundles are not variants of one model.
         """
         self._manifests: dict[str, tuple[Path, Manifest]] = {}
@@ -90,11 +92,11 @@ class Variants:
         )
 
     def chosen(self, file: Path) -> tuple[Path, Tuning]:
-        """The bundle to serve from by the choice in `file`, which is made first where there is none that holds.
+        """The bundle to serve from, by the choice in `file`. A choice that is missing or no longer valid is made first.
 
         Raises:
-            TuningError: none can be used, or the file is something else.
-            StorageError: the choice can't be kept.
+            TuningError: no bundle can be used, or `file` is not a tuning file.
+            StorageError: `file` can't be written.
         """
         tuning = read_tuning(file)
         if tuning is not None and not self._threads_given:
@@ -104,24 +106,31 @@ class Variants:
             log.info("choosing quantisation and threads: measuring them once on this device")
             tuning = self.tune(file, Rule())
         elif changed := what_changed(tuning.conditions, self._conditions):
-            log.info("measuring anew: %s changed since %s was written", changed, file)
+            log.info("measuring again: %s changed since %s was written", changed, file)
             tuning = self.tune(file, tuning.rule)
         return self._manifests[tuning.quantisation][0], tuning
 
     def tune(self, file: Path, rule: Rule) -> Tuning:
-        """Measure, choose and keep the choice; as `chosen`."""
-        trials: dict[tuple[str, int], TuningMeasurement] = {}
+        """Measure, choose by `rule`, and write the choice to `file`.
+
+        Raises:
+            TuningError: no bundle can be used.
+            StorageError: `file` can't be written.
+        """
+        measurements: dict[tuple[str, int], TuningMeasurement] = {}
         arms = [(name, threads) for name in self._manifests for threads in self._threads]
         for round in range(ROUNDS):
-            # There and back, so that no arm always has the warmer processor.
+            # Forwards, then backwards, so that no combination always meets the warmer processor.
             for name, threads in arms if round % 2 == 0 else reversed(arms):
-                if (before := trials.get((name, threads))) and before.refused:
+                if (before := measurements.get((name, threads))) and before.refused:
                     continue
                 notify(f"EXTEND_TIMEOUT_USEC={int(2 * TIMEOUT_S * 1e6)}")
-                trial = self._measure(name, threads)
-                trials[name, threads] = before.joined(trial) if before else trial
-                log.info("%s on %d threads: %s", name, threads, trial.refused or f"{trial.token_ms[0]:.3g} ms")
-        tuning = decide(list(trials.values()), rule, self._conditions)
+                measurement = self._measure(name, threads)
+                measurements[name, threads] = before.joined(measurement) if before else measurement
+                log.info(
+                    "%s on %d threads: %s", name, threads, measurement.refused or f"{measurement.token_ms[0]:.3g} ms"
+                )
+        tuning = decide(list(measurements.values()), rule, self._conditions)
         write_tuning(file, tuning)
         return tuning
 
@@ -138,5 +147,5 @@ class Variants:
 
 
 def thread_numbers(most: int) -> tuple[int, ...]:
-    """Powers of two below `most`, and `most`."""
+    """Numbers of threads to try: the powers of two below `most`, and `most`."""
     return (*(1 << k for k in range(most.bit_length()) if 1 << k < most), most)

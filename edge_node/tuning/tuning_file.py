@@ -1,6 +1,6 @@
-"""Which quantisation and how many threads suit this device: what was measured, the choice, and why. No measuring here.
+"""The choice of quantisation and threads for a device, made from measurements and kept in a file.
 
-The choice is kept in a small file that later starts read. It holds as long as what it was measured under holds.
+Later starts read the file. The choice is valid as long as the conditions of its measurements are.
 """
 
 import time
@@ -19,21 +19,21 @@ from wire.device_profiles import Provider
 SCHEMA = 1
 MAX_BYTES = 1 << 20
 NEAR = 1.1
-"""Times within this factor of the fastest are not told apart: the smaller error decides, then fewer threads."""
+"""Times within this factor of the fastest count as equal: the smaller error decides, then fewer threads."""
 
 
 class TuningMeasurement(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One quantisation with one number of threads.
+    """The measurement of one quantisation with one number of threads.
 
     Attributes:
-        provider: what computed.
-        experts: that were measured, in turn, so that none is still in the processor's cache.
-        token_ms: median time of one expert and one hidden state, one entry per round of measuring.
-        batch_ms: the same of `BATCH_ROWS` hidden states at once.
-        error: mean output error of these experts to fp32, from the manifest.
-        deviation: largest difference of a probe output from where it was exported.
-        same_in_batch: a hidden state's output is the same to the last bit alone and in a batch.
-        refused: why it can't be used here; the rest means nothing then.
+        provider: execution provider that computed.
+        experts: number of experts measured, in turn, so that none is still in the processor's cache.
+        token_ms: median time of one expert with one hidden state, one entry per round of measuring.
+        batch_ms: median time of one expert with `BATCH_ROWS` hidden states, one entry per round.
+        error: mean output error of these experts against fp32, from the manifest.
+        deviation: largest relative difference of a probe output from the one recorded at export.
+        same_in_batch: whether a hidden state's output is the same to the last bit alone and in a batch.
+        refused: why it can't be used here; the other values are meaningless then.
     """
 
     quantisation: str
@@ -48,7 +48,7 @@ class TuningMeasurement(Struct, frozen=True, forbid_unknown_fields=True, kw_only
     refused: str = ""
 
     def joined(self, other: "TuningMeasurement") -> "TuningMeasurement":
-        """The same trial with another round of measuring."""
+        """This measurement with another round added."""
         return msgspec.structs.replace(
             self,
             token_ms=self.token_ms + other.token_ms,
@@ -59,13 +59,13 @@ class TuningMeasurement(Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class Conditions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a choice was measured under: with any other it is measured anew.
+    """Conditions of a choice's measurements; if one changes, the device is measured again.
 
     Attributes:
-        processor: what onnxruntime chooses kernels by, hashed.
-        available: the quantisations there were.
-        threads: numbers that were tried.
-        providers: what was to compute, see `edge_node.experts.providers`.
+        processor: hash of the features by which onnxruntime chooses kernels.
+        available: the quantisations to choose from.
+        threads: numbers of threads to try.
+        providers: execution providers, in the order in which they are tried.
     """
 
     model_sha256: str
@@ -78,7 +78,7 @@ class Conditions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Tuning(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The file."""
+    """The content of a tuning file: the choice, why it was made, and what it rests on."""
 
     schema: int
     tuned_unix_s: int
@@ -90,25 +90,25 @@ class Tuning(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     trials: tuple[TuningMeasurement, ...]
 
 
-def best_ms(trial: TuningMeasurement, rule: Rule) -> float:
-    """The time that counts: of the calmest round, since others on the machine only ever add."""
-    return min(trial.token_ms if rule.prefer == "token" else trial.batch_ms)
+def best_ms(measurement: TuningMeasurement, rule: Rule) -> float:
+    """The time that counts for a rule, in ms: the least of all rounds, since other processes only ever add time."""
+    return min(measurement.token_ms if rule.prefer == "token" else measurement.batch_ms)
 
 
-def decide(trials: Sequence[TuningMeasurement], rule: Rule, conditions: Conditions) -> Tuning:
-    """Choose.
+def decide(measurements: Sequence[TuningMeasurement], rule: Rule, conditions: Conditions) -> Tuning:
+    """Choose by `rule`.
 
     Raises:
-        TuningError: none can be used, with the reason for each.
+        TuningError: no measured bundle can be used; the message has the reason for each.
     """
-    out = {trial: _unfit(trial, rule) for trial in trials}
-    usable = [trial for trial, why in out.items() if not why]
+    out = {measurement: _unfit(measurement, rule) for measurement in measurements}
+    usable = [measurement for measurement, why in out.items() if not why]
     if not usable:
-        reasons = dict.fromkeys(f"{trial.quantisation}: {why}" for trial, why in out.items())
+        reasons = dict.fromkeys(f"{measurement.quantisation}: {why}" for measurement, why in out.items())
         raise TuningError(f"no bundle can be used on this device ({'; '.join(reasons)})")
-    fastest = min(best_ms(trial, rule) for trial in usable)
-    near = [trial for trial in usable if best_ms(trial, rule) <= NEAR * fastest]
-    chosen = min(near, key=lambda trial: (trial.error, trial.threads, best_ms(trial, rule)))
+    fastest = min(best_ms(measurement, rule) for measurement in usable)
+    near = [measurement for measurement in usable if best_ms(measurement, rule) <= NEAR * fastest]
+    chosen = min(near, key=lambda measurement: (measurement.error, measurement.threads, best_ms(measurement, rule)))
     return Tuning(
         schema=SCHEMA,
         tuned_unix_s=int(time.time()),
@@ -117,64 +117,66 @@ def decide(trials: Sequence[TuningMeasurement], rule: Rule, conditions: Conditio
         why=_why(chosen, usable, out, rule),
         rule=rule,
         conditions=conditions,
-        trials=tuple(trials),
+        trials=tuple(measurements),
     )
 
 
 def read_tuning(path: Path) -> Tuning | None:
-    """The choice of an earlier start; None if there is none.
+    """The choice in a tuning file; None if there is no file, or one of another schema version.
 
     Raises:
-        TuningError: the file is something else.
+        TuningError: the file is not a tuning file.
     """
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise TuningError(f"{path} is no tuning file: remove it or name another")
+            raise TuningError(f"{path} is not a tuning file: remove it, or name another with --tuned")
         tuning = msgspec.json.decode(path.read_bytes(), type=Tuning)
     except FileNotFoundError:
         return None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise TuningError(f"{path} is no tuning file of this version ({error}): remove it or name another") from None
+        raise TuningError(
+            f"{path} is not a tuning file of this version ({error}): remove it, or name another with --tuned"
+        ) from None
     return tuning if tuning.schema == SCHEMA else None
 
 
 def write_tuning(path: Path, tuning: Tuning) -> None:
-    """Keep a choice.
+    """Write a choice to its file.
 
     Raises:
-        StorageError: it can't be written.
+        StorageError: the file can't be written.
     """
     with atomic_write(path) as file:
         file.write(msgspec.json.format(msgspec.json.encode(tuning), indent=1) + b"\n")
 
 
 def table(tuning: Tuning) -> str:
-    """What was measured, a line per trial, the chosen one marked."""
+    """The measurements as text, one per line, the chosen one marked with `*`."""
     lines = [f"  {'experts':<16} threads  ms, token  ms, {BATCH_ROWS} rows  error  deviation  same in a batch"]
-    for trial in tuning.trials:
-        mark = "*" if (trial.quantisation, trial.threads) == (tuning.quantisation, tuning.threads) else " "
-        begin = f"{mark} {trial.quantisation:<16} {trial.threads:>7}"
-        if trial.refused:
-            lines.append(f"{begin}  {trial.refused}")
+    for row in tuning.trials:
+        mark = "*" if (row.quantisation, row.threads) == (tuning.quantisation, tuning.threads) else " "
+        begin = f"{mark} {row.quantisation:<16} {row.threads:>7}"
+        if row.refused:
+            lines.append(f"{begin}  {row.refused}")
         else:
             lines.append(
-                f"{begin}  {min(trial.token_ms):>9.3f}  {min(trial.batch_ms):>11.3f}  {trial.error:>5.2g}  "
-                f"{trial.deviation:>9.1e}  {'yes' if trial.same_in_batch else 'no'}"
+                f"{begin}  {min(row.token_ms):>9.3f}  {min(row.batch_ms):>11.3f}  {row.error:>5.2g}  "
+                f"{row.deviation:>9.1e}  {'yes' if row.same_in_batch else 'no'}"
             )
     return "\n".join(lines)
 
 
 def what_changed(before: Conditions, now: Conditions) -> str:
-    """The conditions that differ, for people; empty when the choice still holds."""
+    """Names of the conditions that differ, for people; empty if the choice is still valid."""
     return ", ".join(name for name in before.__struct_fields__ if getattr(before, name) != getattr(now, name))
 
 
-def _unfit(trial: TuningMeasurement, rule: Rule) -> str:
-    if trial.refused:
-        return trial.refused
-    if trial.error > rule.max_error:
-        return f"output error {trial.error:.2g}, at most {rule.max_error:.2g} is wanted"
-    if rule.exact and not trial.same_in_batch:
+def _unfit(measurement: TuningMeasurement, rule: Rule) -> str:
+    if measurement.refused:
+        return measurement.refused
+    if measurement.error > rule.max_error:
+        return f"output error {measurement.error:.2g}, at most {rule.max_error:.2g} is wanted"
+    if rule.exact and not measurement.same_in_batch:
         return "a token's output depends on its batch"
     return ""
 
@@ -186,17 +188,19 @@ def _why(
     ms = best_ms(chosen, rule)
     parts = [f"{_name(chosen)} takes {ms:.3g} ms per expert and {what}, output error {chosen.error:.2g}"]
     rivals: dict[str, TuningMeasurement] = {}
-    for trial in usable:
-        rival = rivals.get(trial.quantisation)
-        if trial.quantisation != chosen.quantisation and (rival is None or best_ms(trial, rule) < best_ms(rival, rule)):
-            rivals[trial.quantisation] = trial
+    for measurement in usable:
+        rival = rivals.get(measurement.quantisation)
+        if measurement.quantisation != chosen.quantisation and (
+            rival is None or best_ms(measurement, rule) < best_ms(rival, rule)
+        ):
+            rivals[measurement.quantisation] = measurement
     parts += [
         f"{_name(rival)} {best_ms(rival, rule):.3g} ms ({best_ms(rival, rule) / ms:.2f} times), error {rival.error:.2g}"
         for rival in rivals.values()
     ]
-    parts += dict.fromkeys(f"{trial.quantisation} is out: {why}" for trial, why in out.items() if why)
+    parts += dict.fromkeys(f"{measurement.quantisation} is out: {why}" for measurement, why in out.items() if why)
     return "; ".join(parts)
 
 
-def _name(trial: TuningMeasurement) -> str:
-    return f"{trial.quantisation} on {trial.threads} thread{'s' if trial.threads > 1 else ''}"
+def _name(measurement: TuningMeasurement) -> str:
+    return f"{measurement.quantisation} on {measurement.threads} thread{'s' if measurement.threads > 1 else ''}"

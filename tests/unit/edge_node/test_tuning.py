@@ -103,7 +103,7 @@ def test_the_first_start_measures_and_later_ones_read_why(tiny_bundle: Bundle, t
     document["conditions"]["onnxruntime"] = "1.0"
     file.write_text(json.dumps(document))
     third = run("edge_node", "serve", "--bundle", broken, "--bundle", good, *node)
-    assert "measuring anew: onnxruntime changed" in third.stderr
+    assert "measuring again: onnxruntime changed" in third.stderr
     again = read_tuning(file)
     assert again is not None
     assert again.conditions == tuning.conditions
@@ -118,5 +118,5 @@ def test_variants_must_be_of_one_model_and_each_another(tiny_bundle: Bundle, tmp
     assert (nowhere.returncode, "--tuned FILE" in nowhere.stderr) == (2, True)
     (tmp_path / "t").write_text("{}")
     garbled = run("edge_node", "--bundle", int4, "--tuned", tmp_path / "t", *node)
-    assert (garbled.returncode, "is no tuning file" in garbled.stderr) == (23, True)
+    assert (garbled.returncode, "is not a tuning file" in garbled.stderr) == (23, True)
     assert (tmp_path / "t").read_text() == "{}"
