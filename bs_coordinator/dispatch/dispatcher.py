@@ -38,6 +38,8 @@ from wire.transport import Transport
 log = logging.getLogger(__name__)
 
 _CLOCK_EVERY_S = 0.05
+_PROVE_EVERY_S = 0.5
+"""How often nodes that are left out are looked at while no layer is awaited."""
 
 
 def _no_facts() -> Mapping[str, SocketFacts]:
@@ -267,7 +269,7 @@ class Dispatcher:
         until_s = self._now_s() + timeout_s
         while (remaining_s := until_s - self._now_s()) > 0:
             self._prober.prove(self.registry.nodes, self._now_s())
-            self._loop.receive(remaining_s)
+            self._loop.receive(min(remaining_s, _PROVE_EVERY_S))
 
     def recover(self, lost: BrokerError) -> None:
         """Connect again after the connection was lost.

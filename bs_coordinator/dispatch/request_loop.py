@@ -176,6 +176,8 @@ class RequestLoop:
         while True:
             for layer in self.open:
                 self._handle(layer, ConnectionLost(str(lost)))
+                if self._local is not None:
+                    self._local.forget(layer)
                 if isinstance(layer.error, BrokerError):
                     raise layer.error from None
             self._recover(lost)

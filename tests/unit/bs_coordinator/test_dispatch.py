@@ -96,7 +96,7 @@ def test_a_node_with_another_model_is_ignored_and_named() -> None:
 
 
 class _Network:
-    """Nodes that answer each token with gate weight × expert index + 1, unless told otherwise."""
+    """Nodes that answer each token with gate weight × (expert index + 1), except as set by the attributes below."""
 
     def __init__(self, *, timeout_s: float = 0.2, last_holder_s: float | None = None, **experts_by_node: str) -> None:
         self.clock = ManualClock()
@@ -105,6 +105,7 @@ class _Network:
         self.mute: set[str] = set()
         self.deaf: set[str] = set()
         self.absurd: set[str] = set()
+        self.factor = 1e6
         self.copies = 1
         self.asked: list[tuple[str, tuple[int, ...]]] = []
         self.ids: list[RequestId] = []
@@ -113,10 +114,10 @@ class _Network:
             last_holder_s=last_holder_s, clock=self.clock,
         )  # fmt: skip
         for node, experts in experts_by_node.items():
-            self.say(_online(node, experts))
+            self.announce(_online(node, experts))
         self.dispatcher.pump(0.01)
 
-    def say(self, document: NodeStatus) -> None:
+    def announce(self, document: NodeStatus) -> None:
         self.transport.put(TOPICS.status(document.node), status.encode_status(document))
 
     def _react(self, topic: str, payload: bytes) -> Iterable[tuple[str, bytes]]:
@@ -136,7 +137,7 @@ class _Network:
             for expert, tokens, weights in frame.experts:
                 output[tokens] += weights[:, None] * (expert + 1)
             if node in self.absurd:
-                output *= 1e6
+                output *= self.factor
             for _ in range(self.copies):
                 yield TOPICS.results(node), self.result(frame.id, frame.layer, output)
 
@@ -213,7 +214,7 @@ def test_a_refusal_is_passed_on() -> None:
 
 
 def _experienced(**kwargs: Any) -> _Network:
-    """A network whose nodes have answered often enough for their predictions to be deadlines."""
+    """A network whose nodes have answered often enough for deadlines to follow from predictions."""
     network = _Network(timeout_s=5.0, **kwargs)
     for _ in range(10):
         for node in network.dispatcher.registry.nodes:
@@ -370,3 +371,50 @@ def test_the_fleet_knows_who_gives_a_token_another_result_in_a_batch() -> None:
     assert fleet.batch_variant() == ["c"]
     fleet.apply(_offline("c"))
     assert fleet.batch_variant() == []
+
+
+def test_when_all_nodes_were_left_out_they_recover_while_nothing_is_asked() -> None:
+    network = _experienced(a="L*:E0-1", b="L*:E2-3", last_holder_s=0.4)
+    network.deaf = {"a", "b"}
+    with pytest.raises(ExpertsLostError):
+        network.ask(GATE)
+    network.deaf = set()
+    network.dispatcher.pump(5.0)
+    np.testing.assert_allclose(network.ask(GATE), EXPECTED)
+
+
+def test_an_answer_in_another_dtype_than_the_request_does_not_count() -> None:
+    network = _Network(a="L*:E*")
+    network.ask(GATE)
+    session, last, _ = network.ids[-1]
+    wrong = ResultFrame(
+        RequestId(session, last + 1), 0, np.full((3, 8), 99, np.float32), WireDtype.FP16, NodeDurations(1, 2, 3, 4)
+    )
+    network.extra = [(TOPICS.results("a"), frames.encode(wrong))]
+    np.testing.assert_allclose(network.ask(GATE), EXPECTED)
+    assert network.dispatcher.dropped["wrong dtype"] == 1
+
+
+def test_values_too_large_to_add_up_are_refused_from_the_first_answer_on() -> None:
+    network = _Network(timeout_s=5.0, a="L*:E*", b="L*:E*")
+    network.factor = 1e30
+    network.absurd = {"a"}
+    for _ in range(2):
+        np.testing.assert_allclose(network.ask(GATE), EXPECTED)
+    assert network.dispatcher.health.usable("b")
+    assert not network.dispatcher.health.usable("a")
+    assert network.dispatcher.dropped["absurd"] == 1
+
+
+def test_what_a_getter_gave_does_not_change_any_more() -> None:
+    network = _Network(a="L*:E*")
+    registry, dropped = network.dispatcher.registry, network.dispatcher.dropped
+    before, holders = registry.nodes, registry.holders(ExpertId(0, 0))
+    registry.apply(_offline("a"))
+    network.transport.put(TOPICS.results("a"), b"garbage")
+    network.dispatcher.pump(0.1)
+    assert list(before) == list(holders) == ["a"]
+    assert not registry.nodes
+    assert not dropped
+    with pytest.raises(TypeError):
+        before["b"] = before["a"]  # type: ignore[index]
