@@ -6,6 +6,7 @@ QoS means nothing here, since nothing is lost.
 
 import heapq
 import itertools
+import math
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -175,7 +176,8 @@ class MemoryTransport(Transport):
     def receive(self, timeout_s: float) -> Message | None:
         """The next message that has arrived, or None if none arrives within `timeout_s` by the broker's clock."""
         clock, changed = self._broker.clock, self._broker.changed
-        deadline_ns = clock.perf_ns() + round(1e9 * timeout_s)
+        # Rounded up: a caller that waits for the last fraction of a nanosecond must see its own deadline pass.
+        deadline_ns = clock.perf_ns() + math.ceil(1e9 * timeout_s)
         with changed:
             while True:
                 self._check()

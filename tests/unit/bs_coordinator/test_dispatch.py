@@ -15,7 +15,6 @@ from bs_coordinator.dispatch.plan_requests import plan_requests
 from bs_coordinator.errors import DispatchError, ExpertsLostError, PlacementError
 from bs_coordinator.nodes.registry import NodeRegistry
 from common.clock import ManualClock
-from tests.support import MemoryTransport
 from wire import frames, status
 from wire.errors import BrokerError
 from wire.experts import ExpertId, parse_selector
@@ -24,6 +23,8 @@ from wire.manifest import Dims
 from wire.status import DeviceFacts, Holding, NodeStatus
 from wire.tensors import Array, WireDtype
 from wire.topics import Topics
+from wire.transport import Transport
+from wire.transports.memory import MemoryBroker
 
 DIMS = Dims(hidden=8, intermediate=16, layers=2, experts=4, top_k=2, vocab=10, max_positions=32)
 TOPICS = Topics("test")
@@ -100,7 +101,9 @@ class _Network:
 
     def __init__(self, *, timeout_s: float = 0.2, last_holder_s: float | None = None, **experts_by_node: str) -> None:
         self.clock = ManualClock()
-        self.transport = MemoryTransport(self._react, clock=self.clock)
+        self.broker = MemoryBroker(clock=self.clock, latency_s=0.001)
+        self.broker.handle("#", self._forward)
+        self.react = self._react
         self.extra: list[tuple[str, bytes]] = []
         self.mute: set[str] = set()
         self.deaf: set[str] = set()
@@ -110,7 +113,8 @@ class _Network:
         self.asked: list[tuple[str, tuple[int, ...]]] = []
         self.ids: list[RequestId] = []
         self.dispatcher = Dispatcher(
-            self.transport, TOPICS, NodeRegistry(DIMS, "m"), dtype=WireDtype.FP32, timeout_s=timeout_s,
+            self.broker.connect(self.broker.address, "bs"), TOPICS, NodeRegistry(DIMS, "m"),
+            dtype=WireDtype.FP32, timeout_s=timeout_s,
             last_holder_s=last_holder_s, clock=self.clock,
         )  # fmt: skip
         for node, experts in experts_by_node.items():
@@ -118,7 +122,11 @@ class _Network:
         self.dispatcher.pump(0.01)
 
     def announce(self, document: NodeStatus) -> None:
-        self.transport.put(TOPICS.status(document.node), status.encode_status(document))
+        self.broker.publish(TOPICS.status(document.node), status.encode_status(document))
+
+    def _forward(self, topic: str, payload: bytes) -> None:
+        for answer_topic, answer in self.react(topic, payload):
+            self.broker.publish(answer_topic, answer)
 
     def _react(self, topic: str, payload: bytes) -> Iterable[tuple[str, bytes]]:
         node = topic.split("/")[4]
@@ -269,10 +277,10 @@ def test_the_first_answer_counts_and_the_late_one_is_dropped() -> None:
                 for i, (node, id) in enumerate(asked):
                     yield TOPICS.results(node), network.result(id, 0, np.full(frame.hidden.shape, i + 1, np.float32))
 
-    network.transport.react = late
+    network.react = late
     gate = np.array([[1, 0, 0, 0]], np.float32)
     np.testing.assert_array_equal(network.ask(gate), np.ones((1, 8)))
-    network.transport.react = network._react
+    network.react = network._react
     network.mute = set()
     dropped = network.dispatcher.dropped["not awaited"]
     network.ask(gate)
@@ -330,30 +338,25 @@ def test_large_answers_that_two_nodes_agree_on_are_believed_and_learnt() -> None
 
 
 def test_a_broker_that_hangs_up_on_every_request_ends_the_layer() -> None:
-    joined, clock = 0, ManualClock()
+    joined = 0
+    broker = MemoryBroker(clock=ManualClock(), latency_s=0.001)
 
-    def refuse(topic: str, payload: bytes) -> Iterable[tuple[str, bytes]]:
-        if topic.endswith("/work") and isinstance(frames.decode(payload), WorkFrame):
+    def hang_up(topic: str, payload: bytes) -> None:
+        if isinstance(frames.decode(payload), WorkFrame):
             raise BrokerError("the broker closed the connection")
-        return ()
 
-    def connect() -> MemoryTransport:
+    def connect() -> Transport:
         nonlocal joined
         joined += 1
-        transport = MemoryTransport(refuse, clock=clock)
-        subscribe = transport.subscribe
-
-        def with_retained(topic_filter: str, *, qos: int = 0, timeout_s: float = 10.0) -> None:
-            subscribe(topic_filter, qos=qos)
-            if topic_filter == TOPICS.status("+"):
-                transport.put(TOPICS.status("a"), status.encode_status(_online("a", "L*:E*")))
-
-        transport.subscribe = with_retained  # type: ignore[method-assign]
+        transport = broker.connect(broker.address, "bs")
+        transport.subscribe(TOPICS.status("+"))
+        broker.publish(TOPICS.status("a"), status.encode_status(_online("a", "L*:E*")))  # the node's heartbeat
         return transport
 
+    broker.handle(TOPICS.work("+"), hang_up)
     dispatcher = Dispatcher(
         connect(), TOPICS, NodeRegistry(DIMS, "m"), dtype=WireDtype.FP32, timeout_s=1.0, reconnect=connect,
-        clock=clock,
+        clock=broker.clock,
     )  # fmt: skip
     dispatcher.pump(0.01)
     with pytest.raises(BrokerError, match=r"layer 1 .*message_size_limit"):
