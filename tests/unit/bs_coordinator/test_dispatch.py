@@ -414,7 +414,7 @@ def test_what_a_getter_gave_does_not_change_any_more() -> None:
     registry, dropped = network.dispatcher.registry, network.dispatcher.dropped
     before, holders = registry.nodes, registry.holders(ExpertId(0, 0))
     registry.apply(_offline("a"))
-    network.transport.put(TOPICS.results("a"), b"garbage")
+    network.broker.publish(TOPICS.results("a"), b"garbage")
     network.dispatcher.pump(0.1)
     assert list(before) == list(holders) == ["a"]
     assert not registry.nodes
