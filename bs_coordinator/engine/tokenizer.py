@@ -38,6 +38,11 @@ class Tokenizer:
         return ids
 
     @property
+    def size(self) -> int:
+        """Number of tokens in the vocabulary, with those that were added to it."""
+        return len(self._tokenizer)
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the checkpoint has a chat template."""
         return bool(self._tokenizer.chat_template)

@@ -5,6 +5,7 @@ Source: the OpenAI API reference (completions, chat completions, models). Starle
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from hmac import compare_digest
 from typing import TypeVar
@@ -40,17 +41,22 @@ def http_app(
         stall_s: the health check fails when running answers have had no token for longer than this.
     """
 
-    listed = {"id": model, "object": "model", "owned_by": "wdmoe"}
+    listed = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "wdmoe"}
 
     def check_key(request: Request) -> None:
-        sent = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if api_key is not None and not compare_digest(sent, api_key.encode()):
-            raise HTTPException(401, "a valid API key is needed: Authorization: Bearer …")
+        # The scheme's name is case-insensitive (RFC 9110, 11.1); some clients send the key without one.
+        header = request.headers.get("authorization", "")
+        scheme, _, rest = header.partition(" ")
+        sent = rest.strip() if scheme.lower() == "bearer" else header
+        if api_key is not None and not compare_digest(sent.encode(), api_key.encode()):
+            raise HTTPException(
+                401, "a valid API key is needed: Authorization: Bearer …", {"WWW-Authenticate": "Bearer"}
+            )
 
     async def completions(request: Request) -> Response:
         check_key(request)
         options = await _read_options(request, Completion)
-        ids = tokenizer.encode(options.prompt)
+        ids = _encode_prompt(tokenizer, options.text_or_ids)
         return await _answer(server, request, options, ids, ResponseFormat("text_completion", model, len(ids)))
 
     async def chat(request: Request) -> Response:
@@ -99,6 +105,14 @@ def http_app(
     )
 
 
+def _encode_prompt(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    if max(prompt) >= tokenizer.size:
+        raise HTTPException(400, f"`prompt` has token {max(prompt)}, but the vocabulary ends at {tokenizer.size - 1}")
+    return prompt
+
+
 async def _answer(
     server: AnswerServer, request: Request, options: Options, ids: list[int], format: ResponseFormat
 ) -> Response:
@@ -108,7 +122,7 @@ async def _answer(
     # A request that fails before its first token can still get a status of its own.
     first = await anext(tokens)
     if options.stream:
-        stream = _stream(first, tokens, format, usage=bool(options.stream_options.include_usage))
+        stream = _stream(first, tokens, format, usage=options.stream_options.include_usage)
         return StreamingResponse(stream, media_type="text/event-stream")
     return JSONResponse(format.document([first, *[token async for token in tokens]]))
 

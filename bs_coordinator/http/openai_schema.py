@@ -6,6 +6,7 @@ the default is greedy decoding (temperature 0) of at most 256 tokens.
 """
 
 import secrets
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -15,7 +16,17 @@ from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.tokenizer import ChatMessage
 
 _WITHOUT_EFFECT = frozenset(
-    {"metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
 )
 """Options that never change an answer."""
 
@@ -27,20 +38,35 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "functions": ([],),
     "logit_bias": ({},),
     "logprobs": (False,),
+    "min_p": (0,),
     "modalities": (["text"],),
     "n": (1,),
     "presence_penalty": (0,),
+    "reasoning_effort": ("none",),
+    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "top_k": (0, -1),
     "top_logprobs": (0,),
+    "verbosity": ("medium",),
 }
 """Options that are not implemented, with the values that ask for nothing."""
 
+_NEUTRAL_IN_MESSAGE: dict[str, tuple[object, ...]] = {
+    "annotations": ([],),
+    "reasoning": ("",),
+    "reasoning_content": ("",),
+    "refusal": ("",),
+    "tool_calls": ([],),
+}
+"""Fields of earlier answers, of this server or of another, that clients send back, with the values that are empty."""
+
 _DEFAULT = SamplingConfig()
 
-_Stop = Annotated[str, Meta(min_length=1, max_length=256)]
+_Stop = Annotated[str, Meta(max_length=256)]
+_TokenId = Annotated[int, Meta(ge=0)]
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
@@ -48,9 +74,11 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
 
     Attributes:
         include_usage: end the stream with a chunk that has the number of tokens.
+        include_obfuscation: without effect: chunks are never padded.
     """
 
-    include_usage: bool | None = None
+    include_usage: bool = False
+    include_obfuscation: bool = False
 
 
 class Options(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -61,7 +89,7 @@ class Options(Struct, kw_only=True, forbid_unknown_fields=True):
         max_completion_tokens: the newer name of `max_tokens`, which it overrides.
         seed: a signed 64-bit number; without one each request draws its own, so that repeating a request gives another
             answer.
-        stop: strings before the first of which the answer ends.
+        stop: strings before the first of which the answer ends; empty ones have no effect.
     """
 
     model: str = ""
@@ -82,29 +110,63 @@ class Options(Struct, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def stops(self) -> list[str]:
-        """`stop` as a list."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop
+        """`stop` as a list of strings that are not empty."""
+        return [stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop) if stop]
 
 
 class Completion(Options, kw_only=True):
-    """Request for the continuation of a text."""
+    """Request for the continuation of a text.
 
-    prompt: Annotated[str, Meta(min_length=1)]
+    Attributes:
+        prompt: a text or its token ids, or a list of one of them.
+    """
+
+    prompt: str | list[str | int | list[_TokenId]]
+
+    def __post_init__(self) -> None:
+        """Check the parts of `prompt` that its type leaves open.
+
+        Raises:
+            ValueError: there is no prompt, or more than one.
+        """
+        texts = self.prompt if isinstance(self.prompt, list) else [self.prompt]
+        numbers = [part for part in texts if isinstance(part, int)]
+        if not texts or not all(part for part in texts if not isinstance(part, int)):
+            raise ValueError("`prompt` is empty")
+        if numbers and len(numbers) < len(texts):
+            raise ValueError("`prompt` mixes token ids and texts: send either")
+        if numbers and min(numbers) < 0:
+            raise ValueError("`prompt` has a negative token id")
+        if not numbers and len(texts) > 1:
+            raise ValueError(f"`prompt` is a list of {len(texts)} prompts: send a request for each of them")
+
+    @property
+    def text_or_ids(self) -> str | list[int]:
+        """The prompt: a text, or token ids of which the vocabulary may have none."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        ids = [part for part in self.prompt if isinstance(part, int)]
+        if ids:
+            return ids
+        (only,) = (part for part in self.prompt if not isinstance(part, int))
+        return only
 
 
 class _Text(Struct, tag_field="type", tag="text", forbid_unknown_fields=True):
     text: str
+    cache_control: object = None
 
 
 class _Message(Struct, forbid_unknown_fields=True):
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | list[_Text]
-    # Fields of earlier answers that clients send back; only empty ones can be accepted.
-    annotations: Annotated[list[Any], Meta(max_length=0)] | None = None
-    audio: None = None
-    function_call: None = None
-    refusal: None = None
-    tool_calls: None = None
+    name: str | None = None
+
+    def for_template(self) -> ChatMessage:
+        """The message as chat templates take it, which know `developer` by its older name."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        message = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        return message if self.name is None else {**message, "name": self.name}
 
 
 class Chat(Options, kw_only=True):
@@ -115,10 +177,7 @@ class Chat(Options, kw_only=True):
     @property
     def conversation(self) -> list[ChatMessage]:
         """The messages as chat templates take them."""
-        return [
-            {"role": m.role, "content": m.content if isinstance(m.content, str) else "".join(t.text for t in m.content)}
-            for m in self.messages
-        ]
+        return [message.for_template() for message in self.messages]
 
 
 _Options = TypeVar("_Options", bound=Options)
@@ -132,15 +191,32 @@ def parse_request(raw: bytes, kind: type[_Options]) -> _Options:
     """
     try:
         sent = msgspec.json.decode(raw, type=dict[str, Any])
-        wanted = {name: value for name, value in sent.items() if value is not None and name not in _WITHOUT_EFFECT}
-        for name in _NEUTRAL.keys() & wanted.keys():
-            if not _is_neutral(name, wanted.pop(name)):
-                raise ValueError(f"`{name}` is not implemented: leave it out")
+        wanted = _normalised({name: value for name, value in sent.items() if name not in _WITHOUT_EFFECT})
+        _drop_neutral(wanted, _NEUTRAL)
+        messages = wanted.get("messages")
+        for message in messages if isinstance(messages, list) else []:
+            if isinstance(message, dict):
+                _drop_neutral(message, _NEUTRAL_IN_MESSAGE)
         return msgspec.convert(wanted, kind)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
-def _is_neutral(name: str, value: object) -> bool:
+def _normalised(value: Any) -> Any:
+    """A JSON value without fields that are null, and with whole numbers as integers: JSON has one kind of number."""
+    if isinstance(value, dict):
+        return {name: _normalised(field) for name, field in value.items() if field is not None}
+    if isinstance(value, list):
+        return [_normalised(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _drop_neutral(fields: dict[str, Any], neutral: Mapping[str, tuple[object, ...]]) -> None:
+    for name in neutral.keys() & fields.keys():
+        if not _is_one_of(fields.pop(name), neutral[name]):
+            raise ValueError(f"`{name}` is not implemented: leave it out")
+
+
+def _is_one_of(value: object, neutral: tuple[object, ...]) -> bool:
     # To Python 0 is False, but `logprobs: 0` asks for something.
-    return any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in _NEUTRAL[name])
+    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral)

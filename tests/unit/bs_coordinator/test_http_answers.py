@@ -1,6 +1,7 @@
 """HTTP with a real model whose experts are in this process: full houses, callers that leave, lost experts."""
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
@@ -43,7 +44,7 @@ class _Nodes:
 
     def __init__(self) -> None:
         self.lost = ""
-        self.fleet = self
+        self.registry = self
 
     def pump(self, seconds: float) -> None:
         threading.Event().wait(seconds)
@@ -103,7 +104,8 @@ def test_bad_requests_are_told_why(site: _Site) -> None:
     for code, word, (status, _, body) in [
         (400, "prompt", site.ask("POST", "/v1/completions", {})),
         (400, "max_tokens", site.complete("x", 0)),
-        (400, "stop", site.complete("x", stop="")),
+        (400, "stop", site.complete("x", stop=7)),
+        (400, "token 100000", site.ask("POST", "/v1/completions", {"prompt": [1, 100_000]})),
         (400, "seed", site.complete("x", seed=2**63)),
         (400, "not a request", site.ask("POST", "/v1/completions", b"\xff{")),
         (400, "context", site.complete("word " * 9000)),
@@ -123,8 +125,31 @@ def test_a_seed_repeats_an_answer(site: _Site) -> None:
     assert texts[2] == texts[3]
 
 
+def test_a_prompt_of_tokens_is_answered_as_its_text(site: _Site, tokenizer: Tokenizer) -> None:
+    expected = site.complete("Hello")[2]["choices"]
+    for prompt in (tokenizer.encode("Hello"), [tokenizer.encode("Hello")], ["Hello"]):
+        assert site.ask("POST", "/v1/completions", {"prompt": prompt, "max_tokens": 12})[2]["choices"] == expected
+
+
+@pytest.mark.parametrize(
+    ("authorization", "status"),
+    [
+        (f"Bearer {KEY}", 200), (f"bearer {KEY}", 200), (f"BEARER  {KEY}", 200), (KEY, 200),
+        (f"Basic {KEY}", 401), ("Bearer", 401), ("Bearer x", 401), ("", 401), (f"bearer{KEY}", 401), ("Bearer é", 401),
+    ],
+)  # fmt: skip
+def test_keys_are_taken_under_their_scheme_in_any_case(site: _Site, authorization: str, status: int) -> None:
+    connection = HTTPConnection("127.0.0.1", site.port, timeout=PATIENCE_S)
+    connection.request("HEAD", "/v1/models", headers={"Authorization": authorization})
+    response = connection.getresponse()
+    assert (response.status, response.read()) == (status, b"")
+    assert response.getheader("WWW-Authenticate") == (None if status == 200 else "Bearer")
+    connection.close()
+
+
 def test_the_model_is_listed(site: _Site) -> None:
     (listed,) = site.ask("GET", "/v1/models")[2]["data"]
+    assert abs(listed["created"] - time.time()) < 3600
     assert site.ask("GET", f"/v1/models/{listed['id']}")[2] == listed
     assert site.ask("GET", "/v1/models/another")[0] == 404
 

@@ -28,7 +28,11 @@ def _chat(*messages: object, **options: object) -> Chat:
         {"logprobs": None, "logit_bias": {}, "response_format": {"type": "text"}, "stop": [], "modalities": ["text"]},
         {"logprobs": False, "tools": [], "tool_choice": "none", "functions": [], "top_logprobs": 0, "stop": None},
         {"model": "any", "user": "me", "metadata": {"a": 1}, "store": True, "service_tier": "auto"},
-        {"stream": False, "stream_options": {"include_usage": None}},
+        {"stream": False, "stream_options": {"include_usage": None, "include_obfuscation": True}},
+        {"stop": "", "max_tokens": 256.0, "n": 1.0, "logit_bias": {"7": None}, "stream_options": {"unknown": None}},
+        {"stop": ["", ""], "prediction": {"type": "content", "content": "x"}, "prompt_cache_retention": "24h"},
+        {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "reasoning_effort": "none", "verbosity": "medium"},
+        {"unknown": None},
     ],
 )
 def test_what_says_nothing_changes_nothing(options: dict[str, object]) -> None:
@@ -48,7 +52,6 @@ def test_what_says_nothing_changes_nothing(options: dict[str, object]) -> None:
         ("best_of", 3),
         ("n", 2),
         ("suffix", "."),
-        ("stop", ""),
         ("stop", ["."] * 17),
         ("stop", [7]),
         ("functions", [{"name": "f"}]),
@@ -61,6 +64,10 @@ def test_what_says_nothing_changes_nothing(options: dict[str, object]) -> None:
         ("top_k", 3),
         ("max_tokens", 0),
         ("max_tokens", 1.5),
+        ("temperature", 1e300),
+        ("top_k", 3.0),
+        ("repetition_penalty", 1.1),
+        ("verbosity", "low"),
         ("temperature", 2.01),
         ("temperature", -0.1),
         ("temperature", "1"),
@@ -86,6 +93,18 @@ def test_what_would_change_the_answer_is_refused_by_name(name: str, value: objec
         b"[]",
         b"\xff",
         b'{"prompt": ""}',
+        b'{"prompt": []}',
+        b'{"prompt": [""]}',
+        b'{"prompt": [[]]}',
+        b'{"prompt": [null]}',
+        b'{"prompt": [true]}',
+        b'{"prompt": [-1]}',
+        b'{"prompt": [[-1]]}',
+        b'{"prompt": [1.5]}',
+        b'{"prompt": [1, "x"]}',
+        b'{"prompt": [1, [2]]}',
+        b'{"prompt": 7}',
+        b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}",
         b'{"prompt": null}',
         b'{"prompt": "\\ud800"}',
         b'{"prompt": "x", "temperature": NaN}',
@@ -139,6 +158,41 @@ def test_without_a_seed_each_request_has_its_own() -> None:
     assert len(seeds) == 4
 
 
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [("One", "One"), (["One"], "One"), ([5, 6], [5, 6]), ([5.0, 6], [5, 6]), ([[5, 6]], [5, 6]), ([0], [0])],
+)
+def test_a_prompt_is_a_text_or_its_tokens(prompt: object, expected: object) -> None:
+    assert _completion(prompt=prompt).text_or_ids == expected
+
+
+@pytest.mark.parametrize("prompts", [["One", "Two"], [[5], [6]], ["One", [6]]])
+def test_several_prompts_are_refused(prompts: object) -> None:
+    with pytest.raises(ValueError, match="a list of 2 prompts: send a request for each"):
+        _completion(prompt=prompts)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"tool_calls": [], "function_call": None, "audio": None, "refusal": None, "annotations": []},
+        {"reasoning_content": None, "reasoning": None, "refusal": ""},
+        {"reasoning_content": "", "reasoning": "", "tool_calls": None, "unknown": None, "name": None},
+    ],
+)
+def test_empty_fields_of_other_servers_answers_are_ignored(extra: dict[str, object]) -> None:
+    asked = _chat({"role": "assistant", "content": "Yes?", **extra})
+    assert asked.conversation == [{"role": "assistant", "content": "Yes?"}]
+
+
+def test_developers_are_the_system_and_names_are_kept() -> None:
+    parts = [{"type": "text", "text": "Be", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": " brief"}]
+    asked = _chat({"role": "developer", "content": parts}, {"role": "user", "name": "Ada", "content": "Hi"})
+    assert asked.conversation == [
+        {"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi", "name": "Ada"},
+    ]  # fmt: skip
+
+
 def test_messages() -> None:
     parts = [{"type": "text", "text": "Good "}, {"type": "text", "text": "day"}]
     earlier: dict[str, object] = {
@@ -154,8 +208,13 @@ def test_messages() -> None:
         ("content", {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}),
         ("content", {"role": "assistant", "content": None}),
         ("role", {"role": "tool", "content": "4"}),
-        ("name", {"role": "user", "content": "Hi", "name": "Bob"}),
+        ("name", {"role": "user", "content": "Hi", "name": 7}),
         ("tool_calls", {"role": "assistant", "content": "", "tool_calls": [{}]}),
+        ("refusal", {"role": "assistant", "content": "", "refusal": "No."}),
+        ("reasoning_content", {"role": "assistant", "content": "", "reasoning_content": "Hm."}),
+        ("audio", {"role": "assistant", "content": "", "audio": {"id": "a"}}),
+        ("text", {"role": "user", "content": [{"type": "text"}]}),
+        ("messages", "Hi"),
     ]
     for word, message in bad:
         with pytest.raises(ValueError, match=word):

@@ -37,7 +37,7 @@ class _Scheduler:
 class _Idle:
     """A dispatcher with nothing to do, and a sequence whose answers are themselves."""
 
-    fleet = type("NodeRegistry", (), {"missing": lambda self: ()})()
+    registry = type("NodeRegistry", (), {"missing": lambda self: ()})()
 
     def pump(self, seconds: float) -> None:
         return
