@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from common.config import Config, Option
-from wire.broker_url import Access
+from wire.broker_url import Access, check_broker_url
 from wire.tensors import WireDtype
 from wire.topics import check_name
 
+PRIVATE_BROKERS = ("embedded", "mosquitto")
+"""Values of `--broker` that start a broker on loopback instead of naming one by its URL."""
 TrunkDtype = Literal["fp32", "bf16", "fp16"]
 """What the trunk computes in."""
 DraftMode = Literal["none", "ngram", "dense", "auto"]
@@ -27,7 +29,8 @@ class ClusterConfig(Config):
         str,
         Option(
             "MQTT broker: mqtt://[user@]host[:port] or mqtts://…; 'embedded' or 'mosquitto' starts a private one on "
-            "loopback."
+            "loopback.",
+            check=lambda broker: None if broker in PRIVATE_BROKERS else check_broker_url(broker),
         ),
     ] = "embedded"
     broker_port: Annotated[int, Option("Port of a private broker; 0 takes any free one.", minimum=0, maximum=65535)] = 0

@@ -2,6 +2,7 @@
 
 import re
 
+_MOST_BYTES = 2**63 - 1
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -9,12 +10,15 @@ def parse_bytes(text: str) -> int:
     """Bytes from `1500M`, `2G` or a plain number.
 
     Raises:
-        ValueError: not a size.
+        ValueError: not a size, or more than 2⁶³ - 1 bytes.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if match is None:
-        raise ValueError(f"'{text}' is not a size: write 800M or 2G")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+        raise ValueError(f"'{text[:80]}' is not a size: write 800M or 2G")
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    if size > _MOST_BYTES:
+        raise ValueError(f"'{text[:80]}' is more than any memory has: write 800M or 2G")
+    return int(size)
 
 
 def format_bytes(size: int) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from common.config import Config, Option
-from wire.broker_url import Access
+from wire.broker_url import Access, check_broker_url
 from wire.device_profiles import DeviceName, Provider
 from wire.topics import check_name
 
@@ -49,7 +49,7 @@ class HoldingConfig(Config):
 class NodeConfig(HoldingConfig):
     """Node."""
 
-    broker: Annotated[str, Option("MQTT broker: mqtt://[user@]host[:port] or mqtts://…")]
+    broker: Annotated[str, Option("MQTT broker: mqtt://[user@]host[:port] or mqtts://…", check=check_broker_url)]
     node: Annotated[
         str,
         Option(

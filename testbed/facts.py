@@ -16,6 +16,7 @@ import psutil
 
 from bs_coordinator.broker.processes import mosquitto_path
 from wire import __version__
+from wire.broker_url import without_credentials
 
 _SYS = Path("/sys")
 _PACKAGES = ("torch", "transformers", "onnxruntime", "numpy", "paho-mqtt", "amqtt", "msgspec", "pyarrow")
@@ -123,7 +124,7 @@ def wifi() -> dict[str, str]:
 
 def argv(arguments: Sequence[str] = tuple(sys.argv)) -> list[str]:
     """The command line without the user names and passwords of URLs."""
-    return [re.sub(r"(\w+://)[^/@\s]*@", r"\1", argument) for argument in arguments]
+    return [without_credentials(argument) for argument in arguments]
 
 
 def _text(path: Path) -> str:

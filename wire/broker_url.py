@@ -3,13 +3,15 @@
 Passwords come from a file that only its owner can read, so that they show up neither in `ps` nor in logs.
 """
 
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-from urllib.parse import SplitResult, unquote, urlsplit
+from typing import Annotated, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 from common.config import Config, Option
+from common.names import check_host
 from common.private_files import check_private
 from wire.broker_address import BrokerAddress
 from wire.errors import BrokerAuthError, PlaintextError
@@ -43,23 +45,21 @@ def parse_broker_url(url: str, access: Access = _NO_ACCESS) -> BrokerAddress:
     """The address in a URL.
 
     Raises:
-        ValueError: not a broker's URL, it holds a password, or it does not fit the options in `access`.
+        ValueError: not a broker's URL, it holds a password, or it does not fit the options in `access`. The message
+            repeats nothing of the URL but a host that has been told apart from everything else in it.
         BrokerAuthError: the password file is missing, empty or readable by others.
         KeyFileError: the private key's file is missing or readable by others.
         PlaintextError: the URL leaves this machine without TLS, and that is not allowed.
     """
-    parts = urlsplit(url)
-    scheme = schemes().get(parts.scheme)
-    if scheme is None or not parts.hostname or parts.path.strip("/") or parts.query:
-        raise ValueError(f"'{_without_password(url)}' is not a broker URL: {_EXAMPLE}")
-    _check_access(parts, scheme, access)
+    scheme, user, host, port = _split(url)
+    _check_access(user, scheme, access)
     address = BrokerAddress(
-        host=parts.hostname,
-        port=_port(parts, scheme),
+        host=host,
+        port=port,
         scheme=scheme.name,
         tls=scheme.tls,
         in_process=scheme.in_process,
-        user=unquote(parts.username) if parts.username else None,
+        user=user,
         password=read_secret(access.password_file) if access.password_file else None,
         ca_file=access.ca_file,
         tls_cert=access.tls_cert,
@@ -73,24 +73,70 @@ def parse_broker_url(url: str, access: Access = _NO_ACCESS) -> BrokerAddress:
     return address
 
 
-def _check_access(parts: SplitResult, scheme: Scheme, access: Access) -> None:
-    if parts.password is not None:
+def check_broker_url(url: str) -> None:
+    """Check a URL without reading the files that belong to it.
+
+    Raises:
+        ValueError: as `parse_broker_url`.
+    """
+    _split(url)
+
+
+def without_credentials(text: str) -> str:
+    """A word of a command line, without the user name and password of a URL in it, whatever characters they have."""
+    head, at, tail = text.rpartition("@")
+    if not at or ":" not in head:
+        return text
+    kept = re.match(r"(?:--[\w-]+=)?(?:\w+:/*)?", head)
+    return f"{kept[0] if kept else ''}{tail}"
+
+
+class _Parts(NamedTuple):
+    scheme: Scheme
+    user: str | None
+    host: str
+    port: int
+
+
+def _split(url: str) -> _Parts:
+    # What stands between two delimiters may be a piece of a password that contains one of them: no message repeats it.
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # brackets or characters that no host can have; Python's message repeats the whole URL
+        raise ValueError(f"not a broker URL: its host or user can't be read; {_EXAMPLE}") from None
+    scheme = schemes().get(parts.scheme)
+    if scheme is None:
+        raise ValueError(
+            f"not a broker URL: it begins with none of {', '.join(f'{s}://' for s in schemes())}; {_EXAMPLE}"
+        )
+    if parts.password is not None or "@" in parts.path + parts.query + parts.fragment:
         raise ValueError("a password in the URL would show up in ps and logs: use --password-file")
+    if parts.path.strip("/") or parts.query or parts.fragment:
+        raise ValueError(f"not a broker URL: it goes on after host and port; {_EXAMPLE}")
+    if not parts.hostname:
+        raise ValueError(f"not a broker URL: it names no host; {_EXAMPLE}")
+    try:
+        port = parts.port
+    except ValueError:
+        port = 0
+    if port == 0 and scheme.default_port is not None:
+        raise ValueError(f"not a broker URL: it has no valid port (1 to 65535); {_EXAMPLE}")
+    user = unquote(parts.username) if parts.username else None
+    if user is not None and not user.isprintable():
+        raise ValueError(f"not a broker URL: its user has characters that can't be printed; {_EXAMPLE}")
+    host = check_host(parts.hostname.replace("%25", "%"))  # RFC 6874: a zone follows %25
+    return _Parts(scheme, user, host, port or scheme.default_port or 0)
+
+
+def _check_access(user: str | None, scheme: Scheme, access: Access) -> None:
     if not scheme.tls and (access.ca_file or access.tls_cert or access.tls_key):
         raise ValueError("--ca-file, --tls-cert and --tls-key need an mqtts:// URL")
     if (access.tls_cert is None) != (access.tls_key is None):
         raise ValueError("--tls-cert and --tls-key belong together: give both or neither")
-    if access.password_file and not parts.username:
+    if access.password_file and user is None:
         raise ValueError("--password-file needs a user in the URL: write mqtt://user@host:1883")
     if access.tls_key:
         check_private(access.tls_key)
-
-
-def _port(parts: SplitResult, scheme: Scheme) -> int:
-    try:
-        return parts.port or scheme.default_port or 0
-    except ValueError:
-        raise ValueError(f"'{_without_password(parts.geturl())}' has no valid port: {_EXAMPLE}") from None
 
 
 def read_secret(path: Path) -> str:
@@ -109,9 +155,3 @@ def read_secret(path: Path) -> str:
     if not secret:
         raise BrokerAuthError(f"the password file {path} is empty")
     return secret
-
-
-def _without_password(url: str) -> str:
-    head, at, host = url.rpartition("@")
-    scheme, sep, user = head.rpartition("//")
-    return f"{scheme}{sep}{user.partition(':')[0]}{at}{host}"

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from bs_coordinator.config import ClusterConfig
+from bs_coordinator.config import PRIVATE_BROKERS, ClusterConfig
 from common.config import ConfigError
 from wire.broker_address import BrokerAddress
 from wire.broker_url import Access, parse_broker_url
@@ -26,7 +26,6 @@ from wire.errors import BrokerError
 log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
-PRIVATE_BROKERS = ("embedded", "mosquitto")
 _START_TIMEOUT_S = 20.0
 _STOP_TIMEOUT_S = 5.0
 _NO_ACCESS = Access()

@@ -1,6 +1,7 @@
 """`wdmoe-bs place`: the command; `bs_coordinator.placement` decides."""
 
 import csv
+import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import msgspec
 from common.errors import StorageError
 from common.options import Command
 from common.sizes import parse_bytes
+from wire.topics import check_name
 
 if TYPE_CHECKING:
     from wire.experts import ExpertId
@@ -29,11 +31,15 @@ def _nodes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
         name, _, facts = value.partition("=")
         ram, _, ms = facts.partition(",")
         try:
+            if check_name("node id", name) in found:
+                raise ValueError(f"'{name}' is given twice")
             found[name] = parse_bytes(ram), float(ms or 1.0)
-        except ValueError:
-            found[name] = 0, 0.0
-        if not name or found[name][0] < _SMALLEST_BYTES or found[name][1] <= 0:
-            raise click.BadParameter(f"'{value}' is not NAME=RAM[,MS], such as pi1=3.5G,12")
+        except ValueError as error:
+            raise click.BadParameter(f"'{value}' is not NAME=RAM[,MS], such as pi1=3.5G,12: {error}") from None
+        if found[name][0] < _SMALLEST_BYTES:
+            raise click.BadParameter(f"'{value}': RAM is less than 1M; write for example pi1=3.5G,12")
+        if not 0 < found[name][1] < math.inf:
+            raise click.BadParameter(f"'{value}': ms must be a number above 0, such as 12 in pi1=3.5G,12")
     return found
 
 

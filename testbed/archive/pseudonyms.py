@@ -16,7 +16,8 @@ _DIGITS = 8
 _MAC = re.compile(r"(?<![\w:-])(?:[0-9A-Fa-f]{2}[:-]){5}[0-9A-Fa-f]{2}(?![\w:-])")
 _IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\d)")
 _IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?:%\w+)?(?![\w:])")
-_URL = re.compile(r"(\w+://)(?:([^\s/@:\"']+)@)?([A-Za-z0-9][\w.-]*)?")
+_URL = re.compile(r"(\w+://)(?:([^\s/@:\"']+)(?::[^\s\"']*)?@)?([A-Za-z0-9][\w.-]*)?")
+"""A URL up to its host; a password, which ours never have, is left out."""
 _HOME = re.compile(r"(/(?:home|Users)/)([^/\s\"':,;]+)")
 _LOCAL = re.compile(r"(?<![\w.-])[A-Za-z0-9][\w-]*(?:\.[\w-]+)*\.(?:local|lan|home|internal|fritz\.box)(?![\w-])")
 _HARMLESS = frozenset({"localhost", "root", "embedded", "mosquitto", "bs"})

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from common.names import check_host
 from testbed.errors import FleetError
 from wire.topics import check_name
 
@@ -19,6 +21,8 @@ PLAYBOOKS = Path(__file__).parent / "playbooks"
 BASE_STATION, NODES = "base_station", "nodes"
 _ROOT = str(Path(__file__).parents[2])
 _LIST_S = 60.0
+_DEFAULT_PORT = 8883
+_MOST_PORT = 65535
 
 
 class HostRecap(Struct, frozen=True):
@@ -58,6 +62,22 @@ class Inventory(Struct, frozen=True):
         own = self.variables.get(self.base_station, {})
         return str(own.get("wdmoe_address") or own.get("ansible_host") or self.base_station)
 
+    @property
+    def cluster(self) -> str:
+        """Name of the cluster."""
+        return str(self.variables.get(self.base_station, {}).get("wdmoe_cluster", "default"))
+
+    def broker_port(self) -> int:
+        """TCP port of the broker.
+
+        Raises:
+            ValueError: `wdmoe_broker_port` is not a port.
+        """
+        value = self.variables.get(self.base_station, {}).get("wdmoe_broker_port", _DEFAULT_PORT)
+        if not re.fullmatch(r"[1-9][0-9]{0,4}", str(value)) or int(value) > _MOST_PORT:
+            raise ValueError(f"wdmoe_broker_port: {str(value)[:80]!r} is not a port from 1 to {_MOST_PORT}")
+        return int(value)
+
     def path(self, host: str, name: str) -> Path | None:
         """The path in a host's variable `name`, relative to the inventory's folder; None if it is not set."""
         value = self.variables.get(host, {}).get(name)
@@ -92,7 +112,14 @@ def read_inventory(path: Path) -> Inventory:
             check_name("host name", host)
         except ValueError as error:
             raise FleetError(f"{path}: {error}") from None
-    return Inventory(path.absolute().parent, groups[BASE_STATION][0], groups[NODES], variables)
+    inventory = Inventory(path.absolute().parent, groups[BASE_STATION][0], groups[NODES], variables)
+    try:
+        check_host(inventory.address())
+        check_name("cluster", inventory.cluster)
+        inventory.broker_port()
+    except ValueError as error:
+        raise FleetError(f"{path}: {inventory.base_station}: {error}") from None
+    return inventory
 
 
 def run_playbook(

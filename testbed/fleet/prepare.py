@@ -2,6 +2,7 @@
 
 from pathlib import Path, PurePosixPath
 
+from common.names import check_host
 from testbed.errors import FleetError
 from testbed.fleet.ansible import Inventory
 from testbed.fleet.files import needed_files
@@ -14,7 +15,6 @@ from wire.signature import check_signature, sign
 
 BROKER_FOLDER = PurePosixPath("/etc/mosquitto/wdmoe")
 _CERTIFICATE_DAYS = 365.0
-_DEFAULT_PORT = 8883
 
 
 def prepare_keys(inventory: Inventory, *, check: bool = False) -> list[str]:
@@ -35,16 +35,15 @@ def prepare_keys(inventory: Inventory, *, check: bool = False) -> list[str]:
     if not folder.exists() and check:
         return [f"would make keys of a new cluster in {folder}"]
     if not folder.exists():
-        variables = inventory.variables.get(inventory.base_station, {})
         create(
-            folder, cluster=str(variables.get("wdmoe_cluster", "default")), hosts=[address], nodes=inventory.nodes,
-            days=_CERTIFICATE_DAYS, port=int(variables.get("wdmoe_broker_port", _DEFAULT_PORT)),
+            folder, cluster=inventory.cluster, hosts=[address], nodes=inventory.nodes,
+            days=_CERTIFICATE_DAYS, port=inventory.broker_port(),
             broker_folder=BROKER_FOLDER,
         )  # fmt: skip
         return [f"made keys of a new cluster in {folder}: keep this folder, no other can add devices to the cluster"]
     keys = KeyFolder(folder)
     known = hosts_of((folder / "broker" / "broker.crt").read_bytes())
-    if address not in known:
+    if check_host(address) not in known:
         raise FleetError(
             f"the broker's certificate in {folder} is for {', '.join(known)}, but nodes connect to {address}: "
             "set wdmoe_address, or set wdmoe_keys to another folder"

@@ -5,9 +5,6 @@ from pathlib import Path, PurePosixPath
 
 import click
 
-from common.errors import KeyFileError
-from wire.topics import check_name
-
 _FOLDER = click.argument("folder", type=click.Path(path_type=Path))
 _DAYS = click.option(
     "--days", type=click.FloatRange(0, 3650, min_open=True), default=365.0, show_default=True,
@@ -44,10 +41,6 @@ def init(
     """Make all keys of a new cluster in FOLDER."""
     from testbed.keys.folder import create
 
-    try:
-        check_name("cluster", cluster)
-    except ValueError as error:
-        raise KeyFileError(str(error)) from None
     create(
         folder, cluster=cluster, hosts=hosts, nodes=nodes, days=days, port=port,
         broker_folder=PurePosixPath(broker_folder),

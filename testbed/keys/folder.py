@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from common.errors import KeyFileError, StorageError
 from common.files import atomic_write
+from common.names import check_host
 from common.private_files import read_private
 from testbed.keys.authority import Authority, Issued, expiry, hosts_of, new_authority
 from testbed.keys.mosquitto import BASE_STATION, access_list, configuration
@@ -63,9 +64,16 @@ def create(
         broker_folder: path of `broker/` on the broker's machine.
 
     Raises:
-        KeyFileError: the folder is not empty, or a name is not a valid node id.
+        KeyFileError: the folder is not empty, or the name of a host, node or the cluster is not valid.
         StorageError: the folder can't be written.
     """
+    try:
+        check_name("cluster", cluster)
+        hosts = [check_host(host) for host in hosts]
+    except ValueError as error:
+        raise KeyFileError(str(error)) from None
+    if zoned := [host for host in hosts if "%" in host]:
+        raise KeyFileError(f"'{zoned[0]}' has a zone, which means something on one machine only: give another address")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise KeyFileError(
             f"{folder} exists already: give a new folder, or change this one with 'keys add' or 'keys rotate'"

@@ -12,6 +12,7 @@ from common.sizes import parse_bytes
 from testbed.errors import PlanError
 from testbed.plan.limits import Limits
 from testbed.plan.schema import Baselines, Broker, Choice, Churn, Generate, Network, Perplexity, Plan
+from wire.broker_url import check_broker_url
 from wire.topics import check_name
 
 
@@ -94,6 +95,12 @@ def check_plan(plan: Plan, *, top_k: int = 2) -> None:
             raise ValueError(f"{field}: '{twice[0]}' is listed twice")
     if plan.baseline is not None and plan.baseline not in plan.policies:
         raise ValueError(f"baseline: '{plan.baseline}' is not one of the policies")
+    if plan.external is not None:
+        try:
+            check_broker_url(plan.external.broker)
+        except ValueError as error:
+            raise ValueError(f"network.external.broker: {error}") from None
+        check_name("cluster", plan.external.cluster)
     if isinstance(plan.nodes, dict):
         for node in plan.nodes:
             check_name("node", node)
