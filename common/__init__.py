@@ -1,1 +1,1 @@
-"""What every room uses and no protocol depends on: console entry, files, sizes, devices, CPU idle states."""
+"""What every package uses and no protocol depends on: console entry, files, sizes, devices, CPU idle states."""

@@ -25,7 +25,7 @@ from common.clock import SYSTEM_CLOCK, Clock
 from common.systemd import notify
 from edge_node.errors import DuplicateNodeError
 from edge_node.experts.runtime import ExpertRuntime
-from edge_node.limits import Limits
+from edge_node.limits import DeviceLimits
 from edge_node.telemetry.process import EVERY_S as TELEMETRY_S
 from edge_node.telemetry.process import TelemetryProcess
 from edge_node.worker import Worker
@@ -60,7 +60,7 @@ class NodeAgent:
         worker: Worker,
         holding: Holding,
         threads: int,
-        limits: Limits | None = None,
+        limits: DeviceLimits | None = None,
         residency: Callable[[], Residency | None] = lambda: None,
         telemetry: bool = False,
         device: DeviceFacts | None = None,
@@ -92,7 +92,7 @@ class NodeAgent:
         self._worker = worker
         self._holding = holding
         self._threads = threads
-        self._limits = limits or Limits()
+        self._limits = limits or DeviceLimits()
         self._folder = folder
         self._open = connect
         self._clock = clock

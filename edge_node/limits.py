@@ -11,7 +11,7 @@ _COOLER_CELSIUS = 5.0
 _MORE_MEMORY = 1.25
 
 
-class Limits:
+class DeviceLimits:
     """Limits of one device. After one was exceeded, a margin must be regained, so that the node's state does not
     flap."""
 

@@ -18,7 +18,7 @@ from edge_node.experts.memory import check_memory, fitting, largest, needed_byte
 from edge_node.experts.providers import ChosenProvider, first_that_proves
 from edge_node.experts.runtime import ExpertRuntime
 from edge_node.failure import failure_published
-from edge_node.limits import Limits
+from edge_node.limits import DeviceLimits
 from edge_node.tuning.tune import Variants
 from edge_node.worker import Worker
 from wire.broker_address import BrokerAddress
@@ -144,7 +144,7 @@ def build_node(config: NodeConfig) -> Node:
             batch_invariant=runtime.same_in_batch,
         ),
         folder=bundle,
-        limits=Limits(max_celsius=config.max_celsius, min_available_bytes=config.min_free_bytes),
+        limits=DeviceLimits(max_celsius=config.max_celsius, min_available_bytes=config.min_free_bytes),
         holding=Holding(
             experts=held.selector,
             model_sha256=manifest.model_sha256,

@@ -1,1 +1,1 @@
-"""The testbed: runs whole systems, measures them, writes the logs. May import every other room."""
+"""The testbed: runs whole systems, measures them, writes the logs. May import every other package."""

@@ -1,4 +1,4 @@
-"""`wdmoe-testbed`: the group of commands. Each command lives with its room."""
+"""`wdmoe-testbed`: the group of commands. Each command lives with its package."""
 
 import importlib
 import importlib.util

@@ -138,12 +138,12 @@ def run(run_process: Run) -> Run:
     Nodes run in processes of their own: they replace onnxruntime's thread pools for all that is loaded afterwards.
     """
 
-    def run(room: str, *args: object, cwd: Path | None = None, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-        if room == "edge_node":
-            return run_process(room, *args, cwd=cwd, **kwargs)
+    def run(package: str, *args: object, cwd: Path | None = None, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        if package == "edge_node":
+            return run_process(package, *args, cwd=cwd, **kwargs)
         with contextlib.chdir(cwd or "."), warnings.catch_warnings():
             warnings.simplefilter("default")  # as in a process: shown, and no errors
-            return run_in_process(room, *args, **kwargs)
+            return run_in_process(package, *args, **kwargs)
 
     return run
 
@@ -152,8 +152,8 @@ def run(run_process: Run) -> Run:
 def run_process() -> Run:
     """Run a command of ours in a process of its own, as a user would."""
 
-    def run(room: str, *args: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-m", room, *map(str, args)]
+    def run(package: str, *args: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-m", package, *map(str, args)]
         if "input" not in kwargs:
             kwargs["stdin"] = subprocess.DEVNULL
         done: subprocess.CompletedProcess[str] = subprocess.run(

@@ -23,7 +23,7 @@ _COMMANDS = {
 
 
 def run_in_process(
-    room: str, *arguments: object, input: str | bytes = b"", env: Mapping[str, str] | None = None
+    package: str, *arguments: object, input: str | bytes = b"", env: Mapping[str, str] | None = None
 ) -> CompletedProcess[str]:
     """Run a command here, which saves the seconds that a process takes to import its libraries.
 
@@ -31,11 +31,11 @@ def run_in_process(
     (the fixture `run_process`).
 
     Args:
-        room: package of the command, as in `python -m room`.
+        package: package of the command, as in `python -m package`.
         input: stdin.
         env: variables to add to the environment.
     """
-    module, prog_name = _COMMANDS[room]
+    module, prog_name = _COMMANDS[package]
     argv = [os.fspath(a) if isinstance(a, Path) else str(a) for a in arguments]
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     stdin = io.TextIOWrapper(io.BytesIO(input.encode() if isinstance(input, str) else input), encoding="utf-8")

@@ -13,9 +13,9 @@ from typing import NamedTuple
 from bs_coordinator.dispatch.health import Health
 from bs_coordinator.dispatch.holders import Holders
 from bs_coordinator.dispatch.join_watch import JoinWatch
-from bs_coordinator.dispatch.layer_requests import LayerRequests, Limits, NodeAnswer, SubRequest
+from bs_coordinator.dispatch.layer_requests import LayerLimits, LayerRequests, NodeAnswer, SubRequest
 from bs_coordinator.dispatch.local_node import LocalExperts, LocalNode
-from bs_coordinator.dispatch.probe_schedule import ProbeSchedule
+from bs_coordinator.dispatch.probe_gate import ProbeGate
 from bs_coordinator.dispatch.prober import Prober
 from bs_coordinator.dispatch.receiver import MessageRouter
 from bs_coordinator.dispatch.reconnection import Reconnector
@@ -124,7 +124,7 @@ class Dispatcher:
             transport, topics, self.links,
             hidden=registry.dims.hidden, dtype=dtype, timeout_s=timeout_s, cluster_key=cluster_key, clock=clock,
         )  # fmt: skip
-        self._limits = Limits(
+        self._limits = LayerLimits(
             timeout_s,
             timeout_s if last_holder_s is None else min(last_holder_s, timeout_s),
             self._sender.max_tokens,
@@ -143,7 +143,7 @@ class Dispatcher:
                 local_experts, links=self.links, registry=registry, holders=self._holders, clock=clock
             )  # fmt: skip
         self._prober = Prober(self.links, self.health, self._sender.send_ping, self._sender.new_id, clock=clock)
-        self._schedule = ProbeSchedule(
+        self._probe_gate = ProbeGate(
             self._prober, self.links, registry, broker_sockets=broker_sockets, clock=clock
         )  # fmt: skip
         self._router = MessageRouter(
@@ -234,9 +234,9 @@ class Dispatcher:
         Raises:
             BrokerError: the connection is lost.
         """
-        if self._schedule.due(working=bool(self._loop.open)):
+        if self._probe_gate.due(working=bool(self._loop.open)):
             self._learn()
-            self._schedule.probe(self._loop.open)
+            self._probe_gate.probe(self._loop.open)
 
     def measure_links(self, seconds: float) -> None:
         """Probe idle links for this long."""

@@ -147,7 +147,7 @@ class SubRequest:
         )
 
 
-class Limits(NamedTuple):
+class LayerLimits(NamedTuple):
     """What bounds a layer's requests.
 
     Attributes:
@@ -183,7 +183,7 @@ class LayerRequests:
         layer: int,
         hidden: Array,
         gate: Array,
-        limits: Limits,
+        limits: LayerLimits,
         *,
         began_ns: int = 0,
         only_node: str | None = None,

@@ -13,7 +13,7 @@ from bs_coordinator.links.compute import ComputeEstimator
 from bs_coordinator.links.cross_traffic import MIN_LAYER_BYTES, CrossTraffic
 from bs_coordinator.links.estimator import KNOWN_SAMPLES, LinkEstimate, LinkEstimator, LinkSample
 from bs_coordinator.links.loads import LoadEstimator
-from bs_coordinator.links.probes import Probe, ProbeSchedule
+from bs_coordinator.links.probes import Probe, ProbeChooser
 from bs_coordinator.nodes.registry import LOCAL_NODE
 from bs_coordinator.selection.forecast import LayerForecast
 from wire.status import SocketFacts
@@ -100,7 +100,7 @@ class LinkMonitor:
         """Drop all estimates."""
         self._nodes: dict[str, _Node] = {}
         self._cross_traffic = CrossTraffic()
-        self._probes = ProbeSchedule(shared_air=self.shared_air)
+        self._probes = ProbeChooser(shared_air=self.shared_air)
 
     def observe(self, samples: Sequence[LinkSample]) -> None:
         """Take in the samples of one layer's requests, in the order in which they were sent; or one probe's."""

@@ -88,8 +88,8 @@ class _NodeProbes:
         return _Kind.DOWN if self.last_train is _Kind.UP else _Kind.UP
 
 
-class ProbeSchedule:
-    """Decides when to probe which node."""
+class ProbeChooser:
+    """Chooses which node to probe next, how, and when."""
 
     def __init__(self, *, shared_air: bool) -> None:
         """No node was probed yet.

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from testbed.plan.limits import Limits
+from testbed.plan.limits import RunLimits
 
 BASE_STATION = "base station"
 
@@ -66,7 +66,7 @@ class RunnerState:
 class Alerts:
     """The alerts that are on."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: RunLimits) -> None:
         self._limits = limits
         self._on: dict[Key, str] = {}
 

@@ -10,7 +10,7 @@ _RECOVERED = 1.25
 """An alert ends only when its limit is kept by this factor (5 °C for heat), so that it doesn't flap."""
 
 
-class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class RunLimits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Outside these limits preflight fails and a run raises an alert.
 
     Attributes:

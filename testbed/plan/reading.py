@@ -10,7 +10,7 @@ from msgspec import Struct
 from bs_coordinator.selection import parse_policy
 from common.sizes import parse_bytes
 from testbed.errors import PlanError
-from testbed.plan.limits import Limits
+from testbed.plan.limits import RunLimits
 from testbed.plan.schema import Baselines, Broker, Choice, Churn, Generate, Network, Perplexity, Plan
 from wire.broker_url import check_broker_url
 from wire.topics import check_name
@@ -46,7 +46,7 @@ _FIELDS_OF: dict[str | None, tuple[type[Struct], ...]] = {
     "workloads": (Generate, Choice, Perplexity),  # msgspec does not say which kind it is
     "churn": (Churn,),
     "baselines": (Baselines,),
-    "limits": (Limits,),
+    "limits": (RunLimits,),
 }
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 from bs_coordinator.config import DraftMode
-from testbed.plan.limits import Limits, Seconds
+from testbed.plan.limits import RunLimits, Seconds
 from testbed.prompts import PROMPTS
 from wire.broker_url import Access
 from wire.tensors import WireDtype
@@ -238,7 +238,7 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     pause_s: Annotated[float, Meta(ge=0)] = 0.0
     churn: Churn | None = None
     baselines: Baselines | None = None
-    limits: Limits = Limits()
+    limits: RunLimits = RunLimits()
     stay_awake: bool = False
 
     @property

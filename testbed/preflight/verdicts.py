@@ -10,7 +10,7 @@ from statistics import median
 from typing import Literal
 
 from bs_coordinator.nodes.clock_offsets import Offset
-from testbed.plan.limits import Limits
+from testbed.plan.limits import RunLimits
 from wire.status import NodeStatus
 from wire.telemetry import Telemetry, Wifi
 
@@ -94,7 +94,7 @@ class NodeFacts:
     now: datetime
 
 
-def judge(facts: Sequence[NodeFacts], limits: Limits) -> list[Check]:
+def judge(facts: Sequence[NodeFacts], limits: RunLimits) -> list[Check]:
     """All checks of all nodes."""
     rates = [f.rate.worse[0] for f in facts if f.rate]
     typical_mbps = median(rates) if rates else 0.0
@@ -108,7 +108,7 @@ def judge(facts: Sequence[NodeFacts], limits: Limits) -> list[Check]:
 Result = tuple[str, Level, str]
 
 
-def _node(facts: NodeFacts, limits: Limits, typical_mbps: float) -> Iterator[Result]:
+def _node(facts: NodeFacts, limits: RunLimits, typical_mbps: float) -> Iterator[Result]:
     status = facts.status
     yield "online", *_online(facts)
     yield "id", *_id(facts)
@@ -187,14 +187,14 @@ def _memory(available_bytes: int | None) -> tuple[Level, str]:
     return level, f"{available_bytes >> 20} MiB available"
 
 
-def _disk(free_bytes: int | None, limits: Limits) -> tuple[Level, str]:
+def _disk(free_bytes: int | None, limits: RunLimits) -> tuple[Level, str]:
     if free_bytes is None:
         return "unknown", "not reported"
     shortage = limits.disk(free_bytes)
     return ("fail", shortage) if shortage else ("pass", f"{free_bytes >> 20} MiB free")
 
 
-def _clock(clock: Offset | None, limits: Limits) -> tuple[Level, str]:
+def _clock(clock: Offset | None, limits: RunLimits) -> tuple[Level, str]:
     if clock is None:
         return "unknown", "no answer to clock probes"
     off_ms, error_ms = clock.offset_ns / 1e6, clock.error_ns / 1e6
@@ -215,7 +215,7 @@ def _throttling(telemetry: Telemetry | None) -> tuple[Level, str]:
     return "pass", "none"
 
 
-def _heat(telemetry: Telemetry | None, limits: Limits) -> tuple[Level, str]:
+def _heat(telemetry: Telemetry | None, limits: RunLimits) -> tuple[Level, str]:
     celsius = telemetry.thermal.soc_celsius if telemetry else None
     if celsius is None:
         return "unknown", "not reported"
@@ -224,7 +224,7 @@ def _heat(telemetry: Telemetry | None, limits: Limits) -> tuple[Level, str]:
     return ("warn" if celsius > limits.most_celsius - _NEARLY_HOT_CELSIUS else "pass"), f"{celsius:.0f} °C"
 
 
-def _link(rate: Rate | None, limits: Limits, typical_mbps: float) -> tuple[Level, str]:
+def _link(rate: Rate | None, limits: RunLimits, typical_mbps: float) -> tuple[Level, str]:
     if rate is None:
         return "unknown", "not measured"
     text = f"{rate.down_mbps:.1f} Mbit/s down, {rate.up_mbps:.1f} up, by {rate.how}"

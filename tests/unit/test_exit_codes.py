@@ -13,12 +13,12 @@ from wire.errors import ProbeError
 
 ROOT = Path(__file__).parents[2]
 SHARED: dict[type[WdmoeError], type[WdmoeError]] = {ExpertsLostError: DispatchError, ProviderError: ProbeError}
-ROOMS = ("common", "wire", "exporter", "edge_node", "bs_coordinator", "testbed")
+PACKAGES = ("common", "wire", "exporter", "edge_node", "bs_coordinator", "testbed")
 
 
 def _errors() -> set[type[WdmoeError]]:
-    for room in ROOMS:
-        importlib.import_module(f"{room}.errors")
+    for package in PACKAGES:
+        importlib.import_module(f"{package}.errors")
     return {WdmoeError, *_subclasses(WdmoeError)}
 
 
@@ -29,8 +29,8 @@ def _subclasses(kind: type[WdmoeError]) -> Iterator[type[WdmoeError]]:
 
 
 def _own_errors() -> set[type[WdmoeError]]:
-    """Those that a room's errors module defines; tests may define others."""
-    return {error for error in _errors() if error.__module__ in {f"{room}.errors" for room in ROOMS}}
+    """Those that a package's errors module defines; tests may define others."""
+    return {error for error in _errors() if error.__module__ in {f"{package}.errors" for package in PACKAGES}}
 
 
 def test_no_two_errors_share_a_code_but_those_that_mean_the_same_to_a_user() -> None:
@@ -44,8 +44,8 @@ def test_no_two_errors_share_a_code_but_those_that_mean_the_same_to_a_user() -> 
 def test_errors_are_defined_in_the_errors_module_of_their_room() -> None:
     elsewhere = [
         f"{path.relative_to(ROOT)}: {name}"
-        for room in ROOMS
-        for path in (ROOT / room).rglob("*.py")
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
         if path.name != "errors.py"
         for name in re.findall(r"^class \w+\((\w*Error)\):", path.read_text(), re.MULTILINE)
         if name in {error.__name__ for error in _own_errors()}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_node.limits import Limits
+from edge_node.limits import DeviceLimits
 from testbed.local_nodes import LocalNodes
 from tests.waiting import wait_until
 from wire import status
@@ -22,7 +22,7 @@ from wire.transports import connect
 
 def test_it_must_cool_down_before_it_is_fit_again() -> None:
     celsius: list[float | None] = [80.0]
-    limits = Limits(max_celsius=85, read_celsius=lambda: celsius[0])
+    limits = DeviceLimits(max_celsius=85, read_celsius=lambda: celsius[0])
     for reading, fit in [(80, True), (86, False), (83, False), (80, True), (84, True), (None, True)]:
         celsius[0] = reading
         assert (limits.unfit() == "") is fit, reading
@@ -32,7 +32,7 @@ def test_it_must_cool_down_before_it_is_fit_again() -> None:
 
 def test_memory_must_be_there_with_a_margin() -> None:
     available = [200 << 20]
-    limits = Limits(min_available_bytes=100 << 20, read_available_bytes=lambda: available[0])
+    limits = DeviceLimits(min_available_bytes=100 << 20, read_available_bytes=lambda: available[0])
     for mebibytes, fit in [(200, True), (99, False), (110, False), (126, True), (101, True)]:
         available[0] = mebibytes << 20
         assert (limits.unfit() == "") is fit, mebibytes

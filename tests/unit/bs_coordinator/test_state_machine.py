@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bs_coordinator.dispatch.layer_requests import LayerRequests, Limits, NodeAnswer, Sent, State, SubRequest
+from bs_coordinator.dispatch.layer_requests import LayerLimits, LayerRequests, NodeAnswer, Sent, State, SubRequest
 from bs_coordinator.dispatch.plan_requests import chosen_experts, plan_requests
 from bs_coordinator.dispatch.state_machine import (
     MAX_CONNECTION_LOSSES,
@@ -52,7 +52,7 @@ class _World:
         self.commands: list[Command] = []
         self._ids = itertools.count()
         hidden = np.ones((len(gate), 2), np.float32)
-        self.layer = LayerRequests(3, hidden, gate, Limits(TIMEOUT_S, last_holder_s, max_tokens=3))
+        self.layer = LayerRequests(3, hidden, gate, LayerLimits(TIMEOUT_S, last_holder_s, max_tokens=3))
 
     def plan(self) -> None:
         first = {e: self.holders[e][0] for e in chosen_experts(self.layer.gate)}

@@ -55,12 +55,12 @@ def test_debug_keeps_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         console.exit_code(fail, "wdmoe", [])
 
 
-@pytest.mark.parametrize("room", ["bs_coordinator", "edge_node", "exporter", "testbed"])
-def test_every_program_says_what_it_can_do(room: str) -> None:
-    done = run_in_process(room, "--help")
+@pytest.mark.parametrize("package", ["bs_coordinator", "edge_node", "exporter", "testbed"])
+def test_every_program_says_what_it_can_do(package: str) -> None:
+    done = run_in_process(package, "--help")
     assert done.returncode == 0, done.stderr
     assert "Commands:" in done.stdout
-    wrong = run_in_process(room, "frobnicate")
+    wrong = run_in_process(package, "frobnicate")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.count("\n") == 1
     assert "'frobnicate'" in wrong.stderr

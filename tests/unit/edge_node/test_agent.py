@@ -10,7 +10,7 @@ from common.clock import ManualClock
 from edge_node.agent import NodeAgent
 from edge_node.errors import DuplicateNodeError
 from edge_node.experts import ExpertRuntime
-from edge_node.limits import Limits
+from edge_node.limits import DeviceLimits
 from edge_node.worker import Worker
 from wire import status
 from wire.broker_address import BrokerAddress
@@ -48,7 +48,9 @@ class Site:
         self.agent = NodeAgent(
             node="n", topics=TOPICS, address=broker.address, worker=Worker(runtime, clock=clock),
             holding=self.holding, threads=1, clock=clock, connect=self._connect,
-            limits=Limits(max_celsius=80, read_celsius=lambda: self.celsius, read_available_bytes=lambda: 1 << 30),
+            limits=DeviceLimits(
+                max_celsius=80, read_celsius=lambda: self.celsius, read_available_bytes=lambda: 1 << 30,
+            ),
         )  # fmt: skip
         broker.handle(STATUS, self._note)
 

@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.experiment.alerts import Alerts, Key, MachineState, RunnerState
-from testbed.plan.limits import Limits
+from testbed.plan.limits import RunLimits
 
-LIMITS = Limits()
+LIMITS = RunLimits()
 _seen = st.builds(
     MachineState,
     name=st.sampled_from(["a", "b"]),

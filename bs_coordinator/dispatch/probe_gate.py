@@ -1,4 +1,4 @@
-"""When idle links are probed: now and then, and never beside work that a probe would delay."""
+"""Lets the prober send at opportunities where a probe delays no work, and at most once per interval."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -13,8 +13,8 @@ _CHECK_EVERY_S = 0.01
 """Between two looks at which probes are due; `LinkMonitor` itself leaves more time between two probes."""
 
 
-class ProbeSchedule:
-    """Decides at each opportunity which nodes the prober may send to."""
+class ProbeGate:
+    """Decides when the prober may send, and to which nodes: those that no open request is waiting for."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class ProbeSchedule:
         Args:
             working: requests are under way; on shared air a probe would delay them all.
         """
-        return self._clock.monotonic_s() >= self._next_check_s and not (working and self._links.shared_air)
+        return self._clock.perf_ns() / 1e9 >= self._next_check_s and not (working and self._links.shared_air)
 
     def probe(self, layers: Iterable[LayerRequests]) -> None:
         """Send the probes that are due to nodes that no open request of `layers` is waiting for.
@@ -51,7 +51,7 @@ class ProbeSchedule:
         Raises:
             BrokerError: the connection is lost.
         """
-        now_s = self._clock.monotonic_s()
+        now_s = self._clock.perf_ns() / 1e9
         self._next_check_s = now_s + _CHECK_EVERY_S
         for endpoint, facts in self._broker_sockets().items():
             if (node := self._registry.node_at(endpoint)) is not None:
