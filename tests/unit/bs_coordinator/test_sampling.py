@@ -1,4 +1,4 @@
-"""From logits to text: temperatures that underflow, bytes that become no character."""
+"""From logits to text: sampling temperatures that underflow, and bytes that form no character."""
 
 import pytest
 import torch

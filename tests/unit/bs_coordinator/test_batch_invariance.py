@@ -1,4 +1,4 @@
-"""A token's hidden states and logits don't depend on what comes with it."""
+"""A token's hidden states and logits do not depend on the tokens computed with it."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Cores are asked to stay awake for as long as it is wanted, and where that can't be, work goes on."""
+"""`cpu_idle_disabled` keeps cores awake while it is held, and does nothing where the kernel does not allow it."""
 
 import os
 import struct

@@ -1,4 +1,4 @@
-"""The answering thread: unexpected errors, and what it says of its load."""
+"""The answering thread: unexpected errors, and the load that it reports."""
 
 import queue
 from typing import Any
