@@ -61,7 +61,7 @@ class ExportResult:
         kept: experts that were already there, complete and undamaged.
         source_bytes: size of the exported experts in the checkpoint.
         up_to_date: whether there was nothing to do.
-        lost: one line for each thing that the bundle had and no longer has.
+        lost: one line for each thing that the bundle had and no longer has, or that is left out of it.
     """
 
     manifest: Manifest
@@ -181,6 +181,9 @@ class _Export:
             if progress:
                 progress(len(self._done), len(self._ids))
         manifest, lost = self._complete(trunk)
+        if unknown := source.unknown:
+            shown = f"{unknown[0]}, …" if len(unknown) > 1 else unknown[0]
+            lost.insert(0, f"left out {len(unknown)} tensors that a Mixtral of this config.json does not have: {shown}")
         return ExportResult(manifest, kept, source_bytes, up_to_date=False, lost=tuple(lost))
 
     def _complete(self, trunk: tuple[FileEntry, ...]) -> tuple[Manifest, list[str]]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from exporter.checkpoint.checkpoint import Checkpoint
 from exporter.checkpoint.safetensors_file import TensorReader, TensorRef, encode_header
+from exporter.checkpoint.source_file import parse_json, read_bytes
 from exporter.errors import CheckpointError
 from exporter.expert.expert import open_writer
 from wire.manifest import FileEntry
@@ -83,13 +84,10 @@ def trunk_bytes(source: Checkpoint) -> int:
 def _texts(source: Checkpoint) -> Iterator[tuple[str, bytes]]:
     """Path in a bundle, and content, of all files without tensors."""
     for name in _FILES:
-        path = source.folder / name
-        try:
-            yield f"trunk/{name}", path.read_bytes()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise CheckpointError(f"can't read {path}: {error.strerror}") from None
+        if (data := read_bytes(source.folder, name)) is not None:
+            if name.endswith(".json"):
+                parse_json(source.folder / name, data)
+            yield f"trunk/{name}", data
 
 
 def _check_finite(tensor: TensorRef, chunk: memoryview) -> None:

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from exporter.checkpoint.source_file import POINTER_BYTES, check_pointer
 from exporter.errors import CheckpointError
 
 # The limit of the reference implementation: a longer header is not a safetensors file.
 MAX_HEADER_BYTES = 100_000_000
 COPY_BYTES = 1 << 20
+_MAX_OFFSET = 1 << 63
 
 ITEM_BYTES = {
     "BOOL": 1,
@@ -91,7 +93,7 @@ def read_header(path: Path) -> SafetensorsFile:
         raise CheckpointError(f"can't read {path}: {error.strerror}") from None
     try:
         header = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is not a safetensors file (its header is not JSON)") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is not a safetensors file (its header is not an object)")
@@ -105,6 +107,8 @@ def read_header(path: Path) -> SafetensorsFile:
 
 
 def _read_raw_header(file: BinaryIO, path: Path, size: int) -> bytes:
+    check_pointer(path, file.read(POINTER_BYTES))
+    file.seek(0)
     prefix = file.read(8)
     if len(prefix) < 8:
         raise CheckpointError(f"{path} is truncated: {size} bytes are no safetensors file, download it again")
@@ -123,10 +127,10 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorRef:
         begin, end = entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{path}: tensor '{name}' has a malformed header entry") from None
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(f"{path}: tensor '{name}' has the unknown type {dtype!r}")
     numbers = (*shape, begin, end)
-    if not all(isinstance(n, int) and n >= 0 for n in numbers):
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < _MAX_OFFSET for n in numbers):
         raise CheckpointError(f"{path}: tensor '{name}' has an impossible shape or offset")
     ref = TensorRef(name, path, dtype, shape, data_start + begin)
     if end - begin != ref.bytes:

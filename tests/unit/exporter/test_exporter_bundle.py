@@ -188,7 +188,7 @@ def test_refusals(mixtral: Callable[..., Path], tmp_path: Path, run: Run) -> Non
     (full / "thesis.txt").write_text("mine")
     foreign = run("exporter", "bundle", source, full)
     assert foreign.returncode == 11
-    assert "not empty and no bundle" in foreign.stderr
+    assert "not empty and not a bundle" in foreign.stderr
     assert [p.name for p in full.iterdir()] == ["thesis.txt"]
     for result in (other, retrained, foreign):
         assert result.stderr.count("\n") == 1

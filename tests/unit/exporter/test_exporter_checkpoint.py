@@ -1,12 +1,15 @@
 """Every way in which a checkpoint can be wrong gives one line, exit code 10 and no folder."""
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from exporter.checkpoint.checkpoint import open_checkpoint
 from tests.checkpoints import (
     copy_checkpoint,
     drop_tensor,
@@ -39,7 +42,29 @@ def extend(folder: Path) -> None:
 
 
 def no_safetensors(folder: Path) -> None:
-    (folder / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\n" * 3)
+    (folder / SINGLE).write_text("<html>404</html>" * 3)
+
+
+def pointer(name: str, first: str = "version https://git-lfs.github.com/spec/v1") -> Callable[[Path], object]:
+    text = f"{first}\noid sha256:{'a1' * 32}\nsize 71303168\n"
+    return lambda folder: (folder / name).write_text(text)
+
+
+def encoded(name: str, encoding: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text((folder / name).read_text(), encoding=encoding)
+
+
+def config(**changes: object) -> Callable[[Path], object]:
+    return lambda folder: edit_config(folder, **changes)
+
+
+def folder_for_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+
+
+def deeper(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text('{"a":' * 100_000)
 
 
 def overlap(folder: Path) -> None:
@@ -83,6 +108,42 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing gate": (lambda f: drop_tensor(f / SINGLE, GATE), f"lacks tensor '{GATE}'"),
     "wrong shape": (lambda f: edit_config(f, intermediate_size=95), "config.json asks for [95, 64]"),
     "wrong vocabulary": (lambda f: edit_config(f, vocab_size=47), "asks for [47, 64]"),
+    "lfs weights": (pointer(SINGLE), "model.safetensors is only a git-lfs pointer, not the file itself: run 'git lfs"),
+    "lfs config": (pointer("config.json"), "config.json is only a git-lfs pointer"),
+    "lfs tokenizer": (pointer("tokenizer.json"), "tokenizer.json is only a git-lfs pointer"),
+    "lfs tokenizer model": (pointer("tokenizer.model"), "tokenizer.model is only a git-lfs pointer"),
+    "lfs template": (pointer("chat_template.jinja"), "chat_template.jinja is only a git-lfs pointer"),
+    "xet weights": (pointer(SINGLE, "# xet version 0"), "is only a git-xet pointer"),
+    "utf-8 mark": (encoded("config.json", "utf-8-sig"), "config.json starts with a byte order mark (UTF-8)"),
+    "utf-16": (encoded("tokenizer.json", "utf-16"), "tokenizer.json starts with a byte order mark (UTF-16)"),
+    "utf-16 without mark": (encoded("config.json", "utf-16-le"), "config.json is not valid JSON"),
+    "latin-1": (lambda f: (f / "merges.txt").write_bytes(b"caf\xe9"), "merges.txt is not UTF-8: byte 4 is 0xe9"),
+    "deep json": (deeper, "tokenizer_config.json is not valid JSON: it is nested too deeply"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json is not a JSON object"),
+    "config is a folder": (folder_for_config, "config.json is not a plain file"),
+    "nan in config": (config(rms_norm_eps=float("nan")), "config.json is not valid JSON: NaN is no finite number"),
+    "no layers": (config(num_hidden_layers=0), "num_hidden_layers is 0, a positive number expected"),
+    "negative width": (config(hidden_size=-64), "hidden_size is -64, a positive number expected"),
+    "text for a number": (config(vocab_size="48"), "vocab_size is '48', a positive number expected"),
+    "fraction for a count": (config(num_attention_heads=4.0), "num_attention_heads is 4.0, a positive number"),
+    "huge positions": (config(max_position_embeddings=2**31), "max_position_embeddings is 2147483648, at most"),
+    "long number": (config(intermediate_size=10**4000), "intermediate_size is 1000000000"),
+    "too many experts": (config(num_local_experts=40_000), "2 layers of 40000 experts: at most 65536 in all"),
+    "odd heads": (config(num_attention_heads=6), "hidden_size 64 is not a multiple of num_attention_heads 6"),
+    "key-value heads": (config(num_key_value_heads=3), "4 is not a multiple of num_key_value_heads 3"),
+    "odd head": (config(head_dim=15), "heads of 15 values: rotary embeddings need an even number"),
+    "another head": (config(head_dim=32), "config.json asks for [128, 64]"),
+    "window": (config(sliding_window=0), "sliding_window is 0, a positive number expected"),
+    "epsilon": (config(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5', a positive number expected"),
+    "theta": (config(rope_theta=0), "rope_theta is 0, a positive number expected"),
+    "huge theta": (config(rope_theta=10**400), "rope_theta is 1000000000"),
+    "end token": (config(eos_token_id=[2, 48]), "eos_token_id is [2, 48], ids from 0 to 47 expected"),
+    "end token as text": (config(eos_token_id="</s>"), "eos_token_id is '</s>', ids from 0 to 47 expected"),
+    "generation": (
+        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": -1}'),
+        "generation_config.json: eos_token_id is -1, ids from 0 to 47 expected",
+    ),
+    "architectures": (config(model_type="bert", architectures="x"), "holds a model (model_type 'bert')"),
     "nan in trunk": (lambda f: poke(f / SINGLE, GATE, BF16_NAN), f"'{GATE}' holds NaN"),
 }
 
@@ -96,6 +157,7 @@ def test_broken_checkpoint(kind: str, mixtral: Callable[..., Path], tmp_path: Pa
     assert result.returncode == 10, result.stderr
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+    assert len(result.stderr) < 500
     assert not (tmp_path / "out").exists()
 
 
@@ -145,3 +207,86 @@ def test_no_such_folder(tmp_path: Path, run: Run) -> None:
     result = run("exporter", "bundle", tmp_path / "nowhere", tmp_path / "out")
     assert result.returncode == 10
     assert "is not a folder" in result.stderr
+
+
+def test_an_index_that_is_only_a_pointer(mixtral: Callable[..., Path], tmp_path: Path, run: Run) -> None:
+    source = copy_checkpoint(mixtral(shard_size="60KB"), tmp_path / "checkpoint")
+    pointer("model.safetensors.index.json")(source)
+    result = run("exporter", "bundle", source, tmp_path / "out")
+    assert result.returncode == 10
+    assert "model.safetensors.index.json is only a git-lfs pointer" in result.stderr
+
+
+def test_a_single_file_has_precedence_over_an_index_as_in_transformers(
+    mixtral: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = copy_checkpoint(mixtral(shard_size="60KB"), tmp_path / "checkpoint")
+    shutil.copy(mixtral() / SINGLE, source)
+    assert {ref.file.name for ref in open_checkpoint(source).trunk} == {SINGLE}
+
+
+def test_tensors_that_the_model_does_not_have_are_left_out(
+    mixtral: Callable[..., Path], tmp_path: Path, run: Run
+) -> None:
+    source = copy_checkpoint(mixtral(), tmp_path / "checkpoint")
+    header, data = read_raw(source / SINGLE)
+    for name, shape in (("model.layers.0.self_attn.rotary_emb.inv_freq", [8]), ("value_head.weight", [2, 4])):
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + 32]}
+        data += bytes(32)
+    write_raw(source / SINGLE, header, data)
+    result = run("exporter", "bundle", source, tmp_path / "out", "--jobs", 1)
+    assert result.returncode == 0, result.stderr
+    left_out = (
+        "left out 2 tensors that a Mixtral of this config.json does not have: model.layers.0.self_attn.rotary_emb"
+    )
+    assert left_out in result.stdout
+    kept, _ = read_raw(tmp_path / "out/trunk" / SINGLE)
+    assert set(kept) == {name for name in read_raw(mixtral() / SINGLE)[0] if ".experts." not in name}
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "config.json", SINGLE])
+def test_links_may_not_lead_out_of_a_checkpoint(
+    name: str, mixtral: Callable[..., Path], tmp_path: Path, run: Run
+) -> None:
+    source = copy_checkpoint(mixtral(), tmp_path / "checkpoint")
+    secret = tmp_path / "secret"
+    secret.write_bytes((source / name).read_bytes() if (source / name).exists() else b"root:x:0:0")
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(secret)
+    result = run("exporter", "bundle", source, tmp_path / "out")
+    assert result.returncode == 10, result.stderr
+    assert f"{name} is a link to {secret}, outside the checkpoint and in no content store" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_to_nothing(mixtral: Callable[..., Path], tmp_path: Path, run: Run) -> None:
+    source = copy_checkpoint(mixtral(), tmp_path / "checkpoint")
+    (source / "generation_config.json").unlink(missing_ok=True)
+    (source / "generation_config.json").symlink_to("nowhere")
+    result = run("exporter", "bundle", source, tmp_path / "out")
+    assert result.returncode == 10
+    assert "generation_config.json is a link to a file that is missing" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        "hub/models--org--tiny/blobs/{hash}",
+        "repository/.git/annex/objects/Kx/9m/SHA256E-s{size}--{hash}{suffix}/SHA256E-s{size}--{hash}{suffix}",
+        "shared/dvc/files/md5/{hash:.2}/{hash:.30}",
+        "hub/models--org--tiny/snapshots/main/real{suffix}",
+    ],
+    ids=["hub", "git-annex", "dvc", "inside"],
+)
+def test_links_into_content_stores(stored: str, mixtral: Callable[..., Path], tmp_path: Path) -> None:
+    source = tmp_path / "hub/models--org--tiny/snapshots/main"
+    source.mkdir(parents=True)
+    for path in mixtral().iterdir():
+        data = path.read_bytes()
+        place = stored.format(hash=hashlib.sha256(data).hexdigest(), size=len(data), suffix=path.suffix)
+        target = tmp_path / place.replace("real", f"real-{path.stem}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+        (source / path.name).symlink_to(os.path.relpath(target, source))
+    assert open_checkpoint(source).dims == open_checkpoint(mixtral()).dims
