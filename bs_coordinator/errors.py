@@ -62,3 +62,9 @@ class TrunkError(WdmoeError):
     """The trunk can't run on the device that was asked for, or its GPU failed."""
 
     exit_code = 46
+
+
+class AnswerError(WdmoeError):
+    """A library failed while it worked on one answer."""
+
+    exit_code = 47

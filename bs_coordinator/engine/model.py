@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from time import perf_counter_ns
 
 import torch
@@ -64,9 +65,11 @@ class DistributedMixtral:
         try:
             return self._step(inputs, cached[0], all_logits)
         except BaseException:
-            # Layers before the failure have already appended their keys and values.
-            for sequence, length in zip(inputs, cached, strict=True):
-                self.trunk.truncate(sequence.cache, length)
+            # Layers before the failure have already appended their keys and values. The stack cuts every cache back,
+            # even if one of them fails: the sequences are stepped again alone.
+            with ExitStack() as stack:
+                for sequence, length in zip(inputs, cached, strict=True):
+                    stack.callback(self.trunk.truncate, sequence.cache, length)
             raise
 
     def _step(
@@ -78,8 +81,9 @@ class DistributedMixtral:
         try:
             embedding_ns = self._run_layers(batches, tallies)
         except BaseException:
-            for batch in batches:
-                batch.abandon()
+            with ExitStack() as stack:
+                for batch in reversed(batches):
+                    stack.callback(batch.abandon)
             raise
         head_began_ns = perf_counter_ns()
         # Made before the logits are fetched: a GPU is still busy with the head.

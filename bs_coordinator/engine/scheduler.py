@@ -1,13 +1,20 @@
 """Many answers at once: every step carries the tokens of all live sequences, with one dispatch per layer for all."""
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from torch import Tensor
+
 from bs_coordinator.engine.model import DistributedMixtral
 from bs_coordinator.engine.sequence import PREFILL_CHUNK_TOKENS, GeneratedAnswer, TokenEvent
+from bs_coordinator.engine.step_records import StepRecord
+from bs_coordinator.errors import AnswerError
 from bs_coordinator.trunk.inputs import SequenceInput
-from common.errors import WdmoeError
+from common.errors import WdmoeError, one_line
+
+log = logging.getLogger(__name__)
 
 
 class Progress(NamedTuple):
@@ -59,26 +66,40 @@ class Scheduler:
     def step(self) -> list[Progress]:
         """Run one step; returns the progress of the answers in it, empty when idle.
 
-        If the step fails, each of its answers is stepped alone, and only those that fail alone end with the error.
+        If the step fails, with whatever error, each of its answers is stepped alone, and only those that fail alone end
+        with the error. An answer for which a library fails before or after the step ends by itself.
         """
-        inputs = self._select()
-        progress = self._run(inputs) if inputs else []
+        progress: list[Progress] = []
+        chosen = self._select(progress)
+        progress += self._run(chosen) if chosen else []
         self._retire(progress)
         return progress
 
-    def _select(self) -> list[tuple[GeneratedAnswer, SequenceInput]]:
-        """Admit waiting answers, then choose the answers of this step and what each of them runs."""
+    def _select(self, failed: list[Progress]) -> list[tuple[GeneratedAnswer, SequenceInput]]:
+        """Admit waiting answers, then choose the answers of this step and what each of them runs.
+
+        Args:
+            failed: those that have no next input because of an error are added here.
+        """
         while self._waiting and len(self._live) < self.max_live:
             self._live.append(self._waiting.popleft())
         # Decoding answers come first: neighbours with few tokens share one pass through the trunk.
         decoding = [answer for answer in self._live if answer.decoding]
-        chosen = [(answer, answer.next_input(sequences=len(decoding))) for answer in decoding]
+        chosen = []
         budget = self.prefill_tokens
-        for answer in self._live:
-            if not answer.decoding and budget > 0:
-                piece = answer.next_input(prefill_tokens=budget)
-                budget -= len(piece.ids)
-                chosen.append((answer, piece))
+        for answer in [*decoding, *(answer for answer in self._live if not answer.decoding)]:
+            if not answer.decoding and budget <= 0:
+                break
+            try:
+                if answer.decoding:
+                    piece = answer.next_input(sequences=len(decoding))
+                else:
+                    piece = answer.next_input(prefill_tokens=budget)
+                    budget -= len(piece.ids)
+            except Exception as error:  # noqa: BLE001 - libraries raise anything
+                failed.append(Progress(answer, [], _as_answer_error(error)))
+                continue
+            chosen.append((answer, piece))
         return chosen
 
     def _run(self, chosen: Sequence[tuple[GeneratedAnswer, SequenceInput]]) -> list[Progress]:
@@ -86,11 +107,12 @@ class Scheduler:
         answers = [answer for answer, _ in chosen]
         try:
             logits, record = self._model.step([piece for _, piece in chosen])
-        except WdmoeError as error:
-            return [Progress(answers[0], [], error)] if len(answers) == 1 else [self._run_alone(a) for a in answers]
+        except Exception as error:  # noqa: BLE001 - libraries raise anything
+            if len(answers) == 1:
+                return [Progress(answers[0], [], _as_answer_error(error))]
+            return [self._run_alone(answer) for answer in answers]
         progress = [
-            Progress(answer, answer.accept(some, record, sequences=len(answers)))
-            for answer, some in zip(answers, logits, strict=True)
+            _accept(answer, some, record, sequences=len(answers)) for answer, some in zip(answers, logits, strict=True)
         ]
         tokens = sum(len(p.events) for p in progress)
         answers[0].speculation.observe(record, sequences=len(answers), tokens=tokens)
@@ -99,11 +121,26 @@ class Scheduler:
     def _run_alone(self, answer: GeneratedAnswer) -> Progress:
         try:
             (logits,), record = self._model.step([answer.next_input(prefill_tokens=self.prefill_tokens)])
-        except WdmoeError as error:
-            return Progress(answer, [], error)
-        return Progress(answer, answer.accept(logits, record))
+        except Exception as error:  # noqa: BLE001 - libraries raise anything
+            return Progress(answer, [], _as_answer_error(error))
+        return _accept(answer, logits, record, sequences=1)
 
     def _retire(self, progress: Sequence[Progress]) -> None:
         """Remove the answers that are done or have failed."""
         over = [p.answer for p in progress if p.error or p.answer.done]
         self._live = [answer for answer in self._live if answer not in over]
+
+
+def _accept(answer: GeneratedAnswer, logits: Tensor, record: StepRecord, *, sequences: int) -> Progress:
+    try:
+        return Progress(answer, answer.accept(logits, record, sequences=sequences))
+    except Exception as error:  # noqa: BLE001 - libraries raise anything
+        return Progress(answer, [], _as_answer_error(error))
+
+
+def _as_answer_error(error: Exception) -> WdmoeError:
+    """Our own errors as they are; errors of libraries as the end of the answer that they were raised for."""
+    if isinstance(error, WdmoeError):
+        return error
+    log.debug("an answer failed", exc_info=error)
+    return AnswerError(f"this answer failed: {type(error).__name__}: {one_line(error)}")

@@ -1,5 +1,7 @@
 """Text to token ids and back, with the checkpoint's own tokenizer."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,17 @@ from transformers import AutoTokenizer
 from wire.errors import BundleError
 
 ChatMessage = dict[str, str]
+
+
+@contextlib.contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """Raise a panic of the tokenizers library as a RuntimeError: as it comes, it is no `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__module__ != "pyo3_runtime":
+            raise
+        raise RuntimeError(f"the tokenizer failed: {error}") from None
 
 
 class Tokenizer:
@@ -47,11 +60,13 @@ class Tokenizer:
         """Whether the checkpoint has a chat template."""
         return bool(self._tokenizer.chat_template)
 
+    @_panics_as_errors()
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text."""
         ids: list[int] = self._tokenizer(text)["input_ids"]
         return ids
 
+    @_panics_as_errors()
     def encode_chat(self, messages: list[ChatMessage]) -> list[int]:
         """Token ids of a conversation, up to the start of the assistant's next message."""
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -71,6 +86,7 @@ class TextStream:
         self._stream = DecodeStream(skip_special_tokens=True)
         self._last: list[int] = []
 
+    @_panics_as_errors()
     def push(self, id: int) -> str:
         """The text that this token completes, perhaps empty; U+FFFD stands for bytes that form no character."""
         try:

@@ -15,9 +15,9 @@ from bs_coordinator.config import SamplingConfig
 from bs_coordinator.dispatch.dispatcher import Dispatcher
 from bs_coordinator.engine.scheduler import Progress, Scheduler
 from bs_coordinator.engine.sequence import GeneratedAnswer, Sequence, TokenEvent
-from bs_coordinator.errors import BusyError
+from bs_coordinator.errors import AnswerError, BusyError
 from common.clock import SYSTEM_CLOCK, Clock
-from common.errors import WdmoeError
+from common.errors import WdmoeError, one_line
 from common.moving_average import MovingAverage
 from wire.errors import BrokerError
 
@@ -166,10 +166,12 @@ class AnswerServer:
             request = self._inbox.popleft()
             try:
                 answer = self._new_sequence().answer(request.ids, request.sampling)
-            except (WdmoeError, ValueError) as error:
+            except Exception as error:  # noqa: BLE001 - libraries raise anything, and it is this caller's alone
                 self._forget(request)
-                wrong = error if isinstance(error, WdmoeError) else WdmoeError(str(error))
-                request.deliver(StreamUpdate([], wrong))
+                wrong = (
+                    error if isinstance(error, WdmoeError) else AnswerError(f"this answer failed: {one_line(error)}")
+                )
+                self._tell(request, StreamUpdate([], wrong))
                 continue
             with self._lock:
                 self._requests[id(request)] = (request, answer)
@@ -192,7 +194,9 @@ class AnswerServer:
             if not progress.error:
                 took_s = self._clock.monotonic_s() - request.accepted_s
                 self._answer_s.add(took_s)
-        request.deliver(StreamUpdate(progress.events, progress.error))
+        if not self._tell(request, StreamUpdate(progress.events, progress.error)):
+            self._scheduler.cancel(progress.answer)
+            self._forget(request)
 
     def _fail_all(self, why: str) -> None:
         with self._lock:
@@ -202,7 +206,16 @@ class AnswerServer:
         for request, answer in given_up:
             if answer is not None:
                 self._scheduler.cancel(answer)
-            request.deliver(StreamUpdate([], WdmoeError(why)))
+            self._tell(request, StreamUpdate([], WdmoeError(why)))
+
+    def _tell(self, request: Request, update: StreamUpdate) -> bool:
+        """Deliver an update; False if the caller's function failed, which must not end the other answers."""
+        try:
+            request.deliver(update)
+        except Exception:
+            log.exception("an update could not be delivered")
+            return False
+        return True
 
     def _forget(self, request: Request) -> None:
         with self._lock:

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from bs_coordinator.engine.tokenizer import Tokenizer
-from bs_coordinator.errors import BusyError, ContextLengthError
+from bs_coordinator.errors import AnswerError, BusyError, ContextLengthError
 from bs_coordinator.http.answer_server import AnswerServer, StreamUpdate
 from bs_coordinator.http.openai_responses import STREAM_END, ResponseFormat, Token, error_document, server_sent_event
 from bs_coordinator.http.openai_schema import Chat, Completion, Options, parse_request
@@ -194,7 +194,8 @@ def _tokens(server: AnswerServer, request: Request, ids: list[int], options: Opt
 
 
 def _http_exception(error: WdmoeError) -> HTTPException:
-    return HTTPException(400 if isinstance(error, ContextLengthError) else 503, str(error))
+    status = 400 if isinstance(error, ContextLengthError) else 500 if isinstance(error, AnswerError) else 503
+    return HTTPException(status, str(error))
 
 
 async def _read_options(request: Request, kind: type[_Options]) -> _Options:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from bs_coordinator.config import SamplingConfig
-from bs_coordinator.errors import BusyError
+from bs_coordinator.engine.scheduler import Progress
+from bs_coordinator.errors import AnswerError, BusyError
 from bs_coordinator.http.answer_server import AnswerServer, Load, StreamUpdate
 from common.clock import ManualClock
 from tests.waiting import PATIENCE_S
@@ -81,3 +82,40 @@ def test_load_and_the_time_to_retry() -> None:
         server.submit([1], SamplingConfig(), lambda update: None)
     # Three rounds of one answer each, ten seconds long as long as none is known.
     assert refused.value.retry_after_s == 30
+
+
+def test_what_fails_for_one_caller_is_that_callers_alone() -> None:
+    class Sequences(_Idle):
+        def answer(self, ids: list[int], config: SamplingConfig) -> object:
+            if ids == [13]:
+                raise TypeError("no such\ntoken")
+            return _Answer()
+
+    class Steps(_Scheduler):
+        def step(self) -> list[Any]:
+            return [Progress(answer, [], None) for answer in self.answers]  # type: ignore[arg-type]
+
+    class _Answer:
+        done = False
+
+    def hang_up(update: StreamUpdate) -> None:
+        raise RuntimeError("the caller's loop is closed")
+
+    idle: Any = Sequences()
+    scheduler: Any = Steps()
+    server = AnswerServer(scheduler, lambda: idle, max_waiting=3, dispatcher=idle)
+    broken: queue.Queue[StreamUpdate] = queue.Queue()
+    healthy: queue.Queue[StreamUpdate] = queue.Queue()
+    server.submit([1], SamplingConfig(), healthy.put)
+    server.submit([2], SamplingConfig(), hang_up)
+    server.submit([13], SamplingConfig(), broken.put)
+    server.start()
+    try:
+        error = broken.get(timeout=PATIENCE_S).error
+        assert isinstance(error, AnswerError)
+        assert str(error) == "this answer failed: no such token"
+        for _ in range(3):
+            assert healthy.get(timeout=PATIENCE_S).error is None
+        assert server.load().requests == 1
+    finally:
+        server.stop()

@@ -1,5 +1,7 @@
 """Many sequences at once: each gets what it would get alone, and others' failures are not its own."""
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,10 @@ from bs_coordinator.engine.scheduler import Scheduler
 from bs_coordinator.engine.sequence import GeneratedAnswer, Sequence
 from bs_coordinator.engine.speculation import Speculation
 from bs_coordinator.engine.tokenizer import Tokenizer
-from bs_coordinator.errors import DispatchError
+from bs_coordinator.errors import AnswerError, DispatchError
 from bs_coordinator.selection import TopK
 from bs_coordinator.trunk.trunk import Trunk
+from common.errors import WdmoeError
 from testbed.evaluation.local_experts import LocalExperts
 from tests.checkpoints import VOCABULARY
 from wire.tensors import Array, WireDtype
@@ -119,3 +122,96 @@ def test_a_failure_ends_only_the_answer_that_fails_alone(
     assert isinstance(failed[large], DispatchError)
     assert failed[small] is None
     assert first == expected[1:2]
+
+
+def _fail(*_: object, **__: object) -> None:
+    raise IndexError("index 7 is out of bounds")
+
+
+def _break_sampler(answer: GeneratedAnswer, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(answer._sampler, "choose", _fail)
+
+
+def _break_decoder(answer: GeneratedAnswer, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(answer._stream, "push", _fail)
+
+
+class _Panic(BaseException):
+    """As the tokenizers library raises it: not an `Exception`."""
+
+    __module__ = "pyo3_runtime"
+
+
+def _panic_in_decoder(answer: GeneratedAnswer, patch: pytest.MonkeyPatch) -> None:
+    class Decoder:
+        def step(self, *_: object) -> str:
+            raise _Panic("index out of bounds")
+
+    patch.setattr(answer._stream, "_stream", Decoder())
+
+
+def _break_input(answer: GeneratedAnswer, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(answer, "next_input", _fail)
+
+
+def _break_cache(answer: GeneratedAnswer, patch: pytest.MonkeyPatch) -> None:
+    for layer in answer._sequence.cache.layers:
+        patch.setattr(layer, "update", _fail)
+
+
+def _break_last_layer_and_cropping(answer: GeneratedAnswer, patch: pytest.MonkeyPatch) -> None:
+    first, *_, last = answer._sequence.cache.layers
+    patch.setattr(last, "update", _fail)
+    patch.setattr(first, "crop", _fail)
+
+
+def _break_ids(answer: GeneratedAnswer, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(answer, "_pending", [10**9])
+
+
+def _break_logits(answer: GeneratedAnswer, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(answer._sampler, "_greedy", False)
+    patch.setattr(answer._sampler, "_probabilities", lambda logits: logits * float("nan"))
+
+
+@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    "break_answer",
+    [
+        _break_sampler, _break_decoder, _panic_in_decoder, _break_input, _break_cache,
+        _break_last_layer_and_cropping, _break_ids, _break_logits,
+    ],
+)  # fmt: skip
+def test_a_library_that_fails_for_one_answer_leaves_the_others_as_they_are(
+    model: DistributedMixtral,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    break_answer: Callable[[GeneratedAnswer, pytest.MonkeyPatch], None],
+    place: int,
+    after: int,
+) -> None:
+    config = SamplingConfig(max_tokens=5)
+    prompts = [[5, 6, 7], [9, 8] * 15, [11]]
+    alone = [[e.id for e in Sequence(model, tokenizer).generate(ids, config)] for ids in prompts]
+    scheduler = Scheduler(model)
+    answers = [Sequence(model, tokenizer).answer(ids, config) for ids in prompts]
+    for answer in answers:
+        scheduler.add(answer)
+    ids: dict[GeneratedAnswer, list[int]] = {answer: [] for answer in answers}
+    errors: dict[GeneratedAnswer, WdmoeError] = {}
+    for step in itertools.count():
+        if step == after:
+            break_answer(answers[place], monkeypatch)
+        if scheduler.idle:
+            break
+        for answer, events, error in scheduler.step():
+            ids[answer] += [event.id for event in events]
+            if error:
+                errors[answer] = error
+    assert list(errors) == [answers[place]]
+    assert isinstance(errors[answers[place]], AnswerError)
+    assert str(errors[answers[place]]).startswith("this answer failed: ")
+    assert "\n" not in str(errors[answers[place]])
+    others = [(ids[a], expected) for i, (a, expected) in enumerate(zip(answers, alone, strict=True)) if i != place]
+    assert [made for made, _ in others] == [expected for _, expected in others]
