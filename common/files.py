@@ -37,6 +37,30 @@ def atomic_write(path: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
 
 
+def append_all(fd: int, data: bytes) -> None:
+    """Write all of `data` at the end of a file, or nothing of it.
+
+    A single write to a disk that is nearly full may write a part and report no error. Half a line would spoil the one
+    that a later process appends.
+
+    Args:
+        fd: open for writing, positioned at the end of the file.
+
+    Raises:
+        OSError: not all of it could be written; the file is as long as before.
+    """
+    before = os.fstat(fd).st_size
+    rest = memoryview(data)
+    try:
+        while rest:
+            rest = rest[os.write(fd, rest) :]
+    except OSError:
+        with suppress(OSError):  # a pipe can't be cut
+            os.ftruncate(fd, before)
+            os.lseek(fd, before, os.SEEK_SET)
+        raise
+
+
 def sync(path: Path) -> None:
     """Return when a file's content, or a folder's list of names, is on disk and would survive a power cut.
 

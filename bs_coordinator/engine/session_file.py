@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from bs_coordinator.config import SamplingConfig
 from common.errors import StorageError
+from common.files import append_all
 
 
 class Asked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,7 +66,7 @@ class SessionFile:
             StorageError: the file can't be written, for example because the disk is full.
         """
         try:
-            self._file.write(msgspec.json.encode([id, last]) + b"\n")
+            append_all(self._file.fileno(), msgspec.json.encode([id, last]) + b"\n")
         except OSError as error:
             raise StorageError(f"can't write {self._file.name}: {error.strerror}") from error
         self.ids.append(id)
@@ -87,7 +88,7 @@ def session_file(path: Path, asked: Asked) -> Iterator[SessionFile]:
             file.truncate(sum(len(line) + 1 for line in whole))
             file.seek(0, os.SEEK_END)
             if not whole:
-                file.write(msgspec.json.encode(asked) + b"\n")
+                append_all(file.fileno(), msgspec.json.encode(asked) + b"\n")
             yield SessionFile(file, ids, finished)
     except OSError as error:
         raise StorageError(f"can't use the session file {path}: {error.strerror}") from error

@@ -1,6 +1,7 @@
 """Link samples as JSON lines, from which the estimates can be replayed."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +10,12 @@ import msgspec
 
 from bs_coordinator.links.estimator import LinkSample
 from common.errors import StorageError
+from common.files import append_all
 
 log = logging.getLogger(__name__)
 
 _NEWLINE = b"\n"
+_MAX_LINE_BYTES = 64 << 10
 
 
 def no_log(sample: LinkSample) -> None:
@@ -27,6 +30,7 @@ def link_log(path: Path) -> Iterator[Callable[[LinkSample], None]]:
         StorageError: the file can't be opened.
     """
     try:
+        _remove_incomplete_line(path)
         file = path.open("ab", buffering=0)
     except OSError as error:
         raise StorageError(f"can't write {path}: {error.strerror}") from error
@@ -38,13 +42,31 @@ def link_log(path: Path) -> Iterator[Callable[[LinkSample], None]]:
         if full:
             return
         try:
-            file.write(encoder.encode(sample) + _NEWLINE)
+            append_all(file.fileno(), encoder.encode(sample) + _NEWLINE)
         except OSError as error:
             full = True
             log.warning("can't write %s: %s; no more link samples are logged", path, error.strerror)
 
     with file:
         yield write
+
+
+def _remove_incomplete_line(path: Path) -> None:
+    """Remove the last line of a log if a crash cut it off: the next sample would continue it."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        first = file.readline(_MAX_LINE_BYTES)
+        end = file.seek(0, os.SEEK_END)
+        begin = file.seek(max(0, end - _MAX_LINE_BYTES))
+        complete = begin + file.read().rfind(_NEWLINE) + 1
+    if complete == end or complete <= begin:
+        return
+    try:
+        msgspec.json.decode(first, type=LinkSample)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return  # it is no link log, so it stays as it is
+    os.truncate(path, complete)
 
 
 class LinkLogReader:

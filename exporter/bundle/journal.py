@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from common.console import describe_os_error
 from common.errors import StorageError
-from common.files import atomic_write, folder_lock
+from common.files import append_all, atomic_write, folder_lock
 from wire.errors import BundleError
 from wire.experts import ExpertId
 from wire.manifest import ExpertEntry, FileEntry, Quantisation, Source, verify_file
@@ -104,7 +104,7 @@ def append_entry(bundle: Path, entry: ExpertEntry) -> None:
     path = journal_path(bundle)
     try:
         with path.open("ab", buffering=0) as file:
-            file.write(msgspec.json.encode(entry) + b"\n")
+            append_all(file.fileno(), msgspec.json.encode(entry) + b"\n")
     except OSError as error:
         raise StorageError(f"can't write {path}: {describe_os_error(error)}") from error
 

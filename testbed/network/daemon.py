@@ -18,6 +18,7 @@ from types import FrameType
 import msgspec
 
 from common.errors import WdmoeError
+from common.files import append_all
 from testbed.network import namespaces
 from testbed.network.control import ControlServer, Counters, Hold, NetworkStatus, NodeLinkStatus, Request, SetProfile
 from testbed.network.model import MTU_BYTES, AirModel
@@ -91,7 +92,7 @@ class Daemon:
             for node, link in self._timeline.to_record(now).items()
         ]
         if lines:
-            os.write(self._truth, b"\n".join(lines) + b"\n")
+            append_all(self._truth, b"\n".join(lines) + b"\n")
 
     def _note_health(self, now: float) -> None:
         passed_s = now - self._health_at

@@ -19,6 +19,7 @@ from bs_coordinator.config import DraftMode, SamplingConfig
 from bs_coordinator.engine.answer_stats import summarise
 from bs_coordinator.engine.sequence import Sequence
 from bs_coordinator.engine.speculation import Speculation
+from common.files import append_all
 from common.jsonl import read_json_lines
 from testbed.bench.chat_prompts import CHAT_PROMPTS
 from testbed.bench.rows import Result, Row, Settings, Skipped
@@ -83,7 +84,7 @@ def _answers(settings: Settings, nodes: Mapping[str, str]) -> dict[tuple[int, Dr
             for arm in _ARMS[turn:] + _ARMS[:turn]:
                 if (number, arm) not in done:
                     answer = done[number, arm] = _answer(station, number, prompt, shared[arm], _MAX_TOKENS)
-                    file.write(msgspec.json.encode(answer) + b"\n")
+                    append_all(file.fileno(), msgspec.json.encode(answer) + b"\n")
             settings.console.print(_line(prompt, [done[number, arm] for arm in _ARMS]), style="dim", highlight=False)
     return done
 
