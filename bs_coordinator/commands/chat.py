@@ -1,18 +1,28 @@
 """`wdmoe-bs chat`."""
 
+import logging
 import os
 import queue
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import click
 
 from bs_coordinator.commands.answers import decode_utf8, print_answer, stats_option, system_messages, system_option
 from bs_coordinator.commands.station import open_station
 from bs_coordinator.config import BaseStationConfig, SamplingConfig
+from common.errors import WdmoeError
 from common.options import Command, config_options
+from wire.errors import BrokerError
+
+if TYPE_CHECKING:
+    from bs_coordinator.dispatch.dispatcher import Dispatcher
+
+log = logging.getLogger("wdmoe-bs")
 
 _PUMP_S = 0.1
+_RECONNECT_S = 1.0
 
 
 @click.command(cls=Command)
@@ -20,18 +30,44 @@ _PUMP_S = 0.1
 @stats_option
 @config_options(config=BaseStationConfig, sampling=SamplingConfig)
 def chat(system: str | None, stats: bool, config: BaseStationConfig, sampling: SamplingConfig) -> None:
-    """Talk with the model; an empty line or Ctrl-D ends."""
+    """Talk with the model; an empty line or Ctrl-D ends.
+
+    An answer that fails is reported, and the conversation goes on without it.
+    """
     system = decode_utf8("--system", os.fsencode(system)) if system else None
     with open_station(config) as station:
         if not station.tokenizer.has_chat_template:
             raise click.UsageError("this model has no chat template: use 'wdmoe-bs generate --raw'")
         sequence, messages = station.new_sequence(), system_messages(system)
-        while typed := _read_line("> ", while_waiting=lambda: station.dispatcher.pump(_PUMP_S)):
+        failed: WdmoeError | None = None
+        while typed := _read_line("> ", while_waiting=lambda: _keep_connected(station.dispatcher)):
             line = decode_utf8("this line", typed)
             messages.append({"role": "user", "content": line})
             ids = station.tokenizer.encode_chat(messages)
-            text = print_answer(sequence, ids, sampling, stats=stats)
+            try:
+                text = print_answer(sequence, ids, sampling, stats=stats)
+            except WdmoeError as error:
+                failed = error
+                log.error("%s", error)
+                log.warning("this question has no answer and is not part of the conversation: ask it again")
+                messages.pop()
+                continue
+            failed = None
             messages.append({"role": "assistant", "content": text})
+    if failed is not None:
+        raise SystemExit(failed.exit_code)
+
+
+def _keep_connected(dispatcher: "Dispatcher") -> None:
+    """Receive messages for a moment, or connect again."""
+    try:
+        dispatcher.pump(_PUMP_S)
+    except BrokerError as lost:
+        try:
+            dispatcher.recover(lost)
+        except BrokerError as error:
+            log.warning("%s", error)
+            dispatcher.clock.sleep_s(_RECONNECT_S)
 
 
 def _read_line(prompt: str, *, while_waiting: Callable[[], None]) -> bytes:

@@ -160,10 +160,12 @@ class Dispatcher:
             health=self.health,
             local=self.local,
             recover=self._reconnector.recover,
+            prober=self._prober,
             dtype=dtype,
             clock=clock,
         )
         self._done: list[_Done] = []
+        self._lost = ((-1, -1), "")
         self._router.subscribe(transport)
 
     def begin(self, layer: int, hidden: Array, gate: Array) -> PendingLayer:
@@ -213,6 +215,16 @@ class Dispatcher:
         """The nodes that experts are asked of, in the order of a forecast's nodes."""
         self._holders.refresh(self._now_s())
         return tuple(self._holders.names)
+
+    def describe_lost(self) -> str:
+        """One line for people about experts that can't be asked, because they are missing or all their holders are
+        left out; empty if there are none. Cheap while nothing changes."""
+        changes = (self.registry.changes, self.health.changes)
+        if changes != self._lost[0]:
+            missing, unusable = self.registry.missing(), self._holders.unusable()
+            line = self.registry.describe_missing() if missing else self._holders.describe_unusable(unusable)
+            self._lost = (changes, line)
+        return self._lost[1]
 
     def forecast(self, layer: int) -> LayerForecast:
         """What asking for this layer's experts is predicted to cost now."""

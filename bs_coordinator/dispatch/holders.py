@@ -10,7 +10,7 @@ from bs_coordinator.dispatch.health import Health
 from bs_coordinator.links import LinkMonitor
 from bs_coordinator.nodes.registry import LOCAL_NODE, NodeRegistry
 from bs_coordinator.selection.forecast import Float, Index
-from wire.experts import ExpertId
+from wire.experts import ExpertId, format_selector
 
 _REVIEW_EVERY_S = 1.0
 """How often links are compared again where experts have several holders."""
@@ -26,7 +26,8 @@ class Holders:
 
         Args:
             message_bytes: length of one hidden state on the wire, for comparing links.
-            last_resort: if all holders of an expert are left out, ask one of them anyway.
+            last_resort: if all holders of an expert are left out, ask one of them anyway. Without it this is done
+                only where a layer has no usable expert at all. Nodes in quarantine are never asked.
         """
         self._registry = registry
         self._health = health
@@ -72,6 +73,18 @@ class Holders:
         named = {e: node for e, node in zip(experts, found, strict=True) if node is not None}
         return named if len(named) == len(experts) else None
 
+    def unusable(self) -> list[ExpertId]:
+        """The experts that are held, but by no usable node."""
+        dims = self._registry.dims
+        ids = (ExpertId(layer, expert) for layer, expert in np.ndindex(dims.layers, dims.experts))
+        return [id for id in ids if self._registry.holders(id) and not self._usable(id)]
+
+    def describe_unusable(self, ids: Sequence[ExpertId]) -> str:
+        """One line for people about experts without a usable holder; empty if there are none."""
+        nodes = sorted({node for id in ids for node in self._registry.holders(id)})
+        reasons = ", ".join(f"'{node}' ({self._health.why(node)})" for node in nodes)
+        return f"every node that holds {format_selector(ids)} is left out for now: {reasons}" if ids else ""
+
     def remote_s(self) -> Float:
         """float64 [layers, experts]: predicted seconds for one hidden state to an expert's fastest usable node and
         back; inf where there is none."""
@@ -90,8 +103,13 @@ class Holders:
     def _usable(self, id: ExpertId) -> list[str]:
         return [node for node in self._registry.holders(id) if self._health.usable(node)]
 
-    def _askable(self, id: ExpertId) -> Sequence[str]:
-        return self._usable(id) or (self._registry.holders(id) if self._last_resort else ())
+    def _askable(self, id: ExpertId, *, last_resort: bool) -> Sequence[str]:
+        health = self._health
+        if usable := self._usable(id):
+            return usable
+        # Silence of the whole network is not their fault: asking them is the best that can be done.
+        left_out = [node for node in self._registry.holders(id) if not health.quarantined(node)]
+        return [node for node in left_out if health.doubted(node)] or (left_out if last_resort else [])
 
     def _costs_s(self) -> dict[str, float]:
         size = self._message_bytes
@@ -105,9 +123,12 @@ class Holders:
         before = self._assigned
         self._assigned, self._replicated = [], False
         for layer in range(dims.layers):
-            usable = [self._askable(ExpertId(layer, expert)) for expert in range(dims.experts)]
-            self._replicated |= any(len(nodes) > 1 for nodes in usable)
-            self._assigned.append(assign(usable, costs_s, before[layer] if before else None))
+            ids = [ExpertId(layer, expert) for expert in range(dims.experts)]
+            askable = [self._askable(id, last_resort=self._last_resort) for id in ids]
+            if not any(askable):  # there is nothing to lose
+                askable = [self._askable(id, last_resort=True) for id in ids]
+            self._replicated |= any(len(nodes) > 1 for nodes in askable)
+            self._assigned.append(assign(askable, costs_s, before[layer] if before else None))
         self._names = sorted({name for row in self._assigned for name in row if name is not None}) or [""]
         index = {name: i for i, name in enumerate(self._names)}
         self._index = [np.array([index.get(name or "", 0) for name in row], np.intp) for row in self._assigned]

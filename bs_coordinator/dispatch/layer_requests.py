@@ -52,6 +52,9 @@ class Sent(NamedTuple):
         predicted_ns: round trip that was expected.
         ahead: requests that its node had not answered by then.
         overdue_s: time, in seconds by `Clock.perf_ns`, at which it is rerouted.
+        waiting_since_s: since when its node might have answered, in seconds by `Clock.perf_ns`: since it was sent,
+            without times at which no node was heard.
+        give_up_s: how long it may wait if no other node holds its experts.
     """
 
     id: RequestId
@@ -61,6 +64,8 @@ class Sent(NamedTuple):
     predicted_ns: int
     ahead: int
     overdue_s: float
+    waiting_since_s: float
+    give_up_s: float
 
 
 class NodeAnswer(NamedTuple):
@@ -173,6 +178,7 @@ class LayerRequests:
         planned: holders are chosen, and the sub-requests are those that count.
         sub_requests: one or more per node, in the order of sending.
         suspects: those that ever were in the state SUSPECT.
+        planned_s: time, in seconds by `Clock.perf_ns`, at which it was planned.
         deadline_s: time, in seconds by `Clock.perf_ns`, at which the layer fails.
         error: why the layer has failed; None while it has not.
         connection_losses: how often the connection was lost while the layer was under way.
@@ -198,6 +204,7 @@ class LayerRequests:
         self.planned = False
         self.sub_requests: list[SubRequest] = []
         self.suspects: list[SubRequest] = []
+        self.planned_s = 0.0
         self.deadline_s = float("inf")
         self.error: DispatchError | BrokerError | None = None
         self.connection_losses = 0
@@ -214,6 +221,16 @@ class LayerRequests:
         self.sub_requests = []
         self.suspects = []
         self._by_id = {}
+
+    def postpone(self, began_s: float, ended_s: float) -> None:
+        """Add to all deadlines a time in which the base station itself stood still, by `Clock.perf_ns`."""
+        self.deadline_s += max(0.0, ended_s - max(began_s, self.planned_s))
+        for sub in self._by_id.values():
+            if sub.sent is not None:
+                lost_s = max(0.0, ended_s - max(began_s, sub.sent.sent_ns / 1e9))
+                sub.sent = sub.sent._replace(
+                    overdue_s=sub.sent.overdue_s + lost_s, waiting_since_s=sub.sent.waiting_since_s + lost_s
+                )
 
     def mark_sent(self, sub: SubRequest, sent: Sent) -> None:
         """Record that `sub` is on its way."""

@@ -119,7 +119,11 @@ class LocalNode:
         predicted_s = self._links.predict_s(
             LOCAL_NODE, down_bytes=0, up_bytes=0, experts=len(request.experts), rows=rows
         )
-        sent = Sent(id, self._clock.perf_ns(), self._clock.unix_ns(), 0, int(1e9 * predicted_s), 0, _NEVER_S)
+        now_ns = self._clock.perf_ns()
+        sent = Sent(
+            id, now_ns, self._clock.unix_ns(), 0, int(1e9 * predicted_s), 0,
+            overdue_s=_NEVER_S, waiting_since_s=now_ns / 1e9, give_up_s=_NEVER_S,
+        )  # fmt: skip
         future = self._experts.submit(layer.layer, layer.hidden[request.rows], request.experts)
         layer.mark_sent(sub, sent)
         self._under_way.setdefault(layer, []).append((sub, future))

@@ -20,6 +20,8 @@ from wire.transport import Message
 
 _PING_TIMEOUT_S = 10.0
 _PROOF_BYTES = 64
+_CHECK_EVERY_S = 0.2
+"""At least this long between two pings of all nodes."""
 _MOST_CLOCK_SAMPLES = 1 << 16
 
 
@@ -69,6 +71,7 @@ class Prober:
         self._clock = clock
         self._pings: dict[RequestId, _Ping] = {}
         self._clocks: deque[ClockSample] = deque(maxlen=_MOST_CLOCK_SAMPLES)
+        self._next_check_s = 0.0
 
     def probe(self, nodes: Collection[str], now_s: float) -> None:
         """Send the pings that are due to `nodes`. Cheap when none is."""
@@ -82,6 +85,14 @@ class Prober:
         for node in self._health.to_prove(now_s):
             if node in nodes:
                 self._ping(Probe(node, _PROOF_BYTES, _PROOF_BYTES), now_s, proves=True)
+
+    def check_network(self, nodes: Collection[str], now_s: float) -> None:
+        """Ping all `nodes` that are usable, to learn whether the network works at all. Cheap if just done."""
+        if now_s >= self._next_check_s:
+            self._next_check_s = now_s + _CHECK_EVERY_S
+            for node in nodes:
+                if self._health.usable(node):
+                    self._ping(Probe(node, _PROOF_BYTES, _PROOF_BYTES), now_s, proves=True)
 
     def ask_clocks(self, nodes: Iterable[str], now_s: float) -> None:
         """Ask nodes for the time. Links are not estimated from the answers: a node may be computing meanwhile."""
@@ -104,7 +115,7 @@ class Prober:
             return False
         del self._pings[frame.id]
         if ping.proves:
-            self._health.proven(node)
+            self._health.proven(node, ping.sent_ns / 1e9)
         if ping.probe.count == 1 and (stamps := read_stamps(frame.payload)) is not None:
             # The wall clock may be set meanwhile, so the round trip is measured by the monotonic one.
             arrived_unix_ns = ping.sent_unix_ns + message.arrived_ns - ping.sent_ns

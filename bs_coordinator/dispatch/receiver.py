@@ -121,7 +121,7 @@ class MessageRouter:
             return None
         gone = self._registry.apply(document)
         if gone:
-            self._health.forget(node)
+            self._health.restarted(node)
         if document.uplink is not None and node in self._registry.nodes:
             self._links.anchor(node, document.uplink, towards_node=False, time_s=message.arrived_ns / 1e9)
         return NodeGone(node) if gone else None

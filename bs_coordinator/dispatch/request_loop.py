@@ -7,19 +7,22 @@ dropped.
 import logging
 from collections.abc import Callable, Sequence
 
-from bs_coordinator.dispatch.health import QUARANTINE_S, Health
+from bs_coordinator.dispatch.health import Health
 from bs_coordinator.dispatch.holders import Holders
 from bs_coordinator.dispatch.layer_requests import LayerRequests, NodeAnswer, SubRequest
 from bs_coordinator.dispatch.local_node import LocalNode
 from bs_coordinator.dispatch.output_guard import OutputGuard, largest_gain
 from bs_coordinator.dispatch.plan_requests import chosen_experts, plan_requests
+from bs_coordinator.dispatch.prober import Prober
 from bs_coordinator.dispatch.receiver import MessageRouter, NodeFrame, NodeGone
 from bs_coordinator.dispatch.sender import RequestSender
 from bs_coordinator.dispatch.state_machine import (
     AnswerReceived,
+    CheckNetwork,
     Command,
     ConnectionLost,
     CountDropped,
+    Doubt,
     ErrorReceived,
     Event,
     LearnGain,
@@ -35,12 +38,20 @@ from bs_coordinator.errors import ExpertsLostError, PlacementError
 from bs_coordinator.nodes.registry import LOCAL_NODE, NodeRegistry
 from common.clock import Clock
 from wire.errors import BrokerError
-from wire.experts import ExpertId, format_selector
+from wire.experts import ExpertId
 from wire.frames import ErrorFrame, ResultFrame
 from wire.tensors import WireDtype
 from wire.transport import Message
 
 log = logging.getLogger(__name__)
+
+_STANDSTILL_S = 0.25
+"""A longer time between two polls is added to all deadlines: answers may have come meanwhile, or could not come because
+this whole machine stood still."""
+_MOST_BACKLOG = 256
+"""Messages to read before a request counts as overdue; limited, because a flood of messages must not stop time."""
+_PROVE_EVERY_S = 0.25
+"""How often nodes that are left out are looked at while a layer is awaited."""
 
 
 class RequestLoop:
@@ -60,6 +71,7 @@ class RequestLoop:
         health: Health,
         local: LocalNode | None,
         recover: Callable[[BrokerError], None],
+        prober: Prober,
         dtype: WireDtype,
         clock: Clock,
     ) -> None:
@@ -68,6 +80,7 @@ class RequestLoop:
         Args:
             local: computes what is asked of the base station itself.
             recover: replaces a lost connection, or raises.
+            prober: pings nodes that are left out or silent.
             dtype: of requests on the wire, and so of answers.
         """
         self.open: list[LayerRequests] = []
@@ -78,9 +91,11 @@ class RequestLoop:
         self._health = health
         self._local = local
         self._recover = recover
+        self._prober = prober
         self._dtype = dtype
         self._clock = clock
         self._guard = OutputGuard(registry.dims.layers)
+        self._polled_s = self._heard_s = self._now_s()
 
     def begin(self, layer: LayerRequests) -> None:
         """Choose holders and send a layer's requests.
@@ -127,8 +142,8 @@ class RequestLoop:
         if self._local is not None:
             self._local.forget(layer)
 
-    def receive(self, timeout_s: float) -> None:
-        """Wait for one message and take it in.
+    def receive(self, timeout_s: float) -> bool:
+        """Wait for one message and take it in; False if none came.
 
         Raises:
             BrokerError: the connection is lost.
@@ -136,8 +151,24 @@ class RequestLoop:
         polled_ns = self._clock.perf_ns()
         message = self._sender.transport.receive(timeout_s)
         self._router.polled(polled_ns, message.arrived_ns if message else self._clock.perf_ns())
+        self._notice_standstill(polled_ns / 1e9, timeout_s)
         if message is not None:
+            self._heard_s = self._now_s()
             self._take(message)
+        return message is not None
+
+    def _notice_standstill(self, polled_s: float, timeout_s: float) -> None:
+        """Postpone deadlines if this process did not run for a while before or during a poll."""
+        now_s = self._now_s()
+        if polled_s - self._polled_s > _STANDSTILL_S:
+            self._postpone(self._polled_s, polled_s)
+        if now_s - polled_s - timeout_s > _STANDSTILL_S:
+            self._postpone(polled_s + timeout_s, now_s)
+        self._polled_s = now_s
+
+    def _postpone(self, began_s: float, ended_s: float) -> None:
+        for layer in self.open:
+            layer.postpone(began_s, ended_s)
 
     def _now_s(self) -> float:
         return self._clock.perf_ns() / 1e9
@@ -158,11 +189,9 @@ class RequestLoop:
         if node is not None:
             return node
         id = ExpertId(layer, expert)
-        online = self._registry.holders(id)
-        if not online:
+        if not self._registry.holders(id):
             raise PlacementError(self._registry.describe_missing())
-        reasons = ", ".join(f"'{n}' ({self._health.why(n)})" for n in online)
-        raise ExpertsLostError(f"every node that holds {format_selector([id])} is left out for now: {reasons}")
+        raise ExpertsLostError(self._holders.describe_unusable([id]))
 
     def _restart(self, lost: BrokerError, *, begun: LayerRequests | None = None) -> None:
         """Connect again and send every layer under way again: requests sent before will not be answered.
@@ -203,15 +232,24 @@ class RequestLoop:
             if self._local is not None and self._take_local(layer, self._local):
                 continue
             now_s = self._now_s()
-            until_s = layer.deadline_s
-            for other in self.open:
-                due_s = other.next_due_s()
-                if now_s >= due_s:
-                    self._handle(other, TimePassed(now_s))
-                    due_s = other.next_due_s()
-                until_s = min(until_s, due_s)
-            if layer.error is None:
-                self.receive(max(0.0, until_s - now_s))
+            wait_s = min(other.next_due_s() for other in self.open) - now_s
+            if wait_s <= 0:
+                self._judge_time()
+                continue
+            if not self._health.all_usable:
+                self._prober.prove(self._registry.nodes, now_s)
+                wait_s = min(wait_s, _PROVE_EVERY_S)
+            self.receive(wait_s)
+
+    def _judge_time(self) -> None:
+        """Find requests overdue, after reading what has arrived by now."""
+        for _ in range(_MOST_BACKLOG):
+            if not self.receive(0.0):
+                break
+        now_s = self._now_s()
+        for layer in self.open:
+            if now_s >= layer.next_due_s():
+                self._handle(layer, TimePassed(now_s, self._heard_s))
 
     def _take_local(self, layer: LayerRequests, local: LocalNode) -> bool:
         """Take in what was computed locally for a layer; False if there is nothing new."""
@@ -261,7 +299,11 @@ class RequestLoop:
             case Send(sub_requests):
                 self._send(layer, sub_requests)
             case MarkFailed(node, why, quarantine):
-                self._health.failed(node, self._now_s(), why, least_pause_s=QUARANTINE_S if quarantine else 0.0)
+                self._health.failed(node, self._now_s(), why, quarantine=quarantine)
+            case Doubt(node, why):
+                self._health.doubt(node, self._now_s(), why)
+            case CheckNetwork():
+                self._prober.check_network(self._registry.nodes, self._now_s())
             case CountDropped(reason):
                 self._router.dropped[reason] += 1
             case StopLocal(why):

@@ -19,6 +19,9 @@ _GRACE_S = 0.3
 """A request is overdue after `_OVERDUE_FACTOR` times its predicted time plus this, enough for a retransmission."""
 _KNOWN_REQUESTS = 8
 """Requests that a node must have answered before deadlines are derived from its predictions."""
+_FIRST_PATIENCE_S = 2.0
+"""How long, plus `_OVERDUE_FACTOR` squared times the predicted time, until a request to a node that is not known yet
+goes to another holder as well. Where there is none, the node has the layer's whole time: it may only be slow."""
 
 
 class Published(NamedTuple):
@@ -139,11 +142,20 @@ class RequestSender:
             overdue_s = now_ns / 1e9 + self._patience_s(request.node, rows, (1 + ahead) * predicted_s)
             overdue_s += self._links.worst_load_s(request.node, experts=len(request.experts))
             sent_unix_ns = unix_minus_perf_ns + sent_ns
-            layer.mark_sent(sub, Sent(id, sent_ns, sent_unix_ns, down_bytes, int(1e9 * predicted_s), ahead, overdue_s))
+            sent = Sent(
+                id, sent_ns, sent_unix_ns, down_bytes, int(1e9 * predicted_s), ahead,
+                overdue_s=overdue_s, waiting_since_s=sent_ns / 1e9, give_up_s=self._give_up_s(layer, request.node),
+            )  # fmt: skip
+            layer.mark_sent(sub, sent)
 
     def _patience_s(self, node: str, rows: int, predicted_s: float) -> float:
         """How long to wait for an answer before other holders are asked."""
         requests, most_rows = self._links.experience(node)
         if requests < _KNOWN_REQUESTS:
-            return self._timeout_s
+            return min(self._timeout_s, _FIRST_PATIENCE_S + _OVERDUE_FACTOR**2 * predicted_s)
         return (_OVERDUE_FACTOR if rows <= most_rows else _OVERDUE_FACTOR**2) * predicted_s + _GRACE_S
+
+    def _give_up_s(self, layer: LayerRequests, node: str) -> float:
+        """How long to wait for an answer of `node` if no other node holds the experts."""
+        known = self._links.experience(node)[0] >= _KNOWN_REQUESTS
+        return layer.limits.last_holder_s if known else layer.limits.timeout_s

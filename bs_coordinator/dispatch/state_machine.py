@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from bs_coordinator.dispatch.layer_requests import LayerRequests, NodeAnswer, State, SubRequest
+from bs_coordinator.dispatch.layer_requests import LayerRequests, NodeAnswer, Sent, State, SubRequest
 from bs_coordinator.dispatch.output_guard import agree, largest_gain
 from bs_coordinator.dispatch.plan_requests import Request, plan_requests
 from bs_coordinator.errors import DispatchError, ExpertsLostError
@@ -26,6 +26,9 @@ from wire.frames import TARGET_FRAME_BYTES, Status
 
 MAX_CONNECTION_LOSSES = 4
 """Per layer. A broker that restarts is away once; one that refuses what it is sent closes the connection each time."""
+
+_SILENCE_CHECK_S = 0.25
+"""While nothing is heard from any node: how often an overdue request is looked at."""
 
 
 class Planned(NamedTuple):
@@ -72,9 +75,10 @@ class NodeLeft(NamedTuple):
 
 
 class TimePassed(NamedTuple):
-    """It is `now_s`, in seconds by `Clock.perf_ns`."""
+    """It is `now_s`, and the last message of any node came at `heard_s`, in seconds by `Clock.perf_ns`."""
 
     now_s: float
+    heard_s: float
 
 
 class ConnectionLost(NamedTuple):
@@ -100,6 +104,17 @@ class MarkFailed(NamedTuple):
     quarantine: bool = False
 
 
+class Doubt(NamedTuple):
+    """Prefer other nodes to this one until it answers a ping: nothing was heard from any node while it was awaited."""
+
+    node: str
+    why: str
+
+
+class CheckNetwork(NamedTuple):
+    """Ping all nodes: nothing was heard from any, which may be the network's or the broker's fault."""
+
+
 class LearnGain(NamedTuple):
     """An answer of this many rows was right, and its largest gain was this."""
 
@@ -119,7 +134,7 @@ class StopLocal(NamedTuple):
     why: str
 
 
-Command = Send | MarkFailed | LearnGain | CountDropped | StopLocal
+Command = Send | MarkFailed | Doubt | CheckNetwork | LearnGain | CountDropped | StopLocal
 
 
 class FindHolders(Protocol):
@@ -138,7 +153,7 @@ def transition(layer: LayerRequests, event: Event, find_holders: FindHolders) ->
     if isinstance(event, Planned):
         return _planned(layer, event)
     if isinstance(event, TimePassed):
-        return _time_passed(layer, event.now_s, find_holders)
+        return _time_passed(layer, event, find_holders)
     if isinstance(event, ErrorReceived):
         return _error_received(layer, event, find_holders)
     if isinstance(event, LocalFailed):
@@ -153,6 +168,7 @@ def _planned(layer: LayerRequests, event: Planned) -> list[Command]:
     layer.clear()
     layer.planned = True
     layer.error = None
+    layer.planned_s = event.now_s
     layer.deadline_s = event.now_s + layer.limits.timeout_s
     layer.sub_requests = [SubRequest(request, frozenset([request.node])) for request in event.requests]
     return [Send(layer.sub_requests)]
@@ -209,43 +225,61 @@ def _node_left(layer: LayerRequests, node: str, find_holders: FindHolders) -> li
     return commands
 
 
-def _time_passed(layer: LayerRequests, now_s: float, find_holders: FindHolders) -> list[Command]:
+def _time_passed(layer: LayerRequests, event: TimePassed, find_holders: FindHolders) -> list[Command]:
     if layer.error or layer.done:
         return []
-    if now_s >= layer.deadline_s:
-        return _deadline_passed(layer)
+    if event.now_s >= layer.deadline_s:
+        return _deadline_passed(layer, event)
     commands: list[Command] = []
     for sub in layer.in_flight():
-        if sub.state is State.SENT and sub.sent is not None and now_s >= sub.sent.overdue_s:
-            commands += _overdue(layer, sub, now_s, find_holders)
+        if sub.state is State.SENT and sub.sent is not None and event.now_s >= sub.sent.overdue_s:
+            commands += _overdue(layer, sub, sub.sent, event, find_holders)
     return commands
 
 
-def _deadline_passed(layer: LayerRequests) -> list[Command]:
-    late = sorted({sub.node for sub in layer.in_flight()})
+def _deadline_passed(layer: LayerRequests, event: TimePassed) -> list[Command]:
+    late = {sub.node: sub.sent for sub in layer.in_flight()}
     layer.error = DispatchError(
-        f"no answer for layer {layer.layer} from {', '.join(late)} within {layer.limits.timeout_s:g} s"
+        f"no answer for layer {layer.layer} from {', '.join(sorted(late))} within {layer.limits.timeout_s:g} s"
         ": is the device overloaded or its link down? (--layer-timeout)"
     )
-    return [MarkFailed(node, "did not answer in time") for node in late if node != LOCAL_NODE]
+    return [
+        _late(node, "did not answer in time", silent=sent is not None and event.heard_s <= sent.waiting_since_s)
+        for node, sent in sorted(late.items())
+        if node != LOCAL_NODE
+    ]
 
 
-def _overdue(layer: LayerRequests, sub: SubRequest, now_s: float, find_holders: FindHolders) -> list[Command]:
-    """Ask other holders. Where there are none, wait on, for as long as the last holder may take."""
-    assert sub.sent is not None  # noqa: S101 - only what was sent can be overdue
-    waited_s = now_s - sub.sent.sent_ns / 1e9
+def _overdue(
+    layer: LayerRequests, sub: SubRequest, sent: Sent, event: TimePassed, find_holders: FindHolders
+) -> list[Command]:
+    """Ask other holders. Where there are none, wait on, for as long as the last holder may take.
+
+    If nothing was heard from any node meanwhile, the network, the broker or this machine may have stood still: then
+    the node is not to blame, and its time begins again once others answer pings.
+    """
+    now_s = event.now_s
+    silent = event.heard_s <= sent.waiting_since_s
+    waited_s = now_s - sent.waiting_since_s
     why = f"node '{sub.node}' did not answer {layer.describe(sub)} within {waited_s:.2f} s"
-    limits = layer.limits
+    late = [_late(sub.node, why, silent=silent), *([CheckNetwork()] if silent else [])]
     if send := _reroute(layer, sub, find_holders):
         sub.state = State.REROUTED
-        return [*send, MarkFailed(sub.node, why)]
-    if limits.last_holder_s >= limits.timeout_s:  # the layer's own deadline comes first
-        sub.sent = sub.sent._replace(overdue_s=math.inf)
-    elif waited_s >= limits.last_holder_s:
-        return [MarkFailed(sub.node, why), *_fail(layer, sub, why, find_holders)]
+        return [*send, *late]
+    if sent.give_up_s >= layer.limits.timeout_s:  # the layer's own deadline comes first
+        sub.sent = sent._replace(overdue_s=math.inf)
+    elif silent:
+        sub.sent = sent._replace(overdue_s=now_s + _SILENCE_CHECK_S, waiting_since_s=now_s)
+        return late
+    elif waited_s >= sent.give_up_s:
+        return [*late, *_fail(layer, sub, why, find_holders)]
     else:
-        sub.sent = sub.sent._replace(overdue_s=now_s + limits.last_holder_s - waited_s)
+        sub.sent = sent._replace(overdue_s=sent.waiting_since_s + sent.give_up_s)
     return []
+
+
+def _late(node: str, why: str, *, silent: bool) -> Command:
+    return Doubt(node, why) if silent else MarkFailed(node, why)
 
 
 def _connection_lost(layer: LayerRequests, why: str) -> None:

@@ -142,6 +142,7 @@ class AnswerServer:
                     continue
                 for progress in self._scheduler.step():
                     self._deliver(progress)
+                self._lost = self._dispatcher.describe_lost()
             except Exception:
                 # A bug must not leave callers waiting for ever; the next request may work.
                 log.exception("a step failed with an unexpected error")
@@ -151,8 +152,7 @@ class AnswerServer:
     def _wait(self) -> None:
         try:
             self._dispatcher.pump(_IDLE_S)
-            missing = self._dispatcher.registry.missing()
-            self._lost = self._dispatcher.registry.describe_missing() if missing else ""
+            self._lost = self._dispatcher.describe_lost()
         except BrokerError as error:
             self._lost = str(error)
             try:

@@ -38,10 +38,11 @@ class _Scheduler:
 class _Idle:
     """A dispatcher with nothing to do, and a sequence whose answers are themselves."""
 
-    registry = type("NodeRegistry", (), {"missing": lambda self: ()})()
-
     def pump(self, seconds: float) -> None:
         return
+
+    def describe_lost(self) -> str:
+        return ""
 
     def answer(self, ids: list[int], config: SamplingConfig) -> object:
         return object()

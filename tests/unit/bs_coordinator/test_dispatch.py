@@ -379,7 +379,7 @@ def test_the_fleet_knows_who_gives_a_token_another_result_in_a_batch() -> None:
 def test_when_all_nodes_were_left_out_they_recover_while_nothing_is_asked() -> None:
     network = _experienced(a="L*:E0-1", b="L*:E2-3", last_holder_s=0.4)
     network.deaf = {"a", "b"}
-    with pytest.raises(ExpertsLostError):
+    with pytest.raises(DispatchError):
         network.ask(GATE)
     network.deaf = set()
     network.dispatcher.pump(5.0)
@@ -421,3 +421,73 @@ def test_what_a_getter_gave_does_not_change_any_more() -> None:
     assert not dropped
     with pytest.raises(TypeError):
         before["b"] = before["a"]  # type: ignore[index]
+
+
+def _pause(network: _Network, seconds: float) -> None:
+    """Let the broker stand still from now on: what is sent meanwhile is delivered, in order, when it goes on."""
+    resumes_s = network.clock.monotonic_s() + seconds
+
+    def held(topic: str, payload: bytes) -> Iterable[tuple[str, bytes]]:
+        for answer_topic, answer in network._react(topic, payload):
+            left_s = max(0.0, resumes_s - network.clock.monotonic_s())
+            network.transport.put(answer_topic, answer, delay_s=left_s + network.transport.latency_s)
+        return ()
+
+    network.transport.react = held
+
+
+@pytest.mark.parametrize("last_holder_s", [None, 0.4])
+@pytest.mark.parametrize("experts_by_node", [{"a": "L*:E0-1", "b": "L*:E2-3"}, {"a": "L*:E*", "b": "L*:E*"}])
+def test_a_pause_of_the_network_costs_its_time_and_nothing_else(
+    last_holder_s: float | None, experts_by_node: dict[str, str]
+) -> None:
+    network = _experienced(last_holder_s=last_holder_s, **experts_by_node)
+    _pause(network, 3.0)
+    began_s = network.clock.monotonic_s()
+    np.testing.assert_allclose(network.ask(GATE), EXPECTED)
+    assert 3.0 <= network.clock.monotonic_s() - began_s < 3.5
+    network.dispatcher.pump(0.6)
+    assert network.dispatcher.describe_lost() == ""
+    assert network.dispatcher.health.all_usable
+    np.testing.assert_allclose(network.ask(GATE), EXPECTED)
+
+
+def test_this_process_standing_still_is_no_node_s_fault() -> None:
+    network = _experienced(a="L*:E0-1", b="L*:E2-3", last_holder_s=0.4)
+    pending = network.dispatcher.begin(0, np.ones((3, 8), np.float32), GATE)
+    network.clock.advance_ns(60 * 10**9)
+    np.testing.assert_allclose(pending.result().output, EXPECTED)
+    assert network.dispatcher.health.all_usable
+
+
+def test_a_layer_whose_nodes_are_all_left_out_is_asked_for_all_the_same() -> None:
+    network = _experienced(a="L*:E0-1", b="L*:E2-3", last_holder_s=0.4)
+    for node in ("a", "b"):
+        network.dispatcher.health.failed(node, network.clock.monotonic_s(), "was late")
+    np.testing.assert_allclose(network.ask(GATE), EXPECTED)
+    assert "left out for now: 'a' (was late), 'b' (was late)" in network.dispatcher.describe_lost()
+
+
+def test_nodes_in_quarantine_are_not_asked_even_if_there_are_no_others() -> None:
+    for last_holder_s in (None, 0.4):
+        network = _experienced(a="L*:E*", last_holder_s=last_holder_s)
+        network.dispatcher.health.failed("a", network.clock.monotonic_s(), "nonsense", quarantine=True)
+        with pytest.raises(ExpertsLostError, match="nonsense"):
+            network.ask(GATE)
+
+
+@pytest.mark.parametrize("last_holder_s", [None, 0.4])
+def test_a_new_node_that_never_answers_costs_seconds_if_others_hold_its_experts(last_holder_s: float | None) -> None:
+    network = _Network(timeout_s=30.0, last_holder_s=last_holder_s, a="L*:E*", b="L*:E*")
+    network.mute = {"a"}  # it still answers pings
+    began_s = network.clock.monotonic_s()
+    np.testing.assert_allclose(network.ask(GATE), EXPECTED)
+    assert network.clock.monotonic_s() - began_s < 5
+    assert not network.dispatcher.health.usable("a")
+
+
+@pytest.mark.parametrize("last_holder_s", [None, 0.4])
+def test_a_slow_new_node_is_waited_for_if_no_other_holds_its_experts(last_holder_s: float | None) -> None:
+    network = _Network(timeout_s=30.0, last_holder_s=last_holder_s, a="L*:E*")
+    network.transport.latency_s = 12.0
+    np.testing.assert_allclose(network.ask(GATE), EXPECTED)

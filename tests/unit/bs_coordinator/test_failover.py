@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bs_coordinator.dispatch.assignment import HYSTERESIS, assign
-from bs_coordinator.dispatch.health import FIRST_PAUSE_S, MOST_PAUSE_S, PING_TIMEOUT_S, Health
+from bs_coordinator.dispatch.health import FIRST_PAUSE_S, MOST_PAUSE_S, PING_TIMEOUT_S, QUARANTINE_S, Health
 from bs_coordinator.dispatch.join_watch import WINDOW, JoinWatch
 from bs_coordinator.errors import ExpertsLostError
 from bs_coordinator.selection import parse_policy
@@ -61,13 +61,13 @@ def test_pauses_double_up_to_a_limit_and_end_with_a_proof() -> None:
         while not health.to_prove(now_s):
             now_s += 0.5
         pauses.append(now_s - began_s)
-        health.proven("a")
+        health.proven("a", now_s)
         assert health.usable("a")
     for _ in range(2000):
         now_s += MOST_PAUSE_S
         health.failed("a", now_s, "why")
         assert not health.usable("a")
-        health.proven("a")
+        health.proven("a", now_s + MOST_PAUSE_S)
     assert pauses[:4] == [FIRST_PAUSE_S * 2**i for i in range(4)]
     assert pauses[-1] == MOST_PAUSE_S
 
@@ -81,12 +81,49 @@ def test_a_ping_without_an_answer_is_sent_again() -> None:
     assert not health.usable("a")
 
 
+def test_an_answer_to_a_ping_from_before_a_failure_proves_nothing() -> None:
+    health = Health()
+    health.failed("a", 5.0, "why")
+    health.proven("a", 4.9)
+    health.proven("a", 5.9)
+    assert not health.usable("a")
+    health.proven("a", 6.0)
+    assert health.usable("a")
+
+
+def test_a_doubted_node_is_pinged_at_once_and_its_silence_is_no_failure() -> None:
+    health = Health()
+    health.doubt("a", 5.0, "silence")
+    assert health.doubted("a")
+    assert not health.usable("a")
+    assert health.to_prove(5.0) == ["a"]
+    health.proven("a", 5.0)
+    assert health.usable("a")
+    health.failed("a", 6.0, "why")
+    assert not health.doubted("a")
+    assert health.to_prove(6.0 + FIRST_PAUSE_S) == ["a"], "the first failure's pause"
+
+
+def test_a_quarantine_outlasts_a_restart_and_an_ordinary_pause() -> None:
+    health = Health()
+    health.failed("a", 0.0, "late")
+    health.failed("a", 0.5, "nonsense", quarantine=True)
+    health.restarted("a")
+    health.proven("a", QUARANTINE_S)
+    assert not health.usable("a")
+    health.proven("a", QUARANTINE_S + 0.5)
+    assert health.usable("a")
+    health.failed("b", 0.0, "late")
+    health.restarted("b")
+    assert health.usable("b")
+
+
 def test_an_old_failure_is_forgiven() -> None:
     health = Health()
     for now_s in (0.0, 1000.0, 2000.0):
         health.failed("a", now_s, "why")
         assert health.to_prove(now_s + FIRST_PAUSE_S) == ["a"]
-        health.proven("a")
+        health.proven("a", now_s + FIRST_PAUSE_S)
 
 
 gates = st.lists(st.lists(st.floats(0.0, 1.0, width=32), min_size=8, max_size=8), min_size=1, max_size=6)

@@ -44,15 +44,11 @@ class _Nodes:
 
     def __init__(self) -> None:
         self.lost = ""
-        self.registry = self
 
     def pump(self, seconds: float) -> None:
         threading.Event().wait(seconds)
 
-    def missing(self) -> tuple[str, ...]:
-        return (self.lost,) if self.lost else ()
-
-    def describe_missing(self) -> str:
+    def describe_lost(self) -> str:
         return self.lost
 
 

@@ -13,9 +13,11 @@ from bs_coordinator.dispatch.plan_requests import chosen_experts, plan_requests
 from bs_coordinator.dispatch.state_machine import (
     MAX_CONNECTION_LOSSES,
     AnswerReceived,
+    CheckNetwork,
     Command,
     ConnectionLost,
     CountDropped,
+    Doubt,
     ErrorReceived,
     Event,
     LearnGain,
@@ -47,7 +49,9 @@ class _World:
     def __init__(self, gate: Array, holders: Sequence[Sequence[str]], *, last_holder_s: float = TIMEOUT_S) -> None:
         self.holders = holders
         self.unusable: set[str] = set()
-        self.now_s = 0.0
+        self.now_s = self.heard_s = 0.0
+        self.silent = False
+        self.give_up_s = last_holder_s
         self.sent: list[tuple[str, int, int]] = []
         self.commands: list[Command] = []
         self._ids = itertools.count()
@@ -81,7 +85,9 @@ class _World:
             self.sent += [(sub.node, slice_.expert, int(row)) for row in sub.request.rows[slice_.tokens]]
         sent_ns = round(1e9 * self.now_s)
         id = RequestId(0, next(self._ids))
-        self.layer.mark_sent(sub, Sent(id, sent_ns, sent_ns, 1, 1, 0, self.now_s + OVERDUE_S))
+        self.layer.mark_sent(
+            sub, Sent(id, sent_ns, sent_ns, 1, 1, 0, self.now_s + OVERDUE_S, self.now_s, self.give_up_s)
+        )
 
     def answer(self, sub: SubRequest, *, suspicious: bool = False, gain: float = 1.0, factor: float = 1.0) -> None:
         """The right answer: gate weight × (expert + 1), sums of which are exact in any order."""
@@ -92,7 +98,9 @@ class _World:
 
     def wait(self, seconds: float) -> None:
         self.now_s += seconds
-        self.happens(TimePassed(self.now_s))
+        if not self.silent:
+            self.heard_s = self.now_s
+        self.happens(TimePassed(self.now_s, self.heard_s))
 
     @property
     def expected(self) -> Array:
@@ -207,6 +215,54 @@ def test_without_another_holder_an_overdue_request_waits_for_as_long_as_the_last
     assert not sub.in_flight
     assert isinstance(world.layer.error, ExpertsLostError)
     assert "'a' did not answer L3:E0 within 2.50 s" in str(world.layer.error)
+
+
+def test_if_no_node_is_heard_none_is_to_blame() -> None:
+    world, first = _started()
+    world.silent = True
+    world.wait(OVERDUE_S)
+    assert [c.node for c in world.commands if isinstance(c, Doubt)] == ["a"]
+    assert CheckNetwork() in world.commands
+    assert not [c for c in world.commands if isinstance(c, MarkFailed)]
+    assert first.state is State.REROUTED, "another holder is asked all the same"
+    world.answer(first)
+    assert world.layer.done
+
+
+def test_the_last_holder_s_time_begins_when_the_network_is_heard_again() -> None:
+    world, sub = _started("a", last_holder_s=2.5)
+    world.silent = True
+    while world.now_s < 6.0:
+        world.wait(world.layer.next_due_s() - world.now_s)
+    assert sub.in_flight
+    world.silent = False
+    began_s = world.now_s
+    while sub.in_flight:
+        world.wait(world.layer.next_due_s() - world.now_s)
+    assert 2.5 <= world.now_s - began_s <= 2.5 + OVERDUE_S
+    assert [c.node for c in world.commands if isinstance(c, MarkFailed)] == ["a"]
+
+
+def test_a_node_that_is_not_known_yet_may_take_the_layer_s_whole_time_if_no_other_holds_its_experts() -> None:
+    world = _World(np.array([[1, 0, 0, 0]], np.float32), [["a"]] * EXPERTS, last_holder_s=2.5)
+    world.give_up_s = TIMEOUT_S
+    world.plan()
+    (sub,) = world.layer.sub_requests
+    world.wait(OVERDUE_S)
+    world.wait(8.0)
+    assert sub.in_flight
+    world.answer(sub)
+    assert world.layer.done
+
+
+def test_a_time_in_which_this_machine_stood_still_does_not_count() -> None:
+    world, sub = _started()
+    world.now_s = 0.5
+    world.layer.postpone(0.25, 60.25)
+    assert world.layer.next_due_s() == OVERDUE_S + 60
+    assert world.layer.deadline_s == TIMEOUT_S + 60
+    world.wait(60.0)
+    assert sub.state is State.SENT
 
 
 def test_a_suspect_answer_is_judged_by_the_other_holders() -> None:
