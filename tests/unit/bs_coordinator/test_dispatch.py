@@ -430,10 +430,10 @@ def _pause(network: _Network, seconds: float) -> None:
     def held(topic: str, payload: bytes) -> Iterable[tuple[str, bytes]]:
         for answer_topic, answer in network._react(topic, payload):
             left_s = max(0.0, resumes_s - network.clock.monotonic_s())
-            network.transport.put(answer_topic, answer, delay_s=left_s + network.transport.latency_s)
+            network.broker.publish(answer_topic, answer, delay_s=left_s + network.broker.latency_s)
         return ()
 
-    network.transport.react = held
+    network.react = held
 
 
 @pytest.mark.parametrize("last_holder_s", [None, 0.4])
@@ -489,5 +489,5 @@ def test_a_new_node_that_never_answers_costs_seconds_if_others_hold_its_experts(
 @pytest.mark.parametrize("last_holder_s", [None, 0.4])
 def test_a_slow_new_node_is_waited_for_if_no_other_holds_its_experts(last_holder_s: float | None) -> None:
     network = _Network(timeout_s=30.0, last_holder_s=last_holder_s, a="L*:E*")
-    network.transport.latency_s = 12.0
+    network.broker.latency_s = 12.0
     np.testing.assert_allclose(network.ask(GATE), EXPECTED)
