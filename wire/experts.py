@@ -10,7 +10,7 @@ clauses separated by blanks or semicolons; a clause is `L<set>:E<set>`; a set is
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 _CLAUSE = re.compile(r"L(?P<layers>[\d,*-]+):E(?P<experts>[\d,*-]+)")
@@ -64,20 +64,36 @@ def parse_selector(text: str, *, layers: int, experts: int) -> tuple[ExpertId, .
         ValueError: the text is not a selector, names what the model does not have, or repeats experts too often.
     """
     chosen: set[ExpertId] = set()
+    for some_layers, some_experts in _clauses(text, layers, experts):
+        chosen.update(ExpertId(layer, expert) for layer in some_layers for expert in some_experts)
+    return tuple(sorted(chosen))
+
+
+def check_selector(text: str, *, layers: int, experts: int) -> None:
+    """Check a selector without the work of listing its experts.
+
+    Raises:
+        ValueError: as for `parse_selector`.
+    """
+    for _ in _clauses(text, layers, experts):
+        pass
+
+
+def _clauses(text: str, layers: int, experts: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Layers and experts of each clause."""
     named = 0
     for clause in text.replace(";", " ").split():
         match = _CLAUSE.fullmatch(clause)
         if match is None:
             raise ValueError(f"'{clause}' is not an expert selector: write 'L*:E3' or 'L0-14:E0,2'")
-        named_layers = parse_index_set(match["layers"], layers)
-        named_experts = parse_index_set(match["experts"], experts)
-        named += len(named_layers) * len(named_experts)
+        some_layers = parse_index_set(match["layers"], layers)
+        some_experts = parse_index_set(match["experts"], experts)
+        named += len(some_layers) * len(some_experts)
         if named > _MOST_REPEATS * layers * experts:
             raise ValueError(f"the selector repeats experts too often: name each of the {layers * experts} once")
-        chosen.update(ExpertId(layer, expert) for layer in named_layers for expert in named_experts)
-    if not chosen:
+        yield some_layers, some_experts
+    if not named:
         raise ValueError("no expert selected: write for example 'L*:E3'")
-    return tuple(sorted(chosen))
 
 
 def format_selector(ids: Iterable[ExpertId]) -> str:

@@ -7,7 +7,7 @@ from msgspec import Meta, Struct
 
 from wire.documents import Count, decode_document
 from wire.errors import FrameError
-from wire.experts import ExpertId, parse_selector
+from wire.experts import ExpertId, check_selector, parse_selector
 from wire.manifest import Dims
 
 SCHEMA = 1
@@ -163,7 +163,8 @@ def decode_status(payload: bytes, node: str) -> NodeStatus:
     """
     status = decode_document(payload, node, _decoder, what="status", most_bytes=MAX_STATUS_BYTES, schema=SCHEMA)
     try:
-        status.expert_ids()
+        if status.online and (holding := status.holding) is not None:
+            check_selector(holding.experts, layers=holding.dims.layers, experts=holding.dims.experts)
     except ValueError as error:
         raise FrameError("status", f"the status names experts that can't exist: {error}") from None
     return status

@@ -33,6 +33,7 @@ class NodeRegistry:
         # Replaced on each change and never changed in place: a snapshot costs nothing.
         self._nodes: Mapping[str, NodeStatus] = {}
         self._ignored: Mapping[str, str] = {}
+        self._held: dict[str, tuple[ExpertId, ...]] = {}
         self._local: frozenset[ExpertId] = frozenset()
         self._holders: Mapping[ExpertId, Sequence[str]] = {}
 
@@ -51,10 +52,17 @@ class NodeRegistry:
         ignored = {name: why for name, why in self._ignored.items() if name != node}
         if status.online and status.holding and status.holding.model_sha256 != self._model_sha256:
             ignored[node] = "its experts were cut from another checkpoint"
+        elif status.online and status.holding and status.holding.dims != self.dims:
+            # Before its selector is expanded: only that of the model's own dimensions is a bounded amount of work.
+            ignored[node] = "its experts have other dimensions than the model of its hash"
         elif status.online:
             # Keeps its place among the others if it was known.
             nodes = {**self._nodes, node: status}
         self._nodes, self._ignored = nodes, ignored
+        if node not in nodes:
+            self._held.pop(node, None)
+        elif known is None or known.holding != status.holding:
+            self._held[node] = status.expert_ids()
         if known is None or gone or known.holding != status.holding:
             self._reindex()
         return gone
@@ -62,6 +70,7 @@ class NodeRegistry:
     def forget(self) -> None:
         """Consider all nodes offline."""
         self._nodes = {}
+        self._held.clear()
         self._reindex()
 
     def hold_locally(self, ids: frozenset[ExpertId]) -> None:
@@ -119,9 +128,8 @@ class NodeRegistry:
         holders: dict[ExpertId, list[str]] = defaultdict(list)
         for id in self._local:
             holders[id].append(LOCAL_NODE)
-        load = {node: len(status.expert_ids()) for node, status in self._nodes.items()}
-        for node in sorted(self._nodes, key=lambda n: (load[n], n)):
-            for id in self._nodes[node].expert_ids():
+        for node, held in sorted(self._held.items(), key=lambda item: (len(item[1]), item[0])):
+            for id in held:
                 holders[id].append(node)
         self._holders = {id: tuple(nodes) for id, nodes in holders.items()}
         self.changes += 1

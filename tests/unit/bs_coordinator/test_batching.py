@@ -124,6 +124,15 @@ def test_a_failure_ends_only_the_answer_that_fails_alone(
     assert first == expected[1:2]
 
 
+FEW = SamplingConfig(max_tokens=4)
+THREE = [[5, 6, 7], [9, 8] * 15, [11]]
+
+
+@pytest.fixture(scope="module")
+def alone(model: DistributedMixtral, tokenizer: Tokenizer) -> list[list[int]]:
+    return [[e.id for e in Sequence(model, tokenizer).generate(ids, FEW)] for ids in THREE]
+
+
 def _fail(*_: object, **__: object) -> None:
     raise IndexError("index 7 is out of bounds")
 
@@ -186,16 +195,14 @@ def _break_logits(answer: GeneratedAnswer, patch: pytest.MonkeyPatch) -> None:
 def test_a_library_that_fails_for_one_answer_leaves_the_others_as_they_are(
     model: DistributedMixtral,
     tokenizer: Tokenizer,
+    alone: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
     break_answer: Callable[[GeneratedAnswer, pytest.MonkeyPatch], None],
     place: int,
     after: int,
 ) -> None:
-    config = SamplingConfig(max_tokens=5)
-    prompts = [[5, 6, 7], [9, 8] * 15, [11]]
-    alone = [[e.id for e in Sequence(model, tokenizer).generate(ids, config)] for ids in prompts]
     scheduler = Scheduler(model)
-    answers = [Sequence(model, tokenizer).answer(ids, config) for ids in prompts]
+    answers = [Sequence(model, tokenizer).answer(ids, FEW) for ids in THREE]
     for answer in answers:
         scheduler.add(answer)
     ids: dict[GeneratedAnswer, list[int]] = {answer: [] for answer in answers}

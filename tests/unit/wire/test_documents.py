@@ -14,7 +14,7 @@ from common.files import atomic_write
 from wire import status
 from wire.broker_url import Access, parse_broker_url, read_secret
 from wire.errors import BrokerAuthError, BundleError, FrameError
-from wire.experts import ExpertId, format_selector, parse_selector
+from wire.experts import ExpertId, check_selector, format_selector, parse_selector
 from wire.manifest import FileEntry, decode_probe_output, encode_probe_output, load_manifest, probe_input
 from wire.status import NodeStatus
 from wire.topics import Topics, check_name
@@ -37,6 +37,18 @@ def test_selector_grammar() -> None:
 def test_bad_selectors_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"\w"):
         parse_selector(text, layers=30, experts=8)
+
+
+@given(st.text("LE*:,-;0123 ", max_size=12))
+def test_a_selector_is_checked_as_it_is_expanded(text: str) -> None:
+    outcomes: list[object] = []
+    for read in (parse_selector, check_selector):
+        try:
+            read(text, layers=3, experts=4)
+            outcomes.append(None)
+        except ValueError as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1]
 
 
 @given(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True))
