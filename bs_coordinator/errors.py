@@ -64,6 +64,12 @@ class TrunkError(WdmoeError):
     exit_code = 46
 
 
+class ChatTemplateError(WdmoeError):
+    """The model's chat template refuses a conversation, or fails for it."""
+
+    exit_code = 48
+
+
 class AnswerError(WdmoeError):
     """A library failed while it worked on one answer."""
 

@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
+from bs_coordinator.errors import ChatTemplateError
 from wire.errors import BundleError
 
 ChatMessage = dict[str, str]
@@ -68,10 +69,28 @@ class Tokenizer:
 
     @_panics_as_errors()
     def encode_chat(self, messages: list[ChatMessage]) -> list[int]:
-        """Token ids of a conversation, up to the start of the assistant's next message."""
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        """Token ids of a conversation, up to the start of the assistant's next message.
+
+        Raises:
+            ChatTemplateError: the chat template refuses the messages, for example a system message, or fails.
+        """
+        text = self._render_chat(messages)
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+    def _render_chat(self, messages: list[ChatMessage]) -> str:
+        """The conversation as the model's chat template writes it."""
+        try:
+            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return text
+        except Exception as error:  # noqa: BLE001 - a template is a program of the checkpoint's, which raises anything
+            reason = str(error).partition("\n")[0] or type(error).__name__
+        others = [message for message in messages if message["role"] != "system"]
+        if others and len(others) < len(messages):
+            with contextlib.suppress(ChatTemplateError):
+                self._render_chat(others)
+                reason = f"it takes no system message ({reason}); put its text into the first user message instead"
+        raise ChatTemplateError(f"the model's chat template refuses these messages: {reason}")
 
     def stream(self) -> "TextStream":
         """A decoder for one sequence of new tokens."""

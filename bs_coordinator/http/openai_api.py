@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator
 from hmac import compare_digest
 from typing import TypeVar
 
-from jinja2 import TemplateError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -18,7 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from bs_coordinator.engine.tokenizer import Tokenizer
-from bs_coordinator.errors import AnswerError, BusyError, ContextLengthError
+from bs_coordinator.errors import AnswerError, BusyError, ChatTemplateError, ContextLengthError
 from bs_coordinator.http.answer_server import AnswerServer, StreamUpdate
 from bs_coordinator.http.openai_responses import STREAM_END, ResponseFormat, Token, error_document, server_sent_event
 from bs_coordinator.http.openai_schema import Chat, Completion, Options, parse_request
@@ -66,8 +65,8 @@ def http_app(
         options = await _read_options(request, Chat)
         try:
             ids = tokenizer.encode_chat(options.conversation)
-        except TemplateError as error:
-            raise HTTPException(400, f"the model's chat template refuses these messages: {error}") from None
+        except ChatTemplateError as error:
+            raise HTTPException(400, str(error)) from None
         return await _answer(server, request, options, ids, ResponseFormat("chat.completion", model, len(ids)))
 
     async def list_models(request: Request) -> Response:

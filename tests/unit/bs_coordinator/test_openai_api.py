@@ -94,6 +94,10 @@ def test_messages_that_the_template_refuses_are_a_bad_request(site: HttpSite, an
         )
         assert (status, headers["content-type"]) == (400, "application/json")
         assert "roles must alternate" in json.loads(body)["error"]["message"]
+    system = {"role": "system", "content": "Be polite"}
+    status, _, body = site.text("POST", "/v1/chat/completions", {"messages": [system, hello]})
+    assert status == 400
+    assert "it takes no system message" in json.loads(body)["error"]["message"]
     assert site.text("POST", "/v1/chat/completions", {"messages": [hello]})[0] == 200
 
 
