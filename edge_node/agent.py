@@ -44,6 +44,8 @@ HEARTBEAT_S = 3.0
 that this one is alive."""
 _CLAIM_S = 0.5
 """How long to wait for another process's status when two nodes start at once."""
+_CONFIRMED_HEARTBEATS = 2
+"""Statuses that a broker acknowledges but does not pass on to us, before we take that for a refusal."""
 _RECONNECT_FIRST_S = 0.5
 _RECONNECT_MOST_S = 5.0
 
@@ -131,13 +133,12 @@ class NodeAgent:
                 self._serve(transport, stop)
                 self._leave(transport)
                 return
-            except BrokerAuthError:
-                raise
             except DuplicateNodeError:
                 # The retained status belongs to the other process: leave it as it is.
                 self._publish_refusal(transport)
                 raise
             except BrokerError as error:
+                _raise_if_final(error)
                 log.warning("%s; reconnecting", error)
                 transport.close()
             reconnected = self._reconnect(stop)
@@ -198,6 +199,7 @@ class NodeAgent:
         next_heartbeat = clock.monotonic_s() + HEARTBEAT_S
         next_telemetry = 0.0
         self._status_came_back = False
+        silent = 0
         while not stop.is_set():
             message = transport.receive(min(0.2, max(0.0, next_heartbeat - clock.monotonic_s())))
             if message is not None:
@@ -208,15 +210,17 @@ class NodeAgent:
                 if (sample := self._telemetry.take()) is not None:
                     transport.publish(self._topics.telemetry(self._node), sample)
             if now >= next_heartbeat:
-                if not self._status_came_back:
+                notify("WATCHDOG=1")
+                self._check_limits()
+                silent += not self._status_came_back
+                if silent > _CONFIRMED_HEARTBEATS:
                     # A broker drops what its access list does not allow, without an error.
                     raise BrokerAuthError(
                         f"the broker at {self._address} does not pass on {self._topics.status(self._node)}: does its "
                         f"access list allow user '{self._address.user}' to be node '{self._node}'?"
                     )
-                notify("WATCHDOG=1")
-                self._check_limits()
-                self._announce(transport, confirm=False)
+                # Only a broker that acknowledges a status and does not pass it on drops it; any other may be slow.
+                self._announce(transport, confirm=not self._status_came_back)
                 next_heartbeat = clock.monotonic_s() + HEARTBEAT_S
 
     def _take(self, transport: Transport, message: Message) -> None:
@@ -284,9 +288,8 @@ class NodeAgent:
         while not self._clock.wait(stop, random.uniform(0, delay_s)):  # noqa: S311 - jitter, not a secret
             try:
                 transport = self._connect()
-            except BrokerAuthError:
-                raise
             except BrokerError as error:
+                _raise_if_final(error)
                 notify("WATCHDOG=1")  # systemd must not restart a node because its broker is away
                 delay_s = min(2 * delay_s, _RECONNECT_MOST_S)
                 log.warning("%s; next try within %.1f s", error, delay_s)
@@ -340,6 +343,11 @@ def residency_status(runtime: ExpertRuntime) -> Residency | None:
         load_ms=loads.ns / max(1, loads.count) / 1e6,
         evictions=loads.evictions,
     )
+
+
+def _raise_if_final(error: BrokerError) -> None:
+    if isinstance(error, BrokerAuthError) and error.final:
+        raise error
 
 
 def _where(other: NodeStatus) -> str:

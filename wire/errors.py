@@ -28,9 +28,18 @@ class BrokerError(WdmoeError):
 
 
 class BrokerAuthError(BrokerError):
-    """The broker refused user, password or certificate."""
+    """The broker refused user, password or certificate, or its own certificate is not accepted.
+
+    Attributes:
+        final: trying again can't help before somebody changes something. False if time alone may help: a certificate
+            that is not valid yet by this machine's clock.
+    """
 
     exit_code = 31
+
+    def __init__(self, message: str, *, final: bool = True) -> None:
+        super().__init__(message)
+        self.final = final
 
 
 class PlaintextError(BrokerError):

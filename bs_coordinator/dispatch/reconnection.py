@@ -64,7 +64,9 @@ class Reconnector:
             stop=too_late,
             sleep=self._clock.sleep_s,
             wait=wait_random_exponential(multiplier=0.2, max=3.0),
-            retry=retry_if_exception(lambda e: isinstance(e, BrokerError) and not isinstance(e, BrokerAuthError)),
+            retry=retry_if_exception(
+                lambda e: isinstance(e, BrokerError) and not (isinstance(e, BrokerAuthError) and e.final)
+            ),
             reraise=True,
         )
         attempts(self._rejoin, self._connect)

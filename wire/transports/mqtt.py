@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import functools
 import logging
-import re
 import select
 import socket
 import ssl
@@ -25,6 +24,7 @@ from common.tcp_info import read_tcp_info
 from wire.broker_address import BrokerAddress
 from wire.errors import BrokerAuthError, BrokerError
 from wire.status import SocketFacts
+from wire.tls_errors import alert_in, handshake_error, refused_by_alert
 from wire.transport import WILL_DELAY_S, LastWill, Message, Scheme, Transport
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 _KEEPALIVE_S = round(WILL_DELAY_S / 1.5)
 """A broker gives up a client that was silent for 1.5 times this (MQTT 3.1.1, 3.1.2.10)."""
 _AUTH_REFUSALS = ("Bad user name or password", "Not authorized")
+_ALERT_S = 2.0
 _QUEUE_LIMIT = 4096
 _MISC_S = _KEEPALIVE_S / 20
 """How often keep-alives are checked; to do so for every message would cost more than the poll itself."""
@@ -85,15 +86,12 @@ class MqttTransport(Transport):
 
     def _connect(self, timeout_s: float) -> None:
         address = self.address
+        if address.tls:
+            self._prepare_tls()
         try:
-            if address.tls:
-                ca_file = str(address.ca_file) if address.ca_file else None
-                certificate, key = (str(p) if p else None for p in (address.tls_cert, address.tls_key))
-                self._client.tls_set(ca_file, certificate, key, tls_version=ssl.PROTOCOL_TLS_CLIENT)
-                self._client.on_log = self._on_log
             self._client.connect(address.host, address.port, keepalive=_KEEPALIVE_S)
         except ssl.SSLError as error:
-            raise BrokerAuthError(f"TLS with {address} failed: {error.reason or error}") from None
+            raise handshake_error(error, address) from None
         except OSError as error:
             why = error.strerror or str(error)
             raise BrokerError(f"no broker at {address} ({why}): is it running, is the address right?") from None
@@ -105,12 +103,12 @@ class MqttTransport(Transport):
                 if not address.tls or time.monotonic() >= deadline:
                     raise
                 # With TLS 1.3 a broker checks a client's certificate after the client's part of the handshake.
-                why = (
-                    f"refused our certificate: {self._alert}"
-                    if self._alert
-                    else ("hung up: it may want a certificate (--tls-cert, --tls-key), or not accept ours any more")
-                )
-                raise BrokerAuthError(f"the broker at {address} {why}") from None
+                self._alert = self._alert or self._read_alert()
+                if self._alert:
+                    raise refused_by_alert(self._alert, address) from None
+                # A broker that restarts, or a forwarder without one behind it, hangs up as well: only an alert refuses.
+                hint = "" if address.tls_cert else ", or does it want a certificate (--tls-cert, --tls-key)"
+                raise BrokerError(f"the broker at {address} hung up: is it starting{hint}?") from None
         if self._connack.is_failure:
             reason = str(self._connack)
             self._client.disconnect()
@@ -120,6 +118,46 @@ class MqttTransport(Transport):
                     "in the URL and --password-file"
                 )
             raise BrokerError(f"the broker at {address} refused the connection: {reason}")
+
+    def _prepare_tls(self) -> None:
+        address = self.address
+        ca_file = str(address.ca_file) if address.ca_file else None
+        certificate, key = (str(p) if p else None for p in (address.tls_cert, address.tls_key))
+        self._tls = context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            if certificate:
+                # An empty password: OpenSSL would ask for that of an encrypted key on the terminal.
+                context.load_cert_chain(certificate, key, password="")
+            if ca_file:
+                context.load_verify_locations(ca_file)
+            else:
+                context.load_default_certs()
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            files = ", ".join(str(p) for p in (address.ca_file, address.tls_cert, address.tls_key) if p)
+            why = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+            raise BrokerAuthError(
+                f"TLS with {address} can't be prepared: {why}: --ca-file and --tls-cert need certificates in PEM, "
+                f"--tls-key the unencrypted key of --tls-cert; given: {files or 'none'}",
+                final=False,  # while the files are being replaced, certificate and key may not fit together
+            ) from None
+        self._client.tls_set_context(context)
+        self._client.on_log = self._on_log
+
+    def _read_alert(self) -> str:
+        """The alert with which the broker refuses us; empty if it does not.
+
+        It is lost when the broker hangs up before it has read the first message: here we send none.
+        """
+        address = (self.address.host, self.address.port)
+        try:
+            with (
+                socket.create_connection(address, _ALERT_S) as raw,
+                self._tls.wrap_socket(raw, server_hostname=self.address.host) as secured,
+            ):
+                secured.recv(1)
+        except OSError as error:
+            return alert_in(str(error))
+        return ""
 
     def subscribe(self, topic_filter: str, *, qos: int = 0, timeout_s: float = 10.0) -> None:
         """Subscribe and wait for the broker's confirmation."""
@@ -229,9 +267,7 @@ class MqttTransport(Transport):
 
     def _on_log(self, client: Client, userdata: Any, level: int, text: str) -> None:
         # paho reports why a connection ended only here: "… [SSL: SSLV3_ALERT_CERTIFICATE_REVOKED] sslv3 alert …"
-        alert = re.search(r"\[SSL: \w*ALERT_(\w+)\]", text)
-        if alert:
-            self._alert = alert[1].replace("_", " ").lower()
+        self._alert = alert_in(text) or self._alert
 
     def _on_connect(self, client: Client, userdata: Any, flags: Any, reason: ReasonCode, props: Any) -> None:
         self._connack = reason

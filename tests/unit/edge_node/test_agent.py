@@ -189,5 +189,42 @@ def test_a_broker_that_passes_no_status_on_is_refused(site: Site) -> None:
         return transport
 
     site.on_connect = on_connect  # type: ignore[method-assign]
+    site.on_status = lambda seen: None  # type: ignore[method-assign]
     with pytest.raises(BrokerAuthError, match="does its access list allow"):
         site.agent.run(site.stop)
+    assert len(site.seen) == 3  # one status that comes late is no refusal
+
+
+def test_a_broker_that_is_slow_once_is_not_a_refusal(site: Site) -> None:
+    """Its first status comes back after the first heartbeat: for example after a loss on the air."""
+
+    def on_status(seen: NodeStatus) -> None:
+        site.broker.latency_s = 0.001 if len(site.seen) > 1 else 4.0
+        if len(site.seen) == 6:
+            site.stop.set()
+
+    site.broker.latency_s = 4.0
+    site.on_status = on_status  # type: ignore[method-assign]
+    site.agent.run(site.stop)
+    assert len(site.connections) == 1
+
+
+def test_a_certificate_that_is_not_valid_yet_does_not_end_a_node(site: Site) -> None:
+    fail = [BrokerAuthError("not yet valid", final=False), BrokerError("reset")]
+
+    def on_connect(transport: Transport) -> Transport:
+        if len(site.connections) > 1 and fail:
+            transport.close()
+            raise fail.pop()
+        return transport
+
+    def on_status(seen: NodeStatus) -> None:
+        if len(site.seen) == 2:
+            site.broker.cut(site.connections[0])
+        elif seen.online and len(site.connections) > 3:
+            site.stop.set()
+
+    site.on_connect = on_connect  # type: ignore[method-assign]
+    site.on_status = on_status  # type: ignore[method-assign]
+    site.agent.run(site.stop)
+    assert fail == []
