@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -32,7 +33,7 @@ def _issue(name: str = "broker", *, ca: Issued = _CA, days: float = 1, hosts: tu
 
 
 @contextmanager
-def _listening(serve: Callable[[socket.socket], object], folder: Path, **options: object) -> Iterator[BrokerAddress]:
+def _listening(serve: Callable[[socket.socket], object], folder: Path, **options: Any) -> Iterator[BrokerAddress]:
     """A listener whose connections `serve` handles; yields the address to connect to, which trusts the lab's CA."""
     (folder / "ca.crt").write_bytes(_CA.certificate)
     done = threading.Event()
@@ -73,7 +74,7 @@ def _with_certificate(issued: Issued, folder: Path, *, wants_one: bool = False) 
     return serve
 
 
-def _failure(serve: Callable[[socket.socket], object], folder: Path, **options: object) -> BrokerError:
+def _failure(serve: Callable[[socket.socket], object], folder: Path, **options: Any) -> BrokerError:
     with (
         _listening(serve, folder, **options) as address,
         pytest.raises(BrokerError) as caught,
@@ -136,7 +137,7 @@ def test_a_certificate_that_is_not_valid_yet_may_become_so(tmp_path: Path) -> No
     ],
 )
 def test_refused_certificates_of_clients(client: Issued | None, reason: str, tmp_path: Path) -> None:
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     if client is not None:
         options = {"tls_cert": tmp_path / "pi1.crt", "tls_key": tmp_path / "pi1.key"}
         (tmp_path / "pi1.crt").write_bytes(client.certificate)
@@ -152,28 +153,42 @@ def _reset(connection: socket.socket) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
+def _reads(connection: socket.socket) -> None:
+    connection.recv(4096)
+
+
+def _answers_without_tls(connection: socket.socket) -> None:
+    connection.recv(4096)
+    connection.sendall(bytes(64))
+
+
 def _after_handshake(folder: Path, then: Callable[[ssl.SSLSocket], object]) -> Callable[[socket.socket], object]:
     _with_certificate(_issue(), folder)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "broker.certificate", folder / "broker.key")
-    return lambda connection: then(context.wrap_socket(connection, server_side=True))
+
+    def serve(connection: socket.socket) -> None:
+        with context.wrap_socket(connection, server_side=True) as secured:
+            then(secured)
+
+    return serve
 
 
 def test_faults_that_pass_are_no_refusals(tmp_path: Path) -> None:
     for serve in (
         lambda connection: None,  # a port forwarder without a broker behind it
-        lambda connection: connection.recv(4096),
+        _reads,
         _reset,
-        _after_handshake(tmp_path, lambda secured: secured.close()),
-        _after_handshake(tmp_path, lambda secured: (secured.recv(4096), secured.close())),
-        _after_handshake(tmp_path, lambda secured: (_reset(secured), secured.close())),
+        _after_handshake(tmp_path, lambda secured: None),
+        _after_handshake(tmp_path, _reads),
+        _after_handshake(tmp_path, _reset),
     ):
         error = _failure(serve, tmp_path)
         assert not isinstance(error, BrokerAuthError), error
 
 
 def test_a_port_without_tls_is_a_wrong_port(tmp_path: Path) -> None:
-    error = _failure(lambda connection: (connection.recv(4096), connection.sendall(bytes(64))), tmp_path)
+    error = _failure(_answers_without_tls, tmp_path)
     assert isinstance(error, BrokerAuthError)
     assert "no TLS at this port" in str(error)
 
