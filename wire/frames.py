@@ -111,6 +111,18 @@ class RequestId(NamedTuple):
     attempt: int = 0
 
 
+class ResultContentError(FrameError):
+    """A result frame whose header, tag and checksum are right, but not its content: its sender computes nonsense.
+
+    Attributes:
+        id: of the request that it answers.
+    """
+
+    def __init__(self, reason: str, message: str, id: RequestId) -> None:
+        super().__init__(reason, message)
+        self.id = id
+
+
 class ExpertSlice(NamedTuple):
     """Tokens of a frame that go to one expert.
 
@@ -326,10 +338,10 @@ def decode(data: bytes | bytearray, *, authenticator: FrameAuthenticator | None 
             x = _tensor(tensor, h.tokens, h.hidden, dtype)
             return WorkFrame(id, h.layer, h.deadline_ms, experts, x, dtype)
         case Kind.RESULT:
-            if len(body) < _DURATIONS.size:
-                raise FrameError("length", "result frame ends within its durations")
-            x = _tensor(body[_DURATIONS.size :], h.tokens, h.hidden, dtype)
-            return ResultFrame(id, h.layer, x, dtype, _durations(body, load_us=h.deadline_ms))
+            try:
+                return _result(id, h, body, dtype)
+            except FrameError as error:
+                raise ResultContentError(error.reason, str(error), id) from None
         case Kind.ERROR:
             _check_body(body, h.tokens)
             return ErrorFrame(id, h.layer, status, bytes(body).decode(errors="replace"))
@@ -339,6 +351,13 @@ def decode(data: bytes | bytearray, *, authenticator: FrameAuthenticator | None 
         case Kind.PONG:
             _check_body(body, _DURATIONS.size + h.tokens)
             return PongFrame(id, bytes(body[_DURATIONS.size :]), _durations(body))
+
+
+def _result(id: RequestId, h: _Header, body: memoryview, dtype: WireDtype) -> ResultFrame:
+    if len(body) < _DURATIONS.size:
+        raise FrameError("length", "result frame ends within its durations")
+    x = _tensor(body[_DURATIONS.size :], h.tokens, h.hidden, dtype)
+    return ResultFrame(id, h.layer, x, dtype, _durations(body, load_us=h.deadline_ms))
 
 
 def _check_tag(data: bytes | bytearray, flags: int, authenticator: FrameAuthenticator | None) -> int:

@@ -193,11 +193,20 @@ class Dispatcher:
         """
         return self.begin(layer, hidden, gate).result()
 
-    def ask(self, node: str, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
-        """As `apply`, but send everything to `node`, even if it is left out, and to no other node if it fails."""
+    def ask(
+        self, node: str, layer: int, hidden: Array, gate: Array, *, timeout_s: float | None = None
+    ) -> ExpertOutput:  # fmt: skip
+        """As `apply`, but send everything to `node`, even if it is left out, and to no other node if it fails.
+
+        Args:
+            timeout_s: how long to wait at most, instead of the dispatcher's own limit if that is longer.
+        """
         began_ns = self.clock.perf_ns()
+        limits = self._limits
+        if timeout_s is not None and timeout_s < limits.timeout_s:
+            limits = limits._replace(timeout_s=timeout_s, last_holder_s=timeout_s)
         return self._begin(
-            LayerRequests(layer, hidden, gate, self._limits, began_ns=began_ns, only_node=node)
+            LayerRequests(layer, hidden, gate, limits, began_ns=began_ns, only_node=node)
         ).result()  # fmt: skip
 
     @property

@@ -3,6 +3,7 @@
 A heartbeat proves none of this, so each check sends real traffic.
 """
 
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +16,8 @@ from wire.errors import BrokerError
 from wire.manifest import ExpertEntry, Manifest, decode_probe_output, probe_input
 from wire.transport import Transport
 
+log = logging.getLogger(__name__)
+
 _NAGLE_MS = 30.0
 """A missing TCP_NODELAY costs at least 40 ms in nearly every burst."""
 _ECHOES = 9
@@ -23,6 +26,8 @@ _WARM_UP = 24
 _BURST_LENGTH = 3
 _REVIEW_S = 1.0
 _LOCAL_EXPERTS_TRIED = 16
+_SPARE_NODE_S = 5.0
+"""How long a node may take for its first token if other nodes hold all its experts."""
 _PROBE_ERROR = 0.5
 """Relative error at which a node's answer is not this model's: quantisation stays below 0.2, another expert's
 output is at about 1.4."""
@@ -112,33 +117,57 @@ def try_local_experts(dispatcher: Dispatcher, manifest: Manifest) -> None:
 def prove_nodes(dispatcher: Dispatcher, manifest: Manifest) -> dict[str, float]:
     """Send one token to one expert of every node, and check its answer.
 
+    A node that fails is left out, with a warning, if others hold all its experts.
+
     Returns:
         Round trip in ms by node.
 
     Raises:
-        DispatchError: a node does not answer, refuses, or gives another output than this model's expert.
+        DispatchError: a node does not answer, refuses, or gives another output than this model's expert, and no other
+            node holds some of its experts.
     """
     round_trip_ms: dict[str, float] = {}
     entries = {entry.id: entry for entry in manifest.experts}
+    failed: set[str] = set()
     for node, status in sorted(dispatcher.registry.nodes.items()):
-        held = next((id for id in status.expert_ids() if id in entries), None)
-        if held is not None:
-            round_trip_ms[node] = prove_expert(dispatcher, manifest, node, entries[held])
+        ids = [id for id in status.expert_ids() if id in entries]
+        if not ids:
+            continue
+        spare = all({*dispatcher.registry.holders(id)} - failed - {node} for id in ids)
+        try:
+            round_trip_ms[node] = prove_expert(
+                dispatcher, manifest, node, entries[ids[0]], timeout_s=_SPARE_NODE_S if spare else None
+            )
+        except DispatchError as error:
+            if not spare:
+                raise
+            failed.add(node)
+            if dispatcher.health.usable(node):
+                dispatcher.health.failed(node, dispatcher.clock.perf_ns() / 1e9, str(error))
+            log.warning("%s; other nodes hold its experts, so it is not needed", error)
     return round_trip_ms
 
 
-def prove_expert(dispatcher: Dispatcher, manifest: Manifest, node: str, entry: ExpertEntry) -> float:
+def prove_expert(
+    dispatcher: Dispatcher, manifest: Manifest, node: str, entry: ExpertEntry, *, timeout_s: float | None = None
+) -> float:
     """Send one token to one expert of one node, check its answer, and give the round trip in ms.
+
+    Args:
+        timeout_s: how long to wait at most; the dispatcher's own limit if None.
 
     Raises:
         DispatchError: the node does not answer, refuses, or gives another output than this model's expert.
     """
     gate = np.zeros((1, manifest.dims.experts), np.float32)
     gate[0, entry.expert] = 1.0
-    output, dispatches = dispatcher.ask(node, entry.layer, probe_input(manifest.dims.hidden), gate)
+    x = probe_input(manifest.dims.hidden)
+    output, dispatches = dispatcher.ask(node, entry.layer, x, gate, timeout_s=timeout_s)
     expected = decode_probe_output(entry.probe_output, manifest.dims.hidden)
     error = float(np.linalg.norm(output[0] - expected) / np.linalg.norm(expected))
     if not error < _PROBE_ERROR:
+        why = "its output for a test token is not this model's"
+        dispatcher.health.failed(node, dispatcher.clock.perf_ns() / 1e9, why, quarantine=True)
         raise DispatchError(
             f"node '{node}' answers {entry.id} with something else than this model's expert "
             f"(relative error {error:.2g}): is its bundle the same?"

@@ -14,7 +14,7 @@ from bs_coordinator.nodes.telemetry_inbox import TelemetryInbox
 from wire import frames, status
 from wire.errors import FrameError
 from wire.frame_auth import FrameAuthenticator
-from wire.frames import ErrorFrame, PongFrame, ResultFrame
+from wire.frames import ErrorFrame, PongFrame, RequestId, ResultFrame
 from wire.topics import Topics
 from wire.transport import Message, Transport
 
@@ -24,6 +24,15 @@ class NodeFrame(NamedTuple):
 
     node: str
     frame: ResultFrame | ErrorFrame
+
+
+class NodeNonsense(NamedTuple):
+    """A node's answer to a work frame that can't be used."""
+
+    node: str
+    id: RequestId
+    reason: str
+    why: str
 
 
 class NodeGone(NamedTuple):
@@ -84,7 +93,7 @@ class MessageRouter:
         """
         self._arrival_timing.read(began_ns, ended_ns)
 
-    def take(self, message: Message) -> NodeFrame | NodeGone | None:
+    def take(self, message: Message) -> NodeFrame | NodeNonsense | NodeGone | None:
         """Route a message; gives what only the dispatcher can handle, else None."""
         topics = self._topics
         if (node := topics.node_of_result(message.topic)) is not None:
@@ -95,9 +104,11 @@ class MessageRouter:
             self.telemetry.put(node, message)
         return None
 
-    def _take_frame(self, node: str, message: Message) -> NodeFrame | None:
+    def _take_frame(self, node: str, message: Message) -> NodeFrame | NodeNonsense | None:
         try:
             frame = frames.decode(message.payload, authenticator=self._authenticator(node))
+        except frames.ResultContentError as error:
+            return NodeNonsense(node, error.id, error.reason, str(error))
         except FrameError as error:
             self.dropped[error.reason] += 1
             return None

@@ -14,7 +14,7 @@ from bs_coordinator.dispatch.local_node import LocalNode
 from bs_coordinator.dispatch.output_guard import OutputGuard, largest_gain
 from bs_coordinator.dispatch.plan_requests import chosen_experts, plan_requests
 from bs_coordinator.dispatch.prober import Prober
-from bs_coordinator.dispatch.receiver import MessageRouter, NodeFrame, NodeGone
+from bs_coordinator.dispatch.receiver import MessageRouter, NodeFrame, NodeGone, NodeNonsense
 from bs_coordinator.dispatch.sender import RequestSender
 from bs_coordinator.dispatch.state_machine import (
     AnswerReceived,
@@ -28,6 +28,7 @@ from bs_coordinator.dispatch.state_machine import (
     LearnGain,
     MarkFailed,
     NodeLeft,
+    NonsenseReceived,
     Planned,
     Send,
     StopLocal,
@@ -39,7 +40,7 @@ from bs_coordinator.nodes.registry import LOCAL_NODE, NodeRegistry
 from common.clock import Clock
 from wire.errors import BrokerError
 from wire.experts import ExpertId
-from wire.frames import ErrorFrame, ResultFrame
+from wire.frames import ErrorFrame, RequestId, ResultFrame
 from wire.tensors import WireDtype
 from wire.transport import Message
 
@@ -262,15 +263,23 @@ class RequestLoop:
         """Hand a message to the layer that it concerns."""
         match self._router.take(message):
             case NodeFrame(node, frame):
-                for layer in self.open:
-                    sub = layer.find(frame.id)
-                    if sub is not None and sub.node == node:
-                        self._take_frame(layer, sub, frame, message)
-                        return
-                self._router.dropped["not awaited"] += 1
+                if found := self._find(node, frame.id):
+                    self._take_frame(*found, frame, message)
+            case NodeNonsense(node, id, reason, why):
+                if found := self._find(node, id):
+                    self._handle(found[0], NonsenseReceived(found[1], reason, why))
             case NodeGone(node):
                 for layer in self.open:
                     self._handle(layer, NodeLeft(node))
+
+    def _find(self, node: str, id: RequestId) -> tuple[LayerRequests, SubRequest] | None:
+        """The layer and the request to `node` with this id; None, counted, if there is none."""
+        for layer in self.open:
+            sub = layer.find(id)
+            if sub is not None and sub.node == node:
+                return layer, sub
+        self._router.dropped["not awaited"] += 1
+        return None
 
     def _take_frame(
         self, layer: LayerRequests, sub: SubRequest, frame: ResultFrame | ErrorFrame, message: Message
@@ -280,9 +289,12 @@ class RequestLoop:
             return
         rows = layer.rows(sub.request)
         if frame.layer != layer.layer or frame.output.shape != rows.shape:
-            self._router.dropped["wrong shape"] += 1
+            tokens, hidden = frame.output.shape
+            why = f"{tokens} × {hidden} values of layer {frame.layer} instead of {len(rows)} × {rows.shape[1]}"
+            self._handle(layer, NonsenseReceived(sub, "wrong shape", why))
         elif frame.dtype is not self._dtype:
-            self._router.dropped["wrong dtype"] += 1
+            why = f"values in {frame.dtype.name.lower()} instead of {self._dtype.name.lower()}"
+            self._handle(layer, NonsenseReceived(sub, "wrong dtype", why))
         else:
             gain = largest_gain(rows, frame.output)
             answer = NodeAnswer(frame.output, sub.record(frame, message))

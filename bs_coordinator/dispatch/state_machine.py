@@ -61,6 +61,18 @@ class ErrorReceived(NamedTuple):
     message: str
 
 
+class NonsenseReceived(NamedTuple):
+    """A node answered a sub-request with something that can't be its output.
+
+    Attributes:
+        reason: for the counter of dropped messages.
+    """
+
+    sub: SubRequest
+    reason: str
+    why: str
+
+
 class LocalFailed(NamedTuple):
     """The base station itself could not compute a sub-request."""
 
@@ -87,7 +99,9 @@ class ConnectionLost(NamedTuple):
     why: str
 
 
-Event = Planned | AnswerReceived | ErrorReceived | LocalFailed | NodeLeft | TimePassed | ConnectionLost
+Event = (
+    Planned | AnswerReceived | ErrorReceived | NonsenseReceived | LocalFailed | NodeLeft | TimePassed | ConnectionLost
+)
 
 
 class Send(NamedTuple):
@@ -156,6 +170,8 @@ def transition(layer: LayerRequests, event: Event, find_holders: FindHolders) ->
         return _time_passed(layer, event, find_holders)
     if isinstance(event, ErrorReceived):
         return _error_received(layer, event, find_holders)
+    if isinstance(event, NonsenseReceived):
+        return _nonsense(layer, event.sub, event.reason, event.why, find_holders)
     if isinstance(event, LocalFailed):
         return _local_failed(layer, event, find_holders)
     if isinstance(event, NodeLeft):
@@ -179,12 +195,7 @@ def _answer_received(layer: LayerRequests, event: AnswerReceived, find_holders: 
     if not _awaited(layer, sub):
         return [CountDropped("not awaited")]
     if not math.isfinite(event.gain) and np.isfinite(layer.rows(sub.request)).all():
-        why = f"node '{sub.node}' answered {layer.describe(sub)} with values too large to add up"
-        return [
-            CountDropped("absurd"),
-            MarkFailed(sub.node, why, quarantine=True),
-            *_fail(layer, sub, why, find_holders),
-        ]
+        return _nonsense(layer, sub, "absurd", "values too large to add up", find_holders)
     commands: list[Command] = []
     if event.suspicious:
         if sub.replacements or (commands := _reroute(layer, sub, find_holders)):
@@ -206,6 +217,17 @@ def _error_received(layer: LayerRequests, event: ErrorReceived, find_holders: Fi
     why = f"node '{sub.node}' refused {layer.describe(sub)}: {status}, {event.message}"
     quarantine = event.status is Status.NOT_FINITE
     return [MarkFailed(sub.node, why, quarantine), *_fail(layer, sub, why, find_holders)]
+
+
+def _nonsense(layer: LayerRequests, sub: SubRequest, reason: str, why: str, find_holders: FindHolders) -> list[Command]:
+    if not _awaited(layer, sub):
+        return [CountDropped("not awaited")]
+    why = f"node '{sub.node}' answered {layer.describe(sub)} with nonsense: {why}"
+    return [
+        CountDropped(reason),
+        MarkFailed(sub.node, why, quarantine=True),
+        *_fail(layer, sub, why, find_holders),
+    ]
 
 
 def _local_failed(layer: LayerRequests, event: LocalFailed, find_holders: FindHolders) -> list[Command]:

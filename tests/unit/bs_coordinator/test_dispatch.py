@@ -1,6 +1,8 @@
 """Dispatch without a network: who is asked for what, and which answers count."""
 
+import base64
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from bs_coordinator.dispatch.dispatcher import Dispatcher
 from bs_coordinator.dispatch.output_guard import LEARN_ROWS
 from bs_coordinator.dispatch.plan_requests import plan_requests
+from bs_coordinator.dispatch.readiness import prove_nodes
 from bs_coordinator.errors import DispatchError, ExpertsLostError, PlacementError
 from bs_coordinator.nodes.registry import NodeRegistry
 from common.clock import ManualClock
@@ -19,7 +22,7 @@ from wire import frames, status
 from wire.errors import BrokerError
 from wire.experts import ExpertId, parse_selector
 from wire.frames import ErrorFrame, NodeDurations, PingFrame, PongFrame, RequestId, ResultFrame, Status, WorkFrame
-from wire.manifest import Dims
+from wire.manifest import Dims, ExpertEntry, FileEntry
 from wire.status import DeviceFacts, Holding, NodeStatus
 from wire.tensors import Array, WireDtype
 from wire.topics import Topics
@@ -176,15 +179,13 @@ def test_strange_messages_are_counted_and_change_nothing() -> None:
         (TOPICS.results("a"), b"garbage"),
         (TOPICS.results("a"), stale),
         (TOPICS.results("b"), network.result(RequestId(session, last + 1), 0, ones)),  # b speaks for a
-        (TOPICS.results("a"), network.result(RequestId(session, last + 1), 1, ones)),  # another layer
-        (TOPICS.results("a"), network.result(RequestId(session, last + 1), 0, ones[:1, :4])),  # another shape
         (TOPICS.results("a"), stale[:20]),
         (TOPICS.status("a"), b"{"),
         (TOPICS.status("c"), b""),
         ("wdmoe/v1/test/results/a/b", b"?"),
     ]
     np.testing.assert_allclose(network.ask(GATE), EXPECTED)
-    assert {"length", "not awaited", "wrong shape", "status status"} <= set(network.dispatcher.dropped)
+    assert {"length", "not awaited", "status status"} <= set(network.dispatcher.dropped)
 
 
 def test_an_answer_counts_once() -> None:
@@ -386,16 +387,90 @@ def test_when_all_nodes_were_left_out_they_recover_while_nothing_is_asked() -> N
     np.testing.assert_allclose(network.ask(GATE), EXPECTED)
 
 
-def test_an_answer_in_another_dtype_than_the_request_does_not_count() -> None:
+def _nonsense(kind: str, id: RequestId, layer: int, shape: tuple[int, ...]) -> bytes:
+    output, dtype = np.ones(shape, np.float32), WireDtype.FP32
+    match kind:
+        case "another layer":
+            layer += 1
+        case "more rows":
+            output = np.ones((shape[0] + 1, shape[1]), np.float32)
+        case "another width":
+            output = output[:, :4]
+        case "another dtype":
+            dtype = WireDtype.FP16
+        case "NaN":
+            output = output * np.float32(np.nan)
+        case "infinity":
+            output = output * np.float32(np.inf)
+    return frames.encode(ResultFrame(id, layer, output, dtype, NodeDurations(1, 2, 3, 4)))
+
+
+@pytest.mark.parametrize("kind", ["another layer", "more rows", "another width", "another dtype", "NaN", "infinity"])
+@pytest.mark.parametrize("last_holder_s", [None, 0.4])
+def test_nonsense_is_rerouted_at_once_and_leaves_a_node_out_for_minutes_even_if_it_restarts(
+    kind: str, last_holder_s: float | None
+) -> None:
+    network = _Network(timeout_s=30.0, last_holder_s=last_holder_s, a="L*:E*", b="L*:E*")
+
+    def react(topic: str, payload: bytes) -> Iterable[tuple[str, bytes]]:
+        frame = frames.decode(payload)
+        if topic == TOPICS.work("a") and isinstance(frame, WorkFrame):
+            return [(TOPICS.results("a"), _nonsense(kind, frame.id, frame.layer, frame.hidden.shape))]
+        return network._react(topic, payload)
+
+    network.react = react
+    began_s = network.clock.monotonic_s()
+    np.testing.assert_allclose(network.ask(GATE), EXPECTED)
+    assert network.clock.monotonic_s() - began_s < 0.1
+    network.announce(_online("a", "L*:E*", boot="b1"))
+    network.dispatcher.pump(100.0)
+    assert not network.dispatcher.health.usable("a")
+    network.dispatcher.pump(600.0)
+    assert network.dispatcher.health.usable("a")
+
+
+def test_nonsense_for_a_request_that_is_not_awaited_changes_nothing() -> None:
     network = _Network(a="L*:E*")
     network.ask(GATE)
-    session, last, _ = network.ids[-1]
-    wrong = ResultFrame(
-        RequestId(session, last + 1), 0, np.full((3, 8), 99, np.float32), WireDtype.FP16, NodeDurations(1, 2, 3, 4)
-    )
-    network.extra = [(TOPICS.results("a"), frames.encode(wrong))]
+    stale = _nonsense("NaN", network.ids[-1], 0, (3, 8))
+    other = _nonsense("NaN", RequestId(1, 2), 0, (3, 8))
+    network.extra = [(TOPICS.results("a"), stale), (TOPICS.results("a"), other), (TOPICS.results("b"), other)]
     np.testing.assert_allclose(network.ask(GATE), EXPECTED)
-    assert network.dispatcher.dropped["wrong dtype"] == 1
+    assert network.dispatcher.health.usable("a")
+
+
+def _manifest() -> Any:
+    """What `prove_nodes` reads of a manifest; the nodes' expert e gives e + 1 everywhere."""
+
+    def output(expert: int) -> str:
+        return base64.b64encode(np.full(8, expert + 1, "<f2").tobytes()).decode()
+
+    entries = [
+        ExpertEntry(
+            layer=layer, expert=e, files=(FileEntry(path="x", bytes=1, sha256="0" * 64),), probe_output=output(e),
+            error=0.0, source_sha256="0" * 64,
+        )
+        for layer in range(2)
+        for e in range(4)
+    ]  # fmt: skip
+    return SimpleNamespace(dims=DIMS, experts=entries)
+
+
+@pytest.mark.parametrize("fault", ["mute", "deaf", "absurd"])
+def test_a_spare_node_that_fails_its_proof_is_left_out_and_an_only_holder_is_an_error(fault: str) -> None:
+    network = _Network(timeout_s=30.0, a="L*:E*", b="L*:E*")
+    getattr(network, fault).add("a")
+    assert list(prove_nodes(network.dispatcher, _manifest())) == ["b"]
+    assert not network.dispatcher.health.usable("a")
+    np.testing.assert_allclose(network.ask(GATE), EXPECTED)
+    network = _Network(timeout_s=30.0, a="L*:E0-1", b="L*:E*")
+    getattr(network, fault).add("b")
+    with pytest.raises(DispatchError, match="b"):
+        prove_nodes(network.dispatcher, _manifest())
+    network = _Network(timeout_s=30.0, a="L*:E*", b="L*:E*")
+    getattr(network, fault).update("ab")
+    with pytest.raises(DispatchError, match="b"):
+        prove_nodes(network.dispatcher, _manifest())
 
 
 def test_values_too_large_to_add_up_are_refused_from_the_first_answer_on() -> None:
