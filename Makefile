@@ -11,7 +11,7 @@ PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 
 help:
 	@echo "make demo   set everything up, build the demo model and bundle, answer three questions over MQTT"
-	@echo "make test   set everything up and run the tests, but for those that take minutes: make test-slow"
+	@echo "make test   set everything up and run the quick tests (make test-slow: the others)"
 	@echo "make check  formatting, lint, types and import rules"
 	@echo "make bench  benchmarks: a table, and JSON with raw samples under runs/"
 	@echo "make reproduce DATA=folder  the tables of policies in docs/results.md, as root, in half an hour"

@@ -101,9 +101,9 @@ class RequestId(NamedTuple):
     """Identifies a request, and in a reply the request that it answers.
 
     Attributes:
-        session: random 64-bit number of one coordinator process.
+        session: random 64-bit number of one base station process.
         request: counts up within a session.
-        attempt: 0 for the first try; a repetition has the same `request`, so that answers are idempotent.
+        attempt: always 0 in this version; reserved for repetitions of a request.
     """
 
     session: int

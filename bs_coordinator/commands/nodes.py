@@ -23,7 +23,7 @@ def nodes(config: ClusterConfig) -> None:
             dispatcher.pump(_TELEMETRY_S)
         latest = dispatcher.telemetry.latest()
     table = compact_table()
-    for column in ("node", "host", "experts", "quantisation", "experts'\nRAM", "free\nRAM", "device", "now"):
+    for column in ("node", "host", "experts", "quantisation", "experts'\nRAM", "free\nRAM", "device", "telemetry"):
         figures = column.endswith("RAM")
         table.add_column(
             column, justify="right" if figures else "left", no_wrap=figures or column == "quantisation", overflow="fold"

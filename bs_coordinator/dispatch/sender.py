@@ -18,7 +18,7 @@ _OVERDUE_FACTOR = 4.0
 _GRACE_S = 0.3
 """A request is overdue after `_OVERDUE_FACTOR` times its predicted time plus this, enough for a retransmission."""
 _KNOWN_REQUESTS = 8
-"""Requests that a node must have answered before deadlines are derived from its predictions."""
+"""Requests that a node must have answered before predictions decide when its requests are overdue."""
 _FIRST_PATIENCE_S = 2.0
 """How long, plus `_OVERDUE_FACTOR` squared times the predicted time, until a request to a node that is not known yet
 goes to another holder as well. Where there is none, the node has the layer's whole time: it may only be slow."""

@@ -92,21 +92,21 @@ class Scheduler:
                 break
             try:
                 if answer.decoding:
-                    piece = answer.next_input(sequences=len(decoding))
+                    inputs = answer.next_input(sequences=len(decoding))
                 else:
-                    piece = answer.next_input(prefill_tokens=budget)
-                    budget -= len(piece.ids)
+                    inputs = answer.next_input(prefill_tokens=budget)
+                    budget -= len(inputs.ids)
             except Exception as error:  # noqa: BLE001 - libraries raise anything
                 failed.append(Progress(answer, [], _as_answer_error(error)))
                 continue
-            chosen.append((answer, piece))
+            chosen.append((answer, inputs))
         return chosen
 
     def _run(self, chosen: Sequence[tuple[GeneratedAnswer, SequenceInput]]) -> list[Progress]:
         """Step the chosen answers together, or each alone if that fails."""
         answers = [answer for answer, _ in chosen]
         try:
-            logits, record = self._model.step([piece for _, piece in chosen])
+            logits, record = self._model.step([inputs for _, inputs in chosen])
         except Exception as error:  # noqa: BLE001 - libraries raise anything
             if len(answers) == 1:
                 return [Progress(answers[0], [], _as_answer_error(error))]

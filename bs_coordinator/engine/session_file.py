@@ -1,4 +1,4 @@
-"""An unfinished answer on disk: a coordinator that was killed continues it with the same tokens.
+"""An unfinished answer on disk: a base station that was killed continues it with the same tokens.
 
 JSON lines: first the question and its settings, then one line per token. An incomplete last line is ignored.
 """

@@ -86,7 +86,7 @@ class LayerRecord:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One forward step: pieces of prompts (prefill), or one token per sequence and its draft tokens (decode).
+    """One forward step: chunks of prompts (prefill), or one token per sequence and its draft tokens (decode).
 
     Attributes:
         phase: prefill or decode.

@@ -1,4 +1,4 @@
-"""Reslots slow experts by similar ones, or skips them, where the saved time outweighs the error."""
+"""Replaces slow experts with similar ones, or skips them, where the saved time outweighs the error."""
 
 from typing import Annotated
 
@@ -60,9 +60,8 @@ class Similar(Struct, frozen=True, forbid_unknown_fields=True):
         for i in range(k):
             error += (share[:, i, None] * difference[slots[:, i]])[:, ways[:, i]]
         error[error > self.budget] = np.inf
-        top = (
-            slots @ (experts + 1) ** np.arange(k)[::-1]
-        )  # nothing replaced: `ways` are ordered like numbers with these digits
+        # Nothing replaced: `ways` are ordered like numbers with the experts as digits.
+        top = slots @ (experts + 1) ** np.arange(k)[::-1]
         chosen = ways[choose_plans(plans, error, top, self.price, forecast)]
         changed = np.zeros((tokens, experts + 1), np.float32)
         for i in range(k):

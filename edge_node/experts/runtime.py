@@ -259,7 +259,8 @@ class ExpertRuntime:
             kind = ProbeError if self._provider == "cpu" else ProviderError
             raise kind(
                 f"expert {entry.id} computes something else here than where it was exported: relative error "
-                f"{error:.2g} on the probe input, {tolerance:.2g} allowed; try another --quant for this CPU"
+                f"{error:.2g} on the probe input, {tolerance:.2g} allowed; export the bundle again with another "
+                "--quant (wdmoe-export bundle)"
             )
 
 

@@ -8,13 +8,13 @@ from testbed.fleet.ansible import Inventory
 from testbed.fleet.files import needed_files
 from testbed.keys.authority import hosts_of
 from testbed.keys.folder import KeyFolder, create
+from testbed.keys.validity import CERTIFICATE_DAYS
 from wire.errors import SignatureError
 from wire.experts import ExpertId, parse_selector
 from wire.manifest import MANIFEST_NAME, load_manifest
 from wire.signature import check_signature, sign
 
 BROKER_FOLDER = PurePosixPath("/etc/mosquitto/wdmoe")
-_CERTIFICATE_DAYS = 365.0
 
 
 def prepare_keys(inventory: Inventory, *, check: bool = False) -> list[str]:
@@ -37,7 +37,7 @@ def prepare_keys(inventory: Inventory, *, check: bool = False) -> list[str]:
     if not folder.exists():
         create(
             folder, cluster=inventory.cluster, hosts=[address], nodes=inventory.nodes,
-            days=_CERTIFICATE_DAYS, port=inventory.broker_port(),
+            days=CERTIFICATE_DAYS, port=inventory.broker_port(),
             broker_folder=BROKER_FOLDER,
         )  # fmt: skip
         return [f"made keys of a new cluster in {folder}: keep this folder, no other can add devices to the cluster"]
@@ -51,7 +51,7 @@ def prepare_keys(inventory: Inventory, *, check: bool = False) -> list[str]:
     new = [node for node in inventory.nodes if node not in keys.nodes]
     if new and check:
         return [f"would make keys for {', '.join(new)} in {folder}"]
-    keys.add(new, days=_CERTIFICATE_DAYS)
+    keys.add(new, days=CERTIFICATE_DAYS)
     return [f"made keys for {', '.join(new)} in {folder}"] if new else []
 
 

@@ -5,12 +5,13 @@ from pathlib import Path, PurePosixPath
 
 import click
 
+from testbed.keys.validity import AUTHORITY_DAYS, CERTIFICATE_DAYS, RENEWAL_DAYS
+
 _FOLDER = click.argument("folder", type=click.Path(path_type=Path))
 _DAYS = click.option(
-    "--days", type=click.FloatRange(0, 3650, min_open=True), default=365.0, show_default=True,
+    "--days", type=click.FloatRange(0, AUTHORITY_DAYS, min_open=True), default=CERTIFICATE_DAYS, show_default=True,
     help="Validity of certificates, in days.",
 )  # fmt: skip
-_SOON_DAYS = 30
 
 
 def register(cli: click.Group) -> None:
@@ -99,7 +100,7 @@ def list_(folder: Path) -> None:
     now = datetime.now(UTC)
     for name, until in KeyFolder(folder).expiries():
         left = (until - now).days
-        note = "  EXPIRED" if until <= now else f"  in {left} days" + ("  renew soon" if left < _SOON_DAYS else "")
+        note = "  EXPIRED" if until <= now else f"  in {left} days" + ("  renew soon" if left < RENEWAL_DAYS else "")
         click.echo(f"{name:20} {until:%Y-%m-%d %H:%M} UTC{note}")
 
 

@@ -32,12 +32,12 @@ from common.names import check_host
 from common.private_files import read_private
 from testbed.keys.authority import Authority, Issued, expiry, hosts_of, new_authority
 from testbed.keys.mosquitto import BASE_STATION, access_list, configuration
+from testbed.keys.validity import AUTHORITY_DAYS
 from wire.frame_auth import KEY_BYTES, ClusterKey, cluster_key_line, node_key_line
 from wire.topics import check_name
 
 BROKER = "broker"
 FRAMES = "frames"
-AUTHORITY_DAYS = 3650
 _RESERVED = (BASE_STATION, BROKER, FRAMES)
 
 

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Literal
 
 from bs_coordinator.nodes.clock_offsets import Offset
+from testbed.keys.validity import RENEWAL_DAYS
 from testbed.plan.limits import RunLimits
 from wire.status import NodeStatus
 from wire.telemetry import Telemetry, Wifi
@@ -22,7 +23,6 @@ _EARLY = 0.1
 _SLOW_SHARE = 0.4
 """Share of the median link's rate below which there is a warning."""
 _NEARLY_HOT_CELSIUS = 10.0
-_SOON_DAYS = 30
 _WEAK_DBM = -75
 _RETRIES = 0.3
 _LEAST_PACKETS = 200
@@ -175,7 +175,7 @@ def certificate(until: datetime | None, now: datetime) -> tuple[Level, str]:
     text = f"valid until {until:%Y-%m-%d}"
     if days <= 0:
         return "fail", f"expired on {until:%Y-%m-%d}: 'wdmoe-testbed keys rotate' makes a new one"
-    return ("warn", f"{text}, {days:.0f} days: 'wdmoe-testbed keys rotate'") if days < _SOON_DAYS else ("pass", text)
+    return ("warn", f"{text}, {days:.0f} days: 'wdmoe-testbed keys rotate'") if days < RENEWAL_DAYS else ("pass", text)
 
 
 def _memory(available_bytes: int | None) -> tuple[Level, str]:

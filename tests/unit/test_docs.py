@@ -17,12 +17,18 @@ from wire import __version__
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 DOCUMENTS = sorted(chain(ROOT.glob("*.md"), ROOT.glob("docs/*.md"), ROOT.glob("models/*/*.md")))
+SETTINGS = [
+    *(ROOT / name for name in ("Makefile", "pyproject.toml", ".ci/run")),
+    *sorted(path for end in ("yaml", "yml", "j2") for path in ROOT.glob(f"testbed/**/*.{end}")),
+    *sorted(ROOT.glob(".github/**/*.yml")),
+]
+"""Files other than documents that name files, in comments or commands."""
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
 COMMANDS: dict[str, click.Command] = {
     name: importlib.import_module(target.partition(":")[0]).cli for name, target in SCRIPTS.items()
 }
 PRODUCT = ("bs_coordinator", "common", "edge_node", "exporter", "testbed", "wire")
-TOP_LEVEL = {path.name for path in ROOT.iterdir() if path.is_dir()}
+TOP_LEVEL = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
 MADE_BY_RUNS = ("runs", "keys", "build", "dist")
 PRINTED_BY_OTHERS = ("Connection refused", "certificate is not yet valid", "Failed to connect to the host via ssh")
 """Parts of messages that come from the operating system, OpenSSL and Ansible."""
@@ -60,6 +66,13 @@ def test_paths_in_backticks_exist(document: Path) -> None:
             continue
         if text.split("/")[0] in TOP_LEVEL - set(MADE_BY_RUNS):
             assert any(matches(text)), f"{text}: no such path"
+
+
+@pytest.mark.parametrize("file", SETTINGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_paths_in_settings_exist(file: Path) -> None:
+    folders = "|".join(map(re.escape, sorted(TOP_LEVEL - set(MADE_BY_RUNS))))
+    for text in re.findall(rf"(?<![\w./-])(?:{folders})/[\w./*-]*", file.read_text(encoding="utf-8")):
+        assert any(matches(text.rstrip("."))), f"{text}: no such path"
 
 
 def matches(pattern: str) -> Iterator[Path]:

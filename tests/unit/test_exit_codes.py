@@ -1,4 +1,4 @@
-"""Each error has an exit code of its own, and docs/exit-codes.md lists exactly these."""
+"""Each kind of error has its own exit code, and docs/exit-codes.md lists exactly these."""
 
 import importlib
 import re
@@ -41,7 +41,7 @@ def test_no_two_errors_share_a_code_but_those_that_mean_the_same_to_a_user() -> 
     assert not {0, 2, 70, 130, 141} & set(codes)  # success, click, defects, Ctrl-C, a closed pipe
 
 
-def test_errors_are_defined_in_the_errors_module_of_their_room() -> None:
+def test_errors_are_defined_in_the_errors_module_of_their_package() -> None:
     elsewhere = [
         f"{path.relative_to(ROOT)}: {name}"
         for package in PACKAGES

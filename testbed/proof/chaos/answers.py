@@ -91,7 +91,7 @@ def make_answer(
                 count, changed = found, now
             for fault in [f for f in waiting if count >= f.after_tokens]:
                 waiting.remove(fault)
-                if fault.kind == "coordinator":
+                if fault.kind == "base-station":
                     process.kill()
                     process.wait()
                     process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log)

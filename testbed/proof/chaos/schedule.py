@@ -8,7 +8,7 @@ from msgspec import Struct
 
 Kind = Literal[
     "none", "kill", "stop", "broker", "blackhole", "loss", "slow", "clock", "noise", "flood", "strangers", "disk",
-    "coordinator",
+    "base-station",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
 LINK_KINDS: tuple[Kind, ...] = ("blackhole", "loss", "slow")

@@ -42,14 +42,14 @@ def test_the_network_has_a_profile_for_every_link_fault(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs("mosquitto")
 def test_a_short_run_on_localhost(run_process: Run, tmp_path: Path) -> None:
-    faults = [word for kind in ("kill", "broker", "noise", "coordinator", "disk") for word in ("--fault", kind)]
+    faults = [word for kind in ("kill", "broker", "noise", "base-station", "disk") for word in ("--fault", kind)]
     done = run_process(
         "testbed", "chaos", "--localhost", "--answers", 5, "--nodes", 4, "--tokens", 48, *faults, "--out", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     answers = json.loads((tmp_path / "chaos.json").read_text())["answers"]
     assert {fault["kind"] for answer in answers for fault in answer["faults"]} == {
-        "kill", "broker", "noise", "coordinator", "disk",
+        "kill", "broker", "noise", "base-station", "disk",
     }  # fmt: skip
     assert {answer["outcome"] for answer in answers} <= {"right", "degraded", "failed"}
     assert sum(answer["resumed"] for answer in answers) >= 1

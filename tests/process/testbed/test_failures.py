@@ -1,4 +1,4 @@
-"""What goes wrong, as a user meets it: one clear line, an exit code of its own, no hang, no traceback."""
+"""What goes wrong, as a user meets it: one clear line, the right exit code, no hang, no traceback."""
 
 import contextlib
 import os

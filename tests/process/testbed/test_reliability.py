@@ -131,7 +131,7 @@ def test_a_broker_restart_in_mid_answer(restartable: tuple[LocalNodes, ExitStack
     fleet.check()
 
 
-def test_a_killed_coordinator_goes_on_where_it_ended(pairs: LocalNodes, tmp_path: Path) -> None:
+def test_a_killed_base_station_continues_where_it_ended(pairs: LocalNodes, tmp_path: Path) -> None:
     session = tmp_path / "answer.session"
     sampled = ("--temperature", 1.0, "--seed", 3, "--session")
     whole = subprocess.run(_argv(pairs, *sampled, tmp_path / "whole"), capture_output=True, text=True, check=True)
