@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from bs_coordinator.broker.processes import configured_broker
 from bs_coordinator.config import BaseStationConfig, ResidentConfig
 from bs_coordinator.dispatch.dispatcher import Dispatcher
+from bs_coordinator.dispatch.output_guard import probe_gains
 from bs_coordinator.dispatch.readiness import measure_broker, prove_nodes, try_local_experts, wait_for_experts
 from bs_coordinator.engine.model import DistributedMixtral
 from bs_coordinator.engine.sequence import Sequence
@@ -175,6 +176,7 @@ def _connect(
             broker_sockets=sockets.take,
             cluster_key=client.cluster_key,
             local_experts=residents,
+            probe_gains=probe_gains(manifest),
         )
         stack.callback(dispatcher.close)
         yield dispatcher, residents

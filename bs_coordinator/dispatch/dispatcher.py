@@ -15,6 +15,7 @@ from bs_coordinator.dispatch.holders import Holders
 from bs_coordinator.dispatch.join_watch import JoinWatch
 from bs_coordinator.dispatch.layer_requests import LayerLimits, LayerRequests, NodeAnswer, SubRequest
 from bs_coordinator.dispatch.local_node import LocalExperts, LocalNode
+from bs_coordinator.dispatch.output_guard import OutputGuard
 from bs_coordinator.dispatch.probe_gate import ProbeGate
 from bs_coordinator.dispatch.prober import Prober
 from bs_coordinator.dispatch.receiver import MessageRouter
@@ -101,6 +102,7 @@ class Dispatcher:
         broker_sockets: Callable[[], Mapping[str, SocketFacts]] = _no_facts,
         cluster_key: ClusterKey | None = None,
         local_experts: LocalExperts | None = None,
+        probe_gains: Sequence[float] | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         """Subscribe to status, results and telemetry.
@@ -114,6 +116,9 @@ class Dispatcher:
             broker_sockets: gives new facts about the broker's connections to its clients, by the clients' endpoints.
             cluster_key: frames are authenticated with it, and frames that are not are dropped.
             local_experts: experts that the base station computes itself.
+            probe_gains: by layer, the largest gain of the manifest's probes, by which answers are judged
+                (`output_guard.probe_gains`); None if there is no manifest, and then each layer's first answer is
+                believed.
             clock: what every deadline and duration is read from.
         """
         self.registry = registry
@@ -161,6 +166,7 @@ class Dispatcher:
             local=self.local,
             recover=self._reconnector.recover,
             prober=self._prober,
+            guard=OutputGuard(probe_gains or [0.0] * registry.dims.layers),
             dtype=dtype,
             clock=clock,
         )

@@ -69,10 +69,15 @@ class Sent(NamedTuple):
 
 
 class NodeAnswer(NamedTuple):
-    """What a node computed, float32 [rows, hidden], and what that took."""
+    """What a node computed, float32 [rows, hidden], and what that took.
+
+    Attributes:
+        excess: how large it is relative to the manifest's probes, see `OutputGuard.excess`; 0 if that is not known.
+    """
 
     output: Array
     record: DispatchRecord
+    excess: float = 0.0
 
 
 @dataclass(slots=True, eq=False)

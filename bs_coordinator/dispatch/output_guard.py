@@ -5,34 +5,64 @@ than for any other token. So a suspicious answer is compared with another holder
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
+from wire.manifest import Manifest, decode_probe_output, probe_input
 from wire.tensors import Array
 
-LEARN_ROWS = 32
-"""Rows of a layer to see before any is suspicious."""
 FACTOR = 20.0
-"""A gain this many times the largest one seen is suspicious."""
+"""A gain this many times the largest one that is known to be right is suspicious."""
+ABSURD_FACTOR = 1e5
+"""A gain this many times that of the manifest's probes is no answer, even if no other node can be asked."""
 AGREEMENT = 0.3
 """Relative difference up to which two answers count as the same: int4 and int8 of one expert differ by 0.15."""
 
 
 class OutputGuard:
-    """Learns, per layer, the largest gain ‖y‖ / ‖x‖ of a row x and its experts' weighted sum y."""
+    """Knows, per layer, the largest gain ‖y‖ / ‖x‖ of a row x and its experts' weighted sum y.
 
-    def __init__(self, layers: int) -> None:
-        self._largest = [0.0] * layers
-        self._rows = [0] * layers
+    It begins with the gains of the manifest's probes, not with what nodes answer: a node that lies from the start must
+    not set the measure for itself.
+    """
+
+    def __init__(self, probe_gains: Sequence[float]) -> None:
+        """Nothing is learnt yet.
+
+        Args:
+            probe_gains: by layer, the largest gain of the manifest's probes; 0 where it is not known, and then the
+                first answer is believed.
+        """
+        self._probes = list(probe_gains)
+        self._largest = list(probe_gains)
 
     def suspects(self, layer: int, gain: float) -> bool:
-        """Whether an answer's largest gain is too large to be believed; False until enough rows were seen."""
-        return self._rows[layer] >= LEARN_ROWS and gain > FACTOR * self._largest[layer]
+        """Whether an answer's largest gain is so large that another holder should be asked."""
+        return gain > FACTOR * self._largest[layer] > 0
 
-    def learn(self, layer: int, rows: int, gain: float) -> None:
-        """Take in the largest gain of an answer of `rows` rows that was right."""
-        self._rows[layer] += rows
+    def absurd(self, layer: int, gain: float) -> bool:
+        """Whether an answer's largest gain is so large that it is no answer."""
+        return gain > ABSURD_FACTOR * self._probes[layer] > 0
+
+    def excess(self, layer: int, gain: float) -> float:
+        """A gain relative to that of the manifest's probes; 0 if that is not known."""
+        return gain / self._probes[layer] if self._probes[layer] else 0.0
+
+    def learn(self, layer: int, gain: float) -> None:
+        """Take in the largest gain of an answer that was right."""
         self._largest[layer] = max(self._largest[layer], gain)
+
+
+def probe_gains(manifest: Manifest) -> list[float]:
+    """By layer, the largest ‖y‖ / ‖x‖ of an expert's probe output y and the probe input x."""
+    hidden = manifest.dims.hidden
+    size = float(np.linalg.norm(probe_input(hidden)))
+    gains = [0.0] * manifest.dims.layers
+    for entry in manifest.experts:
+        gain = float(np.linalg.norm(decode_probe_output(entry.probe_output, hidden))) / size
+        gains[entry.layer] = max(gains[entry.layer], gain)
+    return gains
 
 
 def largest_gain(x: Array, y: Array) -> float:

@@ -73,6 +73,7 @@ class RequestLoop:
         local: LocalNode | None,
         recover: Callable[[BrokerError], None],
         prober: Prober,
+        guard: OutputGuard,
         dtype: WireDtype,
         clock: Clock,
     ) -> None:
@@ -82,6 +83,7 @@ class RequestLoop:
             local: computes what is asked of the base station itself.
             recover: replaces a lost connection, or raises.
             prober: pings nodes that are left out or silent.
+            guard: judges how large answers are.
             dtype: of requests on the wire, and so of answers.
         """
         self.open: list[LayerRequests] = []
@@ -95,7 +97,7 @@ class RequestLoop:
         self._prober = prober
         self._dtype = dtype
         self._clock = clock
-        self._guard = OutputGuard(registry.dims.layers)
+        self._guard = guard
         self._polled_s = self._heard_s = self._now_s()
 
     def begin(self, layer: LayerRequests) -> None:
@@ -297,8 +299,9 @@ class RequestLoop:
             self._handle(layer, NonsenseReceived(sub, "wrong dtype", why))
         else:
             gain = largest_gain(rows, frame.output)
-            answer = NodeAnswer(frame.output, sub.record(frame, message))
-            self._handle(layer, AnswerReceived(sub, answer, gain, self._guard.suspects(layer.layer, gain)))
+            answer = NodeAnswer(frame.output, sub.record(frame, message), self._guard.excess(layer.layer, gain))
+            suspicious, absurd = self._guard.suspects(layer.layer, gain), self._guard.absurd(layer.layer, gain)
+            self._handle(layer, AnswerReceived(sub, answer, gain, suspicious, absurd))
 
     def _handle(self, layer: LayerRequests, event: Event) -> None:
         for command in transition(layer, event, self._holders.others):
@@ -306,8 +309,8 @@ class RequestLoop:
 
     def _execute(self, layer: LayerRequests, command: Command) -> None:
         match command:
-            case LearnGain(rows, gain):
-                self._guard.learn(layer.layer, rows, gain)
+            case LearnGain(gain):
+                self._guard.learn(layer.layer, gain)
             case Send(sub_requests):
                 self._send(layer, sub_requests)
             case MarkFailed(node, why, quarantine):

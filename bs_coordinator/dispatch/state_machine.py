@@ -44,13 +44,15 @@ class AnswerReceived(NamedTuple):
     Attributes:
         answer: its output has the sub-request's shape.
         gain: the largest ‖output‖ / ‖input‖ of a row, see `largest_gain`.
-        suspicious: `gain` is far above what was learnt, see `OutputGuard`.
+        suspicious: `gain` is far above what is known to be right, see `OutputGuard`.
+        absurd: `gain` is so large that this is no answer.
     """
 
     sub: SubRequest
     answer: NodeAnswer
     gain: float
     suspicious: bool
+    absurd: bool = False
 
 
 class ErrorReceived(NamedTuple):
@@ -130,9 +132,8 @@ class CheckNetwork(NamedTuple):
 
 
 class LearnGain(NamedTuple):
-    """An answer of this many rows was right, and its largest gain was this."""
+    """An answer was right, and its largest gain was this."""
 
-    rows: int
     gain: float
 
 
@@ -191,11 +192,13 @@ def _planned(layer: LayerRequests, event: Planned) -> list[Command]:
 
 
 def _answer_received(layer: LayerRequests, event: AnswerReceived, find_holders: FindHolders) -> list[Command]:
-    sub, output = event.sub, event.answer.output
+    sub = event.sub
     if not _awaited(layer, sub):
         return [CountDropped("not awaited")]
     if not math.isfinite(event.gain) and np.isfinite(layer.rows(sub.request)).all():
         return _nonsense(layer, sub, "absurd", "values too large to add up", find_holders)
+    if event.absurd:
+        return _nonsense(layer, sub, "absurd", "absurdly large values", find_holders)
     commands: list[Command] = []
     if event.suspicious:
         if sub.replacements or (commands := _reroute(layer, sub, find_holders)):
@@ -203,7 +206,7 @@ def _answer_received(layer: LayerRequests, event: AnswerReceived, find_holders: 
             layer.suspects.append(sub)
             return commands
     else:
-        commands.append(LearnGain(len(output), event.gain))
+        commands.append(LearnGain(event.gain))
     # Without another holder to compare with, a large answer is taken as it is, and nothing is learnt from it.
     sub.state, sub.answer = State.ANSWERED, event.answer
     return commands + _verdicts(layer)
@@ -364,6 +367,11 @@ def _verdict(layer: LayerRequests, sub: SubRequest) -> list[Command]:
         others[other.request.rows] += answer.output
     rows = sub.request.rows
     if agree(sub.answer.output, others[rows]):
-        return [LearnGain(len(rows), largest_gain(layer.rows(sub.request), sub.answer.output))]
-    why = f"node '{sub.node}' answered {layer.describe(sub)} with absurdly large values"
-    return [CountDropped("absurd"), MarkFailed(sub.node, why, quarantine=True)]
+        return [LearnGain(largest_gain(layer.rows(sub.request), sub.answer.output))]
+    liar = sub
+    largest, answer = max(sub.answers(), key=lambda found: float(np.linalg.norm(found[1].output)))
+    if largest.node != LOCAL_NODE and np.linalg.norm(answer.output) > np.linalg.norm(sub.answer.output):
+        # Large, but right for all that is known: the other one's is larger still.
+        liar, sub.state = largest, State.ANSWERED
+    why = f"node '{liar.node}' answered {layer.describe(liar)} with absurdly large values"
+    return [CountDropped("absurd"), MarkFailed(liar.node, why, quarantine=True)]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bs_coordinator.dispatch.dispatcher import Dispatcher
-from bs_coordinator.dispatch.output_guard import LEARN_ROWS
+from bs_coordinator.dispatch.output_guard import probe_gains
 from bs_coordinator.dispatch.plan_requests import plan_requests
 from bs_coordinator.dispatch.readiness import prove_nodes
 from bs_coordinator.errors import DispatchError, ExpertsLostError, PlacementError
@@ -102,7 +102,10 @@ def test_a_node_with_another_model_is_ignored_and_named() -> None:
 class _Network:
     """Nodes that answer each token with gate weight × (expert index + 1), except as set by the attributes below."""
 
-    def __init__(self, *, timeout_s: float = 0.2, last_holder_s: float | None = None, **experts_by_node: str) -> None:
+    def __init__(
+        self, *, timeout_s: float = 0.2, last_holder_s: float | None = None, probes: bool = False,
+        **experts_by_node: str,
+    ) -> None:  # fmt: skip
         self.clock = ManualClock()
         self.broker = MemoryBroker(clock=self.clock, latency_s=0.001)
         self.broker.handle("#", self._forward)
@@ -118,7 +121,7 @@ class _Network:
         self.dispatcher = Dispatcher(
             self.broker.connect(self.broker.address, "bs"), TOPICS, NodeRegistry(DIMS, "m"),
             dtype=WireDtype.FP32, timeout_s=timeout_s,
-            last_holder_s=last_holder_s, clock=self.clock,
+            last_holder_s=last_holder_s, probe_gains=probe_gains(_manifest()) if probes else None, clock=self.clock,
         )  # fmt: skip
         for node, experts in experts_by_node.items():
             self.announce(_online(node, experts))
@@ -317,8 +320,7 @@ def test_a_node_that_recovers_is_proven_by_a_ping_and_used_again() -> None:
 @pytest.mark.parametrize("copies", [1, 2])
 def test_absurd_answers_put_a_node_into_quarantine(copies: int) -> None:
     network = _experienced(a="L*:E0-3", b="L*:E0-3")
-    for _ in range(LEARN_ROWS):
-        network.ask(GATE)
+    network.ask(GATE)
     liar = network.asked[-1][0]
     network.absurd, network.copies = {liar}, copies
     np.testing.assert_allclose(network.ask(GATE), EXPECTED)
@@ -326,10 +328,50 @@ def test_absurd_answers_put_a_node_into_quarantine(copies: int) -> None:
     assert not network.dispatcher.health.usable(liar)
 
 
+@pytest.mark.parametrize("factor", [1e3, 1e6, 1e12, 1e30])
+@pytest.mark.parametrize("liar", ["a", "b"])
+def test_absurd_answers_from_the_start_are_found_beside_honest_replicas(factor: float, liar: str) -> None:
+    network = _Network(timeout_s=30.0, probes=True, a="L*:E*", b="L*:E*")
+    network.absurd, network.factor = {liar}, factor
+    for _ in range(5):
+        np.testing.assert_allclose(network.ask(GATE), EXPECTED)
+    assert not network.dispatcher.health.usable(liar)
+    assert network.dispatcher.health.usable("ab".replace(liar, ""))
+
+
+@pytest.mark.parametrize("last_holder_s", [None, 0.4])
+def test_an_absurd_answer_of_the_only_holder_is_an_error_and_no_answer(last_holder_s: float | None) -> None:
+    network = _Network(timeout_s=30.0, last_holder_s=last_holder_s, probes=True, a="L*:E*")
+    network.absurd = {"a"}
+    with pytest.raises(ExpertsLostError, match="'a' answered L0:E0-3 with nonsense: absurdly large values"):
+        network.ask(GATE)
+
+
+def test_large_answers_of_the_only_holder_are_believed() -> None:
+    network = _Network(timeout_s=30.0, probes=True, a="L*:E*")
+    network.absurd, network.factor = {"a"}, 400.0
+    np.testing.assert_allclose(network.ask(GATE), 400 * EXPECTED)
+    assert network.dispatcher.health.usable("a")
+
+
+def test_of_two_large_answers_that_differ_the_smaller_counts() -> None:
+    network = _Network(timeout_s=30.0, probes=True, a="L*:E*", b="L*:E*")
+    factors = {"a": 400.0, "b": 9e4}  # whichever is asked first
+
+    def react(topic: str, payload: bytes) -> Iterable[tuple[str, bytes]]:
+        node = topic.split("/")[4]
+        network.absurd, network.factor = {node}, factors.get(node, 1.0)
+        return network._react(topic, payload)
+
+    network.react = react
+    np.testing.assert_allclose(network.ask(GATE), 400 * EXPECTED)
+    assert network.dispatcher.health.usable("a")
+    assert not network.dispatcher.health.usable("b")
+
+
 def test_large_answers_that_two_nodes_agree_on_are_believed_and_learnt() -> None:
     network = _experienced(a="L*:E0-3", b="L*:E0-3")
-    for _ in range(LEARN_ROWS):
-        network.ask(GATE)
+    network.ask(GATE)
     network.absurd = {"a", "b"}
     for asked in (4, 2):  # two experts; the second time nobody else is asked for them
         network.asked.clear()
