@@ -1,13 +1,39 @@
 """Reading JSON Lines files, which may end in a line that a crash cut off."""
 
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 MAX_LINE_BYTES = 16 << 20
 """Longest line that is read into memory."""
 T = TypeVar("T")
+
+
+def strict_json(line: bytes) -> Any:
+    """The JSON value in a line, as `json.loads`.
+
+    Raises:
+        ValueError: not JSON, too deep, a key is given twice, or a number is infinite or none.
+    """
+    try:
+        return json.loads(line, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:80]!r} is given twice")
+    return found
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not a number in JSON")
 
 
 class JsonLinesError(ValueError):

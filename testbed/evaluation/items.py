@@ -8,12 +8,12 @@ choice, and `domain` and `text` for perplexity.
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 import numpy as np
 import torch
-from msgspec import Struct
+from msgspec import Meta, Struct
 from torch import Tensor
 
 from bs_coordinator.engine.model import DistributedMixtral
@@ -23,7 +23,7 @@ from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import SequenceInput
 from bs_coordinator.trunk.trunk import Packing
 from common.errors import WdmoeError
-from common.jsonl import JsonLinesError, read_json_lines
+from common.jsonl import JsonLinesError, read_json_lines, strict_json
 from wire.tensors import Array
 
 _BATCH_ITEMS = 16
@@ -48,8 +48,12 @@ class ChoiceItem(Struct, frozen=True):
     """One question with several answers; `choices[label]` is the right one."""
 
     question: str
-    choices: list[str]
+    choices: Annotated[list[str], Meta(min_length=1)]
     label: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label < len(self.choices):
+            raise ValueError(f"label {self.label} is none of the {len(self.choices)} choices, which count from 0")
 
 
 class DomainText(Struct, frozen=True):
@@ -66,7 +70,7 @@ def read_items(path: Path, kind: type[T], count: int | None = None) -> list[T]:
         WdmoeError: the file is missing, or a line is not an item of this kind.
     """
     try:
-        return list(islice(read_json_lines(path, msgspec.json.Decoder(kind).decode), count))
+        return list(islice(read_json_lines(path, lambda line: msgspec.convert(strict_json(line), kind)), count))
     except FileNotFoundError:
         raise WdmoeError(f"evaluation data {path} is missing: docs/measurement.md describes its format") from None
     except JsonLinesError as error:

@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from common.names import check_host
 from testbed.errors import FleetError
+from testbed.yaml_files import check_yaml
 from wire.topics import check_name
 
 PLAYBOOKS = Path(__file__).parent / "playbooks"
@@ -23,6 +24,7 @@ _ROOT = str(Path(__file__).parents[2])
 _LIST_S = 60.0
 _DEFAULT_PORT = 8883
 _MOST_PORT = 65535
+_YAML = (".yaml", ".yml")
 
 
 class HostRecap(Struct, frozen=True):
@@ -93,6 +95,11 @@ def read_inventory(path: Path) -> Inventory:
     """
     if not path.is_file():
         raise FleetError(f"there is no inventory {path}: 'wdmoe-testbed fleet init {path}' writes an example")
+    if path.suffix in _YAML:
+        try:
+            check_yaml(path.read_bytes())
+        except ValueError as error:
+            raise FleetError(f"{path}: {error}") from None
     done = _ansible("inventory", "-i", str(path), "--list", timeout_s=_LIST_S)
     if done.returncode:
         raise FleetError(f"{path} is not a valid inventory: {_last(done.stderr)}")

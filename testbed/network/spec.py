@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from testbed.errors import NetworkSpecError
+from testbed.yaml_files import decode_yaml
 from wire.topics import check_name
 
 MAX_NODES = 200
@@ -155,7 +156,7 @@ class NetworkSpec(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     nodes: Annotated[int, Meta(ge=1, le=MAX_NODES)] | Annotated[tuple[str, ...], Meta(min_length=1)] = 8
     subnet: str = "10.77.0.0/24"
     queue_ms: Annotated[float, Meta(ge=5, le=5000)] = 100.0
-    seed: int = 0
+    seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] = 0
     profiles: Annotated[dict[ProfileName, Profile], Meta(min_length=1)]
 
     @property
@@ -195,9 +196,9 @@ def read_spec(path: Path) -> NetworkSpec:
     if len(raw) > _MAX_SPEC_BYTES:
         raise NetworkSpecError(f"{path} has {len(raw)} bytes; a network's description has at most {_MAX_SPEC_BYTES}")
     try:
-        spec = msgspec.yaml.decode(raw, type=NetworkSpec)
+        spec = decode_yaml(raw, NetworkSpec)
         check_spec(spec)
-    except (msgspec.DecodeError, ValueError) as error:
+    except ValueError as error:
         raise NetworkSpecError(f"{path}: {error}") from None
     return spec
 

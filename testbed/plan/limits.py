@@ -4,7 +4,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-Seconds = Annotated[float, Meta(gt=0)]
+Seconds = Annotated[float, Meta(gt=0, le=1e7)]
 _COOLER_CELSIUS = 5.0
 _RECOVERED = 1.25
 """An alert ends only when its limit is kept by this factor (5 °C for heat), so that it doesn't flap."""
@@ -24,11 +24,11 @@ class RunLimits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         quiet_s: longest time without a step of the model.
     """
 
-    least_mbps: Annotated[float, Meta(ge=0)] = 5.0
-    most_clock_ms: Annotated[float, Meta(gt=0)] = 500.0
-    least_disk_mib: Annotated[float, Meta(ge=0)] = 512.0
-    most_celsius: float = 80.0
-    most_growth_mib: Annotated[float, Meta(gt=0)] = 1024.0
+    least_mbps: Annotated[float, Meta(ge=0, le=1e9)] = 5.0
+    most_clock_ms: Annotated[float, Meta(gt=0, le=1e9)] = 500.0
+    least_disk_mib: Annotated[float, Meta(ge=0, le=1e9)] = 512.0
+    most_celsius: Annotated[float, Meta(ge=0, le=200)] = 80.0
+    most_growth_mib: Annotated[float, Meta(gt=0, le=1e9)] = 1024.0
     silent_s: Seconds = 12.0
     quiet_s: Seconds = 600.0
 

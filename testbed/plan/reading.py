@@ -12,6 +12,7 @@ from common.sizes import parse_bytes
 from testbed.errors import PlanError
 from testbed.plan.limits import RunLimits
 from testbed.plan.schema import Baselines, Broker, Choice, Churn, Generate, Network, Perplexity, Plan
+from testbed.yaml_files import decode_yaml
 from wire.broker_url import check_broker_url
 from wire.topics import check_name
 
@@ -26,10 +27,10 @@ def read_plan(path: Path, *, data: Path | None = None) -> Plan:
         PlanError: the file can't be read, or a field is wrong.
     """
     try:
-        plan = msgspec.yaml.decode(path.read_bytes(), type=Plan)
+        plan = decode_yaml(path.read_bytes(), Plan)
     except OSError as error:
         raise PlanError(f"can't read the plan {path}: {error.strerror}") from None
-    except msgspec.DecodeError as error:
+    except ValueError as error:
         raise PlanError(f"{path}: {error}{_nearest(str(error))}") from None
     try:
         check_plan(plan)

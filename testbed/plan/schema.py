@@ -11,7 +11,8 @@ from testbed.prompts import PROMPTS
 from wire.broker_url import Access
 from wire.tensors import WireDtype
 
-Count = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=1, le=10**9)]
+Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Range = Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=2, max_length=2)]
 """First and one past the last. Not a fixed-length tuple: msgspec 0.22 crashes on those in garbage collection."""
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
@@ -76,7 +77,7 @@ class Generate(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, ta
     max_tokens: Count = 32
     temperature: Annotated[float, Meta(ge=0, le=10)] = 0.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    seed: int = 0
+    seed: Seed = 0
     draft: DraftMode = "none"
     repetitions: Count | None = None
 
@@ -217,14 +218,14 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     network: Literal["localhost"] | Network = "localhost"
     bundles: Annotated[tuple[str, ...], Meta(min_length=1)] = ("int4",)
     nodes: Count | Annotated[dict[str, str], Meta(min_length=1)] = 8
-    node_threads: Count = 1
+    node_threads: Annotated[int, Meta(ge=1, le=256)] = 1
     policies: Annotated[tuple[str, ...], Meta(min_length=1)]
     profiles: tuple[Name, ...] = ()
     workloads: Annotated[tuple[Workload, ...], Meta(min_length=1)]
     repetitions: Count = 1
-    seed: int = 0
+    seed: Seed = 0
     warm_up_tokens: Annotated[int, Meta(ge=0)] = 4
-    settle_s: Annotated[float, Meta(ge=0)] = 0.5
+    settle_s: Annotated[float, Meta(ge=0, le=1e7)] = 0.5
     shared_air: bool | None = None
     baseline: str | None = None
     broker: Literal["auto", "mosquitto", "embedded"] = "auto"
@@ -235,7 +236,7 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     nodes_timeout_s: Seconds = 120.0
     cell_timeout_s: Seconds = 900.0
     sample_s: Seconds = 1.0
-    pause_s: Annotated[float, Meta(ge=0)] = 0.0
+    pause_s: Annotated[float, Meta(ge=0, le=1e7)] = 0.0
     churn: Churn | None = None
     baselines: Baselines | None = None
     limits: RunLimits = RunLimits()

@@ -6,7 +6,6 @@ The model is that of arXiv 2405.03131 and 2411.06681; docs/simulation.md lists w
 from pathlib import Path
 from typing import Annotated, Literal
 
-import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
@@ -14,9 +13,10 @@ from numpy.typing import NDArray
 from bs_coordinator.airtime.allocation import Float, ShannonLinks
 from bs_coordinator.selection.forecast import LayerForecast
 from testbed.errors import SimulationError
+from testbed.yaml_files import decode_yaml
 
-Positive = Annotated[float, Meta(gt=0)]
-Count = Annotated[int, Meta(ge=1)]
+Positive = Annotated[float, Meta(gt=0, le=1e18)]
+Count = Annotated[int, Meta(ge=1, le=10**9)]
 _SILU_FLOPS = 7
 """Operations per value of SiLU, x / (1 + exp(-x)), where an exponential counts as four."""
 
@@ -94,10 +94,10 @@ def read_setting(path: Path) -> Setting:
         SimulationError: the file can't be read or is not a valid setting.
     """
     try:
-        return msgspec.yaml.decode(path.read_bytes(), type=Setting)
+        return decode_yaml(path.read_bytes(), Setting)
     except OSError as error:
         raise SimulationError(f"radio setting {path}: {error.strerror}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise SimulationError(f"radio setting {path}: {error}") from None
 
 

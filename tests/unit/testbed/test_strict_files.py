@@ -1,0 +1,87 @@
+"""Plans, networks, inventories, radio settings and evaluation items: what is ambiguous or out of range is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import WdmoeError
+from testbed.evaluation.items import ChoiceItem, DomainText, read_items
+from testbed.fleet.ansible import read_inventory
+from testbed.network.spec import read_spec
+from testbed.plan.reading import read_plan
+from testbed.radio.setting import read_setting
+from testbed.yaml_files import check_yaml
+
+_PLAN = "name: t\npolicies: [topk]\nworkloads:\n- {kind: generate}\n"
+_NETWORK = "name: t\nprofiles:\n  near:\n    default: {}\n"
+_INVENTORY = "all:\n  children:\n    base_station: {hosts: {box: {}}}\n    nodes:\n      hosts: {pi1: {}}\n"
+_ITEM = '{"question": "q", "choices": ["a", "b"], "label": 1}\n'
+
+
+def _items(path: Path) -> list[ChoiceItem]:
+    return read_items(path, ChoiceItem)
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "reason"),
+    [
+        (read_plan, _PLAN + "seed: 1\nname: u\n", r"line 6: 'name' is given twice \(first in line 1\)"),
+        (read_plan, _PLAN + "limits: {most_celsius: .inf}\n", "line 5: most_celsius: .inf is not a finite number"),
+        (read_plan, _PLAN + "settle_s: .nan\n", "line 5: settle_s: .nan is not a finite number"),
+        (read_plan, _PLAN + "settle_s: 1.0e+999\n", "not a finite number"),
+        (read_plan, _PLAN + "settle_s: 1.0e+99\n", "line 5: Expected `float` <= "),
+        (read_plan, _PLAN + f"seed: {'7' * 5000}\n", "line 5: seed: a number of 5000 characters"),
+        (read_plan, _PLAN + "seed: -1\n", "line 5: Expected `int` >= 0"),
+        (read_plan, _PLAN + "- {kind: generate}\n", "workloads: 'generate' is listed twice"),
+        (read_plan, _PLAN.replace("{kind: generate}", "{kind: generate, seed: 1, seed: 2}"), "line 4: 'seed'"),
+        (read_plan, "[" * 3000, "not YAML|nested"),
+        (read_plan, "a: &a [*a]\n" + _PLAN, "line|unknown field"),
+        (read_plan, "\x00", "not YAML"),
+        (read_spec, _NETWORK + "  near: {}\n", "line 5: 'near' is given twice"),
+        (read_spec, _NETWORK.replace("{}", "{down_mbps: .inf}"), "line 4: down_mbps: .inf"),
+        (read_spec, _NETWORK.replace("{}", "{down_mbps: 5000}"), "line 4: Expected `float` <= 1000"),
+        (
+            read_spec,
+            _NETWORK.replace("{}", "{down_mbps: 5}") + "  far:\n    default: {down_mbps: 0}\n",
+            "Expected `float` > 0",
+        ),
+        (read_spec, _NETWORK + "nodes: [a, a]\n", "'a' is listed twice"),
+        (read_setting, "noise_dbm_hz: .nan\n", "line 1: noise_dbm_hz: .nan"),
+        (read_setting, "hidden: 4\nhidden: 5\n", "line 2: 'hidden' is given twice"),
+        (read_inventory, _INVENTORY + "        pi1: {}\n      hosts: {pi2: {}}\n", "line"),
+        (read_inventory, _INVENTORY.replace("{pi1: {}}", "{pi1: {}, pi1: {}}"), "line 5: 'pi1' is given twice"),
+        (
+            read_inventory,
+            _INVENTORY.replace("pi1: {}", "pi1: {wdmoe_memory_max: .inf}"),
+            "line 5: wdmoe_memory_max: .inf",
+        ),
+        (_items, _ITEM + '{"question": "q", "choices": ["a", "b"], "label": 2}\n', "line 2: label 2 is none of the 2"),
+        (_items, _ITEM.replace('"label": 1', '"label": -1'), "line 1: label -1"),
+        (_items, _ITEM.replace('"label": 1', '"label": 0, "label": 1'), "line 1: 'label' is given twice"),
+        (_items, _ITEM.replace('"label": 1', '"label": NaN'), "line 1: NaN is not a number in JSON"),
+        (_items, _ITEM.replace('["a", "b"]', "[]"), "line 1: "),
+        (_items, _ITEM + "[" * 100_000 + "\n", "line 2: "),
+        (_items, _ITEM + '{"question": "\xff"}\n', "line 2: "),
+    ],
+)
+def test_mistakes_are_refused_with_file_and_line(
+    read: Callable[[Path], Any], text: str, reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(WdmoeError, match=reason) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_right_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "items"
+    path.write_text(_ITEM)
+    assert _items(path) == [ChoiceItem("q", ["a", "b"], 1)]
+    path.write_text('{"domain": "d", "text": "t", "more": 1}\n')
+    assert read_items(path, DomainText) == [DomainText("d", "t")]
+    check_yaml(b"a: &x {b: 1, c: 0x1F}\nd: {<<: *x, b: 2}\ne: [*x, *x, 1_000, .5, 'nan']\nf: !vault text\n")
+    check_yaml(b"")
