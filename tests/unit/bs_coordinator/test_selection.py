@@ -24,6 +24,8 @@ from wire.tensors import Array
 EVEN = LayerForecast.even(0, 8)
 logits = hnp.arrays(np.float32, st.tuples(st.integers(1, 20), st.just(8)), elements=st.floats(-20, 20, width=32))
 MODEL = "0" * 64
+NO_SLOWER = ("topk", "top1", "wdmoe", "bottleneck", "capacity", "subset", "similar")
+"""Policies that promise never to raise the predicted time of a layer above that of top-k."""
 
 
 @st.composite
@@ -90,12 +92,12 @@ def test_every_policy_keeps_its_promises(table: Path, x: Array, name: str, k: in
     kept = ((weights > 0) & (probabilities == best[:, None])).any(axis=1)
     if name in ("topk", "top1", "wdmoe") or (name in ("bottleneck", "capacity") and k <= 2):
         assert kept.all()
-    # Nothing is predicted to take longer than Mixtral's own choice.
-    top = TopK(k).select(probabilities, forecast)
-    assert predicted_s(weights > 0, forecast) <= predicted_s(top > 0, forecast) * (1 + 1e-9)
+    if name in NO_SLOWER:
+        top = TopK(k).select(probabilities, forecast)
+        assert predicted_s(weights > 0, forecast) <= predicted_s(top > 0, forecast) * (1 + 1e-9)
 
 
-@given(logits, st.sampled_from(POLICY_NAMES[2:]))
+@given(logits, st.sampled_from(NO_SLOWER[2:]))
 @example(np.array([[0.125, 0, 2**-23, 0, 0, 0, 0, 0]], np.float32), "subset")  # one unit in the last place
 def test_one_token_on_even_links_is_top_2_or_less(table: Path, x: Array, name: str) -> None:
     """There is nothing to gain; only wdmoe drops all the same, where the gate is peaked."""

@@ -1,5 +1,6 @@
 """Every wire dtype keeps what it states: bytes per row, error, name and code."""
 
+import re
 from pathlib import Path
 
 import click
@@ -58,3 +59,6 @@ def test_options_and_plans_offer_exactly_these() -> None:
 def test_the_documents_list_exactly_these() -> None:
     protocol = (DOCS / "protocol.md").read_text()
     assert ", ".join(f"{dtype.value} {dtype.name.lower()}" for dtype in WireDtype) in protocol
+    for document, row in (("glossary.md", "| wire dtype |"), ("experiments.md", "| `wire` |")):
+        (line,) = (line for line in (DOCS / document).read_text().splitlines() if line.startswith(row))
+        assert {f"`{name}`" for name in NAMES} <= set(re.findall(r"`\w+`", line)), document
