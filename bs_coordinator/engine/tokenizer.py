@@ -1,6 +1,7 @@
 """Text to token ids and back, with the checkpoint's own tokenizer."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,11 @@ class Tokenizer:
     def size(self) -> int:
         """Number of tokens in the vocabulary, with those that were added to it."""
         return len(self._tokenizer)
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Length of the longest token of the vocabulary, in characters as the vocabulary writes them."""
+        return max(len(token) for token in self.ids)
 
     @property
     def has_chat_template(self) -> bool:

@@ -42,12 +42,11 @@ class Request(NamedTuple):
     """One accepted request.
 
     Attributes:
-        ids: tokens of the prompt.
+        sampling: how to choose the answer's tokens.
         deliver: called from the serving thread with each update; must not block.
         accepted_s: on the server's monotonic clock.
     """
 
-    ids: list[int]
     sampling: SamplingConfig
     deliver: Callable[[StreamUpdate], None]
     accepted_s: float
@@ -87,7 +86,7 @@ class AnswerServer:
         self._limit = scheduler.max_live + max_waiting
         self._dispatcher = dispatcher
         self._lock = threading.Lock()
-        self._inbox: deque[Request] = deque()
+        self._inbox: deque[tuple[Request, list[int]]] = deque()
         self._cancelled: deque[Request] = deque()
         self._requests: dict[int, tuple[Request, GeneratedAnswer | None]] = {}
         self._progress_s = self._clock.monotonic_s()
@@ -105,13 +104,13 @@ class AnswerServer:
         self._stop.set()
         self._thread.join()
 
-    def submit(self, ids: list[int], sampling: SamplingConfig, deliver: Callable[[StreamUpdate], None]) -> Request:
-        """Accept a request, from any thread.
+    def accept(self, sampling: SamplingConfig, deliver: Callable[[StreamUpdate], None]) -> Request:
+        """Give a request its place, from any thread, before its prompt is tokenised; `submit` or `cancel` must follow.
 
         Raises:
             BusyError: there are too many requests already, or the server is being stopped.
         """
-        request = Request(ids, sampling, deliver, self._clock.monotonic_s())
+        request = Request(sampling, deliver, self._clock.monotonic_s())
         with self._lock:
             if len(self._requests) >= self._limit or self._stop.is_set():
                 # Those ahead leave `max_live` at a time.
@@ -120,8 +119,11 @@ class AnswerServer:
             if not self._requests:
                 self._progress_s = self._clock.monotonic_s()
             self._requests[id(request)] = (request, None)
-            self._inbox.append(request)
         return request
+
+    def submit(self, request: Request, ids: list[int]) -> None:
+        """Start an accepted request with the tokens of its prompt, from any thread; nothing happens if it was ended."""
+        self._inbox.append((request, ids))
 
     def cancel(self, request: Request) -> None:
         """Drop a request, from any thread; nothing happens if it is finished."""
@@ -163,9 +165,11 @@ class AnswerServer:
 
     def _update_requests(self) -> None:
         while self._inbox:
-            request = self._inbox.popleft()
+            request, ids = self._inbox.popleft()
+            if id(request) not in self._requests:
+                continue
             try:
-                answer = self._new_sequence().answer(request.ids, request.sampling)
+                answer = self._new_sequence().answer(ids, request.sampling)
             except Exception as error:  # noqa: BLE001 - libraries raise anything, and it is this caller's alone
                 self._forget(request)
                 wrong = (

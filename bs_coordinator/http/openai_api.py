@@ -6,7 +6,7 @@ Source: the OpenAI API reference (completions, chat completions, models). Starle
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from hmac import compare_digest
 from typing import TypeVar
 
@@ -17,29 +17,41 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from bs_coordinator.engine.tokenizer import Tokenizer
-from bs_coordinator.errors import AnswerError, BusyError, ChatTemplateError, ContextLengthError
+from bs_coordinator.errors import AnswerError, BusyError, ContextLengthError
 from bs_coordinator.http.answer_server import AnswerServer, StreamUpdate
-from bs_coordinator.http.openai_responses import STREAM_END, ResponseFormat, Token, error_document, server_sent_event
+from bs_coordinator.http.openai_responses import (
+    STREAM_END,
+    ResponseFormat,
+    ResponseKind,
+    Token,
+    error_document,
+    server_sent_event,
+)
 from bs_coordinator.http.openai_schema import Chat, Completion, Options, parse_request
+from bs_coordinator.http.prompts import PromptEncoder
 from bs_coordinator.http.stop_strings import StopText
 from common.errors import WdmoeError
 
 MAX_BODY_BYTES = 1 << 20
+_BODY_S = 30
+"""A request's body has to arrive within this time."""
 
 _Options = TypeVar("_Options", bound=Options)
 
 
 def http_app(
-    server: AnswerServer, tokenizer: Tokenizer, *, model: str, api_key: str | None, stall_s: float
-) -> Starlette:
+    server: AnswerServer, tokenizer: Tokenizer, *, model: str, api_key: str | None, stall_s: float,
+    max_positions: int = 1 << 20,
+) -> Starlette:  # fmt: skip
     """The ASGI application.
 
     Args:
         model: name under which the model is listed.
         api_key: key that callers must send; None lets every caller in.
         stall_s: the health check fails when running answers have had no token for longer than this.
+        max_positions: the model's context length in tokens: prompts that certainly exceed it are not tokenised.
     """
-
+    prompts = PromptEncoder(tokenizer, max_positions)
     listed = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "wdmoe"}
 
     def check_key(request: Request) -> None:
@@ -55,19 +67,26 @@ def http_app(
     async def completions(request: Request) -> Response:
         check_key(request)
         options = await _read_options(request, Completion)
-        ids = _encode_prompt(tokenizer, options.text_or_ids)
-        return await _answer(server, request, options, ids, ResponseFormat("text_completion", model, len(ids)))
+        return await answer(request, options, lambda: prompts.encode(options.text_or_ids), "text_completion")
 
     async def chat(request: Request) -> Response:
         check_key(request)
         if not tokenizer.has_chat_template:
             raise HTTPException(400, "this model has no chat template: use /v1/completions")
         options = await _read_options(request, Chat)
-        try:
-            ids = tokenizer.encode_chat(options.conversation)
-        except ChatTemplateError as error:
-            raise HTTPException(400, str(error)) from None
-        return await _answer(server, request, options, ids, ResponseFormat("chat.completion", model, len(ids)))
+        return await answer(request, options, lambda: prompts.encode_chat(options.conversation), "chat.completion")
+
+    async def answer(
+        request: Request, options: Options, tokenise: Callable[[], Awaitable[list[int]]], kind: ResponseKind
+    ) -> Response:
+        ids, tokens = await _begin(server, request, options, tokenise)
+        format = ResponseFormat(kind, model, len(ids))
+        # A request that fails before its first token can still get a status of its own.
+        first = await anext(tokens)
+        if options.stream:
+            stream = _stream(first, tokens, format, usage=options.stream_options.include_usage)
+            return StreamingResponse(stream, media_type="text/event-stream")
+        return JSONResponse(format.document([first, *[token async for token in tokens]]))
 
     async def list_models(request: Request) -> Response:
         check_key(request)
@@ -104,28 +123,6 @@ def http_app(
     )
 
 
-def _encode_prompt(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer.encode(prompt)
-    if max(prompt) >= tokenizer.size:
-        raise HTTPException(400, f"`prompt` has token {max(prompt)}, but the vocabulary ends at {tokenizer.size - 1}")
-    return prompt
-
-
-async def _answer(
-    server: AnswerServer, request: Request, options: Options, ids: list[int], format: ResponseFormat
-) -> Response:
-    if not ids:
-        raise HTTPException(400, "the prompt has no tokens")
-    tokens = _tokens(server, request, ids, options)
-    # A request that fails before its first token can still get a status of its own.
-    first = await anext(tokens)
-    if options.stream:
-        stream = _stream(first, tokens, format, usage=options.stream_options.include_usage)
-        return StreamingResponse(stream, media_type="text/event-stream")
-    return JSONResponse(format.document([first, *[token async for token in tokens]]))
-
-
 async def _stream(
     first: Token, rest: AsyncIterator[Token], format: ResponseFormat, *, usage: bool
 ) -> AsyncIterator[bytes]:
@@ -143,11 +140,17 @@ async def _stream(
     yield STREAM_END
 
 
-def _tokens(server: AnswerServer, request: Request, ids: list[int], options: Options) -> AsyncIterator[Token]:
-    """Submit a request: the answer's tokens as they come, the last of them with `finish`.
+async def _begin(
+    server: AnswerServer, request: Request, options: Options, tokenise: Callable[[], Awaitable[list[int]]]
+) -> tuple[list[int], AsyncIterator[Token]]:
+    """Take a place for a request, tokenise its prompt and start the answer.
+
+    Returns:
+        The prompt's token ids, and the answer's tokens as they come, the last of them with `finish`.
 
     Raises:
-        HTTPException: the server is full; from the iterator: the answer failed, or the caller has hung up.
+        HTTPException: the server is full, or the prompt can't be tokenised; from the iterator: the answer failed, or
+            the caller has hung up.
     """
     loop = asyncio.get_running_loop()
     arrived: asyncio.Queue[list[Token] | HTTPException] = asyncio.Queue()
@@ -158,7 +161,7 @@ def _tokens(server: AnswerServer, request: Request, ids: list[int], options: Opt
             loop.call_soon_threadsafe(arrived.put_nowait, item)
 
     try:
-        accepted = server.submit(ids, options.sampling, deliver)
+        accepted = server.accept(options.sampling, deliver)
     except BusyError as error:
         raise HTTPException(429, str(error), {"Retry-After": f"{error.retry_after_s:.0f}"}) from None
 
@@ -171,6 +174,13 @@ def _tokens(server: AnswerServer, request: Request, ids: list[int], options: Opt
 
     # Referred to by the request, because a task without a reference may be garbage-collected.
     request.state.cancel_on_disconnect = asyncio.create_task(cancel_on_disconnect())
+
+    try:
+        ids = await tokenise()
+    except BaseException:
+        server.cancel(accepted)
+        raise
+    server.submit(accepted, ids)
 
     async def tokens() -> AsyncIterator[Token]:
         text = StopText(options.stops)
@@ -189,7 +199,7 @@ def _tokens(server: AnswerServer, request: Request, ids: list[int], options: Opt
                     return
                 yield token._replace(text=certain)
 
-    return tokens()
+    return ids, tokens()
 
 
 def _http_exception(error: WdmoeError) -> HTTPException:
@@ -198,13 +208,16 @@ def _http_exception(error: WdmoeError) -> HTTPException:
 
 
 async def _read_options(request: Request, kind: type[_Options]) -> _Options:
-    raw = b""
+    raw = bytearray()
     try:
-        async for part in request.stream():
-            raw += part
-            if len(raw) > MAX_BODY_BYTES:
-                raise HTTPException(413, f"the request is longer than {MAX_BODY_BYTES} bytes")
-        return parse_request(raw, kind)
+        async with asyncio.timeout(_BODY_S):
+            async for part in request.stream():
+                raw += part
+                if len(raw) > MAX_BODY_BYTES:
+                    raise HTTPException(413, f"the request is longer than {MAX_BODY_BYTES} bytes")
+        return parse_request(bytes(raw), kind)
+    except TimeoutError:
+        raise HTTPException(408, f"the request took longer than {_BODY_S} s to arrive") from None
     except ClientDisconnect:
         raise HTTPException(400, "the caller has hung up") from None
     except ValueError as error:

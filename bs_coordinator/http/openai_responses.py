@@ -14,6 +14,7 @@ import msgspec
 from bs_coordinator.engine.sequence import StopReason, TokenEvent
 
 Finish = Literal["stop", "length"]
+ResponseKind = Literal["text_completion", "chat.completion"]
 _FINISH: dict[StopReason, Finish] = {"eos": "stop", "max-tokens": "length", "context": "length"}
 
 STREAM_END = b"data: [DONE]\n\n"
@@ -43,7 +44,7 @@ class Token(NamedTuple):
 class ResponseFormat:
     """How one answer is written: completions and chat differ in the names of fields only."""
 
-    def __init__(self, kind: Literal["text_completion", "chat.completion"], model: str, prompt_tokens: int) -> None:
+    def __init__(self, kind: ResponseKind, model: str, prompt_tokens: int) -> None:
         """Draw the answer's id.
 
         Args:

@@ -47,7 +47,7 @@ def serve_station(
     )
     app = http_app(
         server, station.tokenizer, model=station.manifest.source.name, api_key=api_key,
-        stall_s=_STALLED_LAYERS * layer_timeout_s,
+        stall_s=_STALLED_LAYERS * layer_timeout_s, max_positions=station.model.trunk.config.max_position_embeddings,
     )  # fmt: skip
     settings = uvicorn.Config(
         app, host=config.host, port=config.port, log_config=None, log_level="warning", access_log=False,

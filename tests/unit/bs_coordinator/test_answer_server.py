@@ -1,6 +1,7 @@
 """The answering thread: unexpected errors, and the load that it reports."""
 
 import queue
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,10 @@ from bs_coordinator.errors import AnswerError, BusyError
 from bs_coordinator.http.answer_server import AnswerServer, Load, StreamUpdate
 from common.clock import ManualClock
 from tests.waiting import PATIENCE_S
+
+
+def _submit(server: AnswerServer, ids: list[int], deliver: Callable[[StreamUpdate], None]) -> None:
+    server.submit(server.accept(SamplingConfig(), deliver), ids)
 
 
 class _Scheduler:
@@ -53,9 +58,9 @@ def test_a_defect_ends_requests_instead_of_hanging_them() -> None:
     scheduler: Any = _Scheduler()
     server = AnswerServer(scheduler, lambda: idle, max_waiting=0, dispatcher=idle)
     updates: queue.Queue[StreamUpdate] = queue.Queue()
-    server.submit([1], SamplingConfig(), updates.put)
+    _submit(server, [1], updates.put)
     with pytest.raises(BusyError):
-        server.submit([1], SamplingConfig(), updates.put)
+        _submit(server, [1], updates.put)
     server.start()
     try:
         for _ in range(3):
@@ -63,7 +68,7 @@ def test_a_defect_ends_requests_instead_of_hanging_them() -> None:
             assert error is not None
             assert "unexpected error" in str(error)
             assert server.load().requests == 0
-            server.submit([1], SamplingConfig(), updates.put)
+            _submit(server, [1], updates.put)
     finally:
         server.stop()
 
@@ -76,11 +81,11 @@ def test_load_and_the_time_to_retry() -> None:
     clock.advance_ns(10**9)
     assert server.load() == Load(0, 0.0, "")
     for _ in range(3):
-        server.submit([1], SamplingConfig(), lambda update: None)
+        _submit(server, [1], lambda update: None)
     clock.advance_ns(5 * 10**9)
     assert server.load() == Load(3, 5.0, "")
     with pytest.raises(BusyError, match="busy with 3 requests") as refused:
-        server.submit([1], SamplingConfig(), lambda update: None)
+        _submit(server, [1], lambda update: None)
     # Three rounds of one answer each, ten seconds long as long as none is known.
     assert refused.value.retry_after_s == 30
 
@@ -107,9 +112,9 @@ def test_what_fails_for_one_caller_is_that_callers_alone() -> None:
     server = AnswerServer(scheduler, lambda: idle, max_waiting=3, dispatcher=idle)
     broken: queue.Queue[StreamUpdate] = queue.Queue()
     healthy: queue.Queue[StreamUpdate] = queue.Queue()
-    server.submit([1], SamplingConfig(), healthy.put)
-    server.submit([2], SamplingConfig(), hang_up)
-    server.submit([13], SamplingConfig(), broken.put)
+    _submit(server, [1], healthy.put)
+    _submit(server, [2], hang_up)
+    _submit(server, [13], broken.put)
     server.start()
     try:
         error = broken.get(timeout=PATIENCE_S).error

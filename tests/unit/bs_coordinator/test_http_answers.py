@@ -55,7 +55,7 @@ class _Nodes:
 class _Site(HttpSite):
     """The whole HTTP interface."""
 
-    def __init__(self, model: DistributedMixtral, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: DistributedMixtral, tokenizer: Tokenizer, max_positions: int = 1 << 20) -> None:
         self.nodes = _Nodes()
         dispatcher: Any = self.nodes
         self.scheduler = _Gated(model)
@@ -63,7 +63,10 @@ class _Site(HttpSite):
             self.scheduler, lambda: Sequence(model, tokenizer), max_waiting=WAITING, dispatcher=dispatcher
         )
         self._server.start()
-        super().__init__(http_app(self._server, tokenizer, model="tiny", api_key=KEY, stall_s=PATIENCE_S), KEY)
+        app = http_app(
+            self._server, tokenizer, model="tiny", api_key=KEY, stall_s=PATIENCE_S, max_positions=max_positions
+        )
+        super().__init__(app, KEY)
 
     def close(self) -> None:
         self._server.stop()
@@ -185,6 +188,82 @@ def test_more_than_can_be_served_wait_or_are_told_to_retry(site: _Site) -> None:
     assert statuses == {200: 32, 429: 32 - LIVE - WAITING}
     assert texts == [alone] * 32
     assert site.requests == 0
+
+
+def test_without_a_place_nothing_is_tokenised(
+    site: _Site, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is a prompt that is longer than the context in any case."""
+    encoded: list[str] = []
+    encode = tokenizer.encode
+
+    def encode_and_count(text: str) -> list[int]:
+        encoded.append(text)
+        return encode(text)
+
+    monkeypatch.setattr(tokenizer, "encode", encode_and_count)
+    status, _, body = site.complete("x" * (64 << 10), 1)
+    assert (status, len(encoded)) == (400, 1)
+    monkeypatch.setattr(tokenizer, "longest_token", 1)
+    small = _Site(site.scheduler._model, tokenizer, max_positions=1000)
+    status, _, body = small.complete("x" * 1001, 1)
+    small.close()
+    assert (status, len(encoded)) == (400, 1)
+    assert "1001 characters" in body["error"]["message"]
+    site.scheduler.gate.clear()
+    callers = [site.send("/v1/completions", {"prompt": "Hello", "max_tokens": 2}) for _ in range(LIVE + WAITING)]
+    wait_until(lambda: len(encoded) == 1 + len(callers), "all places to be taken")
+    assert site.complete("One too many")[0] == 429
+    assert "One too many" not in encoded
+    site.scheduler.gate.set()
+    for caller in callers:
+        caller.close()
+
+
+def test_while_a_prompt_is_tokenised_others_are_answered(
+    site: _Site, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    encode = tokenizer.encode
+
+    def encode_slowly(text: str) -> list[int]:
+        if text.startswith("slow"):
+            begun.set()
+            assert go_on.wait(PATIENCE_S)
+        return encode(text)
+
+    monkeypatch.setattr(tokenizer, "encode", encode_slowly)
+    with site.send("/v1/completions", {"prompt": "slow " * 9000, "max_tokens": 1}) as caller:
+        assert begun.wait(PATIENCE_S)
+        # A second long one waits for the first; short ones do not.
+        with site.send("/v1/completions", {"prompt": "slow " * 9000, "max_tokens": 1}):
+            assert site.ask("GET", "/health")[0] == 200
+            assert site.complete("Hello", 2)[0] == 200
+            assert site.requests >= 1
+            go_on.set()
+            assert caller.recv(12) == b"HTTP/1.1 400"
+    wait_until(lambda: site.requests == 0, "all places to be free")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), TypeError("no\nlength"), Exception("broken")])
+def test_a_prompt_that_breaks_the_tokenizer_is_told_so_in_one_line(
+    site: _Site, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    encode = tokenizer.encode
+
+    def encode_or_fail(text: str) -> list[int]:
+        if text == "bad":
+            raise error
+        return encode(text)
+
+    monkeypatch.setattr(tokenizer, "encode", encode_or_fail)
+    before = site.complete("Hello", 4)[2]["choices"]
+    for _ in range(LIVE + WAITING + 1):
+        status, _, body = site.complete("bad")
+        assert (status, body["error"]["message"][:25]) == (400, "this prompt can't be toke")
+        assert "\n" not in body["error"]["message"]
+        wait_until(lambda: site.requests == 0, "the place to be free")
+    assert site.complete("Hello", 4)[2]["choices"] == before
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -43,13 +43,15 @@ class _Answers:
         self.deliver: Any = None
         self.cancelled = threading.Event()
 
-    def submit(self, ids: list[int], sampling: object, deliver: Any) -> object:
+    def accept(self, sampling: object, deliver: Any) -> object:
         if self.script == []:
             raise ZeroDivisionError
         self.deliver = deliver
-        for news in self.script:
-            deliver(news)
         return self
+
+    def submit(self, request: object, ids: list[int]) -> None:
+        for news in self.script:
+            self.deliver(news)
 
     def cancel(self, request: object) -> None:
         self.cancelled.set()
