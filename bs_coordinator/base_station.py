@@ -120,7 +120,7 @@ def open_base_station(
         if speculation.mode == "auto" and (nodes := dispatcher.registry.batch_variant()):
             log.info("no drafts: on %s a token's result depends on the others in its batch", ", ".join(nodes))
             speculation = Speculation()
-        model = DistributedMixtral(trunk, dispatcher, policy, degrade=config.degrade)
+        model = DistributedMixtral(trunk, dispatcher, policy, degrade=config.degrade, quarantine=dispatcher.quarantine)
         yield BaseStation(manifest, model, tokenizer, dispatcher, broker_ms, nodes_ms, speculation, residents)
 
 

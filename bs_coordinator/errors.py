@@ -71,6 +71,6 @@ class ChatTemplateError(WdmoeError):
 
 
 class AnswerError(WdmoeError):
-    """A library failed while it worked on one answer."""
+    """A library failed while it worked on one answer, or the model's output for it is not finite."""
 
     exit_code = 47

@@ -22,7 +22,7 @@ from bs_coordinator.dispatch.receiver import MessageRouter
 from bs_coordinator.dispatch.reconnection import Reconnector
 from bs_coordinator.dispatch.request_loop import RequestLoop
 from bs_coordinator.dispatch.sender import RequestSender
-from bs_coordinator.engine.experts import ExpertOutput
+from bs_coordinator.engine.experts import ExpertOutput, LargestAnswer
 from bs_coordinator.links import LinkMonitor
 from bs_coordinator.nodes.clock_offsets import ClockSample
 from bs_coordinator.nodes.registry import NodeRegistry
@@ -255,6 +255,10 @@ class Dispatcher:
             row_bytes=self._sender.row_bytes,
         )
 
+    def quarantine(self, node: str, why: str) -> None:
+        """Leave a node out for minutes, because what it computes is nonsense."""
+        self.health.failed(node, self._now_s(), why, quarantine=True)
+
     def probe(self) -> None:
         """Send the link probes that are due, if any. Their answers are taken in whenever they come.
 
@@ -326,7 +330,12 @@ class Dispatcher:
         self._loop.finish(layer)
         answers = layer.answers()
         self._done.append(_Done(layer, answers, self.clock.perf_ns() - layer.began_ns))
-        output = ExpertOutput(layer.output(), tuple(answer.record for _, answer in answers))
+        largest = max(
+            (LargestAnswer(sub.node, answer.excess) for sub, answer in answers if answer.excess),
+            key=lambda found: found.excess,
+            default=None,
+        )
+        output = ExpertOutput(layer.output(), tuple(answer.record for _, answer in answers), largest)
         if self.links.shared_air or {sub.node for sub in layer.sub_requests}.issuperset(self.registry.nodes):
             self._probe_meanwhile()
         return output

@@ -162,9 +162,9 @@ def prove_expert(
     gate = np.zeros((1, manifest.dims.experts), np.float32)
     gate[0, entry.expert] = 1.0
     x = probe_input(manifest.dims.hidden)
-    output, dispatches = dispatcher.ask(node, entry.layer, x, gate, timeout_s=timeout_s)
+    answer = dispatcher.ask(node, entry.layer, x, gate, timeout_s=timeout_s)
     expected = decode_probe_output(entry.probe_output, manifest.dims.hidden)
-    error = float(np.linalg.norm(output[0] - expected) / np.linalg.norm(expected))
+    error = float(np.linalg.norm(answer.output[0] - expected) / np.linalg.norm(expected))
     if not error < _PROBE_ERROR:
         why = "its output for a test token is not this model's"
         dispatcher.health.failed(node, dispatcher.clock.perf_ns() / 1e9, why, quarantine=True)
@@ -172,4 +172,4 @@ def prove_expert(
             f"node '{node}' answers {entry.id} with something else than this model's expert "
             f"(relative error {error:.2g}): is its bundle the same?"
         )
-    return dispatches[0].round_trip_ns / 1e6
+    return answer.dispatches[0].round_trip_ns / 1e6

@@ -7,16 +7,29 @@ from bs_coordinator.selection.forecast import LayerForecast
 from wire.tensors import Array
 
 
+class LargestAnswer(NamedTuple):
+    """The node whose answer was the largest for its layer.
+
+    Attributes:
+        excess: its largest ‖output‖ / ‖input‖ of a row, relative to that of the manifest's probes.
+    """
+
+    node: str
+    excess: float
+
+
 class ExpertOutput(NamedTuple):
     """The combined output of one layer's experts for some tokens.
 
     Attributes:
         output: float32 [tokens, hidden], Σ over experts of gate weight × expert output.
         dispatches: one record per request to a node.
+        largest: the node to suspect first if the model's output turns out not to be finite; None if that is not known.
     """
 
     output: Array
     dispatches: tuple[DispatchRecord, ...] = ()
+    largest: LargestAnswer | None = None
 
 
 class Pending(Protocol):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from bs_coordinator.engine.experts import Pending
+from bs_coordinator.engine.experts import ExpertOutput, LargestAnswer, Pending
 from bs_coordinator.engine.step_records import DispatchRecord, LayerRecord
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import Piece
@@ -82,14 +82,17 @@ class LayerTally:
 
     def __init__(self) -> None:
         self.trunk_ns = self.dispatch_ns = 0
+        self.largest: LargestAnswer | None = None
         self._asked: list[tuple[Array, LayerForecast]] = []
         self._dispatches: list[DispatchRecord] = []
         self._degraded: list[int] = []
 
-    def add(self, batch: MicroBatch, dispatches: Sequence[DispatchRecord]) -> None:
+    def add(self, batch: MicroBatch, combined: ExpertOutput) -> None:
         """Take in what a micro-batch asked, once it was answered."""
         self._asked.append((batch.choice.gate, batch.choice.forecast))
-        self._dispatches += dispatches
+        self._dispatches += combined.dispatches
+        if combined.largest is not None and (self.largest is None or combined.largest.excess > self.largest.excess):
+            self.largest = combined.largest
         self._degraded += batch.degraded_tokens()
 
     def record(self, layer: int) -> LayerRecord:

@@ -1,17 +1,17 @@
 """One forward step of the distributed model: the trunk runs here, the experts elsewhere."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from time import perf_counter_ns
 
 import torch
 from torch import Tensor
 
-from bs_coordinator.engine.experts import ExpertOutput, Experts, Ready
+from bs_coordinator.engine.experts import ExpertOutput, Experts, LargestAnswer, Ready
 from bs_coordinator.engine.micro_batch import Choice, LayerTally, MicroBatch
 from bs_coordinator.engine.step_records import StepRecord
-from bs_coordinator.errors import ExpertsLostError, PlacementError
+from bs_coordinator.errors import AnswerError, ExpertsLostError, PlacementError
 from bs_coordinator.selection import Policy
 from bs_coordinator.selection.degraded import select_available
 from bs_coordinator.selection.forecast import LayerForecast
@@ -21,8 +21,21 @@ from wire.tensors import Array
 
 log = logging.getLogger(__name__)
 
+_MOST_REPEATS = 3
+"""Attempts at a step whose logits are not finite, each without the node that gave the largest answer."""
+_SUSPICIOUS_EXCESS = 20.0
+"""A node's answer this many times as large as the manifest's probes may be at fault."""
+
 _LOST = (ExpertsLostError, PlacementError)
 """A holder failed, or left after the forecast by which it was chosen."""
+
+
+class _NotFiniteError(Exception):
+    """A step's logits hold NaN or infinity; `largest` is the largest answer of a node in it."""
+
+    def __init__(self, largest: LargestAnswer | None) -> None:
+        super().__init__("the logits are not finite")
+        self.largest = largest
 
 
 class DistributedMixtral:
@@ -39,11 +52,20 @@ class DistributedMixtral:
 
     piece_tokens = 128
 
-    def __init__(self, trunk: Trunk, experts: Experts, policy: Policy, *, degrade: bool = False) -> None:
+    def __init__(
+        self, trunk: Trunk, experts: Experts, policy: Policy, *, degrade: bool = False,
+        quarantine: Callable[[str, str], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Nothing is run yet.
+
+        Args:
+            quarantine: leaves a node out for a reason, if its answers made logits infinite; None if there are no nodes.
+        """
         self.trunk = trunk
         self._experts = experts
         self.policy = policy
         self.degrade = degrade
+        self._quarantine = quarantine
 
     @torch.inference_mode()
     def step(self, inputs: Sequence[SequenceInput], *, all_logits: bool = False) -> tuple[list[Tensor], StepRecord]:
@@ -59,18 +81,41 @@ class DistributedMixtral:
             `all_logits`, or [rows, vocab] for the rows that the input names; and the record of the step.
 
         Raises:
-            WdmoeError: an expert is unavailable or failed. The caches are cut back to what they held before.
+            WdmoeError: an expert is unavailable or failed, or the logits are not finite, which no node is to blame
+                for. The caches are cut back to what they held before.
         """
         cached = [sequence.cache.get_seq_length() for sequence in inputs]
-        try:
-            return self._step(inputs, cached[0], all_logits)
-        except BaseException:
-            # Layers before the failure have already appended their keys and values. The stack cuts every cache back,
-            # even if one of them fails: the sequences are stepped again alone.
-            with ExitStack() as stack:
-                for sequence, length in zip(inputs, cached, strict=True):
-                    stack.callback(self.trunk.truncate, sequence.cache, length)
-            raise
+        for _ in range(_MOST_REPEATS):
+            try:
+                return self._step(inputs, cached[0], all_logits)
+            except _NotFiniteError as error:
+                self._cut_back(inputs, cached)
+                self._find_fault(error.largest)
+            except BaseException:
+                self._cut_back(inputs, cached)
+                raise
+        raise AnswerError(f"the logits are not finite, after {_MOST_REPEATS} attempts with other nodes")
+
+    def _cut_back(self, inputs: Sequence[SequenceInput], cached: Sequence[int]) -> None:
+        # Layers before a failure have already appended their keys and values. The stack cuts every cache back, even if
+        # one of them fails: the sequences are stepped again alone.
+        with ExitStack() as stack:
+            for sequence, length in zip(inputs, cached, strict=True):
+                stack.callback(self.trunk.truncate, sequence.cache, length)
+
+    def _find_fault(self, largest: LargestAnswer | None) -> None:
+        """Leave out the node whose answers made the logits infinite.
+
+        Raises:
+            AnswerError: no node's answer was suspiciously large.
+        """
+        if self._quarantine is None or largest is None or largest.excess <= _SUSPICIOUS_EXCESS:
+            raise AnswerError(
+                "the logits are not finite, and no node's answer was unusually large: do the trunk's weights or its "
+                "--dtype suit this model?"
+            )
+        why = f"its answer was {largest.excess:.2g} times as large as the manifest's probes, and the logits not finite"
+        self._quarantine(largest.node, why)
 
     def _step(
         self, inputs: Sequence[SequenceInput], position: int, all_logits: bool
@@ -89,6 +134,9 @@ class DistributedMixtral:
         # Made before the logits are fetched: a GPU is still busy with the head.
         layers = tuple(tally.record(layer) for layer, tally in enumerate(tallies))
         logits = _collect_logits(batches, len(inputs), all_logits)
+        if not all(bool(torch.isfinite(some).all()) for some in logits):
+            found = [tally.largest for tally in tallies if tally.largest is not None]
+            raise _NotFiniteError(max(found, key=lambda answer: answer.excess, default=None))
         end_ns = perf_counter_ns()
         record = StepRecord(
             phase="decode" if all(len(s.ids) == 1 or s.rows for s in inputs) else "prefill",
@@ -146,7 +194,7 @@ class DistributedMixtral:
         batch.pending = None
         batch.trunk_pass.add(combined.output)
         tally.dispatch_ns += perf_counter_ns() - began_ns
-        tally.add(batch, combined.dispatches)
+        tally.add(batch, combined)
 
     def _choose(self, probabilities: Array, forecast: LayerForecast) -> Choice:
         if not self.degrade:

@@ -194,7 +194,7 @@ def _exchange(
     link_s = dispatcher.links.link_s
     predicted = {nodes[k]: link_s(nodes[k], down_bytes=down_bytes, up_bytes=up_bytes) for k in chosen}
     hidden = rng.standard_normal((1, dims.hidden)).astype(np.float32)
-    _, records = dispatcher.apply(int(rng.integers(dims.layers)), hidden, gate)
+    records = dispatcher.apply(int(rng.integers(dims.layers)), hidden, gate).dispatches
     dispatcher.pump(_TRUNK_S)
     return predicted, records
 

@@ -159,7 +159,7 @@ class _Network:
         return frames.encode(ResultFrame(id, layer, output, WireDtype.FP32, NodeDurations(1, 2, 3, 4)))
 
     def ask(self, gate: Array) -> Array:
-        output, records = self.dispatcher.apply(0, np.ones((len(gate), 8), np.float32), gate)
+        output, records, _ = self.dispatcher.apply(0, np.ones((len(gate), 8), np.float32), gate)
         assert all(r.round_trip_ns > 0 and r.durations == NodeDurations(1, 2, 3, 4) for r in records)
         return output
 
@@ -352,6 +352,17 @@ def test_large_answers_of_the_only_holder_are_believed() -> None:
     network.absurd, network.factor = {"a"}, 400.0
     np.testing.assert_allclose(network.ask(GATE), 400 * EXPECTED)
     assert network.dispatcher.health.usable("a")
+
+
+def test_an_output_names_its_largest_answer() -> None:
+    network = _Network(timeout_s=30.0, probes=True, a="L*:E0-1", b="L*:E2-3")
+    network.absurd, network.factor = {"b"}, 100.0
+    largest = network.dispatcher.apply(0, np.ones((3, 8), np.float32), GATE).largest
+    assert largest is not None
+    assert largest.node == "b"
+    assert 50 < largest.excess < 200
+    network.dispatcher.quarantine("b", "infinite logits")
+    assert not network.dispatcher.health.usable("b")
 
 
 def test_of_two_large_answers_that_differ_the_smaller_counts() -> None:

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from bs_coordinator.config import TrunkDtype
-from bs_coordinator.engine.experts import ExpertOutput, Ready
+from bs_coordinator.engine.experts import ExpertOutput, LargestAnswer, Ready
 from bs_coordinator.engine.model import DistributedMixtral
-from bs_coordinator.errors import DispatchError, TrunkError
+from bs_coordinator.errors import AnswerError, DispatchError, TrunkError
 from bs_coordinator.selection import TopK
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import SequenceInput
@@ -113,6 +113,56 @@ def test_a_failed_step_leaves_the_cache_as_it_was(tmp_path: Path) -> None:
     (after,), _ = model.step([SequenceInput([4, 5], cache)])
     (fresh,), _ = model.step([SequenceInput([1, 2, 3, 4, 5], trunk.new_cache())])
     np.testing.assert_allclose(after.numpy(), fresh.numpy(), atol=1e-5)
+
+
+class _Liar(ReferenceExperts):
+    """Gives one layer's output so large that the logits overflow, until its node is left out."""
+
+    def __init__(self, model: Any, *, excess: float) -> None:
+        super().__init__(model)
+        self.excess = excess
+        self.left_out: list[str] = []
+        self.forgiven_after = 1
+
+    def quarantine(self, node: str, why: str) -> None:
+        assert "not finite" in why
+        self.left_out.append(node)
+
+    def begin(self, layer: int, hidden: Array, gate: Array) -> Ready:
+        output = super().begin(layer, hidden, gate).output.output
+        if layer == 1 and len(self.left_out) < self.forgiven_after:
+            output = np.full_like(output, np.inf)
+            return Ready(ExpertOutput(output, largest=LargestAnswer("liar", self.excess)))
+        return Ready(ExpertOutput(output, largest=LargestAnswer("honest", 2.0)))
+
+
+def test_logits_that_are_not_finite_find_the_node_and_the_step_is_repeated(tmp_path: Path) -> None:
+    reference = _checkpoint(tmp_path)
+    trunk, experts = Trunk(tmp_path), _Liar(reference, excess=1e4)
+    model = DistributedMixtral(trunk, experts, TopK(2), quarantine=experts.quarantine)
+    cache = trunk.new_cache()
+    (logits,), _ = model.step([SequenceInput([1, 2, 3], cache)])
+    assert experts.left_out == ["liar"]
+    (right,), _ = DistributedMixtral(trunk, ReferenceExperts(reference), TopK(2)).step(
+        [SequenceInput([1, 2, 3], trunk.new_cache())]
+    )
+    np.testing.assert_array_equal(logits.numpy(), right.numpy())
+    assert [kept.get_seq_length() for kept in cache.layers] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(("excess", "forgiven_after", "left_out"), [(2.5, 1, 0), (1e4, 99, 3)])
+def test_logits_that_stay_infinite_are_an_error_of_the_answer(
+    tmp_path: Path, excess: float, forgiven_after: int, left_out: int
+) -> None:
+    reference = _checkpoint(tmp_path)
+    trunk, experts = Trunk(tmp_path), _Liar(reference, excess=excess)
+    experts.forgiven_after = forgiven_after
+    model = DistributedMixtral(trunk, experts, TopK(2), quarantine=experts.quarantine)
+    cache = trunk.new_cache()
+    with pytest.raises(AnswerError, match="logits are not finite"):
+        model.step([SequenceInput([1, 2, 3], cache)])
+    assert len(experts.left_out) == left_out
+    assert cache.get_seq_length() == 0
 
 
 @pytest.mark.parametrize("device", DEVICES)
