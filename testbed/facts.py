@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from bs_coordinator.broker.processes import mosquitto_path
+from common.child_output import run_parsed
 from wire import __version__
 from wire.broker_url import without_credentials
 
@@ -141,7 +142,7 @@ def output(*command: str, any_code: bool = False) -> str:
         any_code: accept any exit code.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+        done = run_parsed(command, timeout_s=10)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if any_code or done.returncode == 0 else ""

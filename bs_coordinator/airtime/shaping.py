@@ -13,6 +13,7 @@ import numpy as np
 
 from bs_coordinator.airtime.allocation import Float, ShareLinks, allocate_layer
 from bs_coordinator.errors import ShapingError
+from common.child_output import run_parsed
 from common.moving_average import MovingAverage
 
 _TIMEOUT_S = 10
@@ -192,10 +193,10 @@ def _match(address: str) -> list[str]:
 
 def _run(command: list[str]) -> None:
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        done = run_parsed(command, timeout_s=_TIMEOUT_S)
     except FileNotFoundError:
         raise ShapingError("'tc' is missing: install the package iproute2") from None
-    except subprocess.CalledProcessError as error:
-        raise ShapingError(f"'{' '.join(command)}' failed: {' '.join(error.stderr.split())}") from None
     except subprocess.TimeoutExpired:
         raise ShapingError(f"'{' '.join(command)}' did not end within {_TIMEOUT_S} s") from None
+    if done.returncode:
+        raise ShapingError(f"'{' '.join(command)}' failed: {' '.join(done.stderr.split())}")

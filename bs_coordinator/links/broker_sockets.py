@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import psutil
 
+from common.child_output import run_parsed
 from wire.status import SocketFacts
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ def read_broker_sockets(port: int) -> dict[str, SocketFacts]:
     try:
         argv = [ss, "-tinHO", "state", "established", "sport", "=", f":{port}"]
         # With a state filter, ss omits the state column that `parse_ss` expects.
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
+        done = run_parsed(argv, timeout_s=_TIMEOUT_S)
+        done.check_returncode()
     except (OSError, subprocess.SubprocessError) as error:
         log.debug("ss: %s", error)
         return {}

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 
 from edge_node.telemetry.parsed import Parsed
 
-_TEMPERATURE = re.compile(r"(?<!\S)([A-Za-z][\w-]*)@(-?\d+(?:\.\d+)?)C(?!\S)")
-_RAIL = re.compile(r"(?<!\S)([A-Za-z]\w*) (\d{1,7})(?:mW)?/(\d{1,7})(?:mW)?(?!\S)")
+_TEMPERATURE = re.compile(r"(?<!\S)([A-Za-z][\w-]*)@(-?\d{1,4}(?:\.\d{1,6})?)C(?!\S)")
+_RAIL = re.compile(r"(?<!\S)([A-Za-z]\w*) (\d{1,7})(?:mW)?/(\d{1,7})(?:mW)?(?:/\S*)?(?!\S)")
 _CPUS = re.compile(r"(?<!\S)CPU \[([^\]]*)\]")
-_CORE_MHZ = re.compile(r"\d+%@(\d+)")
-_GPU = re.compile(r"(?<!\S)GR3D_FREQ (\d+)%(?:@\[?(\d+)(?:,(\d+))?\]?)?(?!\S)")
-_MEMORY = re.compile(r"(?<!\S)EMC_FREQ (\d+)%")
+_CORE_MHZ = re.compile(r"\d{1,3}%@(\d{1,6})\b")
+_GPU = re.compile(r"(?<!\S)GR3D_FREQ (?:(\d{1,3})%)?(?:@\[?(\d{1,6}(?:,\d{1,6})*)\]?)?(?!\S)")
+"""Load and clock, of Thor one clock for each of its graphics clusters."""
+_MEMORY = re.compile(r"(?<!\S)EMC_FREQ (\d{1,3})%")
 _OFF_CELSIUS = -200.0
 """Sensors of units without power read -256."""
 _PMIC_PLACEHOLDER = ("PMIC", 100.0)
@@ -49,7 +50,7 @@ class Tegra:
 
 def parse_tegrastats(line: str) -> Parsed[Tegra]:
     """Facts from one line of `tegrastats`."""
-    if not re.search(r"(?<!\S)RAM \d+/\d+MB", line):
+    if not re.search(r"(?<!\S)RAM \S+/\S+", line):
         return Parsed(Tegra(), f"not a line of tegrastats: {line[:80]!r}")
     temperatures = {
         name: float(celsius)
@@ -58,12 +59,12 @@ def parse_tegrastats(line: str) -> Parsed[Tegra]:
     }
     rails = {name: int(now) / 1000 for name, now, _ in _RAIL.findall(line) if name != _UNUSED}
     cpus, gpu, memory = _CPUS.search(line), _GPU.search(line), _MEMORY.search(line)
-    gpu_mhz = max((float(mhz) for mhz in gpu.groups()[1:] if mhz), default=None) if gpu else None
+    gpu_mhz = max(float(mhz) for mhz in gpu[2].split(",")) if gpu and gpu[2] else None
     facts = Tegra(
         sensors_celsius=temperatures,
         rails_watts=rails,
         cpu_mhz=tuple(float(mhz) for mhz in _CORE_MHZ.findall(cpus[1])) if cpus else (),
-        gpu_percent=float(gpu[1]) if gpu else None,
+        gpu_percent=float(gpu[1]) if gpu and gpu[1] else None,
         gpu_mhz=gpu_mhz,
         memory_percent=float(memory[1]) if memory else None,
     )

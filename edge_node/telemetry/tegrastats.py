@@ -3,6 +3,7 @@
 import os
 import subprocess
 
+from common.child_output import c_locale
 from edge_node.telemetry.commands import Commands
 
 _INTERVAL_MS = 1000
@@ -59,6 +60,7 @@ class Tegrastats:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                env=c_locale(),
             )
         except OSError:
             self._commands.warnings["tegrastats"] += 1

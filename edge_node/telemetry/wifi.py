@@ -12,7 +12,11 @@ from edge_node.telemetry.parsed import Fields, Parsed, is_cut, lines_of
 _MAC = r"([0-9a-f]{2}(?::[0-9a-f]{2}){5})"
 _STATION = re.compile(rf"^Station {_MAC} \(on (\S+)\)", re.MULTILINE | re.IGNORECASE)
 _CONNECTED = re.compile(rf"^Connected to {_MAC} \(on (\S+)\)", re.MULTILINE | re.IGNORECASE)
-_MODES = (("eht", r"\bEHT-MCS (\d+)"), ("he", r"\bHE-MCS (\d+)"), ("vht", r"\bVHT-MCS (\d+)"), ("ht", r"\bMCS (\d+)"))
+_MODES = tuple(
+    (mode, re.compile(rf"\b{name}MCS (\d{{1,2}})\b"))
+    for mode, name in (("eht", "EHT-"), ("he", "HE-"), ("vht", "VHT-"), ("ht", ""))
+)
+_CHANNEL = re.compile(r"(\d{1,3}) \((\d{4,5})(?:\.\d+)? MHz\)(?:, width: (\d{1,4})(?:\+\d{1,4})? MHz)?")
 _HT_MCS_PER_STREAM = 8
 _NO_NOISE = -256
 
@@ -144,7 +148,9 @@ def parse_info(text: str) -> Parsed[Interface]:
     fields = Fields(words)
     channel = None
     if "channel" in words:
-        channel = re.match(r"(\d{1,3}) \((\d{4,5})(?:\.\d+)? MHz\)(?:, width: (\d+)(?:\+\d+)? MHz)?", words["channel"])
+        channel = re.match(
+            r"(\d{1,3}) \((\d{4,5})(?:\.\d+)? MHz\)(?:, width: (\d{1,4})(?:\+\d{1,4})? MHz)?", words["channel"]
+        )
         if channel is None:
             fields.complain(f"channel {words['channel']}")
     interface = Interface(
@@ -220,11 +226,11 @@ def _rate(lines: dict[str, str], name: str, fields: Fields) -> Rate:
         return Rate()
     mode, mcs = None, None
     for name_of, pattern in _MODES:
-        if match := re.search(pattern, text):
+        if match := pattern.search(text):
             mode, mcs = name_of, int(match[1])
             break
-    streams = re.search(r"-NSS (\d+)", text)
-    width = re.search(r"\b(\d+)(?:\+\d+)?MHz", text)
+    streams = re.search(r"-NSS (\d{1,2})\b", text)
+    width = re.search(r"\b(\d{1,4})(?:\+\d{1,4})?MHz", text)
     number = int(streams[1]) if streams else None
     if mode == "ht" and mcs is not None:
         number = mcs // _HT_MCS_PER_STREAM + 1

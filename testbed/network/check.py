@@ -21,7 +21,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from common.child_output import run_parsed
 from testbed.errors import NetworkError, PreflightError
+from testbed.iperf3 import received_mbps
 from testbed.network.emulated import EmulatedNetwork
 from testbed.network.model import ETHERNET_BYTES, MTU_BYTES, air_bits
 from testbed.network.spec import LinkSpec
@@ -35,7 +37,7 @@ _PING_BYTES = 56
 _PING_FRAME_BYTES = ETHERNET_BYTES + 20 + 8 + _PING_BYTES
 _UDP_PAYLOAD_BYTES = MTU_BYTES - 28
 _UDP_OVERLOAD = 1.2
-_RTT_LINE = re.compile(r"time=([0-9.]+) ms")
+_RTT_LINE = re.compile(r"\b(?:icmp_)?seq=(\d{1,9})\b.*\btime[=<](\d{1,9}(?:\.\d{1,9})?) ?ms\b")
 
 
 class RateCheck(Struct, frozen=True):
@@ -192,10 +194,18 @@ def _ping(network: EmulatedNetwork, node: str) -> tuple[list[float], float]:
     _run([*network.bs_prefix(), "ping", "-n", "-q", "-c", "3", "-i", "0.05", "-W", "2", address], timeout_s=20)
     argv = ["ping", "-n", "-c", str(_PINGS), "-i", str(_PING_INTERVAL_S), "-W", "1", "-s", str(_PING_BYTES), address]
     done = _run([*network.bs_prefix(), *argv], timeout_s=30)
-    rtts = [float(found) for found in _RTT_LINE.findall(done.stdout)]
+    rtts = parse_ping(done.stdout)
     if not rtts:
         raise NetworkError(f"{node} does not answer pings: {_last_line(done)}")
     return rtts, 100 * (1 - len(rtts) / _PINGS)
+
+
+def parse_ping(output: str) -> list[float]:
+    """Round trips in ms from ping's output, in the C locale; of an answer that arrives twice, the first counts."""
+    by_sequence: dict[str, float] = {}
+    for sequence, ms in _RTT_LINE.findall(output):
+        by_sequence.setdefault(sequence, float(ms))
+    return list(by_sequence.values())
 
 
 def _iperf(network: EmulatedNetwork, node: str, link: LinkSpec, mbps: float, *, reverse: bool, seconds: float) -> float:
@@ -208,13 +218,9 @@ def _iperf(network: EmulatedNetwork, node: str, link: LinkSpec, mbps: float, *, 
     with _iperf_server(network, node):
         done = _run([*network.bs_prefix(), *argv], timeout_s=seconds + 20)
     try:
-        report = msgspec.json.decode(done.stdout)
-        if "error" in report:
-            raise NetworkError(f"iperf3 to {node}: {report['error']}")
-        end = report["end"]
-        return float(end["sum_received"]["bits_per_second"]) / 1e6
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise NetworkError(f"iperf3 to {node} gives no result: {_last_line(done)}") from None
+        return received_mbps(done.stdout)
+    except ValueError as error:
+        raise NetworkError(f"iperf3 to {node} gives no result: {error}: {_last_line(done)}") from None
 
 
 @contextmanager
@@ -248,9 +254,7 @@ def _wait_for_listener(network: EmulatedNetwork, node: str, server: subprocess.P
 
 def _run(argv: list[str], *, timeout_s: float) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
+        return run_parsed(argv, timeout_s=timeout_s)
     except subprocess.TimeoutExpired:
         raise NetworkError(f"{' '.join(argv[3:6])} … did not end within {timeout_s:g} s") from None
 

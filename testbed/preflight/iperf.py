@@ -4,8 +4,8 @@ import shutil
 import subprocess
 import time
 
-import msgspec
-
+from common.child_output import run_parsed
+from testbed.iperf3 import received_mbps
 from testbed.preflight.verdicts import Rate
 
 PORT = 5201
@@ -33,12 +33,8 @@ def _goodput_mbps(address: str, *options: str) -> float | None:
     deadline = time.monotonic() + _TRIES_S
     while True:
         try:
-            done = subprocess.run(
-                argv, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=_SECONDS + 15
-            )
-            report = msgspec.json.decode(done.stdout)
-            return float(report["end"]["sum_received"]["bits_per_second"]) / 1e6
-        except (subprocess.TimeoutExpired, msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+            return received_mbps(run_parsed(argv, timeout_s=_SECONDS + 15).stdout)
+        except (subprocess.TimeoutExpired, ValueError):
             if time.monotonic() >= deadline:
                 return None
             time.sleep(0.3)

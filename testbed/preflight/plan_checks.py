@@ -14,6 +14,7 @@ import psutil
 from bs_coordinator.broker.processes import mosquitto_path
 from bs_coordinator.dispatch.readiness import measure_broker
 from bs_coordinator.selection import parse_policy
+from common.child_output import run_parsed
 from common.errors import WdmoeError
 from testbed import facts
 from testbed.demo_assets import demo_bundle_path
@@ -208,7 +209,7 @@ def _clock(plan: Plan) -> Check:
     effect = "logs of several machines can't be lined up" if plan.external else "one machine, one clock"
     try:
         argv = ["timedatectl", "show", "-p", "NTPSynchronized", "--value"]
-        answer = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=5).stdout.strip()
+        answer = run_parsed(argv, timeout_s=5).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         answer = ""
     if answer == "yes":

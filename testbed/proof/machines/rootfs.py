@@ -15,6 +15,7 @@ from pathlib import Path
 
 import platformdirs
 
+from common.child_output import run_parsed
 from testbed.errors import MachineError
 
 USER = "pi"
@@ -82,10 +83,8 @@ def debian_mirror() -> tuple[str, str]:
             "machines are made by debootstrap from apt's Debian mirror: this machine does not run Debian"
         )
     _need("apt-get")
-    listed = subprocess.run(
-        ["apt-get", "indextargets", "--format", "$(SITE) $(CODENAME) $(COMPONENT) $(CREATED_BY)"],
-        capture_output=True, text=True, timeout=60, check=False,
-    ).stdout  # fmt: skip
+    targets = ["apt-get", "indextargets", "--format", "$(SITE) $(CODENAME) $(COMPONENT) $(CREATED_BY)"]
+    listed = run_parsed(targets, timeout_s=60).stdout
     for line in listed.splitlines():
         site, *rest = line.split()
         if rest == [release, "main", "Packages"]:

@@ -1,5 +1,6 @@
 """Parsers of what devices say, on outputs as their tools print them (`recordings/README.md`), whole, cut and broken."""
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -344,3 +345,65 @@ def test_channels() -> None:
     assert {mhz: wifi.channel_of(mhz) for mhz in pairs} == pairs
     assert [wifi.channel_of(mhz) for mhz in (0, 2400, 4900, 8000)] == [None] * 4
     assert [wifi.band_ghz_of(mhz) for mhz in (2412, 5180, 6135, 900)] == [2.4, 5.0, 6.0, None]
+
+
+_THOR = (
+    "08-26-2025 10:28:23 RAM 3590/125772MB (lfb 48x4MB) SWAP 0/62886MB (cached 0MB) CPU [3%@972,off,1%@972] "
+    "EMC_FREQ 1%@4266 GR3D_FREQ 7%@[1575,1574,1573] NVENC_FREQ @1 cpu@45.5C tj@46C soc012@44.25C "
+    "VDD_GPU 3567mW/3600mW VIN 16000mW/16100mW/16900mW NEW_FREQ 3%@[1,2]"
+)
+
+
+def test_fields_that_grow_lose_only_themselves() -> None:
+    facts, complaint = jetson.parse_tegrastats(_THOR)
+    assert (facts.gpu_percent, facts.gpu_mhz, facts.memory_percent) == (7.0, 1575.0, 1.0)
+    assert facts.rails_watts == {"VDD_GPU": 3.567, "VIN": 16.0}
+    assert facts.sensors_celsius == {"cpu": 45.5, "tj": 46.0, "soc012": 44.25}
+    assert (facts.cpu_mhz, complaint) == ((972.0, 972.0), "")
+    no_load = jetson.parse_tegrastats(_THOR.replace("7%@[1575,1574,1573]", "@[1575,1574,1573]")).facts
+    assert (no_load.gpu_percent, no_load.gpu_mhz) == (None, 1575.0)
+    unknown = jetson.parse_tegrastats(_THOR.replace("7%@[1575,1574,1573]", "7%/9%")).facts
+    assert (unknown.gpu_percent, unknown.rails_watts) == (None, facts.rails_watts)
+    long = jetson.parse_tegrastats(_THOR.replace("45.5C", "9" * 5000 + "C").replace("972", "9" * 5000)).facts
+    assert (long.cpu_mhz, set(long.sensors_celsius)) == ((), {"tj", "soc012"})
+
+
+_MLO = """Station 02:00:00:00:01:00 (on wlan0)
+	inactive time:	12 ms
+	rx packets:	100
+	tx packets:	90
+	tx bitrate:	2882.4 MBit/s 160MHz EHT-MCS 11 EHT-NSS 2 EHT-GI 0
+	connected time:	77 seconds
+	Link 0:
+		Address: 02:00:00:00:01:01
+		signal:  	-41 [-43, -44] dBm
+		rx packets:	40
+		tx bitrate:	286.7 MBit/s 20MHz EHT-MCS 11 EHT-NSS 2
+	Link 2:
+		Address: 02:00:00:00:01:03
+		signal:  	-55 dBm
+		tx bitrate:	2882.4 MBit/s 160MHz EHT-MCS 11 EHT-NSS 2
+"""
+
+
+def test_links_of_several_bands() -> None:
+    """A Wi-Fi 7 station: its own values come first, then those of each link."""
+    station = wifi.parse_station(_MLO).facts
+    assert (station.bssid, station.down_packets, station.up_packets) == ("02:00:00:00:01:00", 100, 90)
+    assert (station.rssi_dbm, station.associated_s) == (-41, 77)
+    assert (station.up.phy_mbps, station.up.mode, station.up.mcs, station.up.width_mhz) == (2882.4, "eht", 11, 160)
+    link = wifi.parse_link(
+        "Connected to 02:00:00:00:01:00 (on wlan0)\n\tSSID: lab\n\tLink 0 BSSID 02:00:00:00:01:01\n\t\tfreq: 2437.0\n"
+        "\tLink 2 BSSID 02:00:00:00:01:03\n\t\tfreq: 6135.0\n\tsignal: -41 dBm\n\ttx bitrate: 2882.4 MBit/s EHT-MCS 9\n"
+    )
+    assert (link.facts.ssid, link.facts.frequency_mhz, link.facts.rssi_dbm) == ("lab", 2437, -41)
+    assert link.complaint == ""
+
+
+@pytest.mark.parametrize("part", ["12 ms", "100", "2882.4", "160MHz", "EHT-MCS 11", "EHT-NSS 2", "77 seconds", "-41"])
+def test_numbers_of_thousands_of_digits_are_left_out(part: str) -> None:
+    digits = re.sub(r"\d+", "9" * 5000, part, count=1)
+    station = wifi.parse_station(_MLO.replace(part, digits)).facts
+    assert station.bssid == "02:00:00:00:01:00"
+    info = f"Interface wlan0\n\ttype managed\n\tchannel 36 (5180 MHz), width: {digits} MHz\n"
+    assert wifi.parse_info(info).facts.channel == 36

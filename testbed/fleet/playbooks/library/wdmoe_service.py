@@ -47,7 +47,15 @@ def main() -> None:
     paths = [Path(path) for path in module.params["paths"]]
 
     def systemctl(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(["systemctl", *arguments], capture_output=True, text=True, timeout=timeout_s, check=False)
+        c_locale = {**os.environ, "LC_ALL": "C"}
+        return subprocess.run(
+            ["systemctl", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+            env=c_locale,
+        )
 
     shown = systemctl("show", unit, "-p", "ActiveState,MainPID,UnitFileState,NeedDaemonReload").stdout
     facts = dict(line.split("=", 1) for line in shown.splitlines())

@@ -3,6 +3,7 @@
 Runs on the device with the system's own Python.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -23,7 +24,9 @@ def clock_offset_ms(tracking: str) -> "float | None":
 def _ask(*command: str) -> str:
     if shutil.which(command[0], path="/usr/sbin:/usr/bin:/sbin:/bin") is None:
         return ""
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=30, check=False, env={**os.environ, "LC_ALL": "C"}
+    ).stdout
 
 
 def _link(path: Path) -> "str | None":
