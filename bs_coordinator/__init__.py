@@ -1,5 +1,5 @@
-"""The base station: runs the trunk and the gate, chooses experts, asks the nodes that hold them.
+"""The base station: runs the trunk and the gate, chooses experts, and asks the nodes that hold them.
 
-The data's way: `generate` (tokens) → `model` (one forward step) → `trunk` (attention, gate) → `selection`
-(which experts) → `dispatch` (frames to nodes and back). `fleet` knows which node holds what.
+A token passes through `engine` (sequences and steps), `trunk` (attention and gate), `selection` (which experts) and
+`dispatch` (frames to nodes and back). `nodes` keeps track of which node holds which experts.
 """

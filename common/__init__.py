@@ -1,1 +1,1 @@
-"""What every package uses and no protocol depends on: console entry, files, sizes, devices, CPU idle states."""
+"""Helpers that every package uses: console, errors, configuration, files, sizes, clocks, CPU idle states."""

@@ -61,7 +61,7 @@ def broker() -> Iterator[BrokerAddress]:
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that the parallel workers of one run share, for what is dear to make."""
+    """A folder that the parallel workers of one run share, for fixtures that take long to make."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -123,7 +123,7 @@ def fleet(
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> Iterator[LocalNodes]:
-    """An empty fleet on the shared broker, in a cluster of the test's own; fp32 unless told otherwise."""
+    """An empty fleet on the shared broker, in a cluster of the test's own; fp32 by default."""
     scheme: Scheme = getattr(request, "param", "fp32")
     cluster = f"t-{zlib.crc32(request.node.nodeid.encode())}"
     fleet = LocalNodes(tiny_bundle(scheme), broker, tmp_path / "nodes", cluster=cluster)

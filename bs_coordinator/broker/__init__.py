@@ -1,1 +1,1 @@
-"""MQTT brokers run as child processes."""
+"""MQTT brokers that run as child processes, and the embedded broker that they run."""

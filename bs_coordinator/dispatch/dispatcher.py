@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 _CLOCK_EVERY_S = 0.05
 _PROVE_EVERY_S = 0.5
-"""How often nodes that are left out are looked at while no layer is awaited."""
+"""How often to check, while no layer is awaited, whether nodes that are left out are due a ping."""
 
 
 def _no_facts() -> Mapping[str, SocketFacts]:

@@ -10,7 +10,7 @@ from common.clock import Clock
 from wire.status import SocketFacts
 
 _CHECK_EVERY_S = 0.01
-"""Between two looks at which probes are due; `LinkMonitor` itself leaves more time between two probes."""
+"""How often to check which probes are due; `LinkMonitor` leaves more time than this between two probes."""
 
 
 class ProbeGate:

@@ -31,7 +31,7 @@ def _config(fleet: LocalNodes, resident: ResidentConfig | None) -> BaseStationCo
 
 
 def _answer(station: BaseStation, tokens: int = 12) -> tuple[list[int], set[str]]:
-    """Token ids of a greedy answer, and who computed for it."""
+    """Token ids of a greedy answer, and which nodes computed for it."""
     prompt = station.tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
     events = list(station.new_sequence().generate(prompt, SamplingConfig(max_tokens=tokens)))
     records = [d for event in events for step in event.steps for layer in step.layers for d in layer.dispatches]
@@ -49,7 +49,7 @@ def test_tokens_do_not_depend_on_where_experts_are(fleet: LocalNodes, tmp_path: 
     with open_base_station(_config(fleet, resident), fleet.address) as station:
         every = station.dispatcher.registry.local_experts
         assert len(every) == 16
-        # A base station that keeps everything waits for nobody.
+        # A base station that holds all experts does not wait for nodes.
 
         def all_are_online() -> bool:
             station.dispatcher.pump(0.1)
@@ -81,7 +81,7 @@ def test_the_base_station_keeps_what_no_node_holds_and_takes_over(fleet: LocalNo
         here = station.dispatcher.registry.local_experts
         assert {ExpertId(layer, e) for layer in range(2) for e in (6, 7)} <= here
         ids, _ = _answer(station, 8)
-        # Both nodes die; what they held is lost, what is kept here is not even asked of them again.
+        # Both nodes die: their experts are lost; those that the base station holds are computed without asking nodes.
         fleet.stop()
         layer, expert = min(here)
         gate = np.zeros((1, 8), np.float32)

@@ -1,4 +1,4 @@
-"""A device beyond its limits takes no work, says why, and comes back; systemd hears how it is."""
+"""A device beyond its limits takes no work, publishes why, and comes back; systemd gets its messages."""
 
 import os
 import signal
@@ -52,18 +52,24 @@ def test_a_node_short_of_memory_leaves_the_fleet_and_says_why(fleet: LocalNodes)
     assert "short of memory" in seen[-1].reason
 
 
-def test_systemd_is_told(fleet: LocalNodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
-        told.bind(str(tmp_path / "n"))
+def test_systemd_gets_readiness_and_watchdog_messages(
+    fleet: LocalNodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifications:
+        notifications.bind(str(tmp_path / "n"))
         process = subprocess.Popen(
             _argv(fleet), stderr=subprocess.DEVNULL, env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "n")}
         )
         try:
-            assert [told.recv(100), told.recv(100), told.recv(100)] == [b"READY=1", b"WATCHDOG=1", b"WATCHDOG=1"]
-            process.send_signal(signal.SIGSTOP)  # hangs: nothing more is said, and systemd ends it
-            told.settimeout(5)
+            assert [notifications.recv(100), notifications.recv(100), notifications.recv(100)] == [
+                b"READY=1",
+                b"WATCHDOG=1",
+                b"WATCHDOG=1",
+            ]
+            process.send_signal(signal.SIGSTOP)  # hangs: no message follows, and systemd would end it
+            notifications.settimeout(5)
             with pytest.raises(TimeoutError):
-                told.recv(100)
+                notifications.recv(100)
         finally:
             process.kill()
             process.wait()

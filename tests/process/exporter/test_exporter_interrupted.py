@@ -160,7 +160,7 @@ def test_too_little_space_is_said_before(mixtral: Callable[..., Path], small_dis
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_disk_that_fills_up(jobs: int, mixtral: Callable[..., Path], small_disk: Path, tmp_path: Path) -> None:
-    # The space check is told a lie, as when something else fills the disk meanwhile.
+    # The space check sees a disk that is larger than it is, as if another process filled it during the export.
     lie = (
         "import collections, shutil, sys\n"
         "if __name__ == '__main__':\n"

@@ -200,7 +200,7 @@ def test_a_header_that_claims_to_be_huge_is_not_read(tmp_path: Path, ending: str
 
     archive = tmp_path / f"x{ending}"
     with open_compressed(archive, "wb") as file:
-        # A folder has no bytes, whatever it says: they are no ration for the next header.
+        # A folder has no content, whatever size its header states, which must not raise the limit for the next header.
         file.write((header(before, 1 << 30) if before else b"") + header(kind, 64 << 20))
         for _ in range(64):
             file.write(bytes(1 << 20))

@@ -88,11 +88,11 @@ def test_clocks_are_compared_before_during_and_after(finished: RunDir) -> None:
         (node, moment) for node in ("node0", "node1") for moment in ("before", "during", "after")
     }
     for row in probes:
-        # One machine has one clock: no offset is what every probe must leave possible, alone and with the others.
+        # Both clocks are the same, so every probe, alone and with the others, must allow an offset of zero.
         assert row["offset_low_ns"] <= 0 <= row["offset_high_ns"]
         round_trip_ns = row["offset_high_ns"] - row["offset_low_ns"]
         assert row["down_estimated_ns"] + row["up_estimated_ns"] == pytest.approx(round_trip_ns, abs=2)
-        # And what a clock may drift by meanwhile.
+        # Plus the drift meanwhile.
         assert row["one_way_error_ns"] <= 1.001 * round_trip_ns + 1000
     offsets = [row for row in _rows(finished, "clocks") if row["node"] is not None]
     assert {row["node"] for row in offsets} == {"node0", "node1"}

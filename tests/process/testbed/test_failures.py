@@ -131,7 +131,7 @@ def test_a_node_that_was_killed_comes_back_under_its_id(fleet: LocalNodes) -> No
     _wait_for_status(fleet, "phoenix", online=True)
 
 
-def test_sigterm_says_good_bye(fleet: LocalNodes) -> None:
+def test_a_node_that_gets_sigterm_announces_that_it_leaves(fleet: LocalNodes) -> None:
     fleet.start("polite", "L*:E0")
     _wait_for_status(fleet, "polite", online=True)
     fleet.processes["polite"].terminate()

@@ -222,7 +222,7 @@ class TestOnTheDevice:
         assert release.switch(root, "b", history, check=True)
         assert (root / "current").readlink() == Path("releases/a")
         assert release.switch(root, "b", history, check=False)
-        # d does not serve: the next rollback must not come to it.
+        # d does not serve: the next rollback must not choose it.
         assert release.switch(root, "d", history, check=False)
         assert release.restore(root, "b", "a", history, check=True)
         assert release.linked(root / "current") == "d"
@@ -391,7 +391,7 @@ class TestPlaybooks:
         assert prepare_bundles(read, check=True)[0] == f"would sign {bundle} with the cluster's key"
         hosts = play("site", path, check=True, ansible_facts={"service_mgr": "systemd", "pkg_mgr": "apt"})
         assert set(tmp_path.rglob("*")) == there
-        # Nothing of it is there, keys included: all that can be told is told.
+        # No part of it is deployed yet, not even keys: the check reports all steps that it can foresee.
         every = {"release : Report that it would be installed", "bundle : Report what would be sent"}
         steps = {
             "Make this release the current one",
@@ -476,7 +476,7 @@ class TestPlaybooks:
         ]  # fmt: skip
 
     def as_in(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """All playbooks, and some for one role each, with /etc in `root` and files of whoever runs the test."""
+        """All playbooks, and some for one role each, with /etc in `root` and files owned by the current user."""
         copy = root / "playbooks"
         shutil.copytree(PLAYBOOKS, copy)
         for file in (path for path in copy.rglob("*") if path.suffix in (".yml", ".j2")):
@@ -510,7 +510,9 @@ class TestPrepare:
         with pytest.raises(FleetError, match=re.escape("is for 10.0.0.9")):
             prepare_keys(self.read(tmp_path, bundle, address="10.0.0.8", a="L*:E*"))
 
-    def test_bundles_are_signed_and_what_nobody_holds_is_said(self, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    def test_bundles_are_signed_and_experts_without_a_holder_are_reported(
+        self, tiny_bundle: Bundle, tmp_path: Path
+    ) -> None:
         bundle = tmp_path / "bundle"
         shutil.copytree(tiny_bundle("int4"), bundle)
         read = self.read(tmp_path, bundle, a="L*:E0-3", b="L0:E4-7 L1:E4-6")
@@ -535,7 +537,9 @@ class TestPrepare:
         with pytest.raises(FleetError, match="different models"):
             prepare_bundles(read)
 
-    def test_a_node_without_experts_is_told_what_to_write(self, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    def test_an_inventory_without_experts_for_a_node_is_refused_with_what_to_write(
+        self, tiny_bundle: Bundle, tmp_path: Path
+    ) -> None:
         bundle = tmp_path / "bundle"
         shutil.copytree(tiny_bundle("int4"), bundle)
         read = self.read(tmp_path, bundle, a="L*:E*")

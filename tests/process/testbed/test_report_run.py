@@ -305,12 +305,12 @@ def test_a_run_that_is_not_complete_says_so_first(copy: RunDir) -> None:
 
 
 @pytest.mark.slow
-def test_cells_of_different_code_are_told_apart(copy: RunDir) -> None:
+def test_cells_of_different_commits_are_distinguished(copy: RunDir) -> None:
     path = copy.path / "manifest.json"
     manifest = json.loads(path.read_text())
     now = manifest["commit"], manifest["dirty"]
     path.write_text(json.dumps(manifest | {"commit": "f" * 40, "dirty": False}))
-    for cell in copy.cells():  # as if all were of a run that was made before cells told it
+    for cell in copy.cells():  # as in a run of an older version, whose cells do not state their commit
         marker = json.loads((copy.cell_path(cell) / "cell.json").read_text())
         assert (marker.pop("commit"), marker.pop("dirty")) == now
         (copy.cell_path(cell) / "cell.json").write_text(json.dumps(marker))

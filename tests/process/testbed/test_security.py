@@ -1,4 +1,4 @@
-"""Keys as the command makes them, with a real mosquitto: who gets in, who reads and writes what, who is believed."""
+"""Keys as the command makes them, with a real mosquitto: who may connect, read and write, and whose frames count."""
 
 import os
 import shutil
@@ -284,10 +284,10 @@ while True:
 
 
 @pytest.mark.slow
-def test_a_broker_that_lies_is_not_believed(
+def test_answers_forged_by_the_broker_do_not_count(
     site: Site, sealed: tuple[Path, list[object]], run_process: Run, tmp_path: Path
 ) -> None:
-    """Somebody who may write everything, as the broker itself may, answers for the nodes."""
+    """An attacker who may publish on every topic, as the broker itself may, forges answers of the nodes."""
     _, generate = sealed
     calm = run_process("bs_coordinator", *generate, "--max-tokens", 24)
     assert calm.returncode == 0, calm.stderr
@@ -299,14 +299,14 @@ def test_a_broker_that_lies_is_not_believed(
     mallory = subprocess.Popen([sys.executable, "-c", _MALLORY, site.url, folder, f"wdmoe/v1/{CLUSTER}"])
     try:
         wait_until((folder / "ready").exists, "mallory")
-        lied_to = run_process("bs_coordinator", *generate, "--max-tokens", 24)
+        attacked = run_process("bs_coordinator", *generate, "--max-tokens", 24)
     finally:
         mallory.kill()
         mallory.wait()
-    assert lied_to.returncode == 0, lied_to.stderr
-    assert lied_to.stdout == calm.stdout
-    assert "dropped" in lied_to.stderr
-    # Without the key nobody is understood, and that is said.
+    assert attacked.returncode == 0, attacked.stderr
+    assert attacked.stdout == calm.stdout
+    assert "dropped" in attacked.stderr
+    # Without the cluster key no node's frames are accepted, and the error says so.
     unsealed = run_process("bs_coordinator", *_without(generate, "--cluster-key"), "--nodes-timeout", 8)
     assert unsealed.returncode != 0
     assert "Traceback" not in unsealed.stderr

@@ -38,7 +38,7 @@ def test_samples_of_nodes_become_rows(fleet: LocalNodes) -> None:
             return all(sum(row["node"] == node for row in rows) >= least for node in ("a", "b"))
 
         wait_until(lambda: rows_of_both(1), "a sample of each node")
-        # Neither is what no node may say taken, nor does it hide what is right.
+        # Invalid telemetry is not stored, and does not displace what is valid.
         transport.publish(topics.telemetry("a"), b'{"schema": 1}')
         transport.publish(topics.telemetry("a"), SAMPLE_OF_ANOTHER)
         wait_until(lambda: rows_of_both(3) and len(dispatcher.telemetry.dropped) == 2, "more samples of each node")

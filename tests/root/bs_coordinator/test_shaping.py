@@ -1,4 +1,4 @@
-"""Shares of the down-link: what they come to, and that the kernel does it, in a network namespace of the test's own."""
+"""Shares of the down-link: their values, and that the kernel enforces them, in a separate network namespace."""
 
 import re
 import signal
@@ -80,7 +80,7 @@ while True:
 
 
 def _sent_mbps(namespace: str, *addresses: str) -> dict[str, float]:
-    """Rates, or less on a busy machine, at which each class lets go what is sent as fast as possible."""
+    """Rates, or less on a busy machine, at which each class forwards packets that are sent as fast as possible."""
 
     def sent() -> dict[str, int]:
         shown = _inside(namespace, "tc", "-s", "class", "show", "dev", "bs0").stdout

@@ -131,7 +131,7 @@ def test_every_planted_fault_is_found(
     assert {key for key in failed if key[0]} == set(FAULTS.items())
     for node, words in WORDS.items():
         assert words in failed[node, FAULTS[node]]
-    # The well one is well in everything that could be asked.
+    # The node without a fault passes every check that could be made.
     assert {c["level"] for c in checks if c["node"] == "well"} <= {"pass", "unknown"}
     measured = next(c["detail"] for c in checks if (c["node"], c["name"]) == ("well", "link"))
     assert "iperf3" in measured

@@ -1,4 +1,4 @@
-"""HTTP with a real model whose experts are in this process: full houses, callers that leave, lost experts."""
+"""HTTP with a real model whose experts are in this process: a full queue, callers that leave, lost experts."""
 
 import threading
 import time

@@ -409,28 +409,28 @@ def test_arrivals_that_are_not_sure_do_not_count() -> None:
     assert dispersion_s([], 0) is None
 
 
-def test_who_was_away_does_not_know_when_messages_came() -> None:
-    attention = ArrivalTiming()
+def test_arrival_times_are_accurate_only_if_the_socket_was_polled_in_time() -> None:
+    timing = ArrivalTiming()
     moments = [
         (0.0, 3.0, True),  # waited 3 ms for it
         (3.1, 3.2, True),  # it came while the last one was handled
-        (9.0, 9.1, False),  # nobody had looked for 6 ms
-        (9.2, 9.3, False),  # nor for those behind it
+        (9.0, 9.1, False),  # the socket was not polled for 6 ms
+        (9.2, 9.3, False),  # this one may have waited as well
         (9.4, 11.0, True),
     ]
     for asked_ms, read_ms, sure in moments:
-        attention.read(int(1e6 * asked_ms), int(1e6 * read_ms))
-        assert attention.sure == sure
+        timing.read(int(1e6 * asked_ms), int(1e6 * read_ms))
+        assert timing.sure == sure
 
 
-def test_a_jump_of_one_link_has_the_others_looked_at() -> None:
+def test_a_jump_of_one_link_causes_probes_of_the_others() -> None:
     world = World(dict.fromkeys("ab", Link(4, 50, 50)))
     world.idle(1.0)
     for _ in range(200):
         world.layer("ab")
     world.links = dict.fromkeys("ab", Link(4, 10, 10))
     for _ in range(100):
-        world.layer("a")  # nobody asks b
+        world.layer("a")  # b gets no request
     assert world.estimate("b").link.down_mbps == pytest.approx(10, rel=0.15)
 
 

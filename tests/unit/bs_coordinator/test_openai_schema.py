@@ -35,7 +35,7 @@ def _chat(*messages: object, **options: object) -> Chat:
         {"unknown": None},
     ],
 )
-def test_what_says_nothing_changes_nothing(options: dict[str, object]) -> None:
+def test_empty_options_change_nothing(options: dict[str, object]) -> None:
     plain = SamplingConfig(seed=7)
     assert _completion(seed=7, **options).sampling == plain
     assert _chat({"role": "user", "content": "Hi"}, seed=7, **options).sampling == plain

@@ -1,4 +1,4 @@
-"""Each policy against a slow reference that says the same in plain loops, and what its options do at their ends."""
+"""Each policy against a slow reference in plain loops, and its options at their extremes."""
 
 import math
 from itertools import combinations, product
@@ -309,7 +309,7 @@ def test_one_token_leaves_a_slow_second_expert(policy: Bottleneck | Capacity) ->
 
 
 @pytest.mark.parametrize("policy", [Bottleneck(2, move=False), Capacity(2, move=False)])
-def test_the_weakest_go_first_and_nobody_is_left_alone(policy: Bottleneck | Capacity) -> None:
+def test_the_weakest_go_first_and_no_token_is_left_without_an_expert(policy: Bottleneck | Capacity) -> None:
     rng = np.random.default_rng(1)
     p = rng.dirichlet(np.full(8, 0.4), 200).astype(np.float32)
     p[:, 0] += 0.15  # a favourite on the slow node
@@ -357,7 +357,7 @@ def test_placing_is_first_come_first_served(seed: int, applicants: int) -> None:
     np.testing.assert_array_equal(used + left, np.maximum(room, 0))
     for row, expert in zip(preference, placed, strict=True):
         assert expert < 0 or row[expert] > 0
-        # Nobody is turned away while a node that it would take has room.
+        # No applicant is turned away while a node of an expert that it would take has room.
         assert expert >= 0 or not (row * (left > 0)[holder] > 0).any()
 
 

@@ -68,7 +68,7 @@ def test_pairs_that_go_together_are_kept_together() -> None:
     assert choose_resident(pairs, away_s, HERE_S, 2) == {ExpertId(0, 2), ExpertId(0, 3)}
 
 
-def test_what_nobody_else_holds_comes_first() -> None:
+def test_experts_that_no_node_holds_come_first() -> None:
     pairs = _pairs({(0, 0, 1): 1000, (1, 2, 3): 1})
     away_s = np.full((2, 4), AWAY_S)
     away_s[1, 0] = away_s[0, 3] = np.inf
@@ -91,7 +91,7 @@ def test_a_choice_is_the_best_of_all(seed: int, slots: int) -> None:
     away_s = rng.uniform(0.5, 2.0, (2, 4)) * AWAY_S
     chosen = choose_resident(pairs, away_s, HERE_S, slots)
     assert len(chosen) == slots
-    # It takes every pair to have had half a token already.
+    # Each pair starts with half a token.
     counted = _pairs({at: n + 0.5 for at, n in counts.items()})
     every = [ExpertId(layer, e) for layer in range(2) for e in range(4)]
     best_s = min(_waited_s(counted, away_s, set(ids)) for ids in itertools.combinations(every, slots))
@@ -199,7 +199,7 @@ def test_experts_are_exchanged_in_the_background(tiny_bundle: Bundle, tmp_path: 
         traffic.pairs[:] = _pairs({(1, 2, 5): 1000}, dims.layers, dims.experts)
         slow = [residents.submit(0, x, [_slice(1, 400), _slice(5, 400)]) for _ in range(3)]
         residents.review(away_s, HERE_S)
-        # What is being asked of experts that are to go is still answered.
+        # Requests under way to experts that are to be removed are still answered.
         assert residents.changes() is None or all(future.done() for future in slow)
         alone = ExpertRuntime(bundle, manifest, before)
         for future in slow:

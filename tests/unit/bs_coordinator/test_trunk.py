@@ -176,7 +176,7 @@ def test_a_failed_token_can_be_tried_again(tmp_path: Path, device: str) -> None:
         experts.fail_at = layer
         with pytest.raises(DispatchError):
             model.step([SequenceInput([4], cache)])
-        # Others may want the GPU before this sequence does.
+        # Other sequences may use the GPU before this one.
         experts.fail_at = None
         model.step([SequenceInput([1, 2, 3], trunk.new_cache())])
     (after,), _ = model.step([SequenceInput([4], cache)])

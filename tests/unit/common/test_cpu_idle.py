@@ -10,14 +10,14 @@ from common.cpu_idle import DEVICE, cpu_idle_disabled
 
 
 def _held_us() -> int:
-    """The shortest latency that anybody asks for, as the kernel tells it."""
+    """The shortest wake-up latency that any process has requested, in µs."""
     with DEVICE.open("rb", buffering=0) as file:
         value: int = struct.unpack("=i", file.read(4))[0]
     return value
 
 
 @pytest.mark.skipif(not os.access(DEVICE, os.R_OK | os.W_OK), reason="needs /dev/cpu_dma_latency")
-def test_the_kernel_is_asked_and_released() -> None:
+def test_the_request_to_the_kernel_is_released() -> None:
     before = _held_us()
     with cpu_idle_disabled() as held:
         assert held
@@ -25,7 +25,7 @@ def test_the_kernel_is_asked_and_released() -> None:
     assert _held_us() == before
 
 
-def test_without_the_device_the_reason_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_the_device_the_reason_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     missing = tmp_path / "cpu_dma_latency"
     with cpu_idle_disabled(missing) as held:
         assert not held

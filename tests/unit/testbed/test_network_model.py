@@ -121,7 +121,7 @@ def test_shared_air_carries_one_frame_at_a_time_and_is_never_idle_while_one_wait
     ends = sorted((d.at, _air_s(steady[d.node], d.direction, d.bytes)) for d in deliveries)
     for (before, _), (end, air_s) in itertools.pairwise(ends):
         assert end - air_s >= before - 1e-9
-    # Whoever's turn it is, a single server that never idles is through at the same time.
+    # A single server that never idles finishes at the same time in whatever order it serves.
     free_at = 0.0
     for offer in offers:
         free_at = max(offer.at, free_at) + _air_s(steady[offer.node], offer.direction, offer.bytes)
@@ -132,7 +132,7 @@ def test_shared_air_carries_one_frame_at_a_time_and_is_never_idle_while_one_wait
 def test_rate_is_never_exceeded_by_a_relay_that_wakes_late(
     offers: list[Offer], links: list[LinkSpec], wakes: int
 ) -> None:
-    """However rarely the model is looked at, no more comes out by any time than the rate allows until then."""
+    """However rarely the model is asked, it has never delivered more than the rate allows until then."""
     steady = [LinkSpec(down_mbps=link.down_mbps, up_mbps=link.up_mbps, delay_ms=0) for link in links]
     model = _model(steady, shared_air=False)
     air_s = dict.fromkeys(((n, d) for n in range(NODES) for d in Direction), 0.0)

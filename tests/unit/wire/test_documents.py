@@ -62,7 +62,7 @@ def test_topics_name_their_node(node: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["@bs", "-a", "a b", "x" * 65, "é"])
-def test_topics_of_names_that_no_node_can_have_are_nobodys(name: str) -> None:
+def test_topics_with_invalid_node_names_belong_to_no_node(name: str) -> None:
     topics = Topics("lab")
     assert topics.node_of_status(topics.status(name)) is None
     assert topics.node_of_result(topics.results(name)) is None

@@ -1,4 +1,4 @@
-"""Frames: everything that can be sent comes back the same, and nothing else gets in."""
+"""Frames: every valid frame decodes to what was encoded, and anything else is refused."""
 
 import struct
 import zlib

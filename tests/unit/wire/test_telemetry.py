@@ -1,4 +1,4 @@
-"""Telemetry documents: what goes out comes back, and nothing else is taken."""
+"""Telemetry documents: every valid document decodes to what was encoded, and anything else is refused."""
 
 import msgspec
 import pytest
