@@ -60,3 +60,15 @@ class FrameError(WdmoeError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class ResultContentError(FrameError):
+    """A result frame whose header, tag and checksum are right, but not its content: its sender computes nonsense.
+
+    Attributes:
+        id: session, request and attempt of the request that it answers (`wire.frames.RequestId`).
+    """
+
+    def __init__(self, reason: str, message: str, id: tuple[int, int, int]) -> None:
+        super().__init__(reason, message)
+        self.id = id

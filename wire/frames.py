@@ -26,7 +26,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from common.clock import SYSTEM_CLOCK, Clock
-from wire.errors import FrameError
+from wire.errors import FrameError, ResultContentError
 from wire.frame_auth import TAG_BYTES, FrameAuthenticator
 from wire.tensors import Array, WireDtype
 
@@ -109,18 +109,6 @@ class RequestId(NamedTuple):
     session: int
     request: int
     attempt: int = 0
-
-
-class ResultContentError(FrameError):
-    """A result frame whose header, tag and checksum are right, but not its content: its sender computes nonsense.
-
-    Attributes:
-        id: of the request that it answers.
-    """
-
-    def __init__(self, reason: str, message: str, id: RequestId) -> None:
-        super().__init__(reason, message)
-        self.id = id
 
 
 class ExpertSlice(NamedTuple):

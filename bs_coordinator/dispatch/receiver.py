@@ -12,7 +12,7 @@ from bs_coordinator.links.packet_train import ArrivalTiming
 from bs_coordinator.nodes.registry import NodeRegistry
 from bs_coordinator.nodes.telemetry_inbox import TelemetryInbox
 from wire import frames, status
-from wire.errors import FrameError
+from wire.errors import FrameError, ResultContentError
 from wire.frame_auth import FrameAuthenticator
 from wire.frames import ErrorFrame, PongFrame, RequestId, ResultFrame
 from wire.topics import Topics
@@ -107,8 +107,8 @@ class MessageRouter:
     def _take_frame(self, node: str, message: Message) -> NodeFrame | NodeNonsense | None:
         try:
             frame = frames.decode(message.payload, authenticator=self._authenticator(node))
-        except frames.ResultContentError as error:
-            return NodeNonsense(node, error.id, error.reason, str(error))
+        except ResultContentError as error:
+            return NodeNonsense(node, frames.RequestId(*error.id), error.reason, str(error))
         except FrameError as error:
             self.dropped[error.reason] += 1
             return None

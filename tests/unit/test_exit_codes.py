@@ -9,10 +9,14 @@ from pathlib import Path
 from bs_coordinator.errors import DispatchError, ExpertsLostError
 from common.errors import WdmoeError
 from edge_node.errors import ProviderError
-from wire.errors import ProbeError
+from wire.errors import FrameError, ProbeError, ResultContentError
 
 ROOT = Path(__file__).parents[2]
-SHARED: dict[type[WdmoeError], type[WdmoeError]] = {ExpertsLostError: DispatchError, ProviderError: ProbeError}
+SHARED: dict[type[WdmoeError], type[WdmoeError]] = {
+    ExpertsLostError: DispatchError,
+    ProviderError: ProbeError,
+    ResultContentError: FrameError,
+}
 PACKAGES = ("common", "wire", "exporter", "edge_node", "bs_coordinator", "testbed")
 
 
