@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from exporter.checkpoint.families import Family, model_family
 from exporter.checkpoint.model_config import AttentionDims, attention_dims, check_token_ids, model_dims, read_config
 from exporter.checkpoint.safetensors_file import SafetensorsFile, TensorRef, read_header
 from exporter.checkpoint.source_file import locate, read_json
@@ -78,15 +79,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder: give the folder that holds config.json")
     raw_config, config = read_config(folder)
-    dims, attention = model_dims(folder, config), attention_dims(folder, config)
+    family = model_family(folder, config)
+    dims, attention = model_dims(folder, config, family), attention_dims(folder, config)
     check_token_ids(folder / "config.json", config, dims.vocab)
     if (generation := read_json(folder, "generation_config.json")) is not None:
         check_token_ids(folder / "generation_config.json", generation, dims.vocab)
     files = _read_files(folder)
     tensors = {name: ref for file in files for name, ref in file.tensors.items()}
-    experts = _find_experts(folder, tensors, dims)
+    experts = _find_experts(folder, tensors, dims, family)
     in_experts = {ref.name for trio in experts.values() for ref in trio}
-    in_trunk = _trunk_tensors(folder, tensors, dims, attention, tied=bool(config.get("tie_word_embeddings", False)))
+    tied = bool(config.get("tie_word_embeddings", False))
+    in_trunk = _trunk_tensors(folder, tensors, dims, attention, family, tied=tied)
     dtypes = sorted({ref.dtype for trio in experts.values() for ref in trio})
     source = Source(
         name=folder.resolve().name,
@@ -144,7 +147,9 @@ def _read_shards(folder: Path, index: dict[str, Any]) -> list[SafetensorsFile]:
     return files
 
 
-def _find_experts(folder: Path, tensors: dict[str, TensorRef], dims: Dims) -> dict[ExpertId, ExpertTensors]:
+def _find_experts(
+    folder: Path, tensors: dict[str, TensorRef], dims: Dims, family: Family
+) -> dict[ExpertId, ExpertTensors]:
     if any(name.endswith(".mlp.experts.gate_up_proj") for name in tensors):
         raise CheckpointError(
             f"{folder} holds fused experts (gate_up_proj): save it with transformers' save_pretrained(…), "
@@ -154,11 +159,11 @@ def _find_experts(folder: Path, tensors: dict[str, TensorRef], dims: Dims) -> di
     experts = {}
     for layer in range(dims.layers):
         for expert in range(dims.experts):
-            prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
+            prefix = f"model.layers.{layer}.{family.block}.experts.{expert}"
             experts[ExpertId(layer, expert)] = ExpertTensors(
-                w1=_tensor(folder, tensors, f"{prefix}.w1.weight", wide),
-                w3=_tensor(folder, tensors, f"{prefix}.w3.weight", wide),
-                w2=_tensor(folder, tensors, f"{prefix}.w2.weight", tall),
+                w1=_tensor(folder, tensors, f"{prefix}.{family.w1}.weight", wide),
+                w3=_tensor(folder, tensors, f"{prefix}.{family.w3}.weight", wide),
+                w2=_tensor(folder, tensors, f"{prefix}.{family.w2}.weight", tall),
             )
     return experts
 
@@ -176,7 +181,7 @@ def _tensor(folder: Path, tensors: dict[str, TensorRef], name: str, shape: tuple
 
 
 def _trunk_tensors(
-    folder: Path, tensors: dict[str, TensorRef], dims: Dims, attention: AttentionDims, *, tied: bool
+    folder: Path, tensors: dict[str, TensorRef], dims: Dims, attention: AttentionDims, family: Family, *, tied: bool
 ) -> set[str]:
     """Names of the trunk's tensors, all of which are there with the shapes that the base station will ask for."""
     d = dims.hidden
@@ -191,7 +196,7 @@ def _trunk_tensors(
         prefix = f"model.layers.{layer}"
         wanted[f"{prefix}.input_layernorm.weight"] = (d,)
         wanted[f"{prefix}.post_attention_layernorm.weight"] = (d,)
-        wanted[f"{prefix}.block_sparse_moe.gate.weight"] = (dims.experts, d)
+        wanted[f"{prefix}.{family.block}.gate.weight"] = (dims.experts, d)
         wanted[f"{prefix}.self_attn.q_proj.weight"] = (query, d)
         wanted[f"{prefix}.self_attn.k_proj.weight"] = (key_value, d)
         wanted[f"{prefix}.self_attn.v_proj.weight"] = (key_value, d)

@@ -3,15 +3,14 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from exporter.checkpoint.families import Family
 from exporter.checkpoint.source_file import parse_json, read_bytes
 from exporter.errors import CheckpointError
 from wire.manifest import Dims
 
 _CONFIG_KEYS = {
     "hidden": "hidden_size",
-    "intermediate": "intermediate_size",
     "layers": "num_hidden_layers",
-    "experts": "num_local_experts",
     "top_k": "num_experts_per_tok",
     "vocab": "vocab_size",
     "max_positions": "max_position_embeddings",
@@ -43,32 +42,26 @@ def read_config(folder: Path) -> tuple[bytes, dict[str, Any]]:
     return raw, parse_json(folder / "config.json", raw)
 
 
-def model_dims(folder: Path, config: dict[str, Any]) -> Dims:
+def model_dims(folder: Path, config: dict[str, Any], family: Family) -> Dims:
     """Dimensions of the model.
 
     Args:
         config: content of config.json.
+        family: of the model.
 
     Raises:
-        CheckpointError: the model is not a Mixtral that can be exported, or a number is absurd.
+        CheckpointError: the model can't be exported, or a number is absurd.
     """
-    kind = config.get("model_type")
-    if kind != "mixtral":
-        named = config.get("architectures")
-        architecture = named[0] if isinstance(named, list) and named else "model"
-        raise CheckpointError(
-            f"{folder} holds a {architecture} (model_type {kind!r}), not a Mixtral: "
-            "only model_type 'mixtral' can be cut into experts"
-        )
     if config.get("quantization_config"):
         raise CheckpointError(f"{folder} is already quantised: give the original bf16, fp16 or fp32 checkpoint")
     if config.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{folder} has hidden_act {config['hidden_act']!r}, only 'silu' is supported")
     path = folder / "config.json"
-    values = {ours: _count(path, config, theirs) for ours, theirs in _CONFIG_KEYS.items()}
+    keys = {**_CONFIG_KEYS, "experts": family.experts_key, "intermediate": family.intermediate_key}
+    values = {ours: _count(path, config, theirs) for ours, theirs in keys.items()}
     if values["top_k"] > values["experts"]:
         raise CheckpointError(
-            f"{path}: num_experts_per_tok {values['top_k']} exceeds num_local_experts {values['experts']}"
+            f"{path}: num_experts_per_tok {values['top_k']} exceeds {family.experts_key} {values['experts']}"
         )
     for key in ("rms_norm_eps", "rope_theta"):
         value = config.get(key, 1)

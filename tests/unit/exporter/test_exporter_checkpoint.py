@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from exporter.checkpoint.checkpoint import open_checkpoint
+from exporter.checkpoint.families import FAMILIES, Family
+from exporter.errors import CheckpointError
 from tests.checkpoints import (
     copy_checkpoint,
     drop_tensor,
@@ -290,3 +292,33 @@ def test_links_into_content_stores(stored: str, mixtral: Callable[..., Path], tm
         target.write_bytes(data)
         (source / path.name).symlink_to(os.path.relpath(target, source))
     assert open_checkpoint(source).dims == open_checkpoint(mixtral()).dims
+
+
+def test_a_family_is_read_by_its_own_names(
+    mixtral: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = open_checkpoint(mixtral())
+    folder = copy_checkpoint(mixtral(), tmp_path / "renamed")
+    header, data = read_raw(folder / "model.safetensors")
+    names = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
+
+    def renamed(name: str) -> str:
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        return name
+
+    write_raw(folder / "model.safetensors", {renamed(name): entry for name, entry in header.items()}, data)
+    changed = json.loads((folder / "config.json").read_text())
+    changed |= {"model_type": "other", "num_experts": changed.pop("num_local_experts")}
+    changed["moe_intermediate_size"] = changed.pop("intermediate_size")
+    (folder / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(CheckpointError, match=r"model_type 'other'.*only model_type 'mixtral'"):
+        open_checkpoint(folder)
+    family = Family("mlp", "gate_proj", "up_proj", "down_proj", "num_experts", "moe_intermediate_size")
+    monkeypatch.setitem(FAMILIES, "other", family)
+    found = open_checkpoint(folder)
+    assert found.dims == expected.dims
+    assert found.unknown == ()
+    assert {ref.name for ref in found.trunk} == {renamed(ref.name) for ref in expected.trunk}
+    for id, trio in expected.experts.items():
+        assert [ref.name for ref in found.experts[id]] == [renamed(ref.name) for ref in trio]
