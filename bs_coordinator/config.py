@@ -156,3 +156,6 @@ class ServeConfig(Config):
     api_key_file: Annotated[
         Path | None, Option("File of mode 600 with the API key that callers must send; required beyond loopback.")
     ] = None
+    cors_origin: Annotated[
+        str, Option("Origin of web pages that may call the server, such as https://chat.example; this machine's may.")
+    ] = ""

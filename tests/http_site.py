@@ -29,7 +29,8 @@ class Caller:
         """Send a request; the response's body is left to read, and the connection to close."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
         raw = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else None
-        connection.request(method, path, raw, {"Authorization": f"Bearer {self.key}"})
+        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
+        connection.request(method, path, raw, headers)
         return connection, connection.getresponse()
 
     def text(self, method: str, path: str, body: Any = None) -> tuple[int, dict[str, str], str]:
@@ -51,7 +52,8 @@ class Caller:
         sock = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S)
         raw = json.dumps(body).encode()
         head = (
-            f"POST {path} HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {self.key}\r\nContent-Length: {len(raw)}\r\n\r\n"
+            f"POST {path} HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {self.key}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
         )
         sock.sendall(head.encode() + raw)
         return sock

@@ -6,12 +6,15 @@ Source: the OpenAI API reference (completions, chat completions, models). Starle
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from hmac import compare_digest
 from typing import TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -33,6 +36,7 @@ from bs_coordinator.http.stop_strings import StopText
 from common.errors import WdmoeError
 
 MAX_BODY_BYTES = 1 << 20
+_LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 _BODY_S = 30
 """A request's body has to arrive within this time."""
 
@@ -41,7 +45,7 @@ _Options = TypeVar("_Options", bound=Options)
 
 def http_app(
     server: AnswerServer, tokenizer: Tokenizer, *, model: str, api_key: str | None, stall_s: float,
-    max_positions: int = 1 << 20,
+    max_positions: int = 1 << 20, hosts: Sequence[str] = ("*",), origin: str = "",
 ) -> Starlette:  # fmt: skip
     """The ASGI application.
 
@@ -50,6 +54,8 @@ def http_app(
         api_key: key that callers must send; None lets every caller in.
         stall_s: the health check fails when running answers have had no token for longer than this.
         max_positions: the model's context length in tokens: prompts that certainly exceed it are not tokenised.
+        hosts: names that a request's Host header may have; `*` allows any.
+        origin: of web pages that may call the server, besides those of this machine; empty for none.
     """
     prompts = PromptEncoder(tokenizer, max_positions)
     listed = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "wdmoe"}
@@ -117,6 +123,16 @@ def http_app(
             Route("/v1/models", list_models),
             Route("/v1/models/{id:path}", show_model),
             Route("/health", health),
+        ],
+        middleware=[
+            Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
+            Middleware(
+                CORSMiddleware,
+                allow_origins=[origin] if origin else [],
+                allow_origin_regex=_LOOPBACK_ORIGIN,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+            ),
         ],
         # Each handler takes its own kind of exception.
         exception_handlers={HTTPException: _http_error, Exception: _unexpected_error},  # type: ignore[dict-item]
@@ -208,6 +224,9 @@ def _http_exception(error: WdmoeError) -> HTTPException:
 
 
 async def _read_options(request: Request, kind: type[_Options]) -> _Options:
+    # Browsers send this type to another origin only after they have asked (CORS).
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise HTTPException(415, "send the request with the header Content-Type: application/json")
     raw = bytearray()
     try:
         async with asyncio.timeout(_BODY_S):

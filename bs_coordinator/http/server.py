@@ -48,6 +48,7 @@ def serve_station(
     app = http_app(
         server, station.tokenizer, model=station.manifest.source.name, api_key=api_key,
         stall_s=_STALLED_LAYERS * layer_timeout_s, max_positions=station.model.trunk.config.max_position_embeddings,
+        hosts=allowed_hosts(config.host, api_key), origin=config.cors_origin,
     )  # fmt: skip
     settings = uvicorn.Config(
         app, host=config.host, port=config.port, log_config=None, log_level="warning", access_log=False,
@@ -83,6 +84,17 @@ class _Uvicorn(uvicorn.Server):
         # First, so that the callers of running answers read why they end.
         await asyncio.to_thread(self._server.stop)
         await super().shutdown(sockets)
+
+
+def allowed_hosts(host: str, api_key: str | None) -> list[str]:
+    """Names under which requests may ask for a server that listens on `host`; `*` for any.
+
+    Without a key, only names of this machine: a web page whose name is made to resolve to loopback (DNS rebinding)
+    would be of the same origin as the server. A key is unknown to such a page.
+    """
+    if api_key is not None or not is_loopback(host):
+        return ["*"]
+    return ["localhost", "127.0.0.1", "::1", "[::1]", host]
 
 
 def read_api_key(key_file: Path | None, *, host: str) -> str | None:

@@ -273,7 +273,9 @@ def test_who_hangs_up_frees_the_place(site: _Site, stream: bool) -> None:
     callers = [HTTPConnection("127.0.0.1", site.port) for _ in range(LIVE + WAITING)]
     for caller in callers:
         body = b'{"prompt": "Hello", "max_tokens": 4000, "stream": %s}' % (b"true" if stream else b"false")
-        caller.request("POST", "/v1/completions", body, {"Authorization": f"Bearer {KEY}"})
+        caller.request(
+            "POST", "/v1/completions", body, {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+        )
     wait_until(lambda: site.requests == len(callers), "all requests to be accepted")
     if stream:
         callers[0].getresponse().read(10)
