@@ -3,3 +3,5 @@
 Runs on a Raspberry Pi as well as on a server: onnxruntime, paho-mqtt, psutil and numpy, never torch.
 A request passes through `agent` (MQTT), `worker` (frame in, frame out) and `experts.runtime` (onnxruntime).
 """
+
+import common  # noqa: F401 - switches off onnxruntime's telemetry before any module here imports it
