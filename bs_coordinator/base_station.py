@@ -146,7 +146,7 @@ def _policy(config: BaseStationConfig, manifest: Manifest) -> Policy:
 def _load(config: BaseStationConfig, manifest: Manifest, policy: Policy) -> tuple[Trunk, Tokenizer, Speculation]:
     folder = config.bundle / "trunk"
     trunk = Trunk(folder, device=config.device, dtype=config.dtype)
-    tokenizer = Tokenizer(folder, fallback_eos=trunk.eos_id)
+    tokenizer = Tokenizer(folder)
     return trunk, tokenizer, _speculation(config, manifest, tokenizer, _why_no_drafts(config, trunk, manifest, policy))
 
 

@@ -38,12 +38,13 @@ def system_messages(system: str | None) -> list[dict[str, str]]:
 
 
 def print_answer(
-    sequence: "Sequence", ids: list[int], config: SamplingConfig, *, stats: bool,
+    sequence: "Sequence", ids: list[int], config: SamplingConfig, *, stats: bool, same_text: bool = False,
     text_of: "Callable[[TokenEvent], str]" = lambda event: event.text,
 ) -> str:  # fmt: skip
     """Stream an answer to stdout, its statistics to stderr.
 
     Args:
+        same_text: the answer continues the prompt's text (`Sequence.answer`).
         text_of: called with each token; returns what to print.
 
     Returns:
@@ -53,7 +54,7 @@ def print_answer(
 
     events: list[TokenEvent] = []
     try:
-        for event in sequence.generate(ids, config):
+        for event in sequence.generate(ids, config, same_text=same_text):
             events.append(event)
             click.echo(text_of(event), nl=False)
             sys.stdout.flush()

@@ -40,19 +40,21 @@ def generate(
         raise click.UsageError("--prompt is empty")
     with open_station(config) as station:
         tokenizer = station.tokenizer
-        if raw or not tokenizer.has_chat_template:
+        same_text = raw or not tokenizer.has_chat_template
+        if same_text:
             ids = tokenizer.encode(prompt)
         else:
             ids = tokenizer.encode_chat([*system_messages(system), {"role": "user", "content": prompt}])
         if session is None:
-            print_answer(station.new_sequence(), ids, sampling, stats=stats)
+            print_answer(station.new_sequence(), ids, sampling, stats=stats, same_text=same_text)
         else:
-            _answer_in_session(station, session, ids, sampling, stats)
+            _answer_in_session(station, session, ids, sampling, stats=stats, same_text=same_text)
 
 
 def _answer_in_session(
-    station: "BaseStation", path: Path, prompt: list[int], sampling: SamplingConfig, stats: bool
-) -> None:
+    station: "BaseStation", path: Path, prompt: list[int], sampling: SamplingConfig, *, stats: bool,
+    same_text: bool,
+) -> None:  # fmt: skip
     """Print the whole answer, including the part that an earlier process made."""
     from bs_coordinator.engine.session_file import Asked, session_file
 
@@ -60,7 +62,7 @@ def _answer_in_session(
     quantisation = str(manifest.quantisation)
     asked = Asked.of(prompt, sampling, model_sha256=manifest.model_sha256, quantisation=quantisation)
     with session_file(path, asked) as session:
-        stream = station.tokenizer.stream()
+        stream = station.tokenizer.stream(prompt if same_text else ())
         click.echo("".join(stream.push(id) for id in session.ids), nl=session.finished)
         if session.finished:
             return

@@ -1,6 +1,6 @@
 """Token sequences as state machines: what to run next, and what its logits mean. No waiting, no experts."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -75,8 +75,14 @@ class Sequence:
         self.cached_ids: list[int] = []
         self.max_positions: int = model.trunk.config.max_position_embeddings
 
-    def answer(self, prompt: list[int], config: SamplingConfig) -> "GeneratedAnswer":
+    def answer(self, prompt: list[int], config: SamplingConfig, *, same_text: bool = False) -> "GeneratedAnswer":
         """Begin to continue `prompt`. A sequence may have only one answer at a time.
+
+        Args:
+            prompt: token ids.
+            config: of the sampling.
+            same_text: the answer continues the prompt's text, whose next character may be a space, instead of
+                beginning a text of its own, as in a chat.
 
         Raises:
             ContextLengthError: the prompt leaves no room in the model's context.
@@ -88,17 +94,22 @@ class Sequence:
             raise ContextLengthError(
                 f"the prompt has {len(prompt)} tokens, the model's context is {self.max_positions}: shorten it"
             )
-        return GeneratedAnswer(self, prompt, config)
+        return GeneratedAnswer(self, prompt, config, same_text=same_text)
 
-    def generate(self, prompt: list[int], config: SamplingConfig) -> Iterator[TokenEvent]:
+    def generate(self, prompt: list[int], config: SamplingConfig, *, same_text: bool = False) -> Iterator[TokenEvent]:
         """Continue `prompt` token by token; the caller may stop at any token.
+
+        Args:
+            prompt: token ids.
+            config: of the sampling.
+            same_text: the answer continues the prompt's text, as for `answer`.
 
         Raises:
             ContextLengthError: the prompt leaves no room in the model's context.
             ValueError: the prompt is empty.
             WdmoeError: an expert is unavailable or failed.
         """
-        return self._generate(self.answer(prompt, config))
+        return self._generate(self.answer(prompt, config, same_text=same_text))
 
     def _generate(self, answer: "GeneratedAnswer") -> Iterator[TokenEvent]:
         while not answer.done:
@@ -130,14 +141,14 @@ class GeneratedAnswer:
         done: whether the last token has been generated.
     """
 
-    def __init__(self, sequence: Sequence, prompt: list[int], config: SamplingConfig) -> None:
+    def __init__(self, sequence: Sequence, prompt: list[int], config: SamplingConfig, *, same_text: bool) -> None:
         self.done = False
         self._sequence = sequence
         self._ids = list(prompt)
         self._prompt_tokens = len(prompt)
         self._config = config
         self._sampler = TokenSampler(config)
-        self._stream = sequence.tokenizer.stream()
+        self._stream = sequence.tokenizer.stream(prompt if same_text else ())
         self._pending = sequence.reuse_cache(prompt)
         self._running: list[int] = []
         self._length = DraftLength(sequence.speculation.cost, sequence.speculation.acceptance)
@@ -172,7 +183,7 @@ class GeneratedAnswer:
             # One token less than may still be generated: the step itself yields one more than its draft.
             generated = len(self._ids) - self._prompt_tokens
             room = min(self._config.max_tokens - generated - 1, self._sequence.max_positions - len(self._ids) - 1)
-            proposed = _until_eos(drafter.propose(self._ids), self._sequence.tokenizer.eos_id)
+            proposed = _until_eos(drafter.propose(self._ids), self._sequence.tokenizer.eos_ids)
             self._draft = self._length.draft(proposed, room, sequences=sequences)
         drafted = self._draft.ids
         rows = list(range(len(drafted) + 1)) if drafted else None
@@ -217,16 +228,16 @@ class GeneratedAnswer:
         return events
 
     def _stop_reason(self, id: int) -> StopReason | None:
-        if id == self._sequence.tokenizer.eos_id:
+        if id in self._sequence.tokenizer.eos_ids:
             return "eos"
         if len(self._ids) + 1 >= self._sequence.max_positions:
             return "context"
         return "max-tokens" if len(self._ids) + 1 - self._prompt_tokens == self._config.max_tokens else None
 
 
-def _until_eos(proposed: Iterator[DraftToken], eos_id: int | None) -> Iterator[DraftToken]:
+def _until_eos(proposed: Iterator[DraftToken], eos_ids: Collection[int]) -> Iterator[DraftToken]:
     """Draft tokens up to the end of the sequence: what follows it would be discarded."""
     for token in proposed:
         yield token
-        if token.id == eos_id:
+        if token.id in eos_ids:
             return

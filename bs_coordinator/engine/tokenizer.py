@@ -2,13 +2,16 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
+from bs_coordinator.engine.control_tokens import ControlTokens
 from bs_coordinator.errors import ChatTemplateError
 from wire.errors import BundleError
 
@@ -27,24 +30,31 @@ def _panics_as_errors() -> Iterator[None]:
 
 
 class Tokenizer:
-    """The checkpoint's own tokenizer and chat template."""
+    """The checkpoint's own tokenizer and chat template.
 
-    def __init__(self, folder: Path, *, fallback_eos: int | None = None) -> None:
+    Attributes:
+        eos_ids: tokens that end an answer: those that the tokenizer, `config.json` and `generation_config.json` name.
+        special_tokens: special tokens by id. They are no part of an answer's text.
+    """
+
+    def __init__(self, folder: Path) -> None:
         """Load from the `trunk/` folder of a bundle.
-
-        Args:
-            folder: with the tokenizer's files.
-            fallback_eos: end-of-sequence token, where the tokenizer does not name one.
 
         Raises:
             BundleError: the folder has no usable tokenizer.
         """
+        model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
+        if model.is_file() and not fast.is_file() and find_spec("sentencepiece") is None:
+            raise BundleError(f"{model} needs a library that is not installed: pip install sentencepiece")
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - tokenizers raises bare Exception
             raise BundleError(f"{folder} has no usable tokenizer: {str(error).partition(chr(10))[0]}") from None
-        eos = self._tokenizer.eos_token_id
-        self.eos_id: int | None = fallback_eos if eos is None else eos
+        named = [self._tokenizer.eos_token_id, *_named_eos_ids(folder)]
+        self.eos_ids = frozenset(id for id in named if id is not None)
+        added = self._tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        self.special_tokens: dict[int, str] = {id: token.content for id, token in added.items() if token.special}
+        self._control = ControlTokens(self._tokenizer.backend_tokenizer, self.eos_ids, self._tokenizer.chat_template)
 
     @property
     def ids(self) -> dict[str, int]:
@@ -69,7 +79,7 @@ class Tokenizer:
 
     @_panics_as_errors()
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text."""
+        """Token ids of plain text. Special tokens may be written in it by name."""
         ids: list[int] = self._tokenizer(text)["input_ids"]
         return ids
 
@@ -77,10 +87,15 @@ class Tokenizer:
     def encode_chat(self, messages: list[ChatMessage]) -> list[int]:
         """Token ids of a conversation, up to the start of the assistant's next message.
 
+        Names of control tokens in a message are text: only the template's own become control tokens.
+
         Raises:
             ChatTemplateError: the chat template refuses the messages, for example a system message, or fails.
         """
-        text = self._render_chat(messages)
+        marked = [self._control.mark(message) for message in messages]
+        text = self._render_chat(marked)
+        if marked != messages:
+            return self._control.encode(text)
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -90,7 +105,7 @@ class Tokenizer:
             text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             return text
         except Exception as error:  # noqa: BLE001 - a template is a program of the checkpoint's, which raises anything
-            reason = str(error).partition("\n")[0] or type(error).__name__
+            reason = self._control.unmark(str(error)).partition("\n")[0] or type(error).__name__
         others = [message for message in messages if message["role"] != "system"]
         if others and len(others) < len(messages):
             with contextlib.suppress(ChatTemplateError):
@@ -98,18 +113,29 @@ class Tokenizer:
                 reason = f"it takes no system message ({reason}); put its text into the first user message instead"
         raise ChatTemplateError(f"the model's chat template refuses these messages: {reason}")
 
-    def stream(self) -> "TextStream":
-        """A decoder for one sequence of new tokens."""
-        return TextStream(self._tokenizer.backend_tokenizer)
+    @_panics_as_errors()
+    def stream(self, continued: Sequence[int] = ()) -> "TextStream":
+        """A decoder for one sequence of new tokens.
+
+        Args:
+            continued: the tokens that the new ones continue. Many tokenizers drop the first space of a text, which
+                belongs to the text where it continues another. Without them the new tokens are a text of their own.
+        """
+        return TextStream(self._tokenizer.backend_tokenizer, continued)
 
 
 class TextStream:
     """Decodes ids into text one at a time; holds back bytes that do not form a character yet."""
 
-    def __init__(self, backend: Any) -> None:
+    def __init__(self, backend: Any, continued: Sequence[int] = ()) -> None:
+        """Begin after the tokens `continued`, whose text is not repeated."""
         self._backend = backend
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._last: list[int] = []
+        ids = list(continued)
+        # DecodeStream takes a context that ends in U+FFFD for an unfinished character, and would repeat all of it.
+        if ids and backend.decode(ids, skip_special_tokens=True).endswith("\N{REPLACEMENT CHARACTER}"):
+            ids = []
+        self._stream = DecodeStream(ids=ids, skip_special_tokens=True)
+        self._last = ids[-1:]
 
     @_panics_as_errors()
     def push(self, id: int) -> str:
@@ -122,3 +148,18 @@ class TextStream:
             text = self._stream.step(self._backend, id)
         self._last = [id]
         return text or ""
+
+
+def _named_eos_ids(folder: Path) -> list[int]:
+    """End tokens that the model's configuration files name: one each, or several."""
+    ids: list[int] = []
+    for name in ("config.json", "generation_config.json"):
+        try:
+            named = json.loads((folder / name).read_bytes()).get("eos_token_id")
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, AttributeError) as error:
+            raise BundleError(f"{folder / name} is no configuration of a model: {error}") from None
+        several = named if isinstance(named, list) else [named]
+        ids += [id for id in several if isinstance(id, int) and not isinstance(id, bool)]
+    return ids

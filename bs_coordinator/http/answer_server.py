@@ -45,11 +45,13 @@ class Request(NamedTuple):
         sampling: how to choose the answer's tokens.
         deliver: called from the serving thread with each update; must not block.
         accepted_s: on the server's monotonic clock.
+        same_text: the answer continues the prompt's text, rather than beginning one of its own.
     """
 
     sampling: SamplingConfig
     deliver: Callable[[StreamUpdate], None]
     accepted_s: float
+    same_text: bool
 
 
 class Load(NamedTuple):
@@ -104,13 +106,15 @@ class AnswerServer:
         self._stop.set()
         self._thread.join()
 
-    def accept(self, sampling: SamplingConfig, deliver: Callable[[StreamUpdate], None]) -> Request:
+    def accept(
+        self, sampling: SamplingConfig, deliver: Callable[[StreamUpdate], None], *, same_text: bool = False
+    ) -> Request:
         """Give a request its place, from any thread, before its prompt is tokenised; `submit` or `cancel` must follow.
 
         Raises:
             BusyError: there are too many requests already, or the server is being stopped.
         """
-        request = Request(sampling, deliver, self._clock.monotonic_s())
+        request = Request(sampling, deliver, self._clock.monotonic_s(), same_text)
         with self._lock:
             if len(self._requests) >= self._limit or self._stop.is_set():
                 # Those ahead leave `max_live` at a time.
@@ -169,7 +173,7 @@ class AnswerServer:
             if id(request) not in self._requests:
                 continue
             try:
-                answer = self._new_sequence().answer(ids, request.sampling)
+                answer = self._new_sequence().answer(ids, request.sampling, same_text=request.same_text)
             except Exception as error:  # noqa: BLE001 - libraries raise anything, and it is this caller's alone
                 self._forget(request)
                 wrong = (

@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.errors import AnswerError, BusyError, ContextLengthError
 from bs_coordinator.http.answer_server import AnswerServer, StreamUpdate
@@ -85,7 +86,9 @@ def http_app(
     async def answer(
         request: Request, options: Options, tokenise: Callable[[], Awaitable[list[int]]], kind: ResponseKind
     ) -> Response:
-        ids, tokens = await _begin(server, request, options, tokenise)
+        text = StopText(options.stops, tokenizer.special_tokens)
+        same_text = kind == "text_completion"
+        ids, tokens = await _begin(server, request, options.sampling, tokenise, text, same_text=same_text)
         format = ResponseFormat(kind, model, len(ids))
         # A request that fails before its first token can still get a status of its own.
         first = await anext(tokens)
@@ -157,8 +160,9 @@ async def _stream(
 
 
 async def _begin(
-    server: AnswerServer, request: Request, options: Options, tokenise: Callable[[], Awaitable[list[int]]]
-) -> tuple[list[int], AsyncIterator[Token]]:
+    server: AnswerServer, request: Request, sampling: SamplingConfig, tokenise: Callable[[], Awaitable[list[int]]],
+    text: StopText, *, same_text: bool,
+) -> tuple[list[int], AsyncIterator[Token]]:  # fmt: skip
     """Take a place for a request, tokenise its prompt and start the answer.
 
     Returns:
@@ -177,7 +181,7 @@ async def _begin(
             loop.call_soon_threadsafe(arrived.put_nowait, item)
 
     try:
-        accepted = server.accept(options.sampling, deliver)
+        accepted = server.accept(sampling, deliver, same_text=same_text)
     except BusyError as error:
         raise HTTPException(429, str(error), {"Retry-After": f"{error.retry_after_s:.0f}"}) from None
 
@@ -199,13 +203,12 @@ async def _begin(
     server.submit(accepted, ids)
 
     async def tokens() -> AsyncIterator[Token]:
-        text = StopText(options.stops)
         while True:
             item = await arrived.get()
             if isinstance(item, HTTPException):
                 raise item
             for token in item:
-                certain = text.push(token.text)
+                certain = text.push(token.text, token.id)
                 if text.hit:
                     server.cancel(accepted)
                     yield Token(certain, "stop", token.degraded)

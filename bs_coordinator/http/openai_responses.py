@@ -28,17 +28,19 @@ class Token(NamedTuple):
     Attributes:
         finish: why the answer ends with this token; None if it does not.
         degraded: an expert was missing when it was computed.
+        id: of the token; None for text that belongs to several.
     """
 
     text: str
     finish: Finish | None
     degraded: bool
+    id: int | None = None
 
     @classmethod
     def of(cls, event: TokenEvent) -> "Token":
         """The token of an event."""
         degraded = any(layer.degraded for step in event.steps for layer in step.layers)
-        return cls(event.text, _FINISH[event.stop] if event.stop else None, degraded)
+        return cls(event.text, _FINISH[event.stop] if event.stop else None, degraded, event.id)
 
 
 class ResponseFormat:

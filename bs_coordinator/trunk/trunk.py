@@ -131,12 +131,6 @@ class Trunk:
         return len(self._modules.layers)
 
     @property
-    def eos_id(self) -> int | None:
-        """End-of-sequence token in the model's config, if it names exactly one."""
-        eos = self.config.eos_token_id
-        return eos if isinstance(eos, int) else None
-
-    @property
     def batch_invariant(self) -> bool:
         """Whether a token's results are bitwise independent of the tokens computed with it (`trunk.rows`)."""
         sliding = getattr(self.config, "sliding_window", None)

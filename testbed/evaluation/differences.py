@@ -69,7 +69,7 @@ def measure_differences(
     """
     manifest = load_manifest(bundle)
     dims = manifest.dims
-    tokenizer = Tokenizer(bundle / "trunk", fallback_eos=0)
+    tokenizer = Tokenizer(bundle / "trunk")
     ids = _read(text, tokenizer, tokens)
     trunk = Trunk(bundle / "trunk")
     runtime = ExpertRuntime(bundle, manifest, [e.id for e in manifest.experts], threads=threads)

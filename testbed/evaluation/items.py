@@ -87,14 +87,35 @@ def choose(
     """
     chosen: list[int] = []
     for some in _batches(items, size=batch):
-        prompts = [tokenizer.encode(f"Question: {item.question}\nAnswer:") for item in some]
-        choices = [(i, tokenizer.encode(f" {choice}")) for i, item in enumerate(some) for choice in item.choices]
+        encoded = [_encode(tokenizer, item) for item in some]
+        prompts = [prompt for prompt, _ in encoded]
+        choices = [(i, ids) for i, (_, choices) in enumerate(encoded) for ids in choices]
         scores = _score(model, prompts, choices)
         by_item: list[list[float]] = [[] for _ in some]
         for (i, _), score in zip(choices, scores, strict=True):
             by_item[i].append(score)
         chosen += [max(range(len(sums)), key=sums.__getitem__) for sums in by_item]
     return chosen
+
+
+def _encode(tokenizer: Tokenizer, item: ChoiceItem) -> tuple[list[int], list[list[int]]]:
+    """Token ids of an item's prompt, and of each choice as they follow it.
+
+    A text encoded alone may begin with other tokens than within another: with BOS, or a space of its own. The last
+    token of the prompt may also be merged with the first of a choice. What all choices share is therefore the prompt.
+    """
+    text = f"Question: {item.question}\nAnswer:"
+    whole = [tokenizer.encode(f"{text} {choice}") for choice in item.choices]
+    prompt = tokenizer.encode(text)
+    shared = min(_shared(prompt, ids) for ids in whole)
+    # Each choice needs a token to score, and a model needs one to begin with.
+    shared = max(1, min(shared, *(len(ids) - 1 for ids in whole)))
+    return prompt[:shared], [ids[shared:] for ids in whole]
+
+
+def _shared(a: list[int], b: list[int]) -> int:
+    """Length of the longest common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _score(
@@ -157,7 +178,7 @@ def losses(
 
 def _log_likelihood(logits: Tensor, ids: list[int]) -> float:
     log_probabilities = torch.log_softmax(logits, dim=-1)
-    return float(log_probabilities.gather(1, torch.tensor(ids)[:, None]).sum())
+    return float(log_probabilities.gather(1, torch.tensor(ids, dtype=torch.int64)[:, None]).sum())
 
 
 def _batches(items: Sequence[T], size: int = _BATCH_ITEMS) -> Iterator[Sequence[T]]:

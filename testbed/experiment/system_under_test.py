@@ -152,7 +152,7 @@ def in_process_system(plan: Plan, bundle: BundleFacts) -> SystemUnderTest:
     trunk = Trunk(folder / "trunk")
     experts = LocalExperts(folder, threads=os.cpu_count() or 1, wire=WireDtype.named(plan.wire))
     model = ObservedMixtral(trunk, experts, TopK(bundle.top_k))
-    return SystemUnderTest(model, Tokenizer(folder / "trunk", fallback_eos=trunk.eos_id), None, local=experts)
+    return SystemUnderTest(model, Tokenizer(folder / "trunk"), None, local=experts)
 
 
 def broker_of(plan: Plan) -> str:

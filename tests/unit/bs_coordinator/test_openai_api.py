@@ -43,7 +43,7 @@ class _Answers:
         self.deliver: Any = None
         self.cancelled = threading.Event()
 
-    def accept(self, sampling: object, deliver: Any) -> object:
+    def accept(self, sampling: object, deliver: Any, *, same_text: bool) -> object:
         if self.script == []:
             raise ZeroDivisionError
         self.deliver = deliver
