@@ -12,6 +12,7 @@ from bs_coordinator.config import ServeConfig
 from bs_coordinator.engine.scheduler import Scheduler
 from bs_coordinator.errors import ServeError
 from bs_coordinator.http.answer_server import AnswerServer
+from bs_coordinator.http.connections import LimitedProtocol
 from bs_coordinator.http.openai_api import http_app
 from common.errors import KeyFileError
 from common.private_files import read_private
@@ -52,7 +53,7 @@ def serve_station(
     )  # fmt: skip
     settings = uvicorn.Config(
         app, host=config.host, port=config.port, log_config=None, log_level="warning", access_log=False,
-        timeout_graceful_shutdown=_GRACE_S,
+        timeout_graceful_shutdown=_GRACE_S, http=LimitedProtocol,
     )  # fmt: skip
     server.start()
     try:
