@@ -121,7 +121,8 @@ class Sequence:
     def reuse_cache(self, prompt: list[int]) -> list[int]:
         """Cut the cache to the prefix it shares with `prompt`; returns the ids still to run, at least one."""
         shared = 0
-        limit = min(len(self.cached_ids), len(prompt) - 1)
+        # What was computed in a shorter sequence is of no use where tokens depend on the sequence's length.
+        limit = 0 if self.model.trunk.rope_by_length else min(len(self.cached_ids), len(prompt) - 1)
         while shared < limit and self.cached_ids[shared] == prompt[shared]:
             shared += 1
         self.truncate(shared)
@@ -187,7 +188,7 @@ class GeneratedAnswer:
             self._draft = self._length.draft(proposed, room, sequences=sequences)
         drafted = self._draft.ids
         rows = list(range(len(drafted) + 1)) if drafted else None
-        return SequenceInput(self._running + drafted, self._sequence.cache, rows=rows)
+        return SequenceInput(self._running + drafted, self._sequence.cache, rows=rows, length=len(self._ids))
 
     def accept(self, logits: Tensor, step: StepRecord, *, sequences: int = 1) -> list[TokenEvent]:
         """Take in the result of the last input; returns the new tokens, none while the prompt is not finished.

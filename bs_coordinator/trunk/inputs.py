@@ -18,12 +18,15 @@ class SequenceInput(NamedTuple):
         cache: the sequence's KV cache.
         packing: where the ids are in fact several sequences.
         rows: indices of the tokens whose logits are wanted; None for the last token's.
+        length: of the sequence, if more of its tokens are known than these. With some kinds of rotary embedding, tokens
+            depend on it.
     """
 
     ids: list[int]
     cache: DynamicCache
     packing: Packing | None = None
     rows: list[int] | None = None
+    length: int = 0
 
     @property
     def wanted(self) -> list[int]:
@@ -61,13 +64,14 @@ def cut_inputs(inputs: Sequence[SequenceInput], *, most_tokens: int, all_logits:
         whole = sequence.packing is not None or (sequence.rows is not None and not all_logits)
         count = 1 if whole else max(1, math.ceil(len(sequence.ids) / most_tokens))
         micro_batches += ([] for _ in range(count - len(micro_batches)))
+        length = sequence.length or sequence.cache.get_seq_length() + len(sequence.ids)
         bounds = [len(sequence.ids) * i // count for i in range(count + 1)]
         for i, (start, end) in enumerate(itertools.pairwise(bounds)):
             last = i == count - 1
             piece = (
                 sequence
                 if count == 1
-                else SequenceInput(sequence.ids[start:end], sequence.cache, rows=None if last else [])
+                else SequenceInput(sequence.ids[start:end], sequence.cache, rows=None if last else [], length=length)
             )
             micro_batches[i].append(Piece(number, first + start, piece))
         first += len(sequence.ids)

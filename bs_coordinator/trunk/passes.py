@@ -30,7 +30,7 @@ def start_pass(trunk: Trunk, inputs: Sequence[SequenceInput]) -> "TrunkPass":
     passes: list[TrunkPass] = []
     for few, group in itertools.groupby(inputs, lambda s: len(s.ids) <= MAX_ROWS and s.packing is None):
         some = list(group)
-        rows = trunk.rows([s.ids for s in some], [s.cache for s in some]) if few else None
+        rows = trunk.rows([s.ids for s in some], [s.cache for s in some], [s.length for s in some]) if few else None
         passes.append(RowsPass(rows, some) if rows else BlocksPass(trunk, some))
     return passes[0] if len(passes) == 1 else JointPass(passes)
 
@@ -109,7 +109,7 @@ class BlocksPass(TrunkPass):
     def __init__(self, trunk: Trunk, inputs: Sequence[SequenceInput]) -> None:
         self._trunk = trunk
         self._inputs = inputs
-        begun = [trunk.embed(torch.tensor(s.ids), s.cache, s.packing) for s in inputs]
+        begun = [trunk.embed(torch.tensor(s.ids), s.cache, s.packing, length=s.length) for s in inputs]
         self._hidden, self._contexts = [h for h, _ in begun], [c for _, c in begun]
 
     def attend(self, layer: int) -> tuple[Array, Array]:

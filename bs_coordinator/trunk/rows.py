@@ -15,6 +15,8 @@ from torch.nn import functional
 from transformers.cache_utils import DynamicCache
 from transformers.models.mixtral.modeling_mixtral import apply_rotary_pos_emb
 
+from bs_coordinator.trunk.rotary import rotate
+
 MAX_ROWS = 16
 """Sequences with more new tokens than this are prefill, where large products are faster."""
 
@@ -44,8 +46,9 @@ class Rows:
     """
 
     def __init__(
-        self, modules: Any, rotary: nn.Module, ids: Sequence[Sequence[int]], caches: Sequence[DynamicCache]
-    ) -> None:
+        self, modules: Any, rotary: nn.Module, ids: Sequence[Sequence[int]], caches: Sequence[DynamicCache],
+        lengths: Sequence[int], *, window: int | None,
+    ) -> None:  # fmt: skip
         """Begin a step.
 
         Args:
@@ -53,14 +56,18 @@ class Rows:
             rotary: the rotary embedding.
             ids: new token ids of each sequence.
             caches: of the sequences; they hold the tokens before these.
+            lengths: of the sequences, where they are longer than what the caches will then hold.
+            window: positions that a token attends to, its own included; None for all.
         """
         self._modules = modules
         self._caches = caches
+        self._window = window
         self._counts = [len(sequence) for sequence in ids]
         past = [cache.get_seq_length() for cache in caches]
         positions = [p + i for p, count in zip(past, self._counts, strict=True) for i in range(count)]
         self.hidden: Tensor = modules.embed_tokens(torch.tensor([id for sequence in ids for id in sequence]))
-        self._rotary = rotary(self.hidden, position_ids=torch.tensor([positions]))
+        by_token = [length for length, count in zip(lengths, self._counts, strict=True) for _ in range(count)]
+        self._rotary = rotate(rotary, self.hidden, positions, by_token)
         self._residual = self.hidden
 
     def attend(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -82,9 +89,10 @@ class Rows:
             first = keys.shape[2] - count
             for i in range(count):
                 seen = first + i + 1
+                begin = max(0, seen - self._window) if self._window else 0
                 mixed.append(
                     functional.scaled_dot_product_attention(
-                        query[:, :, start + i : start + i + 1], keys[:, :, :seen], values[:, :, :seen],
+                        query[:, :, start + i : start + i + 1], keys[:, :, begin:seen], values[:, :, begin:seen],
                         scale=attention.scaling, enable_gqa=True,
                     )
                 )  # fmt: skip

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import MixtralConfig
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.mixtral.modeling_mixtral import (
     MixtralAttention,
@@ -24,6 +24,7 @@ from transformers.models.mixtral.modeling_mixtral import (
 
 from bs_coordinator.config import TrunkDtype
 from bs_coordinator.errors import TrunkError
+from bs_coordinator.trunk.rotary import depends_on_length, rotate
 from bs_coordinator.trunk.rows import Rows
 from wire.errors import BundleError
 
@@ -121,9 +122,9 @@ class Trunk:
             raise BundleError(f"{folder} does not hold the trunk that its config.json describes: {error}") from None
         self._modules.requires_grad_(False).eval()
         self._rotary = MixtralRotaryEmbedding(self.config).to(self.device)
-        sliding = getattr(self.config, "sliding_window", None)
+        self._window: int | None = getattr(self.config, "sliding_window", None)
         self._graphed = _graphed(self._modules, self._rotary, self.config, self.device, self.dtype) if graphs else None
-        self._create_mask = create_sliding_window_causal_mask if sliding else create_causal_mask
+        self._create_mask = create_sliding_window_causal_mask if self._window else create_causal_mask
 
     @property
     def layers(self) -> int:
@@ -133,14 +134,27 @@ class Trunk:
     @property
     def batch_invariant(self) -> bool:
         """Whether a token's results are bitwise independent of the tokens computed with it (`trunk.rows`)."""
-        sliding = getattr(self.config, "sliding_window", None)
-        return self.device.type == "cpu" and self.dtype == torch.float32 and not sliding
+        return self.device.type == "cpu" and self.dtype == torch.float32
+
+    @property
+    def packs(self) -> bool:
+        """Whether several sequences can be packed into one: not with a sliding window or a rope that depends on the
+        length of a sequence."""
+        return not self._window and not self.rope_by_length
+
+    @property
+    def rope_by_length(self) -> bool:
+        """Whether the rotary embedding of a token depends on how long its sequence is."""
+        return depends_on_length(self._rotary)
 
     def new_cache(self) -> DynamicCache:
         """An empty KV cache."""
         if self._graphed:
             return self._graphed.new_cache()
-        return DynamicCache(config=self.config)
+        # Made from the config, a cache would drop keys outside a sliding window: it could not be cut any more.
+        cache = DynamicCache()
+        cache.layers = [DynamicLayer() for _ in range(self.layers)]
+        return cache
 
     @staticmethod
     def truncate(cache: DynamicCache, tokens: int) -> None:
@@ -150,24 +164,27 @@ class Trunk:
             if excess > 0:
                 layer.crop(-excess)
 
-    def embed(self, ids: Tensor, cache: DynamicCache, packing: Packing | None = None) -> tuple[Tensor, StepContext]:
+    def embed(
+        self, ids: Tensor, cache: DynamicCache, packing: Packing | None = None, *, length: int = 0
+    ) -> tuple[Tensor, StepContext]:
         """Begin a step of one sequence.
 
         Args:
             ids: int64 [tokens], that follow what the cache holds.
             cache: the sequence's KV cache.
             packing: if the ids are several sequences.
+            length: of the sequence that the ids belong to, if it is longer than what the cache will then hold.
 
         Returns:
             Hidden states [1, tokens, hidden], and what the layers of this step share.
 
         Raises:
-            BundleError: the ids are packed, but the model's attention has a sliding window.
+            BundleError: the ids are packed, but this model's sequences can't be.
         """
         hidden = self._modules.embed_tokens(ids.to(self.device)[None])
         if packing is not None:
-            if getattr(self.config, "sliding_window", None):
-                raise BundleError("sequences can't be packed for this model: its attention has a sliding window")
+            if not self.packs:
+                raise BundleError("sequences can't be packed for this model: its tokens depend on their sequence")
             positions = packing.positions.to(self.device)[None]
             mask = packing.visible.to(self.device)[None, None]
             return hidden, StepContext(cache, self._rotary(hidden, position_ids=positions), mask)
@@ -180,7 +197,8 @@ class Trunk:
             past_key_values=cache,
             position_ids=positions,
         )
-        return hidden, StepContext(cache, self._rotary(hidden, position_ids=positions), mask)
+        rotary = rotate(self._rotary, hidden, positions[0].tolist(), [length] * len(ids))
+        return hidden, StepContext(cache, rotary, mask)
 
     def attend(self, layer: int, hidden: Tensor, step: StepContext) -> tuple[Tensor, Tensor, Tensor]:
         """Run the first half of a layer.
@@ -206,11 +224,17 @@ class Trunk:
         probabilities = torch.softmax(block.gate(expert_input).float(), dim=-1)
         return residual, expert_input, probabilities
 
-    def rows(self, ids: Sequence[Sequence[int]], caches: Sequence[DynamicCache]) -> Rows | None:
-        """Begin a step of sequences with few new tokens each; None if this trunk is not `batch_invariant`."""
+    def rows(self, ids: Sequence[Sequence[int]], caches: Sequence[DynamicCache], lengths: Sequence[int]) -> Rows | None:
+        """Begin a step of sequences with few new tokens each; None if this trunk is not `batch_invariant`.
+
+        Args:
+            ids: new token ids of each sequence.
+            caches: of the sequences.
+            lengths: of the sequences, as for `embed`.
+        """
         if not self.batch_invariant:
             return None
-        return Rows(self._modules, self._rotary, ids, caches)
+        return Rows(self._modules, self._rotary, ids, caches, lengths, window=self._window)
 
     def graphs(self, ids: Sequence[int], cache: DynamicCache) -> "GraphedDecoder | None":
         """The captured graphs, if they can run these tokens of one sequence; None if they must run eagerly."""

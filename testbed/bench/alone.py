@@ -67,7 +67,7 @@ class Parts:
 
     def _token(self) -> None:
         began = time.perf_counter_ns()
-        rows = self._trunk.rows([[7]], [self._cache])
+        rows = self._trunk.rows([[7]], [self._cache], [0])
         assert rows is not None  # noqa: S101 - the bench runs on a CPU
         embedded = time.perf_counter_ns()
         for layer in range(self._trunk.layers):

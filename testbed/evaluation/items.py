@@ -126,6 +126,8 @@ def _score(
     Args:
         choices: index of the prompt, and the token ids that follow it.
     """
+    if not model.trunk.packs:
+        return [_score_alone(model, prompts[i], ids) for i, ids in choices]
     cache = model.trunk.new_cache()
     owner = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor([len(p) for p in prompts]))
     ends = [sum(len(p) for p in prompts[: i + 1]) - 1 for i in range(len(prompts))]
@@ -148,6 +150,13 @@ def _score(
         _log_likelihood(torch.cat([first[i, None], following]), ids)
         for (i, ids), following in zip(choices, continued, strict=True)
     ]
+
+
+def _score_alone(model: DistributedMixtral, prompt: list[int], choice: list[int]) -> float:
+    """Log-likelihood of one choice, in a step of its own."""
+    rows = list(range(len(prompt) - 1, len(prompt) + len(choice) - 1))
+    (logits,), _ = model.step([SequenceInput([*prompt, *choice], model.trunk.new_cache(), rows=rows)])
+    return _log_likelihood(logits, choice)
 
 
 def _positions(lengths: Sequence[int]) -> Tensor:
