@@ -4,6 +4,7 @@ Commands are click commands. `WDMOE_DEBUG=1` in the environment keeps the traceb
 """
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -23,6 +24,9 @@ def run(command: click.Command, prog_name: str) -> None:
     """Run `command` on `sys.argv` and end the process with its exit code."""
     level = logging.DEBUG if _debug() else logging.INFO
     logging.basicConfig(level=level, format=LOG_FORMAT, stream=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A model can say what this terminal's encoding can't write, and paths need not be text at all.
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(exit_code(command, prog_name))
 
 
