@@ -49,7 +49,7 @@ class _Idle:
     def describe_lost(self) -> str:
         return ""
 
-    def answer(self, ids: list[int], config: SamplingConfig) -> object:
+    def answer(self, ids: list[int], config: SamplingConfig, *, same_text: bool) -> object:
         return object()
 
 
@@ -92,7 +92,7 @@ def test_load_and_the_time_to_retry() -> None:
 
 def test_what_fails_for_one_caller_is_that_callers_alone() -> None:
     class Sequences(_Idle):
-        def answer(self, ids: list[int], config: SamplingConfig) -> object:
+        def answer(self, ids: list[int], config: SamplingConfig, *, same_text: bool) -> object:
             if ids == [13]:
                 raise TypeError("no such\ntoken")
             return _Answer()
