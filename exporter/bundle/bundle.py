@@ -26,6 +26,7 @@ from exporter.bundle.journal import (
     remove_temporary_files,
     start_journal,
 )
+from exporter.bundle.trial import try_trunk
 from exporter.bundle.trunk import check_tokenizer, copy_trunk, texts_current, trunk_bytes
 from exporter.bundle.workers import export_all
 from exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -61,7 +62,8 @@ class ExportResult:
         kept: experts that were already there, complete and undamaged.
         source_bytes: size of the exported experts in the checkpoint.
         up_to_date: whether there was nothing to do.
-        lost: one line for each thing that the bundle had and no longer has, or that is left out of it.
+        lost: one line for each thing that the bundle had and no longer has, that is left out of it, or that its chat
+            template refuses.
     """
 
     manifest: Manifest
@@ -94,7 +96,8 @@ def export_bundle(
         progress: called with the number of finished experts and of all experts.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged or not a Mixtral, or has no tokenizer.
+        CheckpointError: the checkpoint is missing, damaged or not a Mixtral, has no tokenizer, or a base station would
+            refuse it or fail while it answers.
         BundleError: `out` holds something else, or another export is writing there.
         StorageError: `out` can't be written or is too small.
     """
@@ -171,6 +174,7 @@ class _Export:
         if (self._out / MANIFEST_NAME).exists():
             (self._out / MANIFEST_NAME).replace(self._out / _BEFORE_NAME)
         trunk = tuple(copy_trunk(source, self._out))
+        refused = self._try_trunk()
         work = [
             ExpertJob(id, source.experts[id], source.dims, self._quantisation, self._out, preset=self._preset)
             for id in todo
@@ -184,7 +188,13 @@ class _Export:
         if unknown := source.unknown:
             shown = f"{unknown[0]}, …" if len(unknown) > 1 else unknown[0]
             lost.insert(0, f"left out {len(unknown)} tensors that a Mixtral of this config.json does not have: {shown}")
-        return ExportResult(manifest, kept, source_bytes, up_to_date=False, lost=tuple(lost))
+        return ExportResult(manifest, kept, source_bytes, up_to_date=False, lost=(*lost, *refused))
+
+    def _try_trunk(self) -> list[str]:
+        """Lines about what a base station can't do with this trunk."""
+        if self._quantisation.backend == "optimum":
+            return ["tokenizer and chat template were not tried: the optimum environment has another transformers"]
+        return try_trunk(self._out / "trunk", self._source.dims.vocab, self._source.folder)
 
     def _complete(self, trunk: tuple[FileEntry, ...]) -> tuple[Manifest, list[str]]:
         """Write the manifest; returns it and the lines of `ExportResult.lost`."""
