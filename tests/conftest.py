@@ -16,6 +16,7 @@ import torch
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
+import edge_node.experts.runtime as experts_runtime
 from bs_coordinator.broker.processes import mosquitto_path, open_broker
 from testbed.demo_assets import demo_model, export_demo_bundle
 from testbed.local_nodes import LocalNodes
@@ -33,11 +34,14 @@ def pytest_configure() -> None:
 
     SIGINT gets Python's handler, as a shell's background jobs ignore it, and so would the processes that tests start.
     Hypothesis' examples have no deadline and may be slow to make: on a busy machine they may have to wait for a core.
+    Sessions of onnxruntime share no pool of threads: all later sessions of the process, those of the exporter included,
+    would have to use it.
     Torch uses one thread: with several, tests' small products wait for descheduled threads, which on a busy machine
     takes ten times as long as the work.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+    experts_runtime.share_thread_pool = lambda threads: None
     settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("patient")
     # `--hypothesis-profile=fuzz` takes its place.
