@@ -41,7 +41,7 @@ def pytest_configure() -> None:
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
-    experts_runtime.share_thread_pool = lambda threads: None
+    experts_runtime.share_thread_pool = lambda threads: None  # type: ignore[attr-defined]
     settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("patient")
     # `--hypothesis-profile=fuzz` takes its place.
