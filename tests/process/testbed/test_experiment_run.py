@@ -342,7 +342,7 @@ def test_sigterm_ends_a_run_cleanly(tiny_bundle: Bundle, tmp_path: Path) -> None
             process.terminate()
         _, errors = process.communicate()
     assert process.returncode == 130
-    assert "stopping: the cell in progress is given up" in errors
+    assert "stopping: the cell in progress is abandoned" in errors
     assert "interrupted" in errors
     assert not psutil.wait_procs(children, timeout=PATIENCE_S)[1]
     assert RunDir(folder).events()[-1]["event"] == "run_interrupted"
