@@ -32,12 +32,11 @@ demo: $(READY)
 	$(BIN)/wdmoe-testbed demo
 
 test: $(READY)
-	$(BIN)/pytest $(PARALLEL) -m "not slow" tests/unit
+	$(BIN)/pytest $(PARALLEL) tests/unit
 
 test-slow: test-slow-process test-slow-root
 
 test-slow-process: $(READY)
-	$(BIN)/pytest $(PARALLEL) -m slow tests/unit
 	$(BIN)/pytest $(PARALLEL) tests/process
 
 # One after the other: they measure emulated networks, which need the machine for themselves.
