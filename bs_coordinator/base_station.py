@@ -13,7 +13,7 @@ from bs_coordinator.config import BaseStationConfig, ResidentConfig
 from bs_coordinator.dispatch.dispatcher import Dispatcher
 from bs_coordinator.dispatch.output_guard import probe_gains
 from bs_coordinator.dispatch.readiness import measure_broker, prove_nodes, try_local_experts, wait_for_experts
-from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.sequence import Sequence
 from bs_coordinator.engine.speculation import Speculation, load_draft_model
 from bs_coordinator.engine.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ class BaseStation:
     """
 
     manifest: Manifest
-    model: DistributedMixtral
+    model: DistributedModel
     tokenizer: Tokenizer
     dispatcher: Dispatcher
     broker_ms: float
@@ -120,7 +120,7 @@ def open_base_station(
         if speculation.mode == "auto" and (nodes := dispatcher.registry.batch_variant()):
             log.info("no drafts: on %s a token's result depends on the others in its batch", ", ".join(nodes))
             speculation = Speculation()
-        model = DistributedMixtral(trunk, dispatcher, policy, degrade=config.degrade, quarantine=dispatcher.quarantine)
+        model = DistributedModel(trunk, dispatcher, policy, degrade=config.degrade, quarantine=dispatcher.quarantine)
         yield BaseStation(manifest, model, tokenizer, dispatcher, broker_ms, nodes_ms, speculation, residents)
 
 

@@ -38,8 +38,8 @@ class _NotFiniteError(Exception):
         self.largest = largest
 
 
-class DistributedMixtral:
-    """A Mixtral model whose experts run elsewhere.
+class DistributedModel:
+    """A mixture of experts whose experts run elsewhere.
 
     Attributes:
         trunk: the part that runs here.

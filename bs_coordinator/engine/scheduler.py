@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.sequence import PREFILL_CHUNK_TOKENS, GeneratedAnswer, TokenEvent
 from bs_coordinator.engine.step_records import StepRecord
 from bs_coordinator.errors import AnswerError
@@ -34,7 +34,7 @@ class Scheduler:
     """
 
     def __init__(
-        self, model: DistributedMixtral, *, max_live: int = 16, prefill_tokens: int = PREFILL_CHUNK_TOKENS
+        self, model: DistributedModel, *, max_live: int = 16, prefill_tokens: int = PREFILL_CHUNK_TOKENS
     ) -> None:
         """An idle scheduler.
 

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from bs_coordinator.config import SamplingConfig
-from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.sampling import TokenSampler
 from bs_coordinator.engine.speculation import Draft, DraftLength, Speculation
 from bs_coordinator.engine.speculation.drafts import DraftToken
@@ -55,7 +55,7 @@ class Sequence:
 
     def __init__(
         self,
-        model: DistributedMixtral,
+        model: DistributedModel,
         tokenizer: Tokenizer,
         *,
         speculation: Speculation | None = None,
@@ -194,7 +194,7 @@ class GeneratedAnswer:
         """Take in the result of the last input; returns the new tokens, none while the prompt is not finished.
 
         Args:
-            logits: of the last input, as `DistributedMixtral.step` returns them.
+            logits: of the last input, as `DistributedModel.step` returns them.
             step: its record.
             sequences: number of sequences that shared the step.
         """

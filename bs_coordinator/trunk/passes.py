@@ -49,7 +49,7 @@ class TrunkPass(Protocol):
         """Run the second half of the layer: add the experts' output, float32 [tokens, hidden]."""
 
     def logits(self, all_logits: bool) -> list[Tensor]:
-        """After the last layer: logits for each sequence, as `DistributedMixtral.step` returns them."""
+        """After the last layer: logits for each sequence, as `DistributedModel.step` returns them."""
 
     def abandon(self) -> None:
         """Give up the step, at any point."""

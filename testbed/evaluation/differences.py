@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bs_coordinator.engine.experts import ExpertOutput, Ready
-from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import TopK
 from bs_coordinator.selection.differences import SCHEMA, DifferenceDocument
@@ -74,7 +74,7 @@ def measure_differences(
     trunk = Trunk(bundle / "trunk")
     runtime = ExpertRuntime(bundle, manifest, [e.id for e in manifest.experts], threads=threads)
     experts = _ComparedExperts(runtime, dims.layers, dims.experts)
-    model = DistributedMixtral(trunk, experts, TopK(dims.top_k))
+    model = DistributedModel(trunk, experts, TopK(dims.top_k))
     for start in range(0, len(ids), chunk):
         model.step([SequenceInput(list(ids[start : start + chunk]), trunk.new_cache())])
         progress(min(start + chunk, len(ids)))

@@ -16,7 +16,7 @@ import torch
 from msgspec import Meta, Struct
 from torch import Tensor
 
-from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import Policy
 from bs_coordinator.selection.forecast import LayerForecast
@@ -78,7 +78,7 @@ def read_items(path: Path, kind: type[T], count: int | None = None) -> list[T]:
 
 
 def choose(
-    model: DistributedMixtral, tokenizer: Tokenizer, items: Sequence[ChoiceItem], *, batch: int = _BATCH_ITEMS
+    model: DistributedModel, tokenizer: Tokenizer, items: Sequence[ChoiceItem], *, batch: int = _BATCH_ITEMS
 ) -> list[int]:
     """The index of the model's choice for each item.
 
@@ -119,7 +119,7 @@ def _shared(a: list[int], b: list[int]) -> int:
 
 
 def _score(
-    model: DistributedMixtral, prompts: Sequence[list[int]], choices: Sequence[tuple[int, list[int]]]
+    model: DistributedModel, prompts: Sequence[list[int]], choices: Sequence[tuple[int, list[int]]]
 ) -> list[float]:
     """Log-likelihood of each choice after its prompt, computed in two steps for all choices.
 
@@ -152,7 +152,7 @@ def _score(
     ]
 
 
-def _score_alone(model: DistributedMixtral, prompt: list[int], choice: list[int]) -> float:
+def _score_alone(model: DistributedModel, prompt: list[int], choice: list[int]) -> float:
     """Log-likelihood of one choice, in a step of its own."""
     rows = list(range(len(prompt) - 1, len(prompt) + len(choice) - 1))
     (logits,), _ = model.step([SequenceInput([*prompt, *choice], model.trunk.new_cache(), rows=rows)])
@@ -170,7 +170,7 @@ def _own_past(owner: Tensor) -> Tensor:
 
 
 def losses(
-    model: DistributedMixtral, tokenizer: Tokenizer, texts: Sequence[str], *, tokens: int
+    model: DistributedModel, tokenizer: Tokenizer, texts: Sequence[str], *, tokens: int
 ) -> list[tuple[float, int]]:
     """Summed negative log-likelihood in nats and number of predicted tokens, by text.
 

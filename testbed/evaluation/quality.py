@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import TopK
 from bs_coordinator.trunk.trunk import Trunk
@@ -77,7 +77,7 @@ def measure_quality(
     tokenizer = Tokenizer(bundle / "trunk")
     experts = LocalExperts(bundle, threads=threads)
     experts.lost = frozenset(lost)
-    model = DistributedMixtral(Trunk(bundle / "trunk"), experts, TopK(manifest.dims.top_k), degrade=True)
+    model = DistributedModel(Trunk(bundle / "trunk"), experts, TopK(manifest.dims.top_k), degrade=True)
     accuracy: dict[str, Accuracy] = {}
     for task, file in TASKS.items():
         questions = read_items(data / file, ChoiceItem, items)

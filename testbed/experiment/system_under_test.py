@@ -13,7 +13,7 @@ from bs_coordinator.base_station import BaseStation, open_base_station
 from bs_coordinator.broker.processes import mosquitto_path, open_broker
 from bs_coordinator.config import BaseStationConfig, ResidentConfig
 from bs_coordinator.engine.experts import Experts
-from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.step_records import StepRecord
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import Policy, TopK
@@ -32,7 +32,7 @@ from wire.broker_address import BrokerAddress
 from wire.tensors import WireDtype
 
 
-class ObservedMixtral(DistributedMixtral):
+class ObservedModel(DistributedModel):
     """A model that reports each step and stops at a deadline.
 
     Attributes:
@@ -48,7 +48,7 @@ class ObservedMixtral(DistributedMixtral):
         self.deadline = float("inf")
 
     def step(self, feeds: Sequence[SequenceInput], *, all_logits: bool = False) -> tuple[list[Tensor], StepRecord]:
-        """Run one forward step (`DistributedMixtral.step`) and report it.
+        """Run one forward step (`DistributedModel.step`) and report it.
 
         Raises:
             WdmoeError: the deadline has passed.
@@ -74,7 +74,7 @@ class SystemUnderTest:
             profiles, so they are evaluated once. Only used if all experts are in this process.
     """
 
-    model: ObservedMixtral
+    model: ObservedModel
     tokenizer: Tokenizer
     base_station: BaseStation | None
     address: BrokerAddress | None = None
@@ -138,7 +138,7 @@ def distributed_system(
         # Which experts are still missing only concerns users who start the nodes themselves; a timeout names them.
         on_missing = on_progress if outside else None
         base_station = stack.enter_context(open_base_station(config, address, on_progress=on_missing))
-        model = ObservedMixtral(base_station.model.trunk, base_station.dispatcher, base_station.model.policy)
+        model = ObservedModel(base_station.model.trunk, base_station.dispatcher, base_station.model.policy)
         if plan.churn and emit_event:
             # Not before the base station is ready: it waits for all nodes.
             seed = f"{plan.seed} {folder.name}"
@@ -151,7 +151,7 @@ def in_process_system(plan: Plan, bundle: BundleFacts) -> SystemUnderTest:
     folder = Path(bundle.path)
     trunk = Trunk(folder / "trunk")
     experts = LocalExperts(folder, threads=os.cpu_count() or 1, wire=WireDtype.named(plan.wire))
-    model = ObservedMixtral(trunk, experts, TopK(bundle.top_k))
+    model = ObservedModel(trunk, experts, TopK(bundle.top_k))
     return SystemUnderTest(model, Tokenizer(folder / "trunk"), None, local=experts)
 
 

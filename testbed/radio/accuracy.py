@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bs_coordinator.engine.experts import Experts, Pending
-from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import Policy
 from bs_coordinator.selection.forecast import LayerForecast
@@ -83,7 +83,7 @@ def evaluate(
     answers = []
     for policy in policies:
         links = SimulatedLinks(experts, cell)
-        model = DistributedMixtral(trunk, links, policy)
+        model = DistributedModel(trunk, links, policy)
         right = {}
         for task, all_ in questions.items():
             chosen: list[int] = []

@@ -10,7 +10,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import Policy, TopK
 from bs_coordinator.selection.forecast import LayerForecast
@@ -81,7 +81,7 @@ class _Recorder:
         return self._policy.select(probabilities, forecast)
 
 
-def trace_prompts(model: DistributedMixtral, policy: Policy, prompts: Sequence[Sequence[int]]) -> list[Array]:
+def trace_prompts(model: DistributedModel, policy: Policy, prompts: Sequence[Sequence[int]]) -> list[Array]:
     """The gates' probabilities for each prompt, float32 [tokens, layers, experts].
 
     Attention is causal, so the probabilities are the same when the tokens are decoded one by one.
@@ -120,7 +120,7 @@ def record_trace(
     manifest = load_manifest(bundle)
     tokenizer = Tokenizer(bundle / "trunk")
     policy = TopK(manifest.dims.top_k)
-    model = DistributedMixtral(Trunk(bundle / "trunk"), LocalExperts(bundle, threads=threads), policy)
+    model = DistributedModel(Trunk(bundle / "trunk"), LocalExperts(bundle, threads=threads), policy)
     prompts = [
         f"Question: {item.question}\nAnswer:"
         for file in TASKS.values()

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from bs_coordinator.engine.experts import ExpertOutput, Ready
-from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.selection import TopK
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import SequenceInput
@@ -64,7 +64,7 @@ def measure(settings: Settings) -> Iterator[Result]:
 
 
 def _row(name: str, trunk: Trunk, read_bytes: int, settings: Settings) -> Row:
-    model = DistributedMixtral(trunk, _InstantExperts(8, 4096), TopK(2))
+    model = DistributedModel(trunk, _InstantExperts(8, 4096), TopK(2))
     cache = trunk.new_cache()
     model.step([SequenceInput(list(range(_PAST_TOKENS)), cache)])
     # A copy reads and writes each byte, so copying half the bytes moves as many.

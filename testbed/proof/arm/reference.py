@@ -8,7 +8,7 @@ import numpy as np
 
 from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.experts import Experts, Ready
-from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.sequence import Sequence as TokenSequence
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import TopK
@@ -40,7 +40,7 @@ def make_reference(fp32_bundle: Path, ids: Sequence[ExpertId], *, rows: int) -> 
     experts = LocalExperts(fp32_bundle, threads=1)
     recorder = _RecordingExperts(experts)
     dims = load_manifest(fp32_bundle).dims
-    model = DistributedMixtral(Trunk(fp32_bundle / "trunk"), recorder, TopK(dims.top_k))
+    model = DistributedModel(Trunk(fp32_bundle / "trunk"), recorder, TopK(dims.top_k))
     tokenizer = Tokenizer(fp32_bundle / "trunk")
     sequence = TokenSequence(model, tokenizer)
     next(sequence.generate(tokenizer.encode(PROMPT)[:rows], SamplingConfig(max_tokens=1)))

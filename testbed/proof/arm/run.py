@@ -20,7 +20,7 @@ from bs_coordinator.config import BaseStationConfig, SamplingConfig
 from bs_coordinator.dispatch.dispatcher import Dispatcher
 from bs_coordinator.dispatch.readiness import prove_nodes
 from bs_coordinator.engine.experts import Ready
-from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.sequence import Sequence as TokenSequence
 from bs_coordinator.errors import PlacementError
 from bs_coordinator.selection import TopK
@@ -181,7 +181,7 @@ def _answers(station: BaseStation, node: str, ids: Sequence[ExpertId], reference
     dims = station.manifest.dims
     generated: list[int] = []
     if tokens and len(ids) == dims.layers * dims.experts:
-        model = DistributedMixtral(station.model.trunk, experts, TopK(dims.top_k))
+        model = DistributedModel(station.model.trunk, experts, TopK(dims.top_k))
         prompt = station.tokenizer.encode(PROMPT)
         sequence = TokenSequence(model, station.tokenizer)
         generated = [event.id for event in sequence.generate(prompt, SamplingConfig(max_tokens=tokens))]

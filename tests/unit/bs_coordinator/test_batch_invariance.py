@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.selection import TopK
 from bs_coordinator.trunk.inputs import SequenceInput
 from bs_coordinator.trunk.trunk import Trunk
@@ -21,7 +21,7 @@ def test_a_token_gets_bitwise_the_same_alone_in_a_draft_and_in_a_batch(
 ) -> None:
     bundle = tiny_bundle(scheme)
     trunk = Trunk(bundle / "trunk")
-    model = DistributedMixtral(trunk, LocalExperts(bundle, threads=1, wire=WireDtype.FP16), TopK(2))
+    model = DistributedModel(trunk, LocalExperts(bundle, threads=1, wire=WireDtype.FP16), TopK(2))
     ids = torch.randint(0, 40000, (60,), generator=torch.Generator().manual_seed(3)).tolist()
     alone = trunk.new_cache()
     model.step([SequenceInput(ids[:30], alone)])

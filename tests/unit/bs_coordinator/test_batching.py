@@ -9,7 +9,7 @@ import pytest
 
 from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.experts import Ready
-from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.scheduler import Scheduler
 from bs_coordinator.engine.sequence import GeneratedAnswer, Sequence
 from bs_coordinator.engine.speculation import Speculation
@@ -40,8 +40,8 @@ def experts(random_bundle: Path) -> _Experts:
 
 
 @pytest.fixture(scope="module")
-def model(random_bundle: Path, experts: _Experts) -> DistributedMixtral:
-    return DistributedMixtral(Trunk(random_bundle / "trunk"), experts, TopK(2))
+def model(random_bundle: Path, experts: _Experts) -> DistributedModel:
+    return DistributedModel(Trunk(random_bundle / "trunk"), experts, TopK(2))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def _run(scheduler: Scheduler, answers: list[GeneratedAnswer]) -> list[list[int]
     return ids
 
 
-def test_answers_are_what_they_are_alone(model: DistributedMixtral, tokenizer: Tokenizer) -> None:
+def test_answers_are_what_they_are_alone(model: DistributedModel, tokenizer: Tokenizer) -> None:
     config = SamplingConfig(max_tokens=8)
     prompts = _prompts(8)
     alone = [[e.id for e in Sequence(model, tokenizer).generate(ids, config)] for ids in prompts]
@@ -76,7 +76,7 @@ def test_answers_are_what_they_are_alone(model: DistributedMixtral, tokenizer: T
     assert _run(scheduler, answers) == alone
 
 
-def test_look_ups_change_nothing(model: DistributedMixtral, tokenizer: Tokenizer) -> None:
+def test_look_ups_change_nothing(model: DistributedModel, tokenizer: Tokenizer) -> None:
     config = SamplingConfig(max_tokens=24)
     speculation = Speculation("ngram")
     for ids in _prompts(3):
@@ -86,7 +86,7 @@ def test_look_ups_change_nothing(model: DistributedMixtral, tokenizer: Tokenizer
         assert sum(len(e.steps) for e in drafted) <= len(plain)
 
 
-def test_a_long_prompt_does_not_starve_those_who_decode(model: DistributedMixtral, tokenizer: Tokenizer) -> None:
+def test_a_long_prompt_does_not_starve_those_who_decode(model: DistributedModel, tokenizer: Tokenizer) -> None:
     scheduler = Scheduler(model, prefill_tokens=20)
     short = Sequence(model, tokenizer).answer([5, 6, 7], SamplingConfig(max_tokens=20))
     scheduler.add(short)
@@ -104,7 +104,7 @@ def test_a_long_prompt_does_not_starve_those_who_decode(model: DistributedMixtra
 
 
 def test_a_failure_ends_only_the_answer_that_fails_alone(
-    model: DistributedMixtral, tokenizer: Tokenizer, experts: _Experts
+    model: DistributedModel, tokenizer: Tokenizer, experts: _Experts
 ) -> None:
     config = SamplingConfig(max_tokens=3)
     expected = [e.id for e in Sequence(model, tokenizer).generate([5, 6, 7], config)]
@@ -129,7 +129,7 @@ THREE = [[5, 6, 7], [9, 8] * 15, [11]]
 
 
 @pytest.fixture(scope="module")
-def alone(model: DistributedMixtral, tokenizer: Tokenizer) -> list[list[int]]:
+def alone(model: DistributedModel, tokenizer: Tokenizer) -> list[list[int]]:
     return [[e.id for e in Sequence(model, tokenizer).generate(ids, FEW)] for ids in THREE]
 
 
@@ -193,7 +193,7 @@ def _break_logits(answer: GeneratedAnswer, patch: pytest.MonkeyPatch) -> None:
     ],
 )  # fmt: skip
 def test_a_library_that_fails_for_one_answer_leaves_the_others_as_they_are(
-    model: DistributedMixtral,
+    model: DistributedModel,
     tokenizer: Tokenizer,
     alone: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,

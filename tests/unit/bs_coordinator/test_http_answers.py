@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.scheduler import Progress, Scheduler
 from bs_coordinator.engine.sequence import Sequence
 from bs_coordinator.engine.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ KEY = "open sesame"
 class _Gated(Scheduler):
     """Makes no step while the gate is closed, so that a test decides how long answers take."""
 
-    def __init__(self, model: DistributedMixtral) -> None:
+    def __init__(self, model: DistributedModel) -> None:
         super().__init__(model, max_live=LIVE)
         self.gate = threading.Event()
         self.gate.set()
@@ -55,7 +55,7 @@ class _Nodes:
 class _Site(HttpSite):
     """The whole HTTP interface."""
 
-    def __init__(self, model: DistributedMixtral, tokenizer: Tokenizer, max_positions: int = 1 << 20) -> None:
+    def __init__(self, model: DistributedModel, tokenizer: Tokenizer, max_positions: int = 1 << 20) -> None:
         self.nodes = _Nodes()
         dispatcher: Any = self.nodes
         self.scheduler = _Gated(model)
@@ -82,9 +82,9 @@ class _Site(HttpSite):
 
 
 @pytest.fixture(scope="module")
-def model(tiny_bundle: Callable[[Scheme], Path]) -> DistributedMixtral:
+def model(tiny_bundle: Callable[[Scheme], Path]) -> DistributedModel:
     bundle = tiny_bundle("fp32")
-    return DistributedMixtral(Trunk(bundle / "trunk"), LocalExperts(bundle, threads=1), TopK(2))
+    return DistributedModel(Trunk(bundle / "trunk"), LocalExperts(bundle, threads=1), TopK(2))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def tokenizer(tiny_bundle: Callable[[Scheme], Path]) -> Tokenizer:
 
 
 @pytest.fixture
-def site(model: DistributedMixtral, tokenizer: Tokenizer) -> Iterator[_Site]:
+def site(model: DistributedModel, tokenizer: Tokenizer) -> Iterator[_Site]:
     site = _Site(model, tokenizer)
     yield site
     site.close()

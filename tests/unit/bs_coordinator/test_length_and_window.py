@@ -8,7 +8,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from bs_coordinator.config import SamplingConfig
-from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.scheduler import Scheduler
 from bs_coordinator.engine.sequence import Sequence
 from bs_coordinator.selection import TopK
@@ -29,7 +29,7 @@ SHORT, LONG = [5, 6, 7], list(range(8, 26))
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, DistributedMixtral]:
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, DistributedModel]:
     folder: Path = tmp_path_factory.mktemp(request.param)
     size = len(save_tokenizer(folder / "model", "sentencepiece"))
     torch.manual_seed(0)
@@ -42,11 +42,11 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     reference.save_pretrained(folder / "model")
     export_demo_bundle(folder / "model", folder / "bundle", "fp32")
     trunk = Trunk(folder / "bundle/trunk")
-    model = DistributedMixtral(trunk, LocalExperts(folder / "bundle", threads=1), TopK(2))
+    model = DistributedModel(trunk, LocalExperts(folder / "bundle", threads=1), TopK(2))
     return reference, model
 
 
-def _sequence(model: DistributedMixtral, tokenizer: Any) -> Sequence:
+def _sequence(model: DistributedModel, tokenizer: Any) -> Sequence:
     sequence = Sequence(model, tokenizer)
     sequence.max_positions = 64
     return sequence
@@ -81,14 +81,14 @@ def _reference_ids(reference: Any, prompt: list[int], count: int = 14) -> list[i
 
 
 @pytest.mark.parametrize("prompt", [SHORT, LONG])
-def test_answers_are_those_of_transformers(made: tuple[Any, DistributedMixtral], prompt: list[int]) -> None:
+def test_answers_are_those_of_transformers(made: tuple[Any, DistributedModel], prompt: list[int]) -> None:
     reference, model = made
     # A short sequence first resets what the reference keeps of a longer one.
     reference(torch.tensor([[1]]))
     assert _ids(_sequence(model, _NoText()), prompt) == _reference_ids(reference, prompt)
 
 
-def test_an_answer_is_the_same_beside_a_longer_one(made: tuple[Any, DistributedMixtral]) -> None:
+def test_an_answer_is_the_same_beside_a_longer_one(made: tuple[Any, DistributedModel]) -> None:
     _, model = made
     alone = [_ids(_sequence(model, _NoText()), prompt) for prompt in (SHORT, LONG)]
     scheduler = Scheduler(model)
@@ -102,7 +102,7 @@ def test_an_answer_is_the_same_beside_a_longer_one(made: tuple[Any, DistributedM
     assert list(found.values()) == alone
 
 
-def test_a_second_turn_is_what_it_is_from_the_start(made: tuple[Any, DistributedMixtral]) -> None:
+def test_a_second_turn_is_what_it_is_from_the_start(made: tuple[Any, DistributedModel]) -> None:
     _, model = made
     sequence = _sequence(model, _NoText())
     first = _ids(sequence, SHORT)

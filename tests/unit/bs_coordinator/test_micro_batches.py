@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers.cache_utils import DynamicCache
 
 from bs_coordinator.engine.experts import ExpertOutput
-from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.errors import DispatchError, ExpertsLostError, PlacementError
 from bs_coordinator.selection import TopK
 from bs_coordinator.selection.forecast import LayerForecast
@@ -104,7 +104,7 @@ IDS = [int(i) for i in np.random.default_rng(0).integers(1, VOCABULARY, 103)]
 
 def test_pieces_under_way_together_give_bitwise_what_they_give_one_by_one(bundle: Path) -> None:
     trunk, experts = Trunk(bundle / "trunk"), _LateExperts(bundle)
-    model = DistributedMixtral(trunk, experts, TopK(2))
+    model = DistributedModel(trunk, experts, TopK(2))
     model.piece_tokens = 1000
     one_by_one = trunk.new_cache()
     logits = []
@@ -132,7 +132,7 @@ def test_pieces_under_way_together_give_bitwise_what_they_give_one_by_one(bundle
 
 def test_a_failure_cancels_what_is_under_way_and_leaves_the_cache_as_it_was(bundle: Path) -> None:
     trunk, experts = Trunk(bundle / "trunk"), _LateExperts(bundle)
-    model = DistributedMixtral(trunk, experts, TopK(2))
+    model = DistributedModel(trunk, experts, TopK(2))
     model.piece_tokens = 26
     cache = trunk.new_cache()
     model.step([SequenceInput(IDS[:7], cache)])
@@ -160,10 +160,10 @@ def test_lost_experts_are_named_by_the_step_s_own_tokens(bundle: Path) -> None:
 
     trunk = Trunk(bundle / "trunk")
     experts = Losing(bundle)
-    model = DistributedMixtral(trunk, experts, TopK(2), degrade=True)
+    model = DistributedModel(trunk, experts, TopK(2), degrade=True)
     model.piece_tokens = 52
     _, record = model.step([SequenceInput(IDS, trunk.new_cache())])
-    whole = DistributedMixtral(trunk, LocalExperts(bundle, threads=1, wire=WireDtype.FP16), TopK(2), degrade=True)
+    whole = DistributedModel(trunk, LocalExperts(bundle, threads=1, wire=WireDtype.FP16), TopK(2), degrade=True)
     assert isinstance(whole._experts, LocalExperts)
     whole._experts.lost = frozenset({3})
     whole.piece_tokens = 52
@@ -185,10 +185,10 @@ def test_a_holder_that_leaves_between_forecast_and_request_is_done_without(bundl
             return super().begin(layer, hidden, gate)
 
     trunk = Trunk(bundle / "trunk")
-    _, record = DistributedMixtral(trunk, Leaving(bundle), TopK(2), degrade=True).step(
+    _, record = DistributedModel(trunk, Leaving(bundle), TopK(2), degrade=True).step(
         [SequenceInput(IDS, trunk.new_cache())]
     )
     assert not record.layers[0].degraded
     assert record.layers[1].degraded
     with pytest.raises(PlacementError, match="failed"):
-        DistributedMixtral(trunk, Leaving(bundle), TopK(2)).step([SequenceInput(IDS, trunk.new_cache())])
+        DistributedModel(trunk, Leaving(bundle), TopK(2)).step([SequenceInput(IDS, trunk.new_cache())])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bs_coordinator.config import SamplingConfig
-from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.sampling import TokenSampler
 from bs_coordinator.engine.scheduler import Scheduler
 from bs_coordinator.engine.sequence import GeneratedAnswer
@@ -74,9 +74,9 @@ def tokenizer(random_bundle: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def model(random_bundle: Path) -> DistributedMixtral:
+def model(random_bundle: Path) -> DistributedModel:
     experts = LocalExperts(random_bundle, threads=1, wire=WireDtype.FP16)
-    return DistributedMixtral(Trunk(random_bundle / "trunk"), experts, TopK(2))
+    return DistributedModel(Trunk(random_bundle / "trunk"), experts, TopK(2))
 
 
 PROMPTS = [
@@ -88,7 +88,7 @@ PROMPTS = [
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("wrong", [3, 10**9])
 def test_right_and_wrong_drafts_change_nothing_alone_and_in_a_batch(
-    model: DistributedMixtral, tokenizer: Tokenizer, wrong: int
+    model: DistributedModel, tokenizer: Tokenizer, wrong: int
 ) -> None:
     config = SamplingConfig(max_tokens=24)
     prompts = PROMPTS
@@ -111,7 +111,7 @@ def test_right_and_wrong_drafts_change_nothing_alone_and_in_a_batch(
 
 
 @pytest.mark.usefixtures("eager")
-def test_a_seed_gives_the_same_sampled_tokens_with_drafts(model: DistributedMixtral, tokenizer: Tokenizer) -> None:
+def test_a_seed_gives_the_same_sampled_tokens_with_drafts(model: DistributedModel, tokenizer: Tokenizer) -> None:
     config = SamplingConfig(max_tokens=16, temperature=0.9, top_p=0.95, seed=7)
     ids = PROMPTS[0]
     plain = [e.id for e in TokenSequence(model, tokenizer).generate(ids, config)]

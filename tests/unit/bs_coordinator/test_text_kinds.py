@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bs_coordinator.config import SamplingConfig
-from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.scheduler import Scheduler
 from bs_coordinator.engine.sequence import Sequence
 from bs_coordinator.engine.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ NEWLINE = {"byte-level": "Ċ", "sentencepiece": "<0x0A>"}
 
 
 class _Model(NamedTuple):
-    model: DistributedMixtral
+    model: DistributedModel
     tokenizer: Tokenizer
     ids: dict[str, int]
 
@@ -50,7 +50,7 @@ def scripted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     )
     export_demo_bundle(folder / "model", folder / "bundle", "fp32")
     trunk = folder / "bundle/trunk"
-    model = DistributedMixtral(Trunk(trunk), LocalExperts(folder / "bundle", threads=1), TopK(2))
+    model = DistributedModel(Trunk(trunk), LocalExperts(folder / "bundle", threads=1), TopK(2))
     return _Model(model, Tokenizer(trunk), ids)
 
 
@@ -241,7 +241,7 @@ def test_choices_are_scored_as_they_follow_the_question(scripted: _Model) -> Non
         assert max(range(3), key=scores.__getitem__) == 2
 
 
-def _score_alone(model: DistributedMixtral, tokenizer: Tokenizer, context: str, choice: str) -> float:
+def _score_alone(model: DistributedModel, tokenizer: Tokenizer, context: str, choice: str) -> float:
     """Log-likelihood as lm-evaluation-harness computes it: encode both together, cut at the context's length."""
     whole, start = tokenizer.encode(f"{context} {choice}"), len(tokenizer.encode(context))
     ((logits,), _) = model.step([SequenceInput(whole, model.trunk.new_cache())], all_logits=True)

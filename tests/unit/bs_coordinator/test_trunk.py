@@ -11,7 +11,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from bs_coordinator.config import TrunkDtype
 from bs_coordinator.engine.experts import ExpertOutput, LargestAnswer, Ready
-from bs_coordinator.engine.model import DistributedMixtral
+from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.errors import AnswerError, DispatchError, TrunkError
 from bs_coordinator.selection import TopK
 from bs_coordinator.selection.forecast import LayerForecast
@@ -69,7 +69,7 @@ def test_steps_are_transformers_steps(
     with torch.inference_mode():
         expected = reference(torch.tensor([ids])).logits[0]
     trunk = Trunk(tmp_path, device=device, dtype=dtype)
-    model = DistributedMixtral(trunk, ReferenceExperts(reference), TopK(2))
+    model = DistributedModel(trunk, ReferenceExperts(reference), TopK(2))
     cache = trunk.new_cache()
     pieces = [ids[:20], ids[20:33], *([i] for i in ids[33:])]
     logits = torch.cat([model.step([SequenceInput(piece, cache)], all_logits=True)[0][0] for piece in pieces])
@@ -87,7 +87,7 @@ def test_graphs_are_the_eager_steps(tmp_path: Path, dtype: TrunkDtype, tolerance
     results = []
     for graphs in (True, False):
         trunk = Trunk(tmp_path, device="cuda", dtype=dtype, graphs=graphs)
-        model = DistributedMixtral(trunk, ReferenceExperts(reference), TopK(2))
+        model = DistributedModel(trunk, ReferenceExperts(reference), TopK(2))
         cache = trunk.new_cache()
         assert (trunk.graphs(ids[:1], cache) is not None) is graphs
         model.step([SequenceInput(ids[:250], cache)])
@@ -101,7 +101,7 @@ def test_graphs_are_the_eager_steps(tmp_path: Path, dtype: TrunkDtype, tolerance
 def test_a_failed_step_leaves_the_cache_as_it_was(tmp_path: Path) -> None:
     reference = _checkpoint(tmp_path)
     trunk, experts = Trunk(tmp_path), ReferenceExperts(reference)
-    model = DistributedMixtral(trunk, experts, TopK(2))
+    model = DistributedModel(trunk, experts, TopK(2))
     cache = trunk.new_cache()
     model.step([SequenceInput([1, 2, 3], cache)])
     for layer in (0, 1, 2):
@@ -139,11 +139,11 @@ class _Liar(ReferenceExperts):
 def test_logits_that_are_not_finite_find_the_node_and_the_step_is_repeated(tmp_path: Path) -> None:
     reference = _checkpoint(tmp_path)
     trunk, experts = Trunk(tmp_path), _Liar(reference, excess=1e4)
-    model = DistributedMixtral(trunk, experts, TopK(2), quarantine=experts.quarantine)
+    model = DistributedModel(trunk, experts, TopK(2), quarantine=experts.quarantine)
     cache = trunk.new_cache()
     (logits,), _ = model.step([SequenceInput([1, 2, 3], cache)])
     assert experts.left_out == ["liar"]
-    (right,), _ = DistributedMixtral(trunk, ReferenceExperts(reference), TopK(2)).step(
+    (right,), _ = DistributedModel(trunk, ReferenceExperts(reference), TopK(2)).step(
         [SequenceInput([1, 2, 3], trunk.new_cache())]
     )
     np.testing.assert_array_equal(logits.numpy(), right.numpy())
@@ -157,7 +157,7 @@ def test_logits_that_stay_infinite_are_an_error_of_the_answer(
     reference = _checkpoint(tmp_path)
     trunk, experts = Trunk(tmp_path), _Liar(reference, excess=excess)
     experts.forgiven_after = forgiven_after
-    model = DistributedMixtral(trunk, experts, TopK(2), quarantine=experts.quarantine)
+    model = DistributedModel(trunk, experts, TopK(2), quarantine=experts.quarantine)
     cache = trunk.new_cache()
     with pytest.raises(AnswerError, match="logits are not finite"):
         model.step([SequenceInput([1, 2, 3], cache)])
@@ -169,7 +169,7 @@ def test_logits_that_stay_infinite_are_an_error_of_the_answer(
 def test_a_failed_token_can_be_tried_again(tmp_path: Path, device: str) -> None:
     reference = _checkpoint(tmp_path)
     trunk, experts = Trunk(tmp_path, device=device), ReferenceExperts(reference)
-    model = DistributedMixtral(trunk, experts, TopK(2))
+    model = DistributedModel(trunk, experts, TopK(2))
     cache = trunk.new_cache()
     model.step([SequenceInput([1, 2, 3], cache)])
     for layer in (0, 1, 2):
