@@ -15,7 +15,7 @@ from common.console import run as run_console
 from common.options import Group, config_options
 from exporter.config import ExportConfig
 from wire import __version__
-from wire.experts import format_selector, parse_index_set, parse_selector
+from wire.experts import format_ranges, format_selector, parse_index_set, parse_selector
 
 if TYPE_CHECKING:
     from wire.manifest import Manifest
@@ -124,6 +124,10 @@ def inspect(bundle: Path) -> None:
     d = manifest.dims
     click.echo(f"from {manifest.source.name} ({manifest.source.dtype}): hidden {d.hidden}, ", nl=False)
     click.echo(f"{d.intermediate} wide, {d.layers} layers × {d.experts} experts, top {d.top_k}")
+    architecture = manifest.architecture
+    click.echo(
+        f"{architecture.family}: layers with experts {format_ranges(architecture.layers)}, {architecture.expert}"
+    )
     click.echo(f"experts {format_selector(e.id for e in manifest.experts)} as {manifest.quantisation}")
     click.echo(f"made with {', '.join(f'{k} {v}' for k, v in manifest.tools.items())}")
     if manifest.draft:

@@ -104,10 +104,11 @@ def format_selector(ids: Iterable[ExpertId]) -> str:
     layers_by_experts: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for layer in sorted(experts_by_layer):
         layers_by_experts[tuple(sorted(experts_by_layer[layer]))].append(layer)
-    return " ".join(f"L{_ranges(ls)}:E{_ranges(es)}" for es, ls in layers_by_experts.items())
+    return " ".join(f"L{format_ranges(ls)}:E{format_ranges(es)}" for es, ls in layers_by_experts.items())
 
 
-def _ranges(numbers: Iterable[int]) -> str:
+def format_ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers as a short text, such as `0-5,7`."""
     runs: list[list[int]] = []
     for n in numbers:
         if runs and n == runs[-1][1] + 1:

@@ -6,9 +6,11 @@ A bundle folder holds `manifest.json`, `trunk/` (safetensors, Hugging Face confi
 
 import base64
 import hashlib
+import math
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -18,7 +20,9 @@ from wire.errors import BundleError
 from wire.experts import ExpertId
 from wire.tensors import Array
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE_SCHEMAS = (1, 2)
+"""Schema 1 has no `architecture`: all of its bundles are of Mixtral (`mixtral_architecture`)."""
 MANIFEST_NAME = "manifest.json"
 SIGNATURE_NAME = "manifest.sig"
 """`wire.signature` writes and checks it; the name is here because that module needs cryptography."""
@@ -31,12 +35,18 @@ EXACT_SUMS = ("session.x64quantprecision", "1")
 Without it, x86 processors with AVX2 but no VNNI add pairs of products in 16 bits, which overflow."""
 
 Scheme = Literal["int4", "int8", "int8-dynamic", "fp16", "fp32"]
+Activation = Literal["silu", "gelu", "gelu-tanh", "clamped"]
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class Dims(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Dimensions of the model, as counts.
+
+    Attributes:
+        intermediate: inner size of a routed expert.
+        layers: layers with experts; `Architecture.layers` says which of the model's layers they are.
+        experts: routed experts per such layer.
 
     Raises:
         ValueError: more than `MOST_EXPERTS` in all. The limit bounds the work of expanding the selector in a status.
@@ -53,6 +63,82 @@ class Dims(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.layers * self.experts > MOST_EXPERTS:
             raise ValueError(f"{self.layers} layers of {self.experts} experts: at most {MOST_EXPERTS} in all")
+
+
+class ExpertGraph(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What an expert computes: y = w2 (f(w1 x) · g(w3 x)), each product with its bias if there are biases.
+
+    Attributes:
+        activation: `silu`, `gelu` (with the error function) and `gelu-tanh` (with its approximation by tanh) are f,
+            where g is the identity. `clamped` is gpt-oss's: f(a) = min(a, limit) · sigmoid(alpha · min(a, limit)),
+            g(b) = clamp(b, ±limit) + 1.
+        biases: whether w1, w3 and w2 have biases.
+        alpha, limit: of `clamped`; None for the others.
+
+    Raises:
+        ValueError: `alpha` and `limit` don't fit the activation.
+    """
+
+    activation: Activation = "silu"
+    biases: bool = False
+    alpha: float | None = None
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        constants = (self.alpha, self.limit)
+        if self.activation != "clamped":
+            if constants != (None, None):
+                raise ValueError(f"activation {self.activation} has no alpha and no limit")
+        elif not all(value is not None and 0 < value < math.inf for value in constants):
+            raise ValueError("activation clamped needs a positive alpha and a positive limit")
+
+    def __str__(self) -> str:
+        constants = f" (alpha {self.alpha:g}, limit {self.limit:g})" if self.activation == "clamped" else ""
+        return f"{self.activation}{constants}{' with biases' if self.biases else ''}"
+
+
+class RoutingFacts(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What config.json says about how the model weighs its experts.
+
+    Attributes:
+        score: function of the router's logits from which the weights are taken.
+        renormalised: whether the weights of a token's chosen experts are divided by their sum; None if unknown.
+        factor: by which the weights are multiplied in the end.
+    """
+
+    score: Literal["softmax", "sigmoid", "unknown"] = "unknown"
+    renormalised: bool | None = None
+    factor: float = 1.0
+
+
+class Architecture(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The model's architecture, as far as its experts go.
+
+    Attributes:
+        family: `model_type` in config.json.
+        layers: the model's own index, from 0, of each layer with experts, ascending. `ExpertId.layer` is a position in
+            this tuple.
+        expert: what each expert computes.
+        routing: how the model weighs experts.
+
+    Raises:
+        ValueError: `layers` is not ascending.
+    """
+
+    family: Annotated[str, Meta(min_length=1, max_length=64)]
+    layers: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1)]
+    expert: ExpertGraph
+    routing: RoutingFacts
+
+    def __post_init__(self) -> None:
+        if any(a >= b for a, b in pairwise(self.layers)):
+            raise ValueError("architecture: layers are not ascending")
+
+
+def mixtral_architecture(layers: int) -> Architecture:
+    """The architecture of a Mixtral with so many layers."""
+    routing = RoutingFacts(score="softmax", renormalised=True)
+    return Architecture(family="mixtral", layers=tuple(range(layers)), expert=ExpertGraph(), routing=routing)
 
 
 class Quantisation(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -103,7 +189,7 @@ class ExpertEntry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         probe_output: base64 of the fp16 output [hidden] for `probe_input(hidden)`, computed by onnxruntime on the
             exporting machine.
         error: ‖exported − fp32‖ / ‖fp32‖ of outputs for Gaussian inputs.
-        source_sha256: SHA-256 of the raw bytes of the source tensors w1, w3, w2, in this order.
+        source_sha256: SHA-256 of the raw bytes of the source's w1, w3, w2 and their biases, in this order.
     """
 
     layer: Annotated[int, Meta(ge=0)]
@@ -144,9 +230,14 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything that a node or a base station must know about a bundle.
 
     Attributes:
+        schema: version of the format, `SCHEMA`; files of schema 1 are brought up to it as they are read.
+        architecture: of the model.
         probe_tolerance: largest relative error of a probe output on a healthy device.
         tools: versions of the software that made the bundle.
         draft: files of a draft model (`wire.draft`), if the bundle brings one.
+
+    Raises:
+        ValueError: `architecture` has another number of layers than `dims`.
     """
 
     schema: int
@@ -157,7 +248,12 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     experts: tuple[ExpertEntry, ...]
     trunk: tuple[FileEntry, ...]
     tools: dict[str, str]
+    architecture: Architecture
     draft: tuple[FileEntry, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.architecture.layers) != self.dims.layers:
+            raise ValueError(f"{self.dims.layers} layers with experts, {len(self.architecture.layers)} are named")
 
     @property
     def model_sha256(self) -> str:
@@ -220,7 +316,7 @@ def load_manifest(bundle: Path) -> Manifest:
     """Read and check `manifest.json` of a bundle folder.
 
     Raises:
-        BundleError: there is no manifest, or it is not a valid one of this schema version.
+        BundleError: there is no manifest, or it is not a valid one of a readable schema version.
     """
     return decode_manifest(read_manifest(bundle), bundle)
 
@@ -246,14 +342,17 @@ def decode_manifest(raw: bytes, bundle: Path) -> Manifest:
     """The manifest in `raw`, as read from `bundle`.
 
     Raises:
-        BundleError: it is not a valid manifest of this schema version.
+        BundleError: it is not a valid manifest of a readable schema version.
     """
     path = bundle / MANIFEST_NAME
     try:
         schema = msgspec.json.decode(raw, type=_SchemaOnly).schema
-        if schema != SCHEMA:
-            raise BundleError(f"{path} has schema {schema}, this version reads {SCHEMA}: export it again")
-        return msgspec.json.decode(raw, type=Manifest)
+        if schema not in READABLE_SCHEMAS:
+            raise BundleError(
+                f"{path} has schema {schema}, this version reads {' and '.join(map(str, READABLE_SCHEMAS))}: "
+                "make the bundle again with 'wdmoe-export bundle'"
+            )
+        return msgspec.json.decode(raw, type=Manifest) if schema == SCHEMA else _from_schema_1(raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} is not a valid manifest: {error}") from None
 
@@ -280,6 +379,15 @@ def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file, read in blocks."""
     with path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _from_schema_1(raw: bytes) -> Manifest:
+    """The manifest in a file of schema 1, which says nothing about the architecture."""
+    fields = msgspec.json.decode(raw, type=dict[str, Any])
+    if "architecture" in fields:
+        raise msgspec.ValidationError("schema 1 has no `architecture`")
+    layers = msgspec.convert(fields.get("dims"), Dims).layers
+    return msgspec.convert({**fields, "schema": SCHEMA, "architecture": mixtral_architecture(layers)}, Manifest)
 
 
 class _SchemaOnly(Struct):

@@ -51,7 +51,7 @@ def load_trusted_manifest(bundle: Path, key: Path | None) -> Manifest:
     Raises:
         KeyFileError: the key can't be read, or is not an Ed25519 public key.
         SignatureError: the bundle is not signed with the private half of `key`.
-        BundleError: there is no manifest, or it is not a valid one of this schema version.
+        BundleError: there is no manifest, or it is not a valid one of a readable schema version.
     """
     raw = read_manifest(bundle)
     if key is not None:

@@ -44,6 +44,7 @@ from wire.manifest import (
     FileEntry,
     Manifest,
     Quantisation,
+    decode_manifest,
     load_manifest,
 )
 
@@ -214,8 +215,8 @@ class _Export:
     def _draft(self) -> tuple[tuple[FileEntry, ...], list[str]]:
         """Files of the bundle's draft model, and a message if they are damaged and must be left out."""
         try:
-            before = msgspec.json.decode((self._out / _BEFORE_NAME).read_bytes(), type=Manifest)
-        except (OSError, msgspec.DecodeError):
+            before = decode_manifest((self._out / _BEFORE_NAME).read_bytes(), self._out)
+        except (OSError, BundleError):
             return (), []
         if is_intact(self._out, before.draft):
             return before.draft, []
@@ -258,6 +259,7 @@ class _Export:
             experts=tuple(self._done[id] for id in self._ids),
             trunk=trunk,
             tools=self._tools,
+            architecture=self._source.architecture,
             draft=draft,
         )
 

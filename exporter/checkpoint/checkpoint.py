@@ -15,7 +15,7 @@ from exporter.checkpoint.safetensors_file import SafetensorsFile, TensorRef, rea
 from exporter.checkpoint.source_file import locate, read_json
 from exporter.errors import CheckpointError
 from wire.experts import ExpertId
-from wire.manifest import Dims, Source
+from wire.manifest import Architecture, Dims, Source, mixtral_architecture
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -45,6 +45,7 @@ class Checkpoint:
     Attributes:
         folder: of the checkpoint.
         dims: dimensions of the model.
+        architecture: of the model.
         source: name and hashes, for the manifest.
         experts: the tensors of each expert.
         trunk: the trunk's tensors, in file order.
@@ -53,6 +54,7 @@ class Checkpoint:
 
     folder: Path
     dims: Dims
+    architecture: Architecture
     source: Source
     experts: dict[ExpertId, ExpertTensors]
     trunk: tuple[TensorRef, ...]
@@ -100,6 +102,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(
         folder,
         dims,
+        mixtral_architecture(dims.layers),
         source,
         experts,
         trunk=tuple(ref for name, ref in tensors.items() if name in in_trunk),

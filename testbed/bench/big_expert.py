@@ -10,7 +10,7 @@ from exporter.expert.expert import ExpertJob, export_expert
 from exporter.expert.graph import MATRICES, matrix_shape
 from exporter.expert.probe import probe_tolerance
 from wire.experts import ExpertId
-from wire.manifest import SCHEMA, Dims, Manifest, Quantisation, Source
+from wire.manifest import SCHEMA, Dims, Manifest, Quantisation, Source, mixtral_architecture
 
 MIXTRAL = Dims(hidden=4096, intermediate=14336, layers=1, experts=1, top_k=1, vocab=1, max_positions=1)
 ID = ExpertId(0, 0)
@@ -43,4 +43,5 @@ def export_big_expert(weights: ExpertTensors, quantisation: Quantisation, out: P
         experts=(entry,),
         trunk=(),
         tools={},
+        architecture=mixtral_architecture(MIXTRAL.layers),
     )

@@ -1,6 +1,7 @@
 """Selectors, names, statuses, manifests and broker URLs: what is valid comes back, the rest is refused."""
 
 import json
+import re
 from pathlib import Path
 
 import msgspec
@@ -15,7 +16,17 @@ from wire import status
 from wire.broker_url import Access, parse_broker_url, read_secret
 from wire.errors import BrokerAuthError, BundleError, FrameError
 from wire.experts import ExpertId, check_selector, format_selector, parse_selector
-from wire.manifest import FileEntry, decode_probe_output, encode_probe_output, load_manifest, probe_input
+from wire.manifest import (
+    ExpertGraph,
+    FileEntry,
+    Manifest,
+    decode_manifest,
+    decode_probe_output,
+    encode_probe_output,
+    load_manifest,
+    mixtral_architecture,
+    probe_input,
+)
 from wire.status import NodeStatus
 from wire.topics import Topics, check_name
 
@@ -143,6 +154,56 @@ def test_bad_manifests_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(BundleError):
         load_manifest(tmp_path)
+
+
+SCHEMA_1 = (Path(__file__).parent / "manifest-schema-1.json").read_bytes()
+
+
+def test_manifests_of_schema_1_are_read_as_mixtral() -> None:
+    manifest = decode_manifest(SCHEMA_1, Path("bundle"))
+    assert manifest.architecture == mixtral_architecture(2)
+    assert manifest.model_sha256 == "6067205a380594a8c5e2723d6807b4f1d85b1039415b17758869dd634667d132"
+    written = msgspec.json.encode(manifest)
+    assert json.loads(written) == json.loads(SCHEMA_1) | {
+        "schema": 2,
+        "draft": [],
+        "architecture": {
+            "family": "mixtral",
+            "layers": [0, 1],
+            "expert": {"activation": "silu", "biases": False, "alpha": None, "limit": None},
+            "routing": {"score": "softmax", "renormalised": True, "factor": 1.0},
+        },
+    }
+    assert decode_manifest(written, Path("bundle")) == manifest
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": 3}, "has schema 3, this version reads 1 and 2: make the bundle again with 'wdmoe-export bundle'"),
+        ({"schema": 1}, "schema 1 has no `architecture`"),
+        ({"layers": [0]}, "2 layers with experts, 1 are named"),
+        ({"layers": [3, 1]}, "layers are not ascending"),
+        ({"expert": {"activation": "relu"}}, "Invalid enum value 'relu'"),
+        ({"expert": {"activation": "clamped", "alpha": 1.7}}, "needs a positive alpha and a positive limit"),
+        ({"expert": {"limit": 7.0}}, "activation silu has no alpha and no limit"),
+    ],
+)
+def test_architectures_that_are_refused(changes: dict[str, object], message: str) -> None:
+    document = json.loads(msgspec.json.encode(decode_manifest(SCHEMA_1, Path("bundle"))))
+    document["schema"] = changes.pop("schema", 2)
+    document["architecture"] |= changes
+    with pytest.raises(BundleError, match=re.escape(message)):
+        decode_manifest(json.dumps(document).encode(), Path("bundle"))
+
+
+def test_an_architecture_with_dense_layers_and_clamped_experts_is_read_back() -> None:
+    manifest = decode_manifest(SCHEMA_1, Path("bundle"))
+    expert = ExpertGraph(activation="clamped", biases=True, alpha=1.702, limit=7.0)
+    architecture = msgspec.structs.replace(manifest.architecture, family="gpt_oss", layers=(1, 3), expert=expert)
+    changed = msgspec.structs.replace(manifest, architecture=architecture)
+    assert msgspec.json.decode(msgspec.json.encode(changed), type=Manifest) == changed
+    assert str(expert) == "clamped (alpha 1.702, limit 7) with biases"
 
 
 def test_a_folder_without_manifest_says_what_to_do(tmp_path: Path) -> None:
