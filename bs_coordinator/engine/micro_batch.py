@@ -8,6 +8,7 @@ from torch import Tensor
 from bs_coordinator.engine.experts import ExpertOutput, LargestAnswer, Pending
 from bs_coordinator.engine.step_records import DispatchRecord, LayerRecord
 from bs_coordinator.selection.forecast import LayerForecast
+from bs_coordinator.selection.routing import Routing
 from bs_coordinator.trunk.inputs import Piece
 from bs_coordinator.trunk.passes import TrunkPass, start_pass
 from bs_coordinator.trunk.trunk import Trunk
@@ -34,7 +35,7 @@ class MicroBatch:
     Attributes:
         pieces: parts of the step's inputs.
         hidden: the experts' input in the current layer, float32 [tokens, hidden].
-        probabilities: the gate's in the current layer, float32 [tokens, experts].
+        routing: of the tokens in the current layer.
         choice: the experts asked in the current layer.
         pending: the current layer's request; None when none is under way.
         forecast: of the next layer, if it was already made.
@@ -42,7 +43,7 @@ class MicroBatch:
 
     trunk_pass: TrunkPass
     hidden: Array
-    probabilities: Array
+    routing: Routing
     choice: Choice
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
@@ -55,8 +56,8 @@ class MicroBatch:
         self.trunk_pass = start_pass(trunk, [piece.inputs for piece in self.pieces])
 
     def attend(self, layer: int) -> None:
-        """Run the first half of a layer: `hidden` and `probabilities`."""
-        self.hidden, self.probabilities = self.trunk_pass.attend(layer)
+        """Run the first half of a layer: `hidden` and `routing`."""
+        self.hidden, self.routing = self.trunk_pass.attend(layer)
 
     def logits(self, *, all_logits: bool) -> Iterator[tuple[Piece, Tensor]]:
         """After the last layer: each piece's logits, fp32 on the CPU."""

@@ -12,12 +12,11 @@ from bs_coordinator.engine.experts import ExpertOutput, Experts, LargestAnswer, 
 from bs_coordinator.engine.micro_batch import Choice, LayerTally, MicroBatch
 from bs_coordinator.engine.step_records import StepRecord
 from bs_coordinator.errors import AnswerError, ExpertsLostError, PlacementError
-from bs_coordinator.selection import Policy
+from bs_coordinator.selection import Policy, Routing
 from bs_coordinator.selection.degraded import select_available
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import SequenceInput, cut_inputs
 from bs_coordinator.trunk.trunk import Trunk
-from wire.tensors import Array
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +171,7 @@ class DistributedModel:
         """Run a layer's first half, choose experts and send the request."""
         began_ns = perf_counter_ns()
         batch.attend(layer)
-        batch.choice = self._choose(batch.probabilities, batch.forecast or self._experts.forecast(layer))
+        batch.choice = self._choose(batch.routing, batch.forecast or self._experts.forecast(layer))
         chosen_ns = perf_counter_ns()
         try:
             batch.pending = self._experts.begin(layer, batch.hidden, batch.choice.gate)
@@ -196,10 +195,10 @@ class DistributedModel:
         tally.dispatch_ns += perf_counter_ns() - began_ns
         tally.add(batch, combined)
 
-    def _choose(self, probabilities: Array, forecast: LayerForecast) -> Choice:
+    def _choose(self, routing: Routing, forecast: LayerForecast) -> Choice:
         if not self.degrade:
-            return Choice(self.policy.select(probabilities, forecast), forecast, ())
-        gate, degraded = select_available(self.policy, probabilities, forecast)
+            return Choice(self.policy.select(routing, forecast), forecast, ())
+        gate, degraded = select_available(self.policy, routing, forecast)
         return Choice(gate, forecast, tuple(degraded.tolist()))
 
     def _ask_remaining(self, layer: int, batch: MicroBatch, lost: Exception) -> ExpertOutput:
@@ -208,8 +207,8 @@ class DistributedModel:
             raise lost
         log.warning("%s; continuing without it", lost)
         # Each attempt loses at least one node, and a layer has at most as many nodes as experts.
-        for _ in range(batch.probabilities.shape[1]):
-            batch.choice = self._choose(batch.probabilities, self._experts.forecast(layer))
+        for _ in range(batch.routing.weights.shape[1]):
+            batch.choice = self._choose(batch.routing, self._experts.forecast(layer))
             try:
                 return self._experts.begin(layer, batch.hidden, batch.choice.gate).result()
             except _LOST as error:

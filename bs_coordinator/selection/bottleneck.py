@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from bs_coordinator.selection.demand import Chosen, assign_by_preference, demand, node_map, weights_of
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.selection.one_token import OneToken, asked_experts, one_row
-from bs_coordinator.selection.topk import Experts, top_weights
+from bs_coordinator.selection.routing import Routing, scores_of, top_choice
+from bs_coordinator.selection.topk import Experts
 from wire.tensors import Array
 
 
@@ -36,16 +37,16 @@ class Bottleneck(Struct, frozen=True, forbid_unknown_fields=True):
     move: bool = True
     worth: Annotated[float, Meta(ge=0, lt=1)] = 0.02
 
-    def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
+    def select(self, routing: Routing, forecast: LayerForecast) -> Array:
         """Gate weights, as `Policy.select` defines them."""
-        if len(probabilities) == 1:
-            return self.select_single(probabilities, forecast)
-        return self.select_batch(probabilities, forecast)
+        if len(routing.weights) == 1:
+            return self.select_single(routing, forecast)
+        return self.select_batch(routing, forecast)
 
-    def select_single(self, probabilities: Array, forecast: LayerForecast) -> Array:
+    def select_single(self, routing: Routing, forecast: LayerForecast) -> Array:
         """Gate weights of one token; what `select_batch` gives for it, but several times faster."""
         costs = OneToken(forecast)
-        weights = top_weights(probabilities, self.k)
+        probabilities, weights = scores_of(routing), top_choice(routing, self.k)
         (p,) = probabilities.tolist()
         top = chosen = asked_experts(weights)
         layer_s = costs.layer_s(top)
@@ -76,10 +77,10 @@ class Bottleneck(Struct, frozen=True, forbid_unknown_fields=True):
             kept += sorted(others, key=lambda expert: -p[expert])[:1]
         return kept
 
-    def select_batch(self, probabilities: Array, forecast: LayerForecast) -> Array:
+    def select_batch(self, routing: Routing, forecast: LayerForecast) -> Array:
         """Gate weights of any number of tokens."""
         on_node = node_map(forecast)
-        weights = top_weights(probabilities, self.k)
+        probabilities, weights = scores_of(routing), top_choice(routing, self.k)
         asked = demand(weights > 0, on_node)
         layer_s = forecast.layer_s(*asked)
         # Each round lowers the layer's time, so this ends anyway; the bound limits the worst case.

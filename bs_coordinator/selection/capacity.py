@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from bs_coordinator.selection.demand import Chosen, assign_by_preference, demand, no_slower, node_map, weights_of
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.selection.one_token import OneToken, asked_experts, one_row
-from bs_coordinator.selection.topk import Experts, top_weights
+from bs_coordinator.selection.routing import Routing, scores_of, top_choice
+from bs_coordinator.selection.topk import Experts
 from wire.tensors import Array
 
 
@@ -37,16 +38,16 @@ class Capacity(Struct, frozen=True, forbid_unknown_fields=True):
     limit: Annotated[float, Meta(ge=0, le=1)] = 0.5
     move: bool = True
 
-    def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
+    def select(self, routing: Routing, forecast: LayerForecast) -> Array:
         """Gate weights, as `Policy.select` defines them."""
-        if len(probabilities) == 1:
-            return self.select_single(probabilities, forecast)
-        return self.select_batch(probabilities, forecast)
+        if len(routing.weights) == 1:
+            return self.select_single(routing, forecast)
+        return self.select_batch(routing, forecast)
 
-    def select_single(self, probabilities: Array, forecast: LayerForecast) -> Array:
+    def select_single(self, routing: Routing, forecast: LayerForecast) -> Array:
         """Gate weights of one token; what `select_batch` gives for it, but several times faster."""
         costs = OneToken(forecast)
-        weights = top_weights(probabilities, self.k)
+        probabilities, weights = scores_of(routing), top_choice(routing, self.k)
         (p,), (share,) = probabilities.tolist(), weights.tolist()
         top = asked_experts(weights)
         caps = self._single_caps(share, top, costs)
@@ -85,9 +86,9 @@ class Capacity(Struct, frozen=True, forbid_unknown_fields=True):
         rows = ((deadline_s - ready) / row + 1e-6 for ready, row in zip(ready_s, row_s, strict=True))
         return [int(min(max(r, 0), len(top))) for r in rows]
 
-    def select_batch(self, probabilities: Array, forecast: LayerForecast) -> Array:
+    def select_batch(self, routing: Routing, forecast: LayerForecast) -> Array:
         """Gate weights of any number of tokens."""
-        weights = top_weights(probabilities, self.k)
+        probabilities, weights = scores_of(routing), top_choice(routing, self.k)
         caps = self._caps(weights, forecast)
         token, expert = np.nonzero(weights)
         share = weights[token, expert]

@@ -8,7 +8,8 @@ from msgspec import Meta, Struct
 from bs_coordinator.selection.differences import DifferenceTable
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.selection.plans import Price, choose_plans, substitutions
-from bs_coordinator.selection.topk import Experts, top_weights
+from bs_coordinator.selection.routing import Routing, top_choice
+from bs_coordinator.selection.topk import Experts
 from wire.tensors import Array
 
 
@@ -38,21 +39,21 @@ class Similar(Struct, frozen=True, forbid_unknown_fields=True):
         """Hash of the only model that this policy works with."""
         return self.table.model_sha256
 
-    def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
+    def select(self, routing: Routing, forecast: LayerForecast) -> Array:
         """Gate weights, as `Policy.select` defines them.
 
         Raises:
             ValueError: the table does not fit the layer or the number of experts, or the model has too many experts
                 for this `k`.
         """
-        tokens, experts = probabilities.shape
+        tokens, experts = routing.weights.shape
         if forecast.layer >= len(self.table.values) or self.table.values.shape[1] != experts:
             raise ValueError(
                 f"the table of expert differences does not fit layer {forecast.layer} of {experts} experts"
             )
         k = min(self.k, experts)
         ways, plans = substitutions(experts, k)
-        weights = top_weights(probabilities, k)
+        weights = top_choice(routing, k)
         slots = np.argsort(-weights, axis=1, kind="stable")[:, :k]
         share = weights[np.arange(tokens)[:, None], slots]
         difference = self.table.or_skipped[forecast.layer]

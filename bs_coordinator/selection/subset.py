@@ -8,7 +8,8 @@ from msgspec import Meta, Struct
 from bs_coordinator.selection.demand import weights_of
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.selection.plans import Price, choose_plans, subsets
-from bs_coordinator.selection.topk import Experts, top_weights
+from bs_coordinator.selection.routing import Routing, scores_of, top_choice
+from bs_coordinator.selection.topk import Experts
 from wire.tensors import Array
 
 
@@ -31,18 +32,19 @@ class Subset(Struct, frozen=True, forbid_unknown_fields=True):
     price: Price = 1.5
     share: Annotated[float, Meta(ge=0, le=1)] = 0.4
 
-    def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
+    def select(self, routing: Routing, forecast: LayerForecast) -> Array:
         """Gate weights, as `Policy.select` defines them.
 
         Raises:
             ValueError: the model has too many experts for this `k`.
         """
+        probabilities = scores_of(routing)
         plans = subsets(probabilities.shape[1], self.k)
         # In float64, because in float32 sets that differ in their weakest expert may have equal weight.
         mass = probabilities.astype(np.float64) @ plans.members.T
         most = mass.max(axis=1, keepdims=True)
         allowed = (mass >= self.share * most) & (mass > 0)
         loss = np.where(allowed, 1 - mass / most, np.inf)
-        top = plans.index_of(top_weights(probabilities, self.k) > 0)
+        top = plans.index_of(top_choice(routing, self.k) > 0)
         chosen = choose_plans(plans, loss, top, self.price, forecast)
         return weights_of(probabilities, plans.members[chosen] > 0)

@@ -10,7 +10,8 @@ from msgspec import Meta, Struct
 from bs_coordinator.selection.demand import weights_of
 from bs_coordinator.selection.forecast import Float, LayerForecast
 from bs_coordinator.selection.one_token import asked_experts, one_row
-from bs_coordinator.selection.topk import Experts, top_weights
+from bs_coordinator.selection.routing import Routing, scores_of, top_choice
+from bs_coordinator.selection.topk import Experts
 from wire.tensors import Array
 
 MAX_STEPS = 1000
@@ -46,15 +47,15 @@ class Wdmoe(Struct, frozen=True, forbid_unknown_fields=True):
         if self.stop - self.start > MAX_STEPS * self.step:
             raise ValueError(f"step={self.step:g} is too small: at most {MAX_STEPS} may lead from start to stop")
 
-    def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
+    def select(self, routing: Routing, forecast: LayerForecast) -> Array:
         """Gate weights, as `Policy.select` defines them."""
-        if len(probabilities) == 1:
-            return self.select_single(probabilities, forecast)
-        return self.select_batch(probabilities, forecast)
+        if len(routing.weights) == 1:
+            return self.select_single(routing, forecast)
+        return self.select_batch(routing, forecast)
 
-    def select_batch(self, probabilities: Array, forecast: LayerForecast) -> Array:
+    def select_batch(self, routing: Routing, forecast: LayerForecast) -> Array:
         """Gate weights of any number of tokens."""
-        weights = top_weights(probabilities, self.k)
+        probabilities, weights = scores_of(routing), top_choice(routing, self.k)
         chosen = weights > 0
         time_s = np.maximum(forecast.one_row_s, _TINY_S)
         weakest = np.where(chosen, weights, np.inf).argmin(axis=1)
@@ -70,13 +71,13 @@ class Wdmoe(Struct, frozen=True, forbid_unknown_fields=True):
     def _steps(self) -> int:
         return int((self.stop - self.start) / self.step + 1e-9)
 
-    def select_single(self, probabilities: Array, forecast: LayerForecast) -> Array:
+    def select_single(self, routing: Routing, forecast: LayerForecast) -> Array:
         """Gate weights of one token; what `select_batch` gives for it, but several times faster.
 
         The token is dropped from at the first θ that reaches it, so with a `gain` of at least 1 only the last θ
         matters; with a smaller `gain` the first θ is already enough.
         """
-        weights = top_weights(probabilities, self.k)
+        probabilities, weights = scores_of(routing), top_choice(routing, self.k)
         (p,), (share,) = probabilities.tolist(), weights.tolist()
         time_s = np.maximum(forecast.one_row_s, _TINY_S).tolist()
         likeness = sum(map(mul, p, time_s)) / math.sqrt(sum(map(mul, p, p)) * sum(map(mul, time_s, time_s)))

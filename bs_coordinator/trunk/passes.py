@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bs_coordinator.selection.routing import Routing, join_routings, softmax_routing
 from bs_coordinator.trunk.inputs import SequenceInput
 from bs_coordinator.trunk.rows import MAX_ROWS, Rows
 from bs_coordinator.trunk.trunk import Trunk
@@ -26,23 +27,23 @@ def start_pass(trunk: Trunk, inputs: Sequence[SequenceInput]) -> "TrunkPass":
     Neighbours with few tokens share one pass, where this trunk runs them as rows.
     """
     if len(inputs) == 1 and inputs[0].packing is None and (graphs := trunk.graphs(inputs[0].ids, inputs[0].cache)):
-        return TokenPass(graphs, inputs[0])
+        return TokenPass(graphs, inputs[0], trunk.config.num_experts_per_tok)
     passes: list[TrunkPass] = []
     for few, group in itertools.groupby(inputs, lambda s: len(s.ids) <= MAX_ROWS and s.packing is None):
         some = list(group)
         rows = trunk.rows([s.ids for s in some], [s.cache for s in some], [s.length for s in some]) if few else None
-        passes.append(RowsPass(rows, some) if rows else BlocksPass(trunk, some))
+        passes.append(RowsPass(rows, some, trunk.config.num_experts_per_tok) if rows else BlocksPass(trunk, some))
     return passes[0] if len(passes) == 1 else JointPass(passes)
 
 
 class TrunkPass(Protocol):
     """New tokens of one or more sequences on their way through the trunk."""
 
-    def attend(self, layer: int) -> tuple[Array, Array]:
+    def attend(self, layer: int) -> tuple[Array, Routing]:
         """Run the first half of a layer.
 
         Returns:
-            The experts' input [tokens, hidden] and the gate's probabilities [tokens, experts], float32 on the host.
+            The experts' input, float32 [tokens, hidden] on the host, and the tokens' routing.
         """
 
     def add(self, output: Array) -> None:
@@ -59,13 +60,14 @@ class TrunkPass(Protocol):
 class RowsPass(TrunkPass):
     """Sequences with few new tokens each, together, with results that do not depend on the batch."""
 
-    def __init__(self, rows: Rows, inputs: Sequence[SequenceInput]) -> None:
+    def __init__(self, rows: Rows, inputs: Sequence[SequenceInput], top_k: int) -> None:
         self._rows = rows
+        self._top_k = top_k
         self._inputs = inputs
 
-    def attend(self, layer: int) -> tuple[Array, Array]:
+    def attend(self, layer: int) -> tuple[Array, Routing]:
         hidden, probabilities = self._rows.attend(layer)
-        return hidden.numpy(), probabilities.numpy()
+        return hidden.numpy(), softmax_routing(probabilities.numpy(), self._top_k)
 
     def add(self, output: Array) -> None:
         self._rows.add(torch.from_numpy(output))
@@ -84,14 +86,16 @@ class RowsPass(TrunkPass):
 class TokenPass(TrunkPass):
     """One token of one sequence, through captured graphs."""
 
-    def __init__(self, graphs: "GraphedDecoder", sequence: SequenceInput) -> None:
+    def __init__(self, graphs: "GraphedDecoder", sequence: SequenceInput, top_k: int) -> None:
         self._graphs = graphs
+        self._top_k = top_k
         self._layer = 0
         graphs.begin(sequence.ids[0], sequence.cache)
 
-    def attend(self, layer: int) -> tuple[Array, Array]:
+    def attend(self, layer: int) -> tuple[Array, Routing]:
         self._layer = layer
-        return self._graphs.attend(layer)
+        hidden, probabilities = self._graphs.attend(layer)
+        return hidden, softmax_routing(probabilities, self._top_k)
 
     def add(self, output: Array) -> None:
         self._graphs.add(self._layer, output)
@@ -112,11 +116,12 @@ class BlocksPass(TrunkPass):
         begun = [trunk.embed(torch.tensor(s.ids), s.cache, s.packing, length=s.length) for s in inputs]
         self._hidden, self._contexts = [h for h, _ in begun], [c for _, c in begun]
 
-    def attend(self, layer: int) -> tuple[Array, Array]:
+    def attend(self, layer: int) -> tuple[Array, Routing]:
         attended = [self._trunk.attend(layer, h, c) for h, c in zip(self._hidden, self._contexts, strict=True)]
         self._hidden = [residual for residual, _, _ in attended]
         # The copies to the host also wait for a GPU, so a clock read after them includes its work.
-        return _to_host([x for _, x, _ in attended]), _to_host([p for _, _, p in attended])
+        hidden, probabilities = _to_host([x for _, x, _ in attended]), _to_host([p for _, _, p in attended])
+        return hidden, softmax_routing(probabilities, self._trunk.config.num_experts_per_tok)
 
     def add(self, output: Array) -> None:
         moved = torch.from_numpy(output).to(self._trunk.device, self._trunk.dtype)
@@ -139,10 +144,10 @@ class JointPass(TrunkPass):
         self._passes = passes
         self._ends: list[int] = []
 
-    def attend(self, layer: int) -> tuple[Array, Array]:
+    def attend(self, layer: int) -> tuple[Array, Routing]:
         attended = [trunk_pass.attend(layer) for trunk_pass in self._passes]
         self._ends = list(itertools.accumulate(len(x) for x, _ in attended))
-        return np.concatenate([x for x, _ in attended]), np.concatenate([p for _, p in attended])
+        return np.concatenate([x for x, _ in attended]), join_routings([r for _, r in attended])
 
     def add(self, output: Array) -> None:
         for trunk_pass, part in zip(self._passes, np.split(output, self._ends[:-1]), strict=True):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.tokenizer import Tokenizer
-from bs_coordinator.selection import Policy
+from bs_coordinator.selection import Policy, Routing
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import SequenceInput
 from bs_coordinator.trunk.trunk import Packing
@@ -39,9 +39,11 @@ class EachAlone:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
 
-    def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
+    def select(self, routing: Routing, forecast: LayerForecast) -> Array:
         """Select the experts of each token separately: gate weights float32 [tokens, experts]."""
-        return np.concatenate([self._policy.select(row[None], forecast) for row in probabilities])
+        return np.concatenate(
+            [self._policy.select(routing.rows(slice(i, i + 1)), forecast) for i in range(len(routing.weights))]
+        )
 
 
 class ChoiceItem(Struct, frozen=True):

@@ -10,6 +10,7 @@ import numpy as np
 
 from bs_coordinator.airtime.allocation import Float, allocate_common, allocate_layer, layer_seconds
 from bs_coordinator.selection import Policy
+from bs_coordinator.selection.routing import softmax_routing
 from testbed.errors import SimulationError
 from testbed.radio.setting import Cell
 from testbed.radio.traces import RoutingTrace
@@ -34,13 +35,14 @@ def batches(trace: RoutingTrace, phase: Phase, draws: int, seed: int) -> list[Ar
     return [prompt[int(x * len(prompt))][None] for prompt, x in zip(prompts, at, strict=True)]
 
 
-def replay(policy: Policy, batches: Sequence[Array], cell: Cell) -> Float:
+def replay(policy: Policy, batches: Sequence[Array], cell: Cell, *, top_k: int) -> Float:
     """Number of hidden states sent to each device, float64 [draws, layers, devices]; draw d sends batch d.
 
     Args:
         policy: chooses experts by gate and forecast.
         batches: result of `batches`.
         cell: simulated cell, with one device per expert.
+        top_k: the model's own number of experts per token.
 
     Raises:
         SimulationError: the number of devices differs from the number of experts per layer.
@@ -54,7 +56,9 @@ def replay(policy: Policy, batches: Sequence[Array], cell: Cell) -> Float:
     rows = np.empty((len(batches), batches[0].shape[1], devices))
     for draw, batch in enumerate(batches):
         for layer in range(batch.shape[1]):
-            gate = policy.select(np.ascontiguousarray(batch[:, layer]), cell.forecast(draw, layer))
+            gate = policy.select(
+                softmax_routing(np.ascontiguousarray(batch[:, layer]), top_k), cell.forecast(draw, layer)
+            )
             rows[draw, layer] = np.count_nonzero(gate, axis=0)
     return rows
 

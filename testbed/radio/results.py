@@ -68,7 +68,7 @@ class Comparison:
         self._seed = seed
         self._sent = batches(trace, phase, cell.draws, seed)
         self._tokens = np.array([len(batch) for batch in self._sent], np.float64)
-        vanilla = replay(parse_policy(VANILLA, top_k=trace.facts.top_k), self._sent, cell)
+        vanilla = replay(parse_policy(VANILLA, top_k=trace.facts.top_k), self._sent, cell, top_k=trace.facts.top_k)
         self._pairs = vanilla.sum()
         self._vanilla = self._time(vanilla, "uniform")
 
@@ -83,7 +83,7 @@ class Comparison:
             ValueError: the policy is unknown.
         """
         parsed = parse_policy(policy, top_k=self._facts.top_k, model_sha256=self._facts.model_sha256)
-        rows = replay(parsed, self._sent, self._cell)
+        rows = replay(parsed, self._sent, self._cell, top_k=self._facts.top_k)
         found = []
         for allocation in allocations:
             time_ms = self._time(rows, allocation)

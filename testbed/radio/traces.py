@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.tokenizer import Tokenizer
-from bs_coordinator.selection import Policy, TopK
+from bs_coordinator.selection import Policy, Routing, TopK
 from bs_coordinator.selection.forecast import LayerForecast
+from bs_coordinator.selection.routing import scores_of
 from bs_coordinator.trunk.inputs import SequenceInput
 from bs_coordinator.trunk.trunk import Trunk
 from common.files import atomic_write
@@ -75,10 +76,10 @@ class _Recorder:
         self._policy = policy
         self.recorded: list[Array] = []
 
-    def select(self, probabilities: Array, forecast: LayerForecast) -> Array:
+    def select(self, routing: Routing, forecast: LayerForecast) -> Array:
         """Record the probabilities, and choose with the other policy."""
-        self.recorded.append(probabilities)
-        return self._policy.select(probabilities, forecast)
+        self.recorded.append(scores_of(routing))
+        return self._policy.select(routing, forecast)
 
 
 def trace_prompts(model: DistributedModel, policy: Policy, prompts: Sequence[Sequence[int]]) -> list[Array]:

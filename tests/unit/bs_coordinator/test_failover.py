@@ -15,6 +15,7 @@ from bs_coordinator.errors import ExpertsLostError
 from bs_coordinator.selection import parse_policy
 from bs_coordinator.selection.degraded import select_available
 from bs_coordinator.selection.forecast import LayerForecast
+from bs_coordinator.selection.routing import softmax_routing
 from wire.tensors import Array
 
 NODES = ["a", "b", "c", "d"]
@@ -140,12 +141,12 @@ def test_what_is_lost_is_never_chosen_and_other_tokens_keep_their_choice(
     forecast = replace(LayerForecast.even(0, 8), available=available)
     if not available.any():
         with pytest.raises(ExpertsLostError):
-            select_available(policy, probabilities, forecast)
+            select_available(policy, softmax_routing(probabilities, 2), forecast)
         return
-    gate, degraded = select_available(policy, probabilities, forecast)
+    gate, degraded = select_available(policy, softmax_routing(probabilities, 2), forecast)
     assert not gate[:, ~available].any()
     np.testing.assert_allclose(gate.sum(axis=1), 1, rtol=1e-5)
-    wanted = policy.select(probabilities, forecast)
+    wanted = policy.select(softmax_routing(probabilities, 2), forecast)
     hurt = wanted[:, ~available].any(axis=1)
     np.testing.assert_array_equal(np.flatnonzero(hurt), degraded)
     np.testing.assert_array_equal(gate[~hurt], wanted[~hurt])

@@ -17,6 +17,7 @@ from bs_coordinator.selection.demand import assign_by_preference, demand, node_m
 from bs_coordinator.selection.differences import DifferenceTable
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.selection.plans import subsets
+from bs_coordinator.selection.routing import Routing, softmax_routing
 from bs_coordinator.selection.similar import Similar
 from bs_coordinator.selection.subset import Subset
 from bs_coordinator.selection.wdmoe import Wdmoe
@@ -35,6 +36,11 @@ SLOW = LayerForecast(
 """Node 0 is five times as slow as the others."""
 
 
+def routed(probabilities: Array) -> Routing:
+    """The routing of a top-2 model."""
+    return softmax_routing(probabilities, 2)
+
+
 @st.composite
 def exact_layers(draw: st.DrawFn, max_tokens: int = 40) -> tuple[Array, LayerForecast]:
     """Gates and costs in small binary fractions, so that sums are exact in any order and ties are ties."""
@@ -49,7 +55,7 @@ def exact_layers(draw: st.DrawFn, max_tokens: int = 40) -> tuple[Array, LayerFor
 
 
 def _top(row: Array, k: int) -> list[int]:
-    return np.flatnonzero(TopK(k).select(row[None], LayerForecast.even(0, len(row)))[0]).tolist()
+    return np.flatnonzero(TopK(k).select(routed(row[None]), LayerForecast.even(0, len(row)))[0]).tolist()
 
 
 @given(exact_layers(), st.integers(1, 4), st.sampled_from([0.0, 0.5, 1.0, 1.02, 1.2, 9.0]), st.booleans())
@@ -59,7 +65,7 @@ def test_wdmoe_is_the_rule_token_by_token(
     probabilities, forecast = layer
     policy = Wdmoe(k, start=0.55, step=0.07, stop=0.98, gain=gain, renormalise=renormalise)
     times = forecast.one_row_s
-    top = TopK(k).select(probabilities, forecast)
+    top = TopK(k).select(routed(probabilities), forecast)
 
     def ratio(asked: list[dict[int, float]]) -> float:
         pairs = [w / times[e] for token in asked for e, w in token.items()]
@@ -84,7 +90,7 @@ def test_wdmoe_is_the_rule_token_by_token(
     for t, token in enumerate(after):
         for e, w in token.items():
             expected[t, e] = w / (sum(token.values()) if renormalise else 1)
-    np.testing.assert_allclose(policy.select(probabilities, forecast), expected, rtol=1e-5)
+    np.testing.assert_allclose(policy.select(routed(probabilities), forecast), expected, rtol=1e-5)
 
 
 def _mask(sets: list[frozenset[int]]) -> NDArray[np.bool_]:
@@ -110,7 +116,7 @@ def test_subset_of_one_token_is_the_best_of_all_sets(
         def cost(s: frozenset[int], top_s: float, mass: dict[frozenset[int], float] = mass) -> float:
             return predicted_s(_mask([s]), forecast) / top_s + price * (1 - mass[s] / max(mass.values()))
 
-        chosen = frozenset(np.flatnonzero(policy.select(row[None], forecast)[0]).tolist())
+        chosen = frozenset(np.flatnonzero(policy.select(routed(row[None]), forecast)[0]).tolist())
         assert mass[chosen] >= (share - 1e-6) * most
         allowed = [s for s in sets if mass[s] >= (share + 1e-6) * most or mass[s] == most]
         assert any(cost(chosen, t) <= min(cost(s, t) for s in allowed) + 1e-5 for t in top_s)
@@ -131,7 +137,7 @@ def test_similar_of_one_token_is_the_best_of_all_ways(
     values = np.random.default_rng(seed).uniform(0.1, 1.2, (1, EXPERTS, EXPERTS)).astype(np.float32)
     policy = Similar(DifferenceTable("", values), k, price, budget)
     for row in probabilities[:4]:
-        top = TopK(k).select(row[None], forecast)[0]
+        top = TopK(k).select(routed(row[None]), forecast)[0]
         top_s = predicted_s(top[None] > 0, forecast)
         slots = _top(row, k)
         costs: dict[frozenset[int], float] = {}
@@ -144,13 +150,13 @@ def test_similar_of_one_token_is_the_best_of_all_ways(
             if used and error <= budget + 1e-6:
                 cost = predicted_s(_mask([used]), forecast) / top_s + price * float(error)
                 costs[used] = min(cost, costs.get(used, math.inf))
-        used = frozenset(np.flatnonzero(policy.select(row[None], forecast)[0]).tolist())
+        used = frozenset(np.flatnonzero(policy.select(routed(row[None]), forecast)[0]).tolist())
         assert costs[used] <= min(costs.values()) + 1e-5
 
 
 def _objective(weights: Array, probabilities: Array, forecast: LayerForecast, price: float, k: int = 2) -> float:
     """What `subset` makes small."""
-    top = TopK(k).select(probabilities, forecast) > 0
+    top = TopK(k).select(routed(probabilities), forecast) > 0
     mass, most = (np.where(asked, probabilities, 0).sum(axis=1) for asked in (weights > 0, top))
     return predicted_s(weights > 0, forecast) / predicted_s(top, forecast) + price * float(1 - (mass / most).mean())
 
@@ -161,8 +167,8 @@ def test_subset_of_many_tokens_keeps_its_limits(
     layer: tuple[Array, LayerForecast], k: int, price: float, share: float
 ) -> None:
     probabilities, forecast = layer
-    weights = Subset(k, price, share).select(probabilities, forecast)
-    top = TopK(k).select(probabilities, forecast)
+    weights = Subset(k, price, share).select(routed(probabilities), forecast)
+    top = TopK(k).select(routed(probabilities), forecast)
     mass, most = (np.where(asked > 0, probabilities, 0).sum(axis=1) for asked in (weights, top))
     assert (mass >= (share - 1e-6) * most).all()
     assert ((weights > 0).sum(axis=1) <= k).all()
@@ -189,7 +195,7 @@ def test_subset_of_many_tokens_is_near_the_linear_program(shared_air: bool, pric
     forecast = LayerForecast(0, np.arange(experts), zero, zero, row, np.full(experts, 1e-4), shared_air)
     sets = [s for size in (1, 2) for s in combinations(range(experts), size)]
     members = np.array([[e in s for e in range(experts)] for s in sets], np.float64)
-    top = TopK(2).select(p, forecast)
+    top = TopK(2).select(routed(p), forecast)
     top_s = predicted_s(top > 0, forecast)
     loss = 1 - (p @ members.T) / np.where(top > 0, p, 0).sum(axis=1, keepdims=True)
     # Variables: the share of each plan of each token, and the time of the slowest node.
@@ -200,7 +206,7 @@ def test_subset_of_many_tokens_is_near_the_linear_program(shared_air: bool, pric
     one_each = np.concatenate([np.kron(np.eye(tokens), np.ones(len(sets))), np.zeros((tokens, 1))], axis=1)
     cost = np.append(each.ravel(), 1 / top_s)
     optimum = linprog(cost, A_ub=rows_of_nodes, b_ub=zero, A_eq=one_each, b_eq=np.ones(tokens)).fun
-    ours = _objective(Subset(2, price, 0.0).select(p, forecast), p, forecast, price)
+    ours = _objective(Subset(2, price, 0.0).select(routed(p), forecast), p, forecast, price)
     assert optimum - 1e-6 <= ours <= 1.03 * optimum
 
 
@@ -215,14 +221,14 @@ def test_subset_of_few_tokens_is_near_the_best_of_all_combinations(holder: list[
         p = rng.dirichlet(np.full(experts, 0.5), 3).astype(np.float32)
         fixed, expert, row, compute = rng.uniform(0.1, 1, (4, max(holder) + 1))
         forecast = LayerForecast(0, np.array(holder), 4 * fixed, expert, row, compute, shared_air)
-        top = TopK(2).select(p, forecast) > 0
+        top = TopK(2).select(routed(p), forecast) > 0
         top_s, most = predicted_s(top, forecast), np.where(top, p, 0).sum(axis=1)
         best = math.inf
         for plans in product(sets, repeat=len(p)):
             mass = [sum(float(token[e]) for e in plan) for token, plan in zip(p, plans, strict=True)]
             chosen = np.array([[e in plan for e in range(experts)] for plan in plans])
             best = min(best, predicted_s(chosen, forecast) / top_s + price * float(1 - (mass / most).mean()))
-        excess.append(_objective(Subset(2, price, 0.0).select(p, forecast), p, forecast, price) / best - 1)
+        excess.append(_objective(Subset(2, price, 0.0).select(routed(p), forecast), p, forecast, price) / best - 1)
     assert min(excess) >= -1e-6
     assert np.mean(excess) < 0.05
 
@@ -231,16 +237,16 @@ def test_similar_of_many_tokens_leaves_a_crowded_node() -> None:
     rng = np.random.default_rng(9)
     p = rng.dirichlet(np.full(8, 0.5), 100).astype(np.float32)
     values = np.full((1, 8, 8), 0.3, np.float32)
-    weights = Similar(DifferenceTable("", values), 2, price=2.5).select(p, SLOW)
-    assert predicted_s(weights > 0, SLOW) < 0.7 * predicted_s(TopK(2).select(p, SLOW) > 0, SLOW)
+    weights = Similar(DifferenceTable("", values), 2, price=2.5).select(routed(p), SLOW)
+    assert predicted_s(weights > 0, SLOW) < 0.7 * predicted_s(TopK(2).select(routed(p), SLOW) > 0, SLOW)
 
 
 def test_each_alone_chooses_as_if_there_were_no_others() -> None:
     p = np.random.default_rng(10).dirichlet(np.full(8, 0.5), 60).astype(np.float32)
     policy = Subset(2)
-    alone = EachAlone(policy).select(p, SLOW)
-    np.testing.assert_array_equal(alone, [policy.select(row[None], SLOW)[0] for row in p])
-    assert (alone != policy.select(p, SLOW)).any()
+    alone = EachAlone(policy).select(routed(p), SLOW)
+    np.testing.assert_array_equal(alone, [policy.select(routed(row[None]), SLOW)[0] for row in p])
+    assert (alone != policy.select(routed(p), SLOW)).any()
 
 
 def test_a_replacement_works_with_the_weight_of_what_it_replaces() -> None:
@@ -249,14 +255,14 @@ def test_a_replacement_works_with_the_weight_of_what_it_replaces() -> None:
     cost = np.array([1.0, 9.0, 1.0, 9.0])
     slow = LayerForecast(0, np.arange(4), cost, cost, cost, cost)
     p = np.array([[0.5, 0.3, 0.05, 0.15]], np.float32)
-    replaced = Similar(DifferenceTable("", values), 2, budget=0.05).select(p, slow)
+    replaced = Similar(DifferenceTable("", values), 2, budget=0.05).select(routed(p), slow)
     np.testing.assert_allclose(replaced, [[0.625, 0, 0.375, 0]])
-    skipped = Similar(DifferenceTable("", np.ones((1, 4, 4), np.float32)), 2, 0.1, 0.4).select(p, slow)
+    skipped = Similar(DifferenceTable("", np.ones((1, 4, 4), np.float32)), 2, 0.1, 0.4).select(routed(p), slow)
     # Skipping costs what any replacement would; of plans with equal error the first wins, and it is as fast.
     assert skipped[0, 0] > 0
     assert skipped[0, [1, 3]].sum() == 0
     np.testing.assert_allclose(
-        Similar(DifferenceTable("", values), 2, budget=0.0).select(p, slow), [[0.625, 0.375, 0, 0]]
+        Similar(DifferenceTable("", values), 2, budget=0.0).select(routed(p), slow), [[0.625, 0.375, 0, 0]]
     )
 
 
@@ -268,8 +274,8 @@ generous = st.sampled_from(
 @given(exact_layers(), generous, st.integers(1, 3))
 def test_generous_options_are_top_k(layer: tuple[Array, LayerForecast], text: str, k: int) -> None:
     probabilities, forecast = layer
-    weights = parse_policy(text, top_k=k).select(probabilities, forecast)
-    top = TopK(k).select(probabilities, forecast)
+    weights = parse_policy(text, top_k=k).select(routed(probabilities), forecast)
+    top = TopK(k).select(routed(probabilities), forecast)
     if text.startswith("subset"):
         # Where several experts tie for the last place, subset may take the faster.
         np.testing.assert_allclose(
@@ -283,7 +289,7 @@ def test_generous_options_are_top_k(layer: tuple[Array, LayerForecast], text: st
 def test_less_share_is_never_slower_for_one_token(layer: tuple[Array, LayerForecast], k: int) -> None:
     probabilities, forecast = layer
     times = [
-        predicted_s(Subset(k, 1e-6, share).select(probabilities, forecast) > 0, forecast)
+        predicted_s(Subset(k, 1e-6, share).select(routed(probabilities), forecast) > 0, forecast)
         for share in (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
     ]
     assert times == sorted(times, reverse=True)
@@ -293,15 +299,15 @@ def test_wdmoe_at_its_ends_is_top_1() -> None:
     rng = np.random.default_rng(0)
     probabilities = rng.dirichlet(np.ones(8), 50).astype(np.float32)
     forecast = LayerForecast.even(0, 8)
-    weights = Wdmoe(2, start=1, stop=1).select(probabilities, forecast)
+    weights = Wdmoe(2, start=1, stop=1).select(routed(probabilities), forecast)
     # Rounding may put a cosine just above 1 only for a flat gate.
-    np.testing.assert_array_equal(weights, TopK(1).select(probabilities, forecast))
+    np.testing.assert_array_equal(weights, TopK(1).select(routed(probabilities), forecast))
 
 
 @pytest.mark.parametrize("policy", [Bottleneck(2, move=False), Capacity(2, move=False), Bottleneck(2), Capacity(2)])
 def test_one_token_leaves_a_slow_second_expert(policy: Bottleneck | Capacity) -> None:
     p = np.array([[0.3, 0.4, 0.05, 0.05, 0.05, 0.1, 0.03, 0.02]], np.float32)
-    weights = policy.select(p, SLOW)
+    weights = policy.select(routed(p), SLOW)
     # Without `move` it is dropped, else the next-best expert takes its place.
     expected = [1, 5] if policy.move else [1]
     assert np.flatnonzero(weights).tolist() == expected
@@ -314,8 +320,8 @@ def test_the_weakest_go_first_and_no_token_is_left_without_an_expert(policy: Bot
     p = rng.dirichlet(np.full(8, 0.4), 200).astype(np.float32)
     p[:, 0] += 0.15  # a favourite on the slow node
     p /= p.sum(axis=1, keepdims=True)
-    top = TopK(2).select(p, SLOW)
-    weights = policy.select(p, SLOW)
+    top = TopK(2).select(routed(p), SLOW)
+    weights = policy.select(routed(p), SLOW)
     gone = (top > 0) & (weights == 0)
     stayed = (top[:, 0] > 0) & (weights[:, 0] > 0) & (top[:, 0] < 0.5)
     assert gone[:, 0].any()
@@ -330,9 +336,9 @@ def test_moving_fills_other_nodes_no_further_than_allowed() -> None:
     p = rng.dirichlet(np.full(8, 0.4), 200).astype(np.float32)
     p[:, 0] += 0.15
     p /= p.sum(axis=1, keepdims=True)
-    top_s = predicted_s(TopK(2).select(p, SLOW) > 0, SLOW)
+    top_s = predicted_s(TopK(2).select(routed(p), SLOW) > 0, SLOW)
     for moving, dropping in ((Capacity(2), Capacity(2, move=False)), (Bottleneck(2), Bottleneck(2, move=False))):
-        moved, dropped = (policy.select(p, SLOW) > 0 for policy in (moving, dropping))
+        moved, dropped = (policy.select(routed(p), SLOW) > 0 for policy in (moving, dropping))
         assert moved.sum() > dropped.sum()
         assert predicted_s(moved, SLOW) < top_s
 
@@ -385,6 +391,9 @@ def test_one_token_alone_is_treated_as_in_company(
     probabilities, forecast = layer
     wdmoe = Wdmoe(k, start=limit, stop=0.95, gain=factor - 0.5, renormalise=move)
     for policy in (Bottleneck(k, factor, limit, move), Capacity(k, factor, limit, move), wdmoe):
-        alone, many = policy.select_single(probabilities, forecast), policy.select_batch(probabilities, forecast)
+        alone, many = (
+            policy.select_single(routed(probabilities), forecast),
+            policy.select_batch(routed(probabilities), forecast),
+        )
         np.testing.assert_array_equal(alone > 0, many > 0)
         np.testing.assert_allclose(alone, many, rtol=1e-6)

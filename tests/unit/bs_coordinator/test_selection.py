@@ -17,6 +17,7 @@ from bs_coordinator.selection.bottleneck import Bottleneck
 from bs_coordinator.selection.demand import predicted_s
 from bs_coordinator.selection.differences import DifferenceDocument, write_differences
 from bs_coordinator.selection.forecast import LayerForecast
+from bs_coordinator.selection.routing import Routing, softmax_routing
 from bs_coordinator.selection.similar import Similar
 from bs_coordinator.selection.wdmoe import Wdmoe
 from wire.tensors import Array
@@ -26,6 +27,11 @@ logits = hnp.arrays(np.float32, st.tuples(st.integers(1, 20), st.just(8)), eleme
 MODEL = "0" * 64
 NO_SLOWER = ("topk", "top1", "wdmoe", "bottleneck", "capacity", "subset", "similar")
 """Policies that promise never to raise the predicted time of a layer above that of top-k."""
+
+
+def routed(probabilities: Array) -> Routing:
+    """The routing of a top-2 model."""
+    return softmax_routing(probabilities, 2)
 
 
 @st.composite
@@ -71,7 +77,7 @@ def test_topk_is_mixtrals_own_router() -> None:
         router_logits, scores, indices = router(hidden)
         expected = torch.zeros(100, 8).scatter_(1, indices, scores)
         probabilities = torch.softmax(router_logits, dim=-1).numpy()
-    np.testing.assert_allclose(TopK(2).select(probabilities, EVEN), expected.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(TopK(2).select(routed(probabilities), EVEN), expected.numpy(), rtol=1e-6)
 
 
 @given(logits, st.sampled_from(POLICY_NAMES), st.integers(1, 8), st.one_of(st.just(EVEN), forecasts()))
@@ -80,20 +86,20 @@ def test_every_policy_keeps_its_promises(table: Path, x: Array, name: str, k: in
     probabilities = _softmax(x)
     before = probabilities.copy()
     policy = _policy(name, k, table)
-    weights = policy.select(probabilities, forecast)
+    weights = policy.select(routed(probabilities), forecast)
     assert weights.dtype == np.float32
     assert weights.shape == probabilities.shape
     assert (weights >= 0).all()
     np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-5)
     assert ((weights > 0).sum(axis=1) <= (1 if name == "top1" else k)).all()
     np.testing.assert_array_equal(probabilities, before)
-    np.testing.assert_array_equal(policy.select(probabilities, forecast), weights)
+    np.testing.assert_array_equal(policy.select(routed(probabilities), forecast), weights)
     best = probabilities.max(axis=1)
     kept = ((weights > 0) & (probabilities == best[:, None])).any(axis=1)
     if name in ("topk", "top1", "wdmoe") or (name in ("bottleneck", "capacity") and k <= 2):
         assert kept.all()
     if name in NO_SLOWER:
-        top = TopK(k).select(probabilities, forecast)
+        top = TopK(k).select(routed(probabilities), forecast)
         assert predicted_s(weights > 0, forecast) <= predicted_s(top > 0, forecast) * (1 + 1e-9)
 
 
@@ -102,8 +108,8 @@ def test_every_policy_keeps_its_promises(table: Path, x: Array, name: str, k: in
 def test_one_token_on_even_links_is_top_2_or_less(table: Path, x: Array, name: str) -> None:
     """There is nothing to gain; only wdmoe drops all the same, where the gate is peaked."""
     probabilities = _softmax(x[:1])
-    weights = _policy(name, 2, table).select(probabilities, EVEN)
-    top = TopK(2).select(probabilities, EVEN)
+    weights = _policy(name, 2, table).select(routed(probabilities), EVEN)
+    top = TopK(2).select(routed(probabilities), EVEN)
     if name == "wdmoe":
         assert (top[weights > 0] > 0).all()
     else:
@@ -167,6 +173,6 @@ def test_a_table_of_another_model_is_refused(table: Path, tmp_path: Path) -> Non
 def test_a_policy_with_too_many_plans_says_so(table: Path) -> None:
     probabilities = np.full((1, 64), 1 / 64, np.float32)
     with pytest.raises(ValueError, match="k=4 of 64 experts are more than 4096 plans"):
-        parse_policy("subset", top_k=4).select(probabilities, LayerForecast.even(0, 64))
+        parse_policy("subset", top_k=4).select(routed(probabilities), LayerForecast.even(0, 64))
     with pytest.raises(ValueError, match="does not fit layer 0 of 64 experts"):
-        parse_policy(f"similar:table={table}", top_k=2).select(probabilities, LayerForecast.even(0, 64))
+        parse_policy(f"similar:table={table}", top_k=2).select(routed(probabilities), LayerForecast.even(0, 64))

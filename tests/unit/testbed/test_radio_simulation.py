@@ -69,7 +69,7 @@ def test_vanilla_latency_by_hand() -> None:
     """Top-2 with equal shares: count rows per expert, multiply, take the slowest, add up layers."""
     trace, radio = some_trace(), cell(draws=6)
     sent = batches(trace, "prefill", 6, seed=0)
-    rows = replay(parse_policy("topk", top_k=2), sent, radio)
+    rows = replay(parse_policy("topk", top_k=2), sent, radio, top_k=2)
     got_s = batch_seconds(radio, rows, "uniform")
     for draw, batch in enumerate(sent):
         expected_s = 0.0
@@ -91,7 +91,7 @@ def test_decode_sends_one_token_of_each_prompt() -> None:
 
 def test_better_allocations_are_faster_on_every_draw() -> None:
     radio = cell(Setting(loss_exponent=3.19))
-    rows = replay(parse_policy("wdmoe", top_k=2), batches(some_trace(), "prefill", 50, seed=0), radio)
+    rows = replay(parse_policy("wdmoe", top_k=2), batches(some_trace(), "prefill", 50, seed=0), radio, top_k=2)
     uniform_s, optimal_s, layer_s = (batch_seconds(radio, rows, allocation) for allocation in ALLOCATIONS)
     assert (optimal_s <= uniform_s * (1 + 1e-6)).all()
     assert (layer_s <= optimal_s * (1 + 1e-6)).all()
@@ -188,7 +188,7 @@ def test_setting_from_yaml(tmp_path: Path) -> None:
 def test_another_number_of_devices_is_refused() -> None:
     radio = cell(Setting(devices=(RadioDevice(1, 1, 1e9),)))
     with pytest.raises(SimulationError, match="1 devices, the model 8 experts"):
-        replay(TopK(2), some_trace().prompts, radio)
+        replay(TopK(2), some_trace().prompts, radio, top_k=2)
 
 
 def test_simulate_command(tmp_path: Path) -> None:
