@@ -24,3 +24,9 @@ def parse_bytes(text: str) -> int:
 def format_bytes(size: int) -> str:
     """The shortest exact form that `parse_bytes` reads: `64M` for 67108864."""
     return next(f"{size // factor}{unit}" for unit, factor in reversed(_UNITS.items()) if size % factor == 0)
+
+
+def readable_bytes(size: float) -> str:
+    """A size with one decimal, in the largest unit that it fills: `61.1 GiB`."""
+    unit, factor = next(((u, f) for u, f in reversed(_UNITS.items()) if size >= f), ("", 1))
+    return f"{size / factor:.1f} {unit}iB" if unit else f"{size:.0f} bytes"

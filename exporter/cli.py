@@ -47,16 +47,21 @@ def demo_model(out: Path, base: str | None, deltas: Path | None, layers: int | N
 
 
 @cli.command()
-@click.argument("checkpoint", type=_PATH)
+@click.argument("name", metavar="CHECKPOINT")
 @click.argument("out", type=_PATH)
+@click.option("--revision", help="Branch, tag or commit, if CHECKPOINT is a hub id.  [default: main]")
 @config_options(config=ExportConfig)
-def bundle(checkpoint: Path, out: Path, config: ExportConfig) -> None:
+def bundle(name: str, out: Path, revision: str | None, config: ExportConfig) -> None:
     """Export CHECKPOINT's trunk and experts to OUT.
 
-    Continues where an interrupted export stopped, and replaces damaged files.
+    CHECKPOINT is a folder, or a hub id such as Qwen/Qwen3-30B-A3B: then its files are downloaded into the hub's cache
+    first. Continues where an interrupted export stopped, and replaces damaged files.
     """
+    from common.disk_space import Room
     from exporter.bundle.bundle import export_bundle
+    from exporter.bundle.forecast import forecast_room
     from exporter.checkpoint.checkpoint import open_checkpoint
+    from exporter.checkpoint.hub import locate_checkpoint
     from exporter.expert.presets import choose_quantisation
 
     quant, preset = config.quant, ""
@@ -68,9 +73,17 @@ def bundle(checkpoint: Path, out: Path, config: ExportConfig) -> None:
         if quant not in (None, "int8-dynamic"):
             raise click.UsageError(f"--via optimum makes int8-dynamic only, not {quant}")
         quant = "int8-dynamic"
-    dims = open_checkpoint(checkpoint).dims
     try:
         quantisation, choice = choose_quantisation(config.device, quant, config.block, config.symmetric)
+
+        def room_for(folder: Path, weight_bytes: int) -> Room:
+            return forecast_room(
+                folder, out, quantisation, layers=config.layers, experts=config.experts, weight_bytes=weight_bytes
+            )
+
+        with _progress("download") as show:
+            checkpoint = locate_checkpoint(name, revision=revision, progress=show, room_for=room_for)
+        dims = open_checkpoint(checkpoint).dims
         layers = parse_index_set(config.layers, dims.layers)
         experts = parse_index_set(config.experts, dims.experts)
     except ValueError as error:

@@ -8,24 +8,11 @@ import numpy as np
 
 from exporter.checkpoint.checkpoint import Checkpoint
 from exporter.checkpoint.safetensors_file import TensorReader, TensorRef, encode_header
-from exporter.checkpoint.source_file import parse_json, read_bytes
+from exporter.checkpoint.source_file import TEXT_FILES, parse_json, read_bytes
 from exporter.errors import CheckpointError
 from exporter.expert.expert import open_writer
 from wire.manifest import FileEntry
 
-_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 # Mask of the exponent bits: all of them are set only in NaN and infinities.
 _EXPONENTS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)}
@@ -77,13 +64,13 @@ def texts_current(source: Checkpoint, trunk: Iterable[FileEntry]) -> bool:
 
 def trunk_bytes(source: Checkpoint) -> int:
     """Roughly the number of bytes that `copy_trunk` writes."""
-    files = (source.folder / name for name in _FILES)
+    files = (source.folder / name for name in TEXT_FILES)
     return sum(ref.bytes for ref in source.trunk) + sum(p.stat().st_size for p in files if p.exists())
 
 
 def _texts(source: Checkpoint) -> Iterator[tuple[str, bytes]]:
     """Path in a bundle, and content, of all files without tensors."""
-    for name in _FILES:
+    for name in TEXT_FILES:
         if (data := read_bytes(source.folder, name)) is not None:
             if name.endswith(".json"):
                 parse_json(source.folder / name, data)

