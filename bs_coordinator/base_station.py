@@ -22,7 +22,8 @@ from bs_coordinator.links.broker_sockets import BrokerSockets, is_local
 from bs_coordinator.links.log import link_log, no_log
 from bs_coordinator.nodes.registry import NodeRegistry
 from bs_coordinator.selection import Policy, TopK, parse_policy
-from bs_coordinator.trunk.trunk import Trunk, check_device
+from bs_coordinator.trunk.interface import Trunk
+from bs_coordinator.trunk.load import check_device, load_trunk
 from common.config import ConfigError
 from common.cpu_idle import cpu_idle_disabled
 from wire.broker_address import BrokerAddress
@@ -145,7 +146,7 @@ def _policy(config: BaseStationConfig, manifest: Manifest) -> Policy:
 
 def _load(config: BaseStationConfig, manifest: Manifest, policy: Policy) -> tuple[Trunk, Tokenizer, Speculation]:
     folder = config.bundle / "trunk"
-    trunk = Trunk(folder, device=config.device, dtype=config.dtype)
+    trunk = load_trunk(folder, device=config.device, dtype=config.dtype)
     tokenizer = Tokenizer(folder)
     return trunk, tokenizer, _speculation(config, manifest, tokenizer, _why_no_drafts(config, trunk, manifest, policy))
 

@@ -10,8 +10,7 @@ from bs_coordinator.engine.step_records import DispatchRecord, LayerRecord
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.selection.routing import Routing
 from bs_coordinator.trunk.inputs import Piece
-from bs_coordinator.trunk.passes import TrunkPass, start_pass
-from bs_coordinator.trunk.trunk import Trunk
+from bs_coordinator.trunk.interface import Trunk, TrunkPass
 from wire.tensors import Array
 
 
@@ -53,7 +52,7 @@ class MicroBatch:
 
     def start(self, trunk: Trunk) -> None:
         """Look up the tokens' embeddings. Needs the caches to hold what earlier micro-batches have added."""
-        self.trunk_pass = start_pass(trunk, [piece.inputs for piece in self.pieces])
+        self.trunk_pass = trunk.start_pass([piece.inputs for piece in self.pieces])
 
     def attend(self, layer: int) -> None:
         """Run the first half of a layer: `hidden` and `routing`."""

@@ -1,6 +1,7 @@
 """One forward step of the distributed model: the trunk runs here, the experts elsewhere."""
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from time import perf_counter_ns
@@ -16,7 +17,7 @@ from bs_coordinator.selection import Policy, Routing
 from bs_coordinator.selection.degraded import select_available
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import SequenceInput, cut_inputs
-from bs_coordinator.trunk.trunk import Trunk
+from bs_coordinator.trunk.interface import CacheMark, Trunk
 
 log = logging.getLogger(__name__)
 
@@ -81,26 +82,26 @@ class DistributedModel:
 
         Raises:
             WdmoeError: an expert is unavailable or failed, or the logits are not finite, which no node is to blame
-                for. The caches are cut back to what they held before.
+                for. The caches hold what they held before.
         """
-        cached = [sequence.cache.get_seq_length() for sequence in inputs]
+        marks = [self.trunk.mark(sequence.cache) for sequence in inputs]
         for _ in range(_MOST_REPEATS):
             try:
-                return self._step(inputs, cached[0], all_logits)
+                return self._step(inputs, marks[0].tokens, all_logits)
             except _NotFiniteError as error:
-                self._cut_back(inputs, cached)
+                self._restore(inputs, marks)
                 self._find_fault(error.largest)
             except BaseException:
-                self._cut_back(inputs, cached)
+                self._restore(inputs, marks)
                 raise
         raise AnswerError(f"the logits are not finite, after {_MOST_REPEATS} attempts with other nodes")
 
-    def _cut_back(self, inputs: Sequence[SequenceInput], cached: Sequence[int]) -> None:
-        # Layers before a failure have already appended their keys and values. The stack cuts every cache back, even if
-        # one of them fails: the sequences are stepped again alone.
+    def _restore(self, inputs: Sequence[SequenceInput], marks: Sequence[CacheMark]) -> None:
+        # Layers before a failure have already changed the caches. The stack restores every cache, even if one of them
+        # fails: the sequences are stepped again alone.
         with ExitStack() as stack:
-            for sequence, length in zip(inputs, cached, strict=True):
-                stack.callback(self.trunk.truncate, sequence.cache, length)
+            for sequence, mark in zip(inputs, marks, strict=True):
+                stack.callback(self.trunk.restore, sequence.cache, mark)
 
     def _find_fault(self, largest: LargestAnswer | None) -> None:
         """Leave out the node whose answers made the logits infinite.
@@ -120,7 +121,8 @@ class DistributedModel:
         self, inputs: Sequence[SequenceInput], position: int, all_logits: bool
     ) -> tuple[list[Tensor], StepRecord]:
         began_ns = perf_counter_ns()
-        batches = [MicroBatch(p) for p in cut_inputs(inputs, most_tokens=self.piece_tokens, all_logits=all_logits)]
+        most_tokens = self.piece_tokens if self.trunk.pipelines else sys.maxsize
+        batches = [MicroBatch(p) for p in cut_inputs(inputs, most_tokens=most_tokens, all_logits=all_logits)]
         tallies = [LayerTally() for _ in range(self.trunk.layers)]
         try:
             embedding_ns = self._run_layers(batches, tallies)

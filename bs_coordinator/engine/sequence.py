@@ -73,7 +73,7 @@ class Sequence:
         self.drafter = self.speculation.drafter()
         self.cache = model.trunk.new_cache()
         self.cached_ids: list[int] = []
-        self.max_positions: int = model.trunk.config.max_position_embeddings
+        self.max_positions: int = model.trunk.max_positions
 
     def answer(self, prompt: list[int], config: SamplingConfig, *, same_text: bool = False) -> "GeneratedAnswer":
         """Begin to continue `prompt`. A sequence may have only one answer at a time.

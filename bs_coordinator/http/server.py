@@ -48,7 +48,7 @@ def serve_station(
     )
     app = http_app(
         server, station.tokenizer, model=station.manifest.source.name, api_key=api_key,
-        stall_s=_STALLED_LAYERS * layer_timeout_s, max_positions=station.model.trunk.config.max_position_embeddings,
+        stall_s=_STALLED_LAYERS * layer_timeout_s, max_positions=station.model.trunk.max_positions,
         hosts=allowed_hosts(config.host, api_key), origin=config.cors_origin,
     )  # fmt: skip
     settings = uvicorn.Config(

@@ -5,9 +5,21 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from bs_coordinator.trunk.trunk import Packing
+
+class Packing(NamedTuple):
+    """Several sequences packed into one, so that many short ones take few large products.
+
+    Attributes:
+        positions: int64 [tokens], of each token within its own sequence.
+        visible: bool [tokens, past + tokens], the positions that each token attends to: itself and all before it in
+            its sequence.
+    """
+
+    positions: Tensor
+    visible: Tensor
 
 
 class SequenceInput(NamedTuple):

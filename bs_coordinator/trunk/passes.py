@@ -1,11 +1,11 @@
-"""The ways through the trunk: rows on a CPU, captured graphs on a GPU, or transformers' own blocks.
+"""The ways through `LlamaTrunk`: rows on a CPU, captured graphs on a GPU, or transformers' own blocks.
 
 `start_pass` decides which way a step's sequences take.
 """
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,15 +13,16 @@ from torch import Tensor
 
 from bs_coordinator.selection.routing import Routing, join_routings, softmax_routing
 from bs_coordinator.trunk.inputs import SequenceInput
+from bs_coordinator.trunk.interface import TrunkPass
 from bs_coordinator.trunk.rows import MAX_ROWS, Rows
-from bs_coordinator.trunk.trunk import Trunk
 from wire.tensors import Array
 
 if TYPE_CHECKING:
     from bs_coordinator.trunk.cuda_graph import GraphedDecoder
+    from bs_coordinator.trunk.llama import LlamaTrunk
 
 
-def start_pass(trunk: Trunk, inputs: Sequence[SequenceInput]) -> "TrunkPass":
+def start_pass(trunk: "LlamaTrunk", inputs: Sequence[SequenceInput]) -> TrunkPass:
     """Begin to take sequences through the trunk, in the order of `inputs`.
 
     Neighbours with few tokens share one pass, where this trunk runs them as rows.
@@ -34,27 +35,6 @@ def start_pass(trunk: Trunk, inputs: Sequence[SequenceInput]) -> "TrunkPass":
         rows = trunk.rows([s.ids for s in some], [s.cache for s in some], [s.length for s in some]) if few else None
         passes.append(RowsPass(rows, some, trunk.config.num_experts_per_tok) if rows else BlocksPass(trunk, some))
     return passes[0] if len(passes) == 1 else JointPass(passes)
-
-
-class TrunkPass(Protocol):
-    """New tokens of one or more sequences on their way through the trunk."""
-
-    def attend(self, layer: int) -> tuple[Array, Routing]:
-        """Run the first half of a layer.
-
-        Returns:
-            The experts' input, float32 [tokens, hidden] on the host, and the tokens' routing.
-        """
-
-    def add(self, output: Array) -> None:
-        """Run the second half of the layer: add the experts' output, float32 [tokens, hidden]."""
-
-    def logits(self, all_logits: bool) -> list[Tensor]:
-        """After the last layer: logits for each sequence, as `DistributedModel.step` returns them."""
-
-    def abandon(self) -> None:
-        """Give up the step, at any point."""
-        return
 
 
 class RowsPass(TrunkPass):
@@ -110,7 +90,7 @@ class TokenPass(TrunkPass):
 class BlocksPass(TrunkPass):
     """Sequences through transformers' own blocks, one after the other."""
 
-    def __init__(self, trunk: Trunk, inputs: Sequence[SequenceInput]) -> None:
+    def __init__(self, trunk: "LlamaTrunk", inputs: Sequence[SequenceInput]) -> None:
         self._trunk = trunk
         self._inputs = inputs
         begun = [trunk.embed(torch.tensor(s.ids), s.cache, s.packing, length=s.length) for s in inputs]

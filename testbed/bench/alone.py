@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bs_coordinator.trunk.trunk import Trunk
+from bs_coordinator.trunk.inputs import SequenceInput
+from bs_coordinator.trunk.interface import Trunk
 from edge_node.experts import ExpertRuntime
 from testbed.bench.floor import Alone
 from wire.experts import ExpertId
@@ -35,7 +36,7 @@ class Parts:
         ids = [entry.id for entry in manifest.experts if entry.expert == 0]
         self._runtime = ExpertRuntime(bundle, manifest, ids, threads=1)
         self._x = probe_input(manifest.dims.hidden)
-        self._output = torch.zeros(1, manifest.dims.hidden)
+        self._output = np.zeros((1, manifest.dims.hidden), np.float32)
         self.trunk_ms: list[float] = []
         self.head_ms: list[float] = []
         self.expert_ms: list[float] = []
@@ -61,24 +62,27 @@ class Parts:
         return Alone(statistics.median(self.trunk_ms), statistics.median(self.head_ms), compute)
 
     def _prefill(self) -> None:
-        hidden, context = self._trunk.embed(torch.arange(self._past), self._cache)
+        trunk_pass = self._trunk.start_pass([SequenceInput(list(range(self._past)), self._cache)])
+        output = np.zeros((self._past, self._output.shape[1]), np.float32)
         for layer in range(self._trunk.layers):
-            hidden, _, _ = self._trunk.attend(layer, hidden, context)
+            trunk_pass.attend(layer)
+            trunk_pass.add(output)
+        trunk_pass.logits(False)
 
     def _token(self) -> None:
+        mark = self._trunk.mark(self._cache)
         began = time.perf_counter_ns()
-        rows = self._trunk.rows([[7]], [self._cache], [0])
-        assert rows is not None  # noqa: S101 - the bench runs on a CPU
+        trunk_pass = self._trunk.start_pass([SequenceInput([7], self._cache)])
         embedded = time.perf_counter_ns()
         for layer in range(self._trunk.layers):
-            rows.attend(layer)
-            rows.add(self._output)
+            trunk_pass.attend(layer)
+            trunk_pass.add(self._output)
         attended = time.perf_counter_ns()
-        rows.head([0])
+        trunk_pass.logits(False)
         end = time.perf_counter_ns()
         self.trunk_ms.append((attended - embedded) / 1e6)
         self.head_ms.append((embedded - began + end - attended) / 1e6)
-        self._trunk.truncate(self._cache, self._past)
+        self._trunk.restore(self._cache, mark)
 
     def _expert(self, id: ExpertId) -> None:
         np.multiply(self._runtime.run(id, self._x), np.float32(0.5))

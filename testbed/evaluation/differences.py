@@ -15,7 +15,7 @@ from bs_coordinator.selection import TopK
 from bs_coordinator.selection.differences import SCHEMA, DifferenceDocument
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import SequenceInput
-from bs_coordinator.trunk.trunk import Trunk
+from bs_coordinator.trunk.load import load_trunk
 from common.errors import WdmoeError
 from edge_node.experts import ExpertRuntime
 from wire.experts import ExpertId
@@ -71,7 +71,7 @@ def measure_differences(
     dims = manifest.dims
     tokenizer = Tokenizer(bundle / "trunk")
     ids = _read(text, tokenizer, tokens)
-    trunk = Trunk(bundle / "trunk")
+    trunk = load_trunk(bundle / "trunk")
     runtime = ExpertRuntime(bundle, manifest, [e.id for e in manifest.experts], threads=threads)
     experts = _ComparedExperts(runtime, dims.layers, dims.experts)
     model = DistributedModel(trunk, experts, TopK(dims.top_k))

@@ -20,8 +20,7 @@ from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import Policy, Routing
 from bs_coordinator.selection.forecast import LayerForecast
-from bs_coordinator.trunk.inputs import SequenceInput
-from bs_coordinator.trunk.trunk import Packing
+from bs_coordinator.trunk.inputs import Packing, SequenceInput
 from common.errors import WdmoeError
 from common.jsonl import JsonLinesError, read_json_lines, strict_json
 from wire.tensors import Array

@@ -16,7 +16,7 @@ from rich.table import Table
 from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import TopK
-from bs_coordinator.trunk.trunk import Trunk
+from bs_coordinator.trunk.load import load_trunk
 from common.files import atomic_write
 from testbed.evaluation.items import ChoiceItem, DomainText, choose, losses, read_items
 from testbed.evaluation.local_experts import LocalExperts
@@ -77,7 +77,7 @@ def measure_quality(
     tokenizer = Tokenizer(bundle / "trunk")
     experts = LocalExperts(bundle, threads=threads)
     experts.lost = frozenset(lost)
-    model = DistributedModel(Trunk(bundle / "trunk"), experts, TopK(manifest.dims.top_k), degrade=True)
+    model = DistributedModel(load_trunk(bundle / "trunk"), experts, TopK(manifest.dims.top_k), degrade=True)
     accuracy: dict[str, Accuracy] = {}
     for task, file in TASKS.items():
         questions = read_items(data / file, ChoiceItem, items)

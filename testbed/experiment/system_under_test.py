@@ -18,7 +18,8 @@ from bs_coordinator.engine.step_records import StepRecord
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import Policy, TopK
 from bs_coordinator.trunk.inputs import SequenceInput
-from bs_coordinator.trunk.trunk import Trunk
+from bs_coordinator.trunk.interface import Trunk
+from bs_coordinator.trunk.load import load_trunk
 from common.errors import WdmoeError
 from common.sizes import parse_bytes
 from testbed.demo_assets import demo_draft
@@ -149,7 +150,7 @@ def distributed_system(
 def in_process_system(plan: Plan, bundle: BundleFacts) -> SystemUnderTest:
     """The model with all experts in this process, without broker and nodes."""
     folder = Path(bundle.path)
-    trunk = Trunk(folder / "trunk")
+    trunk = load_trunk(folder / "trunk")
     experts = LocalExperts(folder, threads=os.cpu_count() or 1, wire=WireDtype.named(plan.wire))
     model = ObservedModel(trunk, experts, TopK(bundle.top_k))
     return SystemUnderTest(model, Tokenizer(folder / "trunk"), None, local=experts)

@@ -12,7 +12,7 @@ from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import Policy
 from bs_coordinator.selection.forecast import LayerForecast
-from bs_coordinator.trunk.trunk import Trunk
+from bs_coordinator.trunk.load import load_trunk
 from testbed.evaluation.items import ChoiceItem, choose, read_items
 from testbed.evaluation.local_experts import LocalExperts
 from testbed.evaluation.quality import TASKS
@@ -78,7 +78,7 @@ def evaluate(
         WdmoeError: the bundle or the data can't be used.
     """
     tokenizer = Tokenizer(bundle / "trunk")
-    trunk, experts = Trunk(bundle / "trunk"), LocalExperts(bundle, threads=threads)
+    trunk, experts = load_trunk(bundle / "trunk"), LocalExperts(bundle, threads=threads)
     questions = {task: read_items(data / file, ChoiceItem, items) for task, file in TASKS.items()}
     answers = []
     for policy in policies:

@@ -16,7 +16,7 @@ from bs_coordinator.selection import Policy, Routing, TopK
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.selection.routing import scores_of
 from bs_coordinator.trunk.inputs import SequenceInput
-from bs_coordinator.trunk.trunk import Trunk
+from bs_coordinator.trunk.load import load_trunk
 from common.files import atomic_write
 from testbed.errors import SimulationError
 from testbed.evaluation.items import ChoiceItem, DomainText, read_items
@@ -121,7 +121,7 @@ def record_trace(
     manifest = load_manifest(bundle)
     tokenizer = Tokenizer(bundle / "trunk")
     policy = TopK(manifest.dims.top_k)
-    model = DistributedModel(Trunk(bundle / "trunk"), LocalExperts(bundle, threads=threads), policy)
+    model = DistributedModel(load_trunk(bundle / "trunk"), LocalExperts(bundle, threads=threads), policy)
     prompts = [
         f"Question: {item.question}\nAnswer:"
         for file in TASKS.values()

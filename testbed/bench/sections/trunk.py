@@ -16,7 +16,7 @@ from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.selection import TopK
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import SequenceInput
-from bs_coordinator.trunk.trunk import Trunk
+from bs_coordinator.trunk.llama import LlamaTrunk
 from testbed.bench.rows import Result, Row, Settings, Skipped, in_turns
 from wire.tensors import Array
 
@@ -57,13 +57,13 @@ def measure(settings: Settings) -> Iterator[Result]:
     with tempfile.TemporaryDirectory(prefix="wdmoe-trunk-") as folder:
         read_bytes = _random_trunk(Path(folder))
         for graphs in (True, False):
-            trunk = Trunk(Path(folder), device="cuda", dtype="bf16", graphs=graphs)
+            trunk = LlamaTrunk(Path(folder), device="cuda", dtype="bf16", graphs=graphs)
             yield _row(f"{name}, {'graphs' if graphs else 'eager'}", trunk, read_bytes, settings)
             del trunk
             torch.cuda.empty_cache()
 
 
-def _row(name: str, trunk: Trunk, read_bytes: int, settings: Settings) -> Row:
+def _row(name: str, trunk: LlamaTrunk, read_bytes: int, settings: Settings) -> Row:
     model = DistributedModel(trunk, _InstantExperts(8, 4096), TopK(2))
     cache = trunk.new_cache()
     model.step([SequenceInput(list(range(_PAST_TOKENS)), cache)])
@@ -84,7 +84,7 @@ def _row(name: str, trunk: Trunk, read_bytes: int, settings: Settings) -> Row:
     return Row(name, "reading its weights", ours, floor, 2.0, parameters, _parts(trunk, cache, step, ours))
 
 
-def _parts(trunk: Trunk, cache: Any, step: Callable[[], None], ours: list[float]) -> dict[str, float]:
+def _parts(trunk: LlamaTrunk, cache: Any, step: Callable[[], None], ours: list[float]) -> dict[str, float]:
     """Time of the parts of a step in ms: from profiled steps, steps without policy, and graphs run without waiting."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(_PROFILED):

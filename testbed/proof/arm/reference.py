@@ -13,7 +13,7 @@ from bs_coordinator.engine.sequence import Sequence as TokenSequence
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import TopK
 from bs_coordinator.selection.forecast import LayerForecast
-from bs_coordinator.trunk.trunk import Trunk
+from bs_coordinator.trunk.load import load_trunk
 from testbed.evaluation.local_experts import LocalExperts
 from wire.experts import ExpertId
 from wire.manifest import load_manifest
@@ -40,7 +40,7 @@ def make_reference(fp32_bundle: Path, ids: Sequence[ExpertId], *, rows: int) -> 
     experts = LocalExperts(fp32_bundle, threads=1)
     recorder = _RecordingExperts(experts)
     dims = load_manifest(fp32_bundle).dims
-    model = DistributedModel(Trunk(fp32_bundle / "trunk"), recorder, TopK(dims.top_k))
+    model = DistributedModel(load_trunk(fp32_bundle / "trunk"), recorder, TopK(dims.top_k))
     tokenizer = Tokenizer(fp32_bundle / "trunk")
     sequence = TokenSequence(model, tokenizer)
     next(sequence.generate(tokenizer.encode(PROMPT)[:rows], SamplingConfig(max_tokens=1)))

@@ -9,7 +9,7 @@ import torch
 from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.selection import TopK
 from bs_coordinator.trunk.inputs import SequenceInput
-from bs_coordinator.trunk.trunk import Trunk
+from bs_coordinator.trunk.load import load_trunk
 from testbed.evaluation.local_experts import LocalExperts
 from wire.manifest import Scheme
 from wire.tensors import WireDtype
@@ -20,7 +20,7 @@ def test_a_token_gets_bitwise_the_same_alone_in_a_draft_and_in_a_batch(
     tiny_bundle: Callable[[Scheme], Path], scheme: Scheme
 ) -> None:
     bundle = tiny_bundle(scheme)
-    trunk = Trunk(bundle / "trunk")
+    trunk = load_trunk(bundle / "trunk")
     model = DistributedModel(trunk, LocalExperts(bundle, threads=1, wire=WireDtype.FP16), TopK(2))
     ids = torch.randint(0, 40000, (60,), generator=torch.Generator().manual_seed(3)).tolist()
     alone = trunk.new_cache()

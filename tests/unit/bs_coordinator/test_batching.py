@@ -16,7 +16,7 @@ from bs_coordinator.engine.speculation import Speculation
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.errors import AnswerError, DispatchError
 from bs_coordinator.selection import TopK
-from bs_coordinator.trunk.trunk import Trunk
+from bs_coordinator.trunk.load import load_trunk
 from common.errors import WdmoeError
 from testbed.evaluation.local_experts import LocalExperts
 from tests.checkpoints import VOCABULARY
@@ -41,7 +41,7 @@ def experts(random_bundle: Path) -> _Experts:
 
 @pytest.fixture(scope="module")
 def model(random_bundle: Path, experts: _Experts) -> DistributedModel:
-    return DistributedModel(Trunk(random_bundle / "trunk"), experts, TopK(2))
+    return DistributedModel(load_trunk(random_bundle / "trunk"), experts, TopK(2))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.http.answer_server import AnswerServer
 from bs_coordinator.http.openai_api import http_app
 from bs_coordinator.selection import TopK
-from bs_coordinator.trunk.trunk import Trunk
+from bs_coordinator.trunk.load import load_trunk
 from testbed.evaluation.local_experts import LocalExperts
 from tests.http_site import HttpSite
 from tests.waiting import PATIENCE_S, wait_until
@@ -84,7 +84,7 @@ class _Site(HttpSite):
 @pytest.fixture(scope="module")
 def model(tiny_bundle: Callable[[Scheme], Path]) -> DistributedModel:
     bundle = tiny_bundle("fp32")
-    return DistributedModel(Trunk(bundle / "trunk"), LocalExperts(bundle, threads=1), TopK(2))
+    return DistributedModel(load_trunk(bundle / "trunk"), LocalExperts(bundle, threads=1), TopK(2))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.scheduler import Scheduler
 from bs_coordinator.engine.sequence import Sequence
 from bs_coordinator.selection import TopK
-from bs_coordinator.trunk.trunk import Trunk
+from bs_coordinator.trunk.load import load_trunk
 from testbed.demo_assets import export_demo_bundle
 from testbed.evaluation.local_experts import LocalExperts
 from tests.text_models import save_tokenizer
@@ -41,7 +41,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     reference = MixtralForCausalLM(config).eval()
     reference.save_pretrained(folder / "model")
     export_demo_bundle(folder / "model", folder / "bundle", "fp32")
-    trunk = Trunk(folder / "bundle/trunk")
+    trunk = load_trunk(folder / "bundle/trunk")
     model = DistributedModel(trunk, LocalExperts(folder / "bundle", threads=1), TopK(2))
     return reference, model
 

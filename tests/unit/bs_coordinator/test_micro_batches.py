@@ -15,7 +15,7 @@ from bs_coordinator.errors import DispatchError, ExpertsLostError, PlacementErro
 from bs_coordinator.selection import TopK
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import SequenceInput, cut_inputs
-from bs_coordinator.trunk.trunk import Trunk
+from bs_coordinator.trunk.load import load_trunk
 from testbed.evaluation.local_experts import LocalExperts
 from tests.checkpoints import VOCABULARY
 from wire.tensors import Array, WireDtype
@@ -103,7 +103,7 @@ IDS = [int(i) for i in np.random.default_rng(0).integers(1, VOCABULARY, 103)]
 
 
 def test_pieces_under_way_together_give_bitwise_what_they_give_one_by_one(bundle: Path) -> None:
-    trunk, experts = Trunk(bundle / "trunk"), _LateExperts(bundle)
+    trunk, experts = load_trunk(bundle / "trunk"), _LateExperts(bundle)
     model = DistributedModel(trunk, experts, TopK(2))
     model.piece_tokens = 1000
     one_by_one = trunk.new_cache()
@@ -131,7 +131,7 @@ def test_pieces_under_way_together_give_bitwise_what_they_give_one_by_one(bundle
 
 
 def test_a_failure_cancels_what_is_under_way_and_leaves_the_cache_as_it_was(bundle: Path) -> None:
-    trunk, experts = Trunk(bundle / "trunk"), _LateExperts(bundle)
+    trunk, experts = load_trunk(bundle / "trunk"), _LateExperts(bundle)
     model = DistributedModel(trunk, experts, TopK(2))
     model.piece_tokens = 26
     cache = trunk.new_cache()
@@ -158,7 +158,7 @@ def test_lost_experts_are_named_by_the_step_s_own_tokens(bundle: Path) -> None:
             self.local.lost, self.failing = frozenset({3}), None
             raise ExpertsLostError("failed")
 
-    trunk = Trunk(bundle / "trunk")
+    trunk = load_trunk(bundle / "trunk")
     experts = Losing(bundle)
     model = DistributedModel(trunk, experts, TopK(2), degrade=True)
     model.piece_tokens = 52
@@ -184,7 +184,7 @@ def test_a_holder_that_leaves_between_forecast_and_request_is_done_without(bundl
                 raise PlacementError("failed")
             return super().begin(layer, hidden, gate)
 
-    trunk = Trunk(bundle / "trunk")
+    trunk = load_trunk(bundle / "trunk")
     _, record = DistributedModel(trunk, Leaving(bundle), TopK(2), degrade=True).step(
         [SequenceInput(IDS, trunk.new_cache())]
     )

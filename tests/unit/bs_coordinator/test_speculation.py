@@ -24,7 +24,7 @@ from bs_coordinator.engine.speculation.drafts import DraftToken
 from bs_coordinator.engine.speculation.length import Draft, DraftLength
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import TopK
-from bs_coordinator.trunk.trunk import Trunk
+from bs_coordinator.trunk.load import load_trunk
 from testbed.evaluation.local_experts import LocalExperts
 from tests.checkpoints import VOCABULARY
 from wire.tensors import WireDtype
@@ -76,7 +76,7 @@ def tokenizer(random_bundle: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def model(random_bundle: Path) -> DistributedModel:
     experts = LocalExperts(random_bundle, threads=1, wire=WireDtype.FP16)
-    return DistributedModel(Trunk(random_bundle / "trunk"), experts, TopK(2))
+    return DistributedModel(load_trunk(random_bundle / "trunk"), experts, TopK(2))
 
 
 PROMPTS = [

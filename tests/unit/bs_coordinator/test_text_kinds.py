@@ -18,7 +18,7 @@ from bs_coordinator.http.openai_api import http_app
 from bs_coordinator.http.stop_strings import StopText
 from bs_coordinator.selection import TopK
 from bs_coordinator.trunk.inputs import SequenceInput
-from bs_coordinator.trunk.trunk import Trunk
+from bs_coordinator.trunk.load import load_trunk
 from testbed.demo_assets import export_demo_bundle
 from testbed.evaluation import items
 from testbed.evaluation.items import ChoiceItem, DomainText, choose, losses
@@ -50,7 +50,7 @@ def scripted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     )
     export_demo_bundle(folder / "model", folder / "bundle", "fp32")
     trunk = folder / "bundle/trunk"
-    model = DistributedModel(Trunk(trunk), LocalExperts(folder / "bundle", threads=1), TopK(2))
+    model = DistributedModel(load_trunk(trunk), LocalExperts(folder / "bundle", threads=1), TopK(2))
     return _Model(model, Tokenizer(trunk), ids)
 
 

@@ -16,7 +16,8 @@ from bs_coordinator.errors import AnswerError, DispatchError, TrunkError
 from bs_coordinator.selection import TopK
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import SequenceInput
-from bs_coordinator.trunk.trunk import Trunk, check_device
+from bs_coordinator.trunk.llama import LlamaTrunk
+from bs_coordinator.trunk.load import check_device, load_trunk
 from wire.errors import BundleError
 from wire.tensors import Array
 
@@ -68,7 +69,7 @@ def test_steps_are_transformers_steps(
     ids = torch.randint(0, 128, (40,)).tolist()
     with torch.inference_mode():
         expected = reference(torch.tensor([ids])).logits[0]
-    trunk = Trunk(tmp_path, device=device, dtype=dtype)
+    trunk = load_trunk(tmp_path, device=device, dtype=dtype)
     model = DistributedModel(trunk, ReferenceExperts(reference), TopK(2))
     cache = trunk.new_cache()
     pieces = [ids[:20], ids[20:33], *([i] for i in ids[33:])]
@@ -86,7 +87,7 @@ def test_graphs_are_the_eager_steps(tmp_path: Path, dtype: TrunkDtype, tolerance
     ids = torch.randint(0, 128, (300,)).tolist()
     results = []
     for graphs in (True, False):
-        trunk = Trunk(tmp_path, device="cuda", dtype=dtype, graphs=graphs)
+        trunk = LlamaTrunk(tmp_path, device="cuda", dtype=dtype, graphs=graphs)
         model = DistributedModel(trunk, ReferenceExperts(reference), TopK(2))
         cache = trunk.new_cache()
         assert (trunk.graphs(ids[:1], cache) is not None) is graphs
@@ -100,7 +101,7 @@ def test_graphs_are_the_eager_steps(tmp_path: Path, dtype: TrunkDtype, tolerance
 
 def test_a_failed_step_leaves_the_cache_as_it_was(tmp_path: Path) -> None:
     reference = _checkpoint(tmp_path)
-    trunk, experts = Trunk(tmp_path), ReferenceExperts(reference)
+    trunk, experts = load_trunk(tmp_path), ReferenceExperts(reference)
     model = DistributedModel(trunk, experts, TopK(2))
     cache = trunk.new_cache()
     model.step([SequenceInput([1, 2, 3], cache)])
@@ -138,7 +139,7 @@ class _Liar(ReferenceExperts):
 
 def test_logits_that_are_not_finite_find_the_node_and_the_step_is_repeated(tmp_path: Path) -> None:
     reference = _checkpoint(tmp_path)
-    trunk, experts = Trunk(tmp_path), _Liar(reference, excess=1e4)
+    trunk, experts = load_trunk(tmp_path), _Liar(reference, excess=1e4)
     model = DistributedModel(trunk, experts, TopK(2), quarantine=experts.quarantine)
     cache = trunk.new_cache()
     (logits,), _ = model.step([SequenceInput([1, 2, 3], cache)])
@@ -155,7 +156,7 @@ def test_logits_that_stay_infinite_are_an_error_of_the_answer(
     tmp_path: Path, excess: float, forgiven_after: int, left_out: int
 ) -> None:
     reference = _checkpoint(tmp_path)
-    trunk, experts = Trunk(tmp_path), _Liar(reference, excess=excess)
+    trunk, experts = load_trunk(tmp_path), _Liar(reference, excess=excess)
     experts.forgiven_after = forgiven_after
     model = DistributedModel(trunk, experts, TopK(2), quarantine=experts.quarantine)
     cache = trunk.new_cache()
@@ -168,7 +169,7 @@ def test_logits_that_stay_infinite_are_an_error_of_the_answer(
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_failed_token_can_be_tried_again(tmp_path: Path, device: str) -> None:
     reference = _checkpoint(tmp_path)
-    trunk, experts = Trunk(tmp_path, device=device), ReferenceExperts(reference)
+    trunk, experts = load_trunk(tmp_path, device=device), ReferenceExperts(reference)
     model = DistributedModel(trunk, experts, TopK(2))
     cache = trunk.new_cache()
     model.step([SequenceInput([1, 2, 3], cache)])
@@ -186,16 +187,16 @@ def test_a_failed_token_can_be_tried_again(tmp_path: Path, device: str) -> None:
 
 def test_a_trunk_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"config\.json"):
-        Trunk(tmp_path)
+        load_trunk(tmp_path)
     _checkpoint(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(BundleError, match=r"norm\.weight"):
-        Trunk(tmp_path)
+        load_trunk(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(BundleError, match="can't read"):
-        Trunk(tmp_path)
+        load_trunk(tmp_path)
 
 
 def test_a_trunk_runs_on_processors_and_gpus_that_are_there() -> None:

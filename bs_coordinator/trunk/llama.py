@@ -1,4 +1,4 @@
-"""The part of a Mixtral that stays on the base station: embeddings, attention, norms, gates, head, KV cache.
+"""The trunk of a model with Llama's attention, such as Mixtral: embeddings, attention, norms, gates, head, KV cache.
 
 Attention, norms and rotary embedding are transformers' own modules, so the arithmetic is that of
 `MixtralForCausalLM`. This module knows neither nodes nor frames.
@@ -7,7 +7,7 @@ Attention, norms and rotary embedding are transformers' own modules, so the arit
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +23,9 @@ from transformers.models.mixtral.modeling_mixtral import (
 )
 
 from bs_coordinator.config import TrunkDtype
-from bs_coordinator.errors import TrunkError
+from bs_coordinator.trunk.inputs import Packing, SequenceInput
+from bs_coordinator.trunk.interface import CacheMark, Trunk, TrunkPass
+from bs_coordinator.trunk.passes import start_pass
 from bs_coordinator.trunk.rotary import depends_on_length, rotate
 from bs_coordinator.trunk.rows import Rows
 from wire.errors import BundleError
@@ -36,19 +38,6 @@ _TORCH_DTYPE: dict[TrunkDtype, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-
-
-class Packing(NamedTuple):
-    """Several sequences packed into one, so that many short ones take few large products.
-
-    Attributes:
-        positions: int64 [tokens], of each token within its own sequence.
-        visible: bool [tokens, past + tokens], the positions that each token attends to: itself and all before it in
-            its sequence.
-    """
-
-    positions: Tensor
-    visible: Tensor
 
 
 class StepContext:
@@ -66,24 +55,8 @@ class StepContext:
         self.mask = mask
 
 
-def check_device(name: str) -> None:
-    """Check that a trunk can run on a device, named as torch names it.
-
-    Raises:
-        TrunkError: the name is invalid, the trunk does not run on such a device, or this machine has none.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise TrunkError(f"--device {name}: choose cpu, cuda or one GPU such as cuda:1")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise TrunkError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA GPUs here; use --device cpu")
-
-
-class Trunk:
-    """A loaded trunk on one device.
+class LlamaTrunk(Trunk):
+    """A loaded trunk on one device, run block by block.
 
     Attributes:
         config: the model's `MixtralConfig`.
@@ -132,6 +105,21 @@ class Trunk:
         return len(self._modules.layers)
 
     @property
+    def max_positions(self) -> int:
+        """The model's context length in tokens."""
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def can_truncate(self) -> bool:
+        """Always: every layer keeps the keys of all positions."""
+        return True
+
+    @property
+    def pipelines(self) -> bool:
+        """Always: later tokens of a sequence need only the keys of their own layer."""
+        return True
+
+    @property
     def batch_invariant(self) -> bool:
         """Whether a token's results are bitwise independent of the tokens computed with it (`trunk.rows`)."""
         return self.device.type == "cpu" and self.dtype == torch.float32
@@ -156,13 +144,24 @@ class Trunk:
         cache.layers = [DynamicLayer() for _ in range(self.layers)]
         return cache
 
-    @staticmethod
-    def truncate(cache: DynamicCache, tokens: int) -> None:
+    def truncate(self, cache: DynamicCache, tokens: int) -> None:
         """Remove all but the first `tokens` positions; layers that hold fewer stay as they are."""
         for layer in cache.layers:
             excess = layer.get_seq_length() - tokens
             if excess > 0:
                 layer.crop(-excess)
+
+    def mark(self, cache: DynamicCache) -> CacheMark:
+        """What the cache holds now."""
+        return CacheMark(cache.get_seq_length())
+
+    def restore(self, cache: DynamicCache, mark: CacheMark) -> None:
+        """Bring a cache back to what it held when it was marked."""
+        self.truncate(cache, mark.tokens)
+
+    def start_pass(self, inputs: Sequence[SequenceInput]) -> TrunkPass:
+        """Begin to take sequences through the trunk, in the order of `inputs`."""
+        return start_pass(self, inputs)
 
     def embed(
         self, ids: Tensor, cache: DynamicCache, packing: Packing | None = None, *, length: int = 0
