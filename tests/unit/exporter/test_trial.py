@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, models, processors
 
 from bs_coordinator.engine import tokenizer as base_station
 from bs_coordinator.errors import ChatTemplateError
-from bs_coordinator.trunk.load import load_trunk
+from bs_coordinator.trunk.llama import LlamaTrunk
 from exporter.bundle import trial
 from exporter.bundle.bundle import export_bundle
 from exporter.bundle.trial import try_trunk
@@ -140,7 +140,7 @@ def test_what_a_template_refuses_and_a_base_station_can_do_without(
 
 def use_as_a_base_station(folder: Path) -> None:
     """Load a trunk and read a prompt, as a base station does."""
-    trunk = load_trunk(folder)
+    trunk = LlamaTrunk(folder)
     tokenizer = base_station.Tokenizer(folder)
     ids = tokenizer.encode(trial.PROBE)
     if tokenizer.has_chat_template:
