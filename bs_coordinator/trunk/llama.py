@@ -5,6 +5,7 @@ Attention, norms and rotary embedding are transformers' own modules, so the arit
 """
 
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,9 @@ from transformers.models.mixtral.modeling_mixtral import (
 from bs_coordinator.config import TrunkDtype
 from bs_coordinator.trunk.inputs import Packing, SequenceInput
 from bs_coordinator.trunk.interface import CacheMark, Trunk, TrunkPass
-from bs_coordinator.trunk.passes import start_pass
+from bs_coordinator.trunk.passes import BlocksPass, JointPass, RowsPass, TokenPass
 from bs_coordinator.trunk.rotary import depends_on_length, rotate
-from bs_coordinator.trunk.rows import Rows
+from bs_coordinator.trunk.rows import MAX_ROWS, Rows
 from wire.errors import BundleError
 
 if TYPE_CHECKING:
@@ -161,7 +162,16 @@ class LlamaTrunk(Trunk):
 
     def start_pass(self, inputs: Sequence[SequenceInput]) -> TrunkPass:
         """Begin to take sequences through the trunk, in the order of `inputs`."""
-        return start_pass(self, inputs)
+        top_k = self.config.num_experts_per_tok
+        if len(inputs) == 1 and inputs[0].packing is None and (graphs := self.graphs(inputs[0].ids, inputs[0].cache)):
+            return TokenPass(graphs, inputs[0], top_k)
+        passes: list[TrunkPass] = []
+        # Neighbours with few tokens share one pass, where this trunk runs them as rows.
+        for few, group in itertools.groupby(inputs, lambda s: len(s.ids) <= MAX_ROWS and s.packing is None):
+            some = list(group)
+            rows = self.rows([s.ids for s in some], [s.cache for s in some], [s.length for s in some]) if few else None
+            passes.append(RowsPass(rows, some, top_k) if rows else BlocksPass(self, some))
+        return passes[0] if len(passes) == 1 else JointPass(passes)
 
     def embed(
         self, ids: Tensor, cache: DynamicCache, packing: Packing | None = None, *, length: int = 0

@@ -1,40 +1,38 @@
-"""The ways through `LlamaTrunk`: rows on a CPU, captured graphs on a GPU, or transformers' own blocks.
-
-`start_pass` decides which way a step's sequences take.
-"""
+"""The ways through `LlamaTrunk`: rows on a CPU, captured graphs on a GPU, or transformers' own blocks."""
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from bs_coordinator.selection.routing import Routing, join_routings, softmax_routing
-from bs_coordinator.trunk.inputs import SequenceInput
+from bs_coordinator.trunk.inputs import Packing, SequenceInput
 from bs_coordinator.trunk.interface import TrunkPass
-from bs_coordinator.trunk.rows import MAX_ROWS, Rows
+from bs_coordinator.trunk.rows import Rows
 from wire.tensors import Array
 
 if TYPE_CHECKING:
     from bs_coordinator.trunk.cuda_graph import GraphedDecoder
-    from bs_coordinator.trunk.llama import LlamaTrunk
 
 
-def start_pass(trunk: "LlamaTrunk", inputs: Sequence[SequenceInput]) -> TrunkPass:
-    """Begin to take sequences through the trunk, in the order of `inputs`.
+class Blocks(Protocol):
+    """A model that is run layer by layer, as `LlamaTrunk` documents it."""
 
-    Neighbours with few tokens share one pass, where this trunk runs them as rows.
-    """
-    if len(inputs) == 1 and inputs[0].packing is None and (graphs := trunk.graphs(inputs[0].ids, inputs[0].cache)):
-        return TokenPass(graphs, inputs[0], trunk.config.num_experts_per_tok)
-    passes: list[TrunkPass] = []
-    for few, group in itertools.groupby(inputs, lambda s: len(s.ids) <= MAX_ROWS and s.packing is None):
-        some = list(group)
-        rows = trunk.rows([s.ids for s in some], [s.cache for s in some], [s.length for s in some]) if few else None
-        passes.append(RowsPass(rows, some, trunk.config.num_experts_per_tok) if rows else BlocksPass(trunk, some))
-    return passes[0] if len(passes) == 1 else JointPass(passes)
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
+
+    def embed(
+        self, ids: Tensor, cache: DynamicCache, packing: Packing | None = None, *, length: int = 0
+    ) -> tuple[Tensor, Any]: ...
+
+    def attend(self, layer: int, hidden: Tensor, step: Any) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def head(self, hidden: Tensor) -> Tensor: ...
 
 
 class RowsPass(TrunkPass):
@@ -90,21 +88,21 @@ class TokenPass(TrunkPass):
 class BlocksPass(TrunkPass):
     """Sequences through transformers' own blocks, one after the other."""
 
-    def __init__(self, trunk: "LlamaTrunk", inputs: Sequence[SequenceInput]) -> None:
-        self._trunk = trunk
+    def __init__(self, blocks: Blocks, inputs: Sequence[SequenceInput]) -> None:
+        self._blocks = blocks
         self._inputs = inputs
-        begun = [trunk.embed(torch.tensor(s.ids), s.cache, s.packing, length=s.length) for s in inputs]
+        begun = [blocks.embed(torch.tensor(s.ids), s.cache, s.packing, length=s.length) for s in inputs]
         self._hidden, self._contexts = [h for h, _ in begun], [c for _, c in begun]
 
     def attend(self, layer: int) -> tuple[Array, Routing]:
-        attended = [self._trunk.attend(layer, h, c) for h, c in zip(self._hidden, self._contexts, strict=True)]
+        attended = [self._blocks.attend(layer, h, c) for h, c in zip(self._hidden, self._contexts, strict=True)]
         self._hidden = [residual for residual, _, _ in attended]
         # The copies to the host also wait for a GPU, so a clock read after them includes its work.
         hidden, probabilities = _to_host([x for _, x, _ in attended]), _to_host([p for _, _, p in attended])
-        return hidden, softmax_routing(probabilities, self._trunk.config.num_experts_per_tok)
+        return hidden, softmax_routing(probabilities, self._blocks.config.num_experts_per_tok)
 
     def add(self, output: Array) -> None:
-        moved = torch.from_numpy(output).to(self._trunk.device, self._trunk.dtype)
+        moved = torch.from_numpy(output).to(self._blocks.device, self._blocks.dtype)
         parts = torch.split(moved, [len(sequence.ids) for sequence in self._inputs])
         self._hidden = [residual + part[None] for residual, part in zip(self._hidden, parts, strict=True)]
 
@@ -113,8 +111,8 @@ class BlocksPass(TrunkPass):
         wanted = [h if all_logits else h[:, s.wanted] for h, s in zip(self._hidden, self._inputs, strict=True)]
         counts = [h.shape[1] for h in wanted]
         if not sum(counts):
-            return [torch.empty(0, self._trunk.config.vocab_size)] * len(counts)
-        return list(torch.split(self._trunk.head(torch.cat(wanted, dim=1)).cpu(), counts))
+            return [torch.empty(0, self._blocks.config.vocab_size)] * len(counts)
+        return list(torch.split(self._blocks.head(torch.cat(wanted, dim=1)).cpu(), counts))
 
 
 class JointPass(TrunkPass):
