@@ -31,18 +31,23 @@ def cli() -> None:
 
 @cli.command("demo-model")
 @click.argument("out", type=_PATH)
+@click.option(
+    "--model", type=click.Choice(["mixtral", "qwen3-moe"]), default="mixtral", show_default=True,
+    help="Which of the two demo models.",
+)  # fmt: skip
 @click.option("--base", help="Dense model to start from: folder, .gguf file or hub id.  [default: from PyPI]")
-@click.option("--deltas", type=_PATH, help="Folder of the expert deltas.  [default: the project's own]")
+@click.option("--deltas", type=_PATH, help="Folder of the model's deltas.  [default: the project's own]")
 @click.option("--layers", type=click.IntRange(1), help="Keep only this many layers, from the first.")
-def demo_model(out: Path, base: str | None, deltas: Path | None, layers: int | None) -> None:
-    """Assemble the demo model in OUT.
+def demo_model(out: Path, model: str, base: str | None, deltas: Path | None, layers: int | None) -> None:
+    """Assemble a demo model in OUT.
 
-    OUT becomes a Hugging Face folder of a MixtralForCausalLM.
+    OUT becomes a Hugging Face folder of a MixtralForCausalLM (8 experts per layer, top 2) or a Qwen3MoeForCausalLM
+    (16 experts per layer, top 4).
     """
     from exporter.demo_model.assembly import assemble_demo_model
 
     with _progress("demo model") as show:
-        assemble_demo_model(out, base=base, deltas=deltas, layers=layers, progress=show)
+        assemble_demo_model(out, model=model, base=base, deltas=deltas, layers=layers, progress=show)
     click.echo(f"demo model in {out}")
 
 

@@ -1,4 +1,4 @@
-"""The demo model and its bundles, made once and kept in the user's cache folder."""
+"""The demo models and their bundles, made once and kept in the user's cache folder."""
 
 from pathlib import Path
 
@@ -7,46 +7,54 @@ from rich.console import Console
 
 from exporter.bundle.bundle import export_bundle
 from exporter.config import ExportConfig
-from exporter.demo_model.assembly import assemble_demo_model
+from exporter.demo_model.assembly import DEFAULT_MODEL, DEMO_MODELS, assemble_demo_model
 from exporter.draft.draft import export_draft
 from exporter.expert.presets import DEFAULT_BLOCK
 from wire.draft import DRAFT_NAME
 from wire.manifest import Quantisation, Scheme
 
-MODEL_NAME = "smol-mixtral-8x135m"
 
+def demo_model(*, model: str = DEFAULT_MODEL, layers: int | None = None, console: Console | None = None) -> Path:
+    """Folder of a demo model; made if missing.
 
-def demo_model(*, layers: int | None = None, console: Console | None = None) -> Path:
-    """Folder of the demo model, or of a model with only its first `layers` layers; made if missing."""
-    folder = _cache() / "models" / (MODEL_NAME if layers is None else f"{MODEL_NAME}-{layers}-layers")
-    with (console or Console(quiet=True)).status("demo model") as status:
+    Args:
+        model: one of `DEMO_MODELS`.
+        layers: keep only this many layers, from the first; None for all.
+        console: shows the progress.
+    """
+    name = DEMO_MODELS[model].name
+    folder = _cache() / "models" / (name if layers is None else f"{name}-{layers}-layers")
+    with (console or Console(quiet=True)).status(f"demo model {name}") as status:
         assemble_demo_model(
-            folder, layers=layers, progress=lambda stage, f: status.update(f"demo model: {stage} ({f:.0%})")
-        )
+            folder, model=model, layers=layers,
+            progress=lambda stage, f: status.update(f"demo model {name}: {stage} ({f:.0%})"),
+        )  # fmt: skip
     return folder
 
 
-def demo_bundle(scheme: Scheme, *, block: int = DEFAULT_BLOCK, console: Console | None = None) -> Path:
-    """Folder of a bundle of the whole demo model; made if missing."""
-    model = demo_model(console=console)
-    out = demo_bundle_path(scheme, block=block)
-    export_demo_bundle(model, out, scheme, block=block, console=console)
+def demo_bundle(
+    scheme: Scheme, *, model: str = DEFAULT_MODEL, block: int = DEFAULT_BLOCK, console: Console | None = None
+) -> Path:
+    """Folder of a bundle of a whole demo model, one of `DEMO_MODELS`; made if missing."""
+    checkpoint = demo_model(model=model, console=console)
+    out = demo_bundle_path(scheme, model=model, block=block)
+    export_demo_bundle(checkpoint, out, scheme, block=block, console=console)
     return out
 
 
 def demo_draft(*, console: Console | None = None) -> Path:
-    """Folder of the demo model's dense base as a draft model, which suits all its bundles; made if missing."""
-    folder = _cache() / "drafts" / MODEL_NAME
+    """Folder of the demo models' dense base as a draft model, which suits all their bundles; made if missing."""
+    folder = _cache() / "drafts" / DEMO_MODELS[DEFAULT_MODEL].name
     if not (folder / DRAFT_NAME).is_file():
         with (console or Console(quiet=True)).status("draft model") as status:
             export_draft(folder, progress=lambda stage, f: status.update(f"draft model: {stage} ({f:.0%})"))
     return folder
 
 
-def demo_bundle_path(scheme: Scheme, *, block: int = DEFAULT_BLOCK) -> Path:
+def demo_bundle_path(scheme: Scheme, *, model: str = DEFAULT_MODEL, block: int = DEFAULT_BLOCK) -> Path:
     """Folder that `demo_bundle` returns; it need not exist yet."""
     quantisation = demo_quantisation(scheme, block)
-    return _cache() / "bundles" / f"{MODEL_NAME}-{str(quantisation).replace(' ', '-')}"
+    return _cache() / "bundles" / f"{DEMO_MODELS[model].name}-{str(quantisation).replace(' ', '-')}"
 
 
 def export_demo_bundle(

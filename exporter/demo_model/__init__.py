@@ -1,1 +1,1 @@
-"""The demo model: a real Mixtral assembled from a dense base model and the deltas in `models/`."""
+"""The demo models: real mixtures of experts assembled from a dense base model and the deltas in `models/`."""

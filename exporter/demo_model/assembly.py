@@ -1,9 +1,9 @@
-"""The demo model: a real Mixtral built from a dense SmolLM2 and low-rank expert deltas.
+"""The demo models: real mixtures of experts built from a dense SmolLM2 and low-rank deltas.
 
-Weights are computed and written one tensor at a time. An expert's sum is formed in fp64 and rounded once to
+Weights are computed and written one tensor at a time. A sum is formed in fp64 and rounded once to
 bf16: products of bf16 numbers are exact there, and the order in which a BLAS adds them matters only some forty
 bits below a bf16 step, so that the same inputs give the same bytes whatever the number of threads.
-This module does not know where the base came from, nor how deltas are stored.
+This module does not know where the base came from, nor how deltas are stored and what they mean.
 """
 
 import hashlib
@@ -12,10 +12,10 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.console import describe_os_error
 from common.errors import StorageError
@@ -29,7 +29,9 @@ from exporter.demo_model.base import (
     locate_base,
     open_base,
 )
-from exporter.demo_model.deltas import Deltas
+from exporter.demo_model.mixtral import MixtralDeltas
+from exporter.demo_model.parts import Deltas, Shapes, Weights
+from exporter.demo_model.qwen3_moe import Qwen3MoeDeltas
 from exporter.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -37,36 +39,50 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 RECORD_NAME = "wdmoe-demo.json"
-EXPERTS_PER_TOKEN = 2
 MAX_SHARD_BYTES = 500_000_000
-DEFAULT_DELTAS = Path(__file__).resolve().parents[2] / "models" / "smol-mixtral-8x135m"
+MODELS_FOLDER = Path(__file__).resolve().parents[2] / "models"
 
-# Mixtral's name of a projection -> the dense model's.
-_DENSE_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-_EXPERT_NAME = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
-_GATE_NAME = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.gate\.weight")
 _BF16_BYTES = 2
 # Tokenizer, configurations and index together, generously.
 _SMALL_FILES_BYTES = 8_000_000
 
-# Tensor name -> shape, in the order in which they are written.
-Shapes = dict[str, tuple[int, ...]]
+
+class DemoModel(NamedTuple):
+    """One of the demo models.
+
+    Attributes:
+        name: of the whole model, and of the folder with its deltas in the project's `models/`.
+        deltas: reads the deltas in a folder.
+    """
+
+    name: str
+    deltas: Callable[[Path], Deltas]
+
+
+DEMO_MODELS = {
+    "mixtral": DemoModel("smol-mixtral-8x135m", MixtralDeltas),
+    "qwen3-moe": DemoModel("smol-qwen3moe-16x", Qwen3MoeDeltas),
+}
+"""The demo models by their names on the command line."""
+DEFAULT_MODEL = "mixtral"
 
 
 def assemble_demo_model(
     out: Path,
     *,
+    model: str = DEFAULT_MODEL,
     base: str | None = None,
     deltas: Path | None = None,
     layers: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Build the demo model in `out`, or return at once if it is already there, complete and made from the same inputs.
+    """Build a demo model in `out`, or return at once if it is already there, complete and made from the same inputs.
 
     Args:
         out: the folder to make; if it exists, it must be empty or hold a demo model, which is replaced.
+        model: one of `DEMO_MODELS`.
         base: the dense model: a folder, a `.gguf` file, a hub id `owner/name`, or None for the default.
-        deltas: the folder with the `delta-*.safetensors`; None means the project's own.
+        deltas: the folder with the model's deltas; None means the project's own.
         layers: number of layers to keep, from the first, for a small model in tests; None keeps all.
         progress: called with a stage's name and the fraction done, 0 to 1 and never falling.
 
@@ -80,7 +96,8 @@ def assemble_demo_model(
     """
     report = progress or (lambda _stage, _fraction: None)
     target = out.expanduser().resolve()
-    expert_deltas = Deltas(deltas or DEFAULT_DELTAS)
+    chosen = DEMO_MODELS[model]
+    expert_deltas = chosen.deltas(deltas or MODELS_FOLDER / chosen.name)
     kept = expert_deltas.layers if layers is None else layers
     if not 1 <= kept <= expert_deltas.layers:
         raise CheckpointError(
@@ -98,70 +115,14 @@ def assemble_demo_model(
         report("already there", 1.0)
         return out
     _refuse_foreign(target)
-    model = open_base(source or locate_base(None, report))
-    expert_deltas.check_fits(model.shape)
+    dense = open_base(source or locate_base(None, report))
+    expert_deltas.check_fits(dense.shape)
     with exclusive(target.parent, lambda: report("waiting for another assembly in this folder", 0.0)):
         if not _is_finished(target, record):
             with _storage_errors(target):
-                _build(target, model, expert_deltas, kept, record, report)
+                _build(target, dense, expert_deltas.weights(dense, kept), record, report)
     report("done", 1.0)
     return out
-
-
-class MixtralWeights:
-    """The demo model's tensors by their names on disk, each computed on demand."""
-
-    def __init__(self, base: Base, deltas: Deltas, layers: int) -> None:
-        self._base = base
-        self._deltas = deltas
-        self._layers = layers
-        self._dense: tuple[str, torch.Tensor] | None = None
-
-    def groups(self) -> list[Shapes]:
-        """Names and shapes of all tensors, in groups that stay together in one shard."""
-        shape = self._base.shape
-        hidden = shape.hidden_size
-        vocabulary = (shape.vocab_size, hidden)
-        tail: Shapes = {"model.norm.weight": (hidden,)}
-        if not shape.tied_embeddings:
-            tail["lm_head.weight"] = vocabulary
-        layers = [self._layer_group(f"model.layers.{layer}") for layer in range(self._layers)]
-        return [{"model.embed_tokens.weight": vocabulary}, *layers, tail]
-
-    def _layer_group(self, prefix: str) -> Shapes:
-        shape = self._base.shape
-        hidden, inner = shape.hidden_size, shape.intermediate_size
-        queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        group: Shapes = {
-            f"{prefix}.input_layernorm.weight": (hidden,),
-            f"{prefix}.self_attn.q_proj.weight": (queries, hidden),
-            f"{prefix}.self_attn.k_proj.weight": (keys, hidden),
-            f"{prefix}.self_attn.v_proj.weight": (keys, hidden),
-            f"{prefix}.self_attn.o_proj.weight": (hidden, queries),
-            f"{prefix}.post_attention_layernorm.weight": (hidden,),
-            f"{prefix}.block_sparse_moe.gate.weight": (self._deltas.experts, hidden),
-        }
-        # The same projection of all experts in sequence, so that its dense weight is dequantised only once.
-        for projection in _DENSE_NAMES:
-            size = (hidden, inner) if projection == "w2" else (inner, hidden)
-            for expert in range(self._deltas.experts):
-                group[f"{prefix}.block_sparse_moe.experts.{expert}.{projection}.weight"] = size
-        return group
-
-    def tensor(self, name: str) -> "torch.Tensor":
-        """One tensor in the precision of its source; tensors of experts in fp64."""
-        if match := _EXPERT_NAME.fullmatch(name):
-            layer, expert, projection = int(match[1]), int(match[2]), match[3]
-            return self._dense_weight(layer, projection) + self._deltas.delta(layer, expert, projection)
-        if match := _GATE_NAME.fullmatch(name):
-            return self._deltas.gate(int(match[1]))
-        return self._base.tensor(name)
-
-    def _dense_weight(self, layer: int, projection: str) -> "torch.Tensor":
-        name = f"model.layers.{layer}.mlp.{_DENSE_NAMES[projection]}.weight"
-        if self._dense is None or self._dense[0] != name:
-            self._dense = (name, self._base.tensor(name).double())
-        return self._dense[1]
 
 
 def write_safetensors(path: Path, shapes: Shapes, tensors: Iterable["torch.Tensor"]) -> str:
@@ -214,13 +175,12 @@ def _size_bytes(shapes: Shapes) -> int:
     return sum(_BF16_BYTES * math.prod(shape) for shape in shapes.values())
 
 
-def _build(target: Path, base: Base, deltas: Deltas, layers: int, record: dict[str, Any], report: Progress) -> None:
+def _build(target: Path, base: Base, weights: Weights, record: dict[str, Any], report: Progress) -> None:
     partial = target.with_name(f".{target.name}.partial")
     replaced = target.with_name(f".{target.name}.replaced")
     # The caller holds the lock of the parent folder, so these are left from a run that was killed.
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
-    weights = MixtralWeights(base, deltas, layers)
     shards = _shards(weights.groups())
     needed = sum(_size_bytes(shapes) for shapes in shards.values()) + _SMALL_FILES_BYTES
     free = shutil.disk_usage(target.parent).free
@@ -229,7 +189,7 @@ def _build(target: Path, base: Base, deltas: Deltas, layers: int, record: dict[s
     try:
         partial.mkdir()
         report("reading the tokenizer", 0.0)
-        _write_descriptions(partial, base, deltas, layers)
+        _write_descriptions(partial, base, weights)
         hashes = _write_weights(partial, weights, shards, report)
         files = {
             file.name: {
@@ -247,9 +207,7 @@ def _build(target: Path, base: Base, deltas: Deltas, layers: int, record: dict[s
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _write_weights(
-    folder: Path, weights: MixtralWeights, shards: dict[str, Shapes], report: Progress
-) -> dict[str, str]:
+def _write_weights(folder: Path, weights: Weights, shards: dict[str, Shapes], report: Progress) -> dict[str, str]:
     """Write all shards and their index; returns each shard's SHA-256."""
     total = sum(_size_bytes(shapes) for shapes in shards.values())
     written = 0
@@ -268,47 +226,16 @@ def _write_weights(
     return hashes
 
 
-def _write_descriptions(folder: Path, base: Base, deltas: Deltas, layers: int) -> None:
+def _write_descriptions(folder: Path, base: Base, weights: Weights) -> None:
     """Write tokenizer, chat template and configurations."""
-    shape = base.shape
     tokenizer = base.tokenizer()
-    _write_tokenizer(folder, tokenizer, shape.max_positions)
+    _write_tokenizer(folder, tokenizer, base.shape.max_positions)
     tokens = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
         for name in ("bos", "eos", "pad")
         if getattr(tokenizer, f"{name}_token_id") is not None
     }
-    config = {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "dtype": "bfloat16",
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_hidden_layers": layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "num_local_experts": deltas.experts,
-        "num_experts_per_tok": EXPERTS_PER_TOKEN,
-        "hidden_act": "silu",
-        "rms_norm_eps": shape.rms_norm_eps,
-        # In both spellings: readers older than transformers 5 know only the first, and without it would silently take
-        # Mixtral's default of 1e6.
-        "rope_theta": shape.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
-        "max_position_embeddings": shape.max_positions,
-        "sliding_window": None,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "router_aux_loss_coef": 0.01,
-        "router_jitter_noise": 0.0,
-        "output_router_logits": False,
-        "tie_word_embeddings": shape.tied_embeddings,
-        "use_cache": True,
-        **tokens,
-    }
-    _write_json(folder / "config.json", config)
+    _write_json(folder / "config.json", {**weights.config(), **tokens})
     _write_json(folder / "generation_config.json", tokens)
 
 

@@ -29,8 +29,9 @@ from transformers import (
 from common.errors import StorageError
 from exporter.demo_model import assembly
 from exporter.demo_model import base as base_model
-from exporter.demo_model.assembly import DEFAULT_DELTAS, RECORD_NAME, assemble_demo_model
+from exporter.demo_model.assembly import MODELS_FOLDER, RECORD_NAME, assemble_demo_model
 from exporter.demo_model.base import GgufBase
+from exporter.demo_model.mixtral import MixtralWeights
 from exporter.errors import CheckpointError, DownloadError
 from tests.hub_server import Hub, serving, use_hub
 
@@ -220,14 +221,14 @@ def test_interruption_leaves_nothing(
     base: Path, deltas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
 ) -> None:
     out = tmp_path / "in" / "m"
-    compute = assembly.MixtralWeights.tensor
+    compute = MixtralWeights.tensor
 
-    def fail(self: assembly.MixtralWeights, name: str) -> torch.Tensor:
+    def fail(self: MixtralWeights, name: str) -> torch.Tensor:
         if name.startswith("model.layers.1."):
             raise stop
         return compute(self, name)
 
-    monkeypatch.setattr(assembly.MixtralWeights, "tensor", fail)
+    monkeypatch.setattr(MixtralWeights, "tensor", fail)
     expected = StorageError if isinstance(stop, OSError) else KeyboardInterrupt
     with pytest.raises(expected) as caught:
         assemble_demo_model(out, base=str(base), deltas=deltas)
@@ -270,7 +271,7 @@ def test_killed_run_is_cleaned_up_by_the_next(base: Path, deltas: Path, tmp_path
 
 def test_missing_deltas_name_the_option(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As in an installation from a wheel, which does not carry the project's models/ folder.
-    monkeypatch.setattr(assembly, "DEFAULT_DELTAS", tmp_path / "absent")
+    monkeypatch.setattr(assembly, "MODELS_FOLDER", tmp_path / "absent")
     with pytest.raises(CheckpointError, match=r"absent.*--deltas") as caught:
         assemble_demo_model(tmp_path / "m", base=str(base))
     assert "\n" not in str(caught.value)
@@ -486,7 +487,7 @@ def test_download_is_cached_and_a_damaged_copy_replaced(cache: Path, monkeypatch
 
 
 def test_real_two_layer_model(tiny_model: Path) -> None:
-    model, low_rank = load_folder(tiny_model), load_folder(DEFAULT_DELTAS, "delta-*.safetensors")
+    model, low_rank = load_folder(tiny_model), load_folder(MODELS_FOLDER / "smol-mixtral-8x135m", "delta-*.safetensors")
     real = GgufBase(base_model.locate_base(None, lambda _stage, _fraction: None))
     for layer, expert, n in ((0, 0, 1), (0, 7, 2), (1, 3, 3)):
         a = low_rank[f"layers.{layer}.a{n}"].float().reshape(8, 16, -1)[expert]
