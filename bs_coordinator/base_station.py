@@ -22,6 +22,7 @@ from bs_coordinator.links.broker_sockets import BrokerSockets, is_local
 from bs_coordinator.links.log import link_log, no_log
 from bs_coordinator.nodes.registry import NodeRegistry
 from bs_coordinator.selection import Policy, TopK, parse_policy
+from bs_coordinator.trunk.generic import GenericTrunk
 from bs_coordinator.trunk.interface import Trunk
 from bs_coordinator.trunk.load import check_device, load_trunk
 from common.config import ConfigError
@@ -147,6 +148,13 @@ def _policy(config: BaseStationConfig, manifest: Manifest) -> Policy:
 def _load(config: BaseStationConfig, manifest: Manifest, policy: Policy) -> tuple[Trunk, Tokenizer, Speculation]:
     folder = config.bundle / "trunk"
     trunk = load_trunk(folder, device=config.device, dtype=config.dtype)
+    if trunk.layers != manifest.dims.layers:
+        raise BundleError(
+            f"the model asks experts in {trunk.layers} layers, the manifest lists {manifest.dims.layers}: make the "
+            "bundle anew"
+        )
+    if config.draft in ("ngram", "dense") and not trunk.can_truncate:
+        raise ConfigError(f"--draft {config.draft}: this model's recurrent layers can't take tokens back; use none")
     tokenizer = Tokenizer(folder)
     return trunk, tokenizer, _speculation(config, manifest, tokenizer, _why_no_drafts(config, trunk, manifest, policy))
 
@@ -232,6 +240,10 @@ def _why_no_drafts(config: BaseStationConfig, trunk: Trunk, manifest: Manifest, 
     A batch of tokens must give each of them what it gets alone. Elsewhere the difference is small, but it can decide
     between two tokens of nearly equal probability; and some policies choose by what else is in a batch.
     """
+    if not trunk.can_truncate:
+        return "the model has recurrent layers, which can't take tokens back"
+    if isinstance(trunk, GenericTrunk):
+        return "transformers' own model rounds several tokens otherwise than one"
     if not trunk.batch_invariant:
         return f"the trunk runs on {config.device} in {config.dtype}, not on cpu in fp32"
     if manifest.quantisation.scheme == "int8-dynamic":

@@ -70,7 +70,8 @@ class Sequence:
         self.model = model
         self.tokenizer = tokenizer
         self.speculation = speculation or Speculation()
-        self.drafter = self.speculation.drafter()
+        # Where nothing can be removed from a cache, neither can draft tokens that turn out to be wrong.
+        self.drafter = self.speculation.drafter() if model.trunk.can_truncate else None
         self.cache = model.trunk.new_cache()
         self.cached_ids: list[int] = []
         self.max_positions: int = model.trunk.max_positions
@@ -121,10 +122,15 @@ class Sequence:
     def reuse_cache(self, prompt: list[int]) -> list[int]:
         """Cut the cache to the prefix it shares with `prompt`; returns the ids still to run, at least one."""
         shared = 0
+        trunk = self.model.trunk
         # What was computed in a shorter sequence is of no use where tokens depend on the sequence's length.
-        limit = 0 if self.model.trunk.rope_by_length else min(len(self.cached_ids), len(prompt) - 1)
+        limit = 0 if trunk.rope_by_length else min(len(self.cached_ids), len(prompt) - 1)
         while shared < limit and self.cached_ids[shared] == prompt[shared]:
             shared += 1
+        kept_whole = shared == len(self.cached_ids) and (trunk.continues or len(prompt) - shared == 1)
+        if not trunk.can_truncate and not kept_whole:
+            self.cache, self.cached_ids = trunk.new_cache(), []
+            return prompt
         self.truncate(shared)
         return prompt[shared:]
 
@@ -173,7 +179,8 @@ class GeneratedAnswer:
             prefill_tokens: prompt tokens at most.
             sequences: number of sequences that will share the step.
         """
-        self._running = self._pending[:prefill_tokens]
+        trunk = self._sequence.model.trunk
+        self._running = self._pending[:prefill_tokens] if trunk.continues else self._pending
         self._draft = Draft()
         drafter = self._sequence.drafter
         # With several sequences in a step drafts are short or empty: not worth reading a prompt ahead of time.

@@ -58,6 +58,8 @@ class Trunk(Protocol):
         packs: whether several sequences can be packed into one.
         rope_by_length: whether the rotary embedding of a token depends on how long its sequence is.
         can_truncate: whether positions can be removed from a cache. If not, a sequence can only grow: no drafts.
+        continues: whether several tokens at once may follow what a cache holds. If not, a prompt takes one step.
+        scored: whether every layer's routing has scores.
         pipelines: whether a sequence's next tokens may start before its earlier ones have left the last layer.
     """
 
@@ -80,6 +82,12 @@ class Trunk(Protocol):
 
     @property
     def can_truncate(self) -> bool: ...
+
+    @property
+    def continues(self) -> bool: ...
+
+    @property
+    def scored(self) -> bool: ...
 
     @property
     def pipelines(self) -> bool: ...

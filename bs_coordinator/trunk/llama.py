@@ -6,7 +6,7 @@ Attention, norms and rotary embedding are transformers' own modules, so the arit
 
 import importlib.util
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from transformers.models.mixtral.modeling_mixtral import (
 )
 
 from bs_coordinator.config import TrunkDtype
+from bs_coordinator.trunk.dtypes import TORCH_DTYPE
 from bs_coordinator.trunk.inputs import Packing, SequenceInput
 from bs_coordinator.trunk.interface import CacheMark, Trunk, TrunkPass
 from bs_coordinator.trunk.passes import BlocksPass, JointPass, RowsPass, TokenPass
@@ -34,11 +35,10 @@ from wire.errors import BundleError
 if TYPE_CHECKING:
     from bs_coordinator.trunk.cuda_graph import GraphedDecoder
 
-_TORCH_DTYPE: dict[TrunkDtype, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+
+def why_not_llama(config: Mapping[str, object]) -> str:
+    """Why these blocks can't run a model, given its config.json; empty if they can."""
+    return "" if config.get("model_type") == "mixtral" else "its blocks are not Mixtral's"
 
 
 class StepContext:
@@ -80,7 +80,7 @@ class LlamaTrunk(Trunk):
         """
         self.config: Any = _load_config(folder)
         self.device = torch.device(device)
-        self.dtype = _TORCH_DTYPE[dtype]
+        self.dtype = TORCH_DTYPE[dtype]
         with torch.device("meta"):
             self._modules = _TrunkModules(self.config)
         try:
@@ -113,6 +113,16 @@ class LlamaTrunk(Trunk):
     @property
     def can_truncate(self) -> bool:
         """Always: every layer keeps the keys of all positions."""
+        return True
+
+    @property
+    def continues(self) -> bool:
+        """Always: a token needs nothing of those before it but their keys and values."""
+        return True
+
+    @property
+    def scored(self) -> bool:
+        """Always: the gate's softmax."""
         return True
 
     @property

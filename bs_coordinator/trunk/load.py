@@ -1,17 +1,26 @@
 """Loading the trunk of a bundle, whatever its family."""
 
+import json
+import logging
 from pathlib import Path
 
 import torch
 
 from bs_coordinator.config import TrunkDtype
 from bs_coordinator.errors import TrunkError
+from bs_coordinator.trunk.generic import GenericTrunk
 from bs_coordinator.trunk.interface import Trunk
-from bs_coordinator.trunk.llama import LlamaTrunk
+from bs_coordinator.trunk.llama import LlamaTrunk, why_not_llama
+from wire.errors import BundleError
+
+log = logging.getLogger(__name__)
 
 
 def load_trunk(folder: Path, *, device: str = "cpu", dtype: TrunkDtype = "fp32") -> Trunk:
     """Load the `trunk/` folder of a bundle.
+
+    Models with Llama's attention take this project's own blocks, which are faster, and exact where drafts need it.
+    All others take transformers' own model.
 
     Args:
         folder: with `config.json` and `model.safetensors`.
@@ -20,7 +29,15 @@ def load_trunk(folder: Path, *, device: str = "cpu", dtype: TrunkDtype = "fp32")
 
     Raises:
         BundleError: files are missing or do not fit together.
+        TrunkError: transformers can't run this model without its experts.
     """
+    config = _read_config(folder)
+    family = config.get("model_type", "unknown")
+    why_not = why_not_llama(config)
+    if why_not:
+        log.info("trunk of the family %s: transformers' own model, because %s", family, why_not)
+        return GenericTrunk(folder, device=device, dtype=dtype)
+    log.info("trunk of the family %s: own blocks", family)
     return LlamaTrunk(folder, device=device, dtype=dtype)
 
 
@@ -38,3 +55,16 @@ def check_device(name: str) -> None:
         raise TrunkError(f"--device {name}: choose cpu, cuda or one GPU such as cuda:1")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise TrunkError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA GPUs here; use --device cpu")
+
+
+def _read_config(folder: Path) -> dict[str, object]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise BundleError(f"{folder} has no config.json: this bundle holds experts only, use the exporter's own")
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BundleError(f"can't read {path}: {error}") from None
+    if not isinstance(config, dict):
+        raise BundleError(f"{path} is not a JSON object")
+    return config
