@@ -176,7 +176,7 @@ def _connect(
         dispatcher = Dispatcher(
             client.connect(),
             client.topics,
-            NodeRegistry(manifest.dims, manifest.model_sha256),
+            NodeRegistry(manifest.dims, manifest.model_sha256, tagged=client.cluster_key is not None),
             dtype=config.wire,
             timeout_s=config.layer_timeout_s,
             reconnect=lambda: client.connect(timeout_s=_RECONNECT_TIMEOUT_S),

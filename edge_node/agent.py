@@ -8,7 +8,6 @@ import logging
 import os
 import platform
 import random
-import secrets
 import shutil
 import socket
 import threading
@@ -100,7 +99,7 @@ class NodeAgent:
         self._clock = clock
         self._unfit = ""
         self._rival = ""
-        self._boot_id = secrets.token_hex(8)
+        self._boot_id = worker.boot_id
         self._since_unix_ms = 0
         self._status_came_back = False
         self._telemetry = TelemetryProcess(node, self._boot_id, address.host, address.port) if telemetry else None
@@ -313,6 +312,7 @@ class NodeAgent:
             device=self._device,
             residency=self._residency() if online else None,
             rival=self._rival,
+            frame_tags=status.FRAME_TAGS if self._worker.tagged else 0,
         )
 
     def _machine(self) -> Machine:

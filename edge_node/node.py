@@ -25,7 +25,7 @@ from wire.broker_address import BrokerAddress
 from wire.broker_url import parse_broker_url
 from wire.device_profiles import Provider
 from wire.experts import ExpertId, format_selector, parse_selector
-from wire.frame_auth import read_node_authenticator
+from wire.frame_auth import read_node_key
 from wire.manifest import Manifest
 from wire.signature import load_trusted_manifest
 from wire.status import DeviceFacts, Holding
@@ -116,7 +116,7 @@ def build_node(config: NodeConfig) -> Node:
         ProbeError: an expert does not compute what it did where it was exported.
     """
     address, topics = _address(config), Topics(config.cluster)
-    authenticator = read_node_authenticator(config.frame_key, config.cluster, config.node) if config.frame_key else None
+    node_key = read_node_key(config.frame_key, config.cluster, config.node) if config.frame_key else None
     device = _device(config)
     (bundle,) = config.bundles
     with failure_published(address, topics, config.node):
@@ -128,7 +128,7 @@ def build_node(config: NodeConfig) -> Node:
         log.warning("%s", better)
     with failure_published(address, topics, config.node):
         runtime, chosen = _load(config, manifest, held, threads, _providers(config, device))
-    worker = Worker(runtime, authenticator=authenticator)
+    worker = Worker(runtime, node_key=node_key)
     agent = NodeAgent(
         node=config.node,
         topics=topics,

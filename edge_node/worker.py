@@ -1,6 +1,7 @@
 """From a work frame to its answer: no I/O, so that it can be tested and replayed without a network."""
 
 import logging
+import secrets
 from collections import Counter
 
 import numpy as np
@@ -11,34 +12,41 @@ from edge_node.experts.runtime import ExpertRuntime
 from wire import frames
 from wire.errors import FrameError
 from wire.experts import ExpertId
-from wire.frame_auth import FrameAuthenticator, ReplayWindow
+from wire.frame_auth import FrameAuthenticator, ReplayGuard
 from wire.frames import ErrorFrame, NodeDurations, PingFrame, PongFrame, ResultFrame, Status, WorkFrame
 from wire.pong_stamps import stamped_payload
 
 log = logging.getLogger(__name__)
+
+_KEY_REASONS = ("forged", "sealed", "unsealed")
+"""Reasons to drop a frame that an operator can do something about: each is logged once."""
 
 
 class Worker:
     """Answers frames with the experts of a runtime.
 
     Attributes:
+        boot_id: random per worker; frames with tags are accepted only if they were made for it.
+        tagged: whether frames carry tags.
         counts: answered and refused frames and dropped bytes by reason, for logs.
     """
 
     def __init__(
-        self, runtime: ExpertRuntime, *, authenticator: FrameAuthenticator | None = None, clock: Clock = SYSTEM_CLOCK
+        self, runtime: ExpertRuntime, *, node_key: bytes | None = None, clock: Clock = SYSTEM_CLOCK
     ) -> None:
         """Take frames from now on.
 
         Args:
-            authenticator: answer only frames with its tag, and none of them twice; frames without a tag if None.
+            node_key: answer only frames with a tag of this key, and none of them twice; frames without a tag if None.
             clock: for durations and time stamps.
         """
+        self.boot_id = secrets.token_hex(8)
+        self.tagged = node_key is not None
         self.counts: Counter[str] = Counter()
         self._runtime = runtime
-        self._authenticator = authenticator
+        self._authenticator = FrameAuthenticator(node_key, self.boot_id, at_node=True) if node_key else None
         self._clock = clock
-        self._window = ReplayWindow()
+        self._replays = ReplayGuard()
         self._hidden = runtime.manifest.dims.hidden
 
     def answer(self, payload: bytes, arrived_ns: int) -> bytes | None:
@@ -52,9 +60,11 @@ class Worker:
             frame = frames.decode(payload, authenticator=self._authenticator)
         except FrameError as error:
             self.counts[f"dropped:{error.reason}"] += 1
+            if error.reason in _KEY_REASONS and self.counts[f"dropped:{error.reason}"] == 1:
+                log.warning("a request was dropped: %s; a base station of an older version may have sent it", error)
             return None
         # Without tags, any client could make a request look like a replay by sending its number first.
-        if self._authenticator is not None and not self._window.is_new(*frame.id):
+        if self._authenticator is not None and not self._replays.is_new(*frame.id):
             self.counts["dropped:replayed"] += 1
             return None
         match frame:

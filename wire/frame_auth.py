@@ -3,14 +3,19 @@
 A tag is HMAC-SHA256 (RFC 2104), cut to 16 bytes, over the whole frame, including session, request and attempt. Each
 node and each direction has its own key, so that a tag is valid for one node and one direction only:
 
-    cluster key ──HKDF──▶ node key ──HKDF──▶ key towards the node, key from the node
+    cluster key ──HKDF──▶ node key ─┬─HKDF──▶ key from the node
+                                    └─HKDF──▶ key towards the node ──HKDF, boot id──▶ key of this start of the node
 
 The base station holds the cluster key, a node only its own node key: a compromised node can't sign for other nodes.
+
+The boot id is a random number that a node draws at each start and announces in its status. So requests that were
+recorded before a node's restart do not match its new key, and the node need not remember them. The status carries no
+tag: a broker that changes the boot id makes the node's requests fail, which it could also do by dropping them, but it
+can't make an old request fit the number that the node itself drew.
 """
 
 import hashlib
 import hmac
-from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,21 +30,20 @@ TAG_BYTES = 16
 KEY_BYTES = 32
 _CLUSTER_KIND = "wdmoe-cluster-key-v1"
 _NODE_KIND = "wdmoe-node-key-v1"
-_WINDOW = 4096
-_SESSIONS = 256
 
 
 class FrameAuthenticator:
     """Makes and checks tags at one end of the connection between the base station and a node."""
 
-    def __init__(self, node_key: bytes, *, at_node: bool) -> None:
+    def __init__(self, node_key: bytes, boot_id: str, *, at_node: bool) -> None:
         """Derive the keys of both directions.
 
         Args:
             node_key: `KEY_BYTES` bytes.
+            boot_id: the random number of this start of the node, as in its status.
             at_node: whether this is the node's end.
         """
-        down, up = _expand(node_key, b"down"), _expand(node_key, b"up")
+        down, up = _expand(_expand(node_key, b"down"), boot_id.encode()), _expand(node_key, b"up")
         sending, receiving = (up, down) if at_node else (down, up)
         # Keying costs two hash blocks: done once, and the state copied per frame.
         self._sending = hmac.new(sending, digestmod=hashlib.sha256)
@@ -62,7 +66,9 @@ class FrameAuthenticator:
         mac.update(frame)
         if not hmac.compare_digest(mac.digest()[:TAG_BYTES], tag):
             raise FrameError(
-                "forged", "the tag does not match: the sender has another key, or bytes were changed on the way"
+                "forged",
+                "the tag does not match: the sender has another key, the frame was meant for an earlier start of this "
+                "node, or bytes were changed on the way",
             )
 
 
@@ -77,51 +83,31 @@ class ClusterKey:
         """The key of one node, `KEY_BYTES` bytes."""
         return _expand(self.secret, f"wdmoe/v1/{self.cluster}/{node}".encode())
 
-    def authenticator(self, node: str) -> FrameAuthenticator:
-        """The base station's end of the connection to `node`."""
-        return _authenticator(self, node)
+    def authenticator(self, node: str, boot_id: str) -> FrameAuthenticator:
+        """The base station's end of the connection to `node`, whose status has this `boot_id`."""
+        return _authenticator(self, node, boot_id)
 
 
 @lru_cache(maxsize=1024)
-def _authenticator(key: ClusterKey, node: str) -> FrameAuthenticator:
-    return FrameAuthenticator(key.node_key(node), at_node=False)
+def _authenticator(key: ClusterKey, node: str, boot_id: str) -> FrameAuthenticator:
+    return FrameAuthenticator(key.node_key(node), boot_id, at_node=False)
 
 
-class ReplayWindow:
-    """Tells new requests from replayed ones, in bounded memory.
+class ReplayGuard:
+    """Tells new requests from replayed ones, for as long as a node runs.
 
-    The last `_WINDOW` requests of each of the last `_SESSIONS` sessions are remembered. Since request numbers count up,
-    a request with a lower number than one that was forgotten is taken for a replay.
+    A session numbers its requests upwards, and MQTT keeps their order, so the last number of each session is all there
+    is to remember: about 100 bytes per start of a base station that holds the cluster key.
     """
 
     def __init__(self) -> None:
-        self._sessions: OrderedDict[int, _Session] = OrderedDict()
+        self._last: dict[int, tuple[int, int]] = {}
 
     def is_new(self, session: int, request: int, attempt: int) -> bool:
-        """Whether this request was not received before; it counts as received from now on."""
-        seen = self._sessions.get(session)
-        if seen is None:
-            seen = self._sessions[session] = _Session()
-            if len(self._sessions) > _SESSIONS:
-                self._sessions.popitem(last=False)
-        else:
-            self._sessions.move_to_end(session)
-        return seen.is_new(request, attempt)
-
-
-class _Session:
-    def __init__(self) -> None:
-        self._floor = 0
-        self._ids: OrderedDict[tuple[int, int], None] = OrderedDict()
-
-    def is_new(self, request: int, attempt: int) -> bool:
-        id = (request, attempt)
-        if id in self._ids or request < self._floor:
+        """Whether this request is later than all others of its session; it counts as received from now on."""
+        if (request, attempt) <= self._last.get(session, (-1, 0)):
             return False
-        self._ids[id] = None
-        if len(self._ids) > _WINDOW:
-            forgotten, _ = self._ids.popitem(last=False)[0]
-            self._floor = max(self._floor, forgotten + 1)
+        self._last[session] = (request, attempt)
         return True
 
 
@@ -137,8 +123,8 @@ def read_cluster_key(path: Path, cluster: str) -> ClusterKey:
     return ClusterKey(cluster, key.secret)
 
 
-def read_node_authenticator(path: Path, cluster: str, node: str) -> FrameAuthenticator:
-    """The node's end of its connection, from the node key in a file.
+def read_node_key(path: Path, cluster: str, node: str) -> bytes:
+    """The node key in a file, `KEY_BYTES` bytes.
 
     Raises:
         KeyFileError: the file can't be read, is not a node key, or belongs to another node.
@@ -148,7 +134,7 @@ def read_node_authenticator(path: Path, cluster: str, node: str) -> FrameAuthent
         raise KeyFileError(
             f"{path} is the key of '{key.node}' in cluster '{key.cluster}', not of '{node}' in '{cluster}'"
         )
-    return FrameAuthenticator(key.secret, at_node=True)
+    return key.secret
 
 
 def cluster_key_line(key: ClusterKey) -> bytes:

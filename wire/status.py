@@ -12,6 +12,8 @@ from wire.manifest import Dims
 
 SCHEMA = 1
 MAX_STATUS_BYTES = 64 << 10
+FRAME_TAGS = 1
+"""Version of the tags of frames: keyed by the node's boot id."""
 
 
 class Holding(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -107,7 +109,8 @@ class NodeStatus(Struct, frozen=True, kw_only=True):
     """State of one node. Unknown fields are ignored, so that newer nodes can add some.
 
     Attributes:
-        boot_id: random per process; tells two processes with the same id apart.
+        boot_id: random per process; tells two processes with the same id apart, and is part of the key of the tags of
+            frames to this node (`wire.frame_auth`).
         since_unix_ms: when the process announced itself, by its own clock.
         reason: why it is offline, for people.
         holding: the experts that it serves; None if offline.
@@ -118,6 +121,7 @@ class NodeStatus(Struct, frozen=True, kw_only=True):
         refused: this process wanted an id that another process has. It publishes this once, not retained, and ends;
             nothing changes for the other process.
         rival: host and time of the last process that was refused this id; empty if there was none.
+        frame_tags: version of the tags that frames to and from this node carry (`FRAME_TAGS`); 0 if they carry none.
     """
 
     schema: int
@@ -133,6 +137,7 @@ class NodeStatus(Struct, frozen=True, kw_only=True):
     residency: Residency | None = None
     refused: bool = False
     rival: str = ""
+    frame_tags: Count = 0
 
     @property
     def online(self) -> bool:

@@ -75,7 +75,8 @@ def connect_nodes(
         closing(connect(address, f"wdmoe-bs-look-{time.time_ns():x}")) as transport,
     ):
         dispatcher = Dispatcher(
-            transport, Topics(config.cluster), NodeRegistry(manifest.dims, manifest.model_sha256),
+            transport, Topics(config.cluster),
+            NodeRegistry(manifest.dims, manifest.model_sha256, tagged=key is not None),
             dtype=WireDtype.FP16, timeout_s=_TIMEOUT_S, links=LinkMonitor(log=link_log or no_log), cluster_key=key,
         )  # fmt: skip
         dispatcher.pump(_STATUSES_S)

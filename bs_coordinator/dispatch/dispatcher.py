@@ -127,7 +127,8 @@ class Dispatcher:
         self.clock = clock
         self._sender = RequestSender(
             transport, topics, self.links,
-            hidden=registry.dims.hidden, dtype=dtype, timeout_s=timeout_s, cluster_key=cluster_key, clock=clock,
+            hidden=registry.dims.hidden, dtype=dtype, timeout_s=timeout_s, cluster_key=cluster_key,
+            boot_id=registry.boot_id, clock=clock,
         )  # fmt: skip
         self._limits = LayerLimits(
             timeout_s,

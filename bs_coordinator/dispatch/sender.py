@@ -53,6 +53,7 @@ class RequestSender:
         dtype: WireDtype,
         timeout_s: float,
         cluster_key: ClusterKey | None,
+        boot_id: Callable[[str], str],
         clock: Clock,
     ) -> None:
         """Nothing is sent yet.
@@ -62,6 +63,7 @@ class RequestSender:
             dtype: of hidden states on the wire.
             timeout_s: how long a layer may wait for its nodes.
             cluster_key: authenticates frames; None for frames without tags.
+            boot_id: gives the boot id of a node's last status.
         """
         self.transport = transport
         self.max_tokens = frames.max_tokens(hidden, dtype)
@@ -73,6 +75,7 @@ class RequestSender:
         self._dtype = dtype
         self._timeout_s = timeout_s
         self._cluster_key = cluster_key
+        self._boot_id = boot_id
         self._clock = clock
         self._session = secrets.randbits(64)
         self._next_request = 0
@@ -85,7 +88,7 @@ class RequestSender:
 
     def authenticator(self, node: str) -> FrameAuthenticator | None:
         """Authenticates frames to and from a node; None without a cluster key."""
-        return self._cluster_key.authenticator(node) if self._cluster_key else None
+        return self._cluster_key.authenticator(node, self._boot_id(node)) if self._cluster_key else None
 
     def send_ping(self, node: str, frame: PingFrame) -> tuple[int, int]:
         """Publish a ping, and give its length in bytes and `Clock.perf_ns` just before.

@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from wire.experts import ExpertId, format_selector
 from wire.manifest import Dims
-from wire.status import NodeStatus
+from wire.status import FRAME_TAGS, NodeStatus
 
 LOCAL_NODE = "@bs"
 """Name of the base station itself as the holder of its local experts. No node can have this name."""
@@ -20,16 +20,19 @@ class NodeRegistry:
         changes: increases whenever an expert's holders may have changed.
     """
 
-    def __init__(self, dims: Dims, model_sha256: str) -> None:
+    def __init__(self, dims: Dims, model_sha256: str, *, tagged: bool | None = None) -> None:
         """A registry without nodes.
 
         Args:
             dims: of the model.
             model_sha256: hash of the model; nodes with experts of another model are ignored.
+            tagged: whether the base station's frames carry tags; nodes where it is otherwise are ignored. None to take
+                any node.
         """
         self.dims = dims
         self.changes = 0
         self._model_sha256 = model_sha256
+        self._tagged = tagged
         # Replaced on each change and never changed in place: a snapshot costs nothing.
         self._nodes: Mapping[str, NodeStatus] = {}
         self._ignored: Mapping[str, str] = {}
@@ -55,6 +58,8 @@ class NodeRegistry:
         elif status.online and status.holding and status.holding.dims != self.dims:
             # Before its selector is expanded: only that of the model's own dimensions is a bounded amount of work.
             ignored[node] = "its experts have other dimensions than the model of its hash"
+        elif status.online and (why := self._other_tags(status)):
+            ignored[node] = why
         elif status.online:
             # Keeps its place among the others if it was known.
             nodes = {**self._nodes, node: status}
@@ -90,8 +95,13 @@ class NodeRegistry:
 
     @property
     def ignored(self) -> Mapping[str, str]:
-        """The nodes that are online but serve another model, and why they are ignored."""
+        """The nodes that are online but can't be used, such as those of another model, and why."""
         return MappingProxyType(self._ignored)
+
+    def boot_id(self, node: str) -> str:
+        """The boot id of the last status of a node; empty if it is not among `nodes`."""
+        known = self._nodes.get(node)
+        return known.boot_id if known else ""
 
     def batch_variant(self) -> list[str]:
         """Names of the nodes that found their results to depend on which tokens are computed together."""
@@ -123,6 +133,16 @@ class NodeRegistry:
             f"no node holds {missing} (online: {online}{ignored}): "
             f"start 'wdmoe-node … --experts \"{missing}\"' on a device"
         )
+
+    def _other_tags(self, status: NodeStatus) -> str:
+        """Why a node's frames can't be exchanged with it because of their tags; empty if they can."""
+        if self._tagged is None or status.frame_tags == (FRAME_TAGS if self._tagged else 0):
+            return ""
+        if not self._tagged:
+            return "its frames carry tags: give the base station --cluster-key"
+        if status.frame_tags:
+            return "its frames carry tags of another version: update it or the base station"
+        return "its frames carry no tags, or those of an older version: give it --frame-key, or update it"
 
     def _reindex(self) -> None:
         holders: dict[ExpertId, list[str]] = defaultdict(list)

@@ -107,7 +107,7 @@ def gather(
     """
     topics = Topics(cluster)
     transport = connect(address, f"wdmoe-preflight-{secrets.token_hex(4)}")
-    registry = NodeRegistry(manifest.dims, manifest.model_sha256)
+    registry = NodeRegistry(manifest.dims, manifest.model_sha256, tagged=cluster_key is not None)
     listener = _Listener(transport, topics)
     with closing(transport):
         dispatcher = Dispatcher(

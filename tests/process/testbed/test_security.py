@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path, PurePosixPath
 
 import psutil
@@ -234,30 +234,42 @@ def test_plaintext_beyond_loopback_must_be_asked_for() -> None:
 
 
 @pytest.fixture
-def sealed(site: Site, tiny_bundle: Bundle, tmp_path: Path, run_process: Run) -> Iterator[tuple[Path, list[object]]]:
-    """A signed bundle, served by a and b over TLS with frame keys; what the base station needs to say."""
+def signed(site: Site, tiny_bundle: Bundle, tmp_path: Path, run_process: Run) -> tuple[Path, list[object]]:
+    """A signed bundle, and the arguments of the base station for TLS with frame keys."""
     bundle = tmp_path / "bundle"
     shutil.copytree(tiny_bundle("fp32"), bundle)
     assert run_process("exporter", "sign", bundle, "--key", site.keys.path / "bundle.key").returncode == 0
+    bs = site.keys.path / "bs"
+    return bundle, [
+        "generate", "--bundle", bundle, *site.options("bs"), "--cluster-key", bs / "cluster.key",
+        "--bundle-key", bs / "bundle.pub", "--prompt", "Hello", "--raw", "--wire", "fp32", "--no-degrade",
+    ]  # fmt: skip
+
+
+@contextmanager
+def _node(site: Site, bundle: Path, name: str, experts: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A node process with its own keys."""
+    folder = site.keys.path / "nodes" / name
+    argv = [
+        sys.executable, "-m", "edge_node", "--bundle", bundle, "--id", name, "--experts", experts,
+        *site.options(name), "--frame-key", folder / "frame.key", "--bundle-key", folder / "bundle.pub",
+    ]  # fmt: skip
+    with log.open("wb") as file:
+        process = subprocess.Popen([str(a) for a in argv], stdin=subprocess.DEVNULL, stderr=file)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+def sealed(site: Site, signed: tuple[Path, list[object]], tmp_path: Path) -> Iterator[tuple[Path, list[object]]]:
+    """As `signed`, with the nodes a and b running."""
     with ExitStack() as stack:
         for name, experts in (("a", "L*:E0-3"), ("b", "L*:E4-7")):
-            folder = site.keys.path / "nodes" / name
-            argv = [
-                sys.executable, "-m", "edge_node", "--bundle", bundle, "--id", name, "--experts", experts,
-                *site.options(name), "--frame-key", folder / "frame.key", "--bundle-key", folder / "bundle.pub",
-            ]  # fmt: skip
-            log = stack.enter_context((tmp_path / f"{name}.log").open("wb"))
-            process = subprocess.Popen([str(a) for a in argv], stdin=subprocess.DEVNULL, stderr=log)
-            stack.callback(process.wait)
-            stack.callback(process.terminate)
-        bs = site.keys.path / "bs"
-        yield (
-            bundle,
-            [
-                "generate", "--bundle", bundle, *site.options("bs"), "--cluster-key", bs / "cluster.key",
-                "--bundle-key", bs / "bundle.pub", "--prompt", "Hello", "--raw", "--wire", "fp32", "--no-degrade",
-            ],
-        )  # fmt: skip
+            stack.enter_context(_node(site, signed[0], name, experts, tmp_path / f"{name}.log"))
+        yield signed
 
 
 _MALLORY = """
@@ -306,10 +318,39 @@ def test_answers_forged_by_the_broker_do_not_count(
     assert attacked.returncode == 0, attacked.stderr
     assert attacked.stdout == calm.stdout
     assert "dropped" in attacked.stderr
-    # Without the cluster key no node's frames are accepted, and the error says so.
     unsealed = run_process("bs_coordinator", *_without(generate, "--cluster-key"), "--nodes-timeout", 8)
-    assert unsealed.returncode != 0
-    assert "Traceback" not in unsealed.stderr
+    assert unsealed.returncode == 40, unsealed.stderr
+    assert "its frames carry tags: give the base station --cluster-key" in unsealed.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_restarted_node_does_not_work_for_recorded_requests(
+    site: Site, signed: tuple[Path, list[object]], run_process: Run, tmp_path: Path
+) -> None:
+    """An attacker who may read and publish on every topic records an answer's requests and replays them."""
+    bundle, generate = signed
+    site.keys.add(["mallory"], days=1)
+    with (site.keys.path / "broker" / "acl").open("a") as file:
+        file.write("\nuser mallory\ntopic readwrite #\n")
+    site.reload()
+    folder = site.keys.path / "nodes" / "mallory"
+    access = Access(None, folder / "ca.crt", folder / "node.crt", folder / "node.key")
+    log = tmp_path / "restarted.log"
+    with closing(site.connect("mallory", "mallory", access)) as mallory:
+        mallory.subscribe(TOPICS.work("a"))
+        mallory.subscribe(TOPICS.results("a"))
+        with _node(site, bundle, "a", "L*:E*", tmp_path / "first.log"):
+            answer = run_process("bs_coordinator", *generate, "--max-tokens", 4)
+        assert answer.returncode == 0, answer.stderr
+        recorded = [payload for topic, payload in _received(mallory) if topic == TOPICS.work("a")]
+        assert recorded
+        with _node(site, bundle, "a", "L*:E*", log):
+            wait_until(lambda: "serves" in log.read_text(), "the node to restart")
+            for payload in recorded:
+                mallory.publish(TOPICS.work("a"), payload)
+            replies = [topic for topic, _ in _received(mallory) if topic == TOPICS.results("a")]
+    assert replies == []
+    assert f"dropped:forged {len(recorded)}" in log.read_text()
 
 
 def test_an_unsigned_or_changed_bundle_is_refused(sealed: tuple[Path, list[object]], run_process: Run) -> None:

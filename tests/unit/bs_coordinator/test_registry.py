@@ -7,7 +7,7 @@ from bs_coordinator.nodes.registry import NodeRegistry
 from wire import status
 from wire.experts import ExpertId
 from wire.manifest import Dims
-from wire.status import SCHEMA, Holding, NodeStatus
+from wire.status import FRAME_TAGS, SCHEMA, Holding, NodeStatus
 
 DIMS = Dims(hidden=8, intermediate=16, layers=2, experts=4, top_k=2, vocab=50, max_positions=64)
 
@@ -44,3 +44,23 @@ def test_a_selector_is_expanded_once_while_it_stays(monkeypatch: pytest.MonkeyPa
     assert (registry.holders(ExpertId(0, 0)), registry.holders(ExpertId(1, 3))) == (("b",), ("a",))
     registry.apply(_online("a", "L1:E3", dims=msgspec.structs.replace(DIMS, vocab=51)))
     assert registry.holders(ExpertId(1, 3)) == ()
+
+
+@pytest.mark.parametrize(
+    ("tagged", "frame_tags", "reason"),
+    [
+        (True, FRAME_TAGS, ""),
+        (False, 0, ""),
+        (None, FRAME_TAGS, ""),
+        (True, 0, "--frame-key, or update it"),
+        (True, FRAME_TAGS + 1, "another version"),
+        (False, FRAME_TAGS, "--cluster-key"),
+    ],
+)
+def test_nodes_whose_frames_have_other_tags_are_ignored_with_a_reason(
+    tagged: bool | None, frame_tags: int, reason: str
+) -> None:
+    registry = NodeRegistry(DIMS, "m", tagged=tagged)
+    registry.apply(msgspec.structs.replace(_online("a", "L*:E*"), frame_tags=frame_tags))
+    assert reason in registry.ignored.get("a", "")
+    assert (registry.boot_id("a"), list(registry.nodes)) == (("", []) if reason else ("1", ["a"]))

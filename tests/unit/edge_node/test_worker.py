@@ -16,6 +16,7 @@ from edge_node.worker import Worker
 from wire import frames
 from wire.errors import BundleError, ProbeError
 from wire.experts import ExpertId, parse_selector
+from wire.frame_auth import ClusterKey
 from wire.frames import (
     ErrorFrame,
     ExpertSlice,
@@ -98,6 +99,24 @@ def test_refusals_have_a_reason(runtime: ExpertRuntime, frame: WorkFrame, waited
     assert isinstance(refusal, ErrorFrame)
     assert (refusal.status, refusal.id) == (status, frame.id)
     assert worker.counts[f"refused:{status.name.lower()}"] == 1
+
+
+def test_requests_that_were_recorded_before_a_restart_are_dropped(
+    runtime: ExpertRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = ClusterKey("lab", bytes(32))
+    before, after = (Worker(runtime, node_key=key.node_key("a")) for _ in range(2))
+    base_station = key.authenticator("a", before.boot_id)
+    work = frames.encode(_work([_slice(2, [0], [1])]), authenticator=base_station)
+    ping = frames.encode(PingFrame(RequestId(1, 9)), authenticator=base_station)
+    for recorded in (work, ping):
+        assert before.answer(recorded, time.perf_counter_ns()) is not None
+        assert before.answer(recorded, time.perf_counter_ns()) is None
+        assert after.answer(recorded, time.perf_counter_ns()) is None
+    assert before.counts["dropped:replayed"] == 2
+    assert after.counts == {"dropped:forged": 2}
+    assert [record.message for record in caplog.records if "an earlier start" in record.message] != []
+    assert len(caplog.records) == 1  # an attacker must not fill the log
 
 
 def test_pings_are_answered_and_noise_is_not(runtime: ExpertRuntime) -> None:

@@ -50,7 +50,7 @@ MAX_CPU_S = 10.0
 MAX_BYTES = 128 << 20
 """Per input, at the peak."""
 NODE_KEY = bytes(32)
-AT_NODE, AT_BASE_STATION = FrameAuthenticator(NODE_KEY, at_node=True), FrameAuthenticator(NODE_KEY, at_node=False)
+AT_NODE, AT_BASE_STATION = (FrameAuthenticator(NODE_KEY, "boot", at_node=at_node) for at_node in (True, False))
 TESTBED = Path(testbed.__file__).parent
 
 # Boundary values of integers and floats, and characters with a meaning in JSON and YAML.
@@ -304,7 +304,7 @@ def test_key_files(tmp_path: Path, data: bytes) -> None:
     path.touch(mode=0o600)
     path.write_bytes(data)
     read(lambda: frame_auth.read_cluster_key(path, "c"), KeyFileError)
-    read(lambda: frame_auth.read_node_authenticator(path, "c", "a"), KeyFileError)
+    read(lambda: frame_auth.read_node_key(path, "c", "a"), KeyFileError)
 
 
 @given(damaged([b"mqtt://user@127.0.0.1:1883", b"mqtts://[::1]:8883", b"mqtts://broker.local"]))
