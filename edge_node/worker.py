@@ -31,9 +31,7 @@ class Worker:
         counts: answered and refused frames and dropped bytes by reason, for logs.
     """
 
-    def __init__(
-        self, runtime: ExpertRuntime, *, node_key: bytes | None = None, clock: Clock = SYSTEM_CLOCK
-    ) -> None:
+    def __init__(self, runtime: ExpertRuntime, *, node_key: bytes | None = None, clock: Clock = SYSTEM_CLOCK) -> None:
         """Take frames from now on.
 
         Args:

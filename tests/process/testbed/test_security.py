@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -272,6 +273,28 @@ def sealed(site: Site, signed: tuple[Path, list[object]], tmp_path: Path) -> Ite
         yield signed
 
 
+@contextmanager
+def _recording(ear: Transport, topic: str) -> Iterator[list[bytes]]:
+    """All messages of a topic while the context lasts."""
+    messages: list[bytes] = []
+    stop = threading.Event()
+
+    def listen() -> None:
+        while not stop.is_set():
+            if message := ear.receive(0.1):
+                messages.append(message.payload)
+
+    with closing(ear):
+        ear.subscribe(topic)
+        thread = threading.Thread(target=listen)
+        thread.start()
+        try:
+            yield messages
+        finally:
+            stop.set()
+            thread.join()
+
+
 _MALLORY = """
 import sys, time, zlib
 from pathlib import Path
@@ -335,20 +358,21 @@ def test_a_restarted_node_does_not_work_for_recorded_requests(
     site.reload()
     folder = site.keys.path / "nodes" / "mallory"
     access = Access(None, folder / "ca.crt", folder / "node.crt", folder / "node.key")
+    with (
+        _recording(site.connect("mallory", "ear", access), TOPICS.work("a")) as recorded,
+        _node(site, bundle, "a", "L*:E*", tmp_path / "first.log"),
+    ):
+        answer = run_process("bs_coordinator", *generate, "--max-tokens", 4)
+    assert answer.returncode == 0, answer.stderr
+    assert recorded
     log = tmp_path / "restarted.log"
-    with closing(site.connect("mallory", "mallory", access)) as mallory:
-        mallory.subscribe(TOPICS.work("a"))
-        mallory.subscribe(TOPICS.results("a"))
-        with _node(site, bundle, "a", "L*:E*", tmp_path / "first.log"):
-            answer = run_process("bs_coordinator", *generate, "--max-tokens", 4)
-        assert answer.returncode == 0, answer.stderr
-        recorded = [payload for topic, payload in _received(mallory) if topic == TOPICS.work("a")]
-        assert recorded
-        with _node(site, bundle, "a", "L*:E*", log):
-            wait_until(lambda: "serves" in log.read_text(), "the node to restart")
+    with _node(site, bundle, "a", "L*:E*", log):
+        wait_until(lambda: "serves" in log.read_text(), "the node to restart")
+        with closing(site.connect("mallory", "mouth", access)) as mallory:
+            mallory.subscribe(TOPICS.results("a"))
             for payload in recorded:
                 mallory.publish(TOPICS.work("a"), payload)
-            replies = [topic for topic, _ in _received(mallory) if topic == TOPICS.results("a")]
+            replies = _received(mallory)
     assert replies == []
     assert f"dropped:forged {len(recorded)}" in log.read_text()
 
