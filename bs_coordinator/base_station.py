@@ -16,6 +16,7 @@ from bs_coordinator.dispatch.readiness import measure_broker, prove_nodes, try_l
 from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.sequence import Sequence
 from bs_coordinator.engine.speculation import Speculation, load_draft_model
+from bs_coordinator.engine.template_process import PROCESSES
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.links import LinkMonitor
 from bs_coordinator.links.broker_sockets import BrokerSockets, is_local
@@ -156,6 +157,8 @@ def _load(config: BaseStationConfig, manifest: Manifest, policy: Policy) -> tupl
     if config.draft in ("ngram", "dense") and not trunk.can_truncate:
         raise ConfigError(f"--draft {config.draft}: this model's recurrent layers can't take tokens back; use none")
     tokenizer = Tokenizer(folder)
+    if tokenizer.has_chat_template:
+        PROCESSES.start()  # it is ready by the time that nodes are
     return trunk, tokenizer, _speculation(config, manifest, tokenizer, _why_no_drafts(config, trunk, manifest, policy))
 
 

@@ -12,6 +12,7 @@ import click
 from bs_coordinator.commands.answers import decode_utf8, print_answer, stats_option, system_messages, system_option
 from bs_coordinator.commands.station import open_station
 from bs_coordinator.config import BaseStationConfig, SamplingConfig
+from bs_coordinator.errors import ChatTemplateError
 from common.errors import WdmoeError
 from common.options import Command, config_options
 from wire.errors import BrokerError
@@ -43,10 +44,12 @@ def chat(system: str | None, stats: bool, config: BaseStationConfig, sampling: S
         while typed := _read_line("> ", while_waiting=lambda: _keep_connected(station.dispatcher)):
             line = decode_utf8("this line", typed)
             messages.append({"role": "user", "content": line})
-            ids = station.tokenizer.encode_chat(messages)
             try:
+                ids = station.tokenizer.encode_chat(messages)
                 text = print_answer(sequence, ids, sampling, stats=stats)
             except WdmoeError as error:
+                if isinstance(error, ChatTemplateError) and all(m["role"] != "assistant" for m in messages):
+                    raise  # there is no conversation yet to be kept
                 failed = error
                 log.error("%s", error)
                 log.warning("this question has no answer and is not part of the conversation: ask it again")

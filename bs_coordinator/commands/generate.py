@@ -38,9 +38,15 @@ def generate(
     system = decode_utf8("--system", os.fsencode(system)) if system else None
     if not prompt.strip():
         raise click.UsageError("--prompt is empty")
+    if system and raw:
+        raise click.UsageError(
+            "--system needs the model's chat template: leave out --raw, or put its text into --prompt"
+        )
     with open_station(config) as station:
         tokenizer = station.tokenizer
         same_text = raw or not tokenizer.has_chat_template
+        if system and same_text:
+            raise click.UsageError("--system: this model has no chat template: put its text into --prompt instead")
         if same_text:
             ids = tokenizer.encode(prompt)
         else:

@@ -12,6 +12,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
 from bs_coordinator.engine.control_tokens import ControlTokens
+from bs_coordinator.engine.template_process import PROCESSES, TemplateEndedError, TemplateFailedError
 from bs_coordinator.errors import ChatTemplateError
 from wire.errors import BundleError
 
@@ -90,7 +91,8 @@ class Tokenizer:
         Names of control tokens in a message are text: only the template's own become control tokens.
 
         Raises:
-            ChatTemplateError: the chat template refuses the messages, for example a system message, or fails.
+            ChatTemplateError: the chat template refuses the messages, for example a system message, fails, or takes
+                too much time or memory.
         """
         marked = [self._control.mark(message) for message in messages]
         text = self._render_chat(marked)
@@ -102,10 +104,16 @@ class Tokenizer:
     def _render_chat(self, messages: list[ChatMessage]) -> str:
         """The conversation as the model's chat template writes it."""
         try:
-            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            return text
-        except Exception as error:  # noqa: BLE001 - a template is a program of the checkpoint's, which raises anything
-            reason = self._control.unmark(str(error)).partition("\n")[0] or type(error).__name__
+            # ValueError: the checkpoint has no template, or several and none of them by default.
+            template: str = self._tokenizer.get_chat_template()
+            return PROCESSES.render(template, messages, self._tokenizer.special_tokens_map)
+        except TemplateEndedError as error:
+            raise ChatTemplateError(f"the model's chat template can't write these messages: {error}") from None
+        except (
+            TemplateFailedError,
+            ValueError,
+        ) as error:
+            reason = self._control.unmark(str(error)).partition("\n")[0]
         others = [message for message in messages if message["role"] != "system"]
         if others and len(others) < len(messages):
             with contextlib.suppress(ChatTemplateError):

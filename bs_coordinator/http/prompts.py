@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from starlette.exceptions import HTTPException
 
+from bs_coordinator.engine.template_process import MOST_AT_ONCE
 from bs_coordinator.engine.tokenizer import ChatMessage, Tokenizer
 from bs_coordinator.errors import ChatTemplateError
 from common.errors import one_line
@@ -25,6 +26,7 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._max_positions = max_positions
         self._long = asyncio.Semaphore(1)
+        self._chats = asyncio.Semaphore(MOST_AT_ONCE)
 
     async def encode(self, prompt: str | list[int]) -> list[int]:
         """Token ids of a text, or the ids themselves if they are in the vocabulary.
@@ -46,7 +48,8 @@ class PromptEncoder:
             HTTPException: as for `encode`, or the template refuses the conversation.
         """
         characters = sum(len(message["content"]) for message in conversation)
-        return await self._run(characters, lambda: self._tokenizer.encode_chat(conversation))
+        async with self._chats:
+            return await self._run(characters, lambda: self._tokenizer.encode_chat(conversation))
 
     async def _run(self, characters: int, encode: Callable[[], list[int]]) -> list[int]:
         most = self._max_positions * self._tokenizer.longest_token

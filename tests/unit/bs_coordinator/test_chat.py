@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from bs_coordinator.commands import chat as command
-from bs_coordinator.errors import DispatchError
+from bs_coordinator.commands import generate as generate_command
+from bs_coordinator.errors import ChatTemplateError, DispatchError
 from wire.errors import BrokerError
 
 
@@ -59,3 +60,39 @@ def test_a_chat_goes_on_after_an_answer_that_fails(monkeypatch: pytest.MonkeyPat
     assert done.exit_code == code, done.output
     assert station.asked == [["first"], ["first", "yes", "this will fail"], ["first", "yes", last]]
     assert station.recovered == 1
+
+
+def test_a_conversation_that_the_template_refuses_later_does_not_end_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    station = _Station()
+
+    def encode(messages: list[dict[str, str]]) -> list[int]:
+        if "refuse" in messages[-1]["content"]:
+            raise ChatTemplateError("the model's chat template refuses these messages")
+        return station._encode(messages)
+
+    @contextmanager
+    def open_station(config: object) -> Iterator[_Station]:
+        yield station
+
+    station.tokenizer.encode_chat = encode
+    monkeypatch.setattr(command, "open_station", open_station)
+    done = CliRunner().invoke(command.chat, ["--bundle", "b", "--no-stats"], input="first\nrefuse this\nlast\n")
+    assert done.exit_code == 0, done.output
+    assert station.asked == [["first"], ["first", "yes", "last"]]
+    done = CliRunner().invoke(command.chat, ["--bundle", "b", "--system", "Be brief"], input="refuse this\nlast\n")
+    assert isinstance(done.exception, ChatTemplateError)  # nothing to keep: most likely the system message is refused
+
+
+@pytest.mark.parametrize(("options", "says"), [(["--raw"], "leave out --raw"), ([], "no chat template")])
+def test_a_system_prompt_that_would_have_no_effect_is_refused(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], says: str
+) -> None:
+    @contextmanager
+    def open_station(config: object) -> Iterator[Any]:
+        yield SimpleNamespace(tokenizer=SimpleNamespace(has_chat_template=False))
+
+    monkeypatch.setattr(generate_command, "open_station", open_station)
+    arguments = ["--bundle", "b", "--prompt", "Hi", "--system", "Be brief", *options]
+    done = CliRunner().invoke(generate_command.generate, arguments)
+    assert done.exit_code == 2
+    assert says in done.output

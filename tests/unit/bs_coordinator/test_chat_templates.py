@@ -1,12 +1,14 @@
 """Chat templates that refuse a conversation or fail: one line, and what to do about a system message."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import models, pre_tokenizers
 
+from bs_coordinator.engine.template_process import PROCESSES
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.errors import ChatTemplateError
 
@@ -67,3 +69,38 @@ def test_a_template_that_fails_without_a_system_message_too(
 def test_a_template_that_takes_system_messages(tokenizer_of: Callable[[str], Tokenizer]) -> None:
     tokenizer = tokenizer_of(f"{{% for m in messages %}}{TURN}{{% endfor %}}")
     assert len(tokenizer.encode_chat([SYSTEM, USER])) > len(tokenizer.encode_chat([USER]))
+
+
+_LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("waste", "reason"),
+    [
+        (_LOOPS, "more than 1 s of processor time"),
+        ("{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "MemoryError"),
+        ("{{ 'rock ' * 99999 }}", r"it writes \d+ characters"),
+    ],
+)
+def test_a_template_that_takes_too_much_fails_only_its_caller(
+    waste: str, reason: str, tokenizer_of: Callable[[str], Tokenizer]
+) -> None:
+    """Bundles are tried when they are exported, but what a user writes can be what makes a template endless."""
+    condition = "{% if 'rock' in messages[0].content %}"
+    tokenizer = tokenizer_of(f"{condition}{waste}{{% endif %}}{{% for m in messages %}}{TURN}{{% endfor %}}")
+    harmless = [{"role": "user", "content": "What is a stone?"}]
+    expected = tokenizer.encode_chat(harmless)
+    with ThreadPoolExecutor(2) as threads:
+        wasteful = threads.submit(tokenizer.encode_chat, [USER])
+        assert tokenizer.encode_chat(harmless) == expected  # meanwhile
+        with pytest.raises(ChatTemplateError, match=f"^the model's chat template .*{reason}"):
+            wasteful.result()
+    assert tokenizer.encode_chat(harmless) == expected
+
+
+def test_templates_are_rendered_as_transformers_does_it(tokenizer_of: Callable[[str], Tokenizer]) -> None:
+    template = "{{ bos_token }}{% for m in messages %}{{ m | tojson }}{% endfor %}{{ add_generation_prompt }}"
+    messages = [SYSTEM, {"role": "user", "content": "naïve 🙂 \x00 \ud7ff <&> rock"}]
+    transformers_own = tokenizer_of(template)._tokenizer
+    expected = transformers_own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert PROCESSES.render(template, messages, transformers_own.special_tokens_map) == expected
