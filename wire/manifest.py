@@ -189,7 +189,7 @@ class ExpertEntry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         probe_output: base64 of the fp16 output [hidden] for `probe_input(hidden)`, computed by onnxruntime on the
             exporting machine.
         error: ‖exported − fp32‖ / ‖fp32‖ of outputs for Gaussian inputs.
-        source_sha256: SHA-256 of the raw bytes of the source's w1, w3, w2 and their biases, in this order.
+        source_sha256: SHA-256 of the source's raw bytes of w1, w3 and w2, in this order, each followed by its bias.
     """
 
     layer: Annotated[int, Meta(ge=0)]

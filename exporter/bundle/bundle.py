@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from common.errors import StorageError
+from common.errors import StorageError, WdmoeError
 from common.files import atomic_write
 from exporter.bundle.journal import (
     JournalHeader,
@@ -31,7 +31,7 @@ from exporter.bundle.trunk import check_tokenizer, copy_trunk, texts_current, tr
 from exporter.bundle.workers import export_all
 from exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from exporter.expert.expert import ExpertJob, hash_source
-from exporter.expert.graph import plan_layout
+from exporter.expert.graph import SILU, plan_layout
 from exporter.expert.probe import probe_tolerance
 from wire import __version__
 from wire.errors import BundleError
@@ -100,10 +100,15 @@ def export_bundle(
         CheckpointError: the checkpoint is missing, damaged or not a Mixtral, has no tokenizer, or a base station would
             refuse it or fail while it answers.
         BundleError: `out` holds something else, or another export is writing there.
+        WdmoeError: the optimum backend can't export this model's experts.
         StorageError: `out` can't be written or is too small.
     """
     source = open_checkpoint(checkpoint)
     check_tokenizer(source)
+    if quantisation.backend == "optimum" and (graph := source.architecture.expert) != SILU:
+        raise WdmoeError(
+            f"--via optimum exports experts with silu and without biases, these have {graph}: leave it out"
+        )
     inside = out.resolve()
     if inside == checkpoint.resolve() or checkpoint.resolve() in inside.parents:
         raise StorageError(f"{out} lies inside the checkpoint: choose another folder for the bundle")
@@ -133,7 +138,7 @@ class _Export:
             source=source.source,
             quantisation=quantisation,
             experts=format_selector(ids),
-            shards=source.shard_stamps((*source.trunk, *(ref for id in ids for ref in source.experts[id]))),
+            shards=source.shard_stamps((*source.trunk, *(ref for id in ids for ref in source.experts[id].tensors))),
             tools=self._tools,
         )
 
@@ -177,9 +182,12 @@ class _Export:
         trunk = tuple(copy_trunk(source, self._out))
         refused = self._try_trunk()
         work = [
-            ExpertJob(id, source.experts[id], source.dims, self._quantisation, self._out, preset=self._preset)
+            ExpertJob(
+                id, source.experts[id], source.dims, self._quantisation, self._out, preset=self._preset,
+                graph=source.architecture.expert,
+            )
             for id in todo
-        ]
+        ]  # fmt: skip
         for entry in export_all(work, jobs):
             append_entry(self._out, entry)
             self._done[entry.id] = entry
@@ -264,7 +272,7 @@ class _Export:
         )
 
     def _check_space(self, experts: int) -> None:
-        each = plan_layout(self._source.dims, self._quantisation).bytes + _EXTRA_BYTES
+        each = plan_layout(self._source.dims, self._quantisation, self._source.architecture.expert).bytes + _EXTRA_BYTES
         needed = experts * each + trunk_bytes(self._source)
         place = next(p for p in (self._out.absolute(), *self._out.absolute().parents) if p.exists())
         free = shutil.disk_usage(place).free

@@ -7,9 +7,10 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from exporter.checkpoint.families import Family, model_family
+from exporter.checkpoint.matrices import FLOAT_DTYPES, ExpertTensors, matrix_ref
 from exporter.checkpoint.model_config import AttentionDims, attention_dims, check_token_ids, model_dims, read_config
 from exporter.checkpoint.safetensors_file import SafetensorsFile, TensorRef, read_header
 from exporter.checkpoint.source_file import locate, read_json, source_name
@@ -19,23 +20,6 @@ from wire.manifest import Architecture, Dims, Source, mixtral_architecture
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-READABLE_DTYPES = ("BF16", "F16", "F32")
-
-
-class ExpertTensors(NamedTuple):
-    """The three matrices of one expert, in the order in which an export reads them.
-
-    w1 and w3 are [intermediate, hidden], w2 is [hidden, intermediate]; y = w2 (silu(w1 x) · w3 x).
-    """
-
-    w1: TensorRef
-    w3: TensorRef
-    w2: TensorRef
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the three matrices."""
-        return self.w1.bytes + self.w3.bytes + self.w2.bytes
 
 
 @dataclass(frozen=True)
@@ -89,10 +73,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     files = _read_files(folder)
     tensors = {name: ref for file in files for name, ref in file.tensors.items()}
     experts = _find_experts(folder, tensors, dims, family)
-    in_experts = {ref.name for trio in experts.values() for ref in trio}
+    in_experts = {ref.name for trio in experts.values() for ref in trio.tensors}
     tied = bool(config.get("tie_word_embeddings", False))
     in_trunk = _trunk_tensors(folder, tensors, dims, attention, family, tied=tied)
-    dtypes = sorted({ref.dtype for trio in experts.values() for ref in trio})
+    dtypes = sorted({ref.dtype for trio in experts.values() for ref in trio.matrices})
     source = Source(
         name=source_name(folder),
         config_sha256=hashlib.sha256(raw_config).hexdigest(),
@@ -178,9 +162,9 @@ def _find_experts(
         for expert in range(dims.experts):
             prefix = f"model.layers.{layer}.{family.block}.experts.{expert}"
             experts[ExpertId(layer, expert)] = ExpertTensors(
-                w1=_tensor(folder, tensors, f"{prefix}.{family.w1}.weight", wide),
-                w3=_tensor(folder, tensors, f"{prefix}.{family.w3}.weight", wide),
-                w2=_tensor(folder, tensors, f"{prefix}.{family.w2}.weight", tall),
+                w1=matrix_ref(_tensor(folder, tensors, f"{prefix}.{family.w1}.weight", wide), wide),
+                w3=matrix_ref(_tensor(folder, tensors, f"{prefix}.{family.w3}.weight", wide), wide),
+                w2=matrix_ref(_tensor(folder, tensors, f"{prefix}.{family.w2}.weight", tall), tall),
             )
     return experts
 
@@ -192,8 +176,8 @@ def _tensor(folder: Path, tensors: dict[str, TensorRef], name: str, shape: tuple
         raise CheckpointError(f"{folder} lacks tensor '{name}': its files don't fit its config.json")
     if ref.shape != shape:
         raise CheckpointError(f"tensor '{name}' has shape {list(ref.shape)}, config.json asks for {list(shape)}")
-    if ref.dtype not in READABLE_DTYPES:
-        raise CheckpointError(f"tensor '{name}' is {ref.dtype}: only {', '.join(READABLE_DTYPES)} can be exported")
+    if ref.dtype not in FLOAT_DTYPES:
+        raise CheckpointError(f"tensor '{name}' is {ref.dtype}: only {', '.join(FLOAT_DTYPES)} can be exported")
     return ref
 
 

@@ -11,7 +11,7 @@ class Family(NamedTuple):
 
     Attributes:
         block: a layer's module that holds the gate, `gate`, and the experts, `experts.0`, `experts.1`, ….
-        w1, w3, w2: an expert's matrices, as `exporter.checkpoint.checkpoint.ExpertTensors` describes them.
+        w1, w3, w2: an expert's matrices, as `exporter.checkpoint.matrices.ExpertTensors` describes them.
         experts_key: key of config.json with the number of experts per layer.
         intermediate_key: key of config.json with an expert's intermediate size.
     """

@@ -15,15 +15,16 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from common.files import atomic_write
-from exporter.checkpoint.checkpoint import ExpertTensors
-from exporter.checkpoint.safetensors_file import TensorReader, TensorRef
+from exporter.checkpoint.matrices import ExpertTensors, MatrixRef
+from exporter.checkpoint.safetensors_file import TensorReader
 from exporter.checkpoint.slabs import stream_rows
 from exporter.errors import CheckpointError
+from exporter.expert.activations import gated
 from exporter.expert.encoders import Stored, make_encoder
-from exporter.expert.graph import Layout, build_graph, matrix_shape, plan_layout
+from exporter.expert.graph import SILU, Layout, build_graph, matrix_shape, plan_layout
 from exporter.expert.probe import PROBE_ROWS, relative_error, run_rows
 from wire.experts import ExpertId
-from wire.manifest import Dims, ExpertEntry, FileEntry, Quantisation, encode_probe_output, probe_input
+from wire.manifest import Dims, ExpertEntry, ExpertGraph, FileEntry, Quantisation, encode_probe_output, probe_input
 from wire.tensors import Array
 
 
@@ -35,6 +36,7 @@ class ExpertJob:
         out: the bundle folder.
         threads: for onnxruntime.
         preset: of the optimum backend.
+        graph: what the expert computes.
     """
 
     id: ExpertId
@@ -44,6 +46,7 @@ class ExpertJob:
     out: Path
     threads: int = 1
     preset: str = ""
+    graph: ExpertGraph = SILU
 
 
 def expert_paths(expert: ExpertId) -> tuple[str, str]:
@@ -63,12 +66,12 @@ def export_expert(job: ExpertJob) -> ExpertEntry:
         BundleError: onnxruntime can't run what was written.
     """
     graph_path, weights_path = expert_paths(job.id)
-    layout = plan_layout(job.dims, job.quantisation)
+    layout = plan_layout(job.dims, job.quantisation, job.graph)
     # The reference products are far too small to share: BLAS threads would wait for each other at every slab,
     # measured at 300 times the arithmetic on a busy machine.
     with threadpool_limits(1, "blas"), open_writer(job.out, weights_path) as weights:
         reference, source_sha256 = _write_weights(job, layout, weights)
-    graph = build_graph(job.dims, job.quantisation, layout, Path(weights_path).name)
+    graph = build_graph(job.dims, job.quantisation, layout, Path(weights_path).name, job.graph)
     with open_writer(job.out, graph_path) as file:
         file.write(graph)
     outputs = run_rows(job.out / graph_path, probe_input(job.dims.hidden, PROBE_ROWS), job.threads)
@@ -122,15 +125,16 @@ def open_writer(out: Path, path: str) -> Iterator[HashingWriter]:
 def _write_weights(job: ExpertJob, layout: Layout, weights: HashingWriter) -> tuple[Array, str]:
     """Stream all three matrices; returns the fp32 outputs for the probe rows and the source's hash."""
     source = hashlib.sha256()
+    tensors = job.tensors
     with TensorReader() as reader:
 
-        def encode(matrix: str, tensor: TensorRef, x: Array) -> Array:
-            return _encode_matrix(job, layout, matrix, tensor, x, weights, reader, source)
+        def encode(matrix: str, values: MatrixRef, bias: MatrixRef | None, x: Array) -> Array:
+            return _encode_matrix(job, layout, matrix, values, bias, x, weights, reader, source)
 
         x = probe_input(job.dims.hidden, PROBE_ROWS)
-        gate = encode("w1", job.tensors.w1, x)
-        up = encode("w3", job.tensors.w3, x)
-        output = encode("w2", job.tensors.w2, silu(gate) * up)
+        gate = encode("w1", tensors.w1, tensors.b1, x)
+        up = encode("w3", tensors.w3, tensors.b3, x)
+        output = encode("w2", tensors.w2, tensors.b2, gated(job.graph, gate, up))
     return output, source.hexdigest()
 
 
@@ -142,42 +146,40 @@ def hash_source(tensors: ExpertTensors) -> str:
     """
     sha256 = hashlib.sha256()
     with TensorReader() as reader:
-        for tensor in tensors:
-            for chunk in reader.chunks(tensor):
-                sha256.update(chunk)
+        for matrix in tensors.matrices:
+            for _ in stream_rows(reader, matrix, sha256):
+                pass
     return sha256.hexdigest()
-
-
-def silu(x: Array) -> Array:
-    """x · sigmoid(x) without overflow."""
-    # tanh saturates where exp would overflow.
-    return np.asarray(x * (np.float32(0.5) * np.tanh(np.float32(0.5) * x) + np.float32(0.5)), np.float32)
 
 
 def _encode_matrix(
     job: ExpertJob,
     layout: Layout,
     matrix: str,
-    tensor: TensorRef,
+    values: MatrixRef,
+    bias: MatrixRef | None,
     x: Array,
     weights: HashingWriter,
     reader: TensorReader,
     source: Any,
 ) -> Array:
-    """Write one matrix's parts; returns x · matrixᵀ in fp32."""
+    """Write one matrix's parts and its bias; returns x · matrixᵀ + bias in fp32."""
     rows, columns = matrix_shape(job.dims, matrix)
     encoder = make_encoder(job.quantisation, rows, columns)
     first_part, *other_parts = layout.parts[matrix]
     product = np.empty((len(x), rows), np.float32)
     weights.pad_to(first_part.offset)
-    for first, slab in stream_rows(reader, tensor, source):
-        part = _checked_product(tensor, x, slab)
+    for first, slab in stream_rows(reader, values, source):
+        part = _checked_product(values, x, slab)
         product[:, first : first + len(slab)] = part
         try:
             weights.write(encoder.encode(slab))
         except ValueError as error:
-            raise CheckpointError(f"tensor '{tensor.name}': {error}") from None
+            raise CheckpointError(f"tensor '{values.name}': {error}") from None
     pending: list[Stored] = encoder.finish()
+    if bias is not None:
+        pending.append(_read_bias(reader, bias, source))
+        product += pending[-1]
     # The first part was streamed, unless the encoder returns all parts at the end.
     placed = [first_part, *other_parts][-len(pending) :] if pending else []
     for where, data in zip(placed, pending, strict=True):
@@ -186,7 +188,15 @@ def _encode_matrix(
     return product
 
 
-def _checked_product(tensor: TensorRef, x: Array, slab: Array) -> Array:
+def _read_bias(reader: TensorReader, bias: MatrixRef, source: Any) -> Array:
+    """A bias, float32 [outputs]."""
+    values = np.concatenate([slab[:, 0].copy() for _, slab in stream_rows(reader, bias, source)])
+    if not np.isfinite(values).all():
+        raise CheckpointError(f"tensor '{bias.name}' holds NaN or infinite values: it is damaged")
+    return values
+
+
+def _checked_product(tensor: MatrixRef, x: Array, slab: Array) -> Array:
     """x · slabᵀ, with a check that all weights are finite."""
     with np.errstate(all="ignore"):
         product: Array = x @ slab.T

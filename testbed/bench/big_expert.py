@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from exporter.checkpoint.checkpoint import ExpertTensors
+from exporter.checkpoint.matrices import ExpertTensors, matrix_ref
 from exporter.checkpoint.safetensors_file import TensorRef
 from exporter.expert.expert import ExpertJob, export_expert
 from exporter.expert.graph import MATRICES, matrix_shape
@@ -26,7 +26,7 @@ def random_weights(folder: Path) -> ExpertTensors:
             shape = matrix_shape(MIXTRAL, matrix)
             values = rng.standard_normal(shape, np.float32) * np.float32(shape[1] ** -0.5)
             file.write((values.view(np.uint32) >> 16).astype("<u2").tobytes())
-            tensors.append(TensorRef(matrix, path, "BF16", shape, offset))
+            tensors.append(matrix_ref(TensorRef(matrix, path, "BF16", shape, offset), shape))
             offset = file.tell()
     return ExpertTensors(*tensors)
 

@@ -321,4 +321,4 @@ def test_a_family_is_read_by_its_own_names(
     assert found.unknown == ()
     assert {ref.name for ref in found.trunk} == {renamed(ref.name) for ref in expected.trunk}
     for id, trio in expected.experts.items():
-        assert [ref.name for ref in found.experts[id]] == [renamed(ref.name) for ref in trio]
+        assert [ref.name for ref in found.experts[id].tensors] == [renamed(ref.name) for ref in trio.tensors]

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 
 from exporter.bundle.bundle import export_bundle
 from exporter.checkpoint.checkpoint import open_checkpoint
-from exporter.expert.expert import ExpertJob, expert_paths, export_expert, hash_source, silu
+from exporter.expert.activations import silu
+from exporter.expert.expert import ExpertJob, expert_paths, export_expert, hash_source
 from exporter.expert.graph import matrix_shape, plan_layout
 from exporter.expert.probe import check_probe, relative_error, run_rows
 from tests.checkpoints import EXPERTS, HIDDEN, save_mixtral
