@@ -1,17 +1,20 @@
 """Caps each node's rows by its speed; rows above the cap go to other nodes or are dropped."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated
 
 import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from bs_coordinator.selection.demand import Chosen, assign_by_preference, demand, no_slower, node_map, weights_of
+from bs_coordinator.selection.candidates import Candidates, find_candidates
+from bs_coordinator.selection.demand import Chosen, assign_by_preference, demand, no_slower, node_map
+from bs_coordinator.selection.differences import DifferenceTable
 from bs_coordinator.selection.forecast import LayerForecast
-from bs_coordinator.selection.one_token import OneToken, asked_experts, one_row
-from bs_coordinator.selection.routing import Routing, scores_of, top_choice
+from bs_coordinator.selection.one_token import OneToken, asked_experts
+from bs_coordinator.selection.routing import Routing
+from bs_coordinator.selection.survivors import Survivors, weigh, weigh_one
 from bs_coordinator.selection.topk import Experts
 from wire.tensors import Array
 
@@ -31,12 +34,16 @@ class Capacity(Struct, frozen=True, forbid_unknown_fields=True):
         limit: (token, expert) pairs with at least this share of their token's weight stay. At 0.5 and with `k` 2,
             these are each token's most probable expert.
         move: overflow may go to other experts; otherwise it is dropped.
+        survivors: rule for the weights of tokens that lost or changed an expert.
+        keep: table of the experts that are never dropped.
     """
 
     k: Experts
     slack: Annotated[float, Meta(ge=1)] = 1.0
     limit: Annotated[float, Meta(ge=0, le=1)] = 0.5
     move: bool = True
+    survivors: Survivors = "total"
+    keep: DifferenceTable | None = None
 
     def select(self, routing: Routing, forecast: LayerForecast) -> Array:
         """Gate weights, as `Policy.select` defines them."""
@@ -47,9 +54,9 @@ class Capacity(Struct, frozen=True, forbid_unknown_fields=True):
     def select_single(self, routing: Routing, forecast: LayerForecast) -> Array:
         """Gate weights of one token; what `select_batch` gives for it, but several times faster."""
         costs = OneToken(forecast)
-        probabilities, weights = scores_of(routing), top_choice(routing, self.k)
-        (p,), (share,) = probabilities.tolist(), weights.tolist()
-        top = asked_experts(weights)
+        found = find_candidates(routing, forecast, self.k, self.keep)
+        (liked,), (share,) = found.preference.tolist(), self._claims(found).tolist()
+        top = asked_experts(found.shares)
         caps = self._single_caps(share, top, costs)
         kept: list[int] = []
         over: list[int] = []
@@ -60,20 +67,23 @@ class Capacity(Struct, frozen=True, forbid_unknown_fields=True):
             used[node] += 1
             (over if used[node] > caps[node] and share[expert] < self.limit else kept).append(expert)
         if not over:
-            return weights
+            return weigh_one(routing, top, self.survivors)
         if self.move:
             for expert in kept:
                 caps[costs.holder[expert]] -= 1
-            others = sorted((e for e, x in enumerate(p) if x > 0 and e not in top), key=lambda e: -p[e])
+            others = sorted((e for e, x in enumerate(liked) if x > 0 and e not in top), key=lambda e: -liked[e])
             for _ in over:
-                expert = next((e for e in others if caps[costs.holder[e]] > 0), -1)
+                expert = next((e for e in others if caps[costs.holder[e]] > 0 and e not in kept), -1)
                 if expert >= 0:
                     caps[costs.holder[expert]] -= 1
                     kept.append(expert)
-        kept = kept or [p.index(max(p))]
-        if costs.layer_s(set(kept)) > costs.layer_s(top):
-            return weights
-        return weights_of(probabilities, one_row(kept, len(p)))
+        kept = kept or [liked.index(max(liked))]
+        slower = costs.layer_s(kept) > costs.layer_s(top)
+        return weigh_one(routing, top if slower else kept, self.survivors)
+
+    def _claims(self, found: Candidates) -> Array:
+        """The shares, with those of experts that are never dropped raised to what must stay."""
+        return found.shares if found.pinned is None else np.where(found.pinned, np.float32(1), found.shares)
 
     def _single_caps(self, share: list[float], top: list[int], costs: OneToken) -> list[int]:
         """By node, the rows that it can answer by the deadline."""
@@ -88,7 +98,8 @@ class Capacity(Struct, frozen=True, forbid_unknown_fields=True):
 
     def select_batch(self, routing: Routing, forecast: LayerForecast) -> Array:
         """Gate weights of any number of tokens."""
-        probabilities, weights = scores_of(routing), top_choice(routing, self.k)
+        found = find_candidates(routing, forecast, self.k, self.keep)
+        weights = self._claims(found)
         caps = self._caps(weights, forecast)
         token, expert = np.nonzero(weights)
         share = weights[token, expert]
@@ -98,16 +109,19 @@ class Capacity(Struct, frozen=True, forbid_unknown_fields=True):
         queue = forecast.holder[expert][:, None] == np.arange(len(caps))
         position = (queue.cumsum(axis=0) * queue).sum(axis=1)
         over = (position > caps[forecast.holder[expert]]) & (share < self.limit)
+        top = weights > 0
         if not over.any():
-            return weights
-        chosen = weights > 0
+            return weigh(routing, top, self.survivors)
+        chosen = top.copy()
         chosen[token[over], expert[over]] = False
         if self.move:
             room = caps - queue[~over].sum(axis=0)
-            wanted = np.where(weights[token[over]] > 0, np.float32(0), probabilities[token[over]])
-            moved, _ = assign_by_preference(wanted, forecast.holder, room)
-            chosen[token[over][moved >= 0], moved[moved >= 0]] = True
-        return no_slower(weights_of(probabilities, _at_least_one(chosen, probabilities)), weights, forecast)
+            for some in _once_each(token[over]):
+                wanted = np.where(top[some] | chosen[some], np.float32(0), found.preference[some])
+                moved, room = assign_by_preference(wanted, forecast.holder, room)
+                chosen[some[moved >= 0], moved[moved >= 0]] = True
+        chosen = no_slower(_at_least_one(chosen, found.preference), top, forecast)
+        return weigh(routing, chosen, self.survivors)
 
     def _caps(self, weights: Array, forecast: LayerForecast) -> NDArray[np.int64]:
         """int64 [nodes], the rows that each node can answer by the deadline."""
@@ -140,8 +154,16 @@ def fill_s(ready_s: Iterable[float], row_s: Iterable[float], rows: int) -> float
     return soonest_s
 
 
-def _at_least_one(chosen: Chosen, probabilities: Array) -> Chosen:
-    """Give tokens without any expert their most probable one."""
+def _once_each(token: NDArray[np.intp]) -> Iterator[NDArray[np.intp]]:
+    """Tokens that may occur several times, in parts in which each occurs once, in the same order."""
+    while len(token):
+        first = np.sort(np.unique(token, return_index=True)[1])
+        yield token[first]
+        token = np.delete(token, first)
+
+
+def _at_least_one(chosen: Chosen, preference: Array) -> Chosen:
+    """Give tokens without any expert the one they prefer."""
     alone = np.flatnonzero(~chosen.any(axis=1))
-    chosen[alone, probabilities[alone].argmax(axis=1)] = True
+    chosen[alone, preference[alone].argmax(axis=1)] = True
     return chosen

@@ -34,18 +34,18 @@ def predicted_s(chosen: Chosen, forecast: LayerForecast) -> float:
     return forecast.layer_s(*demand(chosen, node_map(forecast)))
 
 
-def weights_of(probabilities: Array, chosen: Chosen) -> Array:
-    """The chosen experts' probabilities, scaled to add up to 1 in each row: float32 [tokens, experts]."""
-    weights = np.where(chosen, probabilities, np.float32(0))
-    weights /= weights.sum(axis=1, keepdims=True)
-    return weights
+def shares_of(scores: Array, chosen: Chosen) -> Array:
+    """The chosen experts' scores, scaled to add up to 1 in each row: float32 [tokens, experts]."""
+    shares = np.where(chosen, scores, np.float32(0))
+    shares /= shares.sum(axis=1, keepdims=True)
+    return shares
 
 
-def no_slower(weights: Array, fallback: Array, forecast: LayerForecast) -> Array:
-    """`weights`, unless the layer is predicted to take longer with them than with `fallback`."""
+def no_slower(chosen: Chosen, fallback: Chosen, forecast: LayerForecast) -> Chosen:
+    """`chosen`, unless the layer is predicted to take longer with it than with `fallback`."""
     on_node = node_map(forecast)
-    slower = forecast.layer_s(*demand(weights > 0, on_node)) > forecast.layer_s(*demand(fallback > 0, on_node))
-    return fallback if slower else weights
+    slower = forecast.layer_s(*demand(chosen, on_node)) > forecast.layer_s(*demand(fallback, on_node))
+    return fallback if slower else chosen
 
 
 def assign_by_preference(

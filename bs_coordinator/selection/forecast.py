@@ -26,7 +26,7 @@ class LayerForecast:
         row_air_s: float64 [nodes], transfer of one hidden state to the node and back.
         row_compute_s: float64 [nodes], computing one more row.
         shared_air: whether all links share one channel.
-        available: bool [experts], which experts can be asked at all; None for all.
+        available: bool [experts], which experts can be asked at all, at least one; None for all.
     """
 
     layer: int

@@ -4,11 +4,8 @@ Decoding waits for a choice in every layer, and for so few numbers numpy takes m
 that of `LayerForecast`.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
-import numpy as np
-
-from bs_coordinator.selection.demand import Chosen
 from bs_coordinator.selection.forecast import LayerForecast
 from wire.tensors import Array
 
@@ -56,10 +53,3 @@ class OneToken:
 def asked_experts(weights: Array) -> list[int]:
     """The experts with a weight above 0 in float32 [1, experts]."""
     return [expert for expert, weight in enumerate(weights[0].tolist()) if weight]
-
-
-def one_row(experts: Collection[int], count: int) -> Chosen:
-    """bool [1, count], true for these experts."""
-    chosen = np.zeros((1, count), np.bool_)
-    chosen[0, list(experts)] = True
-    return chosen

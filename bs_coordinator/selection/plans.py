@@ -9,6 +9,7 @@ the slowest node's time (Lagrange multipliers) are approached by giving late nod
 
 from functools import lru_cache
 from itertools import combinations, product
+from math import comb
 from typing import Annotated
 
 import numpy as np
@@ -19,6 +20,9 @@ from bs_coordinator.selection.demand import Chosen, node_map
 from bs_coordinator.selection.forecast import Float, LayerForecast
 
 MAX_PLANS = 4096
+"""Most plans that all tokens share."""
+MAX_OWN_PLANS = 512
+"""Most plans of each token, where tokens have their own."""
 Price = Annotated[float, Meta(ge=1e-6, le=1e6)]
 """Price of losing everything, in units of top-k's time."""
 # The best of a few that were tried on real gates, from 4 to 500 tokens; 200 iterations are less than 1 % better.
@@ -48,17 +52,22 @@ class Plans:
         return found
 
 
+def count_subsets(experts: int, k: int) -> int:
+    """The number of sets of 1 to `k` of these experts."""
+    return sum(comb(experts, size) for size in range(1, k + 1))
+
+
+def most_candidates(experts: int, k: int) -> int:
+    """The number of experts of which a token compares all sets of up to `k`: as `MAX_OWN_PLANS` allows, at least k."""
+    return next((n for n in range(experts, k, -1) if count_subsets(n, k) <= MAX_OWN_PLANS), min(k, experts))
+
+
 @lru_cache(maxsize=8)
 def subsets(experts: int, k: int) -> Plans:
-    """All sets of 1 to `k` experts.
-
-    Raises:
-        ValueError: there are more than `MAX_PLANS`.
-    """
+    """All sets of 1 to `k` experts, smaller ones first."""
     rows: list[tuple[int, ...]] = []
     for size in range(1, min(k, experts) + 1):
         rows += combinations(range(experts), size)
-        _check_count(len(rows), experts, k)
     members = np.zeros((len(rows), experts))
     for i, row in enumerate(rows):
         members[i, row] = 1
@@ -71,21 +80,12 @@ def substitutions(experts: int, k: int) -> tuple[NDArray[np.intp], Plans]:
 
     Returns:
         intp [plans, k], an expert's index or, for an empty slot, `experts`; and the sets of experts that these are.
-
-    Raises:
-        ValueError: there are more than `MAX_PLANS`.
     """
-    _check_count((experts + 1) ** k - 1, experts, k)
     slots = np.array(list(product(range(experts + 1), repeat=k))[:-1], np.intp)
     slots.flags.writeable = False
     members = np.zeros((len(slots), experts + 1))
     members[np.arange(len(slots))[:, None], slots] = 1
     return slots, Plans(members[:, :-1].copy())
-
-
-def _check_count(count: int, experts: int, k: int) -> None:
-    if count > MAX_PLANS:
-        raise ValueError(f"k={k} of {experts} experts are more than {MAX_PLANS} plans to compare: choose a smaller k")
 
 
 def choose_plans(
@@ -104,13 +104,36 @@ def choose_plans(
     Returns:
         intp [tokens], the index of each token's plan.
     """
-    scaled = (price / len(loss)) * loss
-    scaled[np.arange(len(loss)), top] = 0
+    scaled = _priced(loss, top, price)
     if len(loss) == 1:
         time_s = _alone_s(plans, forecast)
         best: NDArray[np.intp] = (time_s / time_s[top] + scaled).argmin(axis=1)
         return best
     return _choose_together(_Load(plans, forecast), scaled, top)
+
+
+def choose_own_plans(
+    slots: NDArray[np.intp], loss: Float, top: NDArray[np.intp], price: float, forecast: LayerForecast
+) -> NDArray[np.intp]:
+    """Choose a plan for each token among plans of its own, as `choose_plans` does among shared ones.
+
+    Args:
+        slots: intp [tokens, plans, slots], the experts of each plan; the number of experts stands for none.
+        loss, top, price, forecast: as for `choose_plans`.
+    """
+    load = _OwnLoad(slots, forecast)
+    scaled = _priced(loss, top, price)
+    if len(loss) > 1:
+        return _choose_together(load, scaled, top)
+    time_s = load.layer_s(load.uses, load.busy_s(load.uses, load.held))
+    best: NDArray[np.intp] = (time_s / time_s[0, top] + scaled).argmin(axis=1)
+    return best
+
+
+def _priced(loss: Float, top: NDArray[np.intp], price: float) -> Float:
+    scaled = (price / len(loss)) * loss
+    scaled[np.arange(len(loss)), top] = 0
+    return scaled
 
 
 @lru_cache(maxsize=2)
@@ -152,17 +175,20 @@ class _Load:
     """What plans demand of nodes.
 
     Attributes:
-        held: float64 [plans, nodes], number of experts that a plan asks of a node.
-        uses: float64 [plans, nodes], 1 where a plan asks any expert of a node.
+        held: float64 [plans, nodes] or [tokens, plans, nodes], number of experts that a plan asks of a node.
+        uses: of the same shape, 1 where a plan asks any expert of a node.
         air_s: float64 [nodes], air time of a row if all links share a channel, else 0.
     """
 
     def __init__(self, plans: Plans, forecast: LayerForecast) -> None:
+        self._members = plans.members
+        self._take(plans.members @ node_map(forecast).astype(np.float64), forecast)
+
+    def _take(self, held: Float, forecast: LayerForecast) -> None:
         self._forecast = forecast
-        self._members = members = plans.members
         self._on_node: Float = node_map(forecast).astype(np.float64)
-        self.held = members @ self._on_node
-        self.uses: Float = (self.held > 0).astype(np.float64)
+        self.held = held
+        self.uses: Float = (held > 0).astype(np.float64)
         self.air_s: Float = forecast.row_air_s if forecast.shared_air else np.zeros_like(forecast.row_air_s)
 
     def asked(self, chosen: NDArray[np.intp]) -> tuple[Float, Float]:
@@ -183,3 +209,28 @@ class _Load:
         """
         time_s: Float = busy_s.max(axis=-1) + rows @ self.air_s
         return time_s
+
+
+class _OwnLoad(_Load):
+    """What plans demand of nodes, where each token has plans of its own."""
+
+    def __init__(self, slots: NDArray[np.intp], forecast: LayerForecast) -> None:
+        # An expert that fills several slots counts once.
+        slots = np.sort(slots, axis=2)
+        slots[:, :, 1:][slots[:, :, 1:] == slots[:, :, :-1]] = len(forecast.holder)
+        self._slots = slots
+        nodes = len(forecast.fixed_s)
+        node = np.append(forecast.holder, nodes)[slots]
+        one = np.eye(nodes + 1, nodes)
+        held = np.zeros((*slots.shape[:2], nodes))
+        for slot in range(slots.shape[2]):
+            held += one[node[:, :, slot]]
+        self._take(held, forecast)
+
+    def asked(self, chosen: NDArray[np.intp]) -> tuple[Float, Float]:
+        """Rows and distinct experts that each node is asked for, float64 [nodes]."""
+        tokens = np.arange(len(chosen))
+        asked = np.zeros(len(self._on_node) + 1)
+        asked[self._slots[tokens, chosen]] = 1
+        rows: Float = self.uses[tokens, chosen].sum(axis=0)
+        return rows, asked[:-1] @ self._on_node

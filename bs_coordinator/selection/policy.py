@@ -15,11 +15,9 @@ class Policy(Protocol):
 
         Args:
             routing: of the tokens, in this layer.
-            forecast: predicted costs of this layer's experts.
+            forecast: predicted costs of this layer's experts, and which of them are available.
 
         Returns:
-            float32 [tokens, experts], zero for an expert that is not asked. Each token asks at least one.
-
-        Raises:
-            ValueError: the policy needs scores of all experts, and the routing has none.
+            float32 [tokens, experts], zero for an expert that is not asked; not to be changed. Each token asks at
+            least one expert, and none that is unavailable.
         """

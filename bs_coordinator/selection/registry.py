@@ -39,6 +39,11 @@ def parse_policy(text: str, *, top_k: int, model_sha256: str | None = None) -> P
         ValueError: the name or an option is unknown, a value is out of range, or a table is of another model.
     """
     name, _, options = text.partition(":")
+    if "renormalise=" in options:
+        raise ValueError(
+            f"policy '{text}': renormalise=true is now survivors=total (the default), and renormalise=false is "
+            "survivors=none"
+        )
     if name not in _KINDS:
         raise ValueError(f"policy '{name}' is unknown: choose from {', '.join(POLICY_NAMES)}")
     kind, preset = _KINDS[name]
@@ -53,13 +58,31 @@ def parse_policy(text: str, *, top_k: int, model_sha256: str | None = None) -> P
         policy: Policy = msgspec.convert(values, kind, strict=False, dec_hook=_from_text)
     except msgspec.ValidationError as error:
         raise ValueError(f"policy '{text}': {error}") from None
-    made_for = getattr(policy, "model_sha256", None)
+    table: DifferenceTable | None = getattr(policy, "table", None) or getattr(policy, "keep", None)
+    made_for = table.model_sha256 if table else None
     if model_sha256 is not None and made_for not in (None, model_sha256):
         raise ValueError(
             f"policy '{text}' is for another model (hash {str(made_for)[:12]}…, this is {model_sha256[:12]}…): "
             "measure its table again on this one"
         )
     return policy
+
+
+def check_scores(text: str, policy: Policy, *, top_k: int) -> None:
+    """Check that a policy can work without scores of all experts, as a model has whose router's rule is not known.
+
+    Args:
+        text: of which `parse_policy` made the policy.
+        top_k: the model's experts per token.
+
+    Raises:
+        ValueError: the policy chooses experts that the model did not.
+    """
+    if not isinstance(policy, TopK) or policy.k > top_k:
+        raise ValueError(
+            f"policy '{text}' compares all experts by score, but how this model scores them is not known: "
+            f"use topk, or topk:k=… up to {top_k}"
+        )
 
 
 def _from_text(kind: type[Any], value: str) -> Any:

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from wire.tensors import Array
 
-_ROUNDING = 1e-5
+ROUNDING = 1e-5
+"""Sums of weights that differ from 1 by less are taken to be 1."""
 
 
 class Routing(NamedTuple):
@@ -83,39 +84,15 @@ def top_weights(scores: Array, k: int, order: Array | None = None) -> Array:
     return weights
 
 
-def scores_of(routing: Routing) -> Array:
-    """The scores of all experts, float32 [tokens, experts].
-
-    Raises:
-        ValueError: the routing has none.
-    """
-    if routing.scores is None:
-        raise ValueError("this policy compares scores of all experts, but how this model scores them is not known")
-    return routing.scores
-
-
 def totals(routing: Routing) -> Array:
     """What each token's own choice adds up to, float32 [tokens, 1]; exactly 1 where only rounding keeps it from 1."""
-    total: Array = routing.weights.sum(axis=1, keepdims=True)
-    total[np.abs(total - 1) < _ROUNDING] = 1
-    return total
+    # The sum of a few float32 is exact in float64, so it is bitwise the same in any order.
+    total = routing.weights.sum(axis=1, keepdims=True, dtype=np.float64)
+    total[np.abs(total - 1) < ROUNDING] = 1
+    sums: Array = total.astype(np.float32)
+    return sums
 
 
-def top_choice(routing: Routing, k: int) -> Array:
-    """Each token's `k` first experts: with the model's own `k`, its own weights; else scaled to the same total.
-
-    Returns:
-        float32 [tokens, experts], zero for experts that are not chosen; not to be changed.
-    """
-    weights = routing.weights
-    if len(weights) == 1:
-        own = np.count_nonzero(weights) == k
-    else:
-        is_own = np.count_nonzero(weights, axis=1) == k
-        own = bool(is_own.all())
-    if own:
-        return weights
-    # Without scores, the model's own experts can still be compared by their weights.
-    scores = weights if routing.scores is None else routing.scores
-    chosen: Array = top_weights(scores, k, routing.order) * totals(routing)
-    return chosen if len(weights) == 1 else np.where(is_own[:, None], weights, chosen)
+def scores_or_weights(routing: Routing) -> Array:
+    """The scores, float32 [tokens, experts]; without scores, the model's own weights, which can still be compared."""
+    return routing.weights if routing.scores is None else routing.scores

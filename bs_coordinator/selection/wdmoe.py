@@ -7,10 +7,12 @@ from typing import Annotated
 import numpy as np
 from msgspec import Meta, Struct
 
-from bs_coordinator.selection.demand import weights_of
+from bs_coordinator.selection.candidates import find_candidates
+from bs_coordinator.selection.differences import DifferenceTable
 from bs_coordinator.selection.forecast import Float, LayerForecast
-from bs_coordinator.selection.one_token import asked_experts, one_row
-from bs_coordinator.selection.routing import Routing, scores_of, top_choice
+from bs_coordinator.selection.one_token import asked_experts
+from bs_coordinator.selection.routing import Routing
+from bs_coordinator.selection.survivors import Survivors, weigh, weigh_one
 from bs_coordinator.selection.topk import Experts
 from wire.tensors import Array
 
@@ -31,7 +33,8 @@ class Wdmoe(Struct, frozen=True, forbid_unknown_fields=True):
         step: increment of θ.
         stop: last θ.
         gain: θ stops rising when the ratio exceeds `gain` times top-k's.
-        renormalise: scale a token's remaining weights to add up to 1; otherwise the dropped weight is lost.
+        survivors: rule for the remaining weights. The weakest expert goes first, so `mass` is `total`.
+        keep: table of the experts that are never dropped.
     """
 
     k: Experts
@@ -39,7 +42,8 @@ class Wdmoe(Struct, frozen=True, forbid_unknown_fields=True):
     step: Annotated[float, Meta(gt=0, le=1)] = 0.02
     stop: Annotated[float, Meta(ge=0, le=1)] = 0.9
     gain: Annotated[float, Meta(ge=0)] = 1.15
-    renormalise: bool = True
+    survivors: Survivors = "total"
+    keep: DifferenceTable | None = None
 
     def __post_init__(self) -> None:
         if self.start > self.stop:
@@ -55,17 +59,18 @@ class Wdmoe(Struct, frozen=True, forbid_unknown_fields=True):
 
     def select_batch(self, routing: Routing, forecast: LayerForecast) -> Array:
         """Gate weights of any number of tokens."""
-        probabilities, weights = scores_of(routing), top_choice(routing, self.k)
+        scores, _, weights, pinned = find_candidates(routing, forecast, self.k, self.keep)
         chosen = weights > 0
+        free = chosen if pinned is None else chosen & ~pinned
         time_s = np.maximum(forecast.one_row_s, _TINY_S)
-        weakest = np.where(chosen, weights, np.inf).argmin(axis=1)
-        token = np.flatnonzero(np.count_nonzero(chosen, axis=1) > 1)
-        likeness = cosine(probabilities, time_s)[token]
+        weakest = np.where(free, weights, np.inf).argmin(axis=1)
+        token = np.flatnonzero((np.count_nonzero(chosen, axis=1) > 1) & free.any(axis=1))
+        likeness = cosine(scores, time_s)[token]
         lost = (weights[token, weakest[token]] / time_s[weakest[token]]).astype(np.float64)
         theta = self._theta(likeness, lost, total=float((weights / time_s).sum()), pairs=int(chosen.sum()))
         dropped = token[likeness <= theta]
         chosen[dropped, weakest[dropped]] = False
-        return weights_of(probabilities, chosen) if self.renormalise else np.where(chosen, weights, np.float32(0))
+        return weigh(routing, chosen, self.survivors)
 
     @property
     def _steps(self) -> int:
@@ -77,17 +82,16 @@ class Wdmoe(Struct, frozen=True, forbid_unknown_fields=True):
         The token is dropped from at the first θ that reaches it, so with a `gain` of at least 1 only the last θ
         matters; with a smaller `gain` the first θ is already enough.
         """
-        probabilities, weights = scores_of(routing), top_choice(routing, self.k)
-        (p,), (share,) = probabilities.tolist(), weights.tolist()
+        scores, _, weights, pinned = find_candidates(routing, forecast, self.k, self.keep)
+        (p,), (share,) = scores.tolist(), weights.tolist()
         time_s = np.maximum(forecast.one_row_s, _TINY_S).tolist()
         likeness = sum(map(mul, p, time_s)) / math.sqrt(sum(map(mul, p, p)) * sum(map(mul, time_s, time_s)))
         theta = self.start + (self.step * self._steps if self.gain >= 1 else 0)
         top = asked_experts(weights)
-        if len(top) == 1 or likeness > theta:
-            return weights_of(probabilities, weights > 0) if self.renormalise else weights
-        top.remove(min(top, key=share.__getitem__))
-        chosen = one_row(top, len(p))
-        return weights_of(probabilities, chosen) if self.renormalise else np.where(chosen, weights, np.float32(0))
+        free = top if pinned is None else [expert for expert in top if not pinned[0, expert]]
+        if len(top) > 1 and free and likeness <= theta:
+            top.remove(min(free, key=share.__getitem__))
+        return weigh_one(routing, top, self.survivors)
 
     def _theta(self, likeness: Float, lost: Float, *, total: float, pairs: int) -> float:
         """The θ at which the search ends.
@@ -110,16 +114,16 @@ class Wdmoe(Struct, frozen=True, forbid_unknown_fields=True):
         return float(thetas[enough[0] if len(enough) else -1])
 
 
-def cosine(probabilities: Array, time_s: Float) -> Float:
+def cosine(scores: Array, time_s: Float) -> Float:
     """Cosine between each token's gate and the experts' times, float64 [tokens], from 0 to 1.
 
     It is low where the probability lies on fast experts: then the weakest chosen one is likely slow, and dropping it
     saves time. With equal times it measures how flat the gate is.
 
     Args:
-        probabilities: float32 [tokens, experts], over all experts.
+        scores: float32 [tokens, experts], over all experts.
         time_s: float64 [experts], above 0.
     """
-    p = probabilities.astype(np.float64)
+    p = scores.astype(np.float64)
     likeness: Float = p @ time_s / (np.sqrt(np.einsum("te,te->t", p, p)) * np.sqrt(time_s @ time_s))
     return likeness

@@ -64,16 +64,19 @@ def quality(
 @click.option("--chunk", type=click.IntRange(2), default=256, show_default=True, help="Tokens per context.")
 @click.option("--out", type=_PATH, default=Path("differences.json"), show_default=True, help="File for the table.")
 def differences(bundle: Path, text: Path, tokens: int, chunk: int, out: Path) -> None:
-    """Measure how much the experts of BUNDLE differ on TEXT.
+    """Measure how much the experts of BUNDLE differ on TEXT, and find those that must never be dropped.
 
-    The policy 'similar' needs the resulting table.
+    The policy 'similar' needs the resulting table; others keep the experts that it names with keep=FILE.
     """
     from bs_coordinator.selection.differences import write_differences
     from testbed.evaluation.differences import measure_differences
+    from wire.experts import ExpertId
 
     document = measure_differences(
         bundle, text, tokens=tokens, chunk=chunk, threads=os.cpu_count() or 1,
         progress=lambda done: click.echo(f"{done} of {tokens} tokens", err=True),
     )  # fmt: skip
     write_differences(document, out)
+    named = ", ".join(str(ExpertId(*found)) for found in document.super_experts) or "none"
+    click.echo(f"experts that must never be dropped: {named}")
     click.echo(f"table of expert differences in {out}: --policy similar:table={out}")

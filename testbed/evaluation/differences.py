@@ -1,12 +1,14 @@
-"""Measures how much the experts of each layer differ, for the policy `similar`.
+"""Measures how much the experts of each layer differ, for the policy `similar`, and finds those not to be dropped.
 
-After SiftMoE, arXiv 2603.23888; `bs_coordinator.selection.differences` defines the measure.
+After SiftMoE, arXiv 2603.23888, and "Unveiling Super Experts in Mixture-of-Experts Large Language Models",
+arXiv 2507.23279; `bs_coordinator.selection.differences` defines the measures.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bs_coordinator.engine.experts import ExpertOutput, Ready
 from bs_coordinator.engine.model import DistributedModel
@@ -22,6 +24,8 @@ from wire.experts import ExpertId
 from wire.manifest import load_manifest, sha256_file
 from wire.tensors import Array
 
+_EXTREME = 10.0
+
 
 class _ComparedExperts:
     """Runs all experts on all tokens, and sums the relative distance of the others' outputs from each chosen expert's.
@@ -29,6 +33,7 @@ class _ComparedExperts:
     Attributes:
         rows: int64 [layers, experts], number of tokens routed to each expert.
         sums: float64 [layers, experts, experts], summed distance of the second expert's output from the first's.
+        peaks: float64 [layers, experts], largest magnitude in each expert's outputs for the tokens routed to it.
     """
 
     def __init__(self, runtime: ExpertRuntime, layers: int, experts: int) -> None:
@@ -36,6 +41,7 @@ class _ComparedExperts:
         self._experts = experts
         self.rows = np.zeros((layers, experts), np.int64)
         self.sums = np.zeros((layers, experts, experts))
+        self.peaks = np.zeros((layers, experts))
 
     def begin(self, layer: int, hidden: Array, gate: Array) -> Ready:
         """Run all experts of a layer and compare their outputs (`Experts.begin`)."""
@@ -46,6 +52,7 @@ class _ComparedExperts:
             distance = np.linalg.norm(outputs[:, rows] - own, axis=2) / np.maximum(np.linalg.norm(own, axis=1), 1e-30)
             self.sums[layer, expert] += distance.sum(axis=1)
             self.rows[layer, expert] += len(rows)
+            self.peaks[layer, expert] = max(self.peaks[layer, expert], np.abs(own).max(initial=0))
         return Ready(ExpertOutput(np.einsum("te,etd->td", gate, outputs).astype(np.float32)))
 
     def forecast(self, layer: int) -> LayerForecast:
@@ -90,7 +97,24 @@ def measure_differences(
         tokens=len(ids),
         rows=experts.rows.tolist(),
         differences=(experts.sums / experts.rows[:, :, None]).round(5).tolist(),
+        peaks=experts.peaks.round(4).tolist(),
+        super_experts=find_super_experts(experts.peaks),
     )
+
+
+def find_super_experts(peaks: NDArray[np.float64]) -> list[tuple[int, int]]:
+    """The experts (layer, expert) whose outputs are extreme: a few, or none.
+
+    Their peak is above the 99.5th percentile of all experts, above a tenth of the largest (both as in arXiv
+    2507.23279), and above `_EXTREME` times the median. The paper looks instead only at layers in which the hidden
+    states' massive activations arise; the median keeps the largest of ordinary experts from being taken for one.
+
+    Args:
+        peaks: float64 [layers, experts], largest magnitude in each expert's outputs.
+    """
+    limit = max(np.percentile(peaks, 99.5), peaks.max() / 10, _EXTREME * np.median(peaks))
+    # Not above but from the percentile on: of few experts, it is the largest one.
+    return [(int(layer), int(expert)) for layer, expert in np.argwhere((peaks >= limit) & (peaks > 0))]
 
 
 def _read(text: Path, tokenizer: Tokenizer, tokens: int) -> Sequence[int]:

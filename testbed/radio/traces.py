@@ -14,7 +14,6 @@ from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import Policy, Routing, TopK
 from bs_coordinator.selection.forecast import LayerForecast
-from bs_coordinator.selection.routing import scores_of
 from bs_coordinator.trunk.inputs import SequenceInput
 from bs_coordinator.trunk.load import load_trunk
 from common.files import atomic_write
@@ -77,8 +76,14 @@ class _Recorder:
         self.recorded: list[Array] = []
 
     def select(self, routing: Routing, forecast: LayerForecast) -> Array:
-        """Record the probabilities, and choose with the other policy."""
-        self.recorded.append(scores_of(routing))
+        """Record the probabilities, and choose with the other policy.
+
+        Raises:
+            SimulationError: the model chooses by something else.
+        """
+        if routing.scores is None or routing.order is not None:
+            raise SimulationError("only models whose router chooses the experts that it weighs most can be traced")
+        self.recorded.append(routing.scores)
         return self._policy.select(routing, forecast)
 
 

@@ -20,11 +20,13 @@ from bs_coordinator.selection.plans import subsets
 from bs_coordinator.selection.routing import Routing, softmax_routing
 from bs_coordinator.selection.similar import Similar
 from bs_coordinator.selection.subset import Subset
+from bs_coordinator.selection.survivors import Survivors
 from bs_coordinator.selection.wdmoe import Wdmoe
 from testbed.evaluation.items import EachAlone
 from wire.tensors import Array
 
 EXPERTS = 6
+survivors_rules: st.SearchStrategy[Survivors] = st.sampled_from(("total", "none", "mass"))
 SLOW = LayerForecast(
     layer=0,
     holder=np.arange(8),
@@ -58,14 +60,14 @@ def _top(row: Array, k: int) -> list[int]:
     return np.flatnonzero(TopK(k).select(routed(row[None]), LayerForecast.even(0, len(row)))[0]).tolist()
 
 
-@given(exact_layers(), st.integers(1, 4), st.sampled_from([0.0, 0.5, 1.0, 1.02, 1.2, 9.0]), st.booleans())
+@given(exact_layers(), st.integers(1, 4), st.sampled_from([0.0, 0.5, 1.0, 1.02, 1.2, 9.0]), survivors_rules)
 def test_wdmoe_is_the_rule_token_by_token(
-    layer: tuple[Array, LayerForecast], k: int, gain: float, renormalise: bool
+    layer: tuple[Array, LayerForecast], k: int, gain: float, survivors: Survivors
 ) -> None:
     probabilities, forecast = layer
-    policy = Wdmoe(k, start=0.55, step=0.07, stop=0.98, gain=gain, renormalise=renormalise)
+    policy = Wdmoe(k, start=0.55, step=0.07, stop=0.98, gain=gain, survivors=survivors)
     times = forecast.one_row_s
-    top = TopK(k).select(routed(probabilities), forecast)
+    top = TopK(k).select(softmax_routing(probabilities, k), forecast)
 
     def ratio(asked: list[dict[int, float]]) -> float:
         pairs = [w / times[e] for token in asked for e, w in token.items()]
@@ -89,8 +91,8 @@ def test_wdmoe_is_the_rule_token_by_token(
     expected = np.zeros_like(top)
     for t, token in enumerate(after):
         for e, w in token.items():
-            expected[t, e] = w / (sum(token.values()) if renormalise else 1)
-    np.testing.assert_allclose(policy.select(routed(probabilities), forecast), expected, rtol=1e-5)
+            expected[t, e] = w / (sum(token.values()) if survivors != "none" else 1)
+    np.testing.assert_allclose(policy.select(softmax_routing(probabilities, k), forecast), expected, rtol=1e-5)
 
 
 def _mask(sets: list[frozenset[int]]) -> NDArray[np.bool_]:
@@ -389,7 +391,7 @@ def test_one_token_alone_is_treated_as_in_company(
 ) -> None:
     """These policies have a fast path for one token, which must choose what the path for many tokens chooses."""
     probabilities, forecast = layer
-    wdmoe = Wdmoe(k, start=limit, stop=0.95, gain=factor - 0.5, renormalise=move)
+    wdmoe = Wdmoe(k, start=limit, stop=0.95, gain=factor - 0.5, survivors="total" if move else "mass")
     for policy in (Bottleneck(k, factor, limit, move), Capacity(k, factor, limit, move), wdmoe):
         alone, many = (
             policy.select_single(routed(probabilities), forecast),

@@ -15,7 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from bs_coordinator.selection import POLICY_NAMES, Policy, TopK, parse_policy
 from bs_coordinator.selection.bottleneck import Bottleneck
 from bs_coordinator.selection.demand import predicted_s
-from bs_coordinator.selection.differences import DifferenceDocument, write_differences
+from bs_coordinator.selection.differences import SCHEMA, DifferenceDocument, write_differences
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.selection.routing import Routing, softmax_routing
 from bs_coordinator.selection.similar import Similar
@@ -51,7 +51,14 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     differences[0, 2, 5] = 0  # twins, as a checkpoint made of copies of one dense model may have
     values = differences.tolist()
     document = DifferenceDocument(
-        schema=1, model_sha256=MODEL, text_sha256=MODEL, tokens=1, rows=[[1] * 8], differences=values
+        schema=SCHEMA,
+        model_sha256=MODEL,
+        text_sha256=MODEL,
+        tokens=1,
+        rows=[[1] * 8],
+        differences=values,
+        peaks=[[1.0] * 8],
+        super_experts=[],
     )
     write_differences(document, path)
     return path
@@ -120,7 +127,7 @@ def test_one_token_on_even_links_is_top_2_or_less(table: Path, x: Array, name: s
 def test_options_are_read_from_text(table: Path) -> None:
     assert parse_policy("topk:k=3", top_k=2) == TopK(3)
     assert parse_policy("topk", top_k=2) == TopK(2)
-    assert parse_policy("wdmoe:renormalise=false,gain=1.5", top_k=2) == Wdmoe(2, renormalise=False, gain=1.5)
+    assert parse_policy("wdmoe:survivors=none,gain=1.5", top_k=2) == Wdmoe(2, survivors="none", gain=1.5)
     assert parse_policy("bottleneck:move=true,factor=2", top_k=2) == Bottleneck(2, move=True, factor=2)
     similar = parse_policy(f"similar:table={table},budget=0.1", top_k=2, model_sha256=MODEL)
     assert isinstance(similar, Similar)
@@ -131,7 +138,7 @@ def test_options_are_read_from_text(table: Path) -> None:
     ("text", "says"),
     [
         ("best", "policy 'best' is unknown: choose from topk"),
-        ("topk:q=3", "has no option 'q=3': it knows k="),
+        ("topk:q=3", "has no option 'q=3': it knows k, keep, survivors="),
         ("topk:k", "has no option 'k'"),
         ("topk:k=two", "policy 'topk:k=two': Expected `int`"),
         ("topk:k=0", "Expected `int` >= 1"),
@@ -139,6 +146,10 @@ def test_options_are_read_from_text(table: Path) -> None:
         ("wdmoe:step=0", "Expected `float` > 0.0"),
         ("wdmoe:step=1e-9", "step=1e-09 is too small"),
         ("wdmoe:gain=nan", "gain"),
+        ("wdmoe:renormalise=false", "renormalise=false is survivors=none"),
+        ("wdmoe:survivors=some", "Invalid enum value 'some'"),
+        ("subset:k=13", "Expected `int` <= 12"),
+        ("topk:keep=/nowhere/t.json", "can't read /nowhere/t.json"),
         ("bottleneck:factor=0.5", "Expected `float` >= 1.0"),
         ("bottleneck:move=maybe", "Expected `bool`"),
         ("capacity:slack=0", "Expected `float` >= 1.0"),
@@ -162,7 +173,10 @@ def test_a_table_of_another_model_is_refused(table: Path, tmp_path: Path) -> Non
     for text, says in (
         ("{}", "missing required field"),
         ("no", "is not a table"),
-        (table.read_text().replace('"schema":1', '"schema":2'), "has schema 2, this version reads 1"),
+        (
+            table.read_text().replace('"schema":2', '"schema":1'),
+            "has schema 1, this version reads 2: make it anew with",
+        ),
         (table.read_text().replace('"differences":[[[', '"differences":[[[7],['), r"not \[layers\]"),
     ):
         broken.write_text(text)
@@ -170,9 +184,8 @@ def test_a_table_of_another_model_is_refused(table: Path, tmp_path: Path) -> Non
             parse_policy(f"similar:table={broken}", top_k=2)
 
 
-def test_a_policy_with_too_many_plans_says_so(table: Path) -> None:
+def test_a_table_of_another_shape_is_refused(table: Path) -> None:
     probabilities = np.full((1, 64), 1 / 64, np.float32)
-    with pytest.raises(ValueError, match="k=4 of 64 experts are more than 4096 plans"):
-        parse_policy("subset", top_k=4).select(routed(probabilities), LayerForecast.even(0, 64))
-    with pytest.raises(ValueError, match="does not fit layer 0 of 64 experts"):
-        parse_policy(f"similar:table={table}", top_k=2).select(routed(probabilities), LayerForecast.even(0, 64))
+    for text in (f"similar:table={table}", f"wdmoe:keep={table}"):
+        with pytest.raises(ValueError, match="does not fit layer 0 of 64 experts"):
+            parse_policy(text, top_k=2).select(routed(probabilities), LayerForecast.even(0, 64))
