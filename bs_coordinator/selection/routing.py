@@ -35,15 +35,19 @@ class Routing(NamedTuple):
         return Routing(self.weights[index], scores, order)
 
 
-def softmax_routing(probabilities: Array, k: int) -> Routing:
-    """The routing of a model that weighs its `k` most probable experts by their probabilities, scaled to add up to 1.
+def softmax_routing(probabilities: Array, k: int, *, renormalised: bool = True) -> Routing:
+    """The routing of a model that weighs its `k` most probable experts by their probabilities.
 
-    Source: "Mixtral of Experts", arXiv 2401.04088, section 2.1.
+    Source: "Mixtral of Experts", arXiv 2401.04088, section 2.1; without scaling: "OLMoE", arXiv 2409.02060, section 2.
 
     Args:
         probabilities: float32 [tokens, experts], the gate's softmax over all experts.
+        renormalised: whether the weights are scaled to add up to 1 (`norm_topk_prob` in config.json).
     """
-    return Routing(top_weights(probabilities, k), probabilities)
+    weights = top_weights(probabilities, k)
+    if not renormalised:
+        weights = np.where(weights > 0, probabilities, np.float32(0))
+    return Routing(weights, probabilities)
 
 
 def join_routings(routings: Sequence[Routing]) -> Routing:

@@ -57,6 +57,8 @@ def fits(config: Any, rope_type: str, device: torch.device) -> bool:
         device.type == "cuda"
         and torch.version.hip is None
         and not getattr(config, "sliding_window", None)
+        # The kernels don't normalise queries and keys.
+        and config.model_type == "mixtral"
         and rope_type in _FIXED_ROPE
         and head_dim == _power_of_2(head_dim) >= 16
         and config.num_attention_heads // config.num_key_value_heads <= 64

@@ -1,20 +1,21 @@
-"""The trunk of a model with Llama's attention, such as Mixtral: embeddings, attention, norms, gates, head, KV cache.
+"""The trunk of a model with Llama's attention: embeddings, attention, norms, gates, head, KV cache.
 
-Attention, norms and rotary embedding are transformers' own modules, so the arithmetic is that of
-`MixtralForCausalLM`. This module knows neither nodes nor frames.
+Mixtral, and Qwen3-MoE, which normalises each head's queries and keys. Attention, norms and rotary embedding are
+transformers' own modules, so the arithmetic is that of `MixtralForCausalLM` and `Qwen3MoeForCausalLM`. This module
+knows neither nodes nor frames.
 """
 
 import importlib.util
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import MixtralConfig
+from transformers import AutoConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.mixtral.modeling_mixtral import (
@@ -22,8 +23,10 @@ from transformers.models.mixtral.modeling_mixtral import (
     MixtralRMSNorm,
     MixtralRotaryEmbedding,
 )
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
 from bs_coordinator.config import TrunkDtype
+from bs_coordinator.selection.routing import Routing, softmax_routing
 from bs_coordinator.trunk.dtypes import TORCH_DTYPE
 from bs_coordinator.trunk.inputs import Packing, SequenceInput
 from bs_coordinator.trunk.interface import CacheMark, Trunk, TrunkPass
@@ -31,14 +34,33 @@ from bs_coordinator.trunk.passes import BlocksPass, JointPass, RowsPass, TokenPa
 from bs_coordinator.trunk.rotary import depends_on_length, rotate
 from bs_coordinator.trunk.rows import MAX_ROWS, Rows
 from wire.errors import BundleError
+from wire.tensors import Array
 
 if TYPE_CHECKING:
     from bs_coordinator.trunk.cuda_graph import GraphedDecoder
 
 
+class _Family(NamedTuple):
+    attention: type[Any]
+    block: str  # the layer's module that holds gate and experts
+
+
+_FAMILIES = {
+    "mixtral": _Family(MixtralAttention, "block_sparse_moe"),
+    "qwen3_moe": _Family(Qwen3MoeAttention, "mlp"),
+}
+"""By `model_type` in config.json."""
+
+
 def why_not_llama(config: Mapping[str, object]) -> str:
     """Why these blocks can't run a model, given its config.json; empty if they can."""
-    return "" if config.get("model_type") == "mixtral" else "its blocks are not Mixtral's"
+    if config.get("model_type") not in _FAMILIES:
+        return "its blocks are not those of Mixtral or Qwen3-MoE"
+    if config.get("attention_bias"):
+        return "its attention has biases"
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        return "some of its layers have no experts"
+    return ""
 
 
 class StepContext:
@@ -60,7 +82,7 @@ class LlamaTrunk(Trunk):
     """A loaded trunk on one device, run block by block.
 
     Attributes:
-        config: the model's `MixtralConfig`.
+        config: the model's configuration, a `MixtralConfig` or a `Qwen3MoeConfig`.
         device, dtype: of the weights and of the arithmetic.
     """
 
@@ -70,7 +92,7 @@ class LlamaTrunk(Trunk):
         """Load the `trunk/` folder of a bundle.
 
         Args:
-            folder: with `config.json` and `model.safetensors`.
+            folder: with `config.json`, of a model that `why_not_llama` allows, and `model.safetensors`.
             device: as torch names it.
             dtype: of the weights and of the arithmetic.
             graphs: run single tokens as captured graphs where device and model allow it.
@@ -79,15 +101,16 @@ class LlamaTrunk(Trunk):
             BundleError: files are missing or do not fit together.
         """
         self.config: Any = _load_config(folder)
+        family = _FAMILIES[self.config.model_type]
         self.device = torch.device(device)
         self.dtype = TORCH_DTYPE[dtype]
         with torch.device("meta"):
-            self._modules = _TrunkModules(self.config)
+            self._modules = _TrunkModules(self.config, family.attention)
         try:
             state = load_file(folder / "model.safetensors")
         except (OSError, SafetensorError) as error:
             raise BundleError(f"can't read {folder / 'model.safetensors'}: {error}") from None
-        state = {_module_key(key): value.to(self.device, self.dtype) for key, value in state.items()}
+        state = {_module_key(key, family.block): value.to(self.device, self.dtype) for key, value in state.items()}
         if self.config.tie_word_embeddings:
             state["lm_head.weight"] = state["embed_tokens.weight"]
         try:
@@ -104,6 +127,11 @@ class LlamaTrunk(Trunk):
     def layers(self) -> int:
         """Number of layers."""
         return len(self._modules.layers)
+
+    def route(self, probabilities: Array) -> Routing:
+        """The model's own choice of experts by the gate's probabilities, float32 [tokens, experts]."""
+        renormalised = bool(getattr(self.config, "norm_topk_prob", True))
+        return softmax_routing(probabilities, self.config.num_experts_per_tok, renormalised=renormalised)
 
     @property
     def max_positions(self) -> int:
@@ -172,15 +200,14 @@ class LlamaTrunk(Trunk):
 
     def start_pass(self, inputs: Sequence[SequenceInput]) -> TrunkPass:
         """Begin to take sequences through the trunk, in the order of `inputs`."""
-        top_k = self.config.num_experts_per_tok
         if len(inputs) == 1 and inputs[0].packing is None and (graphs := self.graphs(inputs[0].ids, inputs[0].cache)):
-            return TokenPass(graphs, inputs[0], top_k)
+            return TokenPass(graphs, inputs[0], self.route)
         passes: list[TrunkPass] = []
         # Neighbours with few tokens share one pass, where this trunk runs them as rows.
         for few, group in itertools.groupby(inputs, lambda s: len(s.ids) <= MAX_ROWS and s.packing is None):
             some = list(group)
             rows = self.rows([s.ids for s in some], [s.cache for s in some], [s.length for s in some]) if few else None
-            passes.append(RowsPass(rows, some, top_k) if rows else BlocksPass(self, some))
+            passes.append(RowsPass(rows, some, self.route) if rows else BlocksPass(self, some))
         return passes[0] if len(passes) == 1 else JointPass(passes)
 
     def embed(
@@ -266,31 +293,31 @@ class LlamaTrunk(Trunk):
 
 
 class _TrunkBlock(nn.Module):
-    def __init__(self, config: Any, layer: int) -> None:
+    def __init__(self, config: Any, attention: type[Any], layer: int) -> None:
         super().__init__()
         self.input_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = MixtralAttention(config, layer)
+        self.self_attn = attention(config, layer)
         self.post_attention_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
 
 
 class _TrunkModules(nn.Module):
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, attention: type[Any]) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(_TrunkBlock(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(_TrunkBlock(config, attention, i) for i in range(config.num_hidden_layers))
         self.norm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
 
-def _module_key(key: str) -> str:
-    return key.removeprefix("model.").replace(".block_sparse_moe.gate.", ".gate.")
+def _module_key(key: str, block: str) -> str:
+    return key.removeprefix("model.").replace(f".{block}.gate.", ".gate.")
 
 
 def _load_config(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise BundleError(f"{folder} has no config.json: this bundle holds experts only, use the exporter's own")
-    config: Any = MixtralConfig.from_pretrained(folder)
+    config: Any = AutoConfig.from_pretrained(folder)
     config._attn_implementation = "sdpa"
     return config
 

@@ -1,7 +1,7 @@
 """The ways through `LlamaTrunk`: rows on a CPU, captured graphs on a GPU, or transformers' own blocks."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from bs_coordinator.selection.routing import Routing, join_routings, softmax_routing
+from bs_coordinator.selection.routing import Routing, join_routings
 from bs_coordinator.trunk.inputs import Packing, SequenceInput
 from bs_coordinator.trunk.interface import TrunkPass
 from bs_coordinator.trunk.rows import Rows
@@ -18,6 +18,9 @@ from wire.tensors import Array
 if TYPE_CHECKING:
     from bs_coordinator.trunk.cuda_graph import GraphedDecoder
 
+Rule = Callable[[Array], Routing]
+"""A model's routing of tokens by the gate's probabilities, float32 [tokens, experts]."""
+
 
 class Blocks(Protocol):
     """A model that is run layer by layer, as `LlamaTrunk` documents it."""
@@ -25,6 +28,8 @@ class Blocks(Protocol):
     config: Any
     device: torch.device
     dtype: torch.dtype
+
+    def route(self, probabilities: Array) -> Routing: ...
 
     def embed(
         self, ids: Tensor, cache: DynamicCache, packing: Packing | None = None, *, length: int = 0
@@ -38,14 +43,14 @@ class Blocks(Protocol):
 class RowsPass(TrunkPass):
     """Sequences with few new tokens each, together, with results that do not depend on the batch."""
 
-    def __init__(self, rows: Rows, inputs: Sequence[SequenceInput], top_k: int) -> None:
+    def __init__(self, rows: Rows, inputs: Sequence[SequenceInput], route: Rule) -> None:
         self._rows = rows
-        self._top_k = top_k
+        self._route = route
         self._inputs = inputs
 
     def attend(self, layer: int) -> tuple[Array, Routing]:
         hidden, probabilities = self._rows.attend(layer)
-        return hidden.numpy(), softmax_routing(probabilities.numpy(), self._top_k)
+        return hidden.numpy(), self._route(probabilities.numpy())
 
     def add(self, output: Array) -> None:
         self._rows.add(torch.from_numpy(output))
@@ -64,16 +69,16 @@ class RowsPass(TrunkPass):
 class TokenPass(TrunkPass):
     """One token of one sequence, through captured graphs."""
 
-    def __init__(self, graphs: "GraphedDecoder", sequence: SequenceInput, top_k: int) -> None:
+    def __init__(self, graphs: "GraphedDecoder", sequence: SequenceInput, route: Rule) -> None:
         self._graphs = graphs
-        self._top_k = top_k
+        self._route = route
         self._layer = 0
         graphs.begin(sequence.ids[0], sequence.cache)
 
     def attend(self, layer: int) -> tuple[Array, Routing]:
         self._layer = layer
         hidden, probabilities = self._graphs.attend(layer)
-        return hidden, softmax_routing(probabilities, self._top_k)
+        return hidden, self._route(probabilities)
 
     def add(self, output: Array) -> None:
         self._graphs.add(self._layer, output)
@@ -99,7 +104,7 @@ class BlocksPass(TrunkPass):
         self._hidden = [residual for residual, _, _ in attended]
         # The copies to the host also wait for a GPU, so a clock read after them includes its work.
         hidden, probabilities = _to_host([x for _, x, _ in attended]), _to_host([p for _, _, p in attended])
-        return hidden, softmax_routing(probabilities, self._blocks.config.num_experts_per_tok)
+        return hidden, self._blocks.route(probabilities)
 
     def add(self, output: Array) -> None:
         moved = torch.from_numpy(output).to(self._blocks.device, self._blocks.dtype)

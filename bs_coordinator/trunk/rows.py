@@ -80,6 +80,8 @@ class Rows:
             product(normed, projection.weight).view(shape)
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm(query), attention.k_norm(key)
         query, key = apply_rotary_pos_emb(query, key, *self._rotary, unsqueeze_dim=2)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         mixed, start = [], 0
