@@ -1,4 +1,4 @@
-"""Turns a Mixtral checkpoint into a bundle: the trunk, one quantised ONNX graph per expert, and a manifest.
+"""Turns a mixture-of-experts checkpoint into a bundle: the trunk, one quantised ONNX graph per expert, and a manifest.
 
 Exporting needs no torch: tensors are read as raw bytes, quantised with numpy and written as graphs that are built here.
 """

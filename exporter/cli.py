@@ -26,7 +26,7 @@ _PATH = click.Path(path_type=Path)
 @click.group(cls=Group)
 @click.version_option(__version__)
 def cli() -> None:
-    """Turn a Mixtral checkpoint into a bundle of quantised ONNX experts."""
+    """Turn a mixture-of-experts checkpoint into a bundle of quantised ONNX experts."""
 
 
 @cli.command("demo-model")
@@ -87,10 +87,10 @@ def bundle(name: str, out: Path, revision: str | None, config: ExportConfig) -> 
             )
 
         with _progress("download") as show:
-            checkpoint = locate_checkpoint(name, revision=revision, progress=show, room_for=room_for)
-        dims = open_checkpoint(checkpoint).dims
-        layers = parse_index_set(config.layers, dims.layers)
-        experts = parse_index_set(config.experts, dims.experts)
+            folder = locate_checkpoint(name, revision=revision, progress=show, room_for=room_for)
+        checkpoint = open_checkpoint(folder)
+        layers = parse_index_set(config.layers, checkpoint.dims.layers)
+        experts = parse_index_set(config.experts, checkpoint.dims.experts)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     if preset:

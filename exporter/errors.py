@@ -4,7 +4,7 @@ from common.errors import WdmoeError
 
 
 class CheckpointError(WdmoeError):
-    """The source checkpoint is missing, damaged or not a Mixtral."""
+    """The source checkpoint is missing, damaged or of a family that can't be exported."""
 
     exit_code = 10
 

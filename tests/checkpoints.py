@@ -145,6 +145,8 @@ def tiny_moe(folder: Path, family: str, dtype: str = "float32") -> Any:
                 value.normal_(std=0.1)
     model.save_pretrained(folder)
     save_tokenizer(folder)
+    # Without this, transformers takes the family's own class, which adds tokens.
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     return model
 
 

@@ -75,7 +75,7 @@ class ExportResult:
 
 
 def export_bundle(
-    checkpoint: Path,
+    checkpoint: Path | Checkpoint,
     out: Path,
     quantisation: Quantisation,
     *,
@@ -91,26 +91,27 @@ def export_bundle(
     was signed.
 
     Args:
-        layers, experts: indices to export; None for all.
+        checkpoint: its folder, or the checkpoint itself if it is open.
+        layers, experts: indices to export; None for all. Layers without experts are not counted.
         jobs: number of processes.
         preset: quantisation preset of the optimum backend.
         progress: called with the number of finished experts and of all experts.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged or not a Mixtral, has no tokenizer, or a base station would
-            refuse it or fail while it answers.
+        CheckpointError: the checkpoint is missing, damaged or of an unknown family, has no tokenizer, or a base station
+            would refuse it or fail while it answers.
         BundleError: `out` holds something else, or another export is writing there.
         WdmoeError: the optimum backend can't export this model's experts.
         StorageError: `out` can't be written or is too small.
     """
-    source = open_checkpoint(checkpoint)
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     check_tokenizer(source)
     if quantisation.backend == "optimum" and (graph := source.architecture.expert) != SILU:
         raise WdmoeError(
             f"--via optimum exports experts with silu and without biases, these have {graph}: leave it out"
         )
-    inside = out.resolve()
-    if inside == checkpoint.resolve() or checkpoint.resolve() in inside.parents:
+    inside, folder = out.resolve(), source.folder.resolve()
+    if inside == folder or folder in inside.parents:
         raise StorageError(f"{out} lies inside the checkpoint: choose another folder for the bundle")
     ids = [
         id
@@ -196,13 +197,15 @@ class _Export:
         manifest, lost = self._complete(trunk)
         if unknown := source.unknown:
             shown = f"{unknown[0]}, …" if len(unknown) > 1 else unknown[0]
-            lost.insert(0, f"left out {len(unknown)} tensors that a Mixtral of this config.json does not have: {shown}")
+            lost.insert(0, f"left out {len(unknown)} tensors that the model of this config.json does not have: {shown}")
         return ExportResult(manifest, kept, source_bytes, up_to_date=False, lost=(*lost, *refused))
 
     def _try_trunk(self) -> list[str]:
         """Lines about what a base station can't do with this trunk."""
         if self._quantisation.backend == "optimum":
-            return ["tokenizer and chat template were not tried: the optimum environment has another transformers"]
+            return [
+                "trunk, tokenizer and chat template were not tried: the optimum environment has another transformers"
+            ]
         return try_trunk(self._out / "trunk", self._source.dims.vocab, self._source.folder)
 
     def _complete(self, trunk: tuple[FileEntry, ...]) -> tuple[Manifest, list[str]]:

@@ -3,14 +3,15 @@
 from pathlib import Path
 
 from common.disk_space import Room
-from exporter.checkpoint.families import model_family
-from exporter.checkpoint.model_config import model_dims, read_config
+from exporter.checkpoint.model_config import read_model_config
+from exporter.checkpoint.survey import survey
 from exporter.expert.graph import plan_layout
 from wire.experts import parse_index_set
 from wire.manifest import Quantisation
 
-_SOURCE_BYTES = 2
-"""Bytes per weight of a checkpoint, nearly always BF16. With F32, the forecast is too high by the experts' size."""
+_SOURCE_BYTES = {None: 2.0, "mxfp4": 17 / 32, "fp8": 1.0}
+"""Bytes per weight of experts by `quant_method`: nearly always BF16. With F32, the forecast is too high by the experts'
+size."""
 
 
 def forecast_room(
@@ -27,9 +28,10 @@ def forecast_room(
         CheckpointError: the model can't be exported.
         ValueError: an index set is wrong.
     """
-    _, config = read_config(folder)
-    dims = model_dims(folder, config, model_family(folder, config))
+    config = read_model_config(folder)
+    found = survey(folder, config.kind, None)
+    dims = found.dims
     chosen = len(parse_index_set(layers, dims.layers)) * len(parse_index_set(experts, dims.experts))
-    in_experts = 3 * dims.hidden * dims.intermediate * dims.layers * dims.experts * _SOURCE_BYTES
-    trunk = max(0, weight_bytes - in_experts)
-    return Room(out, trunk + chosen * plan_layout(dims, quantisation).bytes, "the bundle")
+    in_experts = 3 * dims.hidden * dims.intermediate * dims.layers * dims.experts * _SOURCE_BYTES[config.quantised]
+    trunk = max(0, weight_bytes - int(in_experts))
+    return Room(out, trunk + chosen * plan_layout(dims, quantisation, found.architecture.expert).bytes, "the bundle")

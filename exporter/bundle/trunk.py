@@ -1,13 +1,18 @@
 """The trunk of a bundle: all weights that belong to no expert, config and tokenizer, as transformers reads them."""
 
+import dataclasses
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from exporter.checkpoint.checkpoint import Checkpoint
+from exporter.checkpoint.layouts import FP8
+from exporter.checkpoint.matrices import matrix_ref
 from exporter.checkpoint.safetensors_file import TensorReader, TensorRef, encode_header
+from exporter.checkpoint.slabs import stream_rows
 from exporter.checkpoint.source_file import TEXT_FILES, parse_json, read_bytes
 from exporter.errors import CheckpointError
 from exporter.expert.expert import open_writer
@@ -21,15 +26,18 @@ _EXPONENTS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x
 def copy_trunk(source: Checkpoint, out: Path) -> Iterator[FileEntry]:
     """Write `out/trunk/`; yields an entry per file.
 
+    Tensors keep their names and bytes, except that FP8 with scales becomes BF16, as when transformers dequantises it.
+
     Raises:
         CheckpointError: a tensor is not finite or can't be read.
         StorageError: a file could not be written.
     """
     with open_writer(out, "trunk/model.safetensors") as writer, TensorReader() as reader:
-        writer.write(encode_header(source.trunk))
+        writer.write(encode_header(map(_stored, source.trunk)))
         for tensor in source.trunk:
-            for chunk in reader.chunks(tensor):
-                _check_finite(tensor, chunk)
+            chunks = _dequantised(reader, source, tensor) if tensor.dtype == FP8 else reader.chunks(tensor)
+            for chunk in chunks:
+                _check_finite(_stored(tensor), chunk)
                 writer.write(chunk)
     yield writer.entry()
     for path, data in _texts(source):
@@ -65,7 +73,7 @@ def texts_current(source: Checkpoint, trunk: Iterable[FileEntry]) -> bool:
 def trunk_bytes(source: Checkpoint) -> int:
     """Roughly the number of bytes that `copy_trunk` writes."""
     files = (source.folder / name for name in TEXT_FILES)
-    return sum(ref.bytes for ref in source.trunk) + sum(p.stat().st_size for p in files if p.exists())
+    return sum(_stored(ref).bytes for ref in source.trunk) + sum(p.stat().st_size for p in files if p.exists())
 
 
 def _texts(source: Checkpoint) -> Iterator[tuple[str, bytes]]:
@@ -73,8 +81,25 @@ def _texts(source: Checkpoint) -> Iterator[tuple[str, bytes]]:
     for name in TEXT_FILES:
         if (data := read_bytes(source.folder, name)) is not None:
             if name.endswith(".json"):
-                parse_json(source.folder / name, data)
+                document = parse_json(source.folder / name, data)
+                # What is quantised in the checkpoint is so in no trunk.
+                if name == "config.json" and document.pop("quantization_config", None):
+                    data = json.dumps(document, indent=2).encode()
             yield f"trunk/{name}", data
+
+
+def _stored(tensor: TensorRef) -> TensorRef:
+    """A tensor of the checkpoint with the number format that it has in the bundle."""
+    return dataclasses.replace(tensor, dtype="BF16") if tensor.dtype == FP8 else tensor
+
+
+def _dequantised(reader: TensorReader, source: Checkpoint, tensor: TensorRef) -> Iterator[memoryview]:
+    """BF16 values of an FP8 matrix, rounded to nearest even."""
+    rows, columns = tensor.shape
+    matrix = matrix_ref(tensor, (rows, columns), scales=source.scales[tensor.name])
+    for _, slab in stream_rows(reader, matrix, hashlib.sha256()):
+        bits = slab.view(np.uint32)
+        yield ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype("<u2").data.cast("B")
 
 
 def _check_finite(tensor: TensorRef, chunk: memoryview) -> None:

@@ -1,4 +1,4 @@
-"""Checks a Hugging Face Mixtral folder: dimensions, the place of every expert, what belongs to the trunk.
+"""Checks a Hugging Face folder of a mixture of experts: dimensions, the place of every expert, the trunk's tensors.
 
 Only config.json and headers are read here, no tensors.
 """
@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoint.families import Family, model_family
+from exporter.checkpoint.families import FAMILIES
+from exporter.checkpoint.layouts import FP8, FP8_SCALES, find_experts, is_routed
 from exporter.checkpoint.matrices import FLOAT_DTYPES, ExpertTensors, matrix_ref
-from exporter.checkpoint.model_config import AttentionDims, attention_dims, check_token_ids, model_dims, read_config
+from exporter.checkpoint.model_config import read_model_config
 from exporter.checkpoint.safetensors_file import SafetensorsFile, TensorRef, read_header
 from exporter.checkpoint.source_file import locate, read_json, source_name
+from exporter.checkpoint.survey import survey
 from exporter.errors import CheckpointError
 from wire.experts import ExpertId
-from wire.manifest import Architecture, Dims, Source, mixtral_architecture
+from wire.manifest import Architecture, Dims, Source
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -32,7 +34,8 @@ class Checkpoint:
         architecture: of the model.
         source: name and hashes, for the manifest.
         experts: the tensors of each expert.
-        trunk: the trunk's tensors, in file order.
+        trunk: the trunk's tensors, in file order, without scales.
+        scales: of FP8 tensors, by the tensor's name.
         unknown: names of tensors that the model does not have.
     """
 
@@ -42,6 +45,7 @@ class Checkpoint:
     source: Source
     experts: dict[ExpertId, ExpertTensors]
     trunk: tuple[TensorRef, ...]
+    scales: dict[str, TensorRef]
     unknown: tuple[str, ...]
 
     def shard_stamps(self, tensors: Iterable[TensorRef]) -> dict[str, tuple[int, int]]:
@@ -60,41 +64,46 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Check a checkpoint folder's config and safetensors headers.
 
     Raises:
-        CheckpointError: the checkpoint is missing, incomplete, damaged or not a Mixtral.
+        CheckpointError: the checkpoint is missing, incomplete, damaged, of an unknown family, or quantised in a way
+            that can't be read.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder: give the folder that holds config.json")
-    raw_config, config = read_config(folder)
-    family = model_family(folder, config)
-    dims, attention = model_dims(folder, config, family), attention_dims(folder, config)
-    check_token_ids(folder / "config.json", config, dims.vocab)
-    if (generation := read_json(folder, "generation_config.json")) is not None:
-        check_token_ids(folder / "generation_config.json", generation, dims.vocab)
-    files = _read_files(folder)
+    config = read_model_config(folder)
+    files = _read_files(folder, FAMILIES[config.kind].example)
     tensors = {name: ref for file in files for name, ref in file.tensors.items()}
-    experts = _find_experts(folder, tensors, dims, family)
-    in_experts = {ref.name for trio in experts.values() for ref in trio.tensors}
-    tied = bool(config.get("tie_word_embeddings", False))
-    in_trunk = _trunk_tensors(folder, tensors, dims, attention, family, tied=tied)
-    dtypes = sorted({ref.dtype for trio in experts.values() for ref in trio.matrices})
+    scales = {name.removesuffix(FP8_SCALES): ref for name, ref in tensors.items() if name.endswith(FP8_SCALES)}
+    routed = {name: ref for name, ref in tensors.items() if is_routed(name)}
+    others = [ref for name, ref in tensors.items() if name not in routed and not name.endswith(FP8_SCALES)]
+    found = survey(folder, config.kind, others)
+    experts = find_experts(folder, routed, found.dims, found.architecture, alternating=found.alternating)
+    used = {ref.name for expert in experts.values() for ref in expert.tensors}
+    trunk = tuple(ref for ref in others if ref.name not in found.unknown)
+    for ref in trunk:
+        _check_readable(ref, scales.get(ref.name))
     source = Source(
         name=source_name(folder),
-        config_sha256=hashlib.sha256(raw_config).hexdigest(),
+        config_sha256=hashlib.sha256(config.raw).hexdigest(),
         header_sha256={file.path.name: file.header_sha256 for file in files},
-        dtype=",".join(dtypes),
+        dtype=",".join(sorted({matrix.dtype for expert in experts.values() for matrix in expert.matrices})),
     )
-    return Checkpoint(
-        folder,
-        dims,
-        mixtral_architecture(dims.layers),
-        source,
-        experts,
-        trunk=tuple(ref for name, ref in tensors.items() if name in in_trunk),
-        unknown=tuple(name for name in tensors if name not in in_trunk and name not in in_experts),
-    )
+    unknown = [name for name in tensors if name in found.unknown or (name in routed and name not in used)]
+    return Checkpoint(folder, found.dims, found.architecture, source, experts, trunk, scales, tuple(unknown))
 
 
-def _read_files(folder: Path) -> list[SafetensorsFile]:
+def _check_readable(ref: TensorRef, scales: TensorRef | None) -> None:
+    """Check the number format of a tensor of the trunk."""
+    if ref.dtype == FP8 and scales is not None and len(ref.shape) == 2:
+        rows, columns = ref.shape
+        matrix_ref(ref, (rows, columns), scales=scales)
+    elif ref.dtype not in FLOAT_DTYPES:
+        raise CheckpointError(
+            f"tensor '{ref.name}' is {ref.dtype}: outside of experts, only {', '.join(FLOAT_DTYPES)}, and FP8 with "
+            "block scales, can be exported"
+        )
+
+
+def _read_files(folder: Path, example: str) -> list[SafetensorsFile]:
     # transformers prefers the single file too.
     if locate(folder, SINGLE_FILE).exists():
         return [read_header(folder / SINGLE_FILE)]
@@ -105,6 +114,11 @@ def _read_files(folder: Path) -> list[SafetensorsFile]:
         raise CheckpointError(
             f"{folder} holds pickled weights only ({min(pickles)}): load it with transformers and save it "
             "with save_pretrained(…), which writes safetensors"
+        )
+    if other := [p.name for p in folder.glob("*.gguf")]:
+        raise CheckpointError(
+            f"{folder} holds GGUF weights only ({min(other)}), which can't be read exactly: download the original "
+            f"safetensors checkpoint, such as {example}"
         )
     raise CheckpointError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
 
@@ -146,62 +160,3 @@ def _read_shards(folder: Path, index: dict[str, Any]) -> list[SafetensorsFile]:
         for name in [n for n in file.tensors if placed.get(n) != file.path.name]:
             del file.tensors[name]
     return files
-
-
-def _find_experts(
-    folder: Path, tensors: dict[str, TensorRef], dims: Dims, family: Family
-) -> dict[ExpertId, ExpertTensors]:
-    if any(name.endswith(".mlp.experts.gate_up_proj") for name in tensors):
-        raise CheckpointError(
-            f"{folder} holds fused experts (gate_up_proj): save it with transformers' save_pretrained(…), "
-            "which writes one tensor per expert"
-        )
-    wide, tall = (dims.intermediate, dims.hidden), (dims.hidden, dims.intermediate)
-    experts = {}
-    for layer in range(dims.layers):
-        for expert in range(dims.experts):
-            prefix = f"model.layers.{layer}.{family.block}.experts.{expert}"
-            experts[ExpertId(layer, expert)] = ExpertTensors(
-                w1=matrix_ref(_tensor(folder, tensors, f"{prefix}.{family.w1}.weight", wide), wide),
-                w3=matrix_ref(_tensor(folder, tensors, f"{prefix}.{family.w3}.weight", wide), wide),
-                w2=matrix_ref(_tensor(folder, tensors, f"{prefix}.{family.w2}.weight", tall), tall),
-            )
-    return experts
-
-
-def _tensor(folder: Path, tensors: dict[str, TensorRef], name: str, shape: tuple[int, ...]) -> TensorRef:
-    """The tensor `name`, after a check of its shape and number format."""
-    ref = tensors.get(name)
-    if ref is None:
-        raise CheckpointError(f"{folder} lacks tensor '{name}': its files don't fit its config.json")
-    if ref.shape != shape:
-        raise CheckpointError(f"tensor '{name}' has shape {list(ref.shape)}, config.json asks for {list(shape)}")
-    if ref.dtype not in FLOAT_DTYPES:
-        raise CheckpointError(f"tensor '{name}' is {ref.dtype}: only {', '.join(FLOAT_DTYPES)} can be exported")
-    return ref
-
-
-def _trunk_tensors(
-    folder: Path, tensors: dict[str, TensorRef], dims: Dims, attention: AttentionDims, family: Family, *, tied: bool
-) -> set[str]:
-    """Names of the trunk's tensors, all of which are there with the shapes that the base station will ask for."""
-    d = dims.hidden
-    wanted: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (dims.vocab, d),
-        "model.norm.weight": (d,),
-    }
-    if not tied:
-        wanted["lm_head.weight"] = (dims.vocab, d)
-    query, key_value = attention.heads * attention.head, attention.key_value_heads * attention.head
-    for layer in range(dims.layers):
-        prefix = f"model.layers.{layer}"
-        wanted[f"{prefix}.input_layernorm.weight"] = (d,)
-        wanted[f"{prefix}.post_attention_layernorm.weight"] = (d,)
-        wanted[f"{prefix}.{family.block}.gate.weight"] = (dims.experts, d)
-        wanted[f"{prefix}.self_attn.q_proj.weight"] = (query, d)
-        wanted[f"{prefix}.self_attn.k_proj.weight"] = (key_value, d)
-        wanted[f"{prefix}.self_attn.v_proj.weight"] = (key_value, d)
-        wanted[f"{prefix}.self_attn.o_proj.weight"] = (d, query)
-    for name, shape in wanted.items():
-        _tensor(folder, tensors, name, shape)
-    return set(wanted)

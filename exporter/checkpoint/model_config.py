@@ -1,121 +1,92 @@
-"""A Mixtral checkpoint's config.json: dimensions of the model, checked before anything is computed from them."""
+"""A checkpoint's config.json, checked before a model is built from it."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from exporter.checkpoint.families import Family
-from exporter.checkpoint.source_file import parse_json, read_bytes
+from exporter.checkpoint.families import FAMILIES, model_family
+from exporter.checkpoint.source_file import parse_json, read_bytes, read_json
 from exporter.errors import CheckpointError
-from wire.manifest import Dims
 
-_CONFIG_KEYS = {
-    "hidden": "hidden_size",
-    "layers": "num_hidden_layers",
-    "top_k": "num_experts_per_tok",
-    "vocab": "vocab_size",
-    "max_positions": "max_position_embeddings",
-}
-# Defaults of MixtralConfig.
-_DEFAULT_HEADS, _DEFAULT_KEY_VALUE_HEADS = 32, 8
+_COUNTS = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
+# These may be missing or null, where transformers has a default, and lists, where layers differ.
+_OPTIONAL_COUNTS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "num_experts_per_tok",
+    "moe_k",
+    "moe_topk",
+)
 _MAX_COUNT = 2**31 - 1
+_MAX_LAYERS = 1000
 _MAX_FLOAT = 3.4e38
 _MAX_SHOWN = 60
 
 
-class AttentionDims(NamedTuple):
-    """Numbers of query heads and of key-value heads, and values per head."""
+class ModelConfig(NamedTuple):
+    """What config.json says that is needed to read the weights.
 
-    heads: int
-    key_value_heads: int
-    head: int
+    Attributes:
+        raw: content of the file.
+        kind: `model_type`, one of `FAMILIES`.
+        quantised: `mxfp4` or `fp8`; None if the weights are not quantised.
+    """
+
+    raw: bytes
+    kind: str
+    quantised: str | None
 
 
-def read_config(folder: Path) -> tuple[bytes, dict[str, Any]]:
-    """Content of config.json, and its JSON object.
+def read_model_config(folder: Path) -> ModelConfig:
+    """Read config.json, and check the numbers that a model is built from.
 
     Raises:
-        CheckpointError: it is missing or not a JSON object.
+        CheckpointError: it is missing or not a JSON object, a number in it is absurd, the model is of an unknown
+            family, or its weights are quantised in a way that can't be read exactly.
     """
-    raw = read_bytes(folder, "config.json")
+    raw, path = read_bytes(folder, "config.json"), folder / "config.json"
     if raw is None:
         raise CheckpointError(f"{folder} has no config.json: it is not a Hugging Face checkpoint")
-    return raw, parse_json(folder / "config.json", raw)
+    config = parse_json(path, raw)
+    kind = model_family(folder, config)
+    quantised = _quantised(folder, config, FAMILIES[kind].example)
+    _check_numbers(path, config)
+    _check_token_ids(path, config, config["vocab_size"])
+    if (generation := read_json(folder, "generation_config.json")) is not None:
+        _check_token_ids(folder / "generation_config.json", generation, config["vocab_size"])
+    return ModelConfig(raw, kind, quantised)
 
 
-def model_dims(folder: Path, config: dict[str, Any], family: Family) -> Dims:
-    """Dimensions of the model.
-
-    Args:
-        config: content of config.json.
-        family: of the model.
-
-    Raises:
-        CheckpointError: the model can't be exported, or a number is absurd.
-    """
-    if config.get("quantization_config"):
-        raise CheckpointError(f"{folder} is already quantised: give the original bf16, fp16 or fp32 checkpoint")
-    if config.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"{folder} has hidden_act {config['hidden_act']!r}, only 'silu' is supported")
-    path = folder / "config.json"
-    keys = {**_CONFIG_KEYS, "experts": family.experts_key, "intermediate": family.intermediate_key}
-    values = {ours: _count(path, config, theirs) for ours, theirs in keys.items()}
-    if values["top_k"] > values["experts"]:
+def _check_numbers(path: Path, config: dict[str, Any]) -> None:
+    for key in _COUNTS:
+        _check_count(path, key, config.get(key))
+    if config["num_hidden_layers"] > _MAX_LAYERS:
         raise CheckpointError(
-            f"{path}: num_experts_per_tok {values['top_k']} exceeds {family.experts_key} {values['experts']}"
+            f"{path}: num_hidden_layers is {_shown(config['num_hidden_layers'])}, at most {_MAX_LAYERS} is possible"
         )
+    for key in _OPTIONAL_COUNTS:
+        value = config.get(key)
+        for one in value if isinstance(value, list) else () if value is None else (value,):
+            _check_count(path, key, one)
+    if config.get("sliding_window") is not None and config.get("use_sliding_window", True):
+        _check_count(path, "sliding_window", config["sliding_window"])
     for key in ("rms_norm_eps", "rope_theta"):
-        value = config.get(key, 1)
+        value = config.get(key)
         # Not isfinite alone: it fails on integers beyond the range of a float.
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_FLOAT:
+        if key in config and (
+            isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_FLOAT
+        ):
             raise CheckpointError(f"{path}: {key} is {_shown(value)}, a positive number expected")
-    try:
-        return Dims(**values)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
 
 
-def attention_dims(folder: Path, config: dict[str, Any]) -> AttentionDims:
-    """Dimensions of the attention in a checkpoint's config.
-
-    Args:
-        config: content of config.json.
-
-    Raises:
-        CheckpointError: they are no positive numbers, or don't fit together.
-    """
-    path = folder / "config.json"
-    hidden = _count(path, config, "hidden_size")
-    heads = _count(path, config, "num_attention_heads", _DEFAULT_HEADS)
-    shared = config.get("num_key_value_heads", _DEFAULT_KEY_VALUE_HEADS)
-    key_value_heads = heads if shared is None else _count(path, config, "num_key_value_heads", shared)
-    if heads % key_value_heads:
-        raise CheckpointError(
-            f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {key_value_heads}"
-        )
-    if config.get("head_dim") is not None:
-        head = _count(path, config, "head_dim")
-    elif hidden % heads:
-        raise CheckpointError(f"{path}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    else:
-        head = hidden // heads
-    if head % 2:
-        raise CheckpointError(f"{path}: heads of {head} values: rotary embeddings need an even number")
-    if config.get("sliding_window") is not None:
-        _count(path, config, "sliding_window")
-    return AttentionDims(heads, key_value_heads, head)
-
-
-def check_token_ids(path: Path, config: dict[str, Any], vocab: int) -> None:
-    """Check the special tokens that config.json or generation_config.json names.
-
-    Args:
-        path: of the file.
-        config: its content.
-        vocab: number of embeddings.
-
-    Raises:
-        CheckpointError: one is no token of the model.
-    """
+def _check_token_ids(path: Path, config: dict[str, Any], vocab: int) -> None:
+    """Check the special tokens that config.json or generation_config.json names."""
     for key in ("bos_token_id", "eos_token_id"):
         value = config.get(key)
         for id in value if isinstance(value, list) else [] if value is None else [value]:
@@ -123,13 +94,24 @@ def check_token_ids(path: Path, config: dict[str, Any], vocab: int) -> None:
                 raise CheckpointError(f"{path}: {key} is {_shown(value)}, ids from 0 to {vocab - 1} expected")
 
 
-def _count(path: Path, config: dict[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key, default)
+def _quantised(folder: Path, config: dict[str, Any], example: str) -> str | None:
+    found = config.get("quantization_config")
+    if not found:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if method == "mxfp4" or (method == "fp8" and found.get("weight_block_size") is not None):
+        return str(method)
+    raise CheckpointError(
+        f"{folder} is already quantised ({_shown(method)}), which can't be read exactly: download the original "
+        f"checkpoint in bf16, fp16 or fp32, such as {example}"
+    )
+
+
+def _check_count(path: Path, key: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"{path}: {key} is {_shown(value)}, a positive number expected")
     if value > _MAX_COUNT:
         raise CheckpointError(f"{path}: {key} is {_shown(value)}, at most {_MAX_COUNT} is possible")
-    return value
 
 
 def _shown(value: object) -> str:

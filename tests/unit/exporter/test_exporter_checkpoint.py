@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 
 from exporter.checkpoint.checkpoint import open_checkpoint
-from exporter.checkpoint.families import FAMILIES, Family
-from exporter.errors import CheckpointError
 from tests.checkpoints import (
     copy_checkpoint,
     drop_tensor,
@@ -79,12 +77,6 @@ def pickled(folder: Path) -> None:
     (folder / SINGLE).rename(folder / "pytorch_model.bin")
 
 
-def fused(folder: Path) -> None:
-    header, data = read_raw(folder / SINGLE)
-    header["model.layers.0.mlp.experts.gate_up_proj"] = header.pop(W2)
-    write_raw(folder / SINGLE, header, data)
-
-
 BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncate, "is truncated"),
     "truncated header": (truncate_header, "truncated inside its header"),
@@ -92,7 +84,6 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "not safetensors": (no_safetensors, "not a safetensors file"),
     "overlap": (overlap, "overlaps its neighbour"),
     "pickled": (pickled, "save it with save_pretrained"),
-    "fused": (fused, "fused experts"),
     "no weights": (lambda f: (f / SINGLE).unlink(), "has neither"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer (none of tokenizer.json, "),
     "half a tokenizer": (lambda f: (f / "tokenizer.json").rename(f / "vocab.json"), "vocab.json with merges.txt)"),
@@ -100,12 +91,18 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "bad config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     "llama": (
         lambda f: edit_config(f, model_type="llama", architectures=["LlamaForCausalLM"]),
-        "LlamaForCausalLM (model_type 'llama'), not a Mixtral",
+        "LlamaForCausalLM (model_type 'llama'), which can't be cut into experts; these can: afmoe, deepseek_v2, ",
     ),
-    "no expert count": (lambda f: edit_config(f, num_local_experts=None), "num_local_experts is None"),
-    "top-k": (lambda f: edit_config(f, num_experts_per_tok=9), "exceeds num_local_experts 4"),
-    "activation": (lambda f: edit_config(f, hidden_act="gelu"), "only 'silu' is supported"),
-    "quantised": (lambda f: edit_config(f, quantization_config={"bits": 4}), "already quantised"),
+    "no expert count": (lambda f: edit_config(f, num_local_experts=None), "transformers can't use its config.json"),
+    "top-k": (lambda f: edit_config(f, num_experts_per_tok=9), "config.json: top-9 of 4 experts"),
+    "activation": (lambda f: edit_config(f, hidden_act="relu"), "compute an activation that can't be exported"),
+    "gptq": (config(quantization_config={"quant_method": "gptq"}), "already quantised ('gptq'), which can't be read"),
+    "fp8 without blocks": (config(quantization_config={"quant_method": "fp8"}), "already quantised ('fp8')"),
+    "gguf": (lambda f: (f / SINGLE).rename(f / "model-q4_k_m.gguf"), "GGUF weights only (model-q4_k_m.gguf)"),
+    "quantised": (
+        lambda f: edit_config(f, quantization_config={"bits": 4}),
+        "is already quantised (None), which can't be read exactly: download the original",
+    ),
     "missing tensor": (lambda f: drop_tensor(f / SINGLE, W2), f"lacks tensor '{W2}'"),
     "missing gate": (lambda f: drop_tensor(f / SINGLE, GATE), f"lacks tensor '{GATE}'"),
     "wrong shape": (lambda f: edit_config(f, intermediate_size=95), "config.json asks for [95, 64]"),
@@ -131,10 +128,10 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "huge positions": (config(max_position_embeddings=2**31), "max_position_embeddings is 2147483648, at most"),
     "long number": (config(intermediate_size=10**4000), "intermediate_size is 1000000000"),
     "too many experts": (config(num_local_experts=40_000), "2 layers of 40000 experts: at most 65536 in all"),
-    "odd heads": (config(num_attention_heads=6), "hidden_size 64 is not a multiple of num_attention_heads 6"),
-    "key-value heads": (config(num_key_value_heads=3), "4 is not a multiple of num_key_value_heads 3"),
-    "odd head": (config(head_dim=15), "heads of 15 values: rotary embeddings need an even number"),
-    "another head": (config(head_dim=32), "config.json asks for [128, 64]"),
+    "odd heads": (config(num_attention_heads=6), "config.json"),
+    "key-value heads": (config(num_key_value_heads=3), "config.json"),
+    "odd head": (config(head_dim=15), "transformers can't use its config.json: StrictDataclass"),
+    "another head": (config(head_dim=32), "self_attn.k_proj.weight' has shape [32, 64], config.json asks for [64, 64]"),
     "window": (config(sliding_window=0), "sliding_window is 0, a positive number expected"),
     "epsilon": (config(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5', a positive number expected"),
     "theta": (config(rope_theta=0), "rope_theta is 0, a positive number expected"),
@@ -239,7 +236,7 @@ def test_tensors_that_the_model_does_not_have_are_left_out(
     result = run("exporter", "bundle", source, tmp_path / "out", "--jobs", 1)
     assert result.returncode == 0, result.stderr
     left_out = (
-        "left out 2 tensors that a Mixtral of this config.json does not have: model.layers.0.self_attn.rotary_emb"
+        "left out 2 tensors that the model of this config.json does not have: model.layers.0.self_attn.rotary_emb"
     )
     assert left_out in result.stdout
     kept, _ = read_raw(tmp_path / "out/trunk" / SINGLE)
@@ -292,33 +289,3 @@ def test_links_into_content_stores(stored: str, mixtral: Callable[..., Path], tm
         target.write_bytes(data)
         (source / path.name).symlink_to(os.path.relpath(target, source))
     assert open_checkpoint(source).dims == open_checkpoint(mixtral()).dims
-
-
-def test_a_family_is_read_by_its_own_names(
-    mixtral: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = open_checkpoint(mixtral())
-    folder = copy_checkpoint(mixtral(), tmp_path / "renamed")
-    header, data = read_raw(folder / "model.safetensors")
-    names = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
-
-    def renamed(name: str) -> str:
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        return name
-
-    write_raw(folder / "model.safetensors", {renamed(name): entry for name, entry in header.items()}, data)
-    changed = json.loads((folder / "config.json").read_text())
-    changed |= {"model_type": "other", "num_experts": changed.pop("num_local_experts")}
-    changed["moe_intermediate_size"] = changed.pop("intermediate_size")
-    (folder / "config.json").write_text(json.dumps(changed))
-    with pytest.raises(CheckpointError, match=r"model_type 'other'.*only model_type 'mixtral'"):
-        open_checkpoint(folder)
-    family = Family("mlp", "gate_proj", "up_proj", "down_proj", "num_experts", "moe_intermediate_size")
-    monkeypatch.setitem(FAMILIES, "other", family)
-    found = open_checkpoint(folder)
-    assert found.dims == expected.dims
-    assert found.unknown == ()
-    assert {ref.name for ref in found.trunk} == {renamed(ref.name) for ref in expected.trunk}
-    for id, trio in expected.experts.items():
-        assert [ref.name for ref in found.experts[id].tensors] == [renamed(ref.name) for ref in trio.tensors]
