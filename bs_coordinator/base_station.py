@@ -123,7 +123,10 @@ def open_base_station(
         if speculation.mode == "auto" and (nodes := dispatcher.registry.batch_variant()):
             log.info("no drafts: on %s a token's result depends on the others in its batch", ", ".join(nodes))
             speculation = Speculation()
-        model = DistributedModel(trunk, dispatcher, policy, degrade=config.degrade, quarantine=dispatcher.quarantine)
+        model = DistributedModel(
+            trunk, dispatcher, policy, degrade=config.degrade,
+            quarantine=dispatcher.quarantine, acquit=dispatcher.acquit,
+        )  # fmt: skip
         yield BaseStation(manifest, model, tokenizer, dispatcher, broker_ms, nodes_ms, speculation, residents)
 
 

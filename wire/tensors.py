@@ -5,6 +5,7 @@ docs/protocol.md; options, frames and rounding on the base station follow.
 """
 
 import enum
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Self
 
@@ -16,6 +17,8 @@ Buffers = list[bytes | memoryview]
 
 _LEAST_PEAK = 127 * float(np.finfo(np.float32).tiny)
 """A row whose largest magnitude is below this is encoded as zeros in int8: its scale would lose precision or be 0."""
+_FP16_LIMIT = 65520.0
+"""Half-way between the largest fp16 number and the next power of two: from here on values become infinite."""
 
 
 class Codec(NamedTuple):
@@ -28,12 +31,14 @@ class Codec(NamedTuple):
             buffer, tokens and hidden size; read-only if it is a view of the buffer.
         max_error: from a finite float32 [tokens, hidden] tensor, the largest absolute error of each value after
             encoding and decoding; infinite for values out of range.
+        limit: values of this magnitude and above can't be encoded: they become infinite.
     """
 
     row_bytes: Callable[[int], int]
     encode: Callable[[Array], Buffers]
     decode: Callable[[memoryview, int, int], Array]
     max_error: Callable[[Array], Array]
+    limit: float = math.inf
 
 
 def _encode_fp32(x: Array) -> Buffers:
@@ -57,7 +62,7 @@ def _decode_fp16(buffer: memoryview, tokens: int, hidden: int) -> Array:
 def _max_error_fp16(x: Array) -> Array:
     """Half a unit in the last place of 11 significant bits, or of the smallest subnormal number."""
     magnitude = np.abs(x)
-    return np.where(magnitude < 65520, magnitude * np.float32(2**-11) + np.float32(2**-25), np.float32(np.inf))
+    return np.where(magnitude < _FP16_LIMIT, magnitude * np.float32(2**-11) + np.float32(2**-25), np.float32(np.inf))
 
 
 def _encode_int8(x: Array) -> Buffers:
@@ -89,7 +94,7 @@ class WireDtype(enum.IntEnum):
     codec: Codec
 
     FP32 = 0, Codec(lambda hidden: 4 * hidden, _encode_fp32, _decode_fp32, np.zeros_like)
-    FP16 = 1, Codec(lambda hidden: 2 * hidden, _encode_fp16, _decode_fp16, _max_error_fp16)
+    FP16 = 1, Codec(lambda hidden: 2 * hidden, _encode_fp16, _decode_fp16, _max_error_fp16, _FP16_LIMIT)
     INT8 = 2, Codec(lambda hidden: 4 + hidden, _encode_int8, _decode_int8, _max_error_int8)
 
     def __new__(cls, code: int, codec: Codec) -> Self:

@@ -6,9 +6,12 @@ This module assembles the parts and is the interface to them. `request_loop` own
 
 import contextlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from bs_coordinator.dispatch.health import Health
 from bs_coordinator.dispatch.holders import Holders
@@ -23,6 +26,7 @@ from bs_coordinator.dispatch.reconnection import Reconnector
 from bs_coordinator.dispatch.request_loop import RequestLoop
 from bs_coordinator.dispatch.sender import RequestSender
 from bs_coordinator.engine.experts import ExpertOutput, LargestAnswer
+from bs_coordinator.errors import AnswerError
 from bs_coordinator.links import LinkMonitor
 from bs_coordinator.nodes.clock_offsets import ClockSample
 from bs_coordinator.nodes.registry import NodeRegistry
@@ -43,6 +47,13 @@ _PROVE_EVERY_S = 0.5
 """How often to check, while no layer is awaited, whether nodes that are left out are due a ping."""
 
 
+def _describe_overflow(layer: int, largest: float, dtype: WireDtype) -> str:
+    if not math.isfinite(largest):
+        return f"the hidden states of layer {layer} are not finite"
+    what = f"a value of {largest:.3g} in a hidden state of layer {layer}"
+    return f"{what} is too large for {dtype.name.lower()} on the wire: with --wire fp32 larger values fit"
+
+
 def _no_facts() -> Mapping[str, SocketFacts]:
     return {}
 
@@ -60,6 +71,7 @@ class PendingLayer:
         Raises:
             ExpertsLostError: all holders of a chosen expert have failed or are left out.
             DispatchError: the layer took longer than it may.
+            AnswerError: several holders of an expert, or its only one, found no finite output for these inputs.
             BrokerError: the connection is lost and can't be restored in time.
         """
         return self._dispatcher._result(self._layer)
@@ -125,6 +137,7 @@ class Dispatcher:
         self.links = links or LinkMonitor()
         self.health = Health()
         self.clock = clock
+        self._dtype = dtype
         self._sender = RequestSender(
             transport, topics, self.links,
             hidden=registry.dims.hidden, dtype=dtype, timeout_s=timeout_s, cluster_key=cluster_key,
@@ -186,8 +199,12 @@ class Dispatcher:
         Raises:
             PlacementError: no node online holds a chosen expert.
             ExpertsLostError: all holders of a chosen expert are left out.
+            AnswerError: the hidden states are not finite, or too large for the wire's dtype.
             BrokerError: the connection is lost and can't be restored in time.
         """
+        largest = float(np.abs(hidden).max(initial=0.0))
+        if not largest < self._dtype.codec.limit:
+            raise AnswerError(_describe_overflow(layer, largest, self._dtype))
         if self.local is not None:
             self.local.observe(layer, gate)
         return self._begin(LayerRequests(layer, hidden, gate, self._limits, began_ns=self.clock.perf_ns()))
@@ -259,6 +276,10 @@ class Dispatcher:
     def quarantine(self, node: str, why: str) -> None:
         """Leave a node out for minutes, because what it computes is nonsense."""
         self.health.failed(node, self._now_s(), why, quarantine=True)
+
+    def acquit(self, node: str) -> None:
+        """End a node's quarantine, because it turned out not to be at fault."""
+        self.health.acquitted(node)
 
     def probe(self) -> None:
         """Send the link probes that are due, if any. Their answers are taken in whenever they come.

@@ -79,6 +79,12 @@ class Health:
             self.changes += 1
             log.warning("node '%s' answers again and is used again", node)
 
+    def acquitted(self, node: str) -> None:
+        """`node` was not at fault: use it again at once."""
+        if self._records.pop(node, None) is not None:
+            self.changes += 1
+            log.warning("node '%s' is used again: it was not at fault", node)
+
     def restarted(self, node: str) -> None:
         """A new process runs under this name: clear the record of `node`, except for a quarantine."""
         record = self._records.get(node)

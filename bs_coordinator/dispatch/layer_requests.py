@@ -14,7 +14,7 @@ import numpy as np
 
 from bs_coordinator.dispatch.plan_requests import Request
 from bs_coordinator.engine.step_records import DispatchRecord
-from bs_coordinator.errors import DispatchError
+from bs_coordinator.errors import AnswerError, DispatchError
 from bs_coordinator.links import LinkSample
 from wire.errors import BrokerError
 from wire.experts import ExpertId, format_selector
@@ -89,6 +89,7 @@ class SubRequest:
         sent: how it was sent; None until then.
         answer: its node's answer, in the states SUSPECT and ANSWERED only.
         replacements: requests to other nodes for the same rows and experts, in the states REROUTED, SUSPECT and FAILED.
+        not_finite: in the state FAILED: what its node said if it found no finite output; empty otherwise.
     """
 
     request: Request
@@ -97,6 +98,7 @@ class SubRequest:
     sent: Sent | None = None
     answer: NodeAnswer | None = None
     replacements: list["SubRequest"] = field(default_factory=list)
+    not_finite: str = ""
 
     @property
     def node(self) -> str:
@@ -182,7 +184,7 @@ class LayerRequests:
         only_node: the one node that may be asked; None for any holder.
         planned: holders are chosen, and the sub-requests are those that count.
         sub_requests: one or more per node, in the order of sending.
-        suspects: those that ever were in the state SUSPECT.
+        suspects: those that ever were in the state SUSPECT, or whose nodes found no finite output.
         planned_s: time, in seconds by `Clock.perf_ns`, at which it was planned.
         deadline_s: time, in seconds by `Clock.perf_ns`, at which the layer fails.
         error: why the layer has failed; None while it has not.
@@ -211,7 +213,7 @@ class LayerRequests:
         self.suspects: list[SubRequest] = []
         self.planned_s = 0.0
         self.deadline_s = float("inf")
-        self.error: DispatchError | BrokerError | None = None
+        self.error: DispatchError | BrokerError | AnswerError | None = None
         self.connection_losses = 0
         self._by_id: dict[RequestId, SubRequest] = {}
 

@@ -12,7 +12,7 @@ import numpy as np
 from bs_coordinator.dispatch.holders import Holders
 from bs_coordinator.dispatch.layer_requests import LayerRequests, NodeAnswer, Sent, State, SubRequest
 from bs_coordinator.dispatch.output_guard import largest_gain
-from bs_coordinator.dispatch.state_machine import AnswerReceived, LocalFailed
+from bs_coordinator.dispatch.state_machine import AnswerReceived, LocalFailed, NotFiniteReceived
 from bs_coordinator.engine.step_records import DispatchRecord
 from bs_coordinator.links import LinkMonitor
 from bs_coordinator.nodes.registry import LOCAL_NODE, NodeRegistry
@@ -128,7 +128,7 @@ class LocalNode:
         layer.mark_sent(sub, sent)
         self._under_way.setdefault(layer, []).append((sub, future))
 
-    def results(self, layer: LayerRequests, timeout_s: float) -> list[AnswerReceived | LocalFailed]:
+    def results(self, layer: LayerRequests, timeout_s: float) -> list[AnswerReceived | NotFiniteReceived | LocalFailed]:
         """Sub-requests of a layer that are computed by now.
 
         Args:
@@ -149,12 +149,14 @@ class LocalNode:
         self._under_way.pop(layer, None)
 
 
-def _event(layer: LayerRequests, sub: SubRequest, future: "Future[Computed]") -> AnswerReceived | LocalFailed:
+def _event(
+    layer: LayerRequests, sub: SubRequest, future: "Future[Computed]"
+) -> AnswerReceived | NotFiniteReceived | LocalFailed:
     if error := future.exception():
         return LocalFailed(sub, str(error) or type(error).__name__)
     computed = future.result()
     if not np.isfinite(computed.output).all():
-        return LocalFailed(sub, "an output was not finite")
+        return NotFiniteReceived(sub, "an expert's output is not finite")
     request, sent = sub.request, sub.sent
     assert sent is not None  # noqa: S101 - it was sent to be computed
     record = DispatchRecord(

@@ -29,6 +29,7 @@ from bs_coordinator.dispatch.state_machine import (
     MarkFailed,
     NodeLeft,
     NonsenseReceived,
+    NotFiniteReceived,
     Planned,
     Send,
     StopLocal,
@@ -40,7 +41,7 @@ from bs_coordinator.nodes.registry import LOCAL_NODE, NodeRegistry
 from common.clock import Clock
 from wire.errors import BrokerError
 from wire.experts import ExpertId
-from wire.frames import ErrorFrame, RequestId, ResultFrame
+from wire.frames import ErrorFrame, RequestId, ResultFrame, Status
 from wire.tensors import WireDtype
 from wire.transport import Message
 
@@ -269,10 +270,22 @@ class RequestLoop:
                     self._take_frame(*found, frame, message)
             case NodeNonsense(node, id, reason, why):
                 if found := self._find(node, id):
-                    self._handle(found[0], NonsenseReceived(found[1], reason, why))
+                    layer, sub = found
+                    if reason == "not-finite":
+                        self._handle(layer, self._overflow(sub, why))
+                    else:
+                        self._handle(layer, NonsenseReceived(sub, reason, why))
             case NodeGone(node):
                 for layer in self.open:
                     self._handle(layer, NodeLeft(node))
+
+    def _overflow(self, sub: SubRequest, why: str) -> NotFiniteReceived:
+        """A result with infinities: a node refuses to send them, so they come from rounding to the wire's dtype."""
+        if self._dtype is WireDtype.FP32:
+            return NotFiniteReceived(sub, why)
+        return NotFiniteReceived(
+            sub, f"an output is too large for {self._dtype.name.lower()} on the wire", on_wire=True
+        )
 
     def _find(self, node: str, id: RequestId) -> tuple[LayerRequests, SubRequest] | None:
         """The layer and the request to `node` with this id; None, counted, if there is none."""
@@ -287,7 +300,10 @@ class RequestLoop:
         self, layer: LayerRequests, sub: SubRequest, frame: ResultFrame | ErrorFrame, message: Message
     ) -> None:
         if isinstance(frame, ErrorFrame):
-            self._handle(layer, ErrorReceived(sub, frame.status, frame.message))
+            if frame.status is Status.NOT_FINITE:
+                self._handle(layer, NotFiniteReceived(sub, frame.message))
+            else:
+                self._handle(layer, ErrorReceived(sub, frame.status, frame.message))
             return
         rows = layer.rows(sub.request)
         if frame.layer != layer.layer or frame.output.shape != rows.shape:

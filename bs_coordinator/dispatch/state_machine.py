@@ -7,7 +7,7 @@ only the `LayerRequests` that it is given. The dispatcher turns messages and tim
     SENT ──► ANSWERED                  its node answered
       ├────► REROUTED ──► ANSWERED     overdue; its own answer came before the replacements' were complete
       ├────► SUSPECT                   absurdly large answer, and there is another holder to ask
-      └────► FAILED                    its node refused, left, or was the last holder and too late
+      └────► FAILED                    its node refused, left, found no finite output, or was the last holder and late
 """
 
 import math
@@ -19,7 +19,7 @@ import numpy as np
 from bs_coordinator.dispatch.layer_requests import LayerRequests, NodeAnswer, Sent, State, SubRequest
 from bs_coordinator.dispatch.output_guard import agree, largest_gain
 from bs_coordinator.dispatch.plan_requests import Request, plan_requests
-from bs_coordinator.errors import DispatchError, ExpertsLostError
+from bs_coordinator.errors import AnswerError, DispatchError, ExpertsLostError
 from bs_coordinator.nodes.registry import LOCAL_NODE
 from wire.errors import BrokerError
 from wire.frames import TARGET_FRAME_BYTES, Status
@@ -75,6 +75,18 @@ class NonsenseReceived(NamedTuple):
     why: str
 
 
+class NotFiniteReceived(NamedTuple):
+    """A node, or the base station itself, found no finite output for a sub-request: it is broken, or the input is such.
+
+    Attributes:
+        on_wire: the output is finite, but too large for the wire's dtype.
+    """
+
+    sub: SubRequest
+    why: str
+    on_wire: bool = False
+
+
 class LocalFailed(NamedTuple):
     """The base station itself could not compute a sub-request."""
 
@@ -102,7 +114,15 @@ class ConnectionLost(NamedTuple):
 
 
 Event = (
-    Planned | AnswerReceived | ErrorReceived | NonsenseReceived | LocalFailed | NodeLeft | TimePassed | ConnectionLost
+    Planned
+    | AnswerReceived
+    | ErrorReceived
+    | NonsenseReceived
+    | NotFiniteReceived
+    | LocalFailed
+    | NodeLeft
+    | TimePassed
+    | ConnectionLost
 )
 
 
@@ -173,6 +193,8 @@ def transition(layer: LayerRequests, event: Event, find_holders: FindHolders) ->
         return _error_received(layer, event, find_holders)
     if isinstance(event, NonsenseReceived):
         return _nonsense(layer, event.sub, event.reason, event.why, find_holders)
+    if isinstance(event, NotFiniteReceived):
+        return _not_finite(layer, event, find_holders)
     if isinstance(event, LocalFailed):
         return _local_failed(layer, event, find_holders)
     if isinstance(event, NodeLeft):
@@ -218,8 +240,7 @@ def _error_received(layer: LayerRequests, event: ErrorReceived, find_holders: Fi
         return [CountDropped("not awaited")]
     status = event.status.name.lower()
     why = f"node '{sub.node}' refused {layer.describe(sub)}: {status}, {event.message}"
-    quarantine = event.status is Status.NOT_FINITE
-    return [MarkFailed(sub.node, why, quarantine), *_fail(layer, sub, why, find_holders)]
+    return [MarkFailed(sub.node, why), *_fail(layer, sub, why, find_holders)]
 
 
 def _nonsense(layer: LayerRequests, sub: SubRequest, reason: str, why: str, find_holders: FindHolders) -> list[Command]:
@@ -231,6 +252,29 @@ def _nonsense(layer: LayerRequests, sub: SubRequest, reason: str, why: str, find
         MarkFailed(sub.node, why, quarantine=True),
         *_fail(layer, sub, why, find_holders),
     ]
+
+
+def _not_finite(layer: LayerRequests, event: NotFiniteReceived, find_holders: FindHolders) -> list[Command]:
+    """Ask another holder. If it finds no finite output either, the input is such, and no node is to blame."""
+    sub = event.sub
+    if not _awaited(layer, sub):
+        return [CountDropped("not awaited")]
+    who = "the base station" if sub.node == LOCAL_NODE else f"node '{sub.node}'"
+    why = f"{who} found no finite output of {layer.describe(sub)}: {event.why}"
+    if layer.only_node is not None:  # it was asked for a known input
+        return [MarkFailed(sub.node, why, quarantine=True), *_fail(layer, sub, why, find_holders)]
+    agreed = any(other.not_finite and other.node in sub.tried for other in layer.suspects)
+    sub.state, sub.not_finite = State.FAILED, why
+    layer.suspects.append(sub)
+    if sub.replacements or layer.error:
+        return []
+    if not agreed and (send := _reroute(layer, sub, find_holders)):
+        return send
+    advice = "with --wire fp32 larger values fit" if event.on_wire else "the model can't continue this prompt"
+    layer.error = AnswerError(f"{why}{', and so did others' if agreed else ''}: {advice}")
+    # The only holder of an expert may be broken: a short pause, since a prompt must not take it from other callers.
+    alone = not agreed and not event.on_wire and sub.node != LOCAL_NODE
+    return [MarkFailed(sub.node, why)] if alone else []
 
 
 def _local_failed(layer: LayerRequests, event: LocalFailed, find_holders: FindHolders) -> list[Command]:
@@ -354,13 +398,19 @@ def _reroute(layer: LayerRequests, sub: SubRequest, find_holders: FindHolders) -
 
 
 def _verdicts(layer: LayerRequests) -> list[Command]:
-    """Once a layer is done: was each suspect answer wrong, or do the replacements say the same?"""
+    """Once a layer is done: was each suspect answer wrong, or do the replacements say the same?
+
+    A node that found no finite output was wrong, since others found one.
+    """
     if not layer.suspects or not layer.done:
         return []
     return [command for sub in layer.suspects for command in _verdict(layer, sub)]
 
 
 def _verdict(layer: LayerRequests, sub: SubRequest) -> list[Command]:
+    if sub.not_finite:
+        wrong = StopLocal(sub.not_finite) if sub.node == LOCAL_NODE else MarkFailed(sub.node, sub.not_finite, True)
+        return [CountDropped("not-finite"), wrong]
     assert sub.answer is not None  # noqa: S101 - that is what makes it suspect
     others = np.zeros_like(layer.hidden)
     for other, answer in sub.answers():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from time import perf_counter_ns
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,9 +32,9 @@ _LOST = (ExpertsLostError, PlacementError)
 
 
 class _NotFiniteError(Exception):
-    """A step's logits hold NaN or infinity; `largest` is the largest answer of a node in it."""
+    """A step's hidden states or logits hold NaN or infinity; `largest` is the largest answer of a node before that."""
 
-    def __init__(self, largest: LargestAnswer | None) -> None:
+    def __init__(self, largest: LargestAnswer | None = None) -> None:
         super().__init__("the logits are not finite")
         self.largest = largest
 
@@ -54,18 +55,20 @@ class DistributedModel:
 
     def __init__(
         self, trunk: Trunk, experts: Experts, policy: Policy, *, degrade: bool = False,
-        quarantine: Callable[[str, str], None] | None = None,
+        quarantine: Callable[[str, str], None] | None = None, acquit: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
         """Nothing is run yet.
 
         Args:
             quarantine: leaves a node out for a reason, if its answers made logits infinite; None if there are no nodes.
+            acquit: uses such a node again, because the logits are infinite without it too.
         """
         self.trunk = trunk
         self._experts = experts
         self.policy = policy
         self.degrade = degrade
         self._quarantine = quarantine
+        self._acquit = acquit
 
     @torch.inference_mode()
     def step(self, inputs: Sequence[SequenceInput], *, all_logits: bool = False) -> tuple[list[Tensor], StepRecord]:
@@ -85,16 +88,24 @@ class DistributedModel:
                 for. The caches hold what they held before.
         """
         marks = [self.trunk.mark(sequence.cache) for sequence in inputs]
-        for _ in range(_MOST_REPEATS):
-            try:
-                return self._step(inputs, marks[0].tokens, all_logits)
-            except _NotFiniteError as error:
-                self._restore(inputs, marks)
-                self._find_fault(error.largest)
-            except BaseException:
-                self._restore(inputs, marks)
-                raise
-        raise AnswerError(f"the logits are not finite, after {_MOST_REPEATS} attempts with other nodes")
+        accused: list[str] = []
+        try:
+            for _ in range(_MOST_REPEATS):
+                try:
+                    return self._step(inputs, marks[0].tokens, all_logits)
+                except _NotFiniteError as error:
+                    self._restore(inputs, marks)
+                    accused.append(self._find_fault(error.largest))
+                except BaseException:
+                    self._restore(inputs, marks)
+                    raise
+            raise AnswerError(f"the logits are not finite, after {_MOST_REPEATS} attempts with other nodes")
+        except AnswerError:
+            # Without these nodes it is the same: it is the prompt's or the model's fault, and other callers need them.
+            for node in accused:
+                if self._acquit is not None:
+                    self._acquit(node)
+            raise
 
     def _restore(self, inputs: Sequence[SequenceInput], marks: Sequence[CacheMark]) -> None:
         # Layers before a failure have already changed the caches. The stack restores every cache, even if one of them
@@ -103,8 +114,8 @@ class DistributedModel:
             for sequence, mark in zip(inputs, marks, strict=True):
                 stack.callback(self.trunk.restore, sequence.cache, mark)
 
-    def _find_fault(self, largest: LargestAnswer | None) -> None:
-        """Leave out the node whose answers made the logits infinite.
+    def _find_fault(self, largest: LargestAnswer | None) -> str:
+        """Leave out the node whose answers made the logits infinite, and return its name.
 
         Raises:
             AnswerError: no node's answer was suspiciously large.
@@ -116,6 +127,7 @@ class DistributedModel:
             )
         why = f"its answer was {largest.excess:.2g} times as large as the manifest's probes, and the logits not finite"
         self._quarantine(largest.node, why)
+        return largest.node
 
     def _step(
         self, inputs: Sequence[SequenceInput], position: int, all_logits: bool
@@ -126,18 +138,19 @@ class DistributedModel:
         tallies = [LayerTally() for _ in range(self.trunk.layers)]
         try:
             embedding_ns = self._run_layers(batches, tallies)
-        except BaseException:
+        except BaseException as error:
             with ExitStack() as stack:
                 for batch in reversed(batches):
                     stack.callback(batch.abandon)
+            if isinstance(error, _NotFiniteError):
+                raise _NotFiniteError(_largest(tallies)) from None
             raise
         head_began_ns = perf_counter_ns()
         # Made before the logits are fetched: a GPU is still busy with the head.
         layers = tuple(tally.record(layer) for layer, tally in enumerate(tallies))
         logits = _collect_logits(batches, len(inputs), all_logits)
         if not all(bool(torch.isfinite(some).all()) for some in logits):
-            found = [tally.largest for tally in tallies if tally.largest is not None]
-            raise _NotFiniteError(max(found, key=lambda answer: answer.excess, default=None))
+            raise _NotFiniteError(_largest(tallies))
         end_ns = perf_counter_ns()
         record = StepRecord(
             phase="decode" if all(len(s.ids) == 1 or s.rows for s in inputs) else "prefill",
@@ -173,6 +186,8 @@ class DistributedModel:
         """Run a layer's first half, choose experts and send the request."""
         began_ns = perf_counter_ns()
         batch.attend(layer)
+        if not np.isfinite(batch.hidden).all():  # nodes would drop such a request
+            raise _NotFiniteError
         batch.choice = self._choose(batch.routing, batch.forecast or self._experts.forecast(layer))
         chosen_ns = perf_counter_ns()
         try:
@@ -216,6 +231,11 @@ class DistributedModel:
             except _LOST as error:
                 lost = error
         raise lost
+
+
+def _largest(tallies: Sequence[LayerTally]) -> LargestAnswer | None:
+    found = [tally.largest for tally in tallies if tally.largest is not None]
+    return max(found, key=lambda answer: answer.excess, default=None)
 
 
 def _collect_logits(batches: Sequence[MicroBatch], sequences: int, all_logits: bool) -> list[Tensor]:

@@ -15,7 +15,7 @@ from bs_coordinator.dispatch.dispatcher import Dispatcher
 from bs_coordinator.dispatch.output_guard import probe_gains
 from bs_coordinator.dispatch.plan_requests import plan_requests
 from bs_coordinator.dispatch.readiness import prove_nodes
-from bs_coordinator.errors import DispatchError, ExpertsLostError, PlacementError
+from bs_coordinator.errors import AnswerError, DispatchError, ExpertsLostError, PlacementError
 from bs_coordinator.nodes.registry import NodeRegistry
 from common.clock import ManualClock
 from wire import frames, status
@@ -104,8 +104,9 @@ class _Network:
 
     def __init__(
         self, *, timeout_s: float = 0.2, last_holder_s: float | None = None, probes: bool = False,
-        **experts_by_node: str,
+        dtype: WireDtype = WireDtype.FP32, **experts_by_node: str,
     ) -> None:  # fmt: skip
+        self.dtype = dtype
         self.clock = ManualClock()
         self.broker = MemoryBroker(clock=self.clock, latency_s=0.001)
         self.broker.handle("#", self._forward)
@@ -120,7 +121,7 @@ class _Network:
         self.ids: list[RequestId] = []
         self.dispatcher = Dispatcher(
             self.broker.connect(self.broker.address, "bs"), TOPICS, NodeRegistry(DIMS, "m"),
-            dtype=WireDtype.FP32, timeout_s=timeout_s,
+            dtype=dtype, timeout_s=timeout_s,
             last_holder_s=last_holder_s, probe_gains=probe_gains(_manifest()) if probes else None, clock=self.clock,
         )  # fmt: skip
         for node, experts in experts_by_node.items():
@@ -156,7 +157,7 @@ class _Network:
                 yield TOPICS.results(node), self.result(frame.id, frame.layer, output)
 
     def result(self, id: RequestId, layer: int, output: Array) -> bytes:
-        return frames.encode(ResultFrame(id, layer, output, WireDtype.FP32, NodeDurations(1, 2, 3, 4)))
+        return frames.encode(ResultFrame(id, layer, output, self.dtype, NodeDurations(1, 2, 3, 4)))
 
     def ask(self, gate: Array) -> Array:
         output, records, _ = self.dispatcher.apply(0, np.ones((len(gate), 8), np.float32), gate)
@@ -480,6 +481,69 @@ def test_nonsense_is_rerouted_at_once_and_leaves_a_node_out_for_minutes_even_if_
     assert not network.dispatcher.health.usable("a")
     network.dispatcher.pump(600.0)
     assert network.dispatcher.health.usable("a")
+
+
+def _not_finite(network: _Network, nodes: str, kind: str) -> None:
+    """From now on `nodes` find no finite output: experts' own, or too large for fp16 on the wire."""
+
+    def react(topic: str, payload: bytes) -> Iterable[tuple[str, bytes]]:
+        frame, node = frames.decode(payload), topic.split("/")[4]
+        if node not in nodes or not isinstance(frame, WorkFrame):
+            return network._react(topic, payload)
+        network.asked.append((node, ()))
+        if kind == "own":
+            return [(TOPICS.results(node), frames.encode(ErrorFrame(frame.id, frame.layer, Status.NOT_FINITE, "NaN")))]
+        output = np.full(frame.hidden.shape, 7e4, np.float32)
+        result = ResultFrame(frame.id, frame.layer, output, network.dtype, NodeDurations(1, 2, 3, 4))
+        return [(TOPICS.results(node), frames.encode(result))]
+
+    network.react = react
+
+
+@pytest.mark.parametrize(("kind", "advice"), [("own", "can't continue this prompt"), ("wire", "--wire fp32")])
+def test_where_no_holder_finds_a_finite_output_only_the_caller_fails(kind: str, advice: str) -> None:
+    network = _Network(timeout_s=30.0, last_holder_s=0.4, dtype=WireDtype.FP16, a="L*:E*", b="L*:E*", c="L*:E*")
+    _not_finite(network, "abc", kind)
+    for _ in range(3):
+        with pytest.raises(AnswerError, match=f"found no finite output of L0:E.*and so did others: .*{advice}"):
+            network.ask(GATE)
+    assert network.dispatcher.health.all_usable
+    network.react = network._react
+    np.testing.assert_allclose(network.ask(GATE), EXPECTED, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["own", "wire"])
+def test_a_node_that_alone_finds_no_finite_output_is_quarantined(kind: str) -> None:
+    network = _Network(timeout_s=30.0, dtype=WireDtype.FP16, a="L*:E*", b="L*:E*")
+    _not_finite(network, "a", kind)
+    np.testing.assert_allclose(network.ask(GATE), EXPECTED, rtol=1e-3)
+    assert network.dispatcher.health.quarantined("a")
+
+
+@pytest.mark.parametrize(("kind", "usable"), [("own", False), ("wire", True)])
+def test_an_only_holder_that_finds_no_finite_output_is_not_quarantined(kind: str, usable: bool) -> None:
+    network = _Network(timeout_s=30.0, last_holder_s=0.4, dtype=WireDtype.FP16, a="L*:E*")
+    _not_finite(network, "a", kind)
+    with pytest.raises(AnswerError, match="'a' found no finite output"):
+        network.ask(GATE)
+    assert network.dispatcher.health.usable("a") is usable
+    network.react = network._react
+    network.dispatcher.pump(2.0)
+    np.testing.assert_allclose(network.ask(GATE), EXPECTED, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [(65520.0, "--wire fp32"), (-7e4, "fp16 on the wire"), (np.nan, "not finite")]
+)
+def test_hidden_states_that_do_not_fit_the_wire_are_not_sent(value: float, reason: str) -> None:
+    network = _Network(dtype=WireDtype.FP16, a="L*:E*")
+    hidden = np.ones((len(GATE), 8), np.float32)
+    hidden[1, 3] = value
+    with pytest.raises(AnswerError, match=reason):
+        network.dispatcher.begin(0, hidden, GATE)
+    hidden[1, 3] = 65519.0
+    network.dispatcher.apply(0, hidden, GATE)
+    assert len(network.asked) == 1
 
 
 def test_nonsense_for_a_request_that_is_not_awaited_changes_nothing() -> None:

@@ -24,6 +24,7 @@ from bs_coordinator.dispatch.state_machine import (
     LocalFailed,
     MarkFailed,
     NodeLeft,
+    NotFiniteReceived,
     Planned,
     Send,
     StopLocal,
@@ -31,7 +32,7 @@ from bs_coordinator.dispatch.state_machine import (
     transition,
 )
 from bs_coordinator.engine.step_records import DispatchRecord
-from bs_coordinator.errors import DispatchError, ExpertsLostError
+from bs_coordinator.errors import AnswerError, DispatchError, ExpertsLostError
 from bs_coordinator.nodes.registry import LOCAL_NODE
 from wire.errors import BrokerError
 from wire.frames import NodeDurations, RequestId, Status
@@ -114,7 +115,18 @@ gates = st.lists(
 holder_lists = st.lists(
     st.lists(st.sampled_from(NODES), unique=True, min_size=1), min_size=EXPERTS, max_size=EXPERTS
 )  # fmt: skip
-happenings = ["answer", "answer", "suspicious", "infinite", "refusal", "departure", "overdue", "duplicate", "loss"]
+happenings = [
+    "answer",
+    "answer",
+    "suspicious",
+    "infinite",
+    "NaN",
+    "refusal",
+    "departure",
+    "overdue",
+    "duplicate",
+    "loss",
+]
 
 
 @given(gates, holder_lists, st.sampled_from([TIMEOUT_S, 2.5]), st.data())
@@ -139,6 +151,8 @@ def test_whatever_happens_every_row_is_answered_once_or_there_is_an_error(
                 world.answer(sub, suspicious=True)
             case "infinite":
                 world.answer(sub, gain=float("inf"))
+            case "NaN":
+                world.happens(NotFiniteReceived(sub, "NaN"))
             case "refusal":
                 world.happens(ErrorReceived(sub, Status.INTERNAL, "broken"))
             case "departure" if sub.node == LOCAL_NODE:
@@ -168,7 +182,7 @@ def test_whatever_happens_every_row_is_answered_once_or_there_is_an_error(
         np.testing.assert_array_equal(counted, gate)
         np.testing.assert_array_equal(layer.output(), world.expected)
     else:
-        assert isinstance(layer.error, DispatchError | BrokerError)
+        assert isinstance(layer.error, DispatchError | BrokerError | AnswerError)
 
 
 @given(gates, holder_lists, st.sampled_from([TIMEOUT_S, 2.5]))

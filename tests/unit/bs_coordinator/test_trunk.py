@@ -158,11 +158,13 @@ def test_logits_that_stay_infinite_are_an_error_of_the_answer(
     reference = _checkpoint(tmp_path)
     trunk, experts = load_trunk(tmp_path), _Liar(reference, excess=excess)
     experts.forgiven_after = forgiven_after
-    model = DistributedModel(trunk, experts, TopK(2), quarantine=experts.quarantine)
+    acquitted: list[str] = []
+    model = DistributedModel(trunk, experts, TopK(2), quarantine=experts.quarantine, acquit=acquitted.append)
     cache = trunk.new_cache()
     with pytest.raises(AnswerError, match="logits are not finite"):
         model.step([SequenceInput([1, 2, 3], cache)])
     assert len(experts.left_out) == left_out
+    assert acquitted == experts.left_out  # it is the prompt's fault: other callers need the nodes
     assert cache.get_seq_length() == 0
 
 
