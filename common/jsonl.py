@@ -1,10 +1,12 @@
-"""Reading JSON Lines files, which may end in a line that a crash cut off."""
+"""Reading JSON that may be damaged, and JSON Lines files, which may end in a line that a crash cut off."""
 
 import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+
+import msgspec
 
 MAX_LINE_BYTES = 16 << 20
 """Longest line that is read into memory."""
@@ -21,6 +23,30 @@ def strict_json(line: bytes) -> Any:
         return json.loads(line, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def decode_json(document: bytes, kind: type[T]) -> T:
+    """A document of a type, as `msgspec.json.decode`, in which any fault is an error of the document.
+
+    Raises:
+        msgspec.DecodeError: not JSON in UTF-8, nested too deeply, or not of this type.
+    """
+    try:
+        return msgspec.json.decode(document, type=kind)
+    except UnicodeDecodeError:
+        raise msgspec.DecodeError("not UTF-8") from None
+    except RecursionError:
+        raise msgspec.DecodeError("nested too deeply") from None
+
+
+def decode_strict_json(document: bytes, kind: type[T]) -> T:
+    """A document of a type, as `decode_json`, in which each key is given once.
+
+    Raises:
+        ValueError: as `decode_json` and `strict_json`.
+    """
+    strict_json(document)
+    return decode_json(document, kind)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -41,14 +67,14 @@ class JsonLinesError(ValueError):
 
 
 def read_json_lines(
-    path: Path, decode: Callable[[bytes], T], *, skip_damaged: bool = False, max_line_bytes: int = MAX_LINE_BYTES
+    path: Path, decode: Callable[[bytes], T], *, skip_cut: bool = False, max_line_bytes: int = MAX_LINE_BYTES
 ) -> Iterator[T]:
     """Yield the decoded lines of a file one by one; blank lines are skipped.
 
     Args:
         decode: decodes one line, for example `json.loads` or `msgspec.json.Decoder(Item).decode`.
-        skip_damaged: skip lines that don't decode, as a crash leaves them, instead of raising an error.
-        max_line_bytes: longer lines count as damaged.
+        skip_cut: skip lines whose end is missing, as a crash or a power cut leaves them, instead of raising an error.
+        max_line_bytes: longer lines are an error.
 
     Raises:
         JsonLinesError: a line is damaged or too long.
@@ -66,8 +92,27 @@ def read_json_lines(
                 if not line.strip():
                     continue
                 document = decode(line)
-            except ValueError as error:  # msgspec's and json's errors are ValueErrors
-                if skip_damaged:
+            except (ValueError, RecursionError) as error:  # msgspec's and json's errors are ValueErrors
+                if skip_cut and _is_cut(line):
                     continue
-                raise JsonLinesError(f"{path}, line {number}: {error}") from None
+                reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+                raise JsonLinesError(f"{path}, line {number}: {reason}") from None
             yield document
+
+
+def _is_cut(line: bytes) -> bool:
+    """Whether a line is the beginning of a JSON document; after a power cut, NUL bytes may stand for the rest."""
+    begun = line.strip(b"\0\r\n ")
+    try:
+        json.loads(begun)
+    except (ValueError, RecursionError):
+        return not begun or any(map(_ends_early, (begun, begun + b"0")))  # a number may end after its point or sign
+    return False
+
+
+def _ends_early(document: bytes) -> bool:
+    try:
+        decode_json(document, object)
+    except msgspec.DecodeError as error:
+        return "truncated" in str(error)
+    return False

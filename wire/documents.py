@@ -41,7 +41,7 @@ def decode_document(
         raise FrameError("length", f"{what} of {len(payload)} bytes exceeds {most_bytes}")
     try:
         document = decoder.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FrameError(what, f"not a {what} document: {error}") from None
     if document.schema != schema:
         raise FrameError("version", f"{what} schema {document.schema}, this side reads {schema}")

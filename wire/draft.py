@@ -8,6 +8,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
+from common.jsonl import decode_json
 from wire.errors import BundleError
 from wire.manifest import MAX_MANIFEST_BYTES, FileEntry, Positive, Quantisation, Sha256, verify_file
 
@@ -58,10 +59,10 @@ def load_draft(folder: Path) -> DraftManifest:
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES >> 20} MiB: not a draft model")
-        draft = msgspec.json.decode(path.read_bytes(), type=DraftManifest)
+        draft = decode_json(path.read_bytes(), DraftManifest)
     except OSError as error:
         raise BundleError(f"can't read {path}: {error.strerror}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except msgspec.DecodeError as error:
         raise BundleError(f"{path} is not a valid manifest of a draft model: {error}") from None
     if draft.schema != DRAFT_SCHEMA:
         raise BundleError(f"{path} has schema {draft.schema}, this version reads {DRAFT_SCHEMA}: export it again")

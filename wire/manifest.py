@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
+from common.jsonl import decode_json
 from wire.errors import BundleError
 from wire.experts import ExpertId
 from wire.tensors import Array
@@ -346,14 +347,14 @@ def decode_manifest(raw: bytes, bundle: Path) -> Manifest:
     """
     path = bundle / MANIFEST_NAME
     try:
-        schema = msgspec.json.decode(raw, type=_SchemaOnly).schema
+        schema = decode_json(raw, _SchemaOnly).schema
         if schema not in READABLE_SCHEMAS:
             raise BundleError(
                 f"{path} has schema {schema}, this version reads {' and '.join(map(str, READABLE_SCHEMAS))}: "
                 "make the bundle again with 'wdmoe-export bundle'"
             )
-        return msgspec.json.decode(raw, type=Manifest) if schema == SCHEMA else _from_schema_1(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return decode_json(raw, Manifest) if schema == SCHEMA else _from_schema_1(raw)
+    except msgspec.DecodeError as error:
         raise BundleError(f"{path} is not a valid manifest: {error}") from None
 
 
@@ -383,7 +384,7 @@ def sha256_file(path: Path) -> str:
 
 def _from_schema_1(raw: bytes) -> Manifest:
     """The manifest in a file of schema 1, which says nothing about the architecture."""
-    fields = msgspec.json.decode(raw, type=dict[str, Any])
+    fields = decode_json(raw, dict[str, Any])
     if "architecture" in fields:
         raise msgspec.ValidationError("schema 1 has no `architecture`")
     layers = msgspec.convert(fields.get("dims"), Dims).layers

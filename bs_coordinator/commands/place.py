@@ -11,6 +11,7 @@ import click
 import msgspec
 
 from common.errors import StorageError
+from common.jsonl import decode_json
 from common.options import Command
 from common.sizes import parse_bytes
 from wire.topics import check_name
@@ -119,7 +120,7 @@ def _current(path: Path | None, manifest: "Manifest") -> "Mapping[str, tuple[Exp
     if path is None:
         return None
     try:
-        selectors = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
+        selectors = decode_json(path.read_bytes(), dict[str, str])
         dims = manifest.dims
         return {
             name: parse_selector(text, layers=dims.layers, experts=dims.experts) for name, text in selectors.items()

@@ -15,6 +15,7 @@ from msgspec import Struct
 from bs_coordinator.config import SamplingConfig
 from common.errors import StorageError
 from common.files import append_all
+from common.jsonl import decode_json
 
 
 class Asked(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -98,9 +99,9 @@ def _read(path: Path, lines: list[bytes], asked: Asked) -> tuple[list[int], bool
     if not lines:
         return [], False
     try:
-        known = msgspec.json.decode(lines[0], type=Asked)
-        tokens = [msgspec.json.decode(line, type=tuple[int, bool]) for line in lines[1:]]
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        known = decode_json(lines[0], Asked)
+        tokens = [decode_json(line, tuple[int, bool]) for line in lines[1:]]
+    except msgspec.DecodeError:
         raise StorageError(f"{path} is not a session file: name another --session file") from None
     if known != asked:
         different = [f for f in Asked.__struct_fields__ if getattr(known, f) != getattr(asked, f)]

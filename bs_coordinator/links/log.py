@@ -11,6 +11,7 @@ import msgspec
 from bs_coordinator.links.estimator import LinkSample
 from common.errors import StorageError
 from common.files import append_all
+from common.jsonl import decode_json
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +64,8 @@ def _remove_incomplete_line(path: Path) -> None:
     if complete == end or complete <= begin:
         return
     try:
-        msgspec.json.decode(first, type=LinkSample)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        decode_json(first, LinkSample)
+    except msgspec.DecodeError:
         return  # it is no link log, so it stays as it is
     os.truncate(path, complete)
 
@@ -76,7 +77,6 @@ class LinkLogReader:
         """Start at the beginning of the file."""
         self._path = path
         self._offset = self._lines = 0
-        self._decoder = msgspec.json.Decoder(LinkSample)
 
     def read(self) -> Iterator[LinkSample]:
         """Samples since the last call; an incomplete last line is left for the next call.
@@ -95,8 +95,8 @@ class LinkLogReader:
         for line in lines:
             self._lines += 1
             try:
-                yield self._decoder.decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                yield decode_json(line, LinkSample)
+            except msgspec.DecodeError as error:
                 raise StorageError(f"{self._path}, line {self._lines} is not a link sample: {error}") from None
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from common.errors import StorageError
 from common.files import atomic_write
+from common.jsonl import decode_json
 from wire.manifest import Dims, Sha256
 from wire.tensors import Array
 
@@ -60,7 +61,7 @@ def read_traffic(path: Path, dims: Dims, model_sha256: str) -> Traffic:
     """The counts of earlier runs; zeros if there is no file, or, with a warning, if it can't be used."""
     traffic = Traffic(dims)
     try:
-        document = msgspec.json.decode(path.read_bytes(), type=TrafficDocument)
+        document = decode_json(path.read_bytes(), TrafficDocument)
         pairs = np.array(document.pairs, np.float64)
     except FileNotFoundError:
         return traffic

@@ -10,6 +10,7 @@ from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from common.files import atomic_write
+from common.jsonl import decode_json
 from wire.manifest import Sha256
 from wire.tensors import Array
 
@@ -93,16 +94,16 @@ def read_differences(path: Path) -> DifferenceTable:
     """
     try:
         data = path.read_bytes()
-        schema = msgspec.json.decode(data, type=_Schema).schema
+        schema = decode_json(data, _Schema).schema
         if schema != SCHEMA:
             raise ValueError(
                 f"{path} has schema {schema}, this version reads {SCHEMA}: "
                 "make it anew with 'wdmoe-testbed differences'"
             )
-        document = msgspec.json.decode(data, type=DifferenceDocument)
+        document = decode_json(data, DifferenceDocument)
     except OSError as error:
         raise ValueError(f"can't read {path}: {error.strerror} (make it with 'wdmoe-testbed differences')") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except msgspec.DecodeError as error:
         raise ValueError(f"{path} is not a table of expert differences: {error}") from None
     try:
         values = np.array(document.differences, np.float32)

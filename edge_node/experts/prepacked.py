@@ -18,6 +18,7 @@ from common.errors import StorageError
 from common.files import sync
 from wire.errors import BundleError
 from wire.manifest import EXACT_SUMS, ExpertEntry
+from wire.onnx_session import expert_options, open_session
 
 _MODEL, _WEIGHTS = "expert.onnx", "expert.weights"
 
@@ -69,16 +70,13 @@ def _save(model: Path, folder: Path) -> None:
     needed = 3 * sum(file.stat().st_size for file in model.parent.glob(f"{model.stem}.*"))
     if shutil.disk_usage(folder).free < needed:
         raise StorageError(f"{folder.parent.parent} has no room for a prepacked expert of about {needed >> 20} MiB")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    options.add_session_config_entry(*EXACT_SUMS)
+    options = expert_options()
     options.optimized_model_filepath = os.fspath(folder / _MODEL)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", _WEIGHTS)
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     try:
-        ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        open_session(model, options)
     except Exception as error:  # noqa: BLE001
         # onnxruntime raises a dozen unrelated classes for the same reason: the model can't be loaded.
         raise BundleError(f"{model} can't be prepacked by onnxruntime: {str(error).partition(chr(10))[0]}") from None

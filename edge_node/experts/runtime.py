@@ -15,11 +15,12 @@ from edge_node.errors import ProviderError
 from edge_node.experts.memory import return_freed_memory, use_huge_pages
 from edge_node.experts.prepacked import discard, prepacked_model
 from edge_node.experts.providers import probe_tolerance
-from edge_node.experts.session import ExpertSession, share_thread_pool
+from edge_node.experts.session import ExpertSession
 from wire.device_profiles import Provider
 from wire.errors import BundleError, ProbeError
 from wire.experts import ExpertId
 from wire.manifest import ExpertEntry, Manifest, decode_probe_output, probe_input, verify_file
+from wire.onnx_session import share_thread_pool
 from wire.tensors import Array
 
 log = logging.getLogger(__name__)

@@ -7,28 +7,13 @@ top of the arithmetic.
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from edge_node.errors import ProviderError
 from edge_node.experts.providers import session_providers
 from wire.device_profiles import Provider
 from wire.errors import BundleError
-from wire.manifest import EXACT_SUMS
+from wire.onnx_session import expert_options, open_session
 from wire.tensors import Array
-
-_shared_pool_threads: int | None = None
-
-
-def share_thread_pool(threads: int) -> None:
-    """Make all sessions of this process share a pool of `threads` threads.
-
-    Only the first call with more than one thread has an effect: onnxruntime allows one pool. A single thread needs no
-    pool, and without it other code of this process may configure its sessions freely.
-    """
-    global _shared_pool_threads
-    if _shared_pool_threads is None and threads > 1:
-        ort.set_global_thread_pool_sizes(threads, 1)
-        _shared_pool_threads = threads
 
 
 class ExpertSession:
@@ -46,19 +31,12 @@ class ExpertSession:
             BundleError: onnxruntime can't load it.
             ProviderError: `provider` is a GPU that can't compute all of its operations.
         """
-        options = ort.SessionOptions()
-        options.use_per_session_threads = _shared_pool_threads is None
-        options.intra_op_num_threads = 0 if _shared_pool_threads else 1
-        # Activations fit into one small buffer; an arena per session would only retain memory.
-        options.enable_cpu_mem_arena = False
-        options.enable_mem_pattern = False
-        options.log_severity_level = 3
-        options.add_session_config_entry(*EXACT_SUMS)
+        options = expert_options()
         wanted = session_providers(provider)
         if provider != "cpu":
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
-            self._session = ort.InferenceSession(model, options, providers=wanted)
+            self._session = open_session(model, options, wanted)
         except Exception as error:  # noqa: BLE001
             # onnxruntime raises a dozen unrelated classes for the same reason: the model can't be loaded.
             first_line = str(error).partition("\n")[0]

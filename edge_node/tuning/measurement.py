@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from common.console import run as run_console
+from common.jsonl import decode_json
 from edge_node.experts.providers import first_that_proves
 from edge_node.experts.runtime import BATCH_ROWS, ExpertRuntime
 from edge_node.tuning.tuning_file import TuningMeasurement
@@ -97,7 +98,7 @@ def measure_apart(
             quantisation=quantisation, threads=threads, refused=f"took longer than {TIMEOUT_S:.0f} s"
         )
     if done.returncode == 0:
-        return msgspec.json.decode(done.stdout, type=TuningMeasurement)
+        return decode_json(done.stdout, TuningMeasurement)
     if done.returncode < 0:
         refused = f"ended by signal {-done.returncode}"
     else:

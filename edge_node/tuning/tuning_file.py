@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from common.files import atomic_write
+from common.jsonl import decode_json
 from edge_node.config import Rule
 from edge_node.errors import TuningError
 from edge_node.experts.runtime import BATCH_ROWS
@@ -130,10 +131,10 @@ def read_tuning(path: Path) -> Tuning | None:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise TuningError(f"{path} is not a tuning file: remove it, or name another with --tuned")
-        tuning = msgspec.json.decode(path.read_bytes(), type=Tuning)
+        tuning = decode_json(path.read_bytes(), Tuning)
     except FileNotFoundError:
         return None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except msgspec.DecodeError as error:
         raise TuningError(
             f"{path} is not a tuning file of this version ({error}): remove it, or name another with --tuned"
         ) from None

@@ -15,6 +15,7 @@ from msgspec import Struct
 from common.console import describe_os_error
 from common.errors import StorageError
 from common.files import append_all, atomic_write, folder_lock
+from common.jsonl import decode_json
 from wire.errors import BundleError
 from wire.experts import ExpertId
 from wire.manifest import ExpertEntry, FileEntry, Quantisation, Source, verify_file
@@ -54,8 +55,8 @@ def read_journal(bundle: Path, header: JournalHeader) -> dict[ExpertId, ExpertEn
     except FileNotFoundError:
         return {}
     try:
-        found = msgspec.json.decode(first, type=JournalHeader)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        found = decode_json(first, JournalHeader)
+    except msgspec.DecodeError:
         return {}
     wanted = (header.source, header.quantisation, header.experts)
     if (found.source, found.quantisation, found.experts) != wanted:
@@ -67,8 +68,8 @@ def read_journal(bundle: Path, header: JournalHeader) -> dict[ExpertId, ExpertEn
     if found == header:
         for row in rows:
             # The last row may be incomplete if the export was killed.
-            with suppress(msgspec.DecodeError, UnicodeDecodeError):
-                entry = msgspec.json.decode(row, type=ExpertEntry)
+            with suppress(msgspec.DecodeError):
+                entry = decode_json(row, ExpertEntry)
                 if is_intact(bundle, entry.files):
                     done[entry.id] = entry
     return done

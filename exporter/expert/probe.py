@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from wire.errors import BundleError, ProbeError
-from wire.manifest import EXACT_SUMS, ExpertEntry, Quantisation, decode_probe_output, probe_input
+from wire.manifest import ExpertEntry, Quantisation, decode_probe_output, probe_input
+from wire.onnx_session import expert_options, open_session
 from wire.tensors import Array
 
 # Rows with which the output error of an expert is measured; the manifest entry stores the output of row 0.
@@ -38,17 +39,10 @@ def run_rows(graph: Path, inputs: Array, threads: int = 1) -> Array:
     Raises:
         BundleError: onnxruntime can't load or run the graph.
     """
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options = expert_options(threads)
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry(*EXACT_SUMS)
-    # An arena would round buffers up to larger sizes and keep them.
-    options.enable_cpu_mem_arena = False
     try:
-        session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        session = open_session(graph, options)
         outputs: list[Array] = [session.run(["y"], {"x": row[None]})[0][0] for row in inputs]
     except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen unrelated types
         raise BundleError(f"onnxruntime can't run {graph}: {error}") from None

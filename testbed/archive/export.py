@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from common.console import describe_os_error
 from common.errors import StorageError
-from common.jsonl import read_json_lines
+from common.jsonl import strict_json
 from common.private_files import read_private
 from testbed.archive.dictionary import dictionary_json, dictionary_markdown
 from testbed.archive.pseudonyms import Kind, Pseudonyms, texts_under
@@ -25,8 +25,9 @@ from testbed.plan.cells import Cell
 from testbed.plan.schema import BASELINES
 from testbed.report.write import write_report
 from testbed.run_directory.archive_file import CHECKSUMS, archive_name, open_compressed
-from testbed.run_directory.baselines import BASELINES_FILE
-from testbed.run_directory.directory import EVENTS, MANIFEST, MARKER, RunDir
+from testbed.run_directory.baselines import BASELINES_FILE, read_baselines
+from testbed.run_directory.cell_rows import read_cells
+from testbed.run_directory.directory import EVENTS, MANIFEST, MARKER, RunDir, read_run_lines
 from testbed.run_directory.notes import PHOTOS
 from wire.manifest import sha256_file
 
@@ -124,11 +125,9 @@ def _pseudonyms(run: RunDir, key_file: Path | None) -> Pseudonyms:
     pseudonyms = Pseudonyms(_key(key_file), keep=keep)
     events = run.events()
     pseudonyms.learn("host", [str(run.manifest.machine.get("host", "")), *texts_under("host", events)])
-    for cell in run.cells():
-        path = run.cell_path(cell) / "telemetry.parquet"
-        if run.is_complete(cell) and path.exists():
-            for ssid in pq.read_table(path, columns=["wifi_ssid"])["wifi_ssid"].unique().to_pylist():
-                pseudonyms.learn("ssid", [ssid] if ssid else [])
+    for rows in read_cells(run):
+        for ssid in rows.table("telemetry")["wifi_ssid"].unique().to_pylist():
+            pseudonyms.learn("ssid", [ssid] if ssid else [])
     return pseudonyms
 
 
@@ -149,19 +148,19 @@ def _stage(run: RunDir, folder: Path, pseudonyms: Pseudonyms | None, *, photos: 
     """Copy the files of the archive into `folder`; returns the files that were left out, each with the reason."""
     folder.mkdir(parents=True)
     left_out: list[str] = []
+    run.events(), read_baselines(run)  # raises an error if a line is damaged
     ids = {cell.id: _renamed_cell(cell, pseudonyms).id for cell in run.cells()}
     _copy_json(run.path / MANIFEST, folder / MANIFEST, pseudonyms)
     for name in (EVENTS, BASELINES_FILE):
         if (run.path / name).exists():
             _copy_json_lines(run.path / name, folder / name, pseudonyms, ids)
     (folder / "cells").mkdir()
-    for cell in run.cells():
-        if run.is_complete(cell):
-            target = folder / "cells" / ids[cell.id]
-            target.mkdir()
-            _copy_json(run.cell_path(cell) / MARKER, target / MARKER, pseudonyms, id=ids[cell.id])
-            for table in sorted(run.cell_path(cell).glob("*.parquet")):
-                _copy_table(table, target / table.name, pseudonyms)
+    for rows in read_cells(run):  # which checks them
+        source, target = run.cell_path(rows.cell), folder / "cells" / ids[rows.cell.id]
+        target.mkdir()
+        _copy_json(source / MARKER, target / MARKER, pseudonyms, id=ids[rows.cell.id])
+        for table in sorted(rows.tables):
+            _copy_table(source / f"{table}.parquet", target / f"{table}.parquet", pseudonyms)
     for log in _files(run.path / _LOGS):
         target = folder / log.relative_to(run.path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -193,16 +192,16 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _copy_json(source: Path, target: Path, pseudonyms: Pseudonyms | None, **instead: str) -> None:
-    """Copy a JSON document; `instead` replaces the values of its fields."""
-    document = json.loads(source.read_bytes())
+    """Copy a JSON document that has been checked; `instead` replaces the values of its fields."""
+    document = strict_json(source.read_bytes())
     changed = pseudonyms.tree(document) if pseudonyms else document
     target.write_text(json.dumps({**changed, **instead}, ensure_ascii=False, indent=1))
 
 
 def _copy_json_lines(source: Path, target: Path, pseudonyms: Pseudonyms | None, ids: dict[str, str]) -> None:
-    """Copy a JSON Lines file without lines that a crash cut off; `ids` maps old cell ids to new ones."""
+    """Copy a checked JSON Lines file without lines that a crash cut off; `ids` maps old cell ids to new ones."""
     with target.open("w") as file:
-        for document in read_json_lines(source, json.loads, skip_damaged=True):
+        for document in read_run_lines(source, strict_json):
             changed = pseudonyms.tree(document) if pseudonyms else document
             if "cell" in document:
                 changed = {**changed, "cell": ids.get(document["cell"], document["cell"])}
@@ -247,9 +246,9 @@ def _copy_photo(source: Path, target: Path, *, bare: bool) -> str:
             pixels = ImageOps.exif_transpose(image).convert("RGB")
             pixels.info.clear()
             pixels.save(target, quality=90)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a damaged PNG
         target.unlink(missing_ok=True)
-        return f"its metadata can't be removed ({error})"
+        return f"its metadata can't be removed ({' '.join(str(error).split())})"
     return ""
 
 

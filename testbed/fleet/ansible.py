@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from common.jsonl import decode_json
 from common.names import check_host
 from testbed.errors import FleetError
 from testbed.yaml_files import check_yaml
@@ -162,7 +163,7 @@ def run_playbook(
                 f"the deployment took more than {timeout_s:.0f} s: run the command again to continue"
             ) from None
         try:
-            hosts = msgspec.json.decode(recap_path.read_bytes(), type=dict[str, HostRecap])
+            hosts = decode_json(recap_path.read_bytes(), dict[str, HostRecap])
         except (OSError, msgspec.DecodeError):
             reason = _last(done.stderr) if quiet else f"exit code {done.returncode}"
             raise FleetError(f"the playbook {name} could not be run: {reason}") from None

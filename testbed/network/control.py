@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from common.jsonl import decode_json
 from testbed.errors import NetworkError, PrivilegeError
 from testbed.network.spec import LinkSpec
 
@@ -159,7 +160,7 @@ class ControlServer:
         reply: NetworkStatus | Refusal
         try:
             reply = self._answer(msgspec.json.decode(line, type=Request))
-        except (msgspec.DecodeError, ValueError) as error:
+        except (ValueError, RecursionError) as error:
             reply = Refusal(str(error))
         # Never wait for a client that does not read: that would delay frames.
         with contextlib.suppress(OSError):
@@ -204,7 +205,7 @@ def _decode(received: bytes, path: Path) -> NetworkStatus:
         if not end:
             raise NetworkError(f"the emulated network closed {path} in the middle of its reply")
         if b'"error"' in line[:16]:
-            raise NetworkError(msgspec.json.decode(line, type=Refusal).error)
-        return msgspec.json.decode(line, type=NetworkStatus)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise NetworkError(decode_json(line, Refusal).error)
+        return decode_json(line, NetworkStatus)
+    except msgspec.DecodeError as error:
         raise NetworkError(f"the emulated network sent an invalid reply: {error}") from None

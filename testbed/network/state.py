@@ -10,6 +10,7 @@ import psutil
 from filelock import FileLock, Timeout
 from msgspec import Struct
 
+from common.jsonl import decode_json
 from testbed.errors import NetworkError, PrivilegeError
 
 ROOT = Path("/run/wdmoe-net")
@@ -52,10 +53,10 @@ class State:
     def relay(self) -> psutil.Process | None:
         """The network's relay; None if it is not running."""
         try:
-            noted = msgspec.json.decode(self._pid.read_bytes(), type=_Pid)
+            noted = decode_json(self._pid.read_bytes(), _Pid)
             process = psutil.Process(noted.pid)
             alive = process.create_time() == noted.started and process.status() != psutil.STATUS_ZOMBIE
-        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError, psutil.NoSuchProcess):
+        except (FileNotFoundError, msgspec.DecodeError, psutil.NoSuchProcess):
             return None
         return process if alive else None
 

@@ -38,6 +38,16 @@ class Cell:
         return f"#{self.repetition} {Path(self.bundle).name} {self.profile} {self.workload} {self.policy}"
 
 
+MAX_CELLS = 100_000
+"""Cells of a plan: a bound against mistyped numbers, far above a run of weeks."""
+
+
+def count_cells(plan: Plan) -> int:
+    """The number of cells in a plan, without expanding it."""
+    repetitions = sum(workload.repetitions or plan.repetitions for workload in plan.workloads)
+    return repetitions * len(plan.bundles) * len(plan.profile_names) * len(plan.policies)
+
+
 def expand(plan: Plan) -> list[Cell]:
     """All cells in the order in which they run.
 

@@ -10,6 +10,7 @@ from msgspec import Struct
 from bs_coordinator.selection import parse_policy
 from common.sizes import parse_bytes
 from testbed.errors import PlanError
+from testbed.plan.cells import MAX_CELLS, count_cells
 from testbed.plan.limits import RunLimits
 from testbed.plan.schema import Baselines, Broker, Choice, Churn, Generate, Network, Perplexity, Plan
 from testbed.yaml_files import decode_yaml
@@ -94,6 +95,8 @@ def check_plan(plan: Plan, *, top_k: int = 2) -> None:
     ):  # fmt: skip
         if twice := sorted({v for v in values if values.count(v) > 1}):
             raise ValueError(f"{field}: '{twice[0]}' is listed twice")
+    if (cells := count_cells(plan)) > MAX_CELLS:
+        raise ValueError(f"repetitions: the plan has {cells} cells, at most {MAX_CELLS} are possible")
     if plan.baseline is not None and plan.baseline not in plan.policies:
         raise ValueError(f"baseline: '{plan.baseline}' is not one of the policies")
     if plan.external is not None:

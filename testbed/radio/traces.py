@@ -17,6 +17,7 @@ from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import SequenceInput
 from bs_coordinator.trunk.load import load_trunk
 from common.files import atomic_write
+from common.jsonl import decode_json
 from testbed.errors import SimulationError
 from testbed.evaluation.items import ChoiceItem, DomainText, read_items
 from testbed.evaluation.local_experts import LocalExperts
@@ -175,7 +176,7 @@ def read_trace(path: Path) -> RoutingTrace:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             probabilities: Array = file["probabilities"]
             tokens: NDArray[np.int64] = file["tokens"]
-            facts = msgspec.json.decode(file["facts"].tobytes(), type=TraceFacts)
+            facts = decode_json(file["facts"].tobytes(), TraceFacts)
     except OSError as error:
         raise SimulationError(f"routing trace {path}: {error.strerror or error}") from None
     except (KeyError, ValueError, EOFError, zipfile.BadZipFile, msgspec.DecodeError) as error:

@@ -7,9 +7,10 @@ from msgspec import Struct
 
 from common.console import describe_os_error
 from common.errors import StorageError
-from common.jsonl import read_json_lines
+from common.jsonl import decode_strict_json
 from testbed.plan.schema import BaselineKind
-from testbed.run_directory.directory import RunDir
+from testbed.run_directory.directory import RunDir, read_run_lines
+from testbed.run_directory.events import Nanoseconds
 
 BASELINES_FILE = "baselines.jsonl"
 Phase = Literal["start", "end"]
@@ -32,20 +33,23 @@ class Baseline(Struct, frozen=True, kw_only=True):
     phase: Phase
     kind: BaselineKind
     bundle: str
-    unix_ns: int
+    unix_ns: Nanoseconds
     over: str = ""
-    first_token_ns: int | None = None
-    token_ns: list[int] = []
+    first_token_ns: Nanoseconds | None = None
+    token_ns: list[Nanoseconds] = []
     broker_ms: float | None = None
     nodes_ms: dict[str, float] = {}
     why_not: str = ""
 
 
 def read_baselines(run: RunDir) -> list[Baseline]:
-    """All baselines of a run in order, without lines that a crash cut off."""
+    """All baselines of a run in order, without lines that a crash cut off.
+
+    Raises:
+        RunDirectoryError: a line is damaged.
+    """
     path = run.path / BASELINES_FILE
-    decode = msgspec.json.Decoder(Baseline).decode
-    return list(read_json_lines(path, decode, skip_damaged=True)) if path.exists() else []
+    return read_run_lines(path, lambda line: decode_strict_json(line, Baseline))
 
 
 def append_baseline(run: RunDir, baseline: Baseline) -> None:

@@ -2,18 +2,20 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-import msgspec
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from testbed.errors import RunDirectoryError
 from testbed.plan.cells import Cell
 from testbed.plan.schema import Workload
-from testbed.run_directory.directory import MARKER, Marker, RunDir
+from testbed.run_directory.directory import MARKER, Marker, RunDir, damaged_cell
 from testbed.run_directory.tables import COORDINATES, SCHEMAS
+
+_VALUE_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +48,35 @@ def read_cells(run: RunDir) -> Iterator[CellRows]:
 
 
 def _read(run: RunDir, cell: Cell) -> CellRows:
-    folder = run.cell_path(cell)
-    file = folder / MARKER
+    marker = run.marker(cell)
+    file = run.cell_path(cell) / MARKER
     try:
-        marker = run.marker(cell)
+        if unknown := marker.rows.keys() - SCHEMAS.keys():
+            raise ValueError(f"no table of a cell is called {min(unknown)[:80]!r}")
         tables = {}
         for name, rows in marker.rows.items():
-            file = folder / f"{name}.parquet"
-            tables[name] = _with_all_columns(pq.read_table(file), SCHEMAS[name])
-            if tables[name].num_rows != rows:
-                raise ValueError(f"{tables[name].num_rows} rows instead of {rows}")
-    except (OSError, ValueError, KeyError, pa.ArrowException, msgspec.DecodeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunDirectoryError(
-            f"{file} is damaged ({reason}): remove the folder {folder} and measure the cell again with "
-            f"'wdmoe-testbed resume {run.path}'"
-        ) from None
+            file = run.cell_path(cell) / f"{name}.parquet"
+            tables[name] = _with_all_columns(_read_table(file, rows), SCHEMAS[name])
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise damaged_cell(run, cell, file, error) from None
     return CellRows(cell, run.plan.workload(cell.workload), marker, tables)
+
+
+def _read_table(file: Path, rows: int) -> pa.Table:
+    """A table, if it has this number of rows and fits into memory: a small file may claim any number of rows.
+
+    Raises:
+        ValueError: another number of rows, or too many for this machine's free memory.
+        OSError, pa.ArrowException: the file is damaged.
+    """
+    with pq.ParquetFile(file) as parquet:
+        claimed = parquet.metadata.num_rows
+        if claimed != rows:
+            raise ValueError(f"{claimed} rows instead of {rows}")
+        needed, free = claimed * parquet.metadata.num_columns * _VALUE_BYTES, psutil.virtual_memory().available
+        if needed > free:
+            raise ValueError(f"its {claimed} rows need {needed >> 20} MiB of memory, {free >> 20} MiB are free")
+        return parquet.read()
 
 
 def _with_all_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -11,10 +11,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import pyarrow as pa
@@ -24,11 +24,13 @@ from msgspec import Struct
 
 from common.errors import StorageError
 from common.files import atomic_write, sync
-from common.jsonl import read_json_lines
+from common.jsonl import JsonLinesError, decode_strict_json, read_json_lines
 from testbed.errors import RunDirectoryError
-from testbed.plan.cells import Cell, expand
+from testbed.plan.cells import MAX_CELLS, Cell, count_cells, expand
 from testbed.plan.schema import Plan
+from testbed.run_directory.events import decode_event
 
+T = TypeVar("T")
 SCHEMA = 1
 MANIFEST = "manifest.json"
 EVENTS = "events.jsonl"
@@ -134,14 +136,18 @@ class RunDir:
         """
         self.path = path
         try:
-            self.manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=RunManifest)
+            self.manifest = decode_strict_json((path / MANIFEST).read_bytes(), RunManifest)
         except OSError:
             raise RunDirectoryError(f"{path} is not a run's folder: it has no readable {MANIFEST}") from None
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise RunDirectoryError(f"{path / MANIFEST} is damaged or of another version: {error}") from None
         if self.manifest.schema != SCHEMA:
             raise RunDirectoryError(f"{path} has schema {self.manifest.schema}, this version reads {SCHEMA}")
         self.plan = self.manifest.plan
+        missing = {*self.plan.bundles} - {bundle.name for bundle in self.manifest.bundles}
+        if missing or count_cells(self.plan) > MAX_CELLS:
+            what = f"bundle {min(missing)[:80]!r} is not described" if missing else f"more than {MAX_CELLS} cells"
+            raise RunDirectoryError(f"{path / MANIFEST} is damaged: {what}")
 
     def code_of(self, marker: Marker) -> tuple[str, bool]:
         """Commit of the code that measured a cell, and whether the files differed from that commit."""
@@ -202,9 +208,12 @@ class RunDir:
             raise StorageError(f"can't write {path}: {error.strerror}") from error
 
     def events(self) -> list[dict[str, Any]]:
-        """All events in order, without lines that a crash cut off."""
-        path = self.path / EVENTS
-        return list(read_json_lines(path, json.loads, skip_damaged=True)) if path.exists() else []
+        """All events in order, without lines that a crash cut off.
+
+        Raises:
+            RunDirectoryError: a line is damaged.
+        """
+        return read_run_lines(self.path / EVENTS, decode_event)
 
     def cells(self) -> list[Cell]:
         """All cells of the plan, in the order in which they run."""
@@ -219,8 +228,16 @@ class RunDir:
         return (self.cell_path(cell) / MARKER).exists()
 
     def marker(self, cell: Cell) -> Marker:
-        """The marker of a complete cell."""
-        return msgspec.json.decode((self.cell_path(cell) / MARKER).read_bytes(), type=Marker)
+        """The marker of a complete cell.
+
+        Raises:
+            RunDirectoryError: the marker is damaged.
+        """
+        path = self.cell_path(cell) / MARKER
+        try:
+            return decode_strict_json(path.read_bytes(), Marker)
+        except (OSError, ValueError) as error:
+            raise damaged_cell(self, cell, path, error) from None
 
     def discard_unfinished(self) -> int:
         """Remove the files of cells that a crash interrupted; returns the number of such cells."""
@@ -252,3 +269,26 @@ class RunDir:
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise StorageError(f"can't write cell {cell.id}: {error.strerror or error}") from error
+
+
+def read_run_lines(path: Path, decode: Callable[[bytes], T]) -> list[T]:
+    """The decoded lines of a run's JSON Lines file, without those that a crash cut off; none if there is no file.
+
+    Raises:
+        RunDirectoryError: a line is damaged; the message names file and line.
+    """
+    try:
+        return list(read_json_lines(path, decode, skip_cut=True))
+    except FileNotFoundError:
+        return []
+    except JsonLinesError as error:
+        raise RunDirectoryError(f"{error}: remove this line, or restore the file from a copy") from None
+
+
+def damaged_cell(run: RunDir, cell: Cell, file: Path, error: Exception) -> RunDirectoryError:
+    """The error of a cell with a damaged file, which says how to measure it again."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return RunDirectoryError(
+        f"{file} is damaged ({reason}): remove the folder {run.cell_path(cell)} and measure the cell again with "
+        f"'wdmoe-testbed resume {run.path}'"
+    )

@@ -7,6 +7,7 @@ from msgspec import Struct
 
 from common.console import describe_os_error
 from common.errors import StorageError
+from common.jsonl import decode_json
 from testbed.run_directory.directory import RunDir
 
 LIVE = "live.json"
@@ -64,6 +65,6 @@ def write_live(run: RunDir, live: Live) -> None:
 def read_live(run: RunDir) -> Live | None:
     """The state that the watcher wrote last; None if there is none."""
     try:
-        return msgspec.json.decode((run.path / LIVE).read_bytes(), type=Live)
+        return decode_json((run.path / LIVE).read_bytes(), Live)
     except (OSError, msgspec.DecodeError):
         return None

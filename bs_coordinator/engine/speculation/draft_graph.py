@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from bs_coordinator.engine.speculation.model_drafter import ModelDrafter
 from wire.draft import DraftManifest, load_draft
 from wire.errors import BundleError
+from wire.onnx_session import open_session, session_options
 
 _FIRST_CAPACITY = 256
 _FEW_CORES, _MOST_THREADS = 4, 8
@@ -32,17 +32,15 @@ class DraftGraph:
             BundleError: there is no draft model in the folder, or it is damaged.
         """
         self.manifest: DraftManifest = load_draft(folder)
-        options = ort.SessionOptions()
         cores = os.cpu_count() or 1
-        options.intra_op_num_threads = min(cores, max(_FEW_CORES, cores // 2), _MOST_THREADS)
+        options = session_options(min(cores, max(_FEW_CORES, cores // 2), _MOST_THREADS))
         # A draft consists of hundreds of matrix products of about 10 µs each: threads that sleep between them make it a
         # third slower. Between drafts they must not spin, because the trunk (and local nodes) need the cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "1")
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.log_severity_level = 3
         path = folder / self.manifest.files[0].path
         try:
-            self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self.session = open_session(path, options)
         except Exception as error:  # noqa: BLE001
             # onnxruntime raises a dozen unrelated exception classes for a model that can't be loaded.
             raise BundleError(f"{path} can't be loaded: {str(error).partition(chr(10))[0]}") from None

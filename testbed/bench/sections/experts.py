@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from edge_node.experts import ExpertRuntime, return_freed_memory
 from edge_node.experts.prepacked import prepacked_model
 from testbed.bench.big_expert import ID, export_big_expert, random_weights
 from testbed.bench.rows import Row, Settings, in_turns
 from testbed.demo_assets import demo_bundle
-from wire.manifest import EXACT_SUMS, Manifest, Quantisation, Scheme, load_manifest, probe_input
+from wire.manifest import Manifest, Quantisation, Scheme, load_manifest, probe_input
+from wire.onnx_session import expert_options, open_session
 
 TARGET = 1.5
 """Target ratio of the preset for machines with dot-product instructions."""
@@ -133,13 +133,10 @@ def _anonymous_bytes() -> int:
 def _parts_ms(model: Path, x: np.ndarray) -> dict[str, float]:
     """Median time in ms of the graph's nodes: of each matrix, and of all other nodes together (`between`)."""
     with tempfile.TemporaryDirectory(prefix="wdmoe-bench-") as folder:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3
-        options.add_session_config_entry(*EXACT_SUMS)
+        options = expert_options()
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = open_session(model, options)
         for _ in range(_PROFILED_RUNS):
             session.run(["y"], {"x": x})
         events = json.loads(Path(session.end_profiling()).read_text())

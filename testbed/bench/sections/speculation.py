@@ -92,7 +92,7 @@ def _answers(settings: Settings, nodes: Mapping[str, str]) -> dict[tuple[int, Dr
 def _read(log: Path) -> dict[tuple[int, DraftMode], _MeasuredAnswer]:
     log.parent.mkdir(parents=True, exist_ok=True)
     log.touch()
-    answers = read_json_lines(log, msgspec.json.Decoder(_MeasuredAnswer).decode, skip_damaged=True)
+    answers = read_json_lines(log, msgspec.json.Decoder(_MeasuredAnswer).decode, skip_cut=True)
     return {(answer.prompt, answer.arm): answer for answer in answers}
 
 

@@ -138,7 +138,7 @@ def _count(session: Path) -> int:
 
 def _ids(session: Path) -> list[int]:
     # Skips the header, and a last line that is not complete.
-    tokens = read_json_lines(session, msgspec.json.Decoder(tuple[int, bool]).decode, skip_damaged=True)
+    tokens = read_json_lines(session, msgspec.json.Decoder(tuple[int, bool]).decode, skip_cut=True)
     try:
         return [token for token, _ in tokens]
     except OSError:
