@@ -29,6 +29,7 @@ from testbed.run_directory.baselines import BASELINES_FILE, read_baselines
 from testbed.run_directory.cell_rows import read_cells
 from testbed.run_directory.directory import EVENTS, MANIFEST, MARKER, RunDir, read_run_lines
 from testbed.run_directory.notes import PHOTOS
+from testbed.run_directory.unpack import check_archive
 from wire.manifest import sha256_file
 
 DICTIONARY = "DICTIONARY.md"
@@ -77,7 +78,7 @@ def export_run(
         report: include a report of the complete cells.
 
     Raises:
-        ArchiveError: the name has another ending, or the file exists already.
+        ArchiveError: the name has another ending, the file exists already, or the run is larger than archives may be.
         RunDirectoryError: a cell is damaged, or the run is still running.
         StorageError: the archive can't be written.
     """
@@ -100,6 +101,7 @@ def export_run(
             files = _checksums(folder)
             packed = Path(temporary) / out.name
             _pack(folder, packed)
+            check_archive(packed)
             sha256 = sha256_file(packed)
             packed.replace(out)
     except OSError as error:
