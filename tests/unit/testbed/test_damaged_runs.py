@@ -23,6 +23,7 @@ from testbed.archive.export import export_run
 from testbed.errors import ArchiveError, RunDirectoryError
 from testbed.plan.schema import Generate, Plan
 from testbed.report.write import write_report
+from testbed.run_directory import unpack as unpack_module
 from testbed.run_directory.archive_file import CHECKSUMS, open_compressed
 from testbed.run_directory.baselines import read_baselines
 from testbed.run_directory.cell_rows import read_cells
@@ -165,20 +166,20 @@ def test_a_small_table_of_absurdly_many_rows_is_not_read_into_memory(run: RunDir
     (path,) = run.path.rglob("tokens.parquet")
     schema = TOKENS.schema
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        few = pa.table([pa.nulls(1 << 20, field.type) for field in schema], schema=schema)
+        few = pa.table([pa.nulls(1 << 12, field.type) for field in schema], schema=schema)
         for _ in range(8):
             writer.write_table(few)
     marker = path.with_name(MARKER)
     changed = decode_json(marker.read_bytes(), Marker)
-    rows = {**changed.rows, "tokens": 8 << 20}
+    rows = {**changed.rows, "tokens": 8 << 12}
     marker.write_bytes(msgspec.json.encode(msgspec.structs.replace(changed, rows=rows)))
 
     class Memory(NamedTuple):
         available: int
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("psutil.virtual_memory", lambda: Memory(1 << 30))
-        with pytest.raises(RunDirectoryError, match=r"8388608 rows need \d+ MiB of memory, 1024 MiB are free"):
+        patch.setattr("psutil.virtual_memory", lambda: Memory(1 << 22))
+        with pytest.raises(RunDirectoryError, match=r"32768 rows need \d+ MiB of memory, 4 MiB are free"):
             list(read_cells(run))
 
 
@@ -197,16 +198,18 @@ def _archive(path: Path, files: Files, *, sums: bool = True) -> Path:
 
 
 @pytest.mark.parametrize("ending", [".tar.gz", ".tar.zst"])
-def test_what_unpacks_to_a_hundred_times_its_size_writes_nothing(ending: str, tmp_path: Path) -> None:
+def test_what_unpacks_to_a_thousand_times_its_size_writes_nothing(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unpack_module, "SMALL_BYTES", 4 << 20)
     archive = tmp_path / f"x{ending}"
-    blocks = 80
     with open_compressed(archive, "wb") as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
-        for number in range(blocks):
+        for number in range(6):
             info = tarfile.TarInfo(f"run/{number}")
             info.size = 1 << 20
             tar.addfile(info, io.BytesIO(bytes(info.size)))
-    assert archive.stat().st_size < 200_000
-    with pytest.raises(ArchiveError, match="unpacks to more than 64 MiB"):
+    assert archive.stat().st_size < 20_000
+    with pytest.raises(ArchiveError, match="unpacks to more than 4 MiB"):
         unpack(archive, tmp_path / "out" / "run")
     assert [path.name for path in tmp_path.iterdir()] == [archive.name]
 
