@@ -11,6 +11,7 @@ PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 
 help:
 	@echo "make demo   set everything up, build the demo model and bundle, answer three questions over MQTT"
+	@echo "           (make demo MODEL=qwen3-moe: with the second demo model)"
 	@echo "make test   set everything up and run the quick tests (make test-slow: the others)"
 	@echo "make check  formatting, lint, types and import rules"
 	@echo "make bench  benchmarks: a table, and JSON with raw samples under runs/"
@@ -29,7 +30,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/wdmoe-testbed demo
+	$(BIN)/wdmoe-testbed demo $(if $(MODEL),--model $(MODEL))
 
 test: $(READY)
 	$(BIN)/pytest $(PARALLEL) tests/unit

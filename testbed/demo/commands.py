@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from common.options import Command
+from exporter.demo_model.assembly import DEFAULT_MODEL, DEMO_MODELS
 
 
 def register(group: click.Group) -> None:
@@ -13,6 +14,10 @@ def register(group: click.Group) -> None:
 
 
 @click.command(cls=Command)
+@click.option(
+    "--model", type=click.Choice(list(DEMO_MODELS)), default=DEFAULT_MODEL, show_default=True,
+    help="Which of the demo models.",
+)  # fmt: skip
 @click.option(
     "--broker", default="embedded", show_default=True, help="MQTT broker: embedded, mosquitto, or an mqtt:// URL."
 )
@@ -23,16 +28,16 @@ def register(group: click.Group) -> None:
     "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True,
     help="Folder for the latency log and the nodes' logs.",
 )  # fmt: skip
-def demo(broker: str, nodes: int, max_tokens: int, questions: tuple[str, ...], runs: Path) -> None:
-    """Answer three questions with the demo model on node processes.
+def demo(model: str, broker: str, nodes: int, max_tokens: int, questions: tuple[str, ...], runs: Path) -> None:
+    """Answer three questions with a demo model on node processes.
 
-    Builds the demo model and its bundle first where they are missing.
+    Builds the model and its bundle first where they are missing.
     """
     from rich.console import Console
 
     from testbed.demo.run import QUESTIONS, run_demo
 
     run_demo(
-        broker=broker, questions=questions or QUESTIONS, max_tokens=max_tokens, nodes=nodes, runs=runs,
+        model=model, broker=broker, questions=questions or QUESTIONS, max_tokens=max_tokens, nodes=nodes, runs=runs,
         console=Console(),
     )  # fmt: skip

@@ -16,6 +16,7 @@ from bs_coordinator.engine.sequence import TokenEvent
 from testbed.demo_assets import demo_bundle
 from testbed.latency_log import LatencyLog
 from testbed.local_nodes import local_nodes
+from wire.manifest import load_manifest
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -25,11 +26,12 @@ QUESTIONS = (
 
 
 def run_demo(
-    *, broker: str, questions: Sequence[str], max_tokens: int, nodes: int, runs: Path, console: Console
+    *, model: str, broker: str, questions: Sequence[str], max_tokens: int, nodes: int, runs: Path, console: Console
 ) -> None:
     """Answer `questions` and print how long each part took.
 
     Args:
+        model: one of `exporter.demo_model.assembly.DEMO_MODELS`.
         broker: `embedded`, `mosquitto` or a URL.
         questions: user messages, answered one after the other.
         max_tokens: maximum length of each answer.
@@ -37,9 +39,10 @@ def run_demo(
         runs: folder for the latency log and the nodes' logs.
         console: where to print.
     """
-    bundle = demo_bundle("int4", console=console)
+    bundle = demo_bundle("int4", model=model, console=console)
+    held = load_manifest(bundle).dims.experts
     folder = runs / time.strftime("demo-%Y%m%d-%H%M%S")
-    experts = {f"node{k}": f"L*:E{','.join(map(str, range(k, 8, nodes)))}" for k in range(nodes)}
+    experts = {f"node{k}": f"L*:E{','.join(map(str, range(k, held, nodes)))}" for k in range(nodes)}
     with (
         open_broker(broker) as address,
         local_nodes(bundle, address, folder / "nodes", experts),
