@@ -103,12 +103,21 @@ class Holders:
     def _usable(self, id: ExpertId) -> list[str]:
         return [node for node in self._registry.holders(id) if self._health.usable(node)]
 
-    def _askable(self, id: ExpertId, *, last_resort: bool) -> Sequence[str]:
+    def _askable(self, holders: Sequence[Sequence[str]], *, last_resort: bool) -> list[Sequence[str]]:
+        """The nodes that may be asked, by expert, from its holders."""
+        # A layer of 128 experts has far fewer sets of holders than experts.
+        found: dict[Sequence[str], Sequence[str]] = {}
+        for nodes in holders:
+            if nodes not in found:
+                found[nodes] = self._askable_of(nodes, last_resort=last_resort)
+        return [found[nodes] for nodes in holders]
+
+    def _askable_of(self, holders: Sequence[str], *, last_resort: bool) -> Sequence[str]:
         health = self._health
-        if usable := self._usable(id):
+        if usable := [node for node in holders if health.usable(node)]:
             return usable
         # Silence of the whole network is not their fault: asking them is the best that can be done.
-        left_out = [node for node in self._registry.holders(id) if not health.quarantined(node)]
+        left_out = [node for node in holders if not health.quarantined(node)]
         return [node for node in left_out if health.doubted(node)] or (left_out if last_resort else [])
 
     def _costs_s(self) -> dict[str, float]:
@@ -123,10 +132,10 @@ class Holders:
         before = self._assigned
         self._assigned, self._replicated = [], False
         for layer in range(dims.layers):
-            ids = [ExpertId(layer, expert) for expert in range(dims.experts)]
-            askable = [self._askable(id, last_resort=self._last_resort) for id in ids]
+            holders = [self._registry.holders(ExpertId(layer, expert)) for expert in range(dims.experts)]
+            askable = self._askable(holders, last_resort=self._last_resort)
             if not any(askable):  # there is nothing to lose
-                askable = [self._askable(id, last_resort=True) for id in ids]
+                askable = self._askable(holders, last_resort=True)
             self._replicated |= any(len(nodes) > 1 for nodes in askable)
             self._assigned.append(assign(askable, costs_s, before[layer] if before else None))
         self._names = sorted({name for row in self._assigned for name in row if name is not None}) or [""]

@@ -13,7 +13,7 @@ from bs_coordinator.errors import BrokerDelayError, DispatchError, PlacementErro
 from bs_coordinator.nodes.registry import LOCAL_NODE
 from common.clock import SYSTEM_CLOCK, Clock
 from wire.errors import BrokerError
-from wire.manifest import ExpertEntry, Manifest, decode_probe_output, probe_input
+from wire.manifest import ExpertEntry, Manifest, probe_error, probe_input
 from wire.transport import Transport
 
 log = logging.getLogger(__name__)
@@ -163,8 +163,7 @@ def prove_expert(
     gate[0, entry.expert] = 1.0
     x = probe_input(manifest.dims.hidden)
     answer = dispatcher.ask(node, entry.layer, x, gate, timeout_s=timeout_s)
-    expected = decode_probe_output(entry.probe_output, manifest.dims.hidden)
-    error = float(np.linalg.norm(answer.output[0] - expected) / np.linalg.norm(expected))
+    error = probe_error(entry.probe_output, answer.output[0])
     if not error < _PROBE_ERROR:
         why = "its output for a test token is not this model's"
         dispatcher.health.failed(node, dispatcher.clock.perf_ns() / 1e9, why, quarantine=True)

@@ -19,7 +19,7 @@ from edge_node.experts.session import ExpertSession
 from wire.device_profiles import Provider
 from wire.errors import BundleError, ProbeError
 from wire.experts import ExpertId
-from wire.manifest import ExpertEntry, Manifest, decode_probe_output, probe_input, verify_file
+from wire.manifest import ExpertEntry, Manifest, probe_error, probe_input, verify_file
 from wire.onnx_session import share_thread_pool
 from wire.tensors import Array
 
@@ -251,9 +251,7 @@ class ExpertRuntime:
             # That the wheel has no kernels for a GPU shows only now.
             first_line = str(failure).partition("\n")[0]
             raise ProviderError(f"expert {entry.id} can't be computed: {first_line}") from None
-        expected = decode_probe_output(entry.probe_output, self._hidden)
-        norm = float(np.linalg.norm(expected))
-        error = float(np.linalg.norm(y[0] - expected)) / norm if norm else float(np.abs(y).max())
+        error = probe_error(entry.probe_output, y[0])
         # fp16 storage of the expected output alone can cost half a unit in the last place.
         tolerance = probe_tolerance(self.manifest, self._provider) + 2.0**-11
         if not error <= tolerance:  # also when error is NaN

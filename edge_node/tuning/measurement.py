@@ -13,7 +13,6 @@ from pathlib import Path
 
 import click
 import msgspec
-import numpy as np
 
 from common.console import run as run_console
 from common.jsonl import decode_json
@@ -22,7 +21,7 @@ from edge_node.experts.runtime import BATCH_ROWS, ExpertRuntime
 from edge_node.tuning.tuning_file import TuningMeasurement
 from wire.device_profiles import Provider
 from wire.experts import ExpertId, format_selector, parse_selector
-from wire.manifest import ExpertEntry, Manifest, decode_probe_output, load_manifest, probe_input
+from wire.manifest import ExpertEntry, Manifest, load_manifest, probe_error, probe_input
 from wire.tensors import Array
 
 _SPREAD_BYTES = 64 << 20
@@ -61,9 +60,7 @@ def measure(
     x = probe_input(hidden, BATCH_ROWS)
     deviation = 0.0
     for entry in entries:
-        expected = decode_probe_output(entry.probe_output, hidden)
-        error = np.linalg.norm(runtime.run(entry.id, x[:1])[0] - expected) / np.linalg.norm(expected)
-        deviation = max(deviation, float(error))
+        deviation = max(deviation, probe_error(entry.probe_output, runtime.run(entry.id, x[:1])[0]))
     return TuningMeasurement(
         quantisation=str(manifest.quantisation),
         threads=threads,

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from wire.errors import BundleError, ProbeError
-from wire.manifest import ExpertEntry, Quantisation, decode_probe_output, probe_input
+from wire.manifest import ExpertEntry, Quantisation, probe_error, probe_input
 from wire.onnx_session import expert_options, open_session
 from wire.tensors import Array
 
@@ -65,9 +65,7 @@ def check_probe(bundle: Path, entry: ExpertEntry, hidden: int, tolerance: float)
         ProbeError: the error exceeds `tolerance`.
         BundleError: the graph can't be loaded, or the stored output is malformed.
     """
-    expected = decode_probe_output(entry.probe_output, hidden)
-    found = run_rows(bundle / entry.files[0].path, probe_input(hidden))[0]
-    error = relative_error(found, expected)
+    error = probe_error(entry.probe_output, run_rows(bundle / entry.files[0].path, probe_input(hidden))[0])
     # Written as a negation so that NaN fails too.
     if not error <= tolerance:
         raise ProbeError(

@@ -1,5 +1,6 @@
 """Selectors, names, statuses, manifests and broker URLs: what is valid comes back, the rest is refused."""
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -17,6 +18,7 @@ from wire.broker_url import Access, parse_broker_url, read_secret
 from wire.errors import BrokerAuthError, BundleError, FrameError
 from wire.experts import ExpertId, check_selector, format_selector, parse_selector
 from wire.manifest import (
+    PROBE_VALUES,
     ExpertGraph,
     FileEntry,
     Manifest,
@@ -25,6 +27,7 @@ from wire.manifest import (
     encode_probe_output,
     load_manifest,
     mixtral_architecture,
+    probe_error,
     probe_input,
 )
 from wire.status import NodeStatus
@@ -228,6 +231,29 @@ def test_probe_outputs_are_read_back() -> None:
     for bad in ("!", "AAAA"):
         with pytest.raises(BundleError):
             decode_probe_output(bad, 16)
+
+
+@pytest.mark.parametrize("hidden", [64, 256, 576, 2048, 7168])
+def test_folded_probe_outputs_keep_sizes_and_distances(hidden: int) -> None:
+    y = probe_input(hidden, rows=3)[2]
+    y[5] = 300.0  # one output that is much larger than the others
+    stored = encode_probe_output(y)
+    kept = decode_probe_output(stored, hidden)
+    assert len(kept) == min(hidden, PROBE_VALUES)
+    assert np.linalg.norm(kept) == pytest.approx(np.linalg.norm(y), rel=0.15)
+    assert probe_error(stored, y) < 1e-3
+    for wrong in (np.arange(hidden) == hidden - 1, np.arange(hidden) % 7 == 0, np.ones(hidden, bool)):
+        change = 10 * wrong.astype(np.float32)
+        expected = float(np.linalg.norm(change) / np.linalg.norm(y))
+        assert probe_error(stored, y + change) == pytest.approx(expected, rel=0.2)
+
+
+def test_probe_outputs_of_schema_1_are_whole() -> None:
+    y = probe_input(2048)[0]
+    whole = base64.b64encode(y.astype("<f2").tobytes()).decode()
+    assert len(decode_probe_output(whole, 2048)) == 2048
+    assert probe_error(whole, y) < 1e-3
+    assert probe_error(whole, -y) == pytest.approx(2, rel=1e-3)
 
 
 def test_broker_urls() -> None:
