@@ -9,6 +9,7 @@ from bs_coordinator.dispatch.health import Health
 from bs_coordinator.dispatch.prober import Prober
 from bs_coordinator.links import LinkMonitor
 from bs_coordinator.links.packet_train import ArrivalTiming
+from bs_coordinator.nodes.admission import Admission
 from bs_coordinator.nodes.registry import NodeRegistry
 from bs_coordinator.nodes.telemetry_inbox import TelemetryInbox
 from wire import frames, status
@@ -75,6 +76,7 @@ class MessageRouter:
         self._prober = prober
         self._authenticator = authenticator
         self._arrival_timing = ArrivalTiming()
+        self._admission = Admission("statuses")
 
     def subscribe(self, transport: Transport) -> None:
         """Subscribe to status, results and telemetry of all nodes.
@@ -124,6 +126,9 @@ class MessageRouter:
         if not message.payload:  # this clears a retained message
             return None
         if message.retained and self.fresh_only:
+            return None
+        if refusal := self._admission.refusal(node, message.arrived_ns / 1e9):
+            self.dropped[f"status {refusal}"] += 1
             return None
         try:
             document = status.decode_status(message.payload, node)

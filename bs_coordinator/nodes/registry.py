@@ -1,7 +1,6 @@
 """Which node holds which expert, according to the nodes' status documents. No I/O."""
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
 from wire.experts import ExpertId, format_selector
@@ -36,9 +35,8 @@ class NodeRegistry:
         # Replaced on each change and never changed in place: a snapshot costs nothing.
         self._nodes: Mapping[str, NodeStatus] = {}
         self._ignored: Mapping[str, str] = {}
-        self._held: dict[str, tuple[ExpertId, ...]] = {}
-        self._local: frozenset[ExpertId] = frozenset()
-        self._holders: Mapping[ExpertId, Sequence[str]] = {}
+        self._held: dict[str, Collection[ExpertId]] = {}
+        self._holders: dict[ExpertId, tuple[str, ...]] = {}
 
     def apply(self, status: NodeStatus) -> bool:
         """Take in a status document.
@@ -63,30 +61,28 @@ class NodeRegistry:
         elif status.online:
             # Keeps its place among the others if it was known.
             nodes = {**self._nodes, node: status}
+        self.changes += gone or ignored != self._ignored
         self._nodes, self._ignored = nodes, ignored
         if node not in nodes:
-            self._held.pop(node, None)
+            self._hold(node, ())
         elif known is None or known.holding != status.holding:
-            self._held[node] = status.expert_ids()
-        if known is None or gone or known.holding != status.holding:
-            self._reindex()
+            self._hold(node, status.expert_ids())
         return gone
 
     def forget(self) -> None:
         """Consider all nodes offline."""
         self._nodes = {}
-        self._held.clear()
-        self._reindex()
+        for node in self._held.keys() - {LOCAL_NODE}:
+            self._hold(node, ())
 
     def hold_locally(self, ids: frozenset[ExpertId]) -> None:
         """From now on the base station itself holds these experts, and no others."""
-        self._local = ids
-        self._reindex()
+        self._hold(LOCAL_NODE, ids)
 
     @property
     def local_experts(self) -> frozenset[ExpertId]:
         """The experts that the base station itself holds."""
-        return self._local
+        return frozenset(self._held.get(LOCAL_NODE, ()))
 
     @property
     def nodes(self) -> Mapping[str, NodeStatus]:
@@ -144,12 +140,22 @@ class NodeRegistry:
             return "its frames carry tags of another version: update it or the base station"
         return "its frames carry no tags, or those of an older version: give it --frame-key, or update it"
 
-    def _reindex(self) -> None:
-        holders: dict[ExpertId, list[str]] = defaultdict(list)
-        for id in self._local:
-            holders[id].append(LOCAL_NODE)
-        for node, held in sorted(self._held.items(), key=lambda item: (len(item[1]), item[0])):
-            for id in held:
-                holders[id].append(node)
-        self._holders = {id: tuple(nodes) for id, nodes in holders.items()}
+    def _hold(self, node: str, ids: Collection[ExpertId]) -> None:
+        """From now on a node holds these experts. Only their entries change, so that a status costs little."""
+        before = self._held.pop(node, ())
+        if not before and not ids:
+            return
+        for id in before:
+            others = tuple(other for other in self._holders[id] if other != node)
+            if others:
+                self._holders[id] = others
+            else:
+                del self._holders[id]
+        if ids:
+            self._held[node] = ids
+            for id in ids:
+                self._holders[id] = tuple(sorted((*self._holders.get(id, ()), node), key=self._order))
         self.changes += 1
+
+    def _order(self, node: str) -> tuple[bool, int, str]:
+        return node != LOCAL_NODE, len(self._held[node]), node

@@ -5,13 +5,13 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from bs_coordinator.nodes.admission import Admission
 from wire.errors import FrameError
 from wire.telemetry import MAX_TELEMETRY_BYTES, Telemetry, decode_telemetry
 from wire.transport import Message
 
 _MOST_WAITING = 4096
 """Samples kept for `drain`; when there are more, the oldest are dropped."""
-_MOST_NODES = 1024
 
 
 class ReceivedTelemetry(NamedTuple):
@@ -40,14 +40,15 @@ class TelemetryInbox:
         self.dropped: Counter[str] = Counter()
         self._waiting: deque[_Raw] = deque(maxlen=_MOST_WAITING)
         self._latest: dict[str, _Raw] = {}
+        self._admission = Admission("telemetry")
 
     def put(self, node: str, message: Message) -> None:
         """Take in a message of a node's telemetry topic without decoding it."""
         if message.retained or len(message.payload) > MAX_TELEMETRY_BYTES:
             self.dropped["retained" if message.retained else "length"] += 1
             return
-        if len(self._latest) >= _MOST_NODES and node not in self._latest:
-            self.dropped["nodes"] += 1
+        if refusal := self._admission.refusal(node, message.arrived_ns / 1e9):
+            self.dropped[refusal] += 1
             return
         unix_ns = time.time_ns() - (time.perf_counter_ns() - message.arrived_ns)
         raw = _Raw(node, unix_ns, message.arrived_ns, message.payload)

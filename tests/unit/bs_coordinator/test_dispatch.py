@@ -16,6 +16,7 @@ from bs_coordinator.dispatch.output_guard import probe_gains
 from bs_coordinator.dispatch.plan_requests import plan_requests
 from bs_coordinator.dispatch.readiness import prove_nodes
 from bs_coordinator.errors import AnswerError, DispatchError, ExpertsLostError, PlacementError
+from bs_coordinator.nodes import admission
 from bs_coordinator.nodes.registry import NodeRegistry
 from common.clock import ManualClock
 from wire import frames, status
@@ -190,6 +191,24 @@ def test_strange_messages_are_counted_and_change_nothing() -> None:
     ]
     np.testing.assert_allclose(network.ask(GATE), EXPECTED)
     assert {"length", "not awaited", "status status"} <= set(network.dispatcher.dropped)
+
+
+def test_a_flood_of_statuses_takes_a_bounded_number_of_nodes_and_does_not_hurt_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(admission, "MOST_NODES", 6)
+    network = _Network(a="L*:E0-1", b="L*:E2-3")
+    for number in range(30):
+        network.announce(_online(f"ghost{number}", "L0:E0"))
+        network.announce(_online("ghost1", "L0:E0", boot=f"b{number}"))
+    network.dispatcher.pump(0.01)
+    assert len(network.dispatcher.registry.nodes) == 6
+    assert network.dispatcher.dropped["status nodes"] == 26
+    assert network.dispatcher.dropped["status rate"] == 31 - admission.BURST
+    network.announce(_offline("b"))
+    network.announce(_online("b", "L*:E2-3", boot="b1"))
+    network.dispatcher.pump(0.01)
+    assert network.dispatcher.registry.nodes["b"].boot_id == "b1"
 
 
 def test_an_answer_counts_once() -> None:

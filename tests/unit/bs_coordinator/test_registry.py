@@ -2,8 +2,10 @@
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from bs_coordinator.nodes.registry import NodeRegistry
+from bs_coordinator.nodes.registry import LOCAL_NODE, NodeRegistry
 from wire import status
 from wire.experts import ExpertId
 from wire.manifest import Dims
@@ -64,3 +66,47 @@ def test_nodes_whose_frames_have_other_tags_are_ignored_with_a_reason(
     registry.apply(msgspec.structs.replace(_online("a", "L*:E*"), frame_tags=frame_tags))
     assert reason in registry.ignored.get("a", "")
     assert (registry.boot_id("a"), list(registry.nodes)) == (("", []) if reason else ("1", ["a"]))
+
+
+statuses = st.tuples(
+    st.sampled_from("abcd"), st.sampled_from(["L*:E*", "L0:E0-1", "L1:E3", "offline", "another model"]),
+    st.sampled_from("12"),
+)  # fmt: skip
+
+
+@given(st.lists(statuses, max_size=12), st.sampled_from([(), (ExpertId(0, 0), ExpertId(1, 3))]))
+def test_holders_do_not_depend_on_the_way_that_led_to_them(
+    sent: list[tuple[str, str, str]], local: tuple[ExpertId, ...]
+) -> None:
+    def applied(some: list[tuple[str, str, str]], registry: NodeRegistry) -> NodeRegistry:
+        for node, experts, boot in some:
+            document = _online(node, "L*:E*" if experts in ("offline", "another model") else experts, boot=boot)
+            if experts == "offline":
+                document = msgspec.structs.replace(document, state="offline", holding=None)
+            if experts == "another model" and document.holding is not None:
+                holding = msgspec.structs.replace(document.holding, model_sha256="x")
+                document = msgspec.structs.replace(document, holding=holding)
+            registry.apply(document)
+        return registry
+
+    registry = NodeRegistry(DIMS, "m")
+    registry.hold_locally(frozenset(local))
+    applied(sent, registry)
+    last = applied(list({each[0]: each for each in sent}.values()), NodeRegistry(DIMS, "m"))
+    last.hold_locally(frozenset(local))
+    every = [ExpertId(layer, expert) for layer in range(2) for expert in range(4)]
+    assert [registry.holders(id) for id in every] == [last.holders(id) for id in every]
+    assert registry.missing() == last.missing()
+    assert registry.ignored.keys() == last.ignored.keys()
+    registry.forget()
+    assert [registry.holders(id) for id in every] == [(LOCAL_NODE,) * (id in local) for id in every]
+
+
+def test_a_flood_of_statuses_changes_nothing_where_experts_stay() -> None:
+    registry = NodeRegistry(DIMS, "m")
+    registry.apply(_online("a", "L*:E*"))
+    changes = registry.changes
+    for number in range(100):
+        registry.apply(_online("a", "L*:E*"))
+        registry.apply(msgspec.structs.replace(_online(f"ghost{number}", "L*:E*"), state="offline", holding=None))
+    assert registry.changes == changes
