@@ -23,6 +23,7 @@ from bs_coordinator.links.broker_sockets import BrokerSockets, is_local
 from bs_coordinator.links.log import link_log, no_log
 from bs_coordinator.nodes.registry import NodeRegistry
 from bs_coordinator.selection import Policy, TopK, parse_policy
+from bs_coordinator.selection.registry import check_scores
 from bs_coordinator.trunk.generic import GenericTrunk
 from bs_coordinator.trunk.interface import Trunk
 from bs_coordinator.trunk.load import check_device, load_trunk
@@ -159,6 +160,11 @@ def _load(config: BaseStationConfig, manifest: Manifest, policy: Policy) -> tupl
         )
     if config.draft in ("ngram", "dense") and not trunk.can_truncate:
         raise ConfigError(f"--draft {config.draft}: this model's recurrent layers can't take tokens back; use none")
+    if not trunk.scored:
+        try:
+            check_scores(config.policy, policy, top_k=manifest.dims.top_k)
+        except ValueError as error:
+            raise ConfigError(f"--policy: {error}") from None
     tokenizer = Tokenizer(folder)
     if tokenizer.has_chat_template:
         PROCESSES.start()  # it is ready by the time that nodes are

@@ -2,10 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import get_args
 
 import click
 
+from bs_coordinator.selection.survivors import Survivors
 from common.options import Command
+from exporter.demo_model.assembly import DEFAULT_MODEL, DEMO_MODELS
 from testbed.evaluation.variants import VARIANTS
 
 _PATH = click.Path(path_type=Path)
@@ -26,34 +29,56 @@ def register(group: click.Group) -> None:
     "--variant", "variants", multiple=True, type=click.Choice(list(VARIANTS)),
     help="Quantisation to evaluate; repeatable.  [default: all]",
 )  # fmt: skip
+@click.option("--model", type=click.Choice(list(DEMO_MODELS)), default=DEFAULT_MODEL, show_default=True,
+              help="Demo model to evaluate.")  # fmt: skip
 @click.option(
-    "--lost", type=click.IntRange(0, 7), multiple=True,
+    "--policy", "policies", multiple=True, default=["topk"], show_default=True,
+    help="Policy to evaluate, which sees links of unequal speed; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--survivors", "rules", multiple=True, type=click.Choice(get_args(Survivors)),
+    help="Evaluate each policy with this rule for the weights of the experts it keeps; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--task", "tasks", multiple=True, type=click.Choice(["ARC-Easy", "PIQA"]), default=["ARC-Easy", "PIQA"],
+    help="Questions to ask; repeatable.  [default: all]",
+)  # fmt: skip
+@click.option(
+    "--lost", type=click.IntRange(0), multiple=True,
     help="Do without this expert of every layer, as after the loss of its only node; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--threads", type=click.IntRange(1), default=os.cpu_count() or 1, show_default="all cores",
+    help="Threads per expert.",
 )  # fmt: skip
 @click.option("--out", type=_PATH, default=Path("runs/quality.json"), show_default=True, help="File for the results.")
 def quality(
-    data: Path, items: int, texts: int, tokens: int, variants: tuple[str, ...], lost: tuple[int, ...], out: Path
-) -> None:
-    """Measure perplexity and accuracy of each quantisation."""
+    data: Path, items: int, texts: int, tokens: int, variants: tuple[str, ...], model: str,
+    policies: tuple[str, ...], rules: tuple[str, ...], tasks: tuple[str, ...], lost: tuple[int, ...], threads: int,
+    out: Path,
+) -> None:  # fmt: skip
+    """Measure perplexity and accuracy of each quantisation and policy."""
     from rich.console import Console
 
     from testbed.demo_assets import demo_bundle
-    from testbed.evaluation.quality import measure_quality, print_quality, write_quality
+    from testbed.evaluation.quality import measure_quality, print_quality, with_rules, write_quality
 
     console = Console()
     rows = []
     for name in variants or tuple(VARIANTS):
         scheme, block = VARIANTS[name]
-        bundle = demo_bundle(scheme, block=block, console=console)
-        with console.status(f"evaluating {name}"):
-            rows.append(
-                measure_quality(
-                    bundle, data, items=items, texts_per_domain=texts, tokens=tokens,
-                    threads=os.cpu_count() or 1, lost=lost,
-                )
-            )  # fmt: skip
-        write_quality(rows, out, {"items": items, "texts_per_domain": texts, "tokens": tokens})
-        print_quality(rows[-1:], console)
+        bundle = demo_bundle(scheme, model=model, block=block, console=console)
+        found = measure_quality(
+            bundle, data, items=items, texts_per_domain=texts, tokens=tokens, tasks=tasks, threads=threads,
+            policies=with_rules(policies, rules), lost=lost,
+        )  # fmt: skip
+        try:
+            for row in found:
+                rows.append(row)
+                write_quality(rows, out, {"items": items, "texts_per_domain": texts, "tokens": tokens})
+                print_quality(rows[-1:], console)
+        except ValueError as error:
+            raise click.UsageError(f"--policy: {error}") from None
     print_quality(rows, console)
 
 

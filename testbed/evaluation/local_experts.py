@@ -24,6 +24,8 @@ class LocalExperts:
     Attributes:
         forecasts: returns the forecast of a layer; if None, all experts cost the same.
         lost: indices of experts that are unavailable in every layer.
+        pairs: (token, expert) pairs asked so far.
+        tokens: hidden states asked for so far, over all layers.
     """
 
     def __init__(self, bundle: Path, *, threads: int, wire: WireDtype = WireDtype.FP32) -> None:
@@ -35,12 +37,15 @@ class LocalExperts:
         manifest = load_manifest(bundle)
         self.forecasts: Callable[[int], LayerForecast] | None = None
         self.lost: frozenset[int] = frozenset()
+        self.pairs = self.tokens = 0
         self._experts = manifest.dims.experts
         self._wire = wire
         self._runtime = ExpertRuntime(bundle, manifest, [e.id for e in manifest.experts], threads=threads)
 
     def begin(self, layer: int, hidden: Array, gate: Array) -> Ready:
         """Run the chosen experts of a layer and combine their outputs (`Experts.begin`)."""
+        self.pairs += int(np.count_nonzero(gate))
+        self.tokens += len(gate)
         hidden = round_to_wire(hidden, self._wire)
         output = np.zeros(hidden.shape, np.float32)
         for expert in np.flatnonzero(gate.any(axis=0)).tolist():
