@@ -194,7 +194,8 @@ class DistributedModel:
             batch.pending = self._experts.begin(layer, batch.hidden, batch.choice.gate)
         except _LOST as lost:
             batch.pending = Ready(self._ask_remaining(layer, batch, lost))
-        # The nodes are computing now, so work for the next layer costs no time here.
+        # The nodes are computing now, so work that does not depend on them costs no time here.
+        batch.trunk_pass.meanwhile()
         batch.forecast = self._experts.forecast(layer + 1) if layer + 1 < self.trunk.layers else None
         tally.trunk_ns += chosen_ns - began_ns
         tally.dispatch_ns += perf_counter_ns() - chosen_ns

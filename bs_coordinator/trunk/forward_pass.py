@@ -42,6 +42,9 @@ class ForwardPass:
         length: of the sequence, for rotary embeddings that depend on it.
         wanted: rows whose logits are wanted, decided before the last resumption; None for all.
         router_logits: the last ones that a router computed in this pass.
+        owed: computations that must be done before the pass is resumed, and can wait until experts are asked.
+        ahead: computations that may be done while experts are awaited.
+        early: inputs and results of modules that were computed ahead.
     """
 
     def __init__(self, call: Callable[[], Tensor], *, length: int = 0) -> None:
@@ -54,6 +57,9 @@ class ForwardPass:
         self.length = length
         self.wanted: list[int] | None = None
         self.router_logits: Tensor | None = None
+        self.owed: list[Callable[[], None]] = []
+        self.ahead: list[Callable[[], None]] = []
+        self.early: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self._greenlet = _PassGreenlet(call)
         self._greenlet.forward_pass = self
 
@@ -71,12 +77,24 @@ class ForwardPass:
         """
         self._greenlet.parent = getcurrent()
         try:
+            self._compute(self.owed)
+            self.ahead.clear()
             found: ExpertCall | Tensor = self._greenlet.switch() if output is None else self._greenlet.switch(output)
         except WdmoeError:
             raise
         except Exception as error:
             raise AnswerError(f"transformers failed: {type(error).__name__}: {one_line(error)}") from error
         return found
+
+    def meanwhile(self) -> None:
+        """While experts are awaited: compute what does not depend on them."""
+        self._compute(self.owed)
+        self._compute(self.ahead)
+
+    @staticmethod
+    def _compute(work: list[Callable[[], None]]) -> None:
+        while work:
+            work.pop(0)()
 
     def abandon(self) -> None:
         """End the pass where it is."""

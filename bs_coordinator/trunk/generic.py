@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 from bs_coordinator.config import TrunkDtype
 from bs_coordinator.errors import TrunkError
 from bs_coordinator.selection.routing import Routing
+from bs_coordinator.trunk.beside import Beside, find_beside
 from bs_coordinator.trunk.dtypes import TORCH_DTYPE
 from bs_coordinator.trunk.forward_pass import ExpertCall, ForwardPass, current_pass
 from bs_coordinator.trunk.inputs import SequenceInput
@@ -35,6 +36,7 @@ class GenericTrunk(Trunk):
         config: of the model's text part, as transformers reads it.
         device, dtype: of the weights and of the arithmetic.
         moe: what is known of each layer with experts.
+        beside: modules of each of these layers that are computed while experts are awaited.
     """
 
     def __init__(self, folder: Path, *, device: str = "cpu", dtype: TrunkDtype = "fp32") -> None:
@@ -64,6 +66,10 @@ class GenericTrunk(Trunk):
         self._can_truncate, self._pipelines = empty.can_truncate, empty.pipelines
         with torch.inference_mode():
             self.moe: list[LayerFacts] = survey(self._model, self._start, self.new_cache())
+            some = list(range(min(8, self.config.vocab_size)))
+            self.beside: list[list[Beside]] = find_beside(
+                self._model, lambda: self._start(some, self.new_cache()), [facts.module for facts in self.moe]
+            )
             self._continues = self._can_truncate or continues(
                 self._start, self.new_cache, vocabulary=self.config.vocab_size
             )
@@ -179,6 +185,10 @@ class GenericPass(TrunkPass):
         np.put_along_axis(weights, index, _to_host(torch.cat([call.weights for call in calls])), axis=1)
         return hidden, self._routing(layer, weights)
 
+    def meanwhile(self) -> None:
+        for some in self._passes:
+            some.meanwhile()
+
     def add(self, output: Array) -> None:
         moved = torch.from_numpy(output).to(self._trunk.device, self._trunk.dtype)
         self._outputs = list(torch.split(moved, [len(sequence.ids) for sequence in self._inputs]))
@@ -202,6 +212,9 @@ class GenericPass(TrunkPass):
         call = self._passes[number].resume(self._outputs[number])
         if not isinstance(call, ExpertCall) or call.module is not self._trunk.moe[layer].module:
             raise TrunkError(f"the model does not ask the experts of its {layer + 1}th layer with experts")
+        for beside in self._trunk.beside[layer]:
+            if not beside.before:
+                beside.compute_early(self._passes[number], call)
         if layer == 0:
             # The model has made masks and positions: the next piece of this sequence may start.
             self._inputs[number].cache.started += len(self._inputs[number].ids)

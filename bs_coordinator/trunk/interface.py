@@ -36,6 +36,10 @@ class TrunkPass(Protocol):
             The experts' input, float32 [tokens, hidden] on the host, and the tokens' routing.
         """
 
+    def meanwhile(self) -> None:
+        """Called once the layer's experts are asked: compute what does not depend on their answers."""
+        return
+
     def add(self, output: Array) -> None:
         """Hand over the output of the layer's experts, float32 [tokens, hidden]."""
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
 
 from bs_coordinator.errors import TrunkError
 from bs_coordinator.trunk.forward_pass import EXPERTS_IMPLEMENTATION
@@ -37,7 +38,7 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any
         model = _empty_model(folder, dtype)
     file = folder / "model.safetensors"
     try:
-        with safe_open(file, framework="pt") as tensors, _one_line(f"can't load {file}", BundleError):
+        with safe_open(file, framework="pt") as tensors, _one_line(f"can't load {file}", BundleError), _no_bar():
             info, _ = convert_and_load_state_dict_in_model(
                 model,
                 {name: tensors.get_slice(name) for name in tensors.keys()},  # noqa: SIM118 - not a dict
@@ -85,6 +86,18 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> Any:
             part._parameters.clear()
             part._buffers.clear()
     return model
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Without the library's progress bar: loading takes seconds."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -139,6 +139,10 @@ class JointPass(TrunkPass):
     def logits(self, all_logits: bool) -> list[Tensor]:
         return [logits for trunk_pass in self._passes for logits in trunk_pass.logits(all_logits)]
 
+    def meanwhile(self) -> None:
+        for trunk_pass in self._passes:
+            trunk_pass.meanwhile()
+
     def abandon(self) -> None:
         for trunk_pass in self._passes:
             trunk_pass.abandon()

@@ -4,6 +4,7 @@ SECTIONS: dict[str, str] = {
     "transport": "testbed.bench.sections.transport",
     "experts": "testbed.bench.sections.experts",
     "trunk": "testbed.bench.sections.trunk",
+    "generic-trunk": "testbed.bench.sections.generic_trunk",
     "decode": "testbed.bench.sections.decode",
     "prefill": "testbed.bench.sections.prefill",
     "scaling": "testbed.bench.sections.scaling",

@@ -11,14 +11,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from bs_coordinator.engine.experts import ExpertOutput, Ready
 from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.selection import TopK
-from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import SequenceInput
 from bs_coordinator.trunk.llama import LlamaTrunk
+from testbed.bench.instant_experts import InstantExperts
 from testbed.bench.rows import Result, Row, Settings, Skipped, in_turns
-from wire.tensors import Array
 
 _CONFIG = {
     "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "vocab_size": 32000, "hidden_size": 4096,
@@ -28,24 +26,6 @@ _CONFIG = {
 }  # fmt: skip
 _PAST_TOKENS = 512
 _PROFILED = 5
-
-
-class _InstantExperts:
-    """Experts that return zeros immediately."""
-
-    def __init__(self, experts: int, hidden: int) -> None:
-        self._forecast = LayerForecast.even(0, experts)
-        self._hidden = hidden
-        self._answers: dict[int, Ready] = {}
-
-    def begin(self, layer: int, hidden: Array, gate: Array) -> Ready:
-        tokens = len(hidden)
-        if tokens not in self._answers:
-            self._answers[tokens] = Ready(ExpertOutput(np.zeros((tokens, self._hidden), np.float32)))
-        return self._answers[tokens]
-
-    def forecast(self, layer: int) -> LayerForecast:
-        return self._forecast
 
 
 def measure(settings: Settings) -> Iterator[Result]:
@@ -64,7 +44,7 @@ def measure(settings: Settings) -> Iterator[Result]:
 
 
 def _row(name: str, trunk: LlamaTrunk, read_bytes: int, settings: Settings) -> Row:
-    model = DistributedModel(trunk, _InstantExperts(8, 4096), TopK(2))
+    model = DistributedModel(trunk, InstantExperts(8, 4096), TopK(2))
     cache = trunk.new_cache()
     model.step([SequenceInput(list(range(_PAST_TOKENS)), cache)])
     # A copy reads and writes each byte, so copying half the bytes moves as many.

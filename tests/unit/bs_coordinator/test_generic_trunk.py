@@ -172,6 +172,43 @@ def test_a_failed_step_leaves_the_cache_as_it_was(built: Callable[[str], Built],
         np.testing.assert_array_equal(after.numpy(), expected.numpy())
 
 
+@pytest.mark.parametrize(("family", "before"), [("qwen2_moe", True), ("deepseek_v3", False)])
+def test_shared_experts_are_computed_while_the_others_are_awaited(
+    built: Callable[[str], Built], family: str, before: bool
+) -> None:
+    """Between the request for a layer's experts and its answer, not before and not after."""
+    folder, _, experts = built(family)
+    trunk = GenericTrunk(folder)
+    assert [[beside.before for beside in layer] for layer in trunk.beside] == [[before]] * trunk.layers
+    computed: list[int] = []
+    for layer, (beside,) in enumerate(trunk.beside):
+        beside._compute = _noting(beside._compute, computed, layer)
+    seen = []
+
+    class Late(ReferenceExperts):
+        def begin(self, layer: int, hidden: Array, gate: Array) -> Ready:
+            seen.append(list(computed))
+            return super().begin(layer, hidden, gate)
+
+    late = Late.__new__(Late)
+    vars(late).update(vars(experts))
+    model = DistributedModel(trunk, late, TopK(2))
+    for count in (3, 1):
+        computed.clear()
+        seen.clear()
+        model.step([SequenceInput(IDS[:count], trunk.new_cache())])
+        assert seen == [list(range(layer)) for layer in range(trunk.layers)]
+        assert computed == list(range(trunk.layers))
+
+
+def _noting(compute: Callable[[Tensor], Tensor], notes: list[int], layer: int) -> Callable[[Tensor], Tensor]:
+    def noted(x: Tensor) -> Tensor:
+        notes.append(layer)
+        return compute(x)
+
+    return noted
+
+
 def test_an_abandoned_pass_ends_where_it_is(built: Callable[[str], Built]) -> None:
     folder, _, _ = built("qwen2_moe")
     trunk = GenericTrunk(folder)
