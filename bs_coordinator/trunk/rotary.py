@@ -29,7 +29,8 @@ def rotate(rotary: Any, hidden: Tensor, positions: Sequence[int], lengths: Seque
     """
     found: tuple[Tensor, Tensor]
     if not depends_on_length(rotary):
-        found = rotary(hidden, position_ids=torch.tensor([positions], device=hidden.device))
+        # Of the class: an instance's own may call this function (`trunk.generic`).
+        found = type(rotary).forward(rotary, hidden, position_ids=torch.tensor([positions], device=hidden.device))
         return found
     tables = [_table(rotary, hidden, max(n, p + 1), p) for p, n in zip(positions, lengths, strict=True)]
     return torch.cat([cos for cos, _ in tables], dim=1), torch.cat([sin for _, sin in tables], dim=1)
@@ -40,5 +41,6 @@ def _table(rotary: Any, hidden: Tensor, length: int, position: int) -> tuple[Ten
     # The frequencies of an earlier call must not be kept for a shorter sequence.
     rotary.max_seq_len_cached = rotary.original_max_seq_len
     rotary.inv_freq = rotary.original_inv_freq.to(hidden.device, copy=True)
-    cos, sin = rotary(hidden, position_ids=torch.tensor([[position, length - 1]], device=hidden.device))
+    positions = torch.tensor([[position, length - 1]], device=hidden.device)
+    cos, sin = type(rotary).forward(rotary, hidden, position_ids=positions)
     return cos[:, :1], sin[:, :1]

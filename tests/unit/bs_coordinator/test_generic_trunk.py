@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -262,6 +263,18 @@ def test_recurrent_layers_can_only_grow(built: Callable[[str], Built], tmp_path:
     assert sequence.cached_ids == []
     with pytest.raises(TrunkError, match="can't be cut"):
         trunk.truncate(cache, 5)
+
+
+def test_steps_may_run_in_any_thread(built: Callable[[str], Built]) -> None:
+    """A pass lives in the thread that runs its step; the model was loaded in another."""
+    folder, reference, experts = built("qwen2_moe")
+    model = DistributedModel(GenericTrunk(folder), experts, TopK(2))
+    cache = model.trunk.new_cache()
+    for ids in (IDS[:10], IDS[10:]):
+        with ThreadPoolExecutor(1) as thread:
+            (logits,), _ = thread.submit(model.step, [SequenceInput(ids, cache)]).result()
+    assert _apart(logits[0], _logits(reference)[-1]) < 1e-5
+    assert logits.is_inference()
 
 
 def test_a_model_that_forgets_its_state_gets_prompts_whole(built: Callable[[str], Built]) -> None:

@@ -12,7 +12,8 @@ from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.scheduler import Scheduler
 from bs_coordinator.engine.sequence import Sequence
 from bs_coordinator.selection import TopK
-from bs_coordinator.trunk.load import load_trunk
+from bs_coordinator.trunk.generic import GenericTrunk
+from bs_coordinator.trunk.llama import LlamaTrunk
 from testbed.demo_assets import export_demo_bundle
 from testbed.evaluation.local_experts import LocalExperts
 from tests.text_models import save_tokenizer
@@ -28,20 +29,21 @@ POSITIONS = {"dynamic": 12}
 SHORT, LONG = [5, 6, 7], list(range(8, 26))
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=[(name, kind) for kind in (LlamaTrunk, GenericTrunk) for name in CONFIGS])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, DistributedModel]:
-    folder: Path = tmp_path_factory.mktemp(request.param)
+    name, kind = request.param
+    folder: Path = tmp_path_factory.mktemp(name)
     size = len(save_tokenizer(folder / "model", "sentencepiece"))
     torch.manual_seed(0)
     config = MixtralConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=size, initializer_range=0.3,
-        max_position_embeddings=POSITIONS.get(request.param, 64), eos_token_id=None, **CONFIGS[request.param],
+        max_position_embeddings=POSITIONS.get(name, 64), eos_token_id=None, **CONFIGS[name],
     )  # fmt: skip
     reference = MixtralForCausalLM(config).eval()
     reference.save_pretrained(folder / "model")
     export_demo_bundle(folder / "model", folder / "bundle", "fp32")
-    trunk = load_trunk(folder / "bundle/trunk")
+    trunk = kind(folder / "bundle/trunk")
     model = DistributedModel(trunk, LocalExperts(folder / "bundle", threads=1), TopK(2))
     return reference, model
 
