@@ -18,7 +18,7 @@ from wire import __version__
 from wire.experts import format_ranges, format_selector, parse_index_set, parse_selector
 
 if TYPE_CHECKING:
-    from wire.manifest import Manifest
+    from wire.manifest import Architecture, Dims, Manifest
 
 _PATH = click.Path(path_type=Path)
 
@@ -96,6 +96,7 @@ def bundle(name: str, out: Path, revision: str | None, config: ExportConfig) -> 
     if preset:
         quantisation = msgspec.structs.replace(quantisation, backend="optimum")
         choice = f"{quantisation}, its preset {preset}"
+    click.echo(f"model: {_model(checkpoint.dims, checkpoint.architecture)}")
     click.echo(f"quantisation: {choice}")
     began = time.monotonic()
     with _progress("experts") as show:
@@ -139,13 +140,8 @@ def inspect(bundle: Path) -> None:
     from wire.manifest import load_manifest
 
     manifest = load_manifest(bundle)
-    d = manifest.dims
-    click.echo(f"from {manifest.source.name} ({manifest.source.dtype}): hidden {d.hidden}, ", nl=False)
-    click.echo(f"{d.intermediate} wide, {d.layers} layers × {d.experts} experts, top {d.top_k}")
-    architecture = manifest.architecture
-    click.echo(
-        f"{architecture.family}: layers with experts {format_ranges(architecture.layers)}, {architecture.expert}"
-    )
+    click.echo(f"from {manifest.source.name} ({manifest.source.dtype})")
+    click.echo(_model(manifest.dims, manifest.architecture))
     click.echo(f"experts {format_selector(e.id for e in manifest.experts)} as {manifest.quantisation}")
     click.echo(f"made with {', '.join(f'{k} {v}' for k, v in manifest.tools.items())}")
     if manifest.draft:
@@ -202,6 +198,14 @@ def sign(bundle: Path, key: Path) -> None:
     load_manifest(bundle)
     path = sign_manifest((bundle / MANIFEST_NAME).read_bytes(), bundle, key)
     click.echo(f"signed: {path}")
+
+
+def _model(dims: "Dims", architecture: "Architecture") -> str:
+    """One line about a model: its family, dimensions and layers with experts."""
+    return (
+        f"{architecture.family}, hidden {dims.hidden}, {dims.intermediate} wide, {dims.layers} layers × {dims.experts} "
+        f"experts (layers {format_ranges(architecture.layers)}), top {dims.top_k}, {architecture.expert}"
+    )
 
 
 def _summary(manifest: "Manifest", source_bytes: int | None, seconds: float | None = None) -> None:

@@ -26,7 +26,7 @@ class ExportConfig(Config):
         Literal["direct", "optimum"],
         Option("Quantiser; optimum makes int8-dynamic and needs an environment of its own."),
     ] = "direct"
-    layers: Annotated[str, Option("Layers to export, such as 0-3,7.")] = "*"
+    layers: Annotated[str, Option("Layers with experts to export, counted without the others, such as 0-3,7.")] = "*"
     experts: Annotated[str, Option("Experts of each layer to export, such as 0,2.")] = "*"
     jobs: Annotated[int, Option("Processes to use.", minimum=1, maximum=64)] = field(
         default_factory=lambda: min(_MOST_JOBS, os.cpu_count() or 1)
