@@ -13,14 +13,17 @@ import numpy as np
 
 from edge_node.experts import ExpertRuntime, return_freed_memory
 from edge_node.experts.prepacked import prepacked_model
-from testbed.bench.big_expert import ID, export_big_expert, random_weights
+from exporter.expert.expert import ExpertJob, export_expert
+from testbed.bench.random_experts import MIXTRAL, manifest_of, random_weights
 from testbed.bench.rows import Row, Settings, in_turns
 from testbed.demo_assets import demo_bundle
+from wire.experts import ExpertId
 from wire.manifest import Manifest, Quantisation, Scheme, load_manifest, probe_input
 from wire.onnx_session import expert_options, open_session
 
 TARGET = 1.5
 """Target ratio of the preset for machines with dot-product instructions."""
+ID = ExpertId(0, 0)
 _PRESET = Quantisation(scheme="int4", block=32)
 _BIG = (
     _PRESET,
@@ -38,10 +41,11 @@ def measure(settings: Settings) -> Iterator[Row]:
     """Yield rows for an expert of Mixtral-8x7B's size, and for the demo model's experts layer by layer."""
     with tempfile.TemporaryDirectory(prefix="wdmoe-bench-") as folder:
         with settings.console.status("experts of 4096 × 14336"):
-            weights = random_weights(Path(folder))
+            weights = random_weights(Path(folder), MIXTRAL)
         for quantisation in _BIG:
             out = Path(folder) / str(quantisation).replace(" ", "-")
-            manifest = export_big_expert(weights, quantisation, out)
+            entry = export_expert(ExpertJob(ID, weights, MIXTRAL, quantisation, out))
+            manifest = manifest_of([entry], MIXTRAL, quantisation)
             for prepacked in (None, out / "prepacked"):
                 yield _big(settings, out, manifest, prepacked)
     schemes: tuple[Scheme, ...] = ("int4", "int8", "fp32")
@@ -118,14 +122,15 @@ def _load_and_look(bundle: Path, manifest: Manifest, prepacked: Path | None) -> 
     # The first session includes the library's own memory, so measure the second.
     ExpertRuntime(bundle, manifest, [ID], prepacked=prepacked).run(ID, x)
     return_freed_memory()
-    before = _anonymous_bytes()
+    before = anonymous_bytes()
     runtime = ExpertRuntime(bundle, manifest, [ID], prepacked=prepacked)
     runtime.run(ID, x)
     return_freed_memory()
-    return _anonymous_bytes() - before
+    return anonymous_bytes() - before
 
 
-def _anonymous_bytes() -> int:
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs, in bytes; 0 if the system does not report it."""
     found = re.search(r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     return 1024 * int(found[1]) if found else 0
 

@@ -3,6 +3,7 @@
 SECTIONS: dict[str, str] = {
     "transport": "testbed.bench.sections.transport",
     "experts": "testbed.bench.sections.experts",
+    "many-experts": "testbed.bench.sections.many_experts",
     "trunk": "testbed.bench.sections.trunk",
     "generic-trunk": "testbed.bench.sections.generic_trunk",
     "decode": "testbed.bench.sections.decode",
