@@ -35,11 +35,14 @@ class Plans:
 
     Attributes:
         members: float64 [plans, experts], 1 where a plan asks an expert, else 0; no row is empty.
+        slots: intp [plans, most experts of a plan], each plan's experts; the number of experts stands for none.
     """
 
     def __init__(self, members: Float) -> None:
         self.members = members
         self._sizes: Float = members.sum(axis=1)
+        slots = np.where(members > 0, np.arange(members.shape[1]), members.shape[1])
+        self.slots: NDArray[np.intp] = np.sort(slots, axis=1)[:, : int(self._sizes.max())]
 
     def index_of(self, sets: Chosen) -> NDArray[np.intp]:
         """The index of the plan that each set of experts is, intp [tokens].
@@ -52,11 +55,13 @@ class Plans:
         return found
 
 
+@lru_cache(maxsize=64)
 def count_subsets(experts: int, k: int) -> int:
     """The number of sets of 1 to `k` of these experts."""
     return sum(comb(experts, size) for size in range(1, k + 1))
 
 
+@lru_cache(maxsize=64)
 def most_candidates(experts: int, k: int) -> int:
     """The number of experts of which a token compares all sets of up to `k`: as `MAX_OWN_PLANS` allows, at least k."""
     return next((n for n in range(experts, k, -1) if count_subsets(n, k) <= MAX_OWN_PLANS), min(k, experts))
@@ -113,21 +118,38 @@ def choose_plans(
 
 
 def choose_own_plans(
-    slots: NDArray[np.intp], loss: Float, top: NDArray[np.intp], price: float, forecast: LayerForecast
+    slots: NDArray[np.intp], held: Float, loss: Float, top: NDArray[np.intp], price: float, forecast: LayerForecast
 ) -> NDArray[np.intp]:
     """Choose a plan for each token among plans of its own, as `choose_plans` does among shared ones.
 
     Args:
         slots: intp [tokens, plans, slots], the experts of each plan; the number of experts stands for none.
+        held: float64 [tokens, plans, nodes], number of experts that a plan asks of a node.
         loss, top, price, forecast: as for `choose_plans`.
     """
-    load = _OwnLoad(slots, forecast)
+    load = _OwnLoad(slots, held, forecast)
     scaled = _priced(loss, top, price)
     if len(loss) > 1:
         return _choose_together(load, scaled, top)
     time_s = load.layer_s(load.uses, load.busy_s(load.uses, load.held))
     best: NDArray[np.intp] = (time_s / time_s[0, top] + scaled).argmin(axis=1)
     return best
+
+
+def count_held(slots: NDArray[np.intp], forecast: LayerForecast) -> Float:
+    """float64 [tokens, plans, nodes], number of experts that a plan asks of a node, from `slots` of `choose_own_plans`.
+
+    An expert that fills several slots counts once.
+    """
+    slots = np.sort(slots, axis=2)
+    slots[:, :, 1:][slots[:, :, 1:] == slots[:, :, :-1]] = len(forecast.holder)
+    nodes = len(forecast.fixed_s)
+    node = np.append(forecast.holder, nodes)[slots]
+    one = np.eye(nodes + 1, nodes)
+    held = np.zeros((*slots.shape[:2], nodes))
+    for slot in range(slots.shape[2]):
+        held += one[node[:, :, slot]]
+    return held
 
 
 def _priced(loss: Float, top: NDArray[np.intp], price: float) -> Float:
@@ -214,17 +236,8 @@ class _Load:
 class _OwnLoad(_Load):
     """What plans demand of nodes, where each token has plans of its own."""
 
-    def __init__(self, slots: NDArray[np.intp], forecast: LayerForecast) -> None:
-        # An expert that fills several slots counts once.
-        slots = np.sort(slots, axis=2)
-        slots[:, :, 1:][slots[:, :, 1:] == slots[:, :, :-1]] = len(forecast.holder)
+    def __init__(self, slots: NDArray[np.intp], held: Float, forecast: LayerForecast) -> None:
         self._slots = slots
-        nodes = len(forecast.fixed_s)
-        node = np.append(forecast.holder, nodes)[slots]
-        one = np.eye(nodes + 1, nodes)
-        held = np.zeros((*slots.shape[:2], nodes))
-        for slot in range(slots.shape[2]):
-            held += one[node[:, :, slot]]
         self._take(held, forecast)
 
     def asked(self, chosen: NDArray[np.intp]) -> tuple[Float, Float]:

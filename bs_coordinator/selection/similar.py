@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from bs_coordinator.selection.candidates import Candidates, find_candidates
 from bs_coordinator.selection.differences import DifferenceTable
 from bs_coordinator.selection.forecast import Float, LayerForecast
-from bs_coordinator.selection.plans import MAX_PLANS, Price, choose_own_plans, choose_plans, substitutions
+from bs_coordinator.selection.plans import MAX_PLANS, Price, choose_own_plans, choose_plans, count_held, substitutions
 from bs_coordinator.selection.routing import Routing
 from bs_coordinator.selection.survivors import Survivors, scale, weigh_one
 from wire.tensors import Array
@@ -94,7 +94,7 @@ class Similar(Struct, frozen=True, forbid_unknown_fields=True):
         error = self._allowed(reduce(add, (cost[:, i, which[:, i]] for i in range(k))))
         ways = options[:, np.arange(k), which]
         top = np.zeros(len(slots), np.intp)
-        best = choose_own_plans(ways, error, top, self.price, forecast)
+        best = choose_own_plans(ways, count_held(ways, forecast), error, top, self.price, forecast)
         chosen: NDArray[np.intp] = ways[np.arange(len(slots)), best]
         return chosen
 

@@ -75,11 +75,9 @@ class Subset(Struct, frozen=True, forbid_unknown_fields=True):
         pinned = None if found.pinned is None else np.take_along_axis(found.pinned, first, axis=1)
         top = plans.index_of(shares > 0)
         loss = self._loss(scores, top, plans, pinned)
-        # Experts of each plan; none where a plan is smaller than the largest.
-        places = np.argsort(-plans.members, axis=1, kind="stable")[:, :k]
-        filled = np.take_along_axis(plans.members, places, axis=1) > 0
-        slots = np.where(filled, first[:, places], experts)
-        best = choose_own_plans(slots, loss, top, self.price, forecast)
+        slots = np.concatenate([first, np.full((len(first), 1), experts)], axis=1)[:, plans.slots]
+        held = plans.members @ np.eye(len(forecast.fixed_s))[forecast.holder[first]]
+        best = choose_own_plans(slots, held, loss, top, self.price, forecast)
         chosen = np.zeros((len(scores), experts + 1), np.bool_)
         np.put_along_axis(chosen, slots[np.arange(len(scores)), best], True, axis=1)
         return chosen[:, :-1] & (found.scores > 0)
