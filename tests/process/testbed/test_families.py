@@ -13,6 +13,7 @@ from bs_coordinator.config import BaseStationConfig, SamplingConfig
 from bs_coordinator.trunk.inputs import SequenceInput
 from exporter.checkpoint.families import FAMILIES
 from testbed.local_nodes import LocalNodes
+from testbed.proof.models_page import THROUGH_A_BROKER, UNSCORED, UNTRUNCATED
 from tests.checkpoints import VOCABULARY, tiny_moe
 from tests.conftest import Run
 from tests.node_threads import node_thread
@@ -69,10 +70,14 @@ def test_answers_are_the_whole_models(family: str, made: Made) -> None:
         broker = stack.enter_context(MemoryBroker())
         for node, selector in HOLDERS.items():
             stack.enter_context(node_thread(bundle, broker.address, node, selector))
-        _compare(stack.enter_context(open_base_station(_config(bundle), broker.address)), model)
+        station = stack.enter_context(open_base_station(_config(bundle), broker.address))
+        _compare(station, model)
+        # docs/models.md says so.
+        assert station.model.trunk.scored == (family not in UNSCORED)
+        assert station.model.trunk.can_truncate == (family not in UNTRUNCATED)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize("family", THROUGH_A_BROKER)
 def test_answers_through_a_broker_and_node_processes(
     family: str, made: Made, broker: BrokerAddress, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ import msgspec
 from testbed.archive.dictionary import dictionary_markdown
 from testbed.latency_log import COLUMNS
 from testbed.plan.schema import Broker, Choice, Generate, Network, Perplexity, Plan
+from testbed.proof.models_page import models_markdown
 from testbed.report.numbers.metrics import METRICS, SAME_TOKENS
 from testbed.report.page.labels import policy_label
 from testbed.run_directory.tables import ALL_TABLES
@@ -20,6 +21,11 @@ NAMED = set(re.findall(r"`([A-Za-z0-9_]+)`", TEXT)) | set(re.findall(r"\{(\w+): 
 def test_the_tables_of_the_documents_are_the_declared_ones() -> None:
     """`python -m testbed.archive.dictionary > docs/tables.md` writes them."""
     assert (DOCS / "tables.md").read_text() == dictionary_markdown()
+
+
+def test_the_page_of_models_is_the_declared_one() -> None:
+    """`python -m testbed.proof.models_page > docs/models.md` writes it."""
+    assert (DOCS / "models.md").read_text() == models_markdown()
 
 
 def test_the_columns_of_the_latency_log_are_documented() -> None:
