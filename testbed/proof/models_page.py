@@ -76,7 +76,7 @@ expert a weight ([Policies](policies.md)), so only the model's own choice is pos
 
 **Size.** MB per expert are for int4 with blocks of 32. A token waits for one round trip per layer with experts, so
 models with few such layers suit slow links best. The dimensions are those that the authors publish; the exporter reads
-them from the checkpoint. Of these, only the two demo models ([Results](results.md)) have been run with trained weights: the
+them from the checkpoint. Only the two demo models ([Results](results.md)) have been run with trained weights: the
 examples' own weights have not been downloaded for a test.
 
 """
