@@ -116,7 +116,7 @@ def bundle(name: str, out: Path, revision: str | None, config: ExportConfig) -> 
 
 @cli.command()
 @click.argument("out", metavar="BUNDLE|FOLDER", type=_PATH)
-@click.option("--base", help="Dense Llama: folder, .gguf file or hub id.  [default: the demo model's own base]")
+@click.option("--base", help="Dense Llama: folder, .gguf file or hub id.  [default: the demo models' own base]")
 def draft(out: Path, base: str | None) -> None:
     """Add a draft model to BUNDLE, or make one in FOLDER.
 

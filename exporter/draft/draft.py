@@ -33,7 +33,7 @@ def export_draft(out: Path, *, base: str | None = None, progress: Progress | Non
     A signature of the bundle is removed: it has to be signed again.
 
     Args:
-        base: the dense Llama: a folder, a `.gguf` file, a hub id, or None for the demo model's own base.
+        base: the dense Llama: a folder, a `.gguf` file, a hub id, or None for the demo models' own base.
         progress: called with a stage's name and the fraction done.
 
     Raises:
