@@ -173,7 +173,9 @@ class _Export:
         if finished is not None:
             journal_path(self._out).unlink(missing_ok=True)
             (self._out / _BEFORE_NAME).unlink(missing_ok=True)
-            return ExportResult(finished, len(self._ids), source_bytes, up_to_date=True, lost=())
+            # What another version let pass may be refused by this one's libraries.
+            refused = self._try_trunk() if finished.tools != self._tools else []
+            return ExportResult(finished, len(self._ids), source_bytes, up_to_date=True, lost=tuple(refused))
         todo = [id for id in self._ids if id not in self._done]
         kept = len(self._ids) - len(todo)
         self._check_space(len(todo))

@@ -23,6 +23,7 @@ from common.errors import StorageError
 from common.files import atomic_write, folder_lock
 from exporter.checkpoint.hub import fetch_checkpoint, is_hub_id
 from exporter.checkpoint.safetensors_file import read_header
+from exporter.checkpoint.source_file import TEXT_FILES, locate
 from exporter.errors import CheckpointError, DownloadError
 from wire.manifest import sha256_file
 
@@ -250,6 +251,8 @@ class FolderBase:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        for name in (*TEXT_FILES, *(file.name for file in folder.glob("*.safetensors"))):
+            locate(folder, name)  # a foreign folder must not bring other files of this machine into a model
         self.shape = _shape_of_config(folder / "config.json")
         self._file_of: dict[str, Path] = {}
         for file in sorted(folder.glob("*.safetensors")):

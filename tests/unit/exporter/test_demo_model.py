@@ -30,7 +30,7 @@ from common.errors import StorageError
 from exporter.demo_model import assembly
 from exporter.demo_model import base as base_model
 from exporter.demo_model.assembly import MODELS_FOLDER, RECORD_NAME, assemble_demo_model
-from exporter.demo_model.base import GgufBase
+from exporter.demo_model.base import GgufBase, open_base
 from exporter.demo_model.mixtral import MixtralWeights
 from exporter.errors import CheckpointError, DownloadError
 from tests.hub_server import Hub, serving, use_hub
@@ -337,6 +337,17 @@ def test_unusable_base_is_refused(
     with pytest.raises(CheckpointError, match=message):
         assemble_demo_model(tmp_path / "m", base=str(broken), deltas=deltas)
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "model-2.safetensors"])
+def test_a_base_with_a_link_to_another_file_of_this_machine_is_refused(base: Path, name: str, tmp_path: Path) -> None:
+    foreign, secret = tmp_path / "base", tmp_path / "secret.txt"
+    shutil.copytree(base, foreign)
+    secret.write_text("token")
+    (foreign / name).unlink(missing_ok=True)
+    (foreign / name).symlink_to(secret)
+    with pytest.raises(CheckpointError, match=f"{name} is a link to .*outside the checkpoint"):
+        open_base(foreign)
 
 
 def test_base_that_is_nowhere(deltas: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,6 +32,27 @@ def assert_bundle_is_whole(out: Path, source: Path, scratch: Path) -> None:
         assert (out / path.relative_to(out if out in path.parents else scratch)).exists()
     names = [sorted(str(p.relative_to(f)) for p in f.rglob("*")) for f in (out, scratch)]
     assert names[0] == names[1]
+
+
+def test_a_bundle_of_another_version_is_tried_even_if_it_is_up_to_date(
+    mixtral: Callable[..., Path], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, source = tmp_path / "bundle", mixtral()
+    assert run("exporter", "bundle", source, out).returncode == 0
+    tried: list[Path] = []
+
+    def try_trunk(folder: Path, *_: object) -> list[str]:
+        tried.append(folder)
+        return ["it refuses a second turn"]
+
+    monkeypatch.setattr("exporter.bundle.bundle.try_trunk", try_trunk)
+    assert run("exporter", "bundle", source, out).returncode == 0
+    assert tried == []
+    manifest = out / "manifest.json"
+    manifest.write_text(re.sub(r'("wdmoe": ")[^"]+', r"\g<1>0.0.1", manifest.read_text()))
+    again = run("exporter", "bundle", source, out)
+    assert (tried, "is up to date" in again.stdout) == ([out / "trunk"], True)
+    assert "refuses a second turn" in again.stdout + again.stderr
 
 
 def test_up_to_date_and_repair(mixtral: Callable[..., Path], tmp_path: Path, run: Run) -> None:
