@@ -2,12 +2,17 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from bs_coordinator.commands.chat import chat
+from bs_coordinator.commands.generate import generate
 from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.scheduler import Scheduler
@@ -121,6 +126,45 @@ def test_a_chat_answer_begins_a_text_of_its_own(site: HttpSite, scripted: _Model
     found, _ = _text(site, "/v1/chat/completions", messages=[{"role": "user", "content": "city"}], stop="<|done|>")
     # Byte-level pieces say themselves that a space precedes them; a SentencePiece text never begins with one.
     assert found == ("Oslo." if "▁Oslo" in scripted.ids else " Oslo.")
+
+
+@pytest.fixture
+def commands(scripted: _Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`generate` and `chat` with the scripted model."""
+    model, tokenizer, _ = scripted
+
+    @contextmanager
+    def open_station(config: object) -> Iterator[Any]:
+        yield SimpleNamespace(
+            tokenizer=tokenizer, new_sequence=lambda: Sequence(model, tokenizer), dispatcher=_Quiet(),
+            manifest=SimpleNamespace(model_sha256="m", quantisation="fp32"),
+        )  # fmt: skip
+
+    for module in ("generate", "chat"):
+        monkeypatch.setattr(f"bs_coordinator.commands.{module}.open_station", open_station)
+
+
+@pytest.mark.usefixtures("commands")
+@pytest.mark.parametrize("raw", [True, False])
+def test_a_session_file_continues_an_answer_with_the_same_text(raw: bool, scripted: _Model, tmp_path: Path) -> None:
+    session = tmp_path / "session"
+    arguments = ["--bundle", "b", "--prompt", "The capital is", "--max-tokens", "5", "--no-stats", "--session", session]
+    arguments += ["--raw"] * raw
+    space = "" if "▁Oslo" in scripted.ids and not raw else " "
+    text = f"{space}{'Rome' if raw else 'Oslo'}. city!\n"
+    assert CliRunner().invoke(generate, list(map(str, arguments))).stdout == text
+    lines = session.read_bytes().splitlines(keepends=True)
+    for kept in range(len(lines)):  # killed in the middle of a line
+        session.write_bytes(b"".join(lines[:kept]) + lines[kept][:3])
+        assert CliRunner().invoke(generate, list(map(str, arguments))).stdout == text
+        assert session.read_bytes() == b"".join(lines)
+
+
+@pytest.mark.usefixtures("commands")
+def test_a_chat_on_the_command_line_has_the_same_answer_in_each_turn(scripted: _Model) -> None:
+    done = CliRunner().invoke(chat, ["--bundle", "b", "--max-tokens", "2", "--no-stats"], input="city\nThe city is\n\n")
+    answer = "Oslo." if "▁Oslo" in scripted.ids else " Oslo."
+    assert done.stdout == f"> {answer}\n> {answer}\n> ", done.output
 
 
 @pytest.mark.parametrize("kind", KINDS)
