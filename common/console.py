@@ -68,6 +68,9 @@ def exit_code(command: click.Command, prog_name: str, arguments: Sequence[str] |
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+            # Bytes of a path or an argument that are not UTF-8 can't become part of a JSON document.
+            return _fail(prog_name, f"{error.object[:200]!r} is not UTF-8: rename it", StorageError.exit_code)
         what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return _fail(prog_name, f"a defect of ours, {what} (WDMOE_DEBUG=1 shows where)", DEFECT)
     return result if isinstance(result, int) else 0

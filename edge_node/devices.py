@@ -107,6 +107,6 @@ def _capacity(root: Path, cpu: int) -> int:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(errors="replace")
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""

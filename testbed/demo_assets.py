@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import platformdirs
 from rich.console import Console
 
+from common.user_folders import user_folder, user_path
 from exporter.bundle.bundle import export_bundle
 from exporter.config import ExportConfig
 from exporter.demo_model.assembly import DEFAULT_MODEL, DEMO_MODELS, assemble_demo_model
@@ -23,8 +23,8 @@ def demo_model(*, model: str = DEFAULT_MODEL, layers: int | None = None, console
         console: shows the progress.
     """
     name = DEMO_MODELS[model].name
-    folder = _cache() / "models" / (name if layers is None else f"{name}-{layers}-layers")
-    with (console or Console(quiet=True)).status(f"demo model {name}") as status:
+    with user_folder("cache") as cache, (console or Console(quiet=True)).status(f"demo model {name}") as status:
+        folder = cache / "models" / (name if layers is None else f"{name}-{layers}-layers")
         assemble_demo_model(
             folder, model=model, layers=layers,
             progress=lambda stage, f: status.update(f"demo model {name}: {stage} ({f:.0%})"),
@@ -38,15 +38,16 @@ def demo_bundle(
     """Folder of a bundle of a whole demo model, one of `DEMO_MODELS`; made if missing."""
     checkpoint = demo_model(model=model, console=console)
     out = demo_bundle_path(scheme, model=model, block=block)
-    export_demo_bundle(checkpoint, out, scheme, block=block, console=console)
+    with user_folder("cache"):
+        export_demo_bundle(checkpoint, out, scheme, block=block, console=console)
     return out
 
 
 def demo_draft(*, console: Console | None = None) -> Path:
     """Folder of the demo models' dense base as a draft model, which suits all their bundles; made if missing."""
-    folder = _cache() / "drafts" / DEMO_MODELS[DEFAULT_MODEL].name
+    folder = user_path("cache") / "drafts" / DEMO_MODELS[DEFAULT_MODEL].name
     if not (folder / DRAFT_NAME).is_file():
-        with (console or Console(quiet=True)).status("draft model") as status:
+        with user_folder("cache"), (console or Console(quiet=True)).status("draft model") as status:
             export_draft(folder, progress=lambda stage, f: status.update(f"draft model: {stage} ({f:.0%})"))
     return folder
 
@@ -54,7 +55,7 @@ def demo_draft(*, console: Console | None = None) -> Path:
 def demo_bundle_path(scheme: Scheme, *, model: str = DEFAULT_MODEL, block: int = DEFAULT_BLOCK) -> Path:
     """Folder that `demo_bundle` returns; it need not exist yet."""
     quantisation = demo_quantisation(scheme, block)
-    return _cache() / "bundles" / f"{DEMO_MODELS[model].name}-{str(quantisation).replace(' ', '-')}"
+    return user_path("cache") / "bundles" / f"{DEMO_MODELS[model].name}-{str(quantisation).replace(' ', '-')}"
 
 
 def export_demo_bundle(
@@ -74,7 +75,3 @@ def export_demo_bundle(
 def demo_quantisation(scheme: Scheme, block: int = DEFAULT_BLOCK) -> Quantisation:
     """The exporter's defaults for a scheme."""
     return Quantisation(scheme=scheme, block=block if scheme in ("int4", "int8") else 0)
-
-
-def _cache() -> Path:
-    return Path(platformdirs.user_cache_dir("wdmoe"))

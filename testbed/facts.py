@@ -130,7 +130,7 @@ def argv(arguments: Sequence[str] = tuple(sys.argv)) -> list[str]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(errors="replace").strip()
+        return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
 

@@ -25,7 +25,7 @@ class LatencyLog:
             FileExistsError: the file exists; it is not overwritten.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("x", newline="")
+        self._file = path.open("x", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file)
         self._writer.writerow(column.name for column in COLUMNS)
 

@@ -89,7 +89,7 @@ class LocalNodes:
         """
         for node, process in self.processes.items():
             if process.poll() is not None:
-                lines = self.log_path(node).read_text(errors="replace").strip().splitlines()
+                lines = self.log_path(node).read_text(encoding="utf-8", errors="replace").strip().splitlines()
                 raise WdmoeError(f"node '{node}' ended: {lines[-1] if lines else 'no output'}")
 
     def stop(self) -> None:

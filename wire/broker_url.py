@@ -143,15 +143,17 @@ def read_secret(path: Path) -> str:
     """The first line of a password file.
 
     Raises:
-        BrokerAuthError: the file can't be read, is empty, or others may read it.
+        BrokerAuthError: the file can't be read, is empty or not UTF-8, or others may read it.
     """
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
         if mode & 0o077:
             raise BrokerAuthError(f"{path} can be read by other users (mode {mode:o}): run 'chmod 600 {path}'")
-        secret = path.read_text().partition("\n")[0]
+        secret = path.read_text(encoding="utf-8").partition("\n")[0]
     except OSError as error:
         raise BrokerAuthError(f"can't read the password file {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise BrokerAuthError(f"the password file {path} is not text in UTF-8") from None
     if not secret:
         raise BrokerAuthError(f"the password file {path} is empty")
     return secret

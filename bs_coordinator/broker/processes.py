@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from bs_coordinator.config import PRIVATE_BROKERS, ClusterConfig
+from common.child_output import c_locale
 from common.config import ConfigError
 from wire.broker_address import BrokerAddress
 from wire.broker_url import Access, parse_broker_url
@@ -97,6 +98,7 @@ def broker_process(argv: list[str], address: tuple[str, int], name: str, log_pat
             stderr=subprocess.STDOUT,
             # Ctrl-C must not reach the broker: its clients still have to disconnect cleanly.
             start_new_session=True,
+            env=c_locale(),
         )
     try:
         _wait_until_up(child, address, name, log_path)
@@ -176,7 +178,7 @@ def _wait_until_up(child: subprocess.Popen[bytes], address: tuple[str, int], spe
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline:
         if child.poll() is not None:
-            lines = log_path.read_text(errors="replace").strip().splitlines() or ["no output"]
+            lines = log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
             raise BrokerError(f"the {spec} broker ended at once: {lines[-1]}")
         with contextlib.suppress(OSError), socket.create_connection(address, timeout=1.0):
             return

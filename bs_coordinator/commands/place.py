@@ -1,8 +1,6 @@
 """`wdmoe-bs place`: the command; `bs_coordinator.placement` decides."""
 
-import csv
 import math
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
+from common.csv_rows import read_rows
 from common.errors import StorageError
 from common.jsonl import decode_json
 from common.options import Command
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 
 _SMALLEST_BYTES = 2**20
 """Less RAM than this was meant in another unit."""
+_MOST_TOKENS = 1 << 20
+"""Tokens of a request in a latency.csv."""
 
 
 def _nodes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, tuple[int, float]]:
@@ -98,20 +99,27 @@ def _traffic(path: Path | None, manifest: "Manifest") -> "Array":
     """Hidden states asked of each expert, plus one so that none weighs zero: float32 [layers, experts]."""
     import numpy as np
 
-    counts = np.ones((manifest.dims.layers, manifest.dims.experts), np.float32)
+    counts = np.ones((manifest.dims.layers, manifest.dims.experts))
     if path is None:
-        return counts
-    rows: Counter[tuple[int, int]] = Counter()
+        return counts.astype(np.float32)
+    layers, experts = counts.shape
+
+    def take(row: dict[str, str]) -> None:
+        layer, tokens = int(row["layer"]), int(row["tokens"])
+        for expert in map(int, row["experts"].split()):
+            if layer not in range(layers) or expert not in range(experts) or not 0 <= tokens <= _MOST_TOKENS:
+                raise ValueError(
+                    f"the model has {layers} layers of {experts} experts, a step at most {_MOST_TOKENS} tokens"
+                )
+            counts[layer, expert] += tokens
+
     try:
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                for expert in row["experts"].split():
-                    rows[int(row["layer"]), int(expert)] += int(row["tokens"])
-        for at, count in rows.items():
-            counts[at] += count
-    except (OSError, KeyError, ValueError, IndexError):
-        raise StorageError(f"{path} is no latency.csv of this model: it needs columns layer, experts, tokens") from None
-    return counts
+        read_rows(path, ("layer", "experts", "tokens"), take)
+    except OSError as error:
+        raise StorageError(f"can't read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise StorageError(f"{path} is no latency.csv of this model: {error}") from None
+    return counts.astype(np.float32)
 
 
 def _current(path: Path | None, manifest: "Manifest") -> "Mapping[str, tuple[ExpertId, ...]] | None":

@@ -27,14 +27,13 @@ def open_station(config: BaseStationConfig) -> Iterator["BaseStation"]:
 
     The counts of how often experts are asked for are kept in the user's state folder, one file per model.
     """
-    import platformdirs
-
     from bs_coordinator.base_station import open_base_station
+    from common.user_folders import user_path
     from wire.signature import load_trusted_manifest
 
     if config.resident is not None:
         model = load_trusted_manifest(config.bundle, config.bundle_key).model_sha256
-        traffic = platformdirs.user_state_path("wdmoe") / "traffic" / f"{model[:16]}.json"
+        traffic = user_path("state") / "traffic" / f"{model[:16]}.json"
         config = replace(config, resident=replace(config.resident, traffic=traffic))
     with open_base_station(config, on_progress=lambda line: log.info("waiting: %s", line)) as station:
         slowest_ms = max(station.nodes_ms.values(), default=0.0)

@@ -1,6 +1,5 @@
 """Counts of which experts tokens are sent to, alone and in pairs: kept in a file, and halved as they grow old."""
 
-import csv
 import itertools
 import logging
 from collections import defaultdict
@@ -12,6 +11,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from common.csv_rows import read_rows
 from common.errors import StorageError
 from common.files import atomic_write
 from common.jsonl import decode_json
@@ -93,22 +93,24 @@ def traffic_of_log(path: Path, dims: Dims) -> Traffic:
     Raises:
         StorageError: it can't be read, or is of another model.
     """
-    chosen: dict[tuple[str, ...], set[int]] = defaultdict(set)
+    chosen: dict[tuple[int, str, str, str, str], set[int]] = defaultdict(set)
+
+    def take(row: dict[str, str]) -> None:
+        if row["phase"] == "decode" and row.get("step_tokens", "1") == "1":
+            layer, experts = int(row["layer"]), [int(expert) for expert in row["experts"].split()]
+            if layer not in range(dims.layers) or not {*experts} <= {*range(dims.experts)}:
+                raise ValueError(f"the model has {dims.layers} layers of {dims.experts} experts")
+            chosen[layer, row.get("run", ""), row.get("cell", ""), row["answer"], row["token"]].update(experts)
+
     try:
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                if row["phase"] == "decode" and row.get("step_tokens", "1") == "1":
-                    step = (row.get("run", ""), row.get("cell", ""), row["answer"], row["token"], row["layer"])
-                    chosen[step].update(map(int, row["experts"].split()))
-        traffic = Traffic(dims)
-        for (*_, layer), experts in chosen.items():
-            _count(traffic.pairs[int(layer)], experts)
+        read_rows(path, ("phase", "answer", "token", "layer", "experts"), take)
     except OSError as error:
         raise StorageError(f"can't read {path}: {error.strerror}") from None
-    except (KeyError, ValueError, IndexError):
-        raise StorageError(
-            f"{path} is no latency.csv of this model: it needs columns phase, answer, token, layer, experts"
-        ) from None
+    except ValueError as error:
+        raise StorageError(f"{path} is no latency.csv of this model: {error}") from None
+    traffic = Traffic(dims)
+    for (layer, *_), experts in chosen.items():
+        _count(traffic.pairs[layer], experts)
     return traffic
 
 

@@ -62,7 +62,7 @@ def _read_config(folder: Path) -> dict[str, object]:
     if not path.is_file():
         raise BundleError(f"{folder} has no config.json: this bundle holds experts only, use the exporter's own")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise BundleError(f"can't read {path}: {error}") from None
     if not isinstance(config, dict):

@@ -63,7 +63,7 @@ def _blocks_on_small_pages() -> Iterator[tuple[int, int]]:
     """Start and end of this process's large anonymous mappings that are in memory as a whole, and mostly on small
     pages."""
     try:
-        mappings = Path("/proc/self/smaps").read_text().split("VmFlags:")
+        mappings = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="surrogateescape").split("VmFlags:")
     except OSError:
         return
     for mapping in mappings:
@@ -142,7 +142,13 @@ def _cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup")) -> int | None:
     would have no memory left.
     """
     try:
-        own = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
+        own = (
+            Path("/proc/self/cgroup")
+            .read_text(encoding="utf-8", errors="surrogateescape")
+            .strip()
+            .rpartition("::")[2]
+            .lstrip("/")
+        )
     except OSError:
         return None
     free: int | None = None

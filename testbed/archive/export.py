@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import platformdirs
 import pyarrow as pa
 import pyarrow.parquet as pq
 from msgspec import Struct
@@ -16,8 +15,10 @@ from PIL import Image, ImageOps
 
 from common.console import describe_os_error
 from common.errors import StorageError
+from common.files import atomic_write
 from common.jsonl import strict_json
 from common.private_files import read_private
+from common.user_folders import user_folder
 from testbed.archive.dictionary import dictionary_json, dictionary_markdown
 from testbed.archive.pseudonyms import Kind, Pseudonyms, texts_under
 from testbed.errors import ArchiveError, RunDirectoryError
@@ -95,9 +96,9 @@ def export_run(
             left_out = _stage(run, folder, pseudonyms, photos=photos)
             if report and any(run.is_complete(cell) for cell in run.cells()):
                 write_report(RunDir(folder))
-            (folder / DICTIONARY).write_text(dictionary_markdown())
+            (folder / DICTIONARY).write_text(dictionary_markdown(), encoding="utf-8")
             (folder / "dictionary.json").write_bytes(dictionary_json())
-            (folder / README).write_text(_readme(run, name, anonymous=anonymous))
+            (folder / README).write_text(_readme(run, name, anonymous=anonymous), encoding="utf-8")
             files = _checksums(folder)
             packed = Path(temporary) / out.name
             _pack(folder, packed)
@@ -135,11 +136,11 @@ def _pseudonyms(run: RunDir, key_file: Path | None) -> Pseudonyms:
 
 def _key(path: Path | None) -> bytes:
     if path is None:
-        path = Path(platformdirs.user_config_dir("wdmoe")) / _KEY_FILE
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600, exist_ok=False)
-            path.write_bytes(secrets.token_bytes(_KEY_BYTES))
+        with user_folder("config") as folder:
+            path = folder / _KEY_FILE
+            if not path.exists():
+                with atomic_write(path, mode=0o600) as file:
+                    file.write(secrets.token_bytes(_KEY_BYTES))
     key = read_private(path)
     if len(key) < _KEY_BYTES:
         raise ArchiveError(f"{path} has {len(key)} bytes: --key needs a file of at least {_KEY_BYTES}")
@@ -166,8 +167,8 @@ def _stage(run: RunDir, folder: Path, pseudonyms: Pseudonyms | None, *, photos: 
     for log in _files(run.path / _LOGS):
         target = folder / log.relative_to(run.path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        text = log.read_text(errors="replace")
-        target.write_text(pseudonyms.text(text) if pseudonyms else text)
+        text = log.read_text(encoding="utf-8", errors="replace")
+        target.write_text(pseudonyms.text(text) if pseudonyms else text, encoding="utf-8")
     for photo in _files(run.path / PHOTOS) if photos else ():
         target = folder / photo.relative_to(run.path)
         target.parent.mkdir(exist_ok=True)
@@ -197,12 +198,12 @@ def _copy_json(source: Path, target: Path, pseudonyms: Pseudonyms | None, **inst
     """Copy a JSON document that has been checked; `instead` replaces the values of its fields."""
     document = strict_json(source.read_bytes())
     changed = pseudonyms.tree(document) if pseudonyms else document
-    target.write_text(json.dumps({**changed, **instead}, ensure_ascii=False, indent=1))
+    target.write_text(json.dumps({**changed, **instead}, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def _copy_json_lines(source: Path, target: Path, pseudonyms: Pseudonyms | None, ids: dict[str, str]) -> None:
     """Copy a checked JSON Lines file without lines that a crash cut off; `ids` maps old cell ids to new ones."""
-    with target.open("w") as file:
+    with target.open("w", encoding="utf-8") as file:
         for document in read_run_lines(source, strict_json):
             changed = pseudonyms.tree(document) if pseudonyms else document
             if "cell" in document:
@@ -258,7 +259,7 @@ def _checksums(folder: Path) -> int:
     """Write `SHA256SUMS` in the format of sha256sum; returns the number of files it lists."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
     lines = [f"{sha256_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
-    (folder / CHECKSUMS).write_text("".join(lines))
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
     return len(files)
 
 

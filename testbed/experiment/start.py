@@ -60,7 +60,7 @@ def create_run(plan: Plan, out: Path, *, console: Console) -> RunDir:
         broker=broker_of(plan),
         bundles=bundles,
         datasets={path: sha256_file(Path(path)) for path in sorted(datasets)},
-        network=Path(plan.emulated).read_text() if plan.emulated else "",
+        network=Path(plan.emulated).read_text(encoding="utf-8") if plan.emulated else "",
         versions=facts.versions(),
         machine=facts.machine(),
         power=facts.power(),
@@ -154,7 +154,7 @@ def check_unchanged(run: RunDir) -> None:
     changed = [path for path, sha256 in wanted.items() if not path.is_file() or sha256_file(path) != sha256]
     if run.plan.emulated:
         network = Path(run.plan.emulated)
-        changed += [network] if not network.is_file() or network.read_text() != manifest.network else []
+        changed += [network] if not network.is_file() or network.read_text(encoding="utf-8") != manifest.network else []
     if changed:
         differ = ", ".join(f"{path} {'has changed' if path.exists() else 'is missing'}" for path in changed)
         raise RunDirectoryError(

@@ -105,7 +105,7 @@ def read_inventory(path: Path) -> Inventory:
     if done.returncode:
         raise FleetError(f"{path} is not a valid inventory: {_last(done.stderr)}")
     try:
-        listed = msgspec.json.decode(done.stdout)
+        listed = decode_json(done.stdout.encode(), dict[str, Any])
         groups = {name: list(listed.get(name, {}).get("hosts", [])) for name in (BASE_STATION, NODES)}
         variables = dict(listed["_meta"]["hostvars"])
     except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
@@ -197,11 +197,13 @@ def _ansible(
         [sys.executable, "-m", "ansible", command, *arguments],
         env={
             # Tasks call `wdmoe-testbed fleet`: make sure that they import this copy.
-            "LC_ALL": "C.UTF-8", **os.environ, "PYTHONPATH": os.pathsep.join([_ROOT, *_python_path()]),
+            # Ansible refuses locales without UTF-8; LANGUAGE would translate the messages of what it runs.
+            **os.environ, "LC_ALL": "C.UTF-8", "LANGUAGE": "", "PYTHONPATH": os.pathsep.join([_ROOT, *_python_path()]),
             "ANSIBLE_CONFIG": str(PLAYBOOKS / "ansible.cfg"),
             "ANSIBLE_FORCE_COLOR": "1" if sys.stdout.isatty() and not quiet else "0", **environment,
         },
-        stdin=subprocess.DEVNULL, capture_output=quiet, text=True, timeout=timeout_s, check=False,
+        stdin=subprocess.DEVNULL, capture_output=quiet, encoding="utf-8", errors="replace", timeout=timeout_s,
+        check=False,
     )  # fmt: skip
 
 

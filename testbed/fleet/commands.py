@@ -147,16 +147,18 @@ def uninstall(inventory: Path, limit: str | None, purge: bool) -> None:
 @click.option("--check", is_flag=True, help="Report what would be fetched, and fetch nothing.")
 def wheels(machine: str, python: str, glibc: str, extra: str, cache: Path | None, check: bool) -> None:
     """Fetch the wheels that a kind of device needs; print their folder as JSON."""
-    import platformdirs
+    from contextlib import nullcontext
 
+    from common.user_folders import user_folder
     from testbed.fleet.wheelhouse import Target, source_root, wheelhouse
 
     try:
         target = msgspec.convert({"machine": machine, "python": python, "glibc": glibc, "extra": extra}, Target)
     except msgspec.ValidationError as error:
         raise click.UsageError(str(error)) from None
-    folder = cache or Path(platformdirs.user_cache_dir("wdmoe")) / "wheels"
-    click.echo(msgspec.json.encode(wheelhouse(target, folder.absolute(), source_root(), check=check)))
+    with nullcontext(cache) if cache is not None else user_folder("cache") as folder:
+        wheels_folder = folder.absolute() if cache is not None else folder / "wheels"
+        click.echo(msgspec.json.encode(wheelhouse(target, wheels_folder, source_root(), check=check)))
 
 
 @fleet.command()

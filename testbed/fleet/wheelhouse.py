@@ -23,6 +23,7 @@ from typing import Annotated, Literal
 from filelock import FileLock
 from msgspec import Meta, Struct
 
+from common.child_output import run_parsed
 from exporter.errors import DownloadError
 from testbed.errors import FleetError
 from wire import __version__
@@ -120,7 +121,7 @@ def wheelhouse(target: Target, cache: Path, root: Path, *, check: bool = False) 
             own = _own_wheel(cache / release, root)
             for wheel in (own, *_dependencies(target, cache, root, own).glob("*.whl")):
                 os.link(wheel, part / wheel.name)
-            (part / LOCK).write_text(lock(part.glob("*.whl")))
+            (part / LOCK).write_text(lock(part.glob("*.whl")), encoding="utf-8")
     return Wheelhouse(str(folder), release, changed=True)
 
 
@@ -172,7 +173,7 @@ def _sources(root: Path) -> Iterator[Path]:
 def _pip(*arguments: str) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_S, check=False)
+        done = run_parsed(command, timeout_s=_PIP_S)
     except subprocess.TimeoutExpired:
         raise DownloadError(f"pip {arguments[0]} took more than {_PIP_S:.0f} s") from None
     if done.returncode:

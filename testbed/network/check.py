@@ -21,7 +21,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from common.child_output import run_parsed
+from common.child_output import c_locale, run_parsed
 from testbed.errors import NetworkError, PreflightError
 from testbed.iperf3 import received_mbps
 from testbed.network.emulated import EmulatedNetwork
@@ -230,6 +230,7 @@ def _iperf_server(network: EmulatedNetwork, node: str) -> Iterator[None]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        env=c_locale(),
     )
     try:
         _wait_for_listener(network, node, server)

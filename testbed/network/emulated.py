@@ -265,7 +265,7 @@ def _start(name: str, files: State, *, owned: bool) -> None:
 
 def _last_log_line(files: State) -> str:
     try:
-        lines = files.log.read_text(errors="replace").strip().splitlines()
+        lines = files.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except FileNotFoundError:
         lines = []
     return lines[-1] if lines else "its log is empty"

@@ -195,7 +195,7 @@ def _wait(nodes: LocalNodes) -> dict[str, str]:
     ended = {}
     for node, process in nodes.processes.items():
         if process.poll() is not None:
-            lines = nodes.log_path(node).read_text(errors="replace").strip().splitlines()
+            lines = nodes.log_path(node).read_text(encoding="utf-8", errors="replace").strip().splitlines()
             ended[node] = lines[-1] if lines else f"exit code {process.returncode}"
     return ended
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 
+from common.child_output import c_locale
 from common.console import run as run_console
 from common.files import atomic_write
 from testbed.errors import FleetError
@@ -58,8 +59,8 @@ class Proof:
         """
         # `python -m` prefers the packages in the current folder: run there, it imports the clone's code.
         done = subprocess.run(
-            [sys.executable, "-m", "testbed", *arguments], cwd=self.clone, capture_output=True, text=True,
-            timeout=_STEP_S, check=False, stdin=subprocess.DEVNULL,
+            [sys.executable, "-m", "testbed", *arguments], cwd=self.clone, capture_output=True,
+            encoding="utf-8", errors="replace", timeout=_STEP_S, check=False, stdin=subprocess.DEVNULL, env=c_locale(),
         )  # fmt: skip
         with (self.out / "steps.log").open("a") as log:
             log.write(f"$ wdmoe-testbed {' '.join(arguments)}\n{done.stdout}{done.stderr}\n")
@@ -81,7 +82,10 @@ class Proof:
         # sudo does not work under qemu-user.
         user = "root" if self.arm64 and host == _LAST else "pi"
         command = [str(self.machines / "ssh"), "-o", "BatchMode=yes", f"{user}@{address}", "sudo", "sh", "-s"]
-        done = subprocess.run(command, input=script, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(
+            command, input=script, capture_output=True, encoding="utf-8", errors="replace", timeout=300, check=False,
+            env=c_locale(),
+        )  # fmt: skip
         if done.returncode:
             raise FleetError(f"{host}: a script ended with {done.returncode}: {_last(done.stderr)}")
         return done.stdout

@@ -63,8 +63,8 @@ def _make(run: RunDir, folder: Path, resamples: int, trace_tokens: int) -> Summa
     document = contents(run, summary, figures)
     (folder / "trace.json").write_bytes(trace.encode())
     (folder / "summary.json").write_bytes(encode(summary))
-    (folder / "report.md").write_text(markdown(document))
-    (folder / PAGE).write_text(html(document, folder))
+    (folder / "report.md").write_text(markdown(document), encoding="utf-8")
+    (folder / PAGE).write_text(html(document, folder), encoding="utf-8")
     return summary
 
 

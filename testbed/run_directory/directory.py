@@ -201,7 +201,8 @@ class RunDir:
                 # A crash may have cut off the last line: this event must not become part of it.
                 if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
                     file.write(b"\n")
-                file.write(json.dumps(line).encode() + b"\n")
+                # Names of files need not be UTF-8, documents must.
+                file.write(json.dumps(line, ensure_ascii=False).encode(errors="replace") + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

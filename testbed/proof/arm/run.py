@@ -12,7 +12,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import platformdirs
 from rich.console import Console
 
 from bs_coordinator.base_station import BaseStation, open_base_station
@@ -26,6 +25,7 @@ from bs_coordinator.errors import PlacementError
 from bs_coordinator.selection import TopK
 from bs_coordinator.selection.forecast import LayerForecast
 from common.files import atomic_write
+from common.user_folders import user_path
 from testbed import facts
 from testbed.demo_assets import demo_model, export_demo_bundle
 from testbed.errors import AgreementError
@@ -78,7 +78,7 @@ def run_arm(settings: Settings, console: Console) -> list[BoardResult]:
         AgreementError: a board's answers differ from this machine's by more than the tolerance.
         EmulationError, DownloadError: boards can't be emulated on this machine.
     """
-    cache = Path(platformdirs.user_cache_dir("wdmoe"))
+    cache = user_path("cache")
     with console.status("arm64") as status:
         userland = prepare(
             cache, apt_sources=settings.apt_sources, on_progress=lambda what: status.update(f"arm64: {what}")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.child_output import c_locale
 from exporter.errors import DownloadError
 from testbed.errors import EmulationError
 from testbed.proof.arm.boards import BOARDS, Board
@@ -164,7 +165,7 @@ def _install_wheels(made: Userland, project: bytes) -> None:
         ],
         "pip",
         _PIP_TIMEOUT_S,
-        dict(os.environ),
+        c_locale(),
     )
 
 
@@ -183,8 +184,8 @@ def _first_run(made: Userland) -> tuple[str, int]:
 def _download(command: Sequence[str], tool: str, timeout_s: float, environment: dict[str, str]) -> None:
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=timeout_s, env=environment,
-            stdin=subprocess.DEVNULL,
+            command, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=timeout_s,
+            env=environment, stdin=subprocess.DEVNULL,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise DownloadError(f"{tool} did not end within {timeout_s:.0f} s") from None

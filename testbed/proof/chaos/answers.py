@@ -105,7 +105,7 @@ def make_answer(
     done, unfinished = wait(running, 30.0)
     errors = [str(error) for future in done if (error := future.exception())]
     errors += ["a fault did not end"] * len(unfinished)
-    log_text = (folder / f"answer-{number}.log").read_text(errors="replace")
+    log_text = (folder / f"answer-{number}.log").read_text(encoding="utf-8", errors="replace")
     ids = _ids(session)
     outcome, detail = _judge(process.returncode, log_text, ids, expected, hung=hung)
     if errors:

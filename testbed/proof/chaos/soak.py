@@ -221,7 +221,7 @@ def _growth(name: str, series: Sequence[tuple[float, int, int, int]]) -> Growth:
 def _log_problem(path: Path, tokens: int, layers: int, top_k: int) -> str:
     """What the log lacks; empty if it has all layers of all tokens, with at least `top_k` experts each."""
     experts: dict[tuple[int, int, int], int] = defaultdict(int)
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             key = int(row["answer"]), int(row["token"]), int(row["layer"])
             experts[key] += len(row["experts"].split())

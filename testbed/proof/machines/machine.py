@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from common.child_output import run_parsed
 from testbed.errors import MachineError
 from testbed.proof.machines.rootfs import USER
 
@@ -153,6 +154,6 @@ def _write(path: Path, text: str) -> None:
 
 
 def _run(command: list[str], what: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = run_parsed(command, timeout_s=60)
     if done.returncode:
         raise MachineError(f"can't make {what}: {done.stderr.strip() or f'exit code {done.returncode}'}")

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import platformdirs
-
 from common.child_output import run_parsed
+from common.user_folders import user_path
 from testbed.errors import MachineError
 
 USER = "pi"
@@ -59,7 +58,7 @@ def rootfs(architecture: str) -> Path:
     _need("debootstrap", "chroot")
     mirror, release = debian_mirror()
     recipe = hashlib.sha256(repr((_packages(architecture), _FINISH)).encode()).hexdigest()[:8]
-    folder = Path(platformdirs.user_cache_dir("wdmoe")) / "rootfs" / f"debian-{release}-{architecture}-{recipe}"
+    folder = user_path("cache") / "rootfs" / f"debian-{release}-{architecture}-{recipe}"
     if not folder.is_dir():
         if ARCHITECTURES[architecture] != platform.machine():
             ensure_emulation(architecture)
@@ -132,7 +131,7 @@ def _packages(architecture: str) -> tuple[str, ...]:
 
 def _run(command: list[str], what: str) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_S, check=False)
+        done = run_parsed(command, timeout_s=_BUILD_S)
     except subprocess.TimeoutExpired:
         raise MachineError(f"{what} took more than {_BUILD_S:.0f} s") from None
     if done.returncode:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from common.child_output import run_parsed
 from testbed.errors import MachineError
 from testbed.network import namespaces
 from testbed.network.daemon import BASE_STATION
@@ -130,7 +131,7 @@ class VirtualMachines:
         reason = ""
         while time.monotonic() < deadline:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+                done = run_parsed(command, timeout_s=60)
                 if done.returncode == 0:
                     return
                 reason = done.stderr.strip()

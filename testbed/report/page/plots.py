@@ -324,7 +324,7 @@ def _save(figure: Canvas, folder: Path, name: str, header: Row, rows: Sequence[R
     path = folder / "plots" / name
     figure.savefig(path.with_suffix(".png"))
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    with path.with_suffix(".csv").open("w", newline="") as file:
+    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)

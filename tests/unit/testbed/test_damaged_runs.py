@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import stat
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -275,3 +276,19 @@ def test_only_plain_files_are_archives(tmp_path: Path) -> None:
         unpack(tmp_path / "x.tar.gz", tmp_path / "out")
     with pytest.raises(ArchiveError, match="missing"):
         unpack(tmp_path / "y.tar.gz", tmp_path / "out")
+
+
+def test_the_own_key_is_made_once_or_its_folder_is_named(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
+    with pytest.raises(StorageError, match="XDG_CONFIG_HOME can name another folder"):
+        export_run(run, tmp_path / "x.tar.gz", report=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
+    export_run(run, tmp_path / "x.tar.gz", report=False)
+    key = tmp_path / "settings" / "wdmoe" / "archive.key"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    before = key.read_bytes()
+    export_run(run, tmp_path / "y.tar.gz", report=False)
+    assert key.read_bytes() == before

@@ -82,7 +82,8 @@ def last_words(unit: str) -> "list[str]":
     """The last 20 lines of the service's journal."""
     return subprocess.run(
         ["journalctl", "--no-pager", "-o", "cat", "-n", "20", "-u", unit],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, encoding="utf-8", errors="replace", timeout=60, check=False,
+        env={**os.environ, "LC_ALL": "C"},
     ).stdout.splitlines()  # fmt: skip
 
 
