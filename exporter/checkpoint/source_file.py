@@ -35,8 +35,8 @@ _CONTENT_NAME = re.compile(r"(?:[A-Z0-9_]+(?:-[a-zA-Z]\d+)+--)?[0-9a-f]{30,128}(
 def source_name(folder: Path) -> str:
     """The name of a checkpoint, a folder or file, for manifests: for a snapshot in the hub's cache, its hub id.
 
-    That cache is `models--OWNER--NAME/snapshots/COMMIT`, so the folder's own name is a hash. Bytes of a name that are not
-    UTF-8 are escaped.
+    That cache is `models--OWNER--NAME/snapshots/COMMIT`, so the folder's own name is a hash. Bytes of a name that are
+    not UTF-8 are escaped.
     """
     folder = folder.resolve() if folder.is_dir() else folder.absolute()  # a file there is a link to a hash
     repository = folder.parent.parent.name
