@@ -122,7 +122,7 @@ def _pseudonyms(run: RunDir, key_file: Path | None) -> Pseudonyms:
     """Pseudonyms that know all hosts and networks named in the run's own documents."""
     plan = run.plan
     keep = {*_VOCABULARY, plan.name, *plan.profiles, *plan.bundles, *(w.name for w in plan.workloads)}
-    keep |= {policy.partition(":")[0] for policy in plan.policies}
+    keep |= {policy.partition(":")[0] for policy in plan.every_policy}
     keep |= set(plan.nodes) if isinstance(plan.nodes, dict) else set()
     keep |= {node for cell in run.cells() if run.is_complete(cell) for node in run.marker(cell).nodes}
     pseudonyms = Pseudonyms(_key(key_file), keep=keep)

@@ -22,8 +22,9 @@ from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.selection.registry import check_scores
 from bs_coordinator.trunk.load import load_trunk
 from common.files import atomic_write
-from testbed.evaluation.items import ChoiceItem, DomainText, EachAlone, choose, losses, read_items
+from testbed.evaluation.data_sets import ChoiceItem, DomainText, read_items
 from testbed.evaluation.local_experts import LocalExperts
+from testbed.evaluation.scoring import EachAlone, choose, losses
 from testbed.statistics import wilson_interval
 from wire.manifest import load_manifest
 

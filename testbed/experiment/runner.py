@@ -21,13 +21,14 @@ from common.errors import StorageError, WdmoeError, one_line
 from testbed import facts
 from testbed.experiment.baselines import measure_baselines
 from testbed.experiment.measured_costs import estimate_values, forecast_values, measured_costs
-from testbed.experiment.networks import Network
+from testbed.experiment.networks import Loopback, Network
+from testbed.experiment.parallel import run_parallel
 from testbed.experiment.recorder import LinkValue, Recorder
 from testbed.experiment.system_under_test import SystemUnderTest, distributed_system, in_process_system
 from testbed.experiment.watch import Watch
 from testbed.experiment.workloads import run_workload, warm_up
 from testbed.plan.cells import Cell
-from testbed.plan.schema import Choice, Plan
+from testbed.plan.schema import Items, Plan
 from testbed.run_directory.baselines import Phase
 from testbed.run_directory.directory import NOTE, BundleFacts, Marker, RunDir
 from testbed.run_directory.machine_tables import TRUTH
@@ -52,8 +53,11 @@ class Outcome:
     failed: int
 
 
-def execute(run: RunDir, network: Network, *, on_progress: OnProgress = lambda line: None) -> Outcome:
+def execute(run: RunDir, network: Network, *, jobs: int = 1, on_progress: OnProgress = lambda line: None) -> Outcome:
     """Run the incomplete cells of a run, whose lock the caller holds.
+
+    Args:
+        jobs: number of processes for cells without nodes. With several, these cells come after all those on nodes.
 
     Raises:
         StorageError: the run's folder can't be written.
@@ -66,16 +70,23 @@ def execute(run: RunDir, network: Network, *, on_progress: OnProgress = lambda l
         began, now = (facts.code_name(*code) for code in ((run.manifest.commit, run.manifest.dirty), facts.commit()))
         on_progress(f"the code is {now} now, but the run began with {began}: the report will point this out")
     failed = 0
+    here = [cell for _, cell in left if jobs > 1 and run.plan.workload(cell.workload).where == "in-process"]
     with Watch(run, on_progress).running() as watch, _Systems(run, network, watch, on_progress) as systems:
         try:
             if left:
                 systems.baselines(session, "start")
             for number, cell in left:
+                if cell in here:
+                    continue
                 if (number, cell) != left[0]:
                     systems.idle(run.plan.pause_s)
                 on_progress(f"{number}/{len(cells)} {cell}")
                 failed += not _run_with_retries(run, systems, cell, on_progress)
                 watch.cell_ended()
+            if here:
+                systems.close()
+                watch.pausing()
+                failed += run_parallel(run, here, jobs, on_progress=on_progress)
             if left:
                 systems.baselines(session, "end")
         except KeyboardInterrupt:
@@ -125,6 +136,16 @@ def _run_with_retries(run: RunDir, systems: "_Systems", cell: Cell, on_progress:
     return False
 
 
+def run_alone(run: RunDir, cell: Cell, attempt: int) -> None:
+    """Measure one cell that needs no nodes, without events of its start and end.
+
+    Raises:
+        WdmoeError: it failed.
+    """
+    with _Systems(run, Loopback(), Watch(run, print), print) as systems:
+        _run_cell(run, systems, cell, attempt)
+
+
 def _run_cell(run: RunDir, systems: "_Systems", cell: Cell, attempt: int) -> Marker:
     plan, workload = run.plan, run.plan.workload(cell.workload)
     bundle = run.manifest.bundle(cell.bundle)
@@ -141,7 +162,7 @@ def _run_cell(run: RunDir, systems: "_Systems", cell: Cell, attempt: int) -> Mar
         links=systems.link_values,
         telemetry=systems.telemetry,
         clocks=systems.clock_samples,
-        together=not isinstance(workload, Choice) or workload.choosing == "together",
+        together=not isinstance(workload, Items) or workload.choosing == "together",
     )
     system.model.policy = policy
     system.model.on_step = systems.watch.step

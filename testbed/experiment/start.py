@@ -21,7 +21,7 @@ from testbed.experiment.system_under_test import broker_of
 from testbed.network.namespaces import check_privileges
 from testbed.plan.cells import expand
 from testbed.plan.reading import check_plan
-from testbed.plan.schema import Choice, Perplexity, Plan
+from testbed.plan.schema import Items, Perplexity, Plan
 from testbed.run_directory.directory import SCHEMA, BundleFacts, RunDir, RunManifest
 from wire.manifest import MANIFEST_NAME, Scheme, load_manifest, sha256_file
 
@@ -44,7 +44,7 @@ def create_run(plan: Plan, out: Path, *, console: Console) -> RunDir:
     for bundle in bundles:
         check_policies(plan, bundle)
         check_network(plan, bundle.experts)
-    datasets = {w.dataset for w in plan.workloads if isinstance(w, Choice | Perplexity) and w.dataset is not None}
+    datasets = {w.dataset for w in plan.workloads if isinstance(w, Items | Perplexity) and w.dataset is not None}
     if missing := sorted(path for path in datasets if not Path(path).is_file()):
         raise PlanError(f"data set {missing[0]} is missing: name its folder with --data (docs/experiments.md)")
     commit, dirty = facts.commit()
@@ -76,7 +76,7 @@ def check_policies(plan: Plan, bundle: BundleFacts) -> None:
         PlanError: a policy doesn't fit the model.
     """
     try:
-        check_plan(plan, top_k=bundle.top_k)
+        check_plan(plan, bundle=bundle.name, top_k=bundle.top_k)
     except ValueError as error:
         raise PlanError(f"{plan.name}: {error}") from None
 
@@ -125,8 +125,11 @@ def demo_scheme(name: str) -> tuple[Scheme, int]:
     )
 
 
-def run_cells(run: RunDir, *, on_progress: OnProgress) -> Outcome:
+def run_cells(run: RunDir, *, jobs: int = 1, on_progress: OnProgress) -> Outcome:
     """Run the incomplete cells of a run; a complete run is left untouched.
+
+    Args:
+        jobs: number of processes for cells without nodes.
 
     Raises:
         RunDirectoryError: another process runs it, or its bundles, data or network have changed.
@@ -139,7 +142,7 @@ def run_cells(run: RunDir, *, on_progress: OnProgress) -> Outcome:
             return Outcome(done=len(cells), failed=0)
         check_unchanged(run)
         with signals_interrupt(), open_network(run.plan) as network:
-            return execute(run, network, on_progress=on_progress)
+            return execute(run, network, jobs=jobs, on_progress=on_progress)
 
 
 def check_unchanged(run: RunDir) -> None:

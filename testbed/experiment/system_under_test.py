@@ -1,12 +1,13 @@
 """The system that cells run on: broker, nodes and base station, or the model with all experts in this process."""
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from bs_coordinator.base_station import BaseStation, open_base_station
@@ -71,8 +72,8 @@ class SystemUnderTest:
         address: broker of the nodes; None if all experts are in this process.
         cluster: cluster of the nodes.
         local: the experts in this process; None on nodes.
-        chosen: choices of policies that don't use link forecasts, by workload and policy. They are equal for all link
-            profiles, so they are evaluated once. Only used if all experts are in this process.
+        answers: answers to items with policies that don't use link forecasts, by workload and policy. They are equal
+            for all link profiles, so they are evaluated once. Only used if all experts are in this process.
     """
 
     model: ObservedModel
@@ -81,7 +82,7 @@ class SystemUnderTest:
     address: BrokerAddress | None = None
     cluster: str = ""
     local: LocalExperts | None = None
-    chosen: dict[tuple[str, Policy], list[int]] = field(default_factory=dict)
+    answers: dict[tuple[str, Policy], list[Any]] = field(default_factory=dict)
 
     def settle(self, seconds: float, *, shared_air: bool) -> None:
         """Measure the links for a while, after they have changed."""
@@ -151,7 +152,7 @@ def in_process_system(plan: Plan, bundle: BundleFacts) -> SystemUnderTest:
     """The model with all experts in this process, without broker and nodes."""
     folder = Path(bundle.path)
     trunk = load_trunk(folder / "trunk")
-    experts = LocalExperts(folder, threads=os.cpu_count() or 1, wire=WireDtype.named(plan.wire))
+    experts = LocalExperts(folder, threads=torch.get_num_threads(), wire=WireDtype.named(plan.wire))
     model = ObservedModel(trunk, experts, TopK(bundle.top_k))
     return SystemUnderTest(model, Tokenizer(folder / "trunk"), None, local=experts)
 

@@ -3,22 +3,36 @@
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.sequence import Sequence
 from bs_coordinator.engine.speculation import Speculation
 from bs_coordinator.selection import TopK
 from testbed.errors import PlanError
-from testbed.evaluation.items import ChoiceItem, DomainText, EachAlone, choose, losses, read_items
+from testbed.evaluation.data_sets import DomainText, LastWordItem, item_kind, read_items
+from testbed.evaluation.scoring import EachAlone, choose, losses, score_last_words
 from testbed.experiment.recorder import Recorder
 from testbed.experiment.system_under_test import SystemUnderTest
 from testbed.plan.cells import Cell
-from testbed.plan.schema import Choice, Generate, Perplexity, Workload
-from testbed.run_directory.result_tables import ANSWERS, CHOICES, LOSSES, AnswerRow, ChoiceRow, LossRow
+from testbed.plan.schema import Choice, Generate, Items, LastWord, Perplexity, Workload
+from testbed.run_directory.result_tables import (
+    ANSWERS,
+    CHOICES,
+    LAST_WORDS,
+    LOSSES,
+    AnswerRow,
+    ChoiceRow,
+    LastWordRow,
+    LossRow,
+)
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 _WARM_UP_PROMPT = "Say hello."
 
 
@@ -46,7 +60,15 @@ def run_workload(system: SystemUnderTest, workload: Workload, cell: Cell, record
             )
             _answer(system, answer, number, prompt, config, speculation, recorder)
     elif isinstance(workload, Choice):
-        _choose(system, workload, recorder)
+        items = _items(workload, item_kind(workload))
+        chosen = _answered(system, workload, items, recorder, partial(choose, form=workload.form))
+        for number, (item, choice) in enumerate(zip(items, chosen, strict=True), workload.span[0]):
+            recorder.add(CHOICES, ChoiceRow(number, choice, item.label))
+    elif isinstance(workload, LastWord):
+        texts = _items(workload, LastWordItem)
+        scored = _answered(system, workload, texts, recorder, score_last_words)
+        for number, score in enumerate(scored, workload.span[0]):
+            recorder.add(LAST_WORDS, LastWordRow(number, score.greedy, -score.log_likelihood))
     else:
         _read(system, workload, recorder)
 
@@ -89,29 +111,48 @@ def _answer(
     recorder.add(ANSWERS, row)
 
 
-def _choose(system: SystemUnderTest, workload: Choice, recorder: Recorder) -> None:
+def _items(workload: Items, kind: type[Item]) -> list[Item]:
+    """The items of a workload.
+
+    Raises:
+        PlanError: the data set has too few.
+    """
     first, end = workload.span
-    items = read_items(Path(workload.dataset), ChoiceItem, end)[first:]
+    items = read_items(Path(workload.dataset), kind, end)[first:]
     if len(items) < end - first:
         raise PlanError(
             f"{workload.dataset} has {first + len(items)} items, but workload '{workload.name}' needs {end}"
         )
+    return items
+
+
+def _answered(
+    system: SystemUnderTest,
+    workload: Items,
+    items: list[Item],
+    recorder: Recorder,
+    answer: Callable[..., list[Result]],
+) -> list[Result]:
+    """The model's answer to each item; steps are recorded by batch.
+
+    Args:
+        answer: takes model, tokenizer, some of the items and `batch`; returns an answer per item.
+    """
     policy = system.model.policy
     # Top-k chooses the same over all links, so its choices are evaluated once.
     reusable = system.local is not None and isinstance(policy, TopK)
     key = workload.name, policy
-    chosen = system.chosen.get(key, []) if reusable else []
+    answers: list[Result] = system.answers.get(key, []) if reusable else []
     if workload.choosing == "alone" and not reusable:
         system.model.policy = EachAlone(policy)  # the next cell sets its own policy
-    for start in range(len(chosen), len(items), workload.batch):
+    for start in range(len(answers), len(items), workload.batch):
         with _steps(system, recorder, start // workload.batch):
-            chosen += choose(
+            answers += answer(
                 system.model, system.tokenizer, items[start : start + workload.batch], batch=workload.batch
             )
-    for i, (choice, item) in enumerate(zip(chosen, items, strict=True), first):
-        recorder.add(CHOICES, ChoiceRow(i, choice, item.label))
     if reusable:
-        system.chosen[key] = chosen
+        system.answers[key] = answers
+    return answers
 
 
 def _read(system: SystemUnderTest, workload: Perplexity, recorder: Recorder) -> None:

@@ -51,8 +51,7 @@ def count_cells(plan: Plan) -> int:
 def expand(plan: Plan) -> list[Cell]:
     """All cells in the order in which they run.
 
-    Cells in this process use the costs measured by the cells on nodes of the same repetition and bundle, so they come
-    after them.
+    Cells in this process use the costs measured by the cells on nodes of the same repetition, so they come after them.
     """
     return [cell for block in blocks(plan) for cell in block]
 
@@ -60,8 +59,8 @@ def expand(plan: Plan) -> list[Cell]:
 def blocks(plan: Plan) -> Iterator[list[Cell]]:
     """Groups of cells that differ only in their policy; each group has its own order of policies."""
     for repetition in range(max(w.repetitions or plan.repetitions for w in plan.workloads)):
-        for bundle in plan.bundles:
-            for where in ("distributed", "in-process"):
+        for where in ("distributed", "in-process"):
+            for bundle in plan.bundles:
                 for profile in plan.profile_names:
                     for workload in plan.workloads:
                         if workload.where == where and repetition < (workload.repetitions or plan.repetitions):
@@ -69,6 +68,6 @@ def blocks(plan: Plan) -> Iterator[list[Cell]]:
 
 
 def _block(plan: Plan, cell: Cell) -> list[Cell]:
-    policies = list(plan.policies)
+    policies = list(plan.policies_of(cell.bundle))
     random.Random(f"{plan.seed} {cell.id}").shuffle(policies)  # noqa: S311 (an order, not a secret)
     return [Cell(cell.repetition, cell.bundle, cell.profile, cell.workload, policy) for policy in policies]

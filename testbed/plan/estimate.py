@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from testbed.plan.cells import Cell, expand
-from testbed.plan.schema import Choice, Generate, Plan
+from testbed.plan.schema import Generate, Items, Plan
 
 TOKEN_S = 0.12
 """Time per token of the demo model on two x86-64 cores that also run eight nodes, without slow links."""
@@ -44,7 +44,7 @@ def estimate(plan: Plan) -> Estimate:
             count = len(workload.prompts_of(cell.repetition))
             answers += count
             tokens += count * workload.max_tokens
-        elif isinstance(workload, Choice):
+        elif isinstance(workload, Items):
             items += workload.count
         else:
             # The number of domains is unknown without reading the data set; ours has twelve.
@@ -73,7 +73,7 @@ def describe(plan: Plan) -> list[str]:
     e = estimate(plan)
     kind = "emulated" if plan.emulated else "external" if plan.external else "localhost"
     return [
-        f"{plan.name}: {_count(e.cells, 'cell')} over {kind}: {_count(len(plan.policies), 'policy', 'policies')}, "
+        f"{plan.name}: {_count(e.cells, 'cell')} over {kind}: {_count(len(plan.every_policy), 'policy', 'policies')}, "
         f"{_count(len(plan.bundles), 'bundle')}, {_count(len(plan.profile_names), 'link profile')}, "
         f"{_count(len(plan.workloads), 'workload')}, {_count(plan.repetitions, 'repetition')}",
         f"{_count(e.answers, 'answer')}, at most {_count(e.tokens, 'token')} in all, {_count(e.items, 'item')}, "

@@ -12,7 +12,19 @@ from common.sizes import parse_bytes
 from testbed.errors import PlanError
 from testbed.plan.cells import MAX_CELLS, count_cells
 from testbed.plan.limits import RunLimits
-from testbed.plan.schema import Baselines, Broker, Choice, Churn, Generate, Network, Perplexity, Plan
+from testbed.plan.schema import (
+    Baselines,
+    Broker,
+    Choice,
+    Churn,
+    Generate,
+    Items,
+    LastWord,
+    Network,
+    Perplexity,
+    Plan,
+    Workload,
+)
 from testbed.yaml_files import decode_yaml
 from wire.broker_url import check_broker_url
 from wire.topics import check_name
@@ -45,7 +57,7 @@ _FIELDS_OF: dict[str | None, tuple[type[Struct], ...]] = {
     None: (Plan,),
     "network": (Network,),
     "external": (Broker,),
-    "workloads": (Generate, Choice, Perplexity),  # msgspec does not say which kind it is
+    "workloads": (Generate, Choice, LastWord, Perplexity),  # msgspec does not say which kind it is
     "churn": (Churn,),
     "baselines": (Baselines,),
     "limits": (RunLimits,),
@@ -62,11 +74,12 @@ def _nearest(message: str) -> str:
     return f": did you mean '{near[0]}'?" if near else ""
 
 
-def check_plan(plan: Plan, *, top_k: int = 2) -> None:
+def check_plan(plan: Plan, *, bundle: str | None = None, top_k: int = 2) -> None:
     """Check what the types of a plan can't express.
 
     Args:
-        top_k: experts per token and layer of the model.
+        bundle: check the policies of this bundle; None for all.
+        top_k: experts per token and layer of its model.
 
     Raises:
         ValueError: a field is wrong; the message begins with its name.
@@ -84,14 +97,21 @@ def check_plan(plan: Plan, *, top_k: int = 2) -> None:
         raise ValueError("bundles: running nodes hold one bundle: name only that one")
     if plan.external is not None and plan.churn is not None:
         raise ValueError("churn: nodes of an external network can't be stopped from here")
-    for i, policy in enumerate(plan.policies):
-        try:
-            parse_policy(policy, top_k=top_k)
-        except ValueError as error:
-            raise ValueError(f"policies[{i}]: {error}") from None
+    if strangers := sorted({*plan.own_policies} - {*plan.bundles}):
+        raise ValueError(f"own_policies: '{strangers[0]}' is not one of the bundles")
+    lists = {"policies": plan.policies} | {f"own_policies.{name}": own for name, own in plan.own_policies.items()}
+    for field, policies in lists.items():
+        if bundle is not None and field not in ("policies", f"own_policies.{bundle}"):
+            continue
+        for i, policy in enumerate(policies):
+            try:
+                parse_policy(policy, top_k=top_k)
+            except ValueError as error:
+                raise ValueError(f"{field}[{i}]: {error}") from None
     names = tuple(w.name for w in plan.workloads)
     for field, values in (
         ("policies", plan.policies), ("bundles", plan.bundles), ("profiles", plan.profiles), ("workloads", names),
+        *((f"own_policies.{bundle}", plan.policies_of(bundle)) for bundle in plan.own_policies),
     ):  # fmt: skip
         if twice := sorted({v for v in values if values.count(v) > 1}):
             raise ValueError(f"{field}: '{twice[0]}' is listed twice")
@@ -109,16 +129,24 @@ def check_plan(plan: Plan, *, top_k: int = 2) -> None:
         for node in plan.nodes:
             check_name("node", node)
     for i, workload in enumerate(plan.workloads):
-        if (
-            isinstance(workload, Choice)
-            and isinstance(workload.items, tuple)
-            and workload.items[0] >= workload.items[1]
-        ):
+        if isinstance(workload, Items) and isinstance(workload.items, tuple) and workload.items[0] >= workload.items[1]:
             raise ValueError(f"workloads[{i}].items: the range {list(workload.span)} is empty")
-        if isinstance(workload, Choice) and workload.choosing == "alone" and workload.where == "distributed":
+        if isinstance(workload, Items) and workload.choosing == "alone" and workload.where == "distributed":
             raise ValueError(f"workloads[{i}].choosing: 'alone' needs 'where: in-process'")
         if isinstance(workload, Perplexity) and (workload.dataset is None) == isinstance(workload.texts, int):
             raise ValueError(f"workloads[{i}]: perplexity needs either a list of texts, or a number and a dataset")
+
+
+def at_most(plan: Plan, items: int) -> Plan:
+    """The plan with at most this many items of each data set, from the first one of each workload."""
+
+    def shortened(workload: Workload) -> Workload:
+        if not isinstance(workload, Items):
+            return workload
+        first, end = workload.span
+        return msgspec.structs.replace(workload, items=(first, min(end, first + items)))
+
+    return msgspec.structs.replace(plan, workloads=tuple(map(shortened, plan.workloads)))
 
 
 def _with_paths(plan: Plan, base: Path, data: Path | None) -> Plan:
@@ -135,9 +163,12 @@ def _with_paths(plan: Plan, base: Path, data: Path | None) -> Plan:
         network = Network(external=msgspec.structs.replace(broker, **files))
     workloads = tuple(
         msgspec.structs.replace(w, dataset=beside(w.dataset, data or base))
-        if isinstance(w, Choice | Perplexity) and w.dataset is not None
+        if isinstance(w, Items | Perplexity) and w.dataset is not None
         else w
         for w in plan.workloads
     )
-    bundles = tuple(beside(b) if "/" in b else b for b in plan.bundles)
-    return msgspec.structs.replace(plan, network=network, workloads=workloads, bundles=bundles)
+    bundles = {b: beside(b) if "/" in b else b for b in plan.bundles}
+    own = {bundles[name]: policies for name, policies in plan.own_policies.items()}
+    return msgspec.structs.replace(
+        plan, network=network, workloads=workloads, bundles=tuple(bundles.values()), own_policies=own
+    )

@@ -17,6 +17,8 @@ Range = Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=2, max
 """First and one past the last. Not a fixed-length tuple: msgspec 0.22 crashes on those in garbage collection."""
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Where = Literal["distributed", "in-process"]
+Form = Literal["question", "continuation", "blank"]
+"""How a multiple-choice item is put to the model, as `testbed.evaluation.data_sets.alternatives` defines."""
 DEFAULT_PROFILE = "default"
 """Name of the link profile of a network that has only one."""
 
@@ -96,11 +98,11 @@ class Generate(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, ta
         return [numbered[(start + i) % len(texts)] for i in range(min(self.prompts_per_cell, len(texts)))]
 
 
-class Choice(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="choice"):
-    """Multiple choice, on which accuracy is measured.
+class Items(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Items of a data set, on which accuracy is measured.
 
     Attributes:
-        dataset: JSON Lines file (`testbed.evaluation.items.ChoiceItem`), relative to `--data` or else to the plan.
+        dataset: JSON Lines file (`testbed.evaluation.data_sets`), relative to `--data` or else to the plan.
         items: number of items, or [first, one past the last].
         batch: items per forward step.
         where: on the nodes, or with all experts in this process and the nodes' measured costs.
@@ -110,7 +112,7 @@ class Choice(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_
     """
 
     dataset: str
-    name: Name = "choice"
+    name: Name = "items"
     items: Count | Range = 100
     batch: Annotated[int, Meta(ge=1, le=16)] = 8
     where: Where = "distributed"
@@ -128,12 +130,29 @@ class Choice(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_
         return self.span[1] - self.span[0]
 
 
+class Choice(Items, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="choice"):
+    """Multiple choice.
+
+    Attributes:
+        form: how an item is put to the model (`testbed.evaluation.data_sets.alternatives`).
+    """
+
+    name: Name = "choice"
+    form: Form = "question"
+
+
+class LastWord(Items, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="last-word"):
+    """Prediction of the last word of texts: how often greedy decoding gives it, and its perplexity."""
+
+    name: Name = "last-word"
+
+
 class Perplexity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="perplexity"):
     """Loss on texts, from which perplexity is computed.
 
     Attributes:
         texts: texts, or the number of texts per domain of `dataset`.
-        dataset: JSON Lines file (`testbed.evaluation.items.DomainText`); set if `texts` is a number.
+        dataset: JSON Lines file (`testbed.evaluation.data_sets.DomainText`); set if `texts` is a number.
         tokens: most tokens per text, from its beginning.
         where: on the nodes, or with all experts in this process and the nodes' measured costs.
         repetitions: overrides the plan's.
@@ -147,7 +166,7 @@ class Perplexity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, 
     repetitions: Count | None = None
 
 
-Workload = Generate | Choice | Perplexity
+Workload = Generate | Choice | LastWord | Perplexity
 
 
 class Churn(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -188,9 +207,12 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     have two minutes to start, nothing is drafted unless a workload asks for it, and a lost expert fails the cell.
 
     Attributes:
-        bundles: quantisations of the demo model (`int4`, `int4-b128`, `fp32`, …) or folders from `wdmoe-export`.
+        bundles: quantisations of the demo model (`int4`, `int4-b128`, `fp32`, …), or of the second one
+            (`qwen3-moe-int4`, …), or folders from `wdmoe-export`.
         nodes: expert selector by node id, or the number of nodes that share the experts of each layer evenly.
         node_threads: threads of each node process.
+        own_policies: further policies of one bundle only, by its name in `bundles`, such as those with a table of a
+            model.
         profiles: link profiles of the network, by name.
         repetitions: cells per combination of the other coordinates.
         seed: seed of the order of policies and of all bootstrap intervals.
@@ -220,6 +242,7 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     nodes: Count | Annotated[dict[str, str], Meta(min_length=1)] = 8
     node_threads: Annotated[int, Meta(ge=1, le=256)] = 1
     policies: Annotated[tuple[str, ...], Meta(min_length=1)]
+    own_policies: dict[str, tuple[str, ...]] = {}
     profiles: tuple[Name, ...] = ()
     workloads: Annotated[tuple[Workload, ...], Meta(min_length=1)]
     repetitions: Count = 1
@@ -267,6 +290,15 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def baseline_policy(self) -> str:
         """The policy that others are compared with."""
         return self.baseline or ("topk" if "topk" in self.policies else self.policies[0])
+
+    def policies_of(self, bundle: str) -> tuple[str, ...]:
+        """The policies of a bundle."""
+        return self.policies + self.own_policies.get(bundle, ())
+
+    @property
+    def every_policy(self) -> tuple[str, ...]:
+        """The policies of all bundles, without repetition."""
+        return tuple(dict.fromkeys(policy for bundle in self.bundles for policy in self.policies_of(bundle)))
 
     def workload(self, name: str) -> Workload:
         """The workload with the given name."""

@@ -18,12 +18,12 @@ from common.child_output import run_parsed
 from common.errors import WdmoeError
 from testbed import facts
 from testbed.demo_assets import demo_bundle_path
-from testbed.evaluation.items import ChoiceItem, DomainText, read_items
+from testbed.evaluation.data_sets import DomainText, LastWordItem, item_kind, read_items
 from testbed.experiment.networks import check_network
 from testbed.experiment.start import demo_scheme
 from testbed.plan.estimate import estimate
 from testbed.plan.reading import check_plan
-from testbed.plan.schema import Choice, Perplexity, Plan
+from testbed.plan.schema import Choice, Items, Perplexity, Plan
 from testbed.preflight.verdicts import Check, Level
 from wire.broker_address import BrokerAddress
 from wire.experts import ExpertId, format_selector, parse_selector
@@ -48,7 +48,7 @@ def plan_checks(plan: Plan, manifests: Mapping[str, Manifest]) -> list[Check]:
     checks = [
         checked(f"data {workload.name}", _data, workload)
         for workload in plan.workloads
-        if isinstance(workload, Choice | Perplexity) and workload.dataset is not None
+        if isinstance(workload, Items | Perplexity) and workload.dataset is not None
     ]
     checks += _network(plan)
     for name, manifest in manifests.items():
@@ -102,17 +102,18 @@ def _bundle(plan: Plan, name: str, found: list[Manifest]) -> tuple[Level, str]:
         path = folder / file.path
         if not path.is_file() or path.stat().st_size != file.bytes:
             return "fail", f"{path} is missing or has the wrong size: export the bundle again"
-    check_plan(plan, top_k=manifest.dims.top_k)
-    for policy in plan.policies:
+    check_plan(plan, bundle=name, top_k=manifest.dims.top_k)
+    for policy in plan.policies_of(name):
         parse_policy(policy, top_k=manifest.dims.top_k, model_sha256=manifest.model_sha256)
     found.append(manifest)
     return "pass", f"{manifest.quantisation}, model {manifest.model_sha256[:12]}, in {folder}"
 
 
-def _data(workload: Choice | Perplexity) -> tuple[Level, str]:
+def _data(workload: Items | Perplexity) -> tuple[Level, str]:
     path = Path(workload.dataset or "")
-    if isinstance(workload, Choice):
-        count = len(read_items(path, ChoiceItem))
+    if isinstance(workload, Items):
+        kind = item_kind(workload) if isinstance(workload, Choice) else LastWordItem
+        count = len(read_items(path, kind))
         if count < workload.span[1]:
             return "fail", f"{path} has {count} items, the plan needs {workload.span[1]}"
     else:

@@ -13,9 +13,10 @@ from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import Policy
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.load import load_trunk
-from testbed.evaluation.items import ChoiceItem, choose, read_items
+from testbed.evaluation.data_sets import ChoiceItem, read_items
 from testbed.evaluation.local_experts import LocalExperts
 from testbed.evaluation.quality import TASKS
+from testbed.evaluation.scoring import choose
 from testbed.radio.setting import Cell
 from wire.tensors import Array
 

@@ -19,7 +19,7 @@ from bs_coordinator.trunk.load import load_trunk
 from common.files import atomic_write
 from common.jsonl import decode_json
 from testbed.errors import SimulationError
-from testbed.evaluation.items import ChoiceItem, DomainText, read_items
+from testbed.evaluation.data_sets import ChoiceItem, DomainText, read_items
 from testbed.evaluation.local_experts import LocalExperts
 from testbed.evaluation.quality import DOMAINS, TASKS
 from wire.manifest import load_manifest, sha256_file

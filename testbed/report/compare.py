@@ -7,20 +7,21 @@ from typing import Any, NamedTuple
 import msgspec
 
 from testbed.facts import code_name
-from testbed.plan.schema import Choice, Perplexity
+from testbed.plan.schema import Items, Perplexity
 from testbed.report.numbers.analysis import Analysis, Arm, WorkloadUnits, analyse
 from testbed.report.numbers.metrics import ITEM_METRICS, METRICS, Metric
 from testbed.report.numbers.summary import kind_of, metrics_of, paired, planned_in_order
 from testbed.report.numbers.units import Units
-from testbed.report.page.contents import different_code, points_text, ratio_text, value_text
+from testbed.report.page.contents import different_code
 from testbed.report.page.document import Table
-from testbed.report.page.session import NOTHING
+from testbed.report.page.labels import NOTHING, points_text, ratio_text, value_text
 from testbed.run_directory.directory import RunDir, RunManifest
 from testbed.statistics import RESAMPLES, Interval, between_runs, difference, measured, ratio
 
 SHOWN = {
     "generate": ("token_ms", "token_p95_ms", "layer_wait_ms", "dropped_share", "bytes_per_token"),
     "choice": ("accuracy", "dropped_share", "layer_wait_ms"),
+    "last-word": ("accuracy", "perplexity", "dropped_share", "layer_wait_ms"),
     "perplexity": ("perplexity", "dropped_share", "layer_wait_ms"),
 }
 """Metrics to show, by kind of workload."""
@@ -120,7 +121,7 @@ class _Work(NamedTuple):
 def _work(manifest: RunManifest, name: str) -> _Work:
     workload = manifest.plan.workload(name)
     data: object = None
-    if isinstance(workload, Choice):
+    if isinstance(workload, Items):
         data = manifest.datasets.get(workload.dataset)
     elif isinstance(workload, Perplexity):
         data = (manifest.datasets.get(workload.dataset or ""), workload.texts, workload.tokens)

@@ -1,4 +1,4 @@
-"""Tables of what came out of a run: answers, choices, losses; failed attempts and pauses."""
+"""Tables of what came out of a run: answers, choices, last words, losses; failed attempts and pauses."""
 
 import hashlib
 from typing import Any, NamedTuple
@@ -40,6 +40,14 @@ class ChoiceRow(NamedTuple):
     item: int
     chosen: int
     label: int
+
+
+class LastWordRow(NamedTuple):
+    """One text: whether greedy decoding gives its last word, and the word's summed loss."""
+
+    item: int
+    right: bool
+    loss_nats: float
 
 
 class LossRow(NamedTuple):
@@ -87,6 +95,16 @@ CHOICES = Table[ChoiceRow](
         Column("chosen", INT, "index of the model's choice"),
         Column("label", INT, "index of the right choice"),
         Column("right", BOOL, "whether the two are equal", lambda c: c.chosen == c.label),
+    ),
+)
+
+LAST_WORDS = Table[LastWordRow](
+    "last_words",
+    "one row per text whose last word was predicted",
+    (
+        Column("item", INT, _ITEM),
+        Column("right", BOOL, "whether greedy decoding gives exactly the last word"),
+        Column("loss_nats", FLOAT, "negative log-likelihood of the last word, summed over its tokens"),
     ),
 )
 

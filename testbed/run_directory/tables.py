@@ -6,11 +6,12 @@ import pyarrow as pa
 
 from testbed.run_directory.columns import Table
 from testbed.run_directory.machine_tables import CLOCK_PROBES, CLOCKS, LINK_SAMPLES, SENSORS, TELEMETRY
-from testbed.run_directory.result_tables import ANSWERS, CHOICES, FAILURES, GAPS, LOSSES
+from testbed.run_directory.result_tables import ANSWERS, CHOICES, FAILURES, GAPS, LAST_WORDS, LOSSES
 from testbed.run_directory.step_tables import LATENCY, LAYERS, TOKENS
 
 CELL_TABLES: tuple[Table[Any], ...] = (
-    TOKENS, LAYERS, LATENCY, ANSWERS, CHOICES, LOSSES, CLOCKS, CLOCK_PROBES, TELEMETRY, SENSORS, LINK_SAMPLES,
+    TOKENS, LAYERS, LATENCY, ANSWERS, CHOICES, LAST_WORDS, LOSSES,
+    CLOCKS, CLOCK_PROBES, TELEMETRY, SENSORS, LINK_SAMPLES,
 )  # fmt: skip
 """Tables that each cell has files of."""
 ALL_TABLES: tuple[Table[Any], ...] = (*CELL_TABLES, FAILURES, GAPS)

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from testbed.plan.schema import Choice, Generate, Workload
+from testbed.plan.schema import Items, Workload
 from testbed.report.numbers.analysis import Analysis, Arm, WorkloadUnits
 from testbed.report.numbers.link_errors import LinkError, link_errors
 from testbed.report.numbers.metrics import (
@@ -42,7 +42,7 @@ class WorkloadResult(Struct, frozen=True, kw_only=True):
     """The results of one arm for one workload.
 
     Attributes:
-        kind: `generate`, `choice` or `perplexity`.
+        kind: `generate`, `choice`, `last-word` or `perplexity`.
         where: `distributed` or `in-process`.
         planned, cells: number of planned and of complete cells.
         metrics: values by metric; metrics that could not be measured are missing.
@@ -125,7 +125,7 @@ class Summary(Struct, frozen=True, kw_only=True):
 
 def kind_of(workload: Workload) -> str:
     """The kind of a workload, as plans name it."""
-    return "generate" if isinstance(workload, Generate) else "choice" if isinstance(workload, Choice) else "perplexity"
+    return str(type(workload).__struct_config__.tag)
 
 
 def metrics_of(units: WorkloadUnits, kind: str, where: str) -> list[tuple[Metric, Units]]:
@@ -179,12 +179,11 @@ def summarise(analysis: Analysis, *, resamples: int = RESAMPLES) -> Summary:
 def planned_in_order(run: RunDir) -> list[tuple[Arm, str]]:
     """All arms and workloads in the order of the plan, with the baseline first."""
     plan = run.plan
-    policies = sorted(plan.policies, key=lambda policy: policy != plan.baseline_policy)
     return [
         (Arm(bundle, profile, policy), workload.name)
         for bundle in plan.bundles
         for profile in plan.profile_names
-        for policy in policies
+        for policy in sorted(plan.policies_of(bundle), key=lambda policy: policy != plan.baseline_policy)
         for workload in plan.workloads
     ]
 
@@ -230,7 +229,7 @@ def _workload(
         if kind == "generate" and len(mine):
             same = measured(same_tokens(mine, other), seed=seed, resamples=resamples)
             metrics |= {SAME_TOKENS.name: same} if same else {}
-        if kind == "choice":
+        if isinstance(workload, Items):
             mine, other = paired(units.items, baseline.items)
             change = mine.sum("right") / mine.sum("items") - other.sum("right") / other.sum("items")
             gained, lost = int((change > 0).sum()), int((change < 0).sum())

@@ -139,6 +139,12 @@ def item_units(rows: CellRows) -> list[tuple[Key, Unit]]:
         ((0, int(item)), Unit({"items": 1.0, "right": float(right)}))
         for item, right in zip(numbers(choices, "item"), numbers(choices, "right"), strict=True)
     ]
+    words = rows.table("last_words")
+    # A word counts as one prediction, whatever the number of its tokens, as in lm-evaluation-harness.
+    units += [
+        ((0, int(item)), Unit({"items": 1.0, "right": float(right), "loss_nats": loss, "predicted_tokens": 1.0}))
+        for item, right, loss in zip(*(numbers(words, name) for name in ("item", "right", "loss_nats")), strict=True)
+    ]
     columns = (numbers(losses, name) for name in ("item", "loss_nats", "tokens"))
     return units + [
         ((0, int(item)), Unit({"loss_nats": loss, "predicted_tokens": tokens}))

@@ -1,6 +1,6 @@
 """The text and tables of a report, from the numbers of its summary and the drawn figures."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -8,10 +8,11 @@ import msgspec
 from testbed.report.numbers.metrics import METRICS, PART_METRICS, SAME_TOKENS, TOKEN_METRICS, Metric
 from testbed.report.numbers.summary import Against, ArmResult, Summary, WorkloadResult
 from testbed.report.page.document import Document, Figure, Section, Table
-from testbed.report.page.labels import policy_label
-from testbed.report.page.session import NOTHING, clock, session_sections
+from testbed.report.page.labels import NOTHING, points_text, policy_label, ratio_text, value_text
+from testbed.report.page.overview import overview_sections
+from testbed.report.page.session import clock, session_sections
 from testbed.run_directory.directory import RunDir
-from testbed.statistics import LEAST_UNITS, Interval
+from testbed.statistics import LEAST_UNITS
 
 _NO_CELL = "No cell of this workload is complete yet."
 _QUALITY = ("accuracy", "perplexity", "dropped_share", "layer_wait_ms", "predicted_layer_wait_ms")
@@ -27,6 +28,7 @@ def contents(run: RunDir, summary: Summary, figures: dict[str, list[Figure]]) ->
     """
     sections = [
         _about(run, summary),
+        *overview_sections(summary, figures["overview"]),
         *_generation(summary, figures["latency"]),
         *_quality(summary, figures["pareto"]),
         *_links(summary, figures["links"]),
@@ -71,43 +73,15 @@ def different_code(code: Mapping[str, int]) -> list[str]:
     return [f"Cells measured by different versions: {counts}. Differences between cells may come from the code."]
 
 
-def value_text(interval: Interval | None, metric: Metric) -> str:
-    """A value with its interval in the metric's unit, such as `83.3 (81.0 – 85.2)`."""
-    if interval is None:
-        return NOTHING
-    return _with_range(interval, lambda v: f"{v * metric.scale:.{metric.digits}f}")
-
-
-def ratio_text(interval: Interval | None) -> str:
-    """A ratio with its interval, such as `× 0.78 (0.75 – 0.82)`."""
-    return NOTHING if interval is None else "× " + _with_range(interval, "{:.2f}".format)
-
-
-def points_text(interval: Interval | None) -> str:
-    """A difference of shares with its interval in percentage points, such as `−1.5 (−4.0 – +1.0)`."""
-    return NOTHING if interval is None else _with_range(interval, lambda v: _signed(v * 100, 1))
-
-
-def _with_range(interval: Interval, text: Callable[[float], str]) -> str:
-    if interval.low is None or interval.high is None:
-        return text(interval.value)
-    return f"{text(interval.value)} ({text(interval.low)} – {text(interval.high)})"
-
-
-def _signed(value: float, digits: int) -> str:
-    rounded = round(value, digits) + 0.0
-    return f"{rounded:+.{digits}f}".replace("-", "−") if rounded else f"{0:.{digits}f}"
-
-
 def _about(run: RunDir, summary: Summary) -> Section:
     manifest = run.manifest
     kind = "an emulated network" if run.plan.emulated else "external nodes" if run.plan.external else "localhost"
     text = (
-        f"{summary.complete_cells} of {summary.planned_cells} cells, {len(run.plan.policies)} policies over {kind}, "
-        f"broker {manifest.broker}, started {summary.created}, commit {summary.commit[:12]}. Policies are compared "
-        f"with {_label(summary, summary.baseline)}. Intervals are 95 % confidence intervals; see Method."
+        f"{summary.complete_cells} of {summary.planned_cells} cells, {len(run.plan.every_policy)} policies over "
+        f"{kind}, broker {manifest.broker}, started {summary.created}, commit {summary.commit[:12]}. Policies are "
+        f"compared with {_label(summary, summary.baseline)}. Intervals are 95 % confidence intervals; see Method."
     )
-    shortened = [policy for policy in dict.fromkeys(run.plan.policies) if _label(summary, policy) != policy]
+    shortened = [policy for policy in run.plan.every_policy if _label(summary, policy) != policy]
     if shortened:
         text += " Policies with their options: " + ", ".join(f"`{policy}`" for policy in shortened) + "."
     return Section("What was run", [text])
@@ -139,7 +113,7 @@ def _generation(summary: Summary, figures: Sequence[Figure]) -> list[Section]:
 
 def _quality(summary: Summary, figures: Sequence[Figure]) -> list[Section]:
     sections = []
-    for kind, title in (("choice", "Accuracy"), ("perplexity", "Perplexity")):
+    for kind, title in (("choice", "Accuracy"), ("last-word", "Last words"), ("perplexity", "Perplexity")):
         for name in _workloads(summary, kind):
             results = _results(summary, name)
             if not any(result.cells for _, result in results):
@@ -158,7 +132,8 @@ def _quality(summary: Summary, figures: Sequence[Figure]) -> list[Section]:
                     "right only with this policy",
                     f"right only with {_label(summary, summary.baseline)}",
                 ]
-                header = changes if kind == "choice" else ["ratio"]
+                header = [] if kind == "perplexity" else changes
+                header += [] if kind == "choice" else ["perplexity, ratio"]
                 blocks += [
                     f"Relative to {_label(summary, summary.baseline)}, item by item:",
                     Table([*_label_names(summary), *header], rows, _label_count(summary)),
@@ -170,11 +145,15 @@ def _quality(summary: Summary, figures: Sequence[Figure]) -> list[Section]:
 
 
 def _quality_change(kind: str, result: WorkloadResult) -> list[str]:
-    if kind == "perplexity":
+    cells: list[str] = []
+    if kind != "perplexity":
+        against = result.against_baseline.get("accuracy")
+        points = points_text(against.difference) if against else NOTHING
+        cells += [points, str(result.items_gained), str(result.items_lost)]
+    if kind != "choice":
         against = result.against_baseline.get("perplexity")
-        return [ratio_text(against.ratio) if against else NOTHING]
-    against = result.against_baseline.get("accuracy")
-    return [points_text(against.difference) if against else NOTHING, str(result.items_gained), str(result.items_lost)]
+        cells.append(ratio_text(against.ratio) if against else NOTHING)
+    return cells
 
 
 def _links(summary: Summary, figures: Sequence[Figure]) -> list[Section]:

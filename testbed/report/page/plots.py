@@ -14,10 +14,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-from testbed.plan.schema import Choice, Generate, Plan
+from testbed.plan.schema import Generate, Items, Plan
 from testbed.report.numbers.analysis import Analysis, Arm
 from testbed.report.numbers.link_errors import LinkSeries, link_series, profile_of
 from testbed.report.numbers.metrics import PARTS
+from testbed.report.numbers.overview import across
 from testbed.report.numbers.summary import ArmResult, Summary
 from testbed.report.page.document import Figure
 from testbed.report.page.labels import policy_label
@@ -44,6 +45,7 @@ def draw_plots(analysis: Analysis, summary: Summary, folder: Path) -> dict[str, 
     with mpl.rc_context(_STYLE):
         return {
             "latency": [*_ecdf(analysis, folder), *_breakdown(summary, folder)],
+            "overview": _overview(summary, analysis.run.plan.every_policy, folder),
             "pareto": _pareto_fronts(analysis, summary, folder),
             "links": _links(analysis, folder),
             "requests": _heat_map(analysis, folder),
@@ -66,8 +68,8 @@ def _ecdf(analysis: Analysis, folder: Path) -> list[Figure]:
     figure, axes = _grid(len(panels))
     longest = max(float(np.quantile(ms, 0.995)) for lines in panels.values() for _, ms in lines)
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
-        for policy, ms in sorted(lines, key=lambda line: plan.policies.index(line[0])):
-            axis.ecdf(ms, **_line(plan.policies, policy))
+        for policy, ms in sorted(lines, key=lambda line: plan.every_policy.index(line[0])):
+            axis.ecdf(ms, **_line(plan.every_policy, policy))
         axis.set(title=title, xlabel="time per token, ms", ylabel="share of tokens", xlim=(0, longest * 1.03))
     _legend(figure, axes)
     header = ("bundle", "profile", "policy", "workload", "token_ms", "share")
@@ -112,8 +114,42 @@ def _breakdown(summary: Summary, folder: Path) -> list[Figure]:
     return [_save(figure, folder, "breakdown", header, rows, caption)]
 
 
+def _overview(summary: Summary, policies: Sequence[str], folder: Path) -> list[Figure]:
+    rows = [row for row in across(summary) if row.layer_wait]
+    panels = list(dict.fromkeys((row.bundle, row.profile) for row in rows))
+    if not panels:
+        return []
+    figure, axes = _grid(len(panels), columns=len({profile for _, profile in panels}))
+    lines: list[Row] = []
+    for axis, panel in zip(axes, panels, strict=True):
+        axis.axhline(0, color="#999999", linewidth=0.8)
+        for row in rows:
+            wait = row.layer_wait
+            if (row.bundle, row.profile) != panel or wait is None:
+                continue
+            style = _line(policies, row.policy)
+            axis.errorbar(
+                wait.value, 100 * row.mean.value, xerr=_bars(wait, 1), yerr=_bars(row.mean, 100), capsize=2,
+                elinewidth=0.8, marker=MARKERS[policies.index(row.policy) % len(MARKERS)], markersize=7, linestyle="",
+                color=style["color"], label=style["label"],
+            )  # fmt: skip
+            points = [100 * value.value for value in row.accuracy.values()]
+            axis.plot([wait.value] * len(points), points, linestyle="", marker="_", color=style["color"], alpha=0.6)
+            ends = [(name, *_ends(value)) for name, value in (*row.accuracy.items(), ("mean", row.mean))]
+            lines += [(*panel, row.policy, *_ends(wait), *end) for end in ends]
+        title = f"{Path(panel[0]).name}, {panel[1]}"
+        axis.set(title=title, xlabel="layer wait, relative to the baseline", ylabel="accuracy, difference in points")
+    _legend(figure, axes)
+    header = ("bundle", "profile", "policy", "layer_wait_ratio", "low", "high", "workload", "accuracy_difference")
+    caption = (
+        "Accuracy against layer wait, both relative to the baseline: means over all data sets with 95 % intervals; "
+        "dashes are the single data sets. Up and to the left is better."
+    )
+    return [_save(figure, folder, "overview", (*header, "low", "high"), lines, caption)]
+
+
 def _pareto_fronts(analysis: Analysis, summary: Summary, folder: Path) -> list[Figure]:
-    choices = [w for w in analysis.run.plan.workloads if isinstance(w, Choice)]
+    choices = [w for w in analysis.run.plan.workloads if isinstance(w, Items)]
     figures = []
     for metric in ("token_ms", "layer_wait_ms"):
         panels: dict[str, list[tuple[str, Interval, Interval]]] = {}
@@ -130,7 +166,7 @@ def _pareto_fronts(analysis: Analysis, summary: Summary, folder: Path) -> list[F
     return figures
 
 
-def _cost(arm: ArmResult, choice: Choice, plan: Plan, metric: str) -> Interval | None:
+def _cost(arm: ArmResult, choice: Items, plan: Plan, metric: str) -> Interval | None:
     """A time per token that matches how the tokens of `choice` chose their experts.
 
     For a workload on nodes, it is the workload's own time. For one in this process whose tokens chose together, it is
@@ -139,7 +175,7 @@ def _cost(arm: ArmResult, choice: Choice, plan: Plan, metric: str) -> Interval |
     if choice.where == "distributed":
         return arm.workloads[choice.name].metrics.get(metric)
     batches = [
-        w.name for w in plan.workloads if isinstance(w, Choice) and w.where == "distributed" and w.batch == choice.batch
+        w.name for w in plan.workloads if isinstance(w, Items) and w.where == "distributed" and w.batch == choice.batch
     ]
     if choice.choosing == "together" and batches:
         return arm.workloads[batches[0]].metrics.get(metric)
@@ -154,9 +190,9 @@ def _pareto_front(
     panels: dict[str, list[tuple[str, Interval, Interval]]],
     rows: list[Row],
 ) -> Figure:
-    choices = sum(isinstance(w, Choice) for w in analysis.run.plan.workloads)
+    choices = sum(isinstance(w, Items) for w in analysis.run.plan.workloads)
     figure, axes = _grid(len(panels), columns=choices if choices > 1 else 3)
-    policies = analysis.run.plan.policies
+    policies = analysis.run.plan.every_policy
     what = {"token_ms": "mean time per token, ms", "layer_wait_ms": "mean layer wait, ms"}[metric]
     for axis, (title, points) in zip(axes, panels.items(), strict=True):
         for policy, cost, right in points:
@@ -236,7 +272,7 @@ def _link(axis: Axes, s: LinkSeries) -> None:
 
 
 def _heat_map(analysis: Analysis, folder: Path) -> list[Figure]:
-    counts = {p: analysis.requests[p] for p in analysis.run.plan.policies if analysis.requests.get(p)}
+    counts = {p: analysis.requests[p] for p in analysis.run.plan.every_policy if analysis.requests.get(p)}
     if not counts:
         return []
     nodes = sorted({node for counter in counts.values() for _, node in counter}, key=lambda n: (len(n), n))

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from statistics import median
 
 from testbed.report.page.document import Figure, Section, Table
+from testbed.report.page.labels import NOTHING
 from testbed.run_directory.baselines import Baseline, read_baselines
 from testbed.run_directory.directory import NOTE, RunDir
-
-NOTHING = "–"
 
 
 def session_sections(run: RunDir) -> list[Section]:

@@ -32,6 +32,7 @@ workloads:
   - {{kind: generate, prompts: {PROMPTS}, max_tokens: 5}}
   - {{kind: choice, dataset: items.jsonl, items: 6, batch: 2, repetitions: 1}}
   - {{kind: choice, name: choice-here, dataset: items.jsonl, items: 6, where: in-process, repetitions: 1}}
+  - {{kind: last-word, dataset: words.jsonl, items: [1, 6], where: in-process, choosing: alone, repetitions: 1}}
   - {{kind: perplexity, texts: [Rain falls., One two three., Hello there., A b c d., The end is near.], repetitions: 1}}
 """
 ITEMS = [{"question": f"What is {i}?", "choices": ["a number", "a bird"], "label": i % 2} for i in range(6)]
@@ -41,6 +42,7 @@ ITEMS = [{"question": f"What is {i}?", "choices": ["a number", "a bird"], "label
 def plan_path(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reported")
     (folder / "items.jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
+    (folder / "words.jsonl").write_text("\n".join(json.dumps({"text": f"One two {i} three"}) for i in range(6)))
     (folder / "plan.yaml").write_text(PLAN.replace("BUNDLE", str(tiny_bundle("int4"))))
     return folder / "plan.yaml"
 
@@ -49,11 +51,11 @@ def plan_path(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> 
 def reported(plan_path: Path) -> RunDir:
     """A small run of every workload, with its report."""
     folder = plan_path.parent / "run"
-    done = run_in_process("testbed", "run", plan_path, "--out", folder)
+    done = run_in_process("testbed", "run", plan_path, "--out", folder, "--jobs", "2")
     assert done.returncode == 0, done.stderr
     done = run_in_process("testbed", "report", folder)
     assert done.returncode == 0, done.stderr
-    assert "10 of 10 cells" in done.stdout
+    assert "12 of 12 cells" in done.stdout
     return RunDir(folder)
 
 
@@ -121,9 +123,33 @@ def test_accuracy_and_perplexity_are_those_of_the_items(reported: RunDir) -> Non
         assert (result["items_gained"], result["items_lost"]) == (change.count(1), change.count(-1))
     assert "layer_wait_ms" in _result(reported, "topk", "choice")["metrics"]
     assert "layer_wait_ms" not in _result(reported, "topk", "choice-here")["metrics"]
+    words = _rows(reported, "last_words", policy="top1")
+    assert [row["item"] for row in words] == [1, 2, 3, 4, 5]
+    found = _result(reported, "top1", "last-word")["metrics"]
+    assert found["accuracy"]["value"] == pytest.approx(np.mean([row["right"] for row in words]))
+    assert found["perplexity"]["value"] == pytest.approx(np.exp(np.mean([row["loss_nats"] for row in words])))
     losses = _rows(reported, "losses", policy="top1")
     expected = np.exp(sum(r["loss_nats"] for r in losses) / sum(r["tokens"] for r in losses))
     assert _result(reported, "top1", "perplexity")["metrics"]["perplexity"]["value"] == pytest.approx(expected)
+
+
+def test_the_overview_has_every_data_set_of_every_policy(reported: RunDir) -> None:
+    text = (reported.path / "report.md").read_text()
+    section = text.partition("## Policies across data sets and models")[2].partition("\n## ")[0]
+    (line,) = [line for line in section.splitlines() if line.startswith("| top1")]
+    header = next(line for line in section.splitlines() if line.startswith("| policy"))
+    columns = [cell.strip() for cell in header.split("|")[1:-1]]
+    named = ["choice", "choice-here", "last-word"]
+    assert columns == ["policy", "layer wait", "time per token", *named, "mean", "perplexity, last-word"]
+    shown = dict(zip(columns, (cell.strip() for cell in line.split("|")[1:-1]), strict=True))
+    differences = [_result(reported, "top1", name)["against_baseline"]["accuracy"]["difference"] for name in named]
+    mean = 100 * np.mean([difference["value"] for difference in differences])
+    assert float(shown["mean"].split()[0].replace("−", "-")) == pytest.approx(mean, abs=0.051)
+    # Of independent values, the distances to the limits add up as squares.
+    low = mean - 100 * np.sqrt(sum((d["value"] - d["low"]) ** 2 for d in differences)) / len(differences)
+    assert f"({low:+.1f} – ".replace("-", "−") in shown["mean"]
+    ratio = _result(reported, "top1", "generate")["against_baseline"]["layer_wait_ms"]["ratio"]
+    assert shown["layer wait"].startswith(f"× {ratio['value']:.2f} (")
 
 
 def test_policies_are_paired_by_prompt_and_repetition(reported: RunDir) -> None:
@@ -208,7 +234,8 @@ def test_the_page_stands_alone(reported: RunDir) -> None:
     assert {reference.partition(",")[0] for reference in page.references} == {"data:image/png;base64"}
     plots = {path.name for path in (reported.path / "plots").glob("*.png")}
     assert plots - {"links-default.png"} == {
-        "latency-ecdf.png", "breakdown.png", "front-token.png", "front-layer-wait.png", "requests.png"
+        "latency-ecdf.png", "breakdown.png", "front-token.png", "front-layer-wait.png", "requests.png",
+        "overview.png",
     }  # fmt: skip
     assert len(page.references) == len(plots)
     assert not {"script", "link", "iframe", "object"} & {*page.tags}
@@ -286,7 +313,7 @@ def test_a_run_that_is_not_complete_says_so_first(copy: RunDir) -> None:
     copy.event("run_resumed", gap_s=61.0, after="cell_failed", left=1, lost=1)
     done = run_in_process("testbed", "report", copy.path, "--resamples", "100")
     assert done.returncode == 0, done.stderr
-    assert "9 of 10 cells" in done.stdout
+    assert "11 of 12 cells" in done.stdout
     summary = _summary(copy)
     assert summary["complete"] is False
     assert list(summary["without_result"]) == [lost.id]
@@ -294,11 +321,11 @@ def test_a_run_that_is_not_complete_says_so_first(copy: RunDir) -> None:
     assert pq.read_table(copy.path / "failures.parquet")["kind"].to_pylist() == ["DispatchError"]
     page = _Page()
     page.feed((copy.path / "report.html").read_text())
-    begin = page.text.index("Incomplete: 9 of 10 cells")
+    begin = page.text.index("Incomplete: 11 of 12 cells")
     assert begin < page.text.index("What was run")
     assert "node 'node1' <left> | early" in page.text
     markdown = (copy.path / "report.md").read_text()
-    assert markdown.splitlines()[2].startswith("> **Incomplete: 9 of 10")
+    assert markdown.splitlines()[2].startswith("> **Incomplete: 11 of 12")
     # Only what both policies have is compared.
     against = _result(copy, "top1", "generate")["against_baseline"]["token_ms"]
     assert against["difference"]["units"] == PROMPTS

@@ -22,7 +22,7 @@ from bs_coordinator.selection.similar import Similar
 from bs_coordinator.selection.subset import Subset
 from bs_coordinator.selection.survivors import Survivors
 from bs_coordinator.selection.wdmoe import Wdmoe
-from testbed.evaluation.items import EachAlone
+from testbed.evaluation.scoring import EachAlone
 from wire.tensors import Array
 
 EXPERTS = 6

@@ -25,9 +25,11 @@ from bs_coordinator.selection import TopK
 from bs_coordinator.trunk.inputs import SequenceInput
 from bs_coordinator.trunk.load import load_trunk
 from testbed.demo_assets import export_demo_bundle
-from testbed.evaluation import items
-from testbed.evaluation.items import ChoiceItem, DomainText, choose, losses
+from testbed.evaluation import scoring
+from testbed.evaluation.data_sets import BlankItem, ChoiceItem, DomainText, LastWordItem, alternatives, last_word
 from testbed.evaluation.local_experts import LocalExperts
+from testbed.evaluation.scoring import choose, losses, score_last_words
+from testbed.plan.schema import Form
 from tests.checkpoints import edit_config
 from tests.http_site import HttpSite
 from tests.text_models import KINDS, Kind, save_scripted_model, save_tokenizer
@@ -281,23 +283,46 @@ def test_choices_are_scored_as_they_follow_the_question(scripted: _Model) -> Non
     questions = [ChoiceItem("What?", ["is city", "is Oslo", text], 2) for text in right]
     assert choose(model, tokenizer, questions, batch=1) == [2, 2]
     for item in questions:
-        scores = [_score_alone(model, tokenizer, f"Question: {item.question}\nAnswer:", c) for c in item.choices]
+        scores = [_likely(model, tokenizer, f"Question: {item.question}\nAnswer:", f" {c}") for c in item.choices]
         assert max(range(3), key=scores.__getitem__) == 2
 
 
-def _score_alone(model: DistributedModel, tokenizer: Tokenizer, context: str, choice: str) -> float:
+def _likely(model: DistributedModel, tokenizer: Tokenizer, context: str, continuation: str) -> float:
     """Log-likelihood as lm-evaluation-harness computes it: encode both together, cut at the context's length."""
-    whole, start = tokenizer.encode(f"{context} {choice}"), len(tokenizer.encode(context))
+    whole, start = tokenizer.encode(context + continuation), len(tokenizer.encode(context))
     ((logits,), _) = model.step([SequenceInput(whole, model.trunk.new_cache())], all_logits=True)
     likely = torch.log_softmax(logits, dim=-1)
     return sum(float(likely[i - 1, whole[i]]) for i in range(start, len(whole)))
+
+
+def test_the_form_of_an_item_decides_what_is_scored(scripted: _Model) -> None:
+    """`is` is followed by ` Rome`: as a choice after a text, and as the text after a choice in a blank."""
+    model, tokenizer, _ = scripted
+    items: list[tuple[Form, ChoiceItem]] = [
+        ("continuation", ChoiceItem("The city is", ["Oslo", "Rome", "city"], 1)),
+        ("blank", BlankItem("_ Rome", ["The city", "The city is"], 1)),
+        ("blank", BlankItem("The _ Rome", ["is city", "city is"], 1)),
+    ]
+    for form, item in items:
+        assert choose(model, tokenizer, [item, item], form=form) == [1, 1]
+        scores = [_likely(model, tokenizer, *alternative) for alternative in alternatives(item, form)]
+        assert max(range(len(scores)), key=scores.__getitem__) == 1
+
+
+def test_a_last_word_counts_if_greedy_decoding_gives_it(scripted: _Model) -> None:
+    model, tokenizer, _ = scripted
+    items = [LastWordItem(text) for text in ("The city is Rome", "The city is Oslo", "The Oslo is Rome")]
+    scored = score_last_words(model, tokenizer, items, batch=2)
+    assert [score.greedy for score in scored] == [True, False, True]
+    by_hand = [_likely(model, tokenizer, *last_word(item)) for item in items]
+    assert [score.log_likelihood for score in scored] == pytest.approx(by_hand, abs=1e-4)
 
 
 @pytest.mark.parametrize("question", ["What?", "is", "日本"])
 @pytest.mark.parametrize("choices", [["Rome", "Oslo"], ["", "Rome"], ["is Rome", "é", "The city is"]])
 def test_a_choice_does_not_begin_a_text(scripted: _Model, question: str, choices: list[str]) -> None:
     tokenizer = scripted.tokenizer
-    prompt, encoded = items._encode(tokenizer, ChoiceItem(question, choices, 0))
+    prompt, encoded = scoring._encode(tokenizer, alternatives(ChoiceItem(question, choices, 0), "question"))
     for choice, ids in zip(choices, encoded, strict=True):
         assert prompt + ids == tokenizer.encode(f"Question: {question}\nAnswer: {choice}")
         assert ids

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from common.errors import WdmoeError
-from testbed.evaluation.items import ChoiceItem, DomainText, read_items
+from testbed.evaluation.data_sets import BlankItem, ChoiceItem, DomainText, LastWordItem, read_items
 from testbed.fleet.ansible import read_inventory
 from testbed.network.spec import read_spec
 from testbed.plan.reading import read_plan
@@ -18,6 +18,17 @@ _PLAN = "name: t\npolicies: [topk]\nworkloads:\n- {kind: generate}\n"
 _NETWORK = "name: t\nprofiles:\n  near:\n    default: {}\n"
 _INVENTORY = "all:\n  children:\n    base_station: {hosts: {box: {}}}\n    nodes:\n      hosts: {pi1: {}}\n"
 _ITEM = '{"question": "q", "choices": ["a", "b"], "label": 1}\n'
+
+
+_BLANK = '{"question": "She said _ left.", "choices": ["Ann", "Bea"], "label": 0}\n'
+
+
+def _blanks(path: Path) -> list[BlankItem]:
+    return read_items(path, BlankItem)
+
+
+def _last_words(path: Path) -> list[LastWordItem]:
+    return read_items(path, LastWordItem)
 
 
 def _items(path: Path) -> list[ChoiceItem]:
@@ -62,6 +73,13 @@ def _items(path: Path) -> list[ChoiceItem]:
         (_items, _ITEM.replace('"label": 1', '"label": 0, "label": 1'), "line 1: 'label' is given twice"),
         (_items, _ITEM.replace('"label": 1', '"label": NaN'), "line 1: NaN is not a number in JSON"),
         (_items, _ITEM.replace('["a", "b"]', "[]"), "line 1: "),
+        (_blanks, _BLANK + _ITEM, "line 2: the question needs one blank '_' with text after it: 'q'"),
+        (_blanks, _BLANK.replace("She", "_"), "line 1: the question needs one blank"),
+        (_blanks, _BLANK.replace(" left.", ""), "line 1: the question needs one blank"),
+        (_blanks, _BLANK.replace('"label": 0', '"label": 2'), "line 1: label 2 is none of the 2"),
+        (_last_words, '{"text": "two words"}\n{"text": "one"}\n', "line 2: the text needs a last word after a space"),
+        (_last_words, '{"text": " word"}\n', "line 1: the text needs a last word"),
+        (_last_words, '{"text": "ends with "}\n', "line 1: the text needs a last word"),
         (_items, _ITEM + "[" * 100_000 + "\n", "line 2: "),
         (_items, _ITEM + '{"question": "\xff"}\n', "line 2: "),
     ],

@@ -1,19 +1,15 @@
-"""Measures the quality of a model's answers: multiple choice by log-likelihood, and perplexity.
+"""Measures how well a model predicts texts: multiple choice by log-likelihood, last words, and perplexity.
 
-Prompts and scoring follow lm-evaluation-harness: the prompt is `Question: …\\nAnswer:`, and the choice with the highest
-summed log-probability counts (`acc`). Data sets are JSON Lines, with `question`, `choices` and `label` for multiple
-choice, and `domain` and `text` for perplexity.
+Scoring follows lm-evaluation-harness: the choice with the highest summed log-probability counts (`acc`), and a last
+word counts if all its tokens are the likeliest ones.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
-from pathlib import Path
-from typing import Annotated, TypeVar
+from itertools import groupby, islice
+from typing import NamedTuple, TypeVar
 
-import msgspec
 import numpy as np
 import torch
-from msgspec import Meta, Struct
 from torch import Tensor
 
 from bs_coordinator.engine.model import DistributedModel
@@ -21,8 +17,8 @@ from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import Policy, Routing
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import Packing, SequenceInput
-from common.errors import WdmoeError
-from common.jsonl import JsonLinesError, read_json_lines, strict_json
+from testbed.evaluation.data_sets import Alternative, ChoiceItem, LastWordItem, alternatives, last_word
+from testbed.plan.schema import Form
 from wire.tensors import Array
 
 _BATCH_ITEMS = 16
@@ -45,73 +41,71 @@ class EachAlone:
         )
 
 
-class ChoiceItem(Struct, frozen=True):
-    """One question with several answers; `choices[label]` is the right one."""
+class Scored(NamedTuple):
+    """How well a model predicts a continuation.
 
-    question: str
-    choices: Annotated[list[str], Meta(min_length=1)]
-    label: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.label < len(self.choices):
-            raise ValueError(f"label {self.label} is none of the {len(self.choices)} choices, which count from 0")
-
-
-class DomainText(Struct, frozen=True):
-    """Held-out text of one domain."""
-
-    domain: str
-    text: str
-
-
-def read_items(path: Path, kind: type[T], count: int | None = None) -> list[T]:
-    """The first `count` items of a JSON Lines file.
-
-    Raises:
-        WdmoeError: the file is missing, or a line is not an item of this kind.
+    Attributes:
+        log_likelihood: summed, in nats.
+        greedy: whether greedy decoding from the context gives exactly this continuation.
     """
-    try:
-        return list(islice(read_json_lines(path, lambda line: msgspec.convert(strict_json(line), kind)), count))
-    except FileNotFoundError:
-        raise WdmoeError(f"evaluation data {path} is missing: docs/measurement.md describes its format") from None
-    except JsonLinesError as error:
-        raise WdmoeError(f"not JSON Lines of {kind.__name__}: {error}") from None
+
+    log_likelihood: float
+    greedy: bool
 
 
 def choose(
-    model: DistributedModel, tokenizer: Tokenizer, items: Sequence[ChoiceItem], *, batch: int = _BATCH_ITEMS
+    model: DistributedModel,
+    tokenizer: Tokenizer,
+    items: Sequence[ChoiceItem],
+    *,
+    form: Form = "question",
+    batch: int = _BATCH_ITEMS,
 ) -> list[int]:
-    """The index of the model's choice for each item.
+    """The index of the model's choice for each item: the alternative with the highest summed log-likelihood.
 
     Args:
         batch: items per forward step.
     """
     chosen: list[int] = []
     for some in _batches(items, size=batch):
-        encoded = [_encode(tokenizer, item) for item in some]
-        prompts = [prompt for prompt, _ in encoded]
-        choices = [(i, ids) for i, (_, choices) in enumerate(encoded) for ids in choices]
-        scores = _score(model, prompts, choices)
-        by_item: list[list[float]] = [[] for _ in some]
-        for (i, _), score in zip(choices, scores, strict=True):
-            by_item[i].append(score)
-        chosen += [max(range(len(sums)), key=sums.__getitem__) for sums in by_item]
+        scores = _score(model, tokenizer, [alternatives(item, form) for item in some])
+        chosen += [max(range(len(by)), key=[s.log_likelihood for s in by].__getitem__) for by in scores]
     return chosen
 
 
-def _encode(tokenizer: Tokenizer, item: ChoiceItem) -> tuple[list[int], list[list[int]]]:
-    """Token ids of an item's prompt, and of each choice as they follow it.
+def score_last_words(
+    model: DistributedModel, tokenizer: Tokenizer, items: Sequence[LastWordItem], *, batch: int = _BATCH_ITEMS
+) -> list[Scored]:
+    """How well the model predicts the last word of each text.
+
+    Args:
+        batch: items per forward step.
+    """
+    scored: list[Scored] = []
+    for some in _batches(items, size=batch):
+        scored += [score for (score,) in _score(model, tokenizer, [[last_word(item)] for item in some])]
+    return scored
+
+
+class _Encoded(NamedTuple):
+    """Token ids of a context, and of the continuations that follow it."""
+
+    context: list[int]
+    continuations: list[list[int]]
+
+
+def _encode(tokenizer: Tokenizer, some: Sequence[Alternative]) -> _Encoded:
+    """Token ids of alternatives with one context, each as it follows the context.
 
     A text encoded alone may begin with other tokens than within another: with BOS, or a space of its own. The last
-    token of the prompt may also be merged with the first of a choice. What all choices share is therefore the prompt.
+    token of the context may also be merged with the first of a continuation. What all share is therefore the context.
     """
-    text = f"Question: {item.question}\nAnswer:"
-    whole = [tokenizer.encode(f"{text} {choice}") for choice in item.choices]
-    prompt = tokenizer.encode(text)
-    shared = min(_shared(prompt, ids) for ids in whole)
-    # Each choice needs a token to score, and a model needs one to begin with.
+    context = tokenizer.encode(some[0].context)
+    whole = [tokenizer.encode(context + continuation) for context, continuation in some]
+    shared = min(_shared(context, ids) for ids in whole)
+    # Each continuation needs a token to score, and a model needs one to begin with.
     shared = max(1, min(shared, *(len(ids) - 1 for ids in whole)))
-    return prompt[:shared], [ids[shared:] for ids in whole]
+    return _Encoded(context[:shared], [ids[shared:] for ids in whole])
 
 
 def _shared(a: list[int], b: list[int]) -> int:
@@ -119,12 +113,25 @@ def _shared(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _score(
+def _score(model: DistributedModel, tokenizer: Tokenizer, items: Sequence[Sequence[Alternative]]) -> list[list[Scored]]:
+    """How well the model predicts each alternative of each item. Equal contexts of an item are computed once."""
+    encoded = [
+        [_encode(tokenizer, list(group)) for _, group in groupby(some, key=lambda alternative: alternative.context)]
+        for some in items
+    ]
+    flat = [group for groups in encoded for group in groups]
+    continuations = [(i, ids) for i, group in enumerate(flat) for ids in group.continuations]
+    scores = iter(_score_ids(model, [group.context for group in flat], continuations))
+    return [list(islice(scores, sum(len(group.continuations) for group in groups))) for groups in encoded]
+
+
+def _score_ids(
     model: DistributedModel, prompts: Sequence[list[int]], choices: Sequence[tuple[int, list[int]]]
-) -> list[float]:
-    """Log-likelihood of each choice after its prompt, computed in two steps for all choices.
+) -> list[Scored]:
+    """How well the model predicts each continuation of its prompt, computed in two steps for all of them.
 
     Args:
+        prompts: token ids.
         choices: index of the prompt, and the token ids that follow it.
     """
     if not model.trunk.packs:
@@ -148,16 +155,16 @@ def _score(
         (rest,), _ = model.step([feed])
     continued = torch.split(rest, lengths)
     return [
-        _log_likelihood(torch.cat([first[i, None], following]), ids)
+        _scored(torch.cat([first[i, None], following]), ids)
         for (i, ids), following in zip(choices, continued, strict=True)
     ]
 
 
-def _score_alone(model: DistributedModel, prompt: list[int], choice: list[int]) -> float:
-    """Log-likelihood of one choice, in a step of its own."""
+def _score_alone(model: DistributedModel, prompt: list[int], choice: list[int]) -> Scored:
+    """How well the model predicts one continuation, in a step of its own."""
     rows = list(range(len(prompt) - 1, len(prompt) + len(choice) - 1))
     (logits,), _ = model.step([SequenceInput([*prompt, *choice], model.trunk.new_cache(), rows=rows)])
-    return _log_likelihood(logits, choice)
+    return _scored(logits, choice)
 
 
 def _positions(lengths: Sequence[int]) -> Tensor:
@@ -186,11 +193,15 @@ def losses(
     return result
 
 
+def _scored(logits: Tensor, ids: list[int]) -> Scored:
+    return Scored(_log_likelihood(logits, ids), logits.argmax(dim=-1).tolist() == ids)
+
+
 def _log_likelihood(logits: Tensor, ids: list[int]) -> float:
     log_probabilities = torch.log_softmax(logits, dim=-1)
     return float(log_probabilities.gather(1, torch.tensor(ids, dtype=torch.int64)[:, None]).sum())
 
 
-def _batches(items: Sequence[T], size: int = _BATCH_ITEMS) -> Iterator[Sequence[T]]:
+def _batches(items: Sequence[T], *, size: int) -> Iterator[Sequence[T]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
