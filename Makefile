@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 .DEFAULT_GOAL := help
 # Each worker imports torch: more than eight of them cost more memory and start-up than they save time.
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
-.PHONY: help demo test test-slow test-slow-process test-slow-root check fmt bench reproduce reproduce-batches chaos fuzz arm fleet-proof clean
+.PHONY: help demo test test-slow test-slow-process test-slow-root check fmt bench reproduce reproduce-batches robustness chaos fuzz arm fleet-proof clean
 
 help:
 	@echo "make demo   set everything up, build the demo model and bundle, answer three questions over MQTT"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench  benchmarks: a table, and JSON with raw samples under runs/"
 	@echo "make reproduce DATA=folder  the tables of policies in docs/results.md, as root, in half an hour"
 	@echo "make reproduce-batches DATA=folder  those for batches, in as much time again"
+	@echo "make robustness DATA=folder [ITEMS=100] [JOBS=8]  both demo models on six data sets, as root, in one to six hours"
 	@echo "make chaos  200 answers under random faults, as root (docs/reliability.md)"
 	@echo "make fuzz   damaged inputs to every reader of outside data, 100,000 each, in about an hour"
 	@echo "make arm    nodes from aarch64 wheels on an emulated Pi 5 and Pi 4, against this machine (needs qemu-user-static)"
@@ -64,6 +65,16 @@ reproduce reproduce-batches: $(READY)
 	@test -n "$(DATA)" || { echo "say make $@ DATA=folder with arc_easy_test.jsonl and piqa_valid.jsonl (docs/measurement.md)" >&2; exit 2; }
 	OMP_WAIT_POLICY=passive $(BIN)/wdmoe-testbed run testbed/experiment/plans/$(PLAN).yaml --data $(DATA) --out runs/$(PLAN)
 	$(BIN)/wdmoe-testbed report runs/$(PLAN)
+
+# Continues where it was interrupted. JOBS processes measure accuracy at once, each with the whole model.
+JOBS ?= $(shell n=$$(nproc); echo $$((n > 2 ? n / 2 : 1)))
+robustness: export OMP_WAIT_POLICY = passive
+robustness: $(READY)
+	@test -n "$(DATA)" || { echo "say make $@ DATA=folder with the six data sets (docs/measurement.md)" >&2; exit 2; }
+	if [ -e runs/robustness/manifest.json ]; then $(BIN)/wdmoe-testbed resume runs/robustness --jobs $(JOBS); \
+	else $(BIN)/wdmoe-testbed run testbed/experiment/plans/robustness.yaml --data $(DATA) --out runs/robustness \
+		--jobs $(JOBS) $(if $(ITEMS),--items $(ITEMS)); fi
+	$(BIN)/wdmoe-testbed report runs/robustness
 
 chaos: $(READY)
 	$(BIN)/wdmoe-testbed chaos

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from testbed.errors import PlanError
 from testbed.plan.cells import blocks, expand
 from testbed.plan.estimate import describe, estimate
-from testbed.plan.reading import read_plan
-from testbed.plan.schema import Generate, Perplexity, Plan
+from testbed.plan.reading import at_most, read_plan
+from testbed.plan.schema import Generate, Items, Perplexity, Plan
 from tests.in_process import run_in_process
 
 POLICIES = ("topk", "top1", "topk:k=3", "topk:k=4")
@@ -105,6 +105,12 @@ GOOD = {"name": "x", "policies": "[topk]", "workloads": "[{kind: generate}]"}
         ({"network": "{external: {}}"}, ("$.network.external", "broker")),
         ({"profiles": "[slow]"}, ("profiles", "emulated")),
         ({"baseline": "top1"}, ("baseline",)),
+        ({"own_policies": "{int8: [top1]}"}, ("own_policies", "'int8' is not one of the bundles")),
+        ({"own_policies": "{int4: [nope]}"}, ("own_policies.int4[0]", "unknown")),
+        ({"own_policies": "{int4: [topk]}"}, ("own_policies.int4", "'topk' is listed twice")),
+        ({"workloads": "[{kind: choice, dataset: x, form: song}]"}, ("$.workloads[0].form", "song")),
+        ({"workloads": "[{kind: last-word, dataset: x, choosing: alone}]"}, ("workloads[0].choosing", "in-process")),
+        ({"workloads": "[{kind: last-word, items: 3}]"}, ("$.workloads[0]", "dataset")),
         ({"nodes": "{a/b: 'L*:E*'}"}, ("node",)),
         ({"workloads": "[{kind: choice}]"}, ("$.workloads[0]", "dataset")),
         ({"workloads": "[{kind: choice, dataset: x, items: [5, 5]}]"}, ("workloads[0].items", "empty")),
@@ -132,6 +138,28 @@ def test_paths_are_found_beside_the_plan_and_data(tmp_path: Path) -> None:
     (workload,) = plan.workloads
     assert not isinstance(workload, Generate)
     assert workload.dataset == str(tmp_path / "data/q.jsonl")
+
+
+def test_a_bundle_has_policies_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        "name: x\nbundles: [int4, ./b]\npolicies: [topk, top1]\nown_policies: {./b: ['topk:k=3']}\n"
+        "workloads: [{kind: generate}]\n"
+    )
+    plan = read_plan(path)
+    own = {bundle: {cell.policy for cell in expand(plan) if cell.bundle == bundle} for bundle in plan.bundles}
+    assert own == {"int4": {"topk", "top1"}, str(tmp_path / "b"): {"topk", "top1", "topk:k=3"}}
+    assert plan.every_policy == ("topk", "top1", "topk:k=3")
+
+
+def test_data_sets_are_shortened_from_their_first_item(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        "name: x\npolicies: [topk]\nworkloads:\n- {kind: generate}\n- {kind: choice, dataset: a, items: [200, 700]}\n"
+        "- {kind: last-word, dataset: b, items: 30}\n"
+    )
+    spans = [w.span for w in at_most(read_plan(path), 50).workloads if isinstance(w, Items)]
+    assert spans == [(200, 250), (0, 30)]
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[3] / "testbed/experiment/plans").glob("*.yaml")))

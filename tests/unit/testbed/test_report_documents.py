@@ -7,7 +7,7 @@ import msgspec
 
 from testbed.archive.dictionary import dictionary_markdown
 from testbed.latency_log import COLUMNS
-from testbed.plan.schema import Broker, Choice, Generate, Network, Perplexity, Plan
+from testbed.plan.schema import Broker, Choice, Generate, LastWord, Network, Perplexity, Plan
 from testbed.proof.models_page import models_markdown
 from testbed.report.numbers.metrics import METRICS, SAME_TOKENS
 from testbed.report.page.labels import policy_label
@@ -44,7 +44,7 @@ def test_every_table_and_metric_is_documented() -> None:
 
 
 def test_every_field_of_a_plan_is_documented() -> None:
-    kinds = (Plan, Network, Broker, Generate, Choice, Perplexity)
+    kinds = (Plan, Network, Broker, Generate, Choice, LastWord, Perplexity)
     assert not {field.name for kind in kinds for field in msgspec.structs.fields(kind)} - NAMED
 
 
