@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from rich.console import Console
 
+from exporter.demo_model.assembly import DEFAULT_MODEL, DEMO_MODELS
 from exporter.expert.presets import DEFAULT_BLOCK
 from testbed import facts
 from testbed.demo_assets import demo_bundle
@@ -106,22 +108,37 @@ def bundle_path(name: str, *, console: Console) -> Path:
     """The folder of a bundle of a plan; bundles of the demo model are exported if they don't exist yet."""
     if "/" in name:
         return Path(name)
-    scheme, block = demo_scheme(name)
-    return demo_bundle(scheme, block=block, console=console)
+    demo = named_demo_bundle(name)
+    return demo_bundle(demo.scheme, model=demo.model, block=demo.block, console=console)
 
 
-def demo_scheme(name: str) -> tuple[Scheme, int]:
-    """Quantisation scheme and block size from a plan's name for a bundle of the demo model, such as `int4-b128`.
+class DemoBundle(NamedTuple):
+    """A bundle of a demo model.
+
+    Attributes:
+        model: one of `DEMO_MODELS`.
+    """
+
+    model: str
+    scheme: Scheme
+    block: int
+
+
+def named_demo_bundle(name: str) -> DemoBundle:
+    """The bundle of a demo model that a plan calls `name`: `int4-b128`, or with a model in front `qwen3-moe-int4`.
 
     Raises:
         PlanError: the name is not of that form.
     """
-    scheme, _, block = name.rpartition("-b") if "-b" in name else (name, "", "")
+    model = next((model for model in DEMO_MODELS if name.startswith(f"{model}-")), DEFAULT_MODEL)
+    quantisation = name.removeprefix(f"{model}-")
+    scheme, _, block = quantisation.rpartition("-b") if "-b" in quantisation else (quantisation, "", "")
     for known in SCHEMES:
         if scheme == known and (not block or block.isdigit()):
-            return known, int(block) if block else DEFAULT_BLOCK
+            return DemoBundle(model, known, int(block) if block else DEFAULT_BLOCK)
     raise PlanError(
-        f"bundles: '{name}' is neither a folder (which contains a /) nor one of {', '.join(SCHEMES)}, …-b128"
+        f"bundles: '{name}' is neither a folder (which contains a /) nor one of {', '.join(SCHEMES)}, …-b128, with "
+        f"{' or '.join(f'{model}-' for model in DEMO_MODELS)} in front of it for one of the demo models"
     )
 
 

@@ -20,7 +20,7 @@ from testbed import facts
 from testbed.demo_assets import demo_bundle_path
 from testbed.evaluation.data_sets import DomainText, LastWordItem, item_kind, read_items
 from testbed.experiment.networks import check_network
-from testbed.experiment.start import demo_scheme
+from testbed.experiment.start import named_demo_bundle
 from testbed.plan.estimate import estimate
 from testbed.plan.reading import check_plan
 from testbed.plan.schema import Choice, Items, Perplexity, Plan
@@ -90,8 +90,8 @@ def _bundle(plan: Plan, name: str, found: list[Manifest]) -> tuple[Level, str]:
     if "/" in name:
         folder = Path(name)
     else:
-        scheme, block = demo_scheme(name)
-        folder = demo_bundle_path(scheme, block=block)
+        demo = named_demo_bundle(name)
+        folder = demo_bundle_path(demo.scheme, model=demo.model, block=demo.block)
         if not (folder / MANIFEST_NAME).exists():
             return "warn", "not exported yet: 'run' exports it, which takes minutes and may download about 100 MB"
     manifest = load_manifest(folder)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.errors import PlanError
+from testbed.experiment.start import named_demo_bundle
 from testbed.plan.cells import blocks, expand
 from testbed.plan.estimate import describe, estimate
 from testbed.plan.reading import at_most, read_plan
@@ -181,3 +182,23 @@ def test_plan_as_a_command(tmp_path: Path) -> None:
     assert missing.returncode == 60
     assert "none.yaml" in missing.stderr
     assert "Traceback" not in missing.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "demo"),
+    [
+        ("int4", ("mixtral", "int4", 32)),
+        ("int8-dynamic", ("mixtral", "int8-dynamic", 32)),
+        ("int4-b128", ("mixtral", "int4", 128)),
+        ("qwen3-moe-int4", ("qwen3-moe", "int4", 32)),
+        ("qwen3-moe-int4-b64", ("qwen3-moe", "int4", 64)),
+    ],
+)
+def test_bundles_of_the_demo_models_by_name(name: str, demo: tuple[str, str, int]) -> None:
+    assert named_demo_bundle(name) == demo
+
+
+@pytest.mark.parametrize("name", ["int5", "qwen3-moe", "other-int4", "qwen3-moe-"])
+def test_other_names_of_bundles_are_refused(name: str) -> None:
+    with pytest.raises(PlanError, match=r"is neither a folder .* qwen3-moe- in front of it"):
+        named_demo_bundle(name)
