@@ -8,18 +8,20 @@ exported, and once there is room for them and for the bundle.
 import io
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.disk_space import Room, check_room
-from common.errors import WdmoeError
 from common.sizes import readable_bytes
 from exporter.checkpoint.checkpoint import INDEX_FILE, SINGLE_FILE, weight_map
 from exporter.checkpoint.hub_errors import hub_error, hub_is_silent
 from exporter.checkpoint.source_file import TEXT_FILES, read_json
-from exporter.errors import CheckpointError
+from exporter.errors import CheckpointError, DownloadError
 from wire import __version__
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
 RoomFor = Callable[[Path, int], Room]
@@ -152,34 +154,47 @@ def fetch_checkpoint(
         DownloadError: the hub could not be reached and the cache has no copy, or the hub does not give the files.
         StorageError: there is too little room.
     """
-    from huggingface_hub import HfApi
-
     for client in ("httpx", "httpx2"):
         logging.getLogger(client).setLevel(logging.WARNING)  # a line per request
     progress(f"asking the hub for {repository}", 0.0)
     try:
+        return _fetch(repository, revision, progress, room_for)
+    except DownloadError as error:
+        silent = isinstance(error.__cause__, Exception) and hub_is_silent(error.__cause__)
+        if not silent or (cached := _complete_copy(repository, revision)) is None:
+            raise
+        log.warning("no answer from the hub: using the copy in %s", cached)
+        return cached
+
+
+def _fetch(repository: str, revision: str | None, progress: Progress, room_for: RoomFor | None) -> Path:
+    from huggingface_hub import HfApi
+
+    with _library(repository, revision):
         info = HfApi(library_name="wdmoe", library_version=__version__).model_info(
             repository, revision=revision, files_metadata=True, timeout=_API_TIMEOUT_S
         )
-        files = [HubFile(file.rfilename, file.size or 0) for file in info.siblings or []]
-        texts = needed_texts(files)
-        if not any(file.name == "config.json" for file in texts):
-            needed_weights(repository, files, [], base=_base_model(info))  # has more to say about GGUF and the like
-            raise CheckpointError(f"{repository} has no config.json: it is no model of the transformers library")
-        folder = _download(repository, revision, texts, None)
-        weights = needed_weights(repository, files, _shards(folder), base=_base_model(info))
-        left = sum(file.bytes for file in weights if not (folder / file.name).exists())
-        rooms = [Room(_cache_folder(), left, "the download")]
-        rooms += [room_for(folder, sum(file.bytes for file in weights))] if room_for else []
-        check_room(rooms, remedy="free some space, choose another folder, or set HF_HOME to one for downloads")
-        return _download(repository, revision, [*texts, *weights], _Bytes(left, progress))
-    except WdmoeError:
-        raise
+    files = [HubFile(file.rfilename, file.size or 0) for file in info.siblings or []]
+    texts = needed_texts(files)
+    if not any(file.name == "config.json" for file in texts):
+        needed_weights(repository, files, [], base=_base_model(info))  # has more to say about GGUF and the like
+        raise CheckpointError(f"{repository} has no config.json: it is no model of the transformers library")
+    folder = _download(repository, revision, texts, None)
+    weights = needed_weights(repository, files, _shards(folder), base=_base_model(info))
+    left = sum(file.bytes for file in weights if not (folder / file.name).exists())
+    rooms = [Room(_cache_folder(), left, "the download")]
+    rooms += [room_for(folder, sum(file.bytes for file in weights))] if room_for else []
+    check_room(rooms, remedy="free some space, choose another folder, or set HF_HOME to one for downloads")
+    return _download(repository, revision, [*texts, *weights], _Bytes(left, progress))
+
+
+@contextmanager
+def _library(repository: str, revision: str | None) -> Iterator[None]:
+    """Call the hub's library; its errors become this project's."""
+    try:
+        yield
     # The library raises errors of its own, of its HTTP client, of the operating system and of its native downloader.
     except Exception as error:
-        if hub_is_silent(error) and (cached := _complete_copy(repository, revision)):
-            progress(f"no answer from the hub, using the copy in {_cache_folder()}", 0.0)
-            return cached
         raise hub_error(error, repository, revision) from error
 
 
@@ -203,14 +218,15 @@ def _download(repository: str, revision: str | None, files: Sequence[HubFile], s
     """Download files of a repository; returns their folder."""
     from huggingface_hub import snapshot_download
 
-    folder = snapshot_download(
-        repository,
-        revision=revision,
-        allow_patterns=[file.name for file in files],
-        tqdm_class=_bar_class(shown),
-        library_name="wdmoe",
-        library_version=__version__,
-    )
+    with _library(repository, revision):
+        folder = snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=[file.name for file in files],
+            tqdm_class=_bar_class(shown),
+            library_name="wdmoe",
+            library_version=__version__,
+        )
     return Path(folder)
 
 
