@@ -58,7 +58,7 @@ def _baseline(arm: ArmResult, workloads: Sequence[str], with_perplexity: Sequenc
     accuracy = METRICS["accuracy"]
     return [
         arm.policy.partition(":")[0],
-        *(f"{times[name].value:.1f} ms" if name in times else NOTHING for name in _MS),
+        *(f"{value_text(times[name], METRICS[name])} ms" if name in times else NOTHING for name in _MS),
         *(f"{value_text(value, accuracy)} %" if value else NOTHING for value in right),
         f"{100 * sum(shares) / len(shares):.1f} %" if len(shares) == len(right) else NOTHING,
         *(value_text(arm.workloads[name].metrics.get("perplexity"), METRICS["perplexity"]) for name in with_perplexity),

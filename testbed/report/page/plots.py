@@ -32,6 +32,8 @@ NODES_DRAWN = 8
 """Most nodes in one plot of links, to keep it readable."""
 _USUAL = 0.97
 """Share of estimates that fit into the axes of link plots."""
+_DEEPEST_POINTS = 15
+"""Largest loss of accuracy that is drawn."""
 _STYLE: Any = {
     "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "svg.hashsalt": "wdmoe",
     "figure.dpi": 120,
@@ -137,13 +139,16 @@ def _overview(summary: Summary, policies: Sequence[str], folder: Path) -> list[F
             axis.plot([wait.value] * len(points), points, linestyle="", marker="_", color=style["color"], alpha=0.6)
             ends = [(name, *_ends(value)) for name, value in (*row.accuracy.items(), ("mean", row.mean))]
             lines += [(*panel, row.policy, *_ends(wait), *end) for end in ends]
+        # A policy that breaks a model must not flatten the others.
+        axis.set_ylim(bottom=max(axis.get_ylim()[0], -_DEEPEST_POINTS))
         title = f"{Path(panel[0]).name}, {panel[1]}"
         axis.set(title=title, xlabel="layer wait, relative to the baseline", ylabel="accuracy, difference in points")
     _legend(figure, axes)
     header = ("bundle", "profile", "policy", "layer_wait_ratio", "low", "high", "workload", "accuracy_difference")
     caption = (
         "Accuracy against layer wait, both relative to the baseline: means over all data sets with 95 % intervals; "
-        "dashes are the single data sets. Up and to the left is better."
+        f"dashes are the single data sets. Losses beyond {_DEEPEST_POINTS} points lie below the plot. Up and to the left is "
+        "better."
     )
     return [_save(figure, folder, "overview", (*header, "low", "high"), lines, caption)]
 
