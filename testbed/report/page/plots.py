@@ -147,8 +147,8 @@ def _overview(summary: Summary, policies: Sequence[str], folder: Path) -> list[F
     header = ("bundle", "profile", "policy", "layer_wait_ratio", "low", "high", "workload", "accuracy_difference")
     caption = (
         "Accuracy against layer wait, both relative to the baseline: means over all data sets with 95 % intervals; "
-        f"dashes are the single data sets. Losses beyond {_DEEPEST_POINTS} points lie below the plot. Up and to the left is "
-        "better."
+        f"dashes are the single data sets. Losses beyond {_DEEPEST_POINTS} points lie below the plot. Up and to the "
+        "left is better."
     )
     return [_save(figure, folder, "overview", (*header, "low", "high"), lines, caption)]
 
