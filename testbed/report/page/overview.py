@@ -27,7 +27,7 @@ def overview_sections(summary: Summary, figures: Sequence[Figure]) -> list[Secti
         arms = [arm for arm in summary.arms if (arm.bundle, arm.profile) == (bundle, profile)]
         if mine:
             blocks += [f"Bundle {Path(bundle).name}, links {profile}:", _table(summary, arms, mine)]
-    return [Section("Policies across data sets and models", [*blocks, *figures, *_losses(rows)])]
+    return [Section("Policies across data sets and models", [*blocks, *figures, *_losses(summary, rows)])]
 
 
 def _table(summary: Summary, arms: Sequence[ArmResult], rows: Sequence[Across]) -> Table:
@@ -35,11 +35,10 @@ def _table(summary: Summary, arms: Sequence[ArmResult], rows: Sequence[Across]) 
     with_perplexity = [name for name in workloads if any(name in row.perplexity for row in rows)]
     header = ["policy", "layer wait", "time per token", *workloads, "mean"]
     header += [f"perplexity, {name}" for name in with_perplexity]
-    policies = [arm.policy for arm in arms]
     lines = [_baseline(arm, workloads, with_perplexity) for arm in arms if arm.baseline]
     lines += [
         [
-            policy_label(row.policy, policies),
+            _label(summary, row),
             ratio_text(row.layer_wait),
             ratio_text(row.token),
             *(points_text(row.accuracy[name]) for name in workloads),
@@ -57,7 +56,7 @@ def _baseline(arm: ArmResult, workloads: Sequence[str], with_perplexity: Sequenc
     shares = [value.value for value in right if value]
     accuracy = METRICS["accuracy"]
     return [
-        arm.policy.partition(":")[0],
+        arm.policy,
         *(f"{value_text(times[name], METRICS[name])} ms" if name in times else NOTHING for name in _MS),
         *(f"{value_text(value, accuracy)} %" if value else NOTHING for value in right),
         f"{100 * sum(shares) / len(shares):.1f} %" if len(shares) == len(right) else NOTHING,
@@ -65,9 +64,14 @@ def _baseline(arm: ArmResult, workloads: Sequence[str], with_perplexity: Sequenc
     ]
 
 
-def _losses(rows: Sequence[Across]) -> list[str | Table | Figure]:
+def _label(summary: Summary, row: Across) -> str:
+    """The policy's label among those of its bundle."""
+    return policy_label(row.policy, (arm.policy for arm in summary.arms if arm.bundle == row.bundle))
+
+
+def _losses(summary: Summary, rows: Sequence[Across]) -> list[str | Table | Figure]:
     found = [
-        [Path(row.bundle).name, row.profile, row.policy.partition(":")[0], name, points_text(value)]
+        [Path(row.bundle).name, row.profile, _label(summary, row), name, points_text(value)]
         for row in rows
         for name, value in certain_losses(row).items()
     ]
