@@ -174,7 +174,7 @@ def wilson_interval(right: float, count: int, z: float = _Z) -> tuple[float, flo
     share = right / count
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)  # rounding may take them past the ends
 
 
 def measured(measure: Measure, *, seed: int, resamples: int = RESAMPLES) -> Interval | None:

@@ -351,8 +351,8 @@ def test_cells_of_different_commits_are_distinguished(copy: RunDir) -> None:
     reported = run_in_process("testbed", "report", copy.path, "--resamples", "100")
     assert reported.returncode == 0, reported.stderr
     assert "Cells measured by different versions: " in reported.stdout
-    assert "ffffffffffff (9)" in reported.stdout
-    assert sorted(_summary(copy)["code"].values()) == [1, 9]
+    assert "ffffffffffff (11)" in reported.stdout
+    assert sorted(_summary(copy)["code"].values()) == [1, 11]
     tokens = pq.read_table(copy.path / "tokens.parquet").to_pylist()
     assert {row["commit"] for row in tokens if row["cell"] == again.id} == {now[0]}
     assert {row["commit"] for row in tokens if row["cell"] != again.id} == {"f" * 40}
@@ -410,7 +410,8 @@ def test_preflight_says_what_a_plan_lacks(plan_path: Path, tmp_path: Path) -> No
     assert fine.returncode == 0, fine.stderr
     assert "2 nodes hold all 16 experts" in fine.stdout
     text = plan_path.read_text().replace("items: 6", "items: 7").replace("nodes: 2", "nodes: {pi1: 'L*:E0-6'}")
-    shutil.copy(plan_path.parent / "items.jsonl", tmp_path)
+    for name in ("items.jsonl", "words.jsonl"):
+        shutil.copy(plan_path.parent / name, tmp_path)
     (tmp_path / "plan.yaml").write_text(text)
     bad = run_in_process("testbed", "preflight", tmp_path / "plan.yaml", env=wide)
     assert bad.returncode == 62
