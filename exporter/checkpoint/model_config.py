@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from exporter.checkpoint.families import FAMILIES, model_family
+from exporter.checkpoint.matrices import FP8_BLOCK
 from exporter.checkpoint.source_file import parse_json, read_bytes, read_json
 from exporter.errors import CheckpointError
 
@@ -99,7 +100,7 @@ def _quantised(folder: Path, config: dict[str, Any], example: str) -> str | None
     if not found:
         return None
     method = found.get("quant_method") if isinstance(found, dict) else None
-    if method == "mxfp4" or (method == "fp8" and found.get("weight_block_size") is not None):
+    if method == "mxfp4" or (method == "fp8" and found.get("weight_block_size") == list(FP8_BLOCK)):
         return str(method)
     raise CheckpointError(
         f"{folder} is already quantised ({_shown(method)}), which can't be read exactly: download the original "
