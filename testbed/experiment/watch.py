@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
+from bs_coordinator.nodes.admission import Admission
 from bs_coordinator.nodes.telemetry_inbox import ReceivedTelemetry, TelemetryInbox
 from common.errors import StorageError
 from edge_node.limits import processor_celsius
@@ -61,6 +62,7 @@ class Watch:
         self._broker_problem = ""
         self._nodes: dict[str, tuple[NodeStatus, float]] = {}
         self._telemetry = TelemetryInbox()
+        self._admission = Admission("statuses")
         self._late_ms: dict[str, deque[float]] = {}
         self._steps = 0
         self._stepped_s: float | None = None
@@ -95,7 +97,7 @@ class Watch:
         """Watch these nodes from now on."""
         with self._lock:
             self._target, self._nodes, self._retry_s = (address, cluster), {}, 0.0
-            self._telemetry, self._late_ms = TelemetryInbox(), {}
+            self._telemetry, self._admission, self._late_ms = TelemetryInbox(), Admission("statuses"), {}
 
     def unfollow(self) -> None:
         """Stop watching nodes, before they are ended on purpose."""
@@ -167,7 +169,7 @@ class Watch:
         node = topics.node_of_status(message.topic)
         sampled = topics.node_of_telemetry(message.topic)
         document = None
-        if node is not None and message.payload:
+        if node is not None and message.payload and not self._admission.refusal(node, message.arrived_ns / 1e9):
             with suppress(FrameError):  # the runner counts malformed messages
                 document = status.decode_status(message.payload, node)
         with self._lock:

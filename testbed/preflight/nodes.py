@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from bs_coordinator.dispatch.dispatcher import Dispatcher
 from bs_coordinator.dispatch.readiness import prove_expert
 from bs_coordinator.errors import DispatchError
+from bs_coordinator.nodes.admission import Admission
 from bs_coordinator.nodes.registry import NodeRegistry
 from testbed.experiment.clock_rows import node_clocks
 from testbed.preflight.iperf import measure_rate
@@ -47,12 +48,13 @@ class _Listener(Transport):
         self.last: dict[str, NodeStatus] = {}
         self.boots: dict[str, set[str]] = defaultdict(set)
         self._transport, self._topics = transport, topics
+        self._admission = Admission("statuses")
 
     def receive(self, timeout_s: float) -> Message | None:
         """Receive a message and keep it if it is a status."""
         message = self._transport.receive(timeout_s)
         node = self._topics.node_of_status(message.topic) if message and message.payload else None
-        if message and node is not None:
+        if message and node is not None and not self._admission.refusal(node, message.arrived_ns / 1e9):
             try:
                 document = status.decode_status(message.payload, node)
             except FrameError:
