@@ -21,7 +21,7 @@ from wire.manifest import load_manifest
 QUESTIONS = (
     "What is the capital of France?",
     "Explain in two sentences why leaves are green.",
-    "Write a Python function that returns the larger of two numbers.",
+    "Write a Python function that adds two numbers.",
 )
 
 
