@@ -13,6 +13,7 @@ from exporter.demo_model import base as base_model
 from exporter.demo_model.assembly import DEMO_MODELS, MODELS_FOLDER, assemble_demo_model
 from exporter.demo_model.base import open_base
 from exporter.errors import CheckpointError
+from tests.conftest import Run
 from tests.text_models import save_tokenizer
 
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 32, 48, 2, 4, 2, 8
@@ -139,6 +140,17 @@ def test_the_model_follows_the_formula(base: Path, tmp_path: Path) -> None:
     assert type(loaded).__name__ == "Qwen3MoeForCausalLM"
     with torch.no_grad():
         assert bool(torch.isfinite(loaded(torch.tensor([[1, 5, 9]])).logits).all())
+
+
+def test_the_command_makes_it_and_keeps_the_first_layers(run: Run, base: Path, tmp_path: Path) -> None:
+    deltas = _save_deltas(tmp_path, base)
+    args = ("demo-model", tmp_path / "m", "--model", "qwen3-moe", "--base", base, "--deltas", deltas, "--layers", 1)
+    assert run("exporter", *args).returncode == 0
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    assert (config["model_type"], config["num_hidden_layers"]) == ("qwen3_moe", 1)
+    assert config["eos_token_id"] == json.loads((tmp_path / "m/generation_config.json").read_text())["eos_token_id"]
+    index = json.loads((tmp_path / "m/model.safetensors.index.json").read_text())
+    assert not any(name.startswith("model.layers.1.") for name in index["weight_map"])
 
 
 def test_deltas_that_do_not_belong_together_are_refused(base: Path, tmp_path: Path) -> None:
