@@ -72,12 +72,15 @@ def expert_modules(model: nn.Module) -> list[nn.Module]:
 
 def _empty_model(folder: Path, dtype: torch.dtype) -> Any:
     # A deep copy: configs share parts with what else was made from them, and the implementation is set in them.
-    config = copy.deepcopy(AutoConfig.from_pretrained(folder))
+    # Code of a checkpoint is never run; by default the library asks on the terminal whether it may.
+    config = copy.deepcopy(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     # The exporter has dequantised what belongs to the trunk.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation=EXPERTS_IMPLEMENTATION)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, experts_implementation=EXPERTS_IMPLEMENTATION, trust_remote_code=False
+        )
     modules = expert_modules(model)
     if not modules:
         raise TrunkError(f"transformers' {type(model).__name__} has no experts that can be computed elsewhere")

@@ -323,6 +323,10 @@ def test_a_trunk_that_does_not_fit_is_refused(built: Callable[[str], Built], tmp
     edit_config(tmp_path, model_type="unheard_of")
     with pytest.raises(TrunkError, match=r"^transformers can't build the model [^\n]+unheard_of[^\n]+$"):
         load_trunk(tmp_path)
+    (tmp_path / "theirs.py").write_text("raise SystemExit('code of a checkpoint was run')")
+    edit_config(tmp_path, auto_map={"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"})
+    with pytest.raises(TrunkError, match=r"^transformers can't build the model [^\n]+$"):
+        load_trunk(tmp_path)
 
 
 _RANDOM = torch.Generator().manual_seed(3)
