@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
 from bs_coordinator.base_station import BaseStation, open_base_station
 from bs_coordinator.broker.processes import open_broker
 from bs_coordinator.config import BaseStationConfig, SamplingConfig
+from bs_coordinator.engine.sequence import Sequence
+from bs_coordinator.engine.speculation import Speculation, load_draft_model
 from bs_coordinator.trunk.inputs import SequenceInput
-from testbed.demo_assets import demo_bundle, demo_model
+from testbed.demo_assets import demo_bundle, demo_draft, demo_model, export_demo_bundle
 from testbed.local_nodes import local_nodes
 from wire.broker_address import BrokerAddress
-from wire.manifest import Scheme
+from wire.manifest import Scheme, load_manifest
 from wire.tensors import WireDtype
 
 PROMPTS = (
@@ -33,7 +36,8 @@ PROMPTS = (
 
 @contextmanager
 def _station(bundle: Path, address: BrokerAddress, folder: Path, wire: WireDtype) -> Iterator[BaseStation]:
-    experts = {f"n{k}": f"L*:E{k}" for k in range(8)}
+    held = load_manifest(bundle).dims.experts
+    experts = {f"n{k}": f"L*:E{','.join(map(str, range(k, held, 8)))}" for k in range(8)}
     config = BaseStationConfig(bundle=bundle, wire=wire, degrade=False, draft="none")
     with local_nodes(bundle, address, folder, experts), open_base_station(config, address) as station:
         yield station
@@ -74,6 +78,28 @@ def test_two_layers_are_exact(tiny_model: Path, tiny_bundle: Callable[[Scheme], 
         _station(tiny_bundle("fp32"), embedded, tmp_path, WireDtype.FP32) as station,
     ):
         _compare(tiny_model, station, positions=300, prompts=3, tokens=24)
+
+
+@pytest.mark.slow
+def test_two_layers_of_the_second_model_are_exact_and_drafts_change_nothing(
+    shared_folder: Path, tmp_path: Path
+) -> None:
+    with FileLock(shared_folder / "tiny-qwen3-moe.lock"):
+        model = demo_model(model="qwen3-moe", layers=2)
+    export_demo_bundle(model, bundle := tmp_path / "bundle", "fp32")
+    with open_broker("embedded") as embedded, _station(bundle, embedded, tmp_path, WireDtype.FP32) as station:
+        _compare(model, station, positions=300, prompts=3, tokens=24)
+        ids = station.tokenizer.encode_chat([{"role": "user", "content": PROMPTS[0]}])
+        config = SamplingConfig(max_tokens=24)
+        plain = [event.id for event in station.new_sequence().generate(ids, config)]
+        # The dense model that both demo models were made from has their tokens.
+        draft = load_draft_model(
+            bundle, load_manifest(bundle), station.tokenizer.ids, folder=demo_draft(), device="cpu"
+        )
+        drafting = Sequence(station.model, station.tokenizer, speculation=Speculation("dense", draft))
+        events = list(drafting.generate(ids, config))
+    assert [event.id for event in events] == plain
+    assert sum(step.drafted for event in events for step in event.steps) > 0
 
 
 @pytest.mark.slow
