@@ -17,6 +17,7 @@ from bs_coordinator.base_station import BaseStation
 from bs_coordinator.nodes.clock_offsets import ClockSample
 from bs_coordinator.nodes.telemetry_inbox import ReceivedTelemetry
 from bs_coordinator.selection import parse_policy
+from bs_coordinator.selection.registry import check_scores
 from common.errors import StorageError, WdmoeError, one_line
 from testbed import facts
 from testbed.experiment.baselines import measure_baselines
@@ -151,6 +152,8 @@ def _run_cell(run: RunDir, systems: "_Systems", cell: Cell, attempt: int) -> Mar
     bundle = run.manifest.bundle(cell.bundle)
     policy = parse_policy(cell.policy, top_k=bundle.top_k)
     system = systems.get(cell, workload.where)
+    if not system.model.trunk.scored:
+        check_scores(cell.policy, policy, top_k=bundle.top_k)
     if system.local:
         costs = measured_costs(run, cell)
         system.local.forecasts = costs.forecast if costs else None
