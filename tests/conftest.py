@@ -45,7 +45,9 @@ def pytest_configure() -> None:
     settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("patient")
     # `--hypothesis-profile=fuzz` takes its place.
-    settings.register_profile("fuzz", deadline=None, max_examples=100_000, print_blob=True)
+    settings.register_profile(
+        "fuzz", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=100_000, print_blob=True
+    )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
