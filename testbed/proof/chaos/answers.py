@@ -137,10 +137,10 @@ def _count(session: Path) -> int:
 
 
 def _ids(session: Path) -> list[int]:
-    # Skips the header, and a last line that is not complete.
-    tokens = read_json_lines(session, msgspec.json.Decoder(tuple[int, bool]).decode, skip_cut=True)
+    # The first line is an object, the question; the last line may be incomplete.
+    lines = read_json_lines(session, msgspec.json.Decoder(tuple[int, bool] | dict[str, object]).decode, skip_cut=True)
     try:
-        return [token for token, _ in tokens]
+        return [line[0] for line in lines if isinstance(line, tuple)]
     except OSError:
         return []
 
