@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from time import perf_counter_ns
 
 import numpy as np
@@ -215,7 +216,9 @@ class DistributedModel:
 
     def _choose(self, routing: Routing, forecast: LayerForecast) -> Choice:
         if not self.degrade:
-            return Choice(self.policy.select(routing, forecast), forecast, ())
+            # Lost experts are asked all the same: the step fails instead of giving another answer.
+            whole = forecast if forecast.available is None else replace(forecast, available=None)
+            return Choice(self.policy.select(routing, whole), forecast, ())
         gate, degraded = select_available(self.policy, routing, forecast)
         return Choice(gate, forecast, tuple(degraded.tolist()))
 

@@ -192,3 +192,19 @@ def test_a_holder_that_leaves_between_forecast_and_request_is_done_without(bundl
     assert record.layers[1].degraded
     with pytest.raises(PlacementError, match="failed"):
         DistributedModel(trunk, Leaving(bundle), TopK(2)).step([SequenceInput(IDS, trunk.new_cache())])
+
+
+def test_without_degrade_lost_experts_are_asked_and_the_step_fails(bundle: Path) -> None:
+    class Lost(_LateExperts):
+        """The forecast already knows that an expert is lost."""
+
+        def begin(self, layer: int, hidden: Array, gate: Array) -> _Pending:
+            if gate[:, sorted(self.local.lost)].any():
+                raise PlacementError("no node holds it")
+            return super().begin(layer, hidden, gate)
+
+    trunk = load_trunk(bundle / "trunk")
+    experts = Lost(bundle)
+    experts.local.lost = frozenset({0, 1, 2})
+    with pytest.raises(PlacementError, match="no node holds it"):
+        DistributedModel(trunk, experts, TopK(2)).step([SequenceInput(IDS, trunk.new_cache())])
