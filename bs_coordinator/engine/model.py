@@ -4,7 +4,6 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from time import perf_counter_ns
 
 import numpy as np
@@ -16,7 +15,7 @@ from bs_coordinator.engine.micro_batch import Choice, LayerTally, MicroBatch
 from bs_coordinator.engine.step_records import StepRecord
 from bs_coordinator.errors import AnswerError, ExpertsLostError, PlacementError
 from bs_coordinator.selection import Policy, Routing
-from bs_coordinator.selection.degraded import select_available
+from bs_coordinator.selection.degraded import select_available, select_wanted
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import SequenceInput, cut_inputs
 from bs_coordinator.trunk.interface import CacheMark, Trunk
@@ -217,8 +216,7 @@ class DistributedModel:
     def _choose(self, routing: Routing, forecast: LayerForecast) -> Choice:
         if not self.degrade:
             # Lost experts are asked all the same: the step fails instead of giving another answer.
-            whole = forecast if forecast.available is None else replace(forecast, available=None)
-            return Choice(self.policy.select(routing, whole), forecast, ())
+            return Choice(select_wanted(self.policy, routing, forecast), forecast, ())
         gate, degraded = select_available(self.policy, routing, forecast)
         return Choice(gate, forecast, tuple(degraded.tolist()))
 

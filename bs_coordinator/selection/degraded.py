@@ -12,6 +12,11 @@ from bs_coordinator.selection.routing import Routing
 from wire.tensors import Array
 
 
+def select_wanted(policy: Policy, routing: Routing, forecast: LayerForecast) -> Array:
+    """Gate weights, as `Policy.select` defines them, that `policy` would choose if all experts were available."""
+    return policy.select(routing, forecast if forecast.available is None else replace(forecast, available=None))
+
+
 def select_available(policy: Policy, routing: Routing, forecast: LayerForecast) -> tuple[Array, NDArray[np.intp]]:
     """Let `policy` choose among the available experts.
 
@@ -23,9 +28,9 @@ def select_available(policy: Policy, routing: Routing, forecast: LayerForecast) 
         ExpertsLostError: none of the layer's experts is available.
     """
     available = forecast.available
+    wanted = select_wanted(policy, routing, forecast)
     if available is None:
-        return policy.select(routing, forecast), np.zeros(0, np.intp)
-    wanted = policy.select(routing, replace(forecast, available=None))
+        return wanted, np.zeros(0, np.intp)
     if not available.any():
         raise ExpertsLostError(f"none of the experts of layer {forecast.layer} is available")
     degraded = np.flatnonzero(wanted[:, ~available].any(axis=1))
