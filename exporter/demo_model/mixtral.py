@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter.demo_model.base import Base, DenseShape
-from exporter.demo_model.parts import DeltaFiles, DenseWeights, Shapes, check_dimensions, dense_groups, dense_layer
+from exporter.demo_model.parts import DeltaFiles, LayeredWeights, Shapes, check_dimensions, dense_layer
 from exporter.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -100,20 +100,12 @@ class MixtralDeltas:
         return b, self._files.tensor(f"layers.{layer}.a{n}")[rows].double()
 
 
-class MixtralWeights:
+class MixtralWeights(LayeredWeights):
     """The model's tensors by their names on disk, each computed on demand."""
 
     def __init__(self, base: Base, deltas: MixtralDeltas, layers: int) -> None:
-        self._base = base
-        self._dense = DenseWeights(base)
+        super().__init__(base, layers)
         self._deltas = deltas
-        self._layers = layers
-
-    def groups(self) -> list[Shapes]:
-        """Names and shapes of all tensors, in groups that stay together in one shard."""
-        return dense_groups(
-            self._base.shape, [self._layer_group(f"model.layers.{layer}") for layer in range(self._layers)]
-        )
 
     def _layer_group(self, prefix: str) -> Shapes:
         shape = self._base.shape

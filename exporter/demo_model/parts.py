@@ -1,5 +1,6 @@
 """What all demo models share: the tensors taken over from the dense base, and reading of trained differences."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -126,6 +127,35 @@ class DenseWeights:
         return self._last[1]
 
 
+class LayeredWeights(ABC):
+    """The dense base's embeddings, norm and head around layers that a demo model defines."""
+
+    def __init__(self, base: Base, layers: int) -> None:
+        """Nothing is read yet.
+
+        Args:
+            base: dense model that the demo model is made from.
+            layers: number of its first layers to keep.
+        """
+        self._base = base
+        self._dense = DenseWeights(base)
+        self._layers = layers
+
+    def groups(self) -> list[Shapes]:
+        """Names and shapes of all tensors, in groups that stay together in one shard."""
+        shape = self._base.shape
+        vocabulary = (shape.vocab_size, shape.hidden_size)
+        tail: Shapes = {"model.norm.weight": (shape.hidden_size,)}
+        if not shape.tied_embeddings:
+            tail["lm_head.weight"] = vocabulary
+        layers = [self._layer_group(f"model.layers.{layer}") for layer in range(self._layers)]
+        return [{"model.embed_tokens.weight": vocabulary}, *layers, tail]
+
+    @abstractmethod
+    def _layer_group(self, prefix: str) -> Shapes:
+        """Names and shapes of a layer's tensors, whose names begin with `prefix`."""
+
+
 def check_dimensions(base: DenseShape, layers: int, hidden_size: int, intermediate_size: int) -> None:
     """Make sure that a base has the dimensions for which deltas were made.
 
@@ -138,15 +168,6 @@ def check_dimensions(base: DenseShape, layers: int, hidden_size: int, intermedia
             "base and deltas don't belong together: layers, hidden, intermediate size are "
             f"{theirs} in the base, {mine} in the deltas"
         )
-
-
-def dense_groups(shape: DenseShape, layers: Sequence[Shapes]) -> list[Shapes]:
-    """The groups of a whole model: embeddings, layers, final norm and head."""
-    vocabulary = (shape.vocab_size, shape.hidden_size)
-    tail: Shapes = {"model.norm.weight": (shape.hidden_size,)}
-    if not shape.tied_embeddings:
-        tail["lm_head.weight"] = vocabulary
-    return [{"model.embed_tokens.weight": vocabulary}, *layers, tail]
 
 
 def dense_layer(shape: DenseShape, prefix: str) -> Shapes:

@@ -26,7 +26,7 @@ import msgspec
 
 from exporter.demo_model.base import Base, DenseShape, sha256_of
 from exporter.demo_model.mixtral import MixtralDeltas
-from exporter.demo_model.parts import DeltaFiles, DenseWeights, Shapes, check_dimensions, dense_groups, dense_layer
+from exporter.demo_model.parts import DeltaFiles, LayeredWeights, Shapes, check_dimensions, dense_layer
 from exporter.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -164,20 +164,12 @@ class Qwen3MoeDeltas:
         return self._files.tensor(name)[rows].double() * scale[:, None]
 
 
-class Qwen3MoeWeights:
+class Qwen3MoeWeights(LayeredWeights):
     """The model's tensors by their names on disk, each computed on demand."""
 
     def __init__(self, base: Base, deltas: Qwen3MoeDeltas, layers: int) -> None:
-        self._base = base
-        self._dense = DenseWeights(base)
+        super().__init__(base, layers)
         self._deltas = deltas
-        self._layers = layers
-
-    def groups(self) -> list[Shapes]:
-        """Names and shapes of all tensors, in groups that stay together in one shard."""
-        return dense_groups(
-            self._base.shape, [self._layer_group(f"model.layers.{layer}") for layer in range(self._layers)]
-        )
 
     def _layer_group(self, prefix: str) -> Shapes:
         dims = self._deltas.dims
