@@ -9,13 +9,16 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 from bs_coordinator.config import SamplingConfig
 from bs_coordinator.dispatch.dispatcher import Dispatcher
 from bs_coordinator.engine.scheduler import Progress, Scheduler
-from bs_coordinator.engine.sequence import GeneratedAnswer, Sequence, TokenEvent
+from bs_coordinator.engine.sequence import GeneratedAnswer, Sequence
 from bs_coordinator.errors import AnswerError, BusyError
+from bs_coordinator.http.observers import AnswerObserver
+from bs_coordinator.http.requests import Request, StreamUpdate
 from common.clock import SYSTEM_CLOCK, Clock
 from common.errors import WdmoeError, one_line
 from common.moving_average import MovingAverage
@@ -29,29 +32,6 @@ _FIRST_ANSWER_S = 10.0
 """Assumed duration of an answer before any was finished."""
 _MEMORY = 0.8
 """Weight of earlier answers in the moving average of their durations."""
-
-
-class StreamUpdate(NamedTuple):
-    """What a step did for a request: new tokens, or the error that ended it."""
-
-    events: list[TokenEvent]
-    error: WdmoeError | None = None
-
-
-class Request(NamedTuple):
-    """One accepted request.
-
-    Attributes:
-        sampling: how to choose the answer's tokens.
-        deliver: called from the serving thread with each update; must not block.
-        accepted_s: on the server's monotonic clock.
-        same_text: the answer continues the prompt's text, rather than beginning one of its own.
-    """
-
-    sampling: SamplingConfig
-    deliver: Callable[[StreamUpdate], None]
-    accepted_s: float
-    same_text: bool
 
 
 class Load(NamedTuple):
@@ -73,13 +53,14 @@ class AnswerServer:
 
     def __init__(
         self, scheduler: Scheduler, new_sequence: Callable[[], Sequence], *, max_waiting: int,
-        dispatcher: Dispatcher, clock: Clock = SYSTEM_CLOCK,
+        dispatcher: Dispatcher, observers: Seq[AnswerObserver] = (), clock: Clock = SYSTEM_CLOCK,
     ) -> None:  # fmt: skip
         """Nothing runs before `start`.
 
         Args:
             max_waiting: accepted requests beyond those that the scheduler steps at once.
             dispatcher: kept connected while there is nothing to do.
+            observers: are shown every request.
             clock: for durations of answers and stalls.
         """
         self._clock = clock
@@ -87,6 +68,7 @@ class AnswerServer:
         self._new_sequence = new_sequence
         self._limit = scheduler.max_live + max_waiting
         self._dispatcher = dispatcher
+        self._observers = tuple(observers)
         self._lock = threading.Lock()
         self._inbox: deque[tuple[Request, list[int]]] = deque()
         self._cancelled: deque[Request] = deque()
@@ -116,14 +98,11 @@ class AnswerServer:
         """
         request = Request(sampling, deliver, self._clock.monotonic_s(), same_text)
         with self._lock:
-            if len(self._requests) >= self._limit or self._stop.is_set():
-                # Those ahead leave `max_live` at a time.
-                rounds = math.ceil((len(self._requests) - self._scheduler.max_live + 1) / self._scheduler.max_live)
-                raise BusyError(len(self._requests), retry_after_s=max(1.0, rounds * self._answer_s.value))
-            if not self._requests:
-                self._progress_s = self._clock.monotonic_s()
-            self._requests[id(request)] = (request, None)
-        return request
+            busy = self._take_place(request)
+        if busy is None:
+            return request
+        self._observe(lambda observer: observer.refused(busy))
+        raise busy
 
     def submit(self, request: Request, ids: list[int]) -> None:
         """Start an accepted request with the tokens of its prompt, from any thread; nothing happens if it was ended."""
@@ -139,16 +118,28 @@ class AnswerServer:
             stalled_s = self._clock.monotonic_s() - self._progress_s if self._requests else 0.0
             return Load(len(self._requests), stalled_s, self._lost)
 
+    def _take_place(self, request: Request) -> BusyError | None:
+        if len(self._requests) >= self._limit or self._stop.is_set():
+            # Those ahead leave `max_live` at a time.
+            rounds = math.ceil((len(self._requests) - self._scheduler.max_live + 1) / self._scheduler.max_live)
+            return BusyError(len(self._requests), retry_after_s=max(1.0, rounds * self._answer_s.value))
+        if not self._requests:
+            self._progress_s = self._clock.monotonic_s()
+        self._requests[id(request)] = (request, None)
+        self._observe(lambda observer: observer.accepted(request))
+        return None
+
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
                 self._update_requests()
                 if self._scheduler.idle:
                     self._wait()
-                    continue
-                for progress in self._scheduler.step():
-                    self._deliver(progress)
-                self._lost = self._dispatcher.describe_lost()
+                else:
+                    for progress in self._scheduler.step():
+                        self._deliver(progress)
+                    self._lost = self._dispatcher.describe_lost()
+                self._observe(lambda observer: observer.polled())
             except Exception:
                 # A bug must not leave callers waiting for ever; the next request may work.
                 log.exception("a step failed with an unexpected error")
@@ -175,10 +166,10 @@ class AnswerServer:
             try:
                 answer = self._new_sequence().answer(ids, request.sampling, same_text=request.same_text)
             except Exception as error:  # noqa: BLE001 - libraries raise anything, and it is this caller's alone
-                self._forget(request)
                 wrong = (
                     error if isinstance(error, WdmoeError) else AnswerError(f"this answer failed: {one_line(error)}")
                 )
+                self._end(request, wrong)
                 self._tell(request, StreamUpdate([], wrong))
                 continue
             with self._lock:
@@ -189,7 +180,7 @@ class AnswerServer:
             _, cancelled = self._requests.get(id(request), (request, None))
             if cancelled is not None:
                 self._scheduler.cancel(cancelled)
-            self._forget(request)
+            self._end(request, None)
 
     def _deliver(self, progress: Progress) -> None:
         with self._lock:
@@ -197,14 +188,15 @@ class AnswerServer:
         if request is None:
             return
         self._progress_s = self._clock.monotonic_s()
+        self._observe(lambda observer: observer.progressed(request, progress))
         if progress.error or progress.answer.done:
-            self._forget(request)
+            self._end(request, progress.error)
             if not progress.error:
                 took_s = self._clock.monotonic_s() - request.accepted_s
                 self._answer_s.add(took_s)
         if not self._tell(request, StreamUpdate(progress.events, progress.error)):
             self._scheduler.cancel(progress.answer)
-            self._forget(request)
+            self._end(request, None)
 
     def _fail_all(self, why: str) -> None:
         with self._lock:
@@ -214,7 +206,11 @@ class AnswerServer:
         for request, answer in given_up:
             if answer is not None:
                 self._scheduler.cancel(answer)
-            self._tell(request, StreamUpdate([], WdmoeError(why)))
+            self._give_up(request, WdmoeError(why))
+
+    def _give_up(self, request: Request, error: WdmoeError) -> None:
+        self._observe(lambda observer: observer.ended(request, error))
+        self._tell(request, StreamUpdate([], error))
 
     def _tell(self, request: Request, update: StreamUpdate) -> bool:
         """Deliver an update; False if the caller's function failed, which must not end the other answers."""
@@ -225,6 +221,18 @@ class AnswerServer:
             return False
         return True
 
-    def _forget(self, request: Request) -> None:
+    def _end(self, request: Request, error: WdmoeError | None) -> None:
+        """Forget a request; nothing happens if it was ended before."""
         with self._lock:
-            self._requests.pop(id(request), None)
+            known = self._requests.pop(id(request), None)
+        if known is not None:
+            self._observe(lambda observer: observer.ended(request, error))
+
+    def _observe(self, call: Callable[[AnswerObserver], None]) -> None:
+        for observer in self._observers:
+            try:
+                call(observer)
+            except Exception:
+                # A defect of an observer must not end answers, nor fill the log at every token.
+                log.exception("%s failed and is no longer called", type(observer).__name__)
+                self._observers = tuple(other for other in self._observers if other is not observer)

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.errors import AnswerError, BusyError, ContextLengthError
-from bs_coordinator.http.answer_server import AnswerServer, StreamUpdate
+from bs_coordinator.http.answer_server import AnswerServer
 from bs_coordinator.http.openai_responses import (
     STREAM_END,
     ResponseFormat,
@@ -33,6 +33,7 @@ from bs_coordinator.http.openai_responses import (
 )
 from bs_coordinator.http.openai_schema import Chat, Completion, Options, parse_request
 from bs_coordinator.http.prompts import PromptEncoder
+from bs_coordinator.http.requests import StreamUpdate
 from bs_coordinator.http.stop_strings import StopText
 from common.errors import WdmoeError
 

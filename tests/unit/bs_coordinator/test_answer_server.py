@@ -9,7 +9,9 @@ import pytest
 from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.scheduler import Progress
 from bs_coordinator.errors import AnswerError, BusyError
-from bs_coordinator.http.answer_server import AnswerServer, Load, StreamUpdate
+from bs_coordinator.http.answer_server import AnswerServer, Load
+from bs_coordinator.http.observers import AnswerObserver
+from bs_coordinator.http.requests import Request, StreamUpdate
 from common.clock import ManualClock
 from tests.waiting import PATIENCE_S
 
@@ -125,3 +127,72 @@ def test_what_fails_for_one_caller_is_that_callers_alone() -> None:
         assert server.load().requests == 1
     finally:
         server.stop()
+
+
+def test_observers_see_each_request_and_can_do_no_harm(caplog: pytest.LogCaptureFixture) -> None:
+    class Answer:
+        def __init__(self) -> None:
+            self.done = False
+
+    class Sequences(_Idle):
+        def answer(self, ids: list[int], config: SamplingConfig, *, same_text: bool) -> object:
+            if ids == [13]:
+                raise TypeError("no such token")
+            return Answer()
+
+    class Steps(_Scheduler):
+        def step(self) -> list[Any]:
+            answer: Any = self.answers[-1]
+            answer.done = True
+            self.cancel(answer)
+            return [Progress(answer, [], None)]
+
+    class Seen(AnswerObserver):
+        def __init__(self) -> None:
+            self.calls: list[tuple[str, object]] = []
+
+        def accepted(self, request: Request) -> None:
+            self.calls.append(("accepted", request))
+
+        def refused(self, error: BusyError) -> None:
+            self.calls.append(("refused", error.retry_after_s))
+
+        def progressed(self, request: Request, progress: Progress) -> None:
+            self.calls.append(("progressed", request))
+
+        def ended(self, request: Request, error: object) -> None:
+            self.calls.append(("ended", request if error is None else str(error)))
+
+    class Broken(AnswerObserver):
+        def progressed(self, request: Request, progress: Progress) -> None:
+            raise ZeroDivisionError
+
+        def ended(self, request: Request, error: object) -> None:
+            raise AssertionError("called after it had failed")
+
+    idle: Any = Sequences()
+    scheduler: Any = Steps()
+    seen = Seen()
+    updates: queue.Queue[StreamUpdate] = queue.Queue()
+    server = AnswerServer(scheduler, lambda: idle, max_waiting=2, dispatcher=idle, observers=(Broken(), seen))
+    finished, failed, cancelled = (server.accept(SamplingConfig(), updates.put) for _ in range(3))
+    with pytest.raises(BusyError):
+        server.accept(SamplingConfig(), updates.put)
+    server.cancel(cancelled)
+    server.submit(finished, [1])
+    server.start()
+    try:
+        assert updates.get(timeout=PATIENCE_S).error is None
+        server.submit(failed, [13])
+        assert updates.get(timeout=PATIENCE_S).error is not None
+    finally:
+        server.stop()
+    assert seen.calls[:3] == [("accepted", finished), ("accepted", failed), ("accepted", cancelled)]
+    assert seen.calls[3:] == [
+        ("refused", 30.0),
+        ("ended", cancelled),
+        ("progressed", finished),
+        ("ended", finished),
+        ("ended", "this answer failed: no such token"),
+    ]
+    assert [record.message for record in caplog.records] == ["Broken failed and is no longer called"]

@@ -15,8 +15,9 @@ import pytest
 from bs_coordinator.engine.sequence import StopReason, TokenEvent
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.errors import ContextLengthError, DispatchError
-from bs_coordinator.http.answer_server import Load, StreamUpdate
+from bs_coordinator.http.answer_server import Load
 from bs_coordinator.http.openai_api import http_app
+from bs_coordinator.http.requests import StreamUpdate
 from tests.http_site import HttpSite
 from tests.waiting import wait_until
 

@@ -1,0 +1,31 @@
+"""What a caller asks of the answers thread, and what the thread sends back."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from bs_coordinator.config import SamplingConfig
+from bs_coordinator.engine.sequence import TokenEvent
+from common.errors import WdmoeError
+
+
+class StreamUpdate(NamedTuple):
+    """What a step did for a request: new tokens, or the error that ended it."""
+
+    events: list[TokenEvent]
+    error: WdmoeError | None = None
+
+
+class Request(NamedTuple):
+    """One accepted request.
+
+    Attributes:
+        sampling: how to choose the answer's tokens.
+        deliver: called from the serving thread with each update; must not block.
+        accepted_s: on the server's monotonic clock.
+        same_text: the answer continues the prompt's text, rather than beginning one of its own.
+    """
+
+    sampling: SamplingConfig
+    deliver: Callable[[StreamUpdate], None]
+    accepted_s: float
+    same_text: bool
