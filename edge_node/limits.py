@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import psutil
 
-from edge_node.experts.memory import available_bytes
+from common.memory import available_bytes
 from edge_node.telemetry.sysfs import PROCESSOR
 
 _COOLER_CELSIUS = 5.0

@@ -13,6 +13,7 @@ import msgspec
 
 from common.console import run as run_console
 from common.options import Group, config_options
+from common.sizes import readable_bytes
 from exporter.config import ExportConfig
 from wire import __version__
 from wire.experts import format_ranges, format_selector, parse_index_set, parse_selector
@@ -67,6 +68,7 @@ def bundle(name: str, out: Path, revision: str | None, config: ExportConfig) -> 
     from exporter.bundle.forecast import forecast_room
     from exporter.checkpoint.checkpoint import open_checkpoint
     from exporter.checkpoint.hub import locate_checkpoint
+    from exporter.expert.graph import plan_layout
     from exporter.expert.presets import choose_quantisation
 
     quant, preset = config.quant, ""
@@ -99,10 +101,13 @@ def bundle(name: str, out: Path, revision: str | None, config: ExportConfig) -> 
     click.echo(f"model: {_model(checkpoint.dims, checkpoint.architecture)}")
     click.echo(f"quantisation: {choice}")
     began = time.monotonic()
+    each = plan_layout(checkpoint.dims, quantisation, checkpoint.architecture.expert).bytes
     with _progress("experts") as show:
         result = export_bundle(
             checkpoint, out, quantisation, layers=layers, experts=experts, jobs=config.jobs, preset=preset,
-            progress=lambda done, all_: show(f"expert {done} of {all_}", done / all_),
+            progress=lambda done, all_: show(
+                f"expert {done} of {all_}, {readable_bytes(done * each)} of {readable_bytes(all_ * each)}", done / all_
+            ),
         )  # fmt: skip
     if result.up_to_date:
         click.echo(f"{out} is up to date: all files match their hashes")
@@ -229,24 +234,31 @@ def _summary(manifest: "Manifest", source_bytes: int | None, seconds: float | No
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[str, float], None]]:
-    """A bar on a terminal; elsewhere a line per tenth."""
+    """A bar with the time left on a terminal; elsewhere a line per tenth."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(what, total=1.0)
             yield lambda stage, fraction: progress.update(task, description=stage, completed=fraction)
         return
     said = -1
+    began_s: float | None = None
+    began_at = 0.0
 
     def show(stage: str, fraction: float) -> None:
-        nonlocal said
+        nonlocal said, began_s, began_at
+        # What an interrupted export had finished took no time now.
+        if began_s is None:
+            began_s, began_at = time.monotonic(), fraction
         if int(fraction * 10) > said:
             said = int(fraction * 10)
-            print(f"{what}: {stage} ({fraction:.0%})", file=sys.stderr)
+            spent_s, gained = time.monotonic() - began_s, fraction - began_at
+            left = f", about {spent_s * (1 - fraction) / gained / 60:.0f} min left" if gained and fraction < 1 else ""
+            print(f"{what}: {stage} ({fraction:.0%}{left})", file=sys.stderr)
 
     yield show
 

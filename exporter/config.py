@@ -9,7 +9,7 @@ from wire.device_profiles import DeviceName
 from wire.manifest import Scheme
 
 _MOST_JOBS = 4
-"""Each process needs the RAM of an expert's weights in fp32."""
+"""More wait for the disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,6 @@ class ExportConfig(Config):
     ] = "direct"
     layers: Annotated[str, Option("Layers with experts to export, counted without the others, such as 0-3,7.")] = "*"
     experts: Annotated[str, Option("Experts of each layer to export, such as 0,2.")] = "*"
-    jobs: Annotated[int, Option("Processes to use.", minimum=1, maximum=64)] = field(
+    jobs: Annotated[int, Option("Most processes to use; fewer where RAM is short.", minimum=1, maximum=64)] = field(
         default_factory=lambda: min(_MOST_JOBS, os.cpu_count() or 1)
     )

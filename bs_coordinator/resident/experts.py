@@ -19,8 +19,9 @@ from bs_coordinator.resident.traffic import Traffic, write_traffic
 from bs_coordinator.resident.wire_rounding import round_to_wire
 from common.clock import SYSTEM_CLOCK, Clock
 from common.errors import StorageError, WdmoeError
+from common.memory import available_bytes
 from edge_node.errors import MemoryBudgetError
-from edge_node.experts import ExpertRuntime, available_bytes, fitting
+from edge_node.experts import ExpertRuntime, fitting
 from wire.experts import ExpertId
 from wire.frames import ExpertSlice
 from wire.manifest import Manifest

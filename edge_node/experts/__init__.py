@@ -7,7 +7,6 @@ much memory experts take and how much there is. onnxruntime is imported when `Ex
 from typing import TYPE_CHECKING, Any
 
 from edge_node.experts.memory import (
-    available_bytes,
     check_memory,
     fitting,
     largest,
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ExpertRuntime",
-    "available_bytes",
     "check_memory",
     "fitting",
     "largest",

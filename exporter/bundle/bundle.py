@@ -6,6 +6,7 @@ bundle is repaired, the one before waits beside the journal until then.
 """
 
 import importlib.metadata
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import msgspec
 
 from common.errors import StorageError, WdmoeError
 from common.files import atomic_write
+from common.memory import available_bytes
 from exporter.bundle.journal import (
     JournalHeader,
     append_entry,
@@ -28,7 +30,7 @@ from exporter.bundle.journal import (
 )
 from exporter.bundle.trial import try_trunk
 from exporter.bundle.trunk import check_tokenizer, copy_trunk, texts_current, trunk_bytes
-from exporter.bundle.workers import export_all
+from exporter.bundle.workers import export_all, processes_that_fit
 from exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from exporter.expert.expert import ExpertJob, hash_source
 from exporter.expert.graph import SILU, plan_layout
@@ -53,6 +55,8 @@ _TOOLS = ("numpy", "onnx", "onnxruntime")
 # Size of graph, journal row and manifest entry per expert, roughly.
 _EXTRA_BYTES = 16 << 10
 Progress = Callable[[int, int], None]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def export_bundle(
     Args:
         checkpoint: its folder, or the checkpoint itself if it is open.
         layers, experts: indices to export; None for all. Layers without experts are not counted.
-        jobs: number of processes.
+        jobs: number of processes, fewer if RAM is short.
         preset: quantisation preset of the optimum backend.
         progress: called with the number of finished experts and of all experts.
 
@@ -134,6 +138,7 @@ class _Export:
         self._tools = {"wdmoe": __version__, **{name: importlib.metadata.version(name) for name in _TOOLS}}
         if quantisation.backend == "optimum":
             self._tools["optimum-onnx"] = f"{importlib.metadata.version('optimum-onnx')} ({preset})"
+        self._file_bytes = plan_layout(source.dims, quantisation, source.architecture.expert).bytes
         self._done: dict[ExpertId, ExpertEntry] = {}
         self._header = JournalHeader(
             source=source.source,
@@ -191,7 +196,10 @@ class _Export:
             )
             for id in todo
         ]  # fmt: skip
-        for entry in export_all(work, jobs):
+        processes = processes_that_fit(jobs, self._file_bytes, available_bytes())
+        if processes < min(jobs, len(work)):
+            log.warning("exporting with %d of %d processes: there is not enough RAM for more", processes, jobs)
+        for entry in export_all(work, processes):
             append_entry(self._out, entry)
             self._done[entry.id] = entry
             if progress:
@@ -277,8 +285,7 @@ class _Export:
         )
 
     def _check_space(self, experts: int) -> None:
-        each = plan_layout(self._source.dims, self._quantisation, self._source.architecture.expert).bytes + _EXTRA_BYTES
-        needed = experts * each + trunk_bytes(self._source)
+        needed = experts * (self._file_bytes + _EXTRA_BYTES) + trunk_bytes(self._source)
         place = next(p for p in (self._out.absolute(), *self._out.absolute().parents) if p.exists())
         free = shutil.disk_usage(place).free
         if needed > free:

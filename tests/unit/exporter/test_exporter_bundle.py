@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from exporter.bundle.bundle import export_bundle
+from exporter.bundle.workers import processes_that_fit
 from exporter.expert.presets import choose_quantisation
 from tests.checkpoints import copy_checkpoint, poke
 from tests.conftest import Run
@@ -238,3 +239,19 @@ def test_options_that_do_not_go_together(mixtral: Callable[..., Path], tmp_path:
         assert result.returncode == 2, result.stderr
         assert result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("available_mb", "processes"), [(0, 1), (400, 1), (1100, 2), (1300, 3), (100_000, 4)], ids="{} MB".format
+)
+def test_no_more_processes_than_fit_into_memory(available_mb: int, processes: int) -> None:
+    """Files of 113 MB, as of Mixtral-8x7B's experts in int4: four processes took 370 MiB each."""
+    assert processes_that_fit(4, 113 * 10**6, available_mb << 20) == processes
+
+
+def test_a_machine_short_of_memory_exports_all_the_same(
+    mixtral: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("exporter.bundle.bundle.available_bytes", lambda: 0)
+    assert len(export_bundle(mixtral(), tmp_path / "bundle", INT4, jobs=4).manifest.experts) == 8
+    assert "exporting with 1 of 4 processes" in caplog.text
