@@ -22,8 +22,8 @@ from bs_coordinator.links import LinkMonitor
 from bs_coordinator.links.broker_sockets import BrokerSockets, is_local
 from bs_coordinator.links.log import link_log, no_log
 from bs_coordinator.nodes.registry import NodeRegistry
-from bs_coordinator.selection import Policy, TopK, parse_policy
-from bs_coordinator.selection.registry import check_scores
+from bs_coordinator.selection import Policy, TopK
+from bs_coordinator.selection.registry import check_scores, configured_policy
 from bs_coordinator.trunk.generic import GenericTrunk
 from bs_coordinator.trunk.interface import Trunk
 from bs_coordinator.trunk.load import check_device, load_trunk
@@ -103,7 +103,7 @@ def open_base_station(
         TrunkError, MemoryBudgetError, KeyFileError, StorageError: as their names say.
     """
     manifest = load_trusted_manifest(config.bundle, config.bundle_key)
-    policy = _policy(config, manifest)
+    policy = configured_policy(config, manifest)
     for file in manifest.trunk:
         verify_file(config.bundle, file)
     check_device(config.device)
@@ -141,13 +141,6 @@ class _Client(NamedTuple):
 
     def connect(self, *, timeout_s: float = _CONNECT_TIMEOUT_S) -> Transport:
         return connect(self.address, self.id, timeout_s=timeout_s)
-
-
-def _policy(config: BaseStationConfig, manifest: Manifest) -> Policy:
-    try:
-        return parse_policy(config.policy, top_k=manifest.dims.top_k, model_sha256=manifest.model_sha256)
-    except ValueError as error:
-        raise ConfigError(f"--policy: {error}") from None
 
 
 def _load(config: BaseStationConfig, manifest: Manifest, policy: Policy) -> tuple[Trunk, Tokenizer, Speculation]:

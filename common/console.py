@@ -1,40 +1,46 @@
 """Runs a command of this project so that every failure ends with one line and an exit code, without a traceback.
 
-Commands are click commands. `WDMOE_DEBUG=1` in the environment keeps the traceback for developers.
+Commands are click commands; all of them know `-h` besides `--help`. `WDMOE_DEBUG=1` in the environment keeps the
+traceback for developers.
 """
 
 import errno
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 import click
 
-from common.errors import StorageError, WdmoeError
+from common.errors import MissingPackageError, StorageError, WdmoeError
 
 DEFECT = 70
 """Exit code of an unexpected error (sysexits.h: EX_SOFTWARE)."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_OWN_PACKAGES = {"common", "wire", "exporter", "edge_node", "bs_coordinator", "testbed"}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def run(command: click.Command, prog_name: str) -> None:
-    """Run `command` on `sys.argv` and end the process with its exit code."""
+def run(command: click.Command, prog_name: str, *, extra: str) -> None:
+    """Run `command` on `sys.argv` and end the process with its exit code; `extra` as for `exit_code`."""
     level = logging.DEBUG if _debug() else logging.INFO
     logging.basicConfig(level=level, format=LOG_FORMAT, stream=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A model can say what this terminal's encoding can't write, and paths need not be text at all.
         sys.stdout.reconfigure(errors="backslashreplace")
-    sys.exit(exit_code(command, prog_name))
+    sys.exit(exit_code(command, prog_name, extra=extra))
 
 
-def exit_code(command: click.Command, prog_name: str, arguments: Sequence[str] | None = None) -> int:
+def exit_code(
+    command: click.Command, prog_name: str, arguments: Sequence[str] | None = None, *, extra: str = ""
+) -> int:
     """Run `command`; an error is printed as one line on stderr.
 
     Args:
         arguments: `sys.argv[1:]` if None.
+        extra: the optional dependencies of this project that the command needs, such as `bs` of `wdmoe[bs]`.
 
     Returns:
         The exit code: 0, the error's own, 2 for wrong usage, 130 when interrupted, 141 when the reader of our output is
@@ -45,11 +51,14 @@ def exit_code(command: click.Command, prog_name: str, arguments: Sequence[str] |
     """
     debug = _debug()
     try:
-        result = command.main(arguments, prog_name=prog_name, standalone_mode=False)
+        result = command.main(arguments, prog_name=prog_name, standalone_mode=False, help_option_names=["-h", "--help"])
     except WdmoeError as error:
         if debug:
             raise
         return _fail(prog_name, str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()  # the help of a group without a subcommand, on stderr
+        return error.exit_code
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else prog_name
         return _fail(where, f"{error.format_message()} (try '{where} --help')", error.exit_code)
@@ -71,9 +80,23 @@ def exit_code(command: click.Command, prog_name: str, arguments: Sequence[str] |
         if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
             # Bytes of a path or an argument that are not UTF-8 can't become part of a JSON document.
             return _fail(prog_name, f"{error.object[:200]!r} is not UTF-8: rename it", StorageError.exit_code)
+        if package := _missing_package(error):
+            message = f"the Python package {package} is not installed: pip install 'wdmoe[{extra}]'"
+            return _fail(prog_name, message, MissingPackageError.exit_code)
         what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return _fail(prog_name, f"a defect of ours, {what} (WDMOE_DEBUG=1 shows where)", DEFECT)
     return result if isinstance(result, int) else 0
+
+
+def end_on_sigterm() -> None:
+    """From now on SIGTERM ends this process as Ctrl-C does: contexts are left in order."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _missing_package(error: Exception) -> str:
+    """The third-party package that an import did not find; empty for other errors."""
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    return "" if package in _OWN_PACKAGES or package in sys.stdlib_module_names else package
 
 
 def _debug() -> bool:

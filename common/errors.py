@@ -25,3 +25,9 @@ class KeyFileError(WdmoeError):
     """A key file is missing, not a key, or readable by other users."""
 
     exit_code = 51
+
+
+class MissingPackageError(WdmoeError):
+    """A Python package of an extra, such as `wdmoe[bs]`, is not installed."""
+
+    exit_code = 52

@@ -17,7 +17,7 @@ class _ServeByDefault(Group):
     """A group whose first argument may be an option of `serve`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        unnamed = not args or (args[0].startswith("-") and args[0] not in ("--help", "--version"))
+        unnamed = not args or (args[0].startswith("-") and args[0] not in ("-h", "--help", "--version"))
         return super().parse_args(ctx, ["serve", *args] if unnamed else args)
 
 
@@ -60,4 +60,4 @@ cli.add_command(tune)
 
 def main() -> None:
     """Console entry."""
-    run_console(cli, "wdmoe-node")
+    run_console(cli, "wdmoe-node", extra="edge")

@@ -1,9 +1,6 @@
 """`wdmoe-export`: make the demo model, export checkpoints to bundles, inspect, verify and sign bundles."""
 
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -13,6 +10,7 @@ import msgspec
 
 from common.console import run as run_console
 from common.options import Group, config_options
+from common.progress import show_progress
 from common.sizes import readable_bytes
 from exporter.config import ExportConfig
 from wire import __version__
@@ -47,7 +45,7 @@ def demo_model(out: Path, model: str, base: str | None, deltas: Path | None, lay
     """
     from exporter.demo_model.assembly import assemble_demo_model
 
-    with _progress("demo model") as show:
+    with show_progress("demo model", keep=True) as show:
         assemble_demo_model(out, model=model, base=base, deltas=deltas, layers=layers, progress=show)
     click.echo(f"demo model in {out}")
 
@@ -88,7 +86,7 @@ def bundle(name: str, out: Path, revision: str | None, config: ExportConfig) -> 
                 folder, out, quantisation, layers=config.layers, experts=config.experts, weight_bytes=weight_bytes
             )
 
-        with _progress("download") as show:
+        with show_progress("download", keep=True) as show:
             folder = locate_checkpoint(name, revision=revision, progress=show, room_for=room_for)
         checkpoint = open_checkpoint(folder)
         layers = parse_index_set(config.layers, checkpoint.dims.layers)
@@ -102,7 +100,7 @@ def bundle(name: str, out: Path, revision: str | None, config: ExportConfig) -> 
     click.echo(f"quantisation: {choice}")
     began = time.monotonic()
     each = plan_layout(checkpoint.dims, quantisation, checkpoint.architecture.expert).bytes
-    with _progress("experts") as show:
+    with show_progress("experts", keep=True) as show:
         result = export_bundle(
             checkpoint, out, quantisation, layers=layers, experts=experts, jobs=config.jobs, preset=preset,
             progress=lambda done, all_: show(
@@ -130,7 +128,7 @@ def draft(out: Path, base: str | None) -> None:
     from exporter.draft.draft import export_draft
     from wire.manifest import MANIFEST_NAME, load_manifest
 
-    with _progress("draft model") as show:
+    with show_progress("draft model", keep=True) as show:
         made = export_draft(out, base=base, progress=show)
     size = sum(file.bytes for file in made.files) / 2**20
     click.echo(f"draft model {made.source}: {made.layers} layers as {made.quantisation}, {size:.0f} MiB, in {out}")
@@ -232,37 +230,6 @@ def _summary(manifest: "Manifest", source_bytes: int | None, seconds: float | No
         click.echo(f"{name:<18} {value}")
 
 
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[str, float], None]]:
-    """A bar with the time left on a terminal; elsewhere a line per tenth."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task(what, total=1.0)
-            yield lambda stage, fraction: progress.update(task, description=stage, completed=fraction)
-        return
-    said = -1
-    began_s: float | None = None
-    began_at = 0.0
-
-    def show(stage: str, fraction: float) -> None:
-        nonlocal said, began_s, began_at
-        # What an interrupted export had finished took no time now.
-        if began_s is None:
-            began_s, began_at = time.monotonic(), fraction
-        if int(fraction * 10) > said:
-            said = int(fraction * 10)
-            spent_s, gained = time.monotonic() - began_s, fraction - began_at
-            left = f", about {spent_s * (1 - fraction) / gained / 60:.0f} min left" if gained and fraction < 1 else ""
-            print(f"{what}: {stage} ({fraction:.0%}{left})", file=sys.stderr)
-
-    yield show
-
-
 def main() -> None:
     """Console entry."""
-    run_console(cli, "wdmoe-export")
+    run_console(cli, "wdmoe-export", extra="exporter")

@@ -53,4 +53,4 @@ if importlib.util.find_spec("testbed.proof"):
 def main() -> None:
     """Console entry."""
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # at INFO it reports its font cache at the first plot
-    run_console(cli, "wdmoe-testbed")
+    run_console(cli, "wdmoe-testbed", extra="testbed")

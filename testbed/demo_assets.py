@@ -4,6 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from common.progress import show_progress
 from common.user_folders import user_folder, user_path
 from exporter.bundle.bundle import export_bundle
 from exporter.config import ExportConfig
@@ -23,12 +24,9 @@ def demo_model(*, model: str = DEFAULT_MODEL, layers: int | None = None, console
         console: shows the progress.
     """
     name = DEMO_MODELS[model].name
-    with user_folder("cache") as cache, (console or Console(quiet=True)).status(f"demo model {name}") as status:
+    with user_folder("cache") as cache, show_progress(f"demo model {name}", console or _quiet()) as progress:
         folder = cache / "models" / (name if layers is None else f"{name}-{layers}-layers")
-        assemble_demo_model(
-            folder, model=model, layers=layers,
-            progress=lambda stage, f: status.update(f"demo model {name}: {stage} ({f:.0%})"),
-        )  # fmt: skip
+        assemble_demo_model(folder, model=model, layers=layers, progress=progress)
     return folder
 
 
@@ -47,8 +45,8 @@ def demo_draft(*, console: Console | None = None) -> Path:
     """Folder of the demo models' dense base as a draft model, which suits all their bundles; made if missing."""
     folder = user_path("cache") / "drafts" / DEMO_MODELS[DEFAULT_MODEL].name
     if not (folder / DRAFT_NAME).is_file():
-        with user_folder("cache"), (console or Console(quiet=True)).status("draft model") as status:
-            export_draft(folder, progress=lambda stage, f: status.update(f"draft model: {stage} ({f:.0%})"))
+        with user_folder("cache"), show_progress("draft model", console or _quiet()) as progress:
+            export_draft(folder, progress=progress)
     return folder
 
 
@@ -62,16 +60,20 @@ def export_demo_bundle(
     model: Path, out: Path, scheme: Scheme, *, block: int = DEFAULT_BLOCK, console: Console | None = None
 ) -> None:
     """Export the checkpoint `model` to `out`, unless it is there already."""
-    with (console or Console(quiet=True)).status(f"{scheme} bundle") as status:
+    with show_progress(f"{scheme} bundle", console or _quiet()) as show:
         export_bundle(
             model,
             out,
             demo_quantisation(scheme, block),
             jobs=ExportConfig().jobs,
-            progress=lambda done, all_: status.update(f"{scheme} bundle: expert {done} of {all_}"),
+            progress=lambda done, all_: show(f"expert {done} of {all_}", done / all_),
         )
 
 
 def demo_quantisation(scheme: Scheme, block: int = DEFAULT_BLOCK) -> Quantisation:
     """The exporter's defaults for a scheme."""
     return Quantisation(scheme=scheme, block=block if scheme in ("int4", "int8") else 0)
+
+
+def _quiet() -> Console:
+    return Console(quiet=True)

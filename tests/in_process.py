@@ -15,10 +15,10 @@ from unittest import mock
 from common.console import LOG_FORMAT, exit_code
 
 _COMMANDS = {
-    "bs_coordinator": ("bs_coordinator.commands.main", "wdmoe-bs"),
-    "edge_node": ("edge_node.cli", "wdmoe-node"),
-    "exporter": ("exporter.cli", "wdmoe-export"),
-    "testbed": ("testbed.cli", "wdmoe-testbed"),
+    "bs_coordinator": ("bs_coordinator.commands.main", "wdmoe-bs", "bs"),
+    "edge_node": ("edge_node.cli", "wdmoe-node", "edge"),
+    "exporter": ("exporter.cli", "wdmoe-export", "exporter"),
+    "testbed": ("testbed.cli", "wdmoe-testbed", "testbed"),
 }
 
 
@@ -35,7 +35,7 @@ def run_in_process(
         input: stdin.
         env: variables to add to the environment.
     """
-    module, prog_name = _COMMANDS[package]
+    module, prog_name, extra = _COMMANDS[package]
     argv = [os.fspath(a) if isinstance(a, Path) else str(a) for a in arguments]
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     stdin = io.TextIOWrapper(io.BytesIO(input.encode() if isinstance(input, str) else input), encoding="utf-8")
@@ -47,7 +47,7 @@ def run_in_process(
         _logging_to(err),
         _signal_handlers_kept(),
     ):
-        code = exit_code(import_module(module).cli, prog_name, argv)
+        code = exit_code(import_module(module).cli, prog_name, argv, extra=extra)
     return CompletedProcess([prog_name, *argv], code, _text(out), _text(err))
 
 

@@ -1,8 +1,5 @@
 """`wdmoe-bs`: the group of commands."""
 
-import signal
-from typing import Any
-
 import click
 
 from bs_coordinator.commands.broker import broker
@@ -14,6 +11,7 @@ from bs_coordinator.commands.place import place
 from bs_coordinator.commands.replay import replay
 from bs_coordinator.commands.serve import serve
 from bs_coordinator.commands.shape import shape
+from common.console import end_on_sigterm
 from common.console import run as run_console
 from common.options import Group
 from wire import __version__
@@ -23,17 +21,13 @@ from wire import __version__
 @click.version_option(__version__)
 def cli() -> None:
     """The base station: runs the trunk of a Mixtral and asks edge nodes for its experts."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    end_on_sigterm()
 
 
 for command in (generate, chat, serve, nodes, links, replay, place, shape, broker):
     cli.add_command(command)
 
 
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Console entry."""
-    run_console(cli, "wdmoe-bs")
+    run_console(cli, "wdmoe-bs", extra="bs")

@@ -11,8 +11,10 @@ from common.options import Command, config_options
 @config_options(http=ServeConfig, config=BaseStationConfig)
 def serve(http: ServeConfig, config: BaseStationConfig) -> None:
     """Answer HTTP requests of OpenAI clients (docs/http.md)."""
-    from bs_coordinator.http.server import read_api_key, serve_station
+    from bs_coordinator.http.access import listening_sockets, read_api_key
 
     api_key = read_api_key(http.api_key_file, host=http.host)
-    with open_station(config) as station:
-        serve_station(station, http, api_key=api_key, layer_timeout_s=config.layer_timeout_s)
+    with listening_sockets(http.host, http.port) as sockets, open_station(config) as station:
+        from bs_coordinator.http.server import serve_station
+
+        serve_station(station, http, sockets, api_key=api_key, layer_timeout_s=config.layer_timeout_s)

@@ -1,9 +1,12 @@
 """Opening a base station, or only the connection to its nodes, for a command."""
 
 import logging
+import os
+import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
     from bs_coordinator.base_station import BaseStation
     from bs_coordinator.dispatch.dispatcher import Dispatcher
     from bs_coordinator.links import LinkSample
+    from wire.broker_address import BrokerAddress
+    from wire.manifest import Manifest
 
 log = logging.getLogger("wdmoe-bs")
 
@@ -25,17 +30,24 @@ _TIMEOUT_S = 5.0
 def open_station(config: BaseStationConfig) -> Iterator["BaseStation"]:
     """A base station that is ready; what it waits for, and what it had to drop, goes to the log.
 
-    The counts of how often experts are asked for are kept in the user's state folder, one file per model.
+    What can be checked at once is checked before torch is imported, which takes seconds. The counts of how often
+    experts are asked for are kept in the user's state folder, one file per model.
     """
-    from bs_coordinator.base_station import open_base_station
     from common.user_folders import user_path
-    from wire.signature import load_trusted_manifest
 
+    manifest = _check_files(config)
     if config.resident is not None:
-        model = load_trusted_manifest(config.bundle, config.bundle_key).model_sha256
-        traffic = user_path("state") / "traffic" / f"{model[:16]}.json"
+        traffic = user_path("state") / "traffic" / f"{manifest.model_sha256[:16]}.json"
         config = replace(config, resident=replace(config.resident, traffic=traffic))
-    with open_base_station(config, on_progress=lambda line: log.info("waiting: %s", line)) as station:
+    with ExitStack() as stack:
+        address = stack.enter_context(_reachable_broker(config))
+        log.info("loading %s", manifest.source.name)
+        from bs_coordinator.base_station import open_base_station
+
+        station = stack.enter_context(
+            open_base_station(config, address, on_progress=lambda line: log.info("waiting: %s", line))
+        )
+        _leave_cores(station)
         slowest_ms = max(station.nodes_ms.values(), default=0.0)
         log.info(
             "%d nodes ready; broker round trip %.2f ms, slowest node %.1f ms",
@@ -45,6 +57,48 @@ def open_station(config: BaseStationConfig) -> Iterator["BaseStation"]:
         if station.dispatcher.dropped:
             counts = ", ".join(f"{why} {n}" for why, n in sorted(station.dispatcher.dropped.items()))
             log.warning("dropped messages that answer no request: %s", counts)
+
+
+def _leave_cores(station: "BaseStation") -> None:
+    """Give torch only as many threads as the nodes on this machine leave cores, unless the user has set their number.
+
+    Torch's idle threads spin: on cores that nodes need, they make every token about twice as slow.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    import torch
+
+    host = socket.gethostname()
+    machines = [status.machine for status in station.dispatcher.registry.nodes.values()]
+    taken = sum(machine.threads for machine in machines if machine is not None and machine.host == host)
+    if taken:
+        torch.set_num_threads(max(1, torch.get_num_threads() - taken))
+        log.info("nodes on this machine use %d threads, the trunk %d", taken, torch.get_num_threads())
+
+
+def _check_files(config: BaseStationConfig) -> "Manifest":
+    """The bundle's manifest, once bundle, policy and cluster key are known to be usable."""
+    from bs_coordinator.selection.registry import configured_policy
+    from wire.frame_auth import read_cluster_key
+    from wire.signature import load_trusted_manifest
+
+    manifest = load_trusted_manifest(config.bundle, config.bundle_key)
+    configured_policy(config, manifest)
+    if config.cluster_key is not None:
+        read_cluster_key(config.cluster_key, config.cluster)
+    return manifest
+
+
+@contextmanager
+def _reachable_broker(config: BaseStationConfig) -> Iterator["BrokerAddress"]:
+    """The config's broker, to which one connection was made."""
+    from bs_coordinator.broker.processes import configured_broker
+    from wire.transports import connect
+
+    with configured_broker(config) as address:
+        if not address.in_process:
+            connect(address, f"wdmoe-bs-{secrets.token_hex(4)}").close()
+        yield address
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from bs_coordinator.config import BaseStationConfig
 from bs_coordinator.selection.bottleneck import Bottleneck
 from bs_coordinator.selection.capacity import Capacity
 from bs_coordinator.selection.differences import DifferenceTable, read_differences
@@ -13,6 +14,8 @@ from bs_coordinator.selection.similar import Similar
 from bs_coordinator.selection.subset import Subset
 from bs_coordinator.selection.topk import TopK
 from bs_coordinator.selection.wdmoe import Wdmoe
+from common.config import ConfigError
+from wire.manifest import Manifest
 
 _KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "topk": (TopK, {}),
@@ -66,6 +69,18 @@ def parse_policy(text: str, *, top_k: int, model_sha256: str | None = None) -> P
             "measure its table again on this one"
         )
     return policy
+
+
+def configured_policy(config: BaseStationConfig, manifest: Manifest) -> Policy:
+    """The policy that a base station's config names, for the model of a manifest.
+
+    Raises:
+        ConfigError: as `parse_policy`.
+    """
+    try:
+        return parse_policy(config.policy, top_k=manifest.dims.top_k, model_sha256=manifest.model_sha256)
+    except ValueError as error:
+        raise ConfigError(f"--policy: {error}") from None
 
 
 def check_scores(text: str, policy: Policy, *, top_k: int) -> None:

@@ -132,4 +132,4 @@ def _command(bundle: Path, experts: str, threads: int, providers: tuple[Provider
 
 
 if __name__ == "__main__":
-    run_console(_command, "measurement")
+    run_console(_command, "measurement", extra="edge")

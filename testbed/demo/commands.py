@@ -1,26 +1,32 @@
-"""`wdmoe-testbed demo`."""
+"""`wdmoe-testbed demo` and `up`."""
 
 from pathlib import Path
 
 import click
 
-from common.options import Command
+from bs_coordinator.config import BaseStationConfig, ServeConfig
+from common.options import Command, config_options
 from exporter.demo_model.assembly import DEFAULT_MODEL, DEMO_MODELS
 
 
 def register(group: click.Group) -> None:
-    """Add the command to `wdmoe-testbed`."""
+    """Add the commands to `wdmoe-testbed`."""
     group.add_command(demo)
+    group.add_command(up)
 
 
-@click.command(cls=Command)
-@click.option(
+_MODEL = click.option(
     "--model", type=click.Choice(list(DEMO_MODELS)), default=DEFAULT_MODEL, show_default=True,
     help="Which of the demo models.",
 )  # fmt: skip
-@click.option(
+_BROKER = click.option(
     "--broker", default="embedded", show_default=True, help="MQTT broker: embedded, mosquitto, or an mqtt:// URL."
 )
+
+
+@click.command(cls=Command)
+@_MODEL
+@_BROKER
 @click.option("--nodes", type=click.IntRange(1, 8), default=8, show_default=True, help="Number of node processes.")
 @click.option("--max-tokens", type=click.IntRange(1), default=80, show_default=True, help="Length limit per answer.")
 @click.option("--question", "questions", multiple=True, help="Ask this instead of the three questions; repeatable.")
@@ -41,3 +47,28 @@ def demo(model: str, broker: str, nodes: int, max_tokens: int, questions: tuple[
         model=model, broker=broker, questions=questions or QUESTIONS, max_tokens=max_tokens, nodes=nodes, runs=runs,
         console=Console(),
     )  # fmt: skip
+
+
+@click.command(cls=Command)
+@_MODEL
+@click.option("--bundle", type=click.Path(path_type=Path), help="Bundle to serve.  [default: the demo model's]")
+@_BROKER
+@click.option("--nodes", type=click.IntRange(1, 256), default=8, show_default=True, help="Number of node processes.")
+@click.option("--policy", default="topk", show_default=True, help="Policy that chooses experts (docs/policies.md).")
+@click.option(
+    "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True,
+    help="Folder for the nodes' logs.",
+)  # fmt: skip
+@config_options(http=ServeConfig)
+def up(
+    model: str, bundle: Path | None, broker: str, nodes: int, policy: str, runs: Path, http: ServeConfig
+) -> None:  # fmt: skip
+    """Keep broker, nodes and HTTP server running on this machine until Ctrl-C.
+
+    Builds the demo model and its bundle first where they are missing.
+    """
+    from testbed.demo.up import run_fleet
+    from testbed.demo_assets import demo_bundle_path
+
+    config = BaseStationConfig(bundle=bundle or demo_bundle_path("int4", model=model), broker=broker, policy=policy)
+    run_fleet(config, http, demo=None if bundle else model, nodes=nodes, runs=runs)

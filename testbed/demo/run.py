@@ -13,6 +13,8 @@ from bs_coordinator.broker.processes import open_broker
 from bs_coordinator.config import BaseStationConfig, SamplingConfig
 from bs_coordinator.engine.answer_stats import AnswerStats, summarise
 from bs_coordinator.engine.sequence import TokenEvent
+from testbed.demo.next_steps import after_demo
+from testbed.demo.up import spread_experts
 from testbed.demo_assets import demo_bundle
 from testbed.latency_log import LatencyLog
 from testbed.local_nodes import local_nodes
@@ -42,10 +44,9 @@ def run_demo(
     bundle = demo_bundle("int4", model=model, console=console)
     held = load_manifest(bundle).dims.experts
     folder = runs / time.strftime("demo-%Y%m%d-%H%M%S")
-    experts = {f"node{k}": f"L*:E{','.join(map(str, range(k, held, nodes)))}" for k in range(nodes)}
     with (
         open_broker(broker) as address,
-        local_nodes(bundle, address, folder / "nodes", experts),
+        local_nodes(bundle, address, folder / "nodes", spread_experts(held, nodes)),
         open_base_station(BaseStationConfig(bundle=bundle, degrade=False, draft="none"), address) as station,
     ):
         console.print(
@@ -56,7 +57,8 @@ def run_demo(
         with LatencyLog(folder / "latency.csv") as log:
             answers = [_ask(station, log, i, q, max_tokens, console) for i, q in enumerate(questions)]
     _print_tables(answers, console)
-    console.print(f"latency log: {folder / 'latency.csv'}", style="dim")
+    console.print(f"latency log: {folder / 'latency.csv'}\n", style="dim")
+    console.print(after_demo(bundle), highlight=False, markup=False, soft_wrap=True)
 
 
 def _ask(

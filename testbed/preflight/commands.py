@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from common.progress import show_stages
 from testbed.errors import PreflightError
 from testbed.plan.commands import DATA, PLAN
 
@@ -24,10 +25,8 @@ def preflight(plan_path: Path, data: Path | None, out: Path, keys: Path | None, 
     from testbed.preflight.preflight import print_checks, run_preflight
 
     plan = read_plan(plan_path, data=data)
-    with Console(stderr=True).status("preflight") as status:
-        checks = run_preflight(
-            plan, out=out, keys=keys, quick=quick, on_progress=lambda line: status.update(f"preflight: {line}")
-        )
+    with show_stages("preflight") as show:
+        checks = run_preflight(plan, out=out, keys=keys, quick=quick, on_progress=show)
     if as_json:
         click.echo(msgspec.json.encode(checks))
     else:

@@ -222,4 +222,4 @@ def cli(out: Path, keep: bool, arm64: bool) -> None:
 
 
 if __name__ == "__main__":
-    run_console(cli, "make fleet-proof")
+    run_console(cli, "make fleet-proof", extra="testbed")

@@ -41,7 +41,8 @@ Path(out).write_text(json.dumps({"threads": threads, "outputs": outputs}))
 """
 )
 _STATION = (
-    _FOUR_CORES + "from bs_coordinator.commands.main import cli; from common.console import run; run(cli, 'wdmoe-bs')"
+    _FOUR_CORES
+    + "from bs_coordinator.commands.main import cli; from common.console import run; run(cli, 'wdmoe-bs', extra='bs')"
 )
 
 

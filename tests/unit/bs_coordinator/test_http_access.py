@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from bs_coordinator.http.access import allowed_hosts
 from bs_coordinator.http.openai_api import http_app
-from bs_coordinator.http.server import allowed_hosts
 
 NONE: Any = None
 

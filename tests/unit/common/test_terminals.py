@@ -39,7 +39,7 @@ def _shown(
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, write_through=True))
     monkeypatch.setattr(sys, "argv", ["program", *arguments])
     with pytest.raises(SystemExit) as ended:
-        run(command, "program")
+        run(command, "program", extra="")
     return ended.value.code, raw.getvalue()
 
 

@@ -1,0 +1,83 @@
+"""A fleet at one's desk: broker, node processes and HTTP server on this machine, until a signal ends them.
+
+What can be wrong is checked before torch is imported, which takes seconds.
+"""
+
+import logging
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from bs_coordinator.broker.processes import open_broker
+from bs_coordinator.config import PRIVATE_BROKERS, BaseStationConfig, ServeConfig
+from bs_coordinator.http.access import listening_sockets, read_api_key
+from bs_coordinator.selection.registry import configured_policy
+from common.console import end_on_sigterm
+from testbed.demo.next_steps import describe_server, server_url
+from testbed.demo_assets import demo_bundle
+from testbed.local_nodes import local_nodes
+from wire.manifest import load_manifest
+from wire.transports import connect
+
+log = logging.getLogger("wdmoe-testbed")
+
+
+def run_fleet(config: BaseStationConfig, http: ServeConfig, *, demo: str | None, nodes: int, runs: Path) -> None:
+    """Serve a model from node processes on this machine until SIGINT or SIGTERM.
+
+    Args:
+        config: its broker is one of this machine's own, or is already running.
+        demo: the demo model whose bundle `config` names, to be made if it is missing; None for any other bundle.
+        nodes: number of node processes; node k holds experts k, k + nodes, … of every layer.
+        runs: folder for the nodes' logs.
+
+    Raises:
+        ServeError: the port is taken, or the address is not this machine's.
+        WdmoeError: a node ended at once, or another part can't be started.
+    """
+    api_key = read_api_key(http.api_key_file, host=http.host)
+    end_on_sigterm()
+    with ExitStack() as stack:
+        sockets = stack.enter_context(listening_sockets(http.host, http.port))
+        address = stack.enter_context(open_broker(config.broker))
+        if config.broker not in PRIVATE_BROKERS:
+            connect(address, f"wdmoe-up-{time.time_ns():x}").close()
+        if demo is not None:
+            demo_bundle("int4", model=demo, console=Console(stderr=True))
+        manifest = load_manifest(config.bundle)
+        configured_policy(config, manifest)
+        logs = runs / time.strftime("up-%Y%m%d-%H%M%S")
+        experts = spread_experts(manifest.dims.experts, nodes)
+        log.info("loading %s; %d nodes write their logs to %s", manifest.source.name, len(experts), logs)
+        started = stack.enter_context(local_nodes(config.bundle, address, logs, experts))
+
+        from bs_coordinator.base_station import open_base_station
+        from bs_coordinator.http.server import serve_station
+
+        station = stack.enter_context(
+            open_base_station(config, address, on_progress=lambda line: log.info("waiting: %s", line))
+        )
+
+        def on_ready() -> None:
+            click.echo()
+            click.echo(
+                describe_server(
+                    server_url(http.host, http.port), model=manifest.source.name,
+                    chat=station.tokenizer.has_chat_template, api_key_file=http.api_key_file,
+                )
+            )  # fmt: skip
+            pids = ", ".join(f"{node} {process.pid}" for node, process in started.processes.items())
+            click.echo(f"Processes of the nodes: {pids}")
+            click.echo("Answers go on without a node: try 'kill' on one. Ctrl-C ends everything.")
+
+        serve_station(
+            station, http, sockets, api_key=api_key, layer_timeout_s=config.layer_timeout_s, on_ready=on_ready
+        )
+
+
+def spread_experts(experts: int, nodes: int) -> dict[str, str]:
+    """Selector of each node's experts: of every layer, node k holds experts k, k + nodes, …"""
+    return {f"node{k}": f"L*:E{','.join(map(str, range(k, experts, nodes)))}" for k in range(min(nodes, experts))}
