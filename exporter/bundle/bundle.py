@@ -99,7 +99,7 @@ def export_bundle(
         layers, experts: indices to export; None for all. Layers without experts are not counted.
         jobs: number of processes, fewer if RAM is short.
         preset: quantisation preset of the optimum backend.
-        progress: called with the number of finished experts and of all experts.
+        progress: called with the number of finished experts and of all experts, first before any is exported.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or of an unknown family, has no tokenizer, or a base station
@@ -199,11 +199,12 @@ class _Export:
         processes = processes_that_fit(jobs, self._file_bytes, available_bytes())
         if processes < min(jobs, len(work)):
             log.warning("exporting with %d of %d processes: there is not enough RAM for more", processes, jobs)
+        report = progress or (lambda _done, _all: None)
+        report(kept, len(self._ids))
         for entry in export_all(work, processes):
             append_entry(self._out, entry)
             self._done[entry.id] = entry
-            if progress:
-                progress(len(self._done), len(self._ids))
+            report(len(self._done), len(self._ids))
         manifest, lost = self._complete(trunk)
         if unknown := source.unknown:
             shown = f"{unknown[0]}, …" if len(unknown) > 1 else unknown[0]
