@@ -46,7 +46,7 @@ def show_progress(what: str, console: "Console | None" = None, *, keep: bool = F
         if int(fraction * 10) > shown:
             shown = int(fraction * 10)
             spent_s, gained = time.monotonic() - began_s, fraction - began_at
-            left = f", about {spent_s * (1 - fraction) / gained / 60:.0f} min left" if gained and fraction < 1 else ""
+            left = f", about {spent_s * (1 - fraction) / gained / 60:.1f} min left" if gained and fraction < 1 else ""
             console.print(f"{what}: {stage} ({fraction:.0%}{left})", highlight=False, markup=False, soft_wrap=True)
 
     yield show
