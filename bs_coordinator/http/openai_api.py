@@ -35,6 +35,8 @@ from bs_coordinator.http.openai_schema import Chat, Completion, Options, parse_r
 from bs_coordinator.http.prompts import PromptEncoder
 from bs_coordinator.http.requests import StreamUpdate
 from bs_coordinator.http.stop_strings import StopText
+from bs_coordinator.page.feed import LiveFeed
+from bs_coordinator.page.routes import page_routes
 from common.errors import WdmoeError
 
 MAX_BODY_BYTES = 1 << 20
@@ -47,7 +49,7 @@ _Options = TypeVar("_Options", bound=Options)
 
 def http_app(
     server: AnswerServer, tokenizer: Tokenizer, *, model: str, api_key: str | None, stall_s: float,
-    max_positions: int = 1 << 20, hosts: Sequence[str] = ("*",), origin: str = "",
+    max_positions: int = 1 << 20, hosts: Sequence[str] = ("*",), origin: str = "", live: LiveFeed | None = None,
 ) -> Starlette:  # fmt: skip
     """The ASGI application.
 
@@ -58,6 +60,7 @@ def http_app(
         max_positions: the model's context length in tokens: prompts that certainly exceed it are not tokenised.
         hosts: names that a request's Host header may have; `*` allows any.
         origin: of web pages that may call the server, besides those of this machine; empty for none.
+        live: feed of the live page; None for no page.
     """
     prompts = PromptEncoder(tokenizer, max_positions)
     listed = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "wdmoe"}
@@ -127,6 +130,7 @@ def http_app(
             Route("/v1/models", list_models),
             Route("/v1/models/{id:path}", show_model),
             Route("/health", health),
+            *(page_routes(live, check_key) if live else []),
         ],
         middleware=[
             Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),

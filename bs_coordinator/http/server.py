@@ -13,7 +13,9 @@ from bs_coordinator.engine.scheduler import Scheduler
 from bs_coordinator.http.access import allowed_hosts
 from bs_coordinator.http.answer_server import AnswerServer
 from bs_coordinator.http.connections import LimitedProtocol
+from bs_coordinator.http.live_view import LiveView, model_facts
 from bs_coordinator.http.openai_api import http_app
+from bs_coordinator.page.feed import LiveFeed
 from common.systemd import notify
 
 if TYPE_CHECKING:
@@ -37,16 +39,21 @@ def serve_station(
         api_key: that callers must send; None lets every caller in.
         on_ready: called once, when requests are accepted.
     """
+    live = LiveFeed()
+    view = LiveView(
+        station.dispatcher, live, model_facts(station), most_running=config.max_live + config.max_waiting
+    )  # fmt: skip
     server = AnswerServer(
         Scheduler(station.model, max_live=config.max_live),
         station.new_sequence,
         max_waiting=config.max_waiting,
         dispatcher=station.dispatcher,
+        observers=[view],
     )
     app = http_app(
         server, station.tokenizer, model=station.manifest.source.name, api_key=api_key,
         stall_s=_STALLED_LAYERS * layer_timeout_s, max_positions=station.model.trunk.max_positions,
-        hosts=allowed_hosts(config.host, api_key), origin=config.cors_origin,
+        hosts=allowed_hosts(config.host, api_key), origin=config.cors_origin, live=live,
     )  # fmt: skip
     settings = uvicorn.Config(
         app, host=config.host, port=config.port, log_config=None, log_level="warning", access_log=False,
@@ -54,7 +61,7 @@ def serve_station(
     )  # fmt: skip
     server.start()
     try:
-        _Uvicorn(settings, server, on_ready).run(list(sockets))
+        _Uvicorn(settings, server, live, on_ready).run(list(sockets))
     except KeyboardInterrupt:  # uvicorn raises the signal again after its shutdown
         log.info("stopped")
     finally:
@@ -62,11 +69,14 @@ def serve_station(
 
 
 class _Uvicorn(uvicorn.Server):
-    """Reports when it is ready, and ends running answers before it closes their connections."""
+    """Reports when it is ready, and ends running answers and streams before it closes their connections."""
 
-    def __init__(self, config: uvicorn.Config, server: AnswerServer, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, server: AnswerServer, live: LiveFeed, on_ready: Callable[[], None]
+    ) -> None:  # fmt: skip
         super().__init__(config)
         self._server = server
+        self._live = live
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -74,9 +84,11 @@ class _Uvicorn(uvicorn.Server):
         if self.started:
             notify("READY=1")
             log.info("answers at http://%s:%d/v1", self.config.host, self.config.port)
+            log.info("live page at http://%s:%d/", self.config.host, self.config.port)
             self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # First, so that the callers of running answers read why they end.
         await asyncio.to_thread(self._server.stop)
+        self._live.close()
         await super().shutdown(sockets)
