@@ -239,6 +239,11 @@ class Dispatcher:
         return Counter(self._router.dropped)
 
     @property
+    def resent(self) -> Counter[str]:
+        """How many requests were sent again so far, to other nodes or on a new connection, by reason."""
+        return Counter(self._loop.resent)
+
+    @property
     def telemetry(self) -> TelemetryInbox:
         """The nodes' telemetry."""
         return self._router.telemetry

@@ -5,6 +5,7 @@ pause, used again once it answers a ping, and left out for longer if it fails ag
 """
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
@@ -37,10 +38,12 @@ class Health:
 
     Attributes:
         changes: grows whenever a node is left out or used again.
+        counts: how often each node was `failed`, `quarantined` or `doubted`, by the node's name and this word.
     """
 
     def __init__(self) -> None:
         self.changes = 0
+        self.counts: Counter[tuple[str, str]] = Counter()
         self._records: dict[str, _Record] = {}
 
     def failed(self, node: str, now_s: float, why: str, *, quarantine: bool = False) -> None:
@@ -56,6 +59,7 @@ class Health:
         record.pause_ends_s = record.next_ping_s = now_s + pause_s
         record.back, record.doubted, record.quarantined, record.why = False, False, quarantine, why
         self.changes += 1
+        self.counts[node, "quarantined" if quarantine else "failed"] += 1
         log.warning("node '%s' is left out for %.0f s: %s", node, pause_s, why)
 
     def doubt(self, node: str, now_s: float, why: str) -> None:
@@ -69,6 +73,7 @@ class Health:
         record.pause_ends_s = record.next_ping_s = now_s
         record.back, record.doubted, record.why = False, True, why
         self.changes += 1
+        self.counts[node, "doubted"] += 1
         log.warning("node '%s' is asked last until it answers a ping: %s; no other node was heard either", node, why)
 
     def proven(self, node: str, pinged_s: float) -> None:

@@ -5,6 +5,7 @@ dropped.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from bs_coordinator.dispatch.health import Health
@@ -26,6 +27,7 @@ from bs_coordinator.dispatch.state_machine import (
     ErrorReceived,
     Event,
     LearnGain,
+    LocalFailed,
     MarkFailed,
     NodeLeft,
     NonsenseReceived,
@@ -55,12 +57,25 @@ _MOST_BACKLOG = 256
 _PROVE_EVERY_S = 0.25
 """How often nodes that are left out are looked at while a layer is awaited."""
 
+_RESENT_AFTER: dict[type[Event], str] = {
+    Planned: "connection_lost",
+    AnswerReceived: "nonsense",
+    NonsenseReceived: "nonsense",
+    NotFiniteReceived: "not_finite",
+    ErrorReceived: "refused",
+    LocalFailed: "local_failed",
+    NodeLeft: "node_left",
+    TimePassed: "overdue",
+}
+"""Why requests are sent again after an event."""
+
 
 class RequestLoop:
     """Sends the requests of layers and collects their answers.
 
     Attributes:
         open: the layers under way.
+        resent: how many requests were sent again, to other nodes or on a new connection, by reason.
     """
 
     def __init__(
@@ -88,6 +103,7 @@ class RequestLoop:
             dtype: of requests on the wire, and so of answers.
         """
         self.open: list[LayerRequests] = []
+        self.resent: Counter[str] = Counter()
         self._sender = sender
         self._router = router
         self._holders = holders
@@ -321,6 +337,9 @@ class RequestLoop:
 
     def _handle(self, layer: LayerRequests, event: Event) -> None:
         for command in transition(layer, event, self._holders.others):
+            first = isinstance(event, Planned) and not layer.connection_losses
+            if isinstance(command, Send) and not first:
+                self.resent[_RESENT_AFTER[type(event)]] += len(command.sub_requests)
             self._execute(layer, command)
 
     def _execute(self, layer: LayerRequests, command: Command) -> None:

@@ -18,11 +18,16 @@ log = logging.getLogger(__name__)
 
 
 class Progress(NamedTuple):
-    """What a step did for one answer: new tokens, or the error that ended it."""
+    """What a step did for one answer: new tokens, or the error that ended it.
+
+    Attributes:
+        step: the step's record, the same object for all answers in the step; None if the answer failed.
+    """
 
     answer: GeneratedAnswer
     events: list[TokenEvent]
     error: WdmoeError | None = None
+    step: StepRecord | None = None
 
 
 class Scheduler:
@@ -133,7 +138,7 @@ class Scheduler:
 
 def _accept(answer: GeneratedAnswer, logits: Tensor, record: StepRecord, *, sequences: int) -> Progress:
     try:
-        return Progress(answer, answer.accept(logits, record, sequences=sequences))
+        return Progress(answer, answer.accept(logits, record, sequences=sequences), step=record)
     except Exception as error:  # noqa: BLE001 - libraries raise anything
         return Progress(answer, [], _as_answer_error(error))
 

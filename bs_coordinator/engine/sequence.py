@@ -146,13 +146,14 @@ class GeneratedAnswer:
 
     Attributes:
         done: whether the last token has been generated.
+        prompt_tokens: length of the prompt.
     """
 
     def __init__(self, sequence: Sequence, prompt: list[int], config: SamplingConfig, *, same_text: bool) -> None:
         self.done = False
         self._sequence = sequence
         self._ids = list(prompt)
-        self._prompt_tokens = len(prompt)
+        self.prompt_tokens = len(prompt)
         self._config = config
         self._sampler = TokenSampler(config)
         self._stream = sequence.tokenizer.stream(prompt if same_text else ())
@@ -165,7 +166,7 @@ class GeneratedAnswer:
     @property
     def decoding(self) -> bool:
         """Whether the prompt has been run."""
-        return len(self._ids) > self._prompt_tokens
+        return len(self._ids) > self.prompt_tokens
 
     @property
     def speculation(self) -> Speculation:
@@ -189,7 +190,7 @@ class GeneratedAnswer:
             drafter.prepare(self._ids)
         if drafter is not None and self.decoding:
             # One token less than may still be generated: the step itself yields one more than its draft.
-            generated = len(self._ids) - self._prompt_tokens
+            generated = len(self._ids) - self.prompt_tokens
             room = min(self._config.max_tokens - generated - 1, self._sequence.max_positions - len(self._ids) - 1)
             proposed = _until_eos(drafter.propose(self._ids), self._sequence.tokenizer.eos_ids)
             self._draft = self._length.draft(proposed, room, sequences=sequences)
@@ -240,7 +241,7 @@ class GeneratedAnswer:
             return "eos"
         if len(self._ids) + 1 >= self._sequence.max_positions:
             return "context"
-        return "max-tokens" if len(self._ids) + 1 - self._prompt_tokens == self._config.max_tokens else None
+        return "max-tokens" if len(self._ids) + 1 - self.prompt_tokens == self._config.max_tokens else None
 
 
 def _until_eos(proposed: Iterator[DraftToken], eos_ids: Collection[int]) -> Iterator[DraftToken]:
