@@ -16,5 +16,9 @@ def serve(http: ServeConfig, config: BaseStationConfig) -> None:
     api_key = read_api_key(http.api_key_file, host=http.host)
     with listening_sockets(http.host, http.port) as sockets, open_station(config) as station:
         from bs_coordinator.http.server import serve_station
+        from bs_coordinator.metrics import StationMetrics
 
-        serve_station(station, http, sockets, api_key=api_key, layer_timeout_s=config.layer_timeout_s)
+        serve_station(
+            station, http, sockets, api_key=api_key, layer_timeout_s=config.layer_timeout_s,
+            metrics=StationMetrics(station.dispatcher, model=station.manifest.source.name),
+        )  # fmt: skip

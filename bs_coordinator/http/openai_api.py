@@ -23,6 +23,7 @@ from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.errors import AnswerError, BusyError, ContextLengthError
 from bs_coordinator.http.answer_server import AnswerServer
+from bs_coordinator.http.metrics import CountResponses, MetricsSource, metrics_route
 from bs_coordinator.http.openai_responses import (
     STREAM_END,
     ResponseFormat,
@@ -50,6 +51,7 @@ _Options = TypeVar("_Options", bound=Options)
 def http_app(
     server: AnswerServer, tokenizer: Tokenizer, *, model: str, api_key: str | None, stall_s: float,
     max_positions: int = 1 << 20, hosts: Sequence[str] = ("*",), origin: str = "", live: LiveFeed | None = None,
+    metrics: MetricsSource | None = None,
 ) -> Starlette:  # fmt: skip
     """The ASGI application.
 
@@ -61,6 +63,7 @@ def http_app(
         hosts: names that a request's Host header may have; `*` allows any.
         origin: of web pages that may call the server, besides those of this machine; empty for none.
         live: feed of the live page; None for no page.
+        metrics: served at `/metrics`; None for none.
     """
     prompts = PromptEncoder(tokenizer, max_positions)
     listed = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "wdmoe"}
@@ -123,16 +126,22 @@ def http_app(
             state["reason"] = load.lost
         return JSONResponse(state, 200 if healthy else 503)
 
+    routes = [
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/models", list_models),
+        Route("/v1/models/{id:path}", show_model),
+        Route("/health", health),
+        *(page_routes(live, check_key) if live else []),
+    ]
+    counted = []
+    if metrics is not None:
+        routes.append(metrics_route(metrics, check_key))
+        counted.append(Middleware(CountResponses, metrics, [route.path for route in routes]))
     return Starlette(
-        routes=[
-            Route("/v1/completions", completions, methods=["POST"]),
-            Route("/v1/chat/completions", chat, methods=["POST"]),
-            Route("/v1/models", list_models),
-            Route("/v1/models/{id:path}", show_model),
-            Route("/health", health),
-            *(page_routes(live, check_key) if live else []),
-        ],
+        routes=routes,
         middleware=[
+            *counted,
             Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
             Middleware(
                 CORSMiddleware,

@@ -14,6 +14,7 @@ from bs_coordinator.http.access import allowed_hosts
 from bs_coordinator.http.answer_server import AnswerServer
 from bs_coordinator.http.connections import LimitedProtocol
 from bs_coordinator.http.live_view import LiveView, model_facts
+from bs_coordinator.http.metrics import MetricsSource
 from bs_coordinator.http.openai_api import http_app
 from bs_coordinator.page.feed import LiveFeed
 from common.systemd import notify
@@ -30,13 +31,14 @@ _STALLED_LAYERS = 2
 
 def serve_station(
     station: "BaseStation", config: ServeConfig, sockets: Sequence[socket.socket], *, api_key: str | None,
-    layer_timeout_s: float, on_ready: Callable[[], None] = lambda: None,
+    layer_timeout_s: float, metrics: MetricsSource | None = None, on_ready: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """Serve HTTP until a signal ends it.
 
     Args:
         sockets: bound to the config's host and port (`access.listening_sockets`); closed at the end.
         api_key: that callers must send; None lets every caller in.
+        metrics: observe the requests, and are served at `/metrics`; None for none.
         on_ready: called once, when requests are accepted.
     """
     live = LiveFeed()
@@ -48,12 +50,13 @@ def serve_station(
         station.new_sequence,
         max_waiting=config.max_waiting,
         dispatcher=station.dispatcher,
-        observers=[view],
+        observers=[view, metrics] if metrics else [view],
     )
     app = http_app(
         server, station.tokenizer, model=station.manifest.source.name, api_key=api_key,
         stall_s=_STALLED_LAYERS * layer_timeout_s, max_positions=station.model.trunk.max_positions,
         hosts=allowed_hosts(config.host, api_key), origin=config.cors_origin, live=live,
+        metrics=metrics,
     )  # fmt: skip
     settings = uvicorn.Config(
         app, host=config.host, port=config.port, log_config=None, log_level="warning", access_log=False,

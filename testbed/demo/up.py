@@ -56,6 +56,7 @@ def run_fleet(config: BaseStationConfig, http: ServeConfig, *, demo: str | None,
 
         from bs_coordinator.base_station import open_base_station
         from bs_coordinator.http.server import serve_station
+        from bs_coordinator.metrics import StationMetrics
 
         station = stack.enter_context(
             open_base_station(config, address, on_progress=lambda line: log.info("waiting: %s", line))
@@ -74,8 +75,9 @@ def run_fleet(config: BaseStationConfig, http: ServeConfig, *, demo: str | None,
             click.echo("Answers go on without a node: try 'kill' on one. Ctrl-C ends everything.")
 
         serve_station(
-            station, http, sockets, api_key=api_key, layer_timeout_s=config.layer_timeout_s, on_ready=on_ready
-        )
+            station, http, sockets, api_key=api_key, layer_timeout_s=config.layer_timeout_s,
+            metrics=StationMetrics(station.dispatcher, model=manifest.source.name), on_ready=on_ready,
+        )  # fmt: skip
 
 
 def spread_experts(experts: int, nodes: int) -> dict[str, str]:
