@@ -18,6 +18,7 @@ PACKAGES = {
     "mosquitto": "mosquitto",
     "mount": "mount",
     "ping": "iputils-ping",
+    "promtool": "prometheus",
     "qemu-aarch64-static": "qemu-user-static",
     "setpriv": "util-linux",
     "tc": "iproute2",

@@ -264,6 +264,7 @@ def test_silence_is_handed_on_to_another_holder() -> None:
     began_s = network.clock.monotonic_s()
     np.testing.assert_allclose(network.ask(GATE), EXPECTED)
     assert network.clock.monotonic_s() - began_s < 2  # the layer's own deadline is 5 s
+    assert network.dispatcher.resent == {"overdue": 1}
     network.asked.clear()
     np.testing.assert_allclose(network.ask(GATE), EXPECTED)
     assert "b" not in {node for node, _ in network.asked}  # it is left out from the next layer on
@@ -286,6 +287,7 @@ def test_a_node_that_leaves_is_replaced_at_once() -> None:
     began_s = network.clock.monotonic_s()
     np.testing.assert_allclose(network.ask(GATE), EXPECTED)
     assert network.clock.monotonic_s() - began_s < 0.2
+    assert network.dispatcher.resent == {"node_left": 1}
 
 
 def test_the_first_answer_counts_and_the_late_one_is_dropped() -> None:

@@ -103,6 +103,7 @@ def test_a_doubted_node_is_pinged_at_once_and_its_silence_is_no_failure() -> Non
     health.failed("a", 6.0, "why")
     assert not health.doubted("a")
     assert health.to_prove(6.0 + FIRST_PAUSE_S) == ["a"], "the first failure's pause"
+    assert health.counts == {("a", "doubted"): 1, ("a", "failed"): 1}
 
 
 def test_a_quarantine_outlasts_a_restart_and_an_ordinary_pause() -> None:
