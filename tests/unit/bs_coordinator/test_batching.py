@@ -58,7 +58,7 @@ def _prompts(count: int) -> list[list[int]]:
 def _run(scheduler: Scheduler, answers: list[GeneratedAnswer]) -> list[list[int]]:
     ids: list[list[int]] = [[] for _ in answers]
     while not scheduler.idle:
-        for answer, events, error in scheduler.step():
+        for answer, events, error, _ in scheduler.step():
             assert error is None
             ids[answers.index(answer)] += [event.id for event in events]
     return ids
@@ -212,7 +212,7 @@ def test_a_library_that_fails_for_one_answer_leaves_the_others_as_they_are(
             break_answer(answers[place], monkeypatch)
         if scheduler.idle:
             break
-        for answer, events, error in scheduler.step():
+        for answer, events, error, _ in scheduler.step():
             ids[answer] += [event.id for event in events]
             if error:
                 errors[answer] = error

@@ -127,7 +127,7 @@ def _run_all(scheduler: Scheduler, answers: list[GeneratedAnswer]) -> list[list[
     for answer in answers:
         scheduler.add(answer)
     while not scheduler.idle:
-        for answer, events, error in scheduler.step():
+        for answer, events, error, _ in scheduler.step():
             assert error is None
             ids[answers.index(answer)] += [event.id for event in events]
     return ids
