@@ -7,7 +7,7 @@ from bs_coordinator.dispatch.dispatcher import Dispatcher
 from bs_coordinator.engine.scheduler import Progress
 from bs_coordinator.engine.step_records import StepRecord
 from bs_coordinator.errors import BusyError
-from bs_coordinator.http.observers import AnswerObserver
+from bs_coordinator.http.metrics import MetricsSource
 from bs_coordinator.http.requests import Request
 from bs_coordinator.metrics.node_metrics import NodeMetrics
 from bs_coordinator.metrics.request_metrics import RequestMetrics
@@ -27,7 +27,7 @@ _FORGET_S = 300.0
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
-class StationMetrics(AnswerObserver):
+class StationMetrics(MetricsSource):
     """Observes the answers of a server and describes its nodes."""
 
     def __init__(self, dispatcher: Dispatcher, *, model: str = "", clock: Clock = SYSTEM_CLOCK) -> None:
