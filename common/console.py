@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import unicodedata
 from collections.abc import Sequence
 
 import click
@@ -104,9 +105,21 @@ def _debug() -> bool:
 
 
 def _fail(prefix: str, message: str, code: int) -> int:
-    one_line = " ".join(message.split())
+    one_line = printable(" ".join(message.split()))
     click.echo(f"{prefix}: error: {one_line}", err=True)
     return code
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped, but for line breaks and tabs: others may command the terminal.
+
+    Letters of any language stay as they are, as do the halves of characters that stand for bytes that are not UTF-8.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        f"\\x{ord(sign):02x}" if unicodedata.category(sign) == "Cc" and sign not in "\n\t" else sign for sign in text
+    )
 
 
 def describe_os_error(error: OSError) -> str:

@@ -27,7 +27,8 @@ def check_name(kind: str, name: str) -> str:
     """
     if _NAME.fullmatch(name) is None:
         raise ValueError(
-            f"{kind} '{name}' is not valid: use 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
+            f"{kind} {name[:80]!r} is not valid: use 1 to 64 letters, digits, '.', '_' or '-', the first a letter or "
+            "digit"
         )
     return name
 

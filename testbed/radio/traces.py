@@ -1,7 +1,5 @@
 """Routing traces: gate probabilities of a model on real text, recorded once to be replayed many times."""
 
-import io
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,13 +15,19 @@ from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import SequenceInput
 from bs_coordinator.trunk.load import load_trunk
 from common.files import atomic_write
-from common.jsonl import decode_json
+from common.jsonl import decode_strict_json
 from testbed.errors import SimulationError
 from testbed.evaluation.data_sets import ChoiceItem, DomainText, read_items
 from testbed.evaluation.local_experts import LocalExperts
 from testbed.evaluation.quality import DOMAINS, TASKS
+from testbed.radio.npz_file import read_arrays
 from wire.manifest import load_manifest, sha256_file
 from wire.tensors import Array
+
+_MAX_FACTS_BYTES = 1 << 20
+_MAX_DIMENSION = 1 << 20
+_MAX_SCORE = 1e6
+"""Probabilities are at most 1, but for routers that scale them."""
 
 
 class TraceFacts(Struct, frozen=True, kw_only=True):
@@ -173,16 +177,31 @@ def read_trace(path: Path) -> RoutingTrace:
         SimulationError: the file can't be read or is not a valid trace.
     """
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            probabilities: Array = file["probabilities"]
-            tokens: NDArray[np.int64] = file["tokens"]
-            facts = decode_json(file["facts"].tobytes(), TraceFacts)
+        arrays = read_arrays(path, {"probabilities": ("float32", 3), "tokens": ("int64", 1), "facts": ("uint8", 1)})
+        if len(arrays["facts"]) > _MAX_FACTS_BYTES:
+            raise ValueError(f"its facts are longer than {_MAX_FACTS_BYTES} bytes")
+        facts = decode_strict_json(arrays["facts"].tobytes(), TraceFacts)
+        probabilities, tokens = arrays["probabilities"], arrays["tokens"]
+        _check_values(probabilities, tokens, facts)
     except OSError as error:
         raise SimulationError(f"routing trace {path}: {error.strerror or error}") from None
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, msgspec.DecodeError) as error:
+    except ValueError as error:
         raise SimulationError(f"{path} is not a routing trace: {error}") from None
-    fits = probabilities.dtype == np.float32 and probabilities.ndim == 3 and tokens.dtype == np.int64
-    fits = fits and tokens.ndim == 1 and len(tokens) > 0 and bool((tokens > 0).all())
-    if not fits or tokens.sum() != len(probabilities) or not np.isfinite(probabilities).all():
-        raise SimulationError(f"{path} is not a routing trace: the shapes or types of its arrays are inconsistent")
     return RoutingTrace(np.split(probabilities, np.cumsum(tokens)[:-1]), facts)
+
+
+def _check_values(probabilities: Array, tokens: NDArray[np.int64], facts: TraceFacts) -> None:
+    rows, layers, experts = probabilities.shape
+    # Each compared on its own: the sum of 64-bit lengths can wrap around to the right one.
+    if not rows or not layers or tokens.min(initial=0) < 0 or tokens.max(initial=0) > rows or tokens.sum() != rows:
+        raise ValueError(f"its prompts' lengths don't add up to its {rows} rows of {layers} layers")
+    if not (tokens > 0).all():
+        raise ValueError("it has a prompt of no tokens")
+    if not 1 <= facts.top_k <= experts:
+        raise ValueError(f"its facts name {facts.top_k} experts per token, of {experts}")
+    if not all(1 <= size <= _MAX_DIMENSION for size in (facts.hidden, facts.intermediate)):
+        raise ValueError(f"its facts name impossible dimensions: {facts.hidden} and {facts.intermediate}")
+    if not np.isfinite(probabilities).all() or probabilities.min() < 0 or probabilities.max() > _MAX_SCORE:
+        raise ValueError("it has a probability that is negative, absurdly large or no number")
+    if not (probabilities.max(axis=2) > 0).all():
+        raise ValueError("it has a token whose probabilities are all zero")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from common.console import printable
 from testbed.run_directory.commands import RUN
 
 _RESAMPLES = click.option(
@@ -32,7 +33,7 @@ def report(folder: Path, out: Path | None, resamples: int, trace_tokens: int) ->
         raise click.UsageError("--out is only for archives: the report of a folder is written into that folder")
     summary = write_report(RunDir(folder), resamples=resamples, trace_tokens=trace_tokens)
     for warning in warnings(summary):
-        click.echo(warning)
+        click.echo(printable(warning))
     click.echo(f"{summary.complete_cells} of {summary.planned_cells} cells: {folder / PAGE}")
 
 
@@ -55,7 +56,7 @@ def compare(folders: tuple[Path, ...], resamples: int) -> None:
     for number, folder in enumerate(folders, 1):
         click.echo(f"run {number}: {folder}")
     for note in notes or ["no differences in code, plan, bundles, data, machine or versions"]:
-        click.echo(f"- {note}")
+        click.echo(printable(f"- {note}"))
     for title, table in tables:
         click.echo(f"\n{title}\n\n{table_markdown(table)}")
 

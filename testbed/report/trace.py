@@ -129,7 +129,7 @@ class Trace:
 
 def _begin_at_zero(events: list[Event]) -> None:
     """Convert wall time in ns to the format's µs, counted from the first of the events."""
-    first_ns = min(event["ts"] for event in events)
+    first_ns = min((event["ts"] for event in events), default=0)
     for event in events:
         event["ts"], event["dur"] = _us(event["ts"] - first_ns), _us(event["dur"])
 
@@ -145,7 +145,7 @@ def _begin_ns(layers: list[Event], requests: list[Event]) -> int:
         if layer["layer"] in sent_ns:
             latest.append(sent_ns[layer["layer"]] - upto_ns - layer["trunk_ns"])
         upto_ns += layer["trunk_ns"] + layer["dispatch_ns"]
-    return int(min(latest))
+    return int(min(latest, default=requests[0]["sent_unix_ns"]))
 
 
 def _by_token(table: pa.Table, wanted: set[tuple[int, int]]) -> dict[tuple[int, int], list[Event]]:

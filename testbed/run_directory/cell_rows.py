@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from testbed.plan.cells import Cell
 from testbed.plan.schema import Workload
+from testbed.run_directory.columns import TEXT
 from testbed.run_directory.directory import MARKER, Marker, RunDir, damaged_cell
+from testbed.run_directory.table_checks import check_values
 from testbed.run_directory.tables import COORDINATES, SCHEMAS
 
 _VALUE_BYTES = 8
@@ -56,27 +59,46 @@ def _read(run: RunDir, cell: Cell) -> CellRows:
         tables = {}
         for name, rows in marker.rows.items():
             file = run.cell_path(cell) / f"{name}.parquet"
-            tables[name] = _with_all_columns(_read_table(file, rows), SCHEMAS[name])
+            tables[name] = _with_all_columns(_read_table(name, file, rows), SCHEMAS[name])
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise damaged_cell(run, cell, file, error) from None
     return CellRows(cell, run.plan.workload(cell.workload), marker, tables)
 
 
-def _read_table(file: Path, rows: int) -> pa.Table:
+def _read_table(name: str, file: Path, rows: int) -> pa.Table:
     """A table, if it has this number of rows and fits into memory: a small file may claim any number of rows.
 
     Raises:
-        ValueError: another number of rows, or too many for this machine's free memory.
+        ValueError: another number of rows, too many for this machine's free memory, or a value that is impossible.
         OSError, pa.ArrowException: the file is damaged.
     """
-    with pq.ParquetFile(file) as parquet:
+    schema = SCHEMAS[name]
+    texts = [field.name for field in schema if not pa.types.is_primitive(field.type)]
+    # As dictionaries, because the same long text may stand in millions of rows.
+    with pq.ParquetFile(file, read_dictionary=texts) as parquet:
         claimed = parquet.metadata.num_rows
         if claimed != rows:
             raise ValueError(f"{claimed} rows instead of {rows}")
         needed, free = claimed * parquet.metadata.num_columns * _VALUE_BYTES, psutil.virtual_memory().available
         if needed > free:
             raise ValueError(f"its {claimed} rows need {needed >> 20} MiB of memory, {free >> 20} MiB are free")
-        return parquet.read()
+        table = parquet.read()
+    needed = sum(_expanded_bytes(table[f.name]) for f in schema if f.type == TEXT and f.name in table.column_names)
+    if needed > free:
+        raise ValueError(f"its texts need {needed >> 20} MiB of memory, {free >> 20} MiB are free")
+    known = [field for field in schema if field.name in table.column_names]
+    check_values(name, table.select([field.name for field in known]).cast(pa.schema(known)))
+    return table
+
+
+def _expanded_bytes(texts: pa.ChunkedArray) -> int:
+    """Bytes of a column of texts, each as often as it stands in it."""
+    total = 0
+    for chunk in texts.chunks:
+        if isinstance(chunk, pa.DictionaryArray):
+            lengths = pc.binary_length(chunk.dictionary).cast(pa.int64())
+            total += pc.sum(lengths.take(chunk.indices)).as_py() or 0
+    return total
 
 
 def _with_all_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from common.console import printable
+
 RUN = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 
 
@@ -23,7 +25,7 @@ def status(folder: Path, following: bool) -> None:
         follow(RunDir(folder), Console(highlight=False))
         return
     for line in lines(status_of(RunDir(folder))):
-        click.echo(line)
+        click.echo(printable(line))
 
 
 @click.command()

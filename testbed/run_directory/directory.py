@@ -28,7 +28,7 @@ from common.jsonl import JsonLinesError, decode_strict_json, read_json_lines
 from testbed.errors import RunDirectoryError
 from testbed.plan.cells import MAX_CELLS, Cell, count_cells, expand
 from testbed.plan.schema import Plan
-from testbed.run_directory.events import decode_event
+from testbed.run_directory.events import Count, Nanoseconds, decode_event
 
 T = TypeVar("T")
 SCHEMA = 1
@@ -112,12 +112,12 @@ class Marker(Struct, frozen=True, kw_only=True):
     cell: Cell
     where: str
     attempt: int
-    started_unix_ns: int
+    started_unix_ns: Nanoseconds
     seconds: float
-    rows: dict[str, int]
-    log_ns: int
-    tokens: int
-    write_ns: int
+    rows: dict[str, Count]
+    log_ns: Nanoseconds
+    tokens: Count
+    write_ns: Nanoseconds
     nodes: list[str] = []
     holders: list[list[int]] = []
     shared_air: bool = False

@@ -269,7 +269,7 @@ def _without_costs(run: RunDir) -> list[str]:
 
 def _logger(analysis: Analysis) -> LoggerCost | None:
     cost = analysis.logger
-    if not cost.tokens:
+    if not cost.tokens or not cost.total_ns:
         return None
     return LoggerCost(
         log_us_per_token=cost.log_ns / cost.tokens / 1e3,

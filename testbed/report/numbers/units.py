@@ -172,5 +172,6 @@ def _split(table: pa.Table, ids: NDArray[np.int_], values: Float) -> list[Float]
 
 def _prediction_errors(latency: pa.Table, ids: NDArray[np.int_]) -> list[Float]:
     predicted, took = numbers(latency, "predicted_ns"), numbers(latency, "round_trip_ns")
-    errors = _split(latency, ids, np.abs(predicted - took) / took)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        errors = _split(latency, ids, np.abs(predicted - took) / took)
     return [e[np.isfinite(e)] for e in errors]

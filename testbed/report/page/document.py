@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jinja2
 
+from common.console import printable
+
 _WIDEST = 48
 """Wider cells of a Markdown table are not aligned."""
 
@@ -109,7 +111,7 @@ def _is(kind: type) -> Callable[[object], bool]:
 
 
 def _escape(text: str) -> str:
-    """Escape the characters that Markdown interprets, and join lines."""
+    """Escape control characters and the characters that Markdown interprets, and join lines."""
     for sign in ("\\", "*", "_", "<", "`"):
         text = text.replace(sign, "\\" + sign)
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))

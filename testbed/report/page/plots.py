@@ -30,13 +30,16 @@ MARKERS = "osD^vPX*<>"
 LINK_QUANTITIES = {"down_mbps": "down-link, Mbit/s", "up_mbps": "up-link, Mbit/s", "rtt_ms": "round trip, ms"}
 NODES_DRAWN = 8
 """Most nodes in one plot of links, to keep it readable."""
+_MOST_TICKS = 64
+_MOST_DRAWN = 512
+"""Most nodes and experts of a heat map; the limit of an image is 65,536 pixels."""
 _USUAL = 0.97
 """Share of estimates that fit into the axes of link plots."""
 _DEEPEST_POINTS = 15
 """Largest loss of accuracy that is drawn."""
 _STYLE: Any = {
     "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "svg.hashsalt": "wdmoe",
-    "figure.dpi": 120,
+    "figure.dpi": 120, "text.parse_math": False,
 }  # fmt: skip
 Row = tuple[object, ...]
 
@@ -72,7 +75,7 @@ def _ecdf(analysis: Analysis, folder: Path) -> list[Figure]:
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         for policy, ms in sorted(lines, key=lambda line: plan.every_policy.index(line[0])):
             axis.ecdf(ms, **_line(plan.every_policy, policy))
-        axis.set(title=title, xlabel="time per token, ms", ylabel="share of tokens", xlim=(0, longest * 1.03))
+        axis.set(title=title, xlabel="time per token, ms", ylabel="share of tokens", xlim=(0, longest * 1.03 or 1.0))
     _legend(figure, axes)
     header = ("bundle", "profile", "policy", "workload", "token_ms", "share")
     caption = (
@@ -280,23 +283,30 @@ def _heat_map(analysis: Analysis, folder: Path) -> list[Figure]:
     counts = {p: analysis.requests[p] for p in analysis.run.plan.every_policy if analysis.requests.get(p)}
     if not counts:
         return []
-    nodes = sorted({node for counter in counts.values() for _, node in counter}, key=lambda n: (len(n), n))
-    experts = max(expert for counter in counts.values() for expert, _ in counter) + 1
-    figure, axes = _grid(len(counts), width=1.6 + 0.42 * len(nodes), height=1.5 + 0.26 * experts)
+    every_node = sorted({node for counter in counts.values() for _, node in counter}, key=lambda n: (len(n), n))
+    highest = max(expert for counter in counts.values() for expert, _ in counter) + 1
+    nodes, experts = every_node[:_MOST_DRAWN], min(highest, _MOST_DRAWN)
+    shown = {*nodes}
+    figure, axes = _grid(len(counts), width=1.6 + 0.42 * len(nodes), height=1.5 + 0.26 * min(experts, _MOST_TICKS))
     most = max(max(counter.values()) for counter in counts.values())
     rows: list[Row] = []
     image = None
     for axis, (policy, counter) in zip(axes, counts.items(), strict=True):
         grid = np.array([[counter[e, node] for node in nodes] for e in range(experts)], float)
         rows += [(policy, e, node, counter[e, node]) for e in range(experts) for node in nodes]
+        hidden = sorted((e, node) for e, node in counter if e >= experts or node not in shown)
+        rows += [(policy, e, node, counter[e, node]) for e, node in hidden]
         image = axis.imshow(np.where(grid > 0, grid, np.nan), cmap="cividis", vmin=0, vmax=most, aspect="auto")
         axis.set_xticks(range(len(nodes)), nodes, rotation=45, ha="right")
-        axis.set_yticks(range(experts))
+        if experts <= _MOST_TICKS:
+            axis.set_yticks(range(experts))
         axis.set(title=_wrap(policy_label(policy, counts), 30), ylabel="expert")
         axis.grid(visible=False)
     assert image is not None  # noqa: S101 (there is a policy)
     figure.colorbar(image, ax=axes, label="requests", shrink=0.9)
     caption = "Number of requests to each node for each expert index, summed over all layers; white means none."
+    if max(len(every_node), highest) > _MOST_DRAWN:
+        caption += f" Beyond {_MOST_DRAWN} nodes or experts, they are only in the CSV file."
     return [_save(figure, folder, "requests", ("policy", "expert", "node", "requests"), rows, caption)]
 
 

@@ -31,7 +31,8 @@ def _baselines(baselines: list[Baseline]) -> Iterator[Section]:
     for session, kind, over in keys:
         phases = {b.phase: b for b in measured if (b.session, b.kind, b.over) == (session, kind, over)}
         start, end = phases.get("start"), phases.get("end")
-        change = f"× {median(end.token_ns) / median(start.token_ns):.2f}" if start and end else NOTHING
+        before, after = (median(phase.token_ns) if phase else 0 for phase in (start, end))
+        change = f"× {after / before:.2f}" if before and end else NOTHING
         rows.append([str(session), kind, over, *_times(start), *_times(end), change])
     header = (
         *("session", "baseline", "over", "first token, ms", "token, ms"),

@@ -1,17 +1,20 @@
 """Run directories and archives that are damaged or made to harm: one line says what is wrong, nothing stays behind."""
 
 import contextlib
+import csv
 import hashlib
 import io
 import json
+import math
 import os
 import random
+import re
 import shutil
 import stat
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import pyarrow as pa
@@ -26,12 +29,13 @@ from testbed.plan.schema import Generate, Plan
 from testbed.report.write import write_report
 from testbed.run_directory import unpack as unpack_module
 from testbed.run_directory.archive_file import CHECKSUMS, open_compressed
-from testbed.run_directory.baselines import read_baselines
+from testbed.run_directory.baselines import Baseline, append_baseline, read_baselines
 from testbed.run_directory.cell_rows import read_cells
 from testbed.run_directory.directory import EVENTS, MANIFEST, MARKER, SCHEMA, BundleFacts, Marker, RunDir, RunManifest
 from testbed.run_directory.result_tables import ANSWERS, AnswerRow
 from testbed.run_directory.status import lines, status_of
 from testbed.run_directory.step_tables import LATENCY, LAYERS, TOKENS
+from testbed.run_directory.tables import SCHEMAS
 from testbed.run_directory.unpack import unpack
 from tests.in_process import run_in_process
 from tests.unit.testbed.test_log_tables import TOKEN
@@ -140,6 +144,8 @@ def test_an_old_run_without_newer_fields_is_read(run: RunDir) -> None:
         (MARKER, lambda raw: b""),
         (MARKER, lambda raw: raw[:-2]),
         (MARKER, lambda raw: raw.replace(b'"seconds":1.0', b'"seconds":1e999', 1)),
+        (MARKER, lambda raw: raw.replace(b'"log_ns":1', b'"log_ns":' + b"9" * 400, 1)),
+        (MARKER, lambda raw: raw.replace(b'"log_ns":1', b'"log_ns":-1', 1)),
         (MARKER, lambda raw: raw.replace(b'"tokens":1', b'"tokens":1,"../../manifest":1', 1)),
         (MARKER, lambda raw: raw.replace(b'"tokens":1', b'"tokens":1,"tokens":1', 1)),
         ("tokens.parquet", lambda raw: raw[: len(raw) // 2]),
@@ -182,6 +188,113 @@ def test_a_small_table_of_absurdly_many_rows_is_not_read_into_memory(run: RunDir
         patch.setattr("psutil.virtual_memory", lambda: Memory(1 << 22))
         with pytest.raises(RunDirectoryError, match=r"32768 rows need \d+ MiB of memory, 4 MiB are free"):
             list(read_cells(run))
+
+
+def _change(run: RunDir, name: str, column: str, values: list[Any]) -> Path:
+    """Give a table of the run's cell, made if it is missing, these values in one column."""
+    folder = run.cell_path(run.cells()[0])
+    path, schema = folder / f"{name}.parquet", SCHEMAS[name]
+    if path.exists():
+        table = pq.read_table(path)
+        table = pa.concat_tables([table.slice(0, 1)] * len(values)).cast(schema)
+    else:
+        table = pa.table([pa.nulls(len(values), field.type) for field in schema], schema=schema)
+        table = _with(table, "node", ["a"] * len(values)) if "node" in schema.names else table
+    pq.write_table(_with(table, column, values), path)
+    marker = folder / MARKER
+    changed = decode_json(marker.read_bytes(), Marker)
+    rows = {**changed.rows, name: len(values)}
+    marker.write_bytes(msgspec.json.encode(msgspec.structs.replace(changed, rows=rows)))
+    return path
+
+
+def _with(table: pa.Table, column: str, values: list[Any]) -> pa.Table:
+    at = table.column_names.index(column)
+    return table.set_column(at, column, pa.array(values, table.schema.field(at).type))
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "values", "reason"),
+    [
+        ("tokens", "total_ns", [-1], "-1, which must not be negative"),
+        ("tokens", "total_ns", [2**62], "too large to be counted with"),
+        ("tokens", "pairs", [-(2**63)], "too large to be counted with"),
+        ("tokens", "answer", [None], "1 empty values, where none may be"),
+        ("tokens", "warm_up", [None], "1 empty values"),
+        ("tokens", "began_unix_ns", [2**63 - 1], "times that are negative, absurd"),
+        ("tokens", "began_unix_ns", [1, 2**61], "more than 104 days apart"),
+        ("latency", "round_trip_ns", [-5], "must not be negative"),
+        ("latency", "experts", ["9" * 5000], "'9{40}' is no list of experts"),
+        ("latency", "experts", [""], "'' is no list of experts"),
+        ("latency", "experts", ["1 -2"], "is no list of experts"),
+        ("latency", "experts", [None], "1 empty values"),
+        ("latency", "node", ["<script>alert(1)</script>"], "node '<script>.*' is not valid"),
+        ("latency", "node", ["a\x1b[2J"], r"node 'a\\x1b\[2J' is not valid"),
+        ("latency", "node", ["9" * 5000], "node '9{80}' is not valid"),
+        ("latency", "node", [f"n{i}" for i in range(1025)], "1025 different nodes, at most 1024"),
+        ("telemetry", "wifi_ssid", [f"n{i}" for i in range(5000)], "5000 different networks"),
+        ("telemetry", "board_watts", [float("inf")], "a value beyond 1e\\+15"),
+        ("telemetry", "board_watts", [-1e300], "a value beyond"),
+        ("answers", "prompt", [None], "1 empty values"),
+        ("answers", "first_token_ns", [-1], "must not be negative"),
+    ],
+)
+def test_impossible_values_of_tables_are_named_by_column(
+    run: RunDir, name: str, column: str, values: list[Any], reason: str
+) -> None:
+    path = _change(run, name, column, values)
+    for command in ("report", "export"):
+        done = run_in_process(
+            "testbed", command, run.path, *(["-o", run.path.parent / "x.tar.gz"] * (command != "report"))
+        )
+        assert done.returncode == 61, done.stderr
+        assert re.search(f"error: {path} is damaged .column {column}: .*{reason}", done.stderr)
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.replace("\n", "").isprintable()
+
+
+def test_a_short_text_in_millions_of_rows_is_not_expanded(run: RunDir) -> None:
+    path = _change(run, "answers", "text", ["y" * 1000])
+    one = pq.read_table(path)
+    many = pa.table({n: one[n].dictionary_encode().take(pa.array([0] * 5000)) for n in one.column_names})
+    pq.write_table(many, path)
+    marker = path.with_name(MARKER)
+    changed = decode_json(marker.read_bytes(), Marker)
+    marker.write_bytes(msgspec.json.encode(msgspec.structs.replace(changed, rows={**changed.rows, "answers": 5000})))
+
+    class Memory(NamedTuple):
+        available: int
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("psutil.virtual_memory", lambda: Memory(2 << 20))
+        with pytest.raises(RunDirectoryError, match="its texts need 5 MiB of memory, 2 MiB are free"):
+            list(read_cells(run))
+    assert len(next(read_cells(run)).tables["answers"]) == 5000
+
+
+def test_odd_but_possible_values_give_a_report(run: RunDir) -> None:
+    """Nothing took time, a token has no layers, loads of experts, names that look like formulas or HTML."""
+    _change(run, "tokens", "total_ns", [0])
+    _change(run, "tokens", "token", [77])
+    _change(run, "latency", "experts", ["600 1"])
+    _change(run, "link_samples", "quantity", ["$x$<script>"])
+    path = _change(run, "link_samples", "kind", ["truth"])
+    table = _with(_with(_with(pq.read_table(path), "unix_ns", [5]), "quantity", ["$x^$<script>"]), "value", [math.nan])
+    pq.write_table(table, path)
+    for phase in ("start", "end"):
+        append_baseline(
+            run,
+            Baseline(
+                session=1, phase=phase, kind="one-node", bundle="int4", unix_ns=5, over="<script>\x1b[2J$", token_ns=[0]
+            ),
+        )
+    write_report(run, resamples=100)
+    page, text = ((run.path / name).read_text() for name in ("report.html", "report.md"))
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert r"\<script>\x1b[2J$" in text
+    with (run.path / "plots" / "requests.csv").open() as file:
+        assert ["topk", "600", "a", "1"] in list(csv.reader(file))
 
 
 Files = Sequence[tuple[str, bytes]]

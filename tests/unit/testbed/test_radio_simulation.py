@@ -1,6 +1,9 @@
 """The radio simulation against formulas worked out by hand, and from trace to table through its commands."""
 
+import contextlib
 import json
+import os
+import zipfile
 from pathlib import Path
 
 import msgspec
@@ -11,6 +14,7 @@ from click.testing import CliRunner
 from bs_coordinator.selection import TopK, parse_policy
 from testbed.cli import cli
 from testbed.errors import SimulationError
+from testbed.radio import npz_file
 from testbed.radio.replay import ALLOCATIONS, batch_seconds, batches, replay
 from testbed.radio.results import compare_accuracy, compare_latency
 from testbed.radio.sensitivity import sweep
@@ -147,30 +151,126 @@ def _arrays(**changed: object) -> dict[str, object]:
     return {"probabilities": np.ones((4, 2, 8), np.float32), "tokens": np.array([4]), "facts": facts} | changed
 
 
+def _facts(**changed: object) -> np.ndarray:
+    return np.frombuffer(msgspec.json.encode(msgspec.structs.replace(FACTS, **changed)), np.uint8)
+
+
 @pytest.mark.parametrize(
-    "arrays",
+    ("arrays", "reason"),
     [
-        _arrays(tokens=np.array([3])),
-        _arrays(tokens=np.array([], np.int64)),
-        _arrays(probabilities=np.ones((4, 8), np.float32)),
-        _arrays(probabilities=np.full((4, 2, 8), np.nan, np.float32)),
-        _arrays(probabilities=np.array([{}], object)),
-        _arrays(facts=np.frombuffer(b"{}", np.uint8)),
-        {"tokens": np.array([4])},
+        (_arrays(tokens=np.array([3])), "don't add up to its 4 rows"),
+        (_arrays(tokens=np.array([], np.int64)), "don't add up"),
+        (_arrays(tokens=np.array([2**62, 2**62, 2**62, 2**62, 4])), "don't add up"),
+        (_arrays(tokens=np.array([-1, 5])), "don't add up"),
+        (_arrays(tokens=np.array([4, 0])), "a prompt of no tokens"),
+        (_arrays(tokens=np.array([4.0])), "'tokens' is float64"),
+        (_arrays(tokens=np.array(4)), "expected int64 with 1 dimensions"),
+        (_arrays(probabilities=np.ones((4, 8), np.float32)), "expected float32 with 3 dimensions"),
+        (_arrays(probabilities=np.ones((4, 2, 8))), "is float64"),
+        (_arrays(probabilities=np.ones((4, 2, 8), ">f4")), "is >f4"),
+        (_arrays(probabilities=np.ones((4, 0, 8), np.float32)), "4 rows of 0 layers"),
+        (_arrays(probabilities=np.ones((4, 2, 0), np.float32)), "2 experts per token, of 0"),
+        (_arrays(probabilities=np.full((4, 2, 8), np.nan, np.float32)), "negative, absurdly large or no number"),
+        (_arrays(probabilities=np.full((4, 2, 8), -0.1, np.float32)), "negative, absurdly large"),
+        (_arrays(probabilities=np.full((4, 2, 8), 3e38, np.float32)), "negative, absurdly large"),
+        (_arrays(probabilities=np.zeros((4, 2, 8), np.float32)), "all zero"),
+        (_arrays(probabilities=np.array([{}], object)), "'probabilities' is object"),
+        (_arrays(facts=np.frombuffer(b"{}", np.uint8)), "missing required field"),
+        (_arrays(facts=np.frombuffer(b"[" * 100_000, np.uint8)), "nested too deeply"),
+        (_arrays(facts=_facts(top_k=9)), "9 experts per token, of 8"),
+        (_arrays(facts=_facts(hidden=2**62)), "impossible dimensions"),
+        (_arrays(facts=_facts(intermediate=-1)), "impossible dimensions"),
+        ({"tokens": np.array([4])}, "no array 'probabilities'"),
     ],
 )
-def test_what_is_no_trace_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+def test_what_is_no_trace_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray], reason: str) -> None:
     np.savez(tmp_path / "trace.npz", allow_pickle=True, **arrays)
-    with pytest.raises(SimulationError, match="is not a routing trace"):
+    with pytest.raises(SimulationError, match=f"is not a routing trace: .*{reason}") as raised:
         read_trace(tmp_path / "trace.npz")
+    assert "\n" not in str(raised.value)
+
+
+def _npy(header: str, data: bytes = b"") -> bytes:
+    raw = header.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(raw).to_bytes(2, "little") + raw + data
+
+
+def _npz(path: Path, probabilities: bytes, compression: int = zipfile.ZIP_DEFLATED) -> Path:
+    np.savez(path, **_arrays())
+    with zipfile.ZipFile(path) as whole:
+        members = {name: whole.read(name) for name in whole.namelist()} | {"probabilities.npy": probabilities}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ("{'descr': '<f4', 'fortran_order': False, 'shape': (9999999999, 2, 8), }", "the file has 256"),
+        ("{'descr': '<f4', 'fortran_order': False, 'shape': (-4, -2, 8), }", r"is float32 \[-4, -2, 8\]"),
+        ("{'descr': '<f4', 'fortran_order': True, 'shape': (4, 2, 8), }", "expected float32 with 3"),
+        ("{'descr': '|O', 'fortran_order': False, 'shape': (4, 2, 8), }", "is object"),
+        ("{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (4, 2, 8), }", "is .*'a'"),
+        ("{'descr': 7, 'fortran_order': False, 'shape': (4, 2, 8), }", "no valid header"),
+        ("{'descr': '<f4', 'shape': (4, 2, 8), }", "no valid header"),
+        ("[" * 9000, "no valid header"),
+        ("__import__('os')", "no valid header"),
+    ],
+)
+def test_headers_of_arrays_are_not_believed(tmp_path: Path, header: str, reason: str) -> None:
+    path = _npz(tmp_path / "trace.npz", _npy(header, bytes(256)))
+    with pytest.raises(SimulationError, match=f"is not a routing trace: .*{reason}") as raised:
+        read_trace(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_small_file_that_unpacks_to_more_than_memory_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = 1 << 14
+    data = _npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, 8, 8), }}", bytes(rows * 256))
+    path = _npz(tmp_path / "trace.npz", data)
+    assert path.stat().st_size < 20_000
+    monkeypatch.setattr(npz_file, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(np, "frombuffer", None)
+    with pytest.raises(SimulationError, match=r"claims the shape \[16384, 8, 8\], too large for a trace"):
+        read_trace(path)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_random_damage_to_traces_is_one_line(tmp_path: Path, compression: int) -> None:
+    shape = "{'descr': '<f4', 'fortran_order': False, 'shape': (4, 2, 8), }"
+    path = _npz(tmp_path / "trace.npz", _npy(shape, np.ones(64, "<f4").tobytes()), compression)
+    if compression in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        with pytest.raises(SimulationError, match="compressed in another way"):
+            read_trace(path)
+        return
+    assert read_trace(path).experts == 8
+    whole = path.read_bytes()
+    source = np.random.default_rng(3)
+    for _ in range(150):
+        data = bytearray(whole)
+        for at in source.integers(len(data), size=source.choice([1, 3, 20])):
+            data[at] = source.integers(256)
+        path.write_bytes(bytes(data[: source.choice([len(data), source.integers(len(data))])]))
+        with contextlib.suppress(SimulationError):
+            read_trace(path)
 
 
 def test_a_file_of_something_else_is_no_trace(tmp_path: Path) -> None:
     (tmp_path / "trace.npz").write_text("no archive")
     with pytest.raises(SimulationError, match="is not a routing trace"):
         read_trace(tmp_path / "trace.npz")
+    np.save(tmp_path / "array.npy", np.ones(3))
+    with pytest.raises(SimulationError, match="is not a routing trace"):
+        read_trace(tmp_path / "array.npy")
     with pytest.raises(SimulationError, match="No such file"):
         read_trace(tmp_path / "none.npz")
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(SimulationError, match="not a plain file"):
+        read_trace(tmp_path / "pipe.npz")
 
 
 def test_setting_from_yaml(tmp_path: Path) -> None:
