@@ -15,7 +15,10 @@ from bs_coordinator.selection.forecast import LayerForecast
 from testbed.errors import SimulationError
 from testbed.yaml_files import decode_yaml
 
-Positive = Annotated[float, Meta(gt=0, le=1e18)]
+# Bounds that keep every formula finite, far beyond what is physical.
+Positive = Annotated[float, Meta(ge=1e-12, le=1e18)]
+Decibels = Annotated[float, Meta(ge=-400, le=400)]
+Metres = Annotated[float, Meta(ge=-1e7, le=1e7)]
 Count = Annotated[int, Meta(ge=1, le=10**9)]
 _SILU_FLOPS = 7
 """Operations per value of SiLU, x / (1 + exp(-x)), where an exponential counts as four."""
@@ -29,8 +32,8 @@ class RadioDevice(Struct, frozen=True, forbid_unknown_fields=True):
         flops: floating-point operations per second.
     """
 
-    x_m: float
-    y_m: float
+    x_m: Metres
+    y_m: Metres
     flops: Positive
 
     @property
@@ -69,10 +72,10 @@ class Setting(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     devices: Annotated[tuple[RadioDevice, ...], Meta(min_length=1)] = _DEVICES
     bandwidth_hz: Positive = 100e6
     carrier_ghz: Positive = 3.5
-    loss_1m_db: float = 32.4
-    loss_exponent: Positive = 2.0
+    loss_1m_db: Decibels = 32.4
+    loss_exponent: Annotated[float, Meta(gt=0, le=10)] = 2.0
     fading: Literal["rayleigh", "none"] = "rayleigh"
-    noise_dbm_hz: float = -174.0
+    noise_dbm_hz: Decibels = -174.0
     bs_power_w: Positive = 10.0
     device_power_w: Positive = 0.2
     value_bits: Positive = 16

@@ -279,7 +279,13 @@ def test_setting_from_yaml(tmp_path: Path) -> None:
     setting = read_setting(path)
     assert setting == Setting(loss_exponent=3.19, devices=(RadioDevice(3, 4, 1e9),))
     assert setting.devices[0].distance_m == 5
-    for wrong in ("bandwidth_hz: -1", "colour: red", "devices: []", "- 1", "a: [", "fading: rice"):
+    impossible = (
+        "noise_dbm_hz: 1.0e+9",
+        "loss_1m_db: -1.0e+9",
+        "loss_exponent: 99",
+        "devices: [{x_m: 1.0e+300, y_m: 0, flops: 1}]",
+    )
+    for wrong in ("bandwidth_hz: -1", "colour: red", "devices: []", "- 1", "a: [", "fading: rice", *impossible):
         path.write_text(wrong)
         with pytest.raises(SimulationError, match=r"setting\.yaml"):
             read_setting(path)
