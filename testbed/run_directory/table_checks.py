@@ -8,6 +8,7 @@ import re
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bs_coordinator.nodes.registry import LOCAL_NODE
 from wire.topics import check_name
 
 _COUNT_LIMIT = 1 << 53
@@ -71,7 +72,7 @@ def _check_column(name: str, column: str, values: pa.ChunkedArray) -> None:
         if len(nodes) > _MOST_NODES:
             raise ValueError(f"{len(nodes)} different nodes, at most {_MOST_NODES} can join")
         for node in nodes:
-            if node is not None:
+            if node not in (None, LOCAL_NODE):
                 check_name("node", node)
     elif column == "wifi_ssid":
         if len(networks := _different(values)) > _MOST_NETWORKS:

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bs_coordinator.nodes.registry import LOCAL_NODE
 from common.errors import StorageError
 from common.jsonl import decode_json
 from testbed.archive.export import export_run
@@ -278,6 +279,7 @@ def test_odd_but_possible_values_give_a_report(run: RunDir) -> None:
     _change(run, "tokens", "token", [77])
     _change(run, "latency", "experts", ["600 1"])
     _change(run, "link_samples", "quantity", ["$x$<script>"])
+    _change(run, "latency", "node", [LOCAL_NODE])
     path = _change(run, "link_samples", "kind", ["truth"])
     table = _with(_with(_with(pq.read_table(path), "unix_ns", [5]), "quantity", ["$x^$<script>"]), "value", [math.nan])
     pq.write_table(table, path)
@@ -294,7 +296,7 @@ def test_odd_but_possible_values_give_a_report(run: RunDir) -> None:
     assert "&lt;script&gt;" in page
     assert r"\<script>\x1b[2J$" in text
     with (run.path / "plots" / "requests.csv").open() as file:
-        assert ["topk", "600", "a", "1"] in list(csv.reader(file))
+        assert ["topk", "600", LOCAL_NODE, "1"] in list(csv.reader(file))
 
 
 Files = Sequence[tuple[str, bytes]]

@@ -5,6 +5,7 @@ import json
 import os
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -146,12 +147,12 @@ def test_trace_survives_its_file(tmp_path: Path) -> None:
     assert [p.tolist() for p in again.prompts] == [p.tolist() for p in trace.prompts]
 
 
-def _arrays(**changed: object) -> dict[str, object]:
+def _arrays(**changed: Any) -> dict[str, Any]:
     facts = np.frombuffer(msgspec.json.encode(FACTS), np.uint8)
     return {"probabilities": np.ones((4, 2, 8), np.float32), "tokens": np.array([4]), "facts": facts} | changed
 
 
-def _facts(**changed: object) -> np.ndarray:
+def _facts(**changed: Any) -> np.ndarray:
     return np.frombuffer(msgspec.json.encode(msgspec.structs.replace(FACTS, **changed)), np.uint8)
 
 
@@ -196,7 +197,7 @@ def _npy(header: str, data: bytes = b"") -> bytes:
 
 
 def _npz(path: Path, probabilities: bytes, compression: int = zipfile.ZIP_DEFLATED) -> Path:
-    np.savez(path, **_arrays())
+    np.savez(path, allow_pickle=True, **_arrays())
     with zipfile.ZipFile(path) as whole:
         members = {name: whole.read(name) for name in whole.namelist()} | {"probabilities.npy": probabilities}
     with zipfile.ZipFile(path, "w", compression) as archive:
@@ -254,7 +255,7 @@ def test_random_damage_to_traces_is_one_line(tmp_path: Path, compression: int) -
         data = bytearray(whole)
         for at in source.integers(len(data), size=source.choice([1, 3, 20])):
             data[at] = source.integers(256)
-        path.write_bytes(bytes(data[: source.choice([len(data), source.integers(len(data))])]))
+        path.write_bytes(bytes(data[: source.choice([len(data), int(source.integers(len(data)))])]))
         with contextlib.suppress(SimulationError):
             read_trace(path)
 
