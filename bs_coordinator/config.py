@@ -19,28 +19,44 @@ TrunkDtype = Literal["fp32", "bf16", "fp16"]
 DraftMode = Literal["none", "ngram", "dense", "auto"]
 """How tokens are drafted: not at all, by look-up in the text so far, by the draft model, or by whichever pays off."""
 
+_MODEL, _CONNECTION, _EXPERTS, _LIMITS, _LOGS = "Model", "Connection", "Experts and policies", "Limits", "Logs"
+"""Headings of `--help`."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig(Config):
     """Bundle, broker and nodes."""
 
-    bundle: Annotated[Path, Option("Bundle of the model: a folder made by wdmoe-export.")]
+    bundle: Annotated[Path, Option("Bundle of the model: a folder made by wdmoe-export.", heading=_MODEL)]
     broker: Annotated[
         str,
         Option(
             "MQTT broker: mqtt://[user@]host[:port] or mqtts://…; 'embedded' or 'mosquitto' starts a private one on "
             "loopback.",
             check=lambda broker: None if broker in PRIVATE_BROKERS else check_broker_url(broker),
+            heading=_CONNECTION,
         ),
     ] = "embedded"
-    broker_port: Annotated[int, Option("Port of a private broker; 0 takes any free one.", minimum=0, maximum=65535)] = 0
+    broker_port: Annotated[
+        int, Option("Port of a private broker; 0 takes any free one.", minimum=0, maximum=65535, heading=_CONNECTION)
+    ] = 0
     cluster: Annotated[
-        str, Option("Name that keeps clusters on one broker apart.", check=lambda name: check_name("cluster", name))
+        str,
+        Option(
+            "Name that keeps clusters on one broker apart.",
+            check=lambda name: check_name("cluster", name),
+            heading=_CONNECTION,
+        ),
     ] = "default"
     cluster_key: Annotated[
-        Path | None, Option("Key that authenticates frames between base station and nodes; a file of mode 600.")
+        Path | None,
+        Option(
+            "Key that authenticates frames between base station and nodes; a file of mode 600.", heading=_CONNECTION
+        ),
     ] = None
-    bundle_key: Annotated[Path | None, Option("Refuse bundles that this Ed25519 public key did not sign.")] = None
+    bundle_key: Annotated[
+        Path | None, Option("Refuse bundles that this Ed25519 public key did not sign.", heading=_MODEL)
+    ] = None
     access: Access = field(default_factory=Access)
 
 
@@ -56,18 +72,19 @@ class ResidentConfig(Config):
         int,
         Option(
             "RAM for experts that the base station computes itself, such as 2G.  [default: none]",
-            flag="--resident", size=True, minimum=0,
+            flag="--resident", size=True, minimum=0, heading=_EXPERTS,
         ),
     ]  # fmt: skip
     begin_with: Annotated[
         Path | None,
         Option(
             "latency.csv of an earlier run: decides which experts to keep as long as no traffic has been counted.",
-            flag="--resident-from", exists=True,
+            flag="--resident-from", exists=True, heading=_EXPERTS,
         ),
     ] = None  # fmt: skip
     prepacked: Annotated[
-        Path | None, Option("Folder for prepacked copies of these experts, which are mapped from disk.")
+        Path | None,
+        Option("Folder for prepacked copies of these experts, which are mapped from disk.", heading=_EXPERTS),
     ] = None
     traffic: Path | None = None
 
@@ -76,41 +93,54 @@ class ResidentConfig(Config):
 class BaseStationConfig(ClusterConfig):
     """Model and base station."""
 
-    device: Annotated[str, Option("Device of the trunk: cpu, cuda, cuda:1, …")] = "cpu"
-    dtype: Annotated[TrunkDtype, Option("Number format of the trunk.")] = "fp32"
-    wire: Annotated[WireDtype, Option("Number format of hidden states in messages to and from nodes.")] = WireDtype.FP16
-    policy: Annotated[str, Option("Policy that chooses experts: NAME or NAME:OPTION=VALUE,… (docs/policies.md).")] = (
-        "topk"
-    )
+    device: Annotated[str, Option("Device of the trunk: cpu, cuda, cuda:1, …", heading=_MODEL)] = "cpu"
+    dtype: Annotated[TrunkDtype, Option("Number format of the trunk.", heading=_MODEL)] = "fp32"
+    wire: Annotated[
+        WireDtype, Option("Number format of hidden states in messages to and from nodes.", heading=_EXPERTS)
+    ] = WireDtype.FP16
+    policy: Annotated[
+        str, Option("Policy that chooses experts: NAME or NAME:OPTION=VALUE,… (docs/policies.md).", heading=_EXPERTS)
+    ] = "topk"
     nodes_timeout_s: Annotated[
         float,
-        Option("Seconds to wait at the start until every expert has a node.", flag="--nodes-timeout", minimum=0),
+        Option(
+            "Seconds to wait at the start until every expert has a node.",
+            flag="--nodes-timeout",
+            minimum=0,
+            heading=_LIMITS,
+        ),
     ] = 60.0
     layer_timeout_s: Annotated[
         float,
-        Option("Seconds that one layer may wait for its nodes.", flag="--layer-timeout", minimum=0.1),
+        Option("Seconds that one layer may wait for its nodes.", flag="--layer-timeout", minimum=0.1, heading=_LIMITS),
     ] = 30.0
     degrade: Annotated[
         bool,
-        Option("Continue with the next best experts when no node answers for an expert; such answers are marked."),
+        Option(
+            "Continue with the next best experts when no node answers for an expert; such answers are marked.",
+            heading=_EXPERTS,
+        ),
     ] = True
     draft: Annotated[
         DraftMode,
         Option(
             "Draft tokens and check several per step: never, by look-up, with a draft model, or whenever it pays off "
-            "and leaves answers unchanged."
+            "and leaves answers unchanged.",
+            heading=_MODEL,
         ),
     ] = "auto"
     draft_model: Annotated[
-        Path | None, Option("Folder of the draft model.  [default: the bundle's own, if it has one]")
+        Path | None, Option("Folder of the draft model.  [default: the bundle's own, if it has one]", heading=_MODEL)
     ] = None
-    shared_air: Annotated[bool, Option("All nodes share one Wi-Fi channel: their air times add up in estimates.")] = (
-        False
-    )
-    link_log: Annotated[Path | None, Option("Append every link sample to this file; 'wdmoe-bs replay' reads it.")] = (
-        None
-    )
-    stay_awake: Annotated[bool, Option("Disable this machine's CPU idle states: lower latency, more power.")] = False
+    shared_air: Annotated[
+        bool, Option("All nodes share one Wi-Fi channel: their air times add up in estimates.", heading=_EXPERTS)
+    ] = False
+    link_log: Annotated[
+        Path | None, Option("Append every link sample to this file; 'wdmoe-bs replay' reads it.", heading=_LOGS)
+    ] = None
+    stay_awake: Annotated[
+        bool, Option("Disable this machine's CPU idle states: lower latency, more power.", heading=_MODEL)
+    ] = False
     resident: ResidentConfig | None = None
 
 
@@ -149,9 +179,12 @@ class ServeConfig(Config):
 
     host: Annotated[str, Option("Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Option("Port to listen on.", minimum=1, maximum=65535)] = 8080
-    max_live: Annotated[int, Option("Answers generated at the same time.", minimum=1, maximum=256)] = 8
+    max_live: Annotated[int, Option("Answers generated at the same time.", minimum=1, maximum=256, heading=_LIMITS)] = 8
     max_waiting: Annotated[
-        int, Option("Further requests that may wait; the rest get status 429 and a time to retry.", minimum=0)
+        int,
+        Option(
+            "Further requests that may wait; the rest get status 429 and a time to retry.", minimum=0, heading=_LIMITS
+        ),
     ] = 16
     api_key_file: Annotated[
         Path | None, Option("File of mode 600 with the API key that callers must send; required beyond loopback.")

@@ -39,8 +39,27 @@ class _ConfigOption(click.Option):
         self.heading = heading
 
 
-class Command(click.Command):
-    """A command whose `--help` shows its own options first, and those of each config under a heading."""
+class _WithExample(click.Command):
+    """A command whose `--help` ends with an example."""
+
+    def __init__(self, *args: Any, example: str = "", **kwargs: Any) -> None:
+        """Args:
+        example: lines to type.
+        """
+        super().__init__(*args, **kwargs)
+        self.example = example
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the example as it is typed: click would fold its lines."""
+        super().format_epilog(ctx, formatter)
+        if self.example:
+            with formatter.section("Example" if self.example.count("wdmoe-") == 1 else "Examples"):
+                for line in self.example.splitlines():
+                    formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+
+
+class Command(_WithExample):
+    """A command whose `--help` shows its own options first, and those of configs under their headings."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the groups of options."""
@@ -53,7 +72,7 @@ class Command(click.Command):
                 formatter.write_dl(records)
 
 
-class Group(click.Group):
+class Group(_WithExample, click.Group):
     """A group whose `--help` lists the commands in the order in which they were added."""
 
     command_class = Command
@@ -124,7 +143,7 @@ def _options(config: type) -> Iterator[tuple[ConfigField, Option]]:
 
 def _decorator(field: ConfigField, option: Option) -> Callable[[Any], Any]:
     plain, default = _plain(field.type), field.default
-    heading = (field.owner.__doc__ or "").partition("\n")[0].rstrip(".")
+    heading = option.heading or (field.owner.__doc__ or "").partition("\n")[0].rstrip(".")
     settings: dict[str, Any] = {"help": option.help, "metavar": option.metavar, "heading": heading}
     declaration = field.flag
     if plain is bool and default is False:

@@ -21,13 +21,21 @@ class _ServeByDefault(Group):
         return super().parse_args(ctx, ["serve", *args] if unnamed else args)
 
 
-@click.group(cls=_ServeByDefault)
+@click.group(
+    cls=_ServeByDefault, example="wdmoe-node --bundle bundle --broker mqtt://127.0.0.1 --id pi1 --experts 'L*:E0-3'"
+)
 @click.version_option(__version__)
 def cli() -> None:
     """An edge node: computes experts and answers over MQTT. Without COMMAND: serve."""
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    example="""\
+wdmoe-node --bundle bundle --broker mqtt://127.0.0.1 --id pi1 --experts 'L*:E0-3'
+wdmoe-node --bundle bundle --broker mqtts://pi1@bs.local --ca-file ca.crt \\
+    --password-file password --id pi1 --experts 'L*:E*' --residency lru""",
+)
 @config_options(config=NodeConfig)
 def serve(config: NodeConfig) -> None:
     """Serve experts of a bundle to the base station over MQTT."""

@@ -9,6 +9,9 @@ from wire.broker_url import Access, check_broker_url
 from wire.device_profiles import DeviceName, Provider
 from wire.topics import check_name
 
+_EXPERTS, _CONNECTION, _LIMITS, _POWER = "Experts and device", "Connection", "Limits", "Telemetry and power"
+"""Headings of `--help`."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HoldingConfig(Config):
@@ -36,6 +39,7 @@ class HoldingConfig(Config):
             "Refuse to start with experts that need more RAM than this, such as 800M or 2G.",
             flag="--memory-budget",
             size=True,
+            heading=_LIMITS,
         ),
     ] = None
     residency: Annotated[
@@ -49,37 +53,63 @@ class HoldingConfig(Config):
 class NodeConfig(HoldingConfig):
     """Node."""
 
-    broker: Annotated[str, Option("MQTT broker: mqtt://[user@]host[:port] or mqtts://…", check=check_broker_url)]
+    broker: Annotated[
+        str, Option("MQTT broker: mqtt://[user@]host[:port] or mqtts://…", check=check_broker_url, heading=_CONNECTION)
+    ]
     node: Annotated[
         str,
         Option(
-            "Name of this node, unique in its cluster.", flag="--id", check=lambda name: check_name("node id", name)
+            "Name of this node, unique in its cluster.",
+            flag="--id",
+            check=lambda name: check_name("node id", name),
+            heading=_CONNECTION,
         ),
     ]
     cluster: Annotated[
-        str, Option("Name that keeps clusters on one broker apart.", check=lambda name: check_name("cluster", name))
+        str,
+        Option(
+            "Name that keeps clusters on one broker apart.",
+            check=lambda name: check_name("cluster", name),
+            heading=_CONNECTION,
+        ),
     ] = "default"
     tuned: Annotated[
         Path | None,
-        Option("Choose bundle and threads by this file; measure and write it first if it does not exist or fit."),
+        Option(
+            "Choose bundle and threads by this file; measure and write it first if it does not exist or fit.",
+            heading=_EXPERTS,
+        ),
     ] = None
     threads: Annotated[
-        int | None, Option("Threads to compute with.  [default: the profile's]", minimum=1, maximum=256)
+        int | None,
+        Option("Threads to compute with.  [default: the profile's]", minimum=1, maximum=256, heading=_EXPERTS),
     ] = None
     max_celsius: Annotated[
         float | None,
-        Option("Take no work above this temperature in °C.  [default: no limit]", flag="--max-temperature", minimum=0),
+        Option(
+            "Take no work above this temperature in °C.  [default: no limit]",
+            flag="--max-temperature",
+            minimum=0,
+            heading=_LIMITS,
+        ),
     ] = None
     min_free_bytes: Annotated[
-        int, Option("Take no work with less RAM available than this.", flag="--min-free-memory", size=True)
+        int,
+        Option("Take no work with less RAM available than this.", flag="--min-free-memory", size=True, heading=_LIMITS),
     ] = 64 << 20
     prepacked: Annotated[
-        Path | None, Option("Folder for prepacked copies of experts, which are mapped from disk instead of RAM.")
+        Path | None,
+        Option("Folder for prepacked copies of experts, which are mapped from disk instead of RAM.", heading=_EXPERTS),
     ] = None
-    telemetry: Annotated[bool, Option("Report radio, temperatures and power to the base station every second.")] = True
-    stay_awake: Annotated[bool, Option("Disable this device's CPU idle states: lower latency, more power.")] = False
+    telemetry: Annotated[
+        bool, Option("Report radio, temperatures and power to the base station every second.", heading=_POWER)
+    ] = True
+    stay_awake: Annotated[
+        bool, Option("Disable this device's CPU idle states: lower latency, more power.", heading=_POWER)
+    ] = False
     frame_key: Annotated[
-        Path | None, Option("Key that authenticates frames between base station and node; a file of mode 600.")
+        Path | None,
+        Option("Key that authenticates frames between base station and node; a file of mode 600.", heading=_CONNECTION),
     ] = None
     access: Access = field(default_factory=Access)
 

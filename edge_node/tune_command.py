@@ -6,7 +6,7 @@ from common.options import Command, config_options
 from edge_node.config import TuneConfig
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, example="wdmoe-node tune --bundle int4 --bundle int8 --experts 'L*:E3' --tuned tuned.json")
 @config_options(config=TuneConfig)
 def tune(config: TuneConfig) -> None:
     """Measure which bundle and how many threads suit this device.

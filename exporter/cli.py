@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 _PATH = click.Path(path_type=Path)
 
 
-@click.group(cls=Group)
+@click.group(cls=Group, example="wdmoe-export bundle Qwen/Qwen3-30B-A3B bundle --device pi5")
 @click.version_option(__version__)
 def cli() -> None:
     """Turn a mixture-of-experts checkpoint into a bundle of quantised ONNX experts."""
 
 
-@cli.command("demo-model")
+@cli.command("demo-model", example="wdmoe-export demo-model demo-model")
 @click.argument("out", type=_PATH)
 @click.option(
     "--model", type=click.Choice(["mixtral", "qwen3-moe"]), default="mixtral", show_default=True,
@@ -50,7 +50,11 @@ def demo_model(out: Path, model: str, base: str | None, deltas: Path | None, lay
     click.echo(f"demo model in {out}")
 
 
-@cli.command()
+@cli.command(
+    example="""\
+wdmoe-export bundle demo-model bundle --device pi5
+wdmoe-export bundle Qwen/Qwen3-30B-A3B bundle --quant int4""",
+)
 @click.argument("name", metavar="CHECKPOINT")
 @click.argument("out", type=_PATH)
 @click.option("--revision", help="Branch, tag or commit, if CHECKPOINT is a hub id.  [default: main]")
@@ -117,7 +121,7 @@ def bundle(name: str, out: Path, revision: str | None, config: ExportConfig) -> 
     click.echo(f"bundle in {out}")
 
 
-@cli.command()
+@cli.command(example="wdmoe-export draft bundle")
 @click.argument("out", metavar="BUNDLE|FOLDER", type=_PATH)
 @click.option("--base", help="Dense Llama: folder, .gguf file or hub id.  [default: the demo models' own base]")
 def draft(out: Path, base: str | None) -> None:
@@ -136,7 +140,7 @@ def draft(out: Path, base: str | None) -> None:
         click.echo("its experts are int8-dynamic, so drafts could change answers: only --draft dense uses this model")
 
 
-@cli.command()
+@cli.command(example="wdmoe-export inspect bundle")
 @click.argument("bundle", type=_PATH)
 def inspect(bundle: Path) -> None:
     """Show what BUNDLE contains."""
@@ -152,7 +156,7 @@ def inspect(bundle: Path) -> None:
     _summary(manifest, None)
 
 
-@cli.command()
+@cli.command(example="wdmoe-export verify bundle --experts 'L*:E3'")
 @click.argument("bundle", type=_PATH)
 @click.option("--experts", "selector", default="L*:E*", show_default=True, help="Experts to check, such as 'L*:E3'.")
 @click.option("--bundle-key", type=_PATH, help="Also check the signature, with this public key.")
@@ -190,7 +194,7 @@ def verify(bundle: Path, selector: str, bundle_key: Path | None) -> None:
     )
 
 
-@cli.command()
+@cli.command(example="wdmoe-export sign bundle --key keys/bundle.key")
 @click.argument("bundle", type=_PATH)
 @click.option("--key", type=_PATH, required=True, help="Ed25519 private key, mode 600.")
 def sign(bundle: Path, key: Path) -> None:

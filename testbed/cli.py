@@ -25,7 +25,7 @@ from testbed.twin import commands as twin_commands
 from wire import __version__
 
 
-@click.group(cls=Group)
+@click.group(cls=Group, example="wdmoe-testbed up")
 @click.version_option(__version__)
 def cli() -> None:
     """Run whole systems and measure them."""

@@ -7,7 +7,7 @@ import click
 from common.options import Command
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, example="wdmoe-bs broker --kind mosquitto")
 @click.option(
     "--kind", type=click.Choice(["embedded", "mosquitto"]), default="embedded", show_default=True,
     help="embedded is pure Python; mosquitto is faster and must be installed.",

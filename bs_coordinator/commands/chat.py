@@ -26,7 +26,12 @@ _PUMP_S = 0.1
 _RECONNECT_S = 1.0
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    example="""\
+wdmoe-bs chat --bundle bundle --broker mqtt://127.0.0.1
+wdmoe-bs chat --bundle bundle --resident 4G        # without nodes""",
+)
 @system_option
 @stats_option
 @config_options(config=BaseStationConfig, sampling=SamplingConfig)

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from bs_coordinator.engine.sequence import TokenEvent
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    example="""\
+wdmoe-bs generate --bundle bundle --prompt 'Why are leaves green?'
+cat story.txt | wdmoe-bs generate --bundle bundle --raw --prompt -""",
+)
 @click.option("--prompt", required=True, help="Prompt; '-' reads it from stdin.")
 @system_option
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text, without the model's chat template.")

@@ -13,7 +13,7 @@ from bs_coordinator.errors import PlacementError
 from common.options import Command, config_options
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, example="wdmoe-bs links --bundle bundle --broker mqtt://127.0.0.1 --seconds 10")
 @click.option(
     "--seconds", type=click.FloatRange(0.5, 3600), default=5.0, show_default=True, help="How long to probe the links."
 )

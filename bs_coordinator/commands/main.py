@@ -17,7 +17,7 @@ from common.options import Group
 from wire import __version__
 
 
-@click.group(cls=Group)
+@click.group(cls=Group, example="wdmoe-bs chat --bundle bundle --broker mqtt://127.0.0.1")
 @click.version_option(__version__)
 def cli() -> None:
     """The base station: runs the trunk of a Mixtral and asks edge nodes for its experts."""

@@ -11,7 +11,7 @@ _TELEMETRY_S = 1.2
 """Every node sends telemetry once a second."""
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, example="wdmoe-bs nodes --bundle bundle --broker mqtt://192.168.1.10")
 @config_options(config=ClusterConfig)
 def nodes(config: ClusterConfig) -> None:
     """List the nodes online and the experts that no node holds."""

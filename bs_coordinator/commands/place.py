@@ -45,7 +45,7 @@ def _nodes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
     return found
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, example="wdmoe-bs place --bundle bundle --node pi1=3.5G,12 --node pi2=7G,8")
 @click.option("--bundle", type=click.Path(path_type=Path), required=True, help="Bundle to place.")
 @click.option(
     "--node",

@@ -8,7 +8,7 @@ from bs_coordinator.commands.tables import print_links
 from common.options import Command
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, example="wdmoe-bs replay links.jsonl")
 @click.argument("log_path", metavar="LOG", type=click.Path(path_type=Path))
 @click.option("--shared-air", is_flag=True, help="The log was recorded with --shared-air.")
 def replay(log_path: Path, shared_air: bool) -> None:

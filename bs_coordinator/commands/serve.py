@@ -7,7 +7,12 @@ from bs_coordinator.config import BaseStationConfig, ServeConfig
 from common.options import Command, config_options
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    example="""\
+wdmoe-bs serve --bundle bundle --broker mqtt://127.0.0.1 --port 8080
+wdmoe-bs serve --bundle bundle --host 0.0.0.0 --api-key-file api.key""",
+)
 @config_options(http=ServeConfig, config=BaseStationConfig)
 def serve(http: ServeConfig, config: BaseStationConfig) -> None:
     """Answer HTTP requests of OpenAI clients (docs/http.md)."""

@@ -36,7 +36,13 @@ def _addresses(ctx: click.Context, param: click.Parameter, values: tuple[str, ..
     return found
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    example="""\
+wdmoe-bs shape wlan0 --link 192.168.1.21=40 --link 192.168.1.22=9
+wdmoe-bs shape wlan0 --follow links.jsonl --node pi1=192.168.1.21
+wdmoe-bs shape wlan0 --off""",
+)
 @click.argument("interface")
 @click.option(
     "--link",

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import click
 
+from common.options import Command
 from testbed.run_directory.commands import RUN
 
 
-@click.command()
+@click.command(cls=Command, example="wdmoe-testbed export runs/mine -o mine.tar.zst")
 @RUN
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Must end in .tar.zst or .tar.gz.")
 @click.option("--plain", is_flag=True, help="Keep names of networks, addresses, hosts and users.")

@@ -13,7 +13,7 @@ def register(group: click.Group) -> None:
     group.add_command(bench)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, example="wdmoe-testbed bench --section decode")
 @click.option(
     "--broker", default="mosquitto", show_default=True,
     help="MQTT broker for sections on loopback: embedded, mosquitto, or an mqtt:// URL.",

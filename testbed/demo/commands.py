@@ -24,7 +24,7 @@ _BROKER = click.option(
 )
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, example="wdmoe-testbed demo --nodes 4 --question 'Why is the sky blue?'")
 @_MODEL
 @_BROKER
 @click.option("--nodes", type=click.IntRange(1, 8), default=8, show_default=True, help="Number of node processes.")
@@ -49,7 +49,12 @@ def demo(model: str, broker: str, nodes: int, max_tokens: int, questions: tuple[
     )  # fmt: skip
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    example="""\
+wdmoe-testbed up
+wdmoe-testbed up --bundle bundle --nodes 4 --port 8000""",
+)
 @_MODEL
 @click.option("--bundle", type=click.Path(path_type=Path), help="Bundle to serve.  [default: the demo model's]")
 @_BROKER

@@ -20,7 +20,9 @@ def register(group: click.Group) -> None:
     group.add_command(differences)
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command, example="wdmoe-testbed quality --data data --variant int4-b32 --policy topk --policy subset"
+)
 @click.option("--data", type=_PATH, required=True, help="Folder of the evaluation data (docs/measurement.md).")
 @click.option("--items", type=click.IntRange(1), default=300, show_default=True, help="Questions per task.")
 @click.option("--texts", type=click.IntRange(1), default=3, show_default=True, help="Texts per domain.")
@@ -82,7 +84,7 @@ def quality(
     print_quality(rows, console)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, example="wdmoe-testbed differences bundle text.txt")
 @click.argument("bundle", type=_PATH)
 @click.argument("text", type=_PATH)
 @click.option("--tokens", type=click.IntRange(64), default=2048, show_default=True, help="Tokens of TEXT to use.")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from common.options import Command
 from testbed.errors import FailedCellsError
 from testbed.plan.commands import DATA, PLAN
 from testbed.run_directory.commands import RUN
@@ -15,7 +16,7 @@ JOBS = click.option(
 )  # fmt: skip
 
 
-@click.command()
+@click.command(cls=Command, example="wdmoe-testbed run plan.yaml --data data --out runs/mine")
 @PLAN
 @DATA
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/NAME-TIME]")
@@ -39,7 +40,7 @@ def run(plan_path: Path, data: Path | None, out: Path | None, items: int | None,
         _run(folder, jobs)
 
 
-@click.command()
+@click.command(cls=Command, example="wdmoe-testbed resume runs/mine")
 @RUN
 @JOBS
 def resume(folder: Path, jobs: int) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from common.options import Group
 from testbed.errors import FleetError
 
 if TYPE_CHECKING:
@@ -35,12 +36,12 @@ def register(group: click.Group) -> None:
     group.add_command(fleet)
 
 
-@click.group()
+@click.group(cls=Group, example="wdmoe-testbed fleet up -i fleet.yaml")
 def fleet() -> None:
     """Deploy to the devices of an inventory, over ssh."""
 
 
-@fleet.command()
+@fleet.command(example="wdmoe-testbed fleet init fleet.yaml")
 @click.argument("path", type=_PATH, default=Path("fleet.yaml"))
 def init(path: Path) -> None:
     """Write an example inventory to PATH."""
@@ -50,7 +51,7 @@ def init(path: Path) -> None:
     click.echo(f"wrote {path}: enter your devices, then run 'wdmoe-testbed fleet up -i {path}'")
 
 
-@fleet.command()
+@fleet.command(example="wdmoe-testbed fleet up -i fleet.yaml --check")
 @_INVENTORY
 @_LIMIT
 @_TIMEOUT
@@ -60,7 +61,7 @@ def up(inventory: Path, limit: str | None, timeout_s: float, check: bool) -> Non
     _deploy(inventory, limit, timeout_s, {}, check=check)
 
 
-@fleet.command()
+@fleet.command(example="wdmoe-testbed fleet update -i fleet.yaml")
 @_INVENTORY
 @_LIMIT
 @_TIMEOUT
@@ -69,7 +70,7 @@ def update(inventory: Path, limit: str | None, timeout_s: float) -> None:
     _deploy(inventory, limit, timeout_s, {"wdmoe_serial": 1}, check=False)
 
 
-@fleet.command()
+@fleet.command(example="wdmoe-testbed fleet rollback -i fleet.yaml")
 @_INVENTORY
 @_LIMIT
 @_TIMEOUT
@@ -80,7 +81,7 @@ def rollback(inventory: Path, limit: str | None, timeout_s: float, release: str 
     _run("rollback", inventory, variables, limit=limit, timeout_s=timeout_s)
 
 
-@fleet.command()
+@fleet.command(example="wdmoe-testbed fleet status -i fleet.yaml")
 @_INVENTORY
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(inventory: Path, as_json: bool) -> None:
@@ -92,7 +93,7 @@ def status(inventory: Path, as_json: bool) -> None:
         _print_status(hosts)
 
 
-@fleet.command()
+@fleet.command(example="wdmoe-testbed fleet logs -i fleet.yaml --limit pi1")
 @_INVENTORY
 @_LIMIT
 @click.option("--since", default="-1d", show_default=True, help="In journalctl's format: -2h, 2026-11-20, today.")
@@ -106,7 +107,7 @@ def logs(inventory: Path, limit: str | None, since: str, out: Path | None) -> No
     click.echo(f"logs in {out}")
 
 
-@fleet.command()
+@fleet.command(example="wdmoe-testbed fleet ask -i fleet.yaml 'What is the capital of France?'")
 @_INVENTORY
 @click.argument("prompt")
 @click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Length limit.")
@@ -118,7 +119,7 @@ def ask(inventory: Path, prompt: str, max_tokens: int) -> None:
     click.echo(answer["said"], err=True)
 
 
-@fleet.command()
+@fleet.command(example="wdmoe-testbed fleet down -i fleet.yaml")
 @_INVENTORY
 @_LIMIT
 def down(inventory: Path, limit: str | None) -> None:
@@ -126,7 +127,7 @@ def down(inventory: Path, limit: str | None) -> None:
     _run("down", inventory, {}, limit=limit)
 
 
-@fleet.command()
+@fleet.command(example="wdmoe-testbed fleet uninstall -i fleet.yaml --limit pi3")
 @_INVENTORY
 @_LIMIT
 @click.option("--purge", is_flag=True, help="Also remove measurements: /var/lib/wdmoe.")
@@ -136,7 +137,7 @@ def uninstall(inventory: Path, limit: str | None, purge: bool) -> None:
     _run("uninstall", inventory, {"wdmoe_purge": purge}, limit=limit)
 
 
-@fleet.command()
+@fleet.command(example="wdmoe-testbed fleet wheels --machine aarch64 --python 3.11")
 @click.option("--machine", type=click.Choice(["aarch64", "x86_64"]), required=True, help="As printed by `uname -m`.")
 @click.option("--python", required=True, help="Major and minor version, such as 3.11.")
 @click.option("--glibc", default="2.36", show_default=True, help="Version of the device's C library.")
@@ -161,7 +162,7 @@ def wheels(machine: str, python: str, glibc: str, extra: str, cache: Path | None
         click.echo(msgspec.json.encode(wheelhouse(target, wheels_folder, source_root(), check=check)))
 
 
-@fleet.command()
+@fleet.command(example="wdmoe-testbed fleet files bundle --experts 'L*:E3'")
 @click.argument("bundle", type=_PATH)
 @click.option("--experts", help="Experts of a node, such as 'L*:E0-1'.")
 @click.option("--trunk", is_flag=True, help="Files of the base station.")

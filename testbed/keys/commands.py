@@ -5,6 +5,7 @@ from pathlib import Path, PurePosixPath
 
 import click
 
+from common.options import Group
 from testbed.keys.validity import AUTHORITY_DAYS, CERTIFICATE_DAYS, RENEWAL_DAYS
 
 _FOLDER = click.argument("folder", type=click.Path(path_type=Path))
@@ -19,12 +20,12 @@ def register(cli: click.Group) -> None:
     cli.add_command(keys)
 
 
-@click.group()
+@click.group(cls=Group, example="wdmoe-testbed keys init keys --host 192.168.1.10 --node pi1 --node pi2")
 def keys() -> None:
     """Certificates, frame keys and the broker's access list of a cluster."""
 
 
-@keys.command()
+@keys.command(example="wdmoe-testbed keys init keys --host 192.168.1.10 --node pi1 --node pi2")
 @_FOLDER
 @click.option("--host", "hosts", multiple=True, required=True, help="Name or address of the broker; repeatable.")
 @click.option("--node", "nodes", multiple=True, help="Id of a node; repeatable. 'keys add' adds more later.")
@@ -51,7 +52,7 @@ def init(
     )
 
 
-@keys.command()
+@keys.command(example="wdmoe-testbed keys add keys pi3")
 @_FOLDER
 @click.argument("nodes", nargs=-1, required=True)
 @_DAYS
@@ -63,7 +64,7 @@ def add(folder: Path, nodes: tuple[str, ...], days: float) -> None:
     click.echo(_then(folder, *(f"nodes/{name}" for name in nodes)))
 
 
-@keys.command()
+@keys.command(example="wdmoe-testbed keys revoke keys pi2")
 @_FOLDER
 @click.argument("nodes", nargs=-1, required=True)
 def revoke(folder: Path, nodes: tuple[str, ...]) -> None:
@@ -74,7 +75,7 @@ def revoke(folder: Path, nodes: tuple[str, ...]) -> None:
     click.echo(_then(folder))
 
 
-@keys.command()
+@keys.command(example="wdmoe-testbed keys rotate keys frames")
 @_FOLDER
 @click.argument("names", nargs=-1, required=True)
 @click.option("--revoke-old", is_flag=True, help="Revoke the old certificates, which otherwise stay valid.")
@@ -91,7 +92,7 @@ def rotate(folder: Path, names: tuple[str, ...], revoke_old: bool, days: float) 
     click.echo(_then(folder, *base_station, *(f"nodes/{name}" for name in nodes)))
 
 
-@keys.command(name="list")
+@keys.command(name="list", example="wdmoe-testbed keys list keys")
 @_FOLDER
 def list_(folder: Path) -> None:
     """Print when each certificate expires."""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from common.options import Group
 from testbed.errors import NetworkError
 
 if TYPE_CHECKING:
@@ -18,16 +19,16 @@ def register(group: click.Group) -> None:
     group.add_command(net)
 
 
-@click.group()
+@click.group(cls=Group, example="wdmoe-testbed net up network.yaml")
 def net() -> None:
     """Emulated Wi-Fi: base station and nodes as network namespaces (Linux, as root)."""
 
 
-@net.command()
+@net.command(example="wdmoe-testbed net up network.yaml --profile good")
 @click.argument("spec", type=click.Path(path_type=Path))
 @click.option("--profile", help="Profile to start with, instead of the first one.")
 def up(spec: Path, profile: str | None) -> None:
-    """Bring up the network that SPEC describes; it stays up until `net down`."""
+    """Bring up the network that SPEC describes; it stays up until 'net down'."""
     from testbed.network.emulated import down as take_down
     from testbed.network.emulated import up as bring_up
 
@@ -44,7 +45,7 @@ def up(spec: Path, profile: str | None) -> None:
     )
 
 
-@net.command()
+@net.command(example="wdmoe-testbed net down")
 @click.option("--name", help="Only this network.  [default: all]")
 def down(name: str | None) -> None:
     """Take networks down and remove all their namespaces and files, also after a crash."""
@@ -63,7 +64,7 @@ def down(name: str | None) -> None:
         click.echo("no network is up")
 
 
-@net.command()
+@net.command(example="wdmoe-testbed net status")
 @_NAME
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(name: str | None, as_json: bool) -> None:
@@ -79,7 +80,7 @@ def status(name: str | None, as_json: bool) -> None:
         _print(answer)
 
 
-@net.command("set")
+@net.command("set", example="wdmoe-testbed net set bad")
 @_NAME
 @click.argument("profile")
 def set_(name: str | None, profile: str) -> None:
@@ -90,7 +91,7 @@ def set_(name: str | None, profile: str) -> None:
     click.echo(f"profile {profile}")
 
 
-@net.command()
+@net.command(example="wdmoe-testbed net check --all-profiles")
 @_NAME
 @click.option("--profile", "profiles", multiple=True, help="Profile to check; repeatable.  [default: the active one]")
 @click.option("--all-profiles", is_flag=True, help="Check every profile of the network.")

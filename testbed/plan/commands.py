@@ -4,11 +4,13 @@ from pathlib import Path
 
 import click
 
+from common.options import Command
+
 PLAN = click.argument("plan_path", metavar="PLAN", type=click.Path(path_type=Path))
 DATA = click.option("--data", type=click.Path(path_type=Path), help="Folder of the data sets that the plan names.")
 
 
-@click.command()
+@click.command(cls=Command, example="wdmoe-testbed plan plan.yaml --dry-run")
 @PLAN
 @DATA
 @click.option("--dry-run", is_flag=True, help="List every cell.")

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import click
 
+from common.options import Command
 from common.progress import show_stages
 from testbed.errors import PreflightError
 from testbed.plan.commands import DATA, PLAN
 
 
-@click.command()
+@click.command(cls=Command, example="wdmoe-testbed preflight plan.yaml --quick")
 @PLAN
 @DATA
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), help="Where the run's folder would be.")

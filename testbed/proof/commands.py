@@ -18,7 +18,7 @@ def register(group: click.Group) -> None:
     group.add_command(link_accuracy)
 
 
-@click.command("link-accuracy", cls=Command)
+@click.command("link-accuracy", cls=Command, example="wdmoe-testbed link-accuracy network.yaml")
 @click.argument("spec", type=click.Path(path_type=Path))
 @click.option("--profile", "profiles", multiple=True, help="Profile to measure; repeatable.  [default: all]")
 @click.option(

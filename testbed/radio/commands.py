@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from common.options import Command
 from testbed.errors import SimulationError
 
 _PATH = click.Path(path_type=Path)
@@ -18,7 +19,7 @@ def register(group: click.Group) -> None:
     group.add_command(simulate)
 
 
-@click.command("trace-routing")
+@click.command("trace-routing", cls=Command, example="wdmoe-testbed trace-routing --data data --out trace")
 @click.option("--data", type=_PATH, required=True, help=_DATA_HELP)
 @_BUNDLE
 @click.option("--items", type=click.IntRange(0), default=40, show_default=True, help="Questions of each task.")
@@ -43,7 +44,7 @@ def trace_routing(
     click.echo(f"{out}: {len(trace.prompts)} prompts, {total} tokens, {trace.layers} layers of {trace.experts} experts")
 
 
-@click.command()
+@click.command(cls=Command, example="wdmoe-testbed simulate trace --out runs/simulation")
 @click.argument("trace_path", metavar="TRACE", type=_PATH)
 @click.option("--setting", "setting_path", type=_PATH, help="Radio setting, a YAML file (docs/simulation.md).")
 @click.option(

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from common.console import printable
+from common.options import Command
 from testbed.run_directory.commands import RUN
 
 _RESAMPLES = click.option(
@@ -12,7 +13,7 @@ _RESAMPLES = click.option(
 )
 
 
-@click.command()
+@click.command(cls=Command, example="wdmoe-testbed report runs/policies")
 @RUN
 @click.option("--out", type=click.Path(path_type=Path), help="If RUN is an archive: the folder to unpack it to.")
 @_RESAMPLES
@@ -37,7 +38,7 @@ def report(folder: Path, out: Path | None, resamples: int, trace_tokens: int) ->
     click.echo(f"{summary.complete_cells} of {summary.planned_cells} cells: {folder / PAGE}")
 
 
-@click.command()
+@click.command(cls=Command, example="wdmoe-testbed compare runs/before runs/after")
 @click.argument("folders", metavar="RUN RUN…", type=click.Path(path_type=Path), nargs=-1, required=True)
 @_RESAMPLES
 def compare(folders: tuple[Path, ...], resamples: int) -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 import click
 
 from common.console import printable
+from common.options import Command
 
 RUN = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 
 
-@click.command()
+@click.command(cls=Command, example="wdmoe-testbed status runs/mine --follow")
 @RUN
 @click.option("--follow", "-f", "following", is_flag=True, help="Keep showing the progress until the run stops.")
 def status(folder: Path, following: bool) -> None:
@@ -28,7 +29,7 @@ def status(folder: Path, following: bool) -> None:
         click.echo(printable(line))
 
 
-@click.command()
+@click.command(cls=Command, example="wdmoe-testbed note runs/mine 'moved pi3 to the window' --photo window.jpg")
 @RUN
 @click.argument("text")
 @click.option("--photo", type=click.Path(path_type=Path), help="Copied into the run's folder.")

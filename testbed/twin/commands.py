@@ -14,7 +14,7 @@ def register(group: click.Group) -> None:
     group.add_command(twin)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, example="wdmoe-testbed twin qwen3-30b-a3b twin --layers 2")
 @click.argument("model", type=click.Choice(get_args(TwinName)))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--layers", type=click.IntRange(1), help="Number of layers.  [default: all]")

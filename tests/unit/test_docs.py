@@ -140,6 +140,25 @@ def test_every_command_is_checked() -> None:
     check_command("wdmoe-node", ["--bundle", "b", "--id", "pi1"], "wdmoe-node --bundle b --id pi1")
 
 
+def every_command(command: click.Command, path: list[str]) -> Iterator[tuple[list[str], click.Command]]:
+    yield path, command
+    if isinstance(command, click.Group):
+        for name, inner in command.commands.items():
+            yield from every_command(inner, [*path, name])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_every_command_ends_with_an_example_of_it(name: str) -> None:
+    for path, command in every_command(COMMANDS[name], [name]):
+        lines = [
+            words for words in commands(f"```sh\n{getattr(command, 'example', '')}\n```\n") if words[0] in COMMANDS
+        ]
+        assert lines, f"{' '.join(path)}: no example"
+        for words in lines:
+            check_command(words[0], words[1:], " ".join(words))
+            assert words[: len(path)] == path or path == ["wdmoe-node", "serve"], " ".join(words)
+
+
 def template(string: ast.expr) -> str:
     """A string or f-string with `…` for what is filled in."""
     if isinstance(string, ast.JoinedStr):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from common.options import Command
 from testbed.evaluation.variants import VARIANTS
 from testbed.proof.arm.boards import BOARDS
 
@@ -13,7 +14,7 @@ def register(cli: click.Group) -> None:
     cli.add_command(arm)
 
 
-@click.command()
+@click.command(cls=Command, example="wdmoe-testbed arm --variant int4-b32")
 @click.option(
     "--variant", "variants", multiple=True, type=click.Choice(list(VARIANTS)),
     help="Quantisation to compare; repeatable.  [default: all]",

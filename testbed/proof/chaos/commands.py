@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from common.options import Command
 from testbed.proof.chaos.schedule import KINDS, LINK_KINDS
 
 
@@ -14,7 +15,7 @@ def register(cli: click.Group) -> None:
     cli.add_command(soak)
 
 
-@click.command()
+@click.command(cls=Command, example="wdmoe-testbed chaos --answers 20 --localhost")
 @click.option("--answers", type=click.IntRange(1), default=200, show_default=True, help="Number of answers.")
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same faults.")
 @click.option("--tokens", type=click.IntRange(8), default=64, show_default=True, help="Length of each answer.")
@@ -57,7 +58,7 @@ def chaos(
     )  # fmt: skip
 
 
-@click.command()
+@click.command(cls=Command, example="wdmoe-testbed soak --tokens 10000")
 @click.option("--tokens", type=click.IntRange(100), default=20_000, show_default=True, help="Tokens to generate.")
 @click.option(
     "--churn", "churn_s", type=click.FloatRange(5.0), default=30.0, show_default=True,

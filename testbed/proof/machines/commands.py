@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from common.options import Group
 from testbed.errors import NetworkError
 
 _FOLDER = click.option(
@@ -20,12 +21,12 @@ def register(group: click.Group) -> None:
     group.add_command(machines)
 
 
-@click.group()
+@click.group(cls=Group, example="wdmoe-testbed machines up network.yaml")
 def machines() -> None:
     """Fresh Debian machines on an emulated network, to test deployment (Linux, as root)."""
 
 
-@machines.command()
+@machines.command(example="wdmoe-testbed machines up network.yaml")
 @click.argument("spec", type=click.Path(path_type=Path))
 @_FOLDER
 @click.option("--arm64", multiple=True, help="Run this node's programs as arm64 with qemu-user; repeatable.")
@@ -55,7 +56,7 @@ def up(spec: Path, folder: Path, arm64: tuple[str, ...], bundle: Path | None) ->
     click.echo(f"{len(network.nodes) + 1} machines are up on network '{name}'; inventory: {virtual_machines.inventory}")
 
 
-@machines.command()
+@machines.command(example="wdmoe-testbed machines down")
 @_FOLDER
 def down(folder: Path) -> None:
     """Take machines and network down and delete all their files, also after a crash."""
@@ -76,7 +77,7 @@ def down(folder: Path) -> None:
     click.echo(f"machines on network '{name}' are down")
 
 
-@machines.command()
+@machines.command(example="wdmoe-testbed machines status")
 @_FOLDER
 def status(folder: Path) -> None:
     """Show which machines are running."""

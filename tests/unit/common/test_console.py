@@ -64,3 +64,25 @@ def test_every_program_says_what_it_can_do(package: str) -> None:
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.count("\n") == 1
     assert "'frobnicate'" in wrong.stderr
+
+
+@pytest.mark.parametrize("package", ["bs_coordinator", "edge_node", "exporter", "testbed"])
+def test_the_short_option_for_help(package: str) -> None:
+    assert run_in_process(package, "-h").stdout == run_in_process(package, "--help").stdout
+
+
+@pytest.mark.parametrize("arguments", [["bs_coordinator"], ["exporter"], ["testbed"], ["testbed", "keys"]])
+def test_a_group_without_a_command_prints_its_help(arguments: list[str]) -> None:
+    done = run_in_process(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Commands:\n" in done.stderr
+    assert "error:" not in done.stderr
+
+
+def test_a_missing_module_of_ours_is_a_defect(capsys: pytest.CaptureFixture[str]) -> None:
+    @click.command
+    def fail() -> None:
+        raise ModuleNotFoundError("No module named 'wire.nothing'", name="wire.nothing")
+
+    assert console.exit_code(fail, "wdmoe", [], extra="bs") == 70  # a defect of ours
+    assert "a defect of ours" in capsys.readouterr().err
