@@ -32,7 +32,7 @@ def describe_server(url: str, *, model: str, chat: bool, api_key_file: Path | No
         text = "answer.choices[0].text"
     authorisation = f' -H "Authorization: Bearer $(cat {shlex.quote(str(api_key_file))})"' if api_key_file else ""
     return f"""\
-{model} answers at {url}/v1 (OpenAI's API)
+{model} answers at {url}/v1 (OpenAI's API); {url}/ shows the fleet at work, and has a chat
 
 Python, after 'pip install openai':
 

@@ -37,7 +37,8 @@ function busy(is) {
 }
 
 async function ask(text) {
-  conversation.push({ role: "user", content: text });
+  const asked = conversation; // "New chat" replaces it
+  asked.push({ role: "user", content: text });
   show("user", text);
   const { box, content } = show("assistant", "");
   running = new AbortController();
@@ -53,7 +54,7 @@ async function ask(text) {
       method: "POST",
       headers: headers({ "Content-Type": "application/json" }),
       body: JSON.stringify({
-        messages: conversation, stream: true, max_tokens: Number($("max-tokens").value),
+        messages: asked, stream: true, max_tokens: Number($("max-tokens").value),
         stream_options: { include_usage: true },
       }),
       signal: running.signal,
@@ -94,12 +95,13 @@ async function ask(text) {
   }
   if (note) box.append(element("span", "note", note));
   if (answer) {
-    conversation.push({ role: "assistant", content: answer });
+    asked.push({ role: "assistant", content: answer });
   } else {
     // Chat templates want users and assistants in turn.
-    conversation.pop();
+    asked.pop();
+    box.previousElementSibling?.remove();
     box.remove();
-    if (!$("prompt").value) $("prompt").value = text;
+    if (asked === conversation && !$("prompt").value) $("prompt").value = text;
   }
   save();
   running = null;

@@ -10,6 +10,8 @@ import { showLatency, startLatency } from "/live/latency.js";
 
 const KEPT_STEPS = 128;
 let steps = [];
+let shownMs = 0; // when the snapshot that is shown was made
+let following = false;
 
 function showModel(model) {
   const drafts = model.drafts === "none" ? "no drafts" : `drafts: ${model.drafts}`;
@@ -27,6 +29,7 @@ function onSnapshot(snapshot) {
     steps = []; // the first snapshot of a connection has all steps; the base station may have been restarted
   }
   steps = [...steps, ...(snapshot.steps ?? []).map((step) => ({ answers: 1, tokens: 1, ...step }))].slice(-KEPT_STEPS);
+  shownMs = snapshot.unix_ms;
   showAlarms(snapshot.alarms);
   showSummary(snapshot, steps);
   showFleet(snapshot.nodes);
@@ -38,6 +41,10 @@ function onSnapshot(snapshot) {
 function onState(state, text) {
   $("connection").dataset.state = state === "key" ? "lost" : state;
   setText($("connection"), text);
+  if (state === "lost" && shownMs) {
+    const moment = new Date(shownMs).toLocaleTimeString();
+    showAlarms([{ kind: "connection", severe: true, text: `No connection to the base station: everything below is from ${moment}` }]);
+  }
   if (state === "key") {
     $("key-form").hidden = false;
     $("key").focus();
@@ -50,14 +57,20 @@ $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   setKey($("key").value.trim());
   setText($("key-error"), "");
-  new Feed(onSnapshot, (state, text) => {
-    if (state === "key") setText($("key-error"), "This key is not the base station's.");
-    onState(state, text);
-  }).run();
+  follow("This key is not the base station's.");
 });
+
+// Follows the feed until the server refuses the key.
+async function follow(refusal) {
+  if (following) return;
+  following = true;
+  await new Feed(onSnapshot, onState).run();
+  following = false;
+  setText($("key-error"), refusal);
+}
 
 startHeatmap();
 const drawLatency = startLatency();
 dark.addEventListener("change", drawLatency);
 startChat();
-new Feed(onSnapshot, onState).run();
+follow("");
