@@ -1,6 +1,8 @@
 """`wdmoe-export`: make the demo model, export checkpoints to bundles, inspect, verify and sign bundles."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -68,6 +70,7 @@ def bundle(name: str, out: Path, revision: str | None, config: ExportConfig) -> 
     from common.disk_space import Room
     from exporter.bundle.bundle import export_bundle
     from exporter.bundle.forecast import forecast_room
+    from exporter.calibration.text import read_text
     from exporter.checkpoint.checkpoint import open_checkpoint
     from exporter.checkpoint.hub import locate_checkpoint
     from exporter.expert.graph import plan_layout
@@ -82,6 +85,7 @@ def bundle(name: str, out: Path, revision: str | None, config: ExportConfig) -> 
         if quant not in (None, "int8-dynamic"):
             raise click.UsageError(f"--via optimum makes int8-dynamic only, not {quant}")
         quant = "int8-dynamic"
+    text = None if config.calibrate is None else read_text(config.calibrate)
     try:
         quantisation, choice = choose_quantisation(config.device, quant, config.block, config.symmetric)
 
@@ -100,16 +104,22 @@ def bundle(name: str, out: Path, revision: str | None, config: ExportConfig) -> 
     if preset:
         quantisation = msgspec.structs.replace(quantisation, backend="optimum")
         choice = f"{quantisation}, its preset {preset}"
+    if text is not None and quantisation.scheme not in ("int4", "int8"):
+        raise click.UsageError(f"--calibrate is for --quant int4 and int8, not {quantisation.scheme}")
     click.echo(f"model: {_model(checkpoint.dims, checkpoint.architecture)}")
     click.echo(f"quantisation: {choice}")
     began = time.monotonic()
     each = plan_layout(checkpoint.dims, quantisation, checkpoint.architecture.expert).bytes
-    with show_progress("experts", keep=True) as show:
+    with _phases() as show:
         result = export_bundle(
             checkpoint, out, quantisation, layers=layers, experts=experts, jobs=config.jobs, preset=preset,
+            calibrate=text, calibration_tokens=config.calibration_tokens,
             progress=lambda done, all_: show(
-                f"expert {done} of {all_}, {readable_bytes(done * each)} of {readable_bytes(all_ * each)}", done / all_
+                "experts",
+                f"expert {done} of {all_}, {readable_bytes(done * each)} of {readable_bytes(all_ * each)}",
+                done / all_,
             ),
+            calibration_progress=lambda done, all_: show("calibration", f"layer {done} of {all_}", done / all_),
         )  # fmt: skip
     if result.up_to_date:
         click.echo(f"{out} is up to date: all files match their hashes")
@@ -232,6 +242,22 @@ def _summary(manifest: "Manifest", source_bytes: int | None, seconds: float | No
         rows.append(("time", f"{seconds:.1f} s"))
     for name, value in rows:
         click.echo(f"{name:<18} {value}")
+
+
+@contextmanager
+def _phases() -> Iterator[Callable[[str, str, float], None]]:
+    """Progress of several phases, each with a bar and a remaining time of its own: called with the phase, a stage and
+    the share of the phase that is done."""
+    with ExitStack() as stack:
+        shown: dict[str, Callable[[str, float], None]] = {}
+
+        def show(phase: str, stage: str, fraction: float) -> None:
+            if phase not in shown:
+                stack.close()
+                shown[phase] = stack.enter_context(show_progress(phase, keep=True))
+            shown[phase](stage, fraction)
+
+        yield show
 
 
 def main() -> None:

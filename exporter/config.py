@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from common.config import Config, Option
@@ -21,6 +22,15 @@ class ExportConfig(Config):
     block: Annotated[
         Literal[32, 64, 128] | None, Option("Weights that share a scale, for int4 and int8.  [default: 32]")
     ] = None
+    calibrate: Annotated[
+        Path | None,
+        Option(
+            "Text file (UTF-8, or .jsonl with 'text') on which int4 or int8 experts shall err least: same bytes, "
+            "better answers, but the whole model runs on it first.",
+            exists=True, metavar="TEXT",
+        ),
+    ] = None  # fmt: skip
+    calibration_tokens: Annotated[int, Option("Tokens of TEXT to use, at most.", minimum=512, maximum=1 << 20)] = 16384
     symmetric: Annotated[bool, Option("Quantise without zero points: smaller, less exact.")] = False
     via: Annotated[
         Literal["direct", "optimum"],

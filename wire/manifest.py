@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from common.jsonl import decode_json
 from wire.errors import BundleError
@@ -145,6 +145,20 @@ def mixtral_architecture(layers: int) -> Architecture:
     return Architecture(family="mixtral", layers=tuple(range(layers)), expert=ExpertGraph(), routing=routing)
 
 
+class Calibration(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The text on whose activations experts were quantised.
+
+    Attributes:
+        method: `gptq`: scales searched by the inputs' mean squares, rounding with error feedback.
+        text_sha256: of the text's file.
+        tokens: of the text that were used.
+    """
+
+    method: Literal["gptq"]
+    text_sha256: Sha256
+    tokens: Positive
+
+
 class Quantisation(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the experts' weights are stored.
 
@@ -154,18 +168,21 @@ class Quantisation(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         block: weights along the input dimension that share a scale; 0 where there are no blocks.
         symmetric: no zero points.
         backend: what made the graphs: `direct` (this project) or `optimum`.
+        calibration: the text that the codes were chosen for; UNSET, and left out of the JSON, if there was none.
     """
 
     scheme: Scheme
     block: Annotated[int, Meta(ge=0)] = 0
     symmetric: bool = False
     backend: Literal["direct", "optimum"] = "direct"
+    calibration: Calibration | UnsetType = UNSET
 
     def __str__(self) -> str:
         block = f" b{self.block}" if self.block else ""
         symmetric = " symmetric" if self.symmetric and self.block else ""
         via = "" if self.backend == "direct" else f" via {self.backend}"
-        return f"{self.scheme}{block}{symmetric}{via}"
+        calibrated = " calibrated" if self.calibration else ""
+        return f"{self.scheme}{block}{symmetric}{via}{calibrated}"
 
 
 class FileEntry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -31,9 +31,12 @@ from exporter.bundle.journal import (
 from exporter.bundle.trial import try_trunk
 from exporter.bundle.trunk import check_tokenizer, copy_trunk, texts_current, trunk_bytes
 from exporter.bundle.workers import export_all, processes_that_fit
+from exporter.calibration.text import CalibrationText, cut_windows
 from exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from exporter.expert.calibrated import METHOD, calibration_bytes
 from exporter.expert.expert import ExpertJob, hash_source
 from exporter.expert.graph import SILU, plan_layout
+from exporter.expert.layer_inputs import layer_bytes
 from exporter.expert.probe import probe_tolerance
 from wire import __version__
 from wire.errors import BundleError
@@ -42,6 +45,7 @@ from wire.manifest import (
     MANIFEST_NAME,
     SCHEMA,
     SIGNATURE_NAME,
+    Calibration,
     ExpertEntry,
     FileEntry,
     Manifest,
@@ -51,6 +55,9 @@ from wire.manifest import (
 )
 
 _BEFORE_NAME = "manifest-before.json"
+CALIBRATION_FOLDER = "calibration"
+"""Inputs of the experts on the calibration text; removed when all experts are done."""
+_CAPTURED_NAME = "captured.json"
 _TOOLS = ("numpy", "onnx", "onnxruntime")
 # Size of graph, journal row and manifest entry per expert, roughly.
 _EXTRA_BYTES = 16 << 10
@@ -87,7 +94,10 @@ def export_bundle(
     experts: Sequence[int] | None = None,
     jobs: int,
     preset: str = "",
+    calibrate: CalibrationText | None = None,
+    calibration_tokens: int = 16384,
     progress: Progress | None = None,
+    calibration_progress: Progress | None = None,
 ) -> ExportResult:
     """Export the trunk and the chosen experts of a checkpoint.
 
@@ -99,13 +109,16 @@ def export_bundle(
         layers, experts: indices to export; None for all. Layers without experts are not counted.
         jobs: number of processes, fewer if RAM is short.
         preset: quantisation preset of the optimum backend.
+        calibrate: choose the codes of int4 or int8 experts for this text's activations.
+        calibration_tokens: of the text, at most.
         progress: called with the number of finished experts and of all experts, first before any is exported.
+        calibration_progress: called with the number of layers that the text has passed and of all layers.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or of an unknown family, has no tokenizer, or a base station
-            would refuse it or fail while it answers.
+            would refuse it or fail while it answers; or transformers can't run it for a calibration.
         BundleError: `out` holds something else, or another export is writing there.
-        WdmoeError: the optimum backend can't export this model's experts.
+        WdmoeError: the optimum backend can't export this model's experts, or the text is too short.
         StorageError: `out` can't be written or is too small.
     """
     source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
@@ -122,19 +135,26 @@ def export_bundle(
         for id in sorted(source.experts)
         if (layers is None or id.layer in layers) and (experts is None or id.expert in experts)
     ]
-    export = _Export(source, out, quantisation, ids, preset)
+    windows: list[list[int]] = []
+    if calibrate is not None:
+        windows = cut_windows(source.folder, calibrate, tokens=calibration_tokens, positions=source.dims.max_positions)
+        facts = Calibration(method=METHOD, text_sha256=calibrate.sha256, tokens=sum(len(window) for window in windows))
+        quantisation = msgspec.structs.replace(quantisation, calibration=facts)
+    export = _Export(source, out, quantisation, ids, preset, windows)
     with export.folder():
-        return export.run(jobs, progress)
+        return export.run(jobs, progress, calibration_progress)
 
 
 class _Export:
     """One export into one folder."""
 
     def __init__(
-        self, source: Checkpoint, out: Path, quantisation: Quantisation, ids: Sequence[ExpertId], preset: str
-    ) -> None:
+        self, source: Checkpoint, out: Path, quantisation: Quantisation, ids: Sequence[ExpertId], preset: str,
+        windows: list[list[int]],
+    ) -> None:  # fmt: skip
         self._source, self._out, self._quantisation, self._ids = source, out, quantisation, ids
-        self._preset = preset
+        self._preset, self._windows = preset, windows
+        self._tokens = sum(len(window) for window in windows)
         self._tools = {"wdmoe": __version__, **{name: importlib.metadata.version(name) for name in _TOOLS}}
         if quantisation.backend == "optimum":
             self._tools["optimum-onnx"] = f"{importlib.metadata.version('optimum-onnx')} ({preset})"
@@ -170,7 +190,7 @@ class _Export:
                 shutil.rmtree(self._out, ignore_errors=True)
             raise
 
-    def run(self, jobs: int, progress: Progress | None) -> ExportResult:
+    def run(self, jobs: int, progress: Progress | None, calibration_progress: Progress | None) -> ExportResult:
         """Export what is missing, and write the manifest."""
         source = self._source
         source_bytes = sum(source.experts[id].bytes for id in self._ids)
@@ -178,6 +198,7 @@ class _Export:
         if finished is not None:
             journal_path(self._out).unlink(missing_ok=True)
             (self._out / _BEFORE_NAME).unlink(missing_ok=True)
+            shutil.rmtree(self._out / CALIBRATION_FOLDER, ignore_errors=True)
             # What another version let pass may be refused by this one's libraries.
             refused = self._try_trunk() if finished.tools != self._tools else []
             return ExportResult(finished, len(self._ids), source_bytes, up_to_date=True, lost=tuple(refused))
@@ -189,14 +210,16 @@ class _Export:
             (self._out / MANIFEST_NAME).replace(self._out / _BEFORE_NAME)
         trunk = tuple(copy_trunk(source, self._out))
         refused = self._try_trunk()
+        calibration = self._capture(calibration_progress) if self._windows and todo else None
         work = [
             ExpertJob(
                 id, source.experts[id], source.dims, self._quantisation, self._out, preset=self._preset,
-                graph=source.architecture.expert,
+                graph=source.architecture.expert, calibration=calibration,
             )
             for id in todo
         ]  # fmt: skip
-        processes = processes_that_fit(jobs, self._file_bytes, available_bytes())
+        more = calibration_bytes(source.dims, self._tokens) if calibration else 0
+        processes = processes_that_fit(jobs, self._file_bytes, available_bytes(), more_bytes=more)
         if processes < min(jobs, len(work)):
             log.warning("exporting with %d of %d processes: there is not enough RAM for more", processes, jobs)
         report = progress or (lambda _done, _all: None)
@@ -210,6 +233,20 @@ class _Export:
             shown = f"{unknown[0]}, …" if len(unknown) > 1 else unknown[0]
             lost.insert(0, f"left out {len(unknown)} tensors that the model of this config.json does not have: {shown}")
         return ExportResult(manifest, kept, source_bytes, up_to_date=False, lost=(*lost, *refused))
+
+    def _capture(self, progress: Progress | None) -> Path:
+        """The folder with the inputs of all experts on the text; what an interrupted export finished is used again."""
+        from exporter.calibration.capture import capture  # imports transformers
+
+        folder = self._out / CALIBRATION_FOLDER
+        done, header = folder / _CAPTURED_NAME, msgspec.json.encode(self._header)
+        if done.exists() and done.read_bytes() == header:
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
+        capture(self._source, self._out / "trunk", self._windows, folder, progress or (lambda *_: None))
+        with atomic_write(done) as file:
+            file.write(header)
+        return folder
 
     def _try_trunk(self) -> list[str]:
         """Lines about what a base station can't do with this trunk."""
@@ -231,6 +268,7 @@ class _Export:
         with atomic_write(self._out / MANIFEST_NAME) as file:
             file.write(raw)
         before.unlink(missing_ok=True)
+        shutil.rmtree(self._out / CALIBRATION_FOLDER, ignore_errors=True)
         journal_path(self._out).unlink()
         return manifest, lost
 
@@ -287,6 +325,8 @@ class _Export:
 
     def _check_space(self, experts: int) -> None:
         needed = experts * (self._file_bytes + _EXTRA_BYTES) + trunk_bytes(self._source)
+        if experts:
+            needed += layer_bytes(self._tokens, self._source.dims) * self._source.dims.layers
         place = next(p for p in (self._out.absolute(), *self._out.absolute().parents) if p.exists())
         free = shutil.disk_usage(place).free
         if needed > free:

@@ -128,7 +128,7 @@ def exclusive(bundle: Path) -> Iterator[None]:
 
 def remove_temporary_files(bundle: Path) -> None:
     """Remove the temporary files that `atomic_write` leaves behind if its process is killed."""
-    for pattern in (".*.tmp", "trunk/.*.tmp", "experts/*/.*.tmp"):
+    for pattern in (".*.tmp", "trunk/.*.tmp", "experts/*/.*.tmp", "calibration/.*.tmp"):
         for path in bundle.glob(pattern):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

@@ -29,14 +29,15 @@ _JOIN_S = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
-def processes_that_fit(processes: int, file_bytes: int, available_bytes: int) -> int:
+def processes_that_fit(processes: int, file_bytes: int, available_bytes: int, *, more_bytes: int = 0) -> int:
     """How many processes can export at once without running out of RAM: at most `processes`, at least one.
 
     Args:
         file_bytes: size of an expert's file.
         available_bytes: RAM that may be used.
+        more_bytes: RAM of each process besides, for a calibration.
     """
-    each = _PROCESS_BYTES + int(_PER_FILE_BYTE * file_bytes)
+    each = _PROCESS_BYTES + int(_PER_FILE_BYTE * file_bytes) + more_bytes
     return max(1, min(processes, available_bytes // each))
 
 

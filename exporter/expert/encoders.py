@@ -18,7 +18,8 @@ from wire.tensors import Array
 Stored = NDArray[Any]
 
 FP16_MAX = 65504.0
-_BITS = {"int4": 4, "int8": 8}
+BITS = {"int4": 4, "int8": 8}
+"""Bits of a code, by blockwise scheme."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def matrix_parts(quantisation: Quantisation, rows: int, columns: int) -> tuple[S
     u8, f4 = np.dtype(np.uint8), np.dtype("<f4")
     match quantisation.scheme:
         case "int4" | "int8":
-            bits = _BITS[quantisation.scheme]
+            bits = BITS[quantisation.scheme]
             blocks = -(-columns // quantisation.block)
             parts: tuple[StoredPart, ...] = (
                 StoredPart("weight", u8, (rows, blocks, quantisation.block * bits // 8)),
@@ -80,7 +81,7 @@ def matrix_parts(quantisation: Quantisation, rows: int, columns: int) -> tuple[S
 def make_encoder(quantisation: Quantisation, rows: int, columns: int) -> Encoder:
     """The encoder of a scheme for one [rows, columns] matrix."""
     if quantisation.scheme in ("int4", "int8"):
-        bits = _BITS[quantisation.scheme]
+        bits = BITS[quantisation.scheme]
         return BlockEncoder(rows, columns, bits, quantisation.block, quantisation.symmetric)
     if quantisation.scheme == "int8-dynamic":
         return ChannelEncoder(rows, columns)

@@ -5,7 +5,7 @@ checked, multiplied with the probe rows (the fp32 reference) and encoded.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,10 @@ from exporter.checkpoint.safetensors_file import TensorReader
 from exporter.checkpoint.slabs import stream_rows
 from exporter.errors import CheckpointError
 from exporter.expert.activations import gated
-from exporter.expert.encoders import Stored, make_encoder
+from exporter.expert.calibrated import CalibratedEncoder, InputStatistics
+from exporter.expert.encoders import BITS, Encoder, Stored, make_encoder
 from exporter.expert.graph import SILU, Layout, build_graph, matrix_shape, plan_layout
+from exporter.expert.layer_inputs import expert_rows, load_layer
 from exporter.expert.probe import PROBE_ROWS, relative_error, run_rows
 from wire.experts import ExpertId
 from wire.manifest import Dims, ExpertEntry, ExpertGraph, FileEntry, Quantisation, encode_probe_output, probe_input
@@ -37,6 +39,8 @@ class ExpertJob:
         threads: for onnxruntime.
         preset: of the optimum backend.
         graph: what the expert computes.
+        calibration: folder with the layers' inputs on a text (`layer_inputs`), for the least error on them; None for
+            the least error of the weights.
     """
 
     id: ExpertId
@@ -47,6 +51,7 @@ class ExpertJob:
     threads: int = 1
     preset: str = ""
     graph: ExpertGraph = SILU
+    calibration: Path | None = None
 
 
 def expert_paths(expert: ExpertId) -> tuple[str, str]:
@@ -126,16 +131,43 @@ def _write_weights(job: ExpertJob, layout: Layout, weights: HashingWriter) -> tu
     """Stream all three matrices; returns the fp32 outputs for the probe rows and the source's hash."""
     source = hashlib.sha256()
     tensors = job.tensors
+    x, weights_of_rows = probe_input(job.dims.hidden, PROBE_ROWS), None
+    if job.calibration is not None:
+        rows, weights_of_rows = expert_rows(load_layer(job.calibration, job.id.layer), job.id.expert)
+        x = np.concatenate([x, rows])
     with TensorReader() as reader:
 
-        def encode(matrix: str, values: MatrixRef, bias: MatrixRef | None, x: Array) -> Array:
-            return _encode_matrix(job, layout, matrix, values, bias, x, weights, reader, source)
+        def encode(matrix: str, values: MatrixRef, bias: MatrixRef | None, x: Array, encoder: Encoder) -> Array:
+            return _encode_matrix(layout, matrix, values, bias, x, encoder, weights, reader, source)
 
-        x = probe_input(job.dims.hidden, PROBE_ROWS)
-        gate = encode("w1", tensors.w1, tensors.b1, x)
-        up = encode("w3", tensors.w3, tensors.b3, x)
-        output = encode("w2", tensors.w2, tensors.b2, gated(job.graph, gate, up))
+        make = _encoder_maker(job, x, weights_of_rows)
+        gate = encode("w1", tensors.w1, tensors.b1, x, make("w1"))
+        up = encode("w3", tensors.w3, tensors.b3, x, make("w3"))
+        inner = gated(job.graph, gate, up)
+        del gate, up
+        encoder = _encoder_maker(job, inner, weights_of_rows)("w2")
+        output = encode("w2", tensors.w2, tensors.b2, inner[:PROBE_ROWS], encoder)
     return output, source.hexdigest()
+
+
+def _encoder_maker(job: ExpertJob, x: Array, weights: Array | None) -> Callable[[str], Encoder]:
+    """Makes encoders of matrices that have the inputs x, of which those behind the probe rows calibrate.
+
+    Args:
+        x: float32 [rows, columns], the probe rows first.
+        weights: how much each of the other rows counts; None if there are none.
+    """
+    quantisation = job.quantisation
+    if weights is None:
+        return lambda matrix: make_encoder(quantisation, *matrix_shape(job.dims, matrix))
+    statistics = InputStatistics(x[PROBE_ROWS:], weights)
+    return lambda matrix: CalibratedEncoder(
+        *matrix_shape(job.dims, matrix),
+        BITS[quantisation.scheme],
+        quantisation.block,
+        quantisation.symmetric,
+        statistics,
+    )
 
 
 def hash_source(tensors: ExpertTensors) -> str:
@@ -153,21 +185,19 @@ def hash_source(tensors: ExpertTensors) -> str:
 
 
 def _encode_matrix(
-    job: ExpertJob,
     layout: Layout,
     matrix: str,
     values: MatrixRef,
     bias: MatrixRef | None,
     x: Array,
+    encoder: Encoder,
     weights: HashingWriter,
     reader: TensorReader,
     source: Any,
 ) -> Array:
     """Write one matrix's parts and its bias; returns x · matrixᵀ + bias in fp32."""
-    rows, columns = matrix_shape(job.dims, matrix)
-    encoder = make_encoder(job.quantisation, rows, columns)
     first_part, *other_parts = layout.parts[matrix]
-    product = np.empty((len(x), rows), np.float32)
+    product = np.empty((len(x), values.shape[0]), np.float32)
     weights.pad_to(first_part.offset)
     for first, slab in stream_rows(reader, values, source):
         part = _checked_product(values, x, slab)

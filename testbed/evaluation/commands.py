@@ -1,5 +1,6 @@
 """`wdmoe-testbed quality` and `differences`."""
 
+import itertools
 import os
 from pathlib import Path
 from typing import get_args
@@ -31,6 +32,10 @@ def register(group: click.Group) -> None:
     "--variant", "variants", multiple=True, type=click.Choice(list(VARIANTS)),
     help="Quantisation to evaluate; repeatable.  [default: all]",
 )  # fmt: skip
+@click.option(
+    "--bundle", "bundles", multiple=True, type=_PATH,
+    help="Folder of a bundle to evaluate instead of the demo model's, or beside --variant; repeatable.",
+)  # fmt: skip
 @click.option("--model", type=click.Choice(list(DEMO_MODELS)), default=DEFAULT_MODEL, show_default=True,
               help="Demo model to evaluate.")  # fmt: skip
 @click.option(
@@ -55,7 +60,7 @@ def register(group: click.Group) -> None:
 )  # fmt: skip
 @click.option("--out", type=_PATH, default=Path("runs/quality.json"), show_default=True, help="File for the results.")
 def quality(
-    data: Path, items: int, texts: int, tokens: int, variants: tuple[str, ...], model: str,
+    data: Path, items: int, texts: int, tokens: int, variants: tuple[str, ...], bundles: tuple[Path, ...], model: str,
     policies: tuple[str, ...], rules: tuple[str, ...], tasks: tuple[str, ...], lost: tuple[int, ...], threads: int,
     out: Path,
 ) -> None:  # fmt: skip
@@ -67,9 +72,9 @@ def quality(
 
     console = Console()
     rows = []
-    for name in variants or tuple(VARIANTS):
-        scheme, block = VARIANTS[name]
-        bundle = demo_bundle(scheme, model=model, block=block, console=console)
+    names = variants or (() if bundles else tuple(VARIANTS))
+    made = (demo_bundle(VARIANTS[name][0], model=model, block=VARIANTS[name][1], console=console) for name in names)
+    for bundle in itertools.chain(bundles, made):
         found = measure_quality(
             bundle, data, items=items, texts_per_domain=texts, tokens=tokens, tasks=tasks, threads=threads,
             policies=with_rules(policies, rules), lost=lost,

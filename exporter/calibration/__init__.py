@@ -1,0 +1,1 @@
+"""What experts get as input on a calibration text, for quantisation with the least error on it."""
