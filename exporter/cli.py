@@ -110,16 +110,16 @@ def bundle(name: str, out: Path, revision: str | None, config: ExportConfig) -> 
     click.echo(f"quantisation: {choice}")
     began = time.monotonic()
     each = plan_layout(checkpoint.dims, quantisation, checkpoint.architecture.expert).bytes
-    with _phases() as show:
+    with _phases() as report:
         result = export_bundle(
             checkpoint, out, quantisation, layers=layers, experts=experts, jobs=config.jobs, preset=preset,
             calibrate=text, calibration_tokens=config.calibration_tokens,
-            progress=lambda done, all_: show(
+            progress=lambda done, all_: report(
                 "experts",
                 f"expert {done} of {all_}, {readable_bytes(done * each)} of {readable_bytes(all_ * each)}",
                 done / all_,
             ),
-            calibration_progress=lambda done, all_: show("calibration", f"layer {done} of {all_}", done / all_),
+            calibration_progress=lambda done, all_: report("calibration", f"layer {done} of {all_}", done / all_),
         )  # fmt: skip
     if result.up_to_date:
         click.echo(f"{out} is up to date: all files match their hashes")

@@ -97,7 +97,8 @@ class CalibratedEncoder(BlockEncoder):
         # Padding is zero.
         stored[:, self._columns :] = self._zero_of[-1].astype(np.uint8)[:, None]
         if self._bits == 4:
-            stored = stored[:, 0::2] | stored[:, 1::2] << 4
+            np.left_shift(stored[:, 1::2], 4, out=stored[:, 1::2])
+            stored = stored[:, 0::2] | stored[:, 1::2]
         return [stored, *super().finish()]
 
     def _ranges(self, blocks: Array) -> tuple[Array, Array]:

@@ -106,8 +106,9 @@ def test_an_interrupted_export_uses_the_captured_inputs_again(mixtral: Callable[
     text, out = read_text(write_words(tmp_path / "text.jsonl", 400)), tmp_path / "out"
     layers = []
 
-    def interrupt(*_: int) -> None:
-        raise KeyboardInterrupt
+    def interrupt(done: int, _: int) -> None:
+        if done:
+            raise KeyboardInterrupt
 
     def note(done: int, _: int) -> None:
         layers.append(done)
