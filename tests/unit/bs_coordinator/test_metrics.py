@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from bs_coordinator import metrics
 from bs_coordinator.base_station import open_base_station
 from bs_coordinator.config import BaseStationConfig, SamplingConfig
 from bs_coordinator.dispatch.dispatcher import Dispatcher
@@ -43,6 +45,7 @@ from wire.transport import Message
 from wire.transports.memory import MemoryBroker
 
 KEY = "open sesame"
+DASHBOARD = Path(metrics.__file__).with_name("grafana.json")
 OUR_LABELS = {"node", "kind", "phase", "stage", "reason", "path", "code", "le"}
 INFO_LABELS = {"quantisation", "arch", "version", "profile", "provider", "model"}
 
@@ -63,8 +66,8 @@ def value(samples: Samples, name: str, **labels: str) -> float:
     return samples[name, frozenset(labels.items())]
 
 
-def exposed(metrics: StationMetrics) -> Samples:
-    return samples_of(metrics.exposition("")[0].decode())
+def exposed(source: StationMetrics) -> Samples:
+    return samples_of(source.exposition("")[0].decode())
 
 
 class _Records(AnswerObserver):
@@ -92,12 +95,12 @@ def served(bundle: Path) -> Iterator[tuple[HttpSite, _Records]]:
         node_thread(bundle, broker.address, "b", "L*:E2-3"),
         open_base_station(BaseStationConfig(bundle=bundle, wire=WireDtype.FP32), broker.address) as station,
     ):
-        metrics = StationMetrics(station.dispatcher, model="random")
+        source = StationMetrics(station.dispatcher, model="random")
         server = AnswerServer(
             Scheduler(station.model, max_live=2), station.new_sequence, max_waiting=0,
-            dispatcher=station.dispatcher, observers=(records, metrics),
+            dispatcher=station.dispatcher, observers=(records, source),
         )  # fmt: skip
-        app = http_app(server, station.tokenizer, model="random", api_key=KEY, stall_s=PATIENCE_S, metrics=metrics)
+        app = http_app(server, station.tokenizer, model="random", api_key=KEY, stall_s=PATIENCE_S, metrics=source)
         # Both have their places before the first step, so that they share steps.
         done: queue.Queue[object] = queue.Queue()
         for ids in ([1, 2, 3, 4, 5], [6, 7, 8]):
@@ -398,3 +401,64 @@ def test_prometheus_may_ask_for_openmetrics() -> None:
     body, content_type = _Station().metrics.exposition("application/openmetrics-text; version=1.0.0, text/plain;q=0.5")
     assert content_type.startswith("application/openmetrics-text")
     assert {"wdmoe_requests_accepted", "wdmoe"} <= {family.name for family in parse_openmetrics(body.decode())}  # type: ignore[no-untyped-call]
+
+
+def _names(text: str) -> set[str]:
+    """Names of all time series that an exposition declares, also of those without a value."""
+    endings = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("_total",)}
+    return {f.name + ending for f in parse_text(text) for ending in endings.get(f.type, ("",))}
+
+
+def _queries(dashboard: Any) -> list[str]:
+    return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+
+
+def test_the_dashboard_asks_only_for_what_exists(scraped: tuple[str, str, _Records]) -> None:
+    dashboard = msgspec.json.decode(DASHBOARD.read_bytes())
+    names, queries = _names(scraped[0]), _queries(dashboard)
+    assert len(queries) > 30
+    for query in queries:
+        assert set(re.findall(r"\b(?:wdmoe|process)_\w+", query)) <= names
+        labels = re.findall(r"\b(?:by|ignoring) \(?([\w, ]+)\)", query)
+        assert {label for some in labels for label in some.split(", ")} <= OUR_LABELS
+    variables = {variable["name"] for variable in dashboard["templating"]["list"]}
+    used = set(re.findall(r"\$\{?(\w+)", msgspec.json.encode(dashboard["panels"]).decode()))
+    assert used - {"__rate_interval"} == variables
+
+
+def test_the_dashboard_is_one_that_grafana_loads() -> None:
+    dashboard = msgspec.json.decode(DASHBOARD.read_bytes())
+    assert {"title", "uid", "schemaVersion", "templating", "time", "panels"} <= dashboard.keys()
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    cells: set[tuple[int, int]] = set()
+    for panel in panels:
+        assert panel["type"] in {"row", "timeseries", "stat", "state-timeline"}
+        place = panel["gridPos"]
+        own = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert max(x for x, _ in own) < 24
+        assert not own & cells, f"{panel['title']} overlaps another panel"
+        cells |= own
+        if panel["type"] != "row":
+            assert panel["description"]
+            assert panel["fieldConfig"]["defaults"]["unit"]
+            assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+            ids = [target["refId"] for target in panel["targets"]]
+            assert len(set(ids)) == len(ids) > 0
+
+
+@needs("promtool")
+def test_promtool_understands_the_dashboards_queries(tmp_path: Path) -> None:
+    queries = _queries(msgspec.json.decode(DASHBOARD.read_bytes()))
+    rules = [
+        {"record": f"query:{i}", "expr": query.replace("$__rate_interval", "1m")} for i, query in enumerate(queries)
+    ]
+    file = tmp_path / "rules.yml"  # JSON is YAML
+    file.write_bytes(msgspec.json.encode({"groups": [{"name": "dashboard", "rules": rules}]}))
+    checked = subprocess.run(["promtool", "check", "rules", file], text=True, capture_output=True, timeout=PATIENCE_S)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert f"{len(queries)} rules found" in checked.stdout
