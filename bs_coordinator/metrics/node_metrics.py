@@ -132,7 +132,7 @@ class NodeMetrics(Collector):
         )
         yield _count("wdmoe_messages_dropped", "Messages from nodes that were of no use.", snapshot.dropped)
         yield _count(
-            "wdmoe_requests_resent",
+            "wdmoe_node_requests_resent",
             "Requests to nodes that were sent again, to other nodes or on a new connection.",
             snapshot.resent,
         )
