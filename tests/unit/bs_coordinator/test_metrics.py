@@ -46,6 +46,7 @@ from wire.transports.memory import MemoryBroker
 
 KEY = "open sesame"
 DASHBOARD = Path(metrics.__file__).with_name("grafana.json")
+DOCUMENT = Path(__file__).parents[3] / "docs" / "metrics.md"
 OUR_LABELS = {"node", "kind", "phase", "stage", "reason", "path", "code", "le"}
 INFO_LABELS = {"quantisation", "arch", "version", "profile", "provider", "model"}
 
@@ -462,3 +463,10 @@ def test_promtool_understands_the_dashboards_queries(tmp_path: Path) -> None:
     checked = subprocess.run(["promtool", "check", "rules", file], text=True, capture_output=True, timeout=PATIENCE_S)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert f"{len(queries)} rules found" in checked.stdout
+
+
+def test_every_metric_is_documented_and_every_documented_metric_exists(scraped: tuple[str, str, _Records]) -> None:
+    names = {
+        f.name + {"counter": "_total"}.get(f.type, "") for f in parse_text(scraped[0]) if f.name.startswith("wdmoe")
+    }
+    assert set(re.findall(r"`(wdmoe_\w+)`", DOCUMENT.read_text(encoding="utf-8"))) == names
