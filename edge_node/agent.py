@@ -337,7 +337,7 @@ def residency_status(runtime: ExpertRuntime) -> Residency | None:
         return None
     loads = runtime.loads
     return Residency(
-        loaded=format_selector(runtime.loaded),
+        loaded=format_selector(runtime.loaded, runtime.manifest.dims.slices),
         most_loaded=runtime.most_loaded,
         loads=loads.count,
         load_ms=loads.ns / max(1, loads.count) / 1e6,

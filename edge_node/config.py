@@ -24,7 +24,7 @@ class HoldingConfig(Config):
             flag="--bundle",
         ),
     ]  # fmt: skip
-    experts: Annotated[str, Option("Experts to hold, such as 'L*:E3' or 'L0-14:E0,2 L15:E*'.")]
+    experts: Annotated[str, Option("Experts to hold, such as 'L*:E3' or 'L0-14:E0,2 L15:E*'; 'L*:E*/0' for slices.")]
     profile: Annotated[Literal["auto"] | DeviceName, Option("Kind of device: decides threads and provider.")] = "auto"
     provider: Annotated[
         Literal["auto"] | Provider,

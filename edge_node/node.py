@@ -24,7 +24,7 @@ from edge_node.worker import Worker
 from wire.broker_address import BrokerAddress
 from wire.broker_url import parse_broker_url
 from wire.device_profiles import Provider
-from wire.experts import ExpertId, format_selector, parse_selector
+from wire.experts import UnitId, format_selector, parse_selector
 from wire.frame_auth import read_node_key
 from wire.manifest import Manifest
 from wire.signature import load_trusted_manifest
@@ -158,32 +158,35 @@ def build_node(config: NodeConfig) -> Node:
 
 
 class _Held(NamedTuple):
-    """The experts that a node holds.
+    """The experts, or slices of experts, that a node holds.
 
     Attributes:
+        slices: into which the bundle cuts each expert.
         most_loaded: how many of them are in memory at once.
         resident_bytes: RAM that these need at most.
     """
 
-    ids: tuple[ExpertId, ...]
+    ids: tuple[UnitId, ...]
+    slices: int
     most_loaded: int
     resident_bytes: int
 
     @property
     def selector(self) -> str:
-        return format_selector(self.ids)
+        return format_selector(self.ids, self.slices)
 
 
 def _held(config: NodeConfig, manifest: Manifest) -> _Held:
+    dims = manifest.dims
     try:
-        ids = parse_selector(config.experts, layers=manifest.dims.layers, experts=manifest.dims.experts)
+        ids = parse_selector(config.experts, layers=dims.layers, experts=dims.experts, slices=dims.slices)
     except ValueError as error:
         raise ConfigError(f"--experts: {error}") from None
     entries, scheme = manifest.entries(ids), manifest.quantisation.scheme
     most_loaded = len(entries)
     if config.residency == "lru":
         most_loaded = max(1, fitting(entries, scheme, room_bytes(config.memory_budget_bytes)))
-    return _Held(ids, most_loaded, needed_bytes(largest(entries, most_loaded), scheme))
+    return _Held(ids, dims.slices, most_loaded, needed_bytes(largest(entries, most_loaded), scheme))
 
 
 def _load(
@@ -201,8 +204,9 @@ def _load(
         ),
     )  # fmt: skip
     log.info(
-        "proved %d experts (%s) with %s in %.1f s",
-        len(held.ids), manifest.quantisation, chosen.provider, time.monotonic() - began_s,
+        "proved %d %s (%s) with %s in %.1f s",
+        len(held.ids), "experts" if held.slices == 1 else "slices", manifest.quantisation, chosen.provider,
+        time.monotonic() - began_s,
     )  # fmt: skip
     if runtime.most_loaded is not None:
         log.info("%d of them fit into memory at once: the others are loaded when they are asked for", held.most_loaded)

@@ -11,7 +11,7 @@ from common.errors import WdmoeError
 from edge_node.experts.runtime import ExpertRuntime
 from wire import frames
 from wire.errors import FrameError
-from wire.experts import ExpertId
+from wire.experts import UnitId, unit_name
 from wire.frame_auth import FrameAuthenticator, ReplayGuard
 from wire.frames import ErrorFrame, NodeDurations, PingFrame, PongFrame, ResultFrame, Status, WorkFrame
 from wire.pong_stamps import stamped_payload
@@ -87,16 +87,17 @@ class Worker:
                 Status.WRONG_SHAPE,
                 f"hidden size {frame.hidden.shape[1]}, this model has {self._hidden}",
             )
-        missing = [s.expert for s in frame.experts if ExpertId(frame.layer, s.expert) not in self._runtime]
+        missing = [id for s in frame.experts if (id := UnitId(frame.layer, s.expert)) not in self._runtime]
         if missing:
-            return self._refuse(frame, Status.UNKNOWN_EXPERT, f"does not hold {ExpertId(frame.layer, missing[0])}")
+            name = unit_name(missing[0], self._runtime.manifest.dims.slices)
+            return self._refuse(frame, Status.UNKNOWN_EXPERT, f"does not hold {name}")
         decoded_ns = self._clock.perf_ns()
         load_ns = -self._runtime.loads.ns
         output = np.zeros(frame.hidden.shape, np.float32)
         try:
             for slice_ in frame.experts:
                 x = frame.hidden[slice_.tokens]
-                y = self._runtime.run(ExpertId(frame.layer, slice_.expert), x)
+                y = self._runtime.run(UnitId(frame.layer, slice_.expert), x)
                 output[slice_.tokens] += y * slice_.weights[:, None]
         except WdmoeError as error:  # an expert's files were changed or removed since the start
             log.error("%s", error)

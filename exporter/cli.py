@@ -73,6 +73,7 @@ def bundle(name: str, out: Path, revision: str | None, config: ExportConfig) -> 
     from exporter.calibration.text import read_text
     from exporter.checkpoint.checkpoint import open_checkpoint
     from exporter.checkpoint.hub import locate_checkpoint
+    from exporter.expert.expert import slice_bounds
     from exporter.expert.graph import plan_layout
     from exporter.expert.presets import choose_quantisation
 
@@ -99,6 +100,7 @@ def bundle(name: str, out: Path, revision: str | None, config: ExportConfig) -> 
         checkpoint = open_checkpoint(folder)
         layers = parse_index_set(config.layers, checkpoint.dims.layers)
         experts = parse_index_set(config.experts, checkpoint.dims.experts)
+        slice_bounds(checkpoint.dims.intermediate, quantisation, config.slices)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     if preset:
@@ -108,15 +110,16 @@ def bundle(name: str, out: Path, revision: str | None, config: ExportConfig) -> 
         raise click.UsageError(f"--calibrate is for --quant int4 and int8, not {quantisation.scheme}")
     click.echo(f"model: {_model(checkpoint.dims, checkpoint.architecture)}")
     click.echo(f"quantisation: {choice}")
+    unit = "expert" if config.slices == 1 else "slice"
     began = time.monotonic()
-    each = plan_layout(checkpoint.dims, quantisation, checkpoint.architecture.expert).bytes
+    each = plan_layout(checkpoint.dims, quantisation, checkpoint.architecture.expert).bytes // config.slices
     with _phases() as report:
         result = export_bundle(
-            checkpoint, out, quantisation, layers=layers, experts=experts, jobs=config.jobs, preset=preset,
-            calibrate=text, calibration_tokens=config.calibration_tokens,
+            checkpoint, out, quantisation, layers=layers, experts=experts, jobs=config.jobs, slices=config.slices,
+            preset=preset, calibrate=text, calibration_tokens=config.calibration_tokens,
             progress=lambda done, all_: report(
                 "experts",
-                f"expert {done} of {all_}, {readable_bytes(done * each)} of {readable_bytes(all_ * each)}",
+                f"{unit} {done} of {all_}, {readable_bytes(done * each)} of {readable_bytes(all_ * each)}",
                 done / all_,
             ),
             calibration_progress=lambda done, all_: report("calibration", f"layer {done} of {all_}", done / all_),
@@ -124,7 +127,7 @@ def bundle(name: str, out: Path, revision: str | None, config: ExportConfig) -> 
     if result.up_to_date:
         click.echo(f"{out} is up to date: all files match their hashes")
     elif result.kept:
-        click.echo(f"kept {result.kept} experts that were already there and match their hashes")
+        click.echo(f"kept {result.kept} {unit}s that were already there and match their hashes")
     for line in result.lost:
         click.echo(line)
     _summary(result.manifest, result.source_bytes, time.monotonic() - began)
@@ -159,7 +162,8 @@ def inspect(bundle: Path) -> None:
     manifest = load_manifest(bundle)
     click.echo(f"from {manifest.source.name} ({manifest.source.dtype})")
     click.echo(_model(manifest.dims, manifest.architecture))
-    click.echo(f"experts {format_selector(e.id for e in manifest.experts)} as {manifest.quantisation}")
+    held = format_selector((entry.id for entry in manifest.experts), manifest.dims.slices)
+    click.echo(f"experts {held} as {manifest.quantisation}")
     click.echo(f"made with {', '.join(f'{k} {v}' for k, v in manifest.tools.items())}")
     if manifest.draft:
         click.echo(f"with a draft model of {sum(f.bytes for f in manifest.draft) / 2**20:.0f} MiB")
@@ -185,7 +189,8 @@ def verify(bundle: Path, selector: str, bundle_key: Path | None) -> None:
     else:
         manifest = load_manifest(bundle)
     try:
-        wanted = parse_selector(selector, layers=manifest.dims.layers, experts=manifest.dims.experts)
+        dims = manifest.dims
+        wanted = parse_selector(selector, layers=dims.layers, experts=dims.experts, slices=dims.slices)
     except ValueError as error:
         raise click.UsageError(f"--experts: {error}") from None
     held = {entry.id for entry in manifest.experts}
@@ -199,7 +204,7 @@ def verify(bundle: Path, selector: str, bundle_key: Path | None) -> None:
             verify_file(bundle, file)
         worst = max(worst, check_probe(bundle, entry, manifest.dims.hidden, manifest.probe_tolerance))
     click.echo(
-        f"{len(entries)} experts match their hashes and compute what they did where they were exported "
+        f"{len(entries)} {_units(dims)} match their hashes and compute what they did where they were exported "
         f"(largest relative difference {worst:.1e}, {manifest.probe_tolerance:.1e} allowed)"
     )
 
@@ -219,10 +224,16 @@ def sign(bundle: Path, key: Path) -> None:
 
 def _model(dims: "Dims", architecture: "Architecture") -> str:
     """One line about a model: its family, dimensions and layers with experts."""
+    cut = f" in {dims.slices} slices" if dims.slices > 1 else ""
     return (
         f"{architecture.family}, hidden {dims.hidden}, {dims.intermediate} wide, {dims.layers} layers × {dims.experts} "
-        f"experts (layers {format_ranges(architecture.layers)}), top {dims.top_k}, {architecture.expert}"
+        f"experts{cut} (layers {format_ranges(architecture.layers)}), "
+        f"top {dims.top_k}, {architecture.expert}"
     )
+
+
+def _units(dims: "Dims") -> str:
+    return "experts" if dims.slices == 1 else "slices"
 
 
 def _summary(manifest: "Manifest", source_bytes: int | None, seconds: float | None = None) -> None:
@@ -230,14 +241,15 @@ def _summary(manifest: "Manifest", source_bytes: int | None, seconds: float | No
     total = sum(entry.bytes for entry in manifest.experts)
     errors = [entry.error for entry in manifest.experts]
     rows = [
-        ("experts", f"{len(errors)} as {manifest.quantisation}"),
+        (_units(manifest.dims), f"{len(errors)} as {manifest.quantisation}"),
         ("bytes", f"{total / 2**20:.1f} MiB"),
         ("trunk", f"{sum(file.bytes for file in manifest.trunk) / 2**20:.1f} MiB"),
     ]
     if source_bytes:
         rows.append(("in the checkpoint", f"{source_bytes / 2**20:.1f} MiB, {source_bytes / total:.1f} times as large"))
     worst = max(manifest.experts, key=lambda entry: entry.error)
-    rows.append(("output error", f"median {median(errors):.2g}, largest {worst.error:.2g} ({worst.id}), against fp32"))
+    largest = f"{worst.error:.2g} ({worst.name})"
+    rows.append(("output error", f"median {median(errors):.2g}, largest {largest}, against fp32"))
     if seconds is not None:
         rows.append(("time", f"{seconds:.1f} s"))
     for name, value in rows:

@@ -38,6 +38,11 @@ class ExportConfig(Config):
     ] = "direct"
     layers: Annotated[str, Option("Layers with experts to export, counted without the others, such as 0-3,7.")] = "*"
     experts: Annotated[str, Option("Experts of each layer to export, such as 0,2.")] = "*"
+    slices: Annotated[
+        int,
+        Option("Models to cut each expert into, which different nodes can hold and compute at once.", minimum=1,
+               maximum=64),
+    ] = 1  # fmt: skip
     jobs: Annotated[int, Option("Most processes to use; fewer where RAM is short.", minimum=1, maximum=64)] = field(
         default_factory=lambda: min(_MOST_JOBS, os.cpu_count() or 1)
     )

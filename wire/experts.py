@@ -1,11 +1,14 @@
-"""Names for experts and the selector grammar that the command lines share.
+"""Names for experts and their slices, and the selector grammar that the command lines share.
 
-An expert is one SwiGLU feed-forward network of one layer, written `L04:E3`. A selector is one or more
-clauses separated by blanks or semicolons; a clause is `L<set>:E<set>`; a set is `*` or numbers and ranges:
+An expert is one SwiGLU feed-forward network of one layer, written `L04:E3`. A bundle may cut each expert into slices,
+whose outputs add up to the expert's; a slice is written `L04:E3/0`. What nodes hold is called a unit: a slice, or a
+whole expert where the bundle has no slices. A selector is one or more clauses separated by blanks or semicolons; a
+clause is `L<set>:E<set>` or `L<set>:E<set>/<set>`; a set is `*` or numbers and ranges:
 
-    L*:E3            expert 3 of every layer (the paper's arrangement: one expert index per device)
+    L*:E3            expert 3 of every layer, with all its slices (the paper's arrangement: one expert index per device)
     L0-14:E*         all experts of the first fifteen layers
     L0,2-4:E1 L5:E*  a mixture
+    L*:E*/0          the first slice of every expert
 """
 
 import re
@@ -13,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-_CLAUSE = re.compile(r"L(?P<layers>[\d,*-]+):E(?P<experts>[\d,*-]+)")
+_CLAUSE = re.compile(r"L(?P<layers>[\d,*-]+):E(?P<experts>[\d,*-]+)(?:/(?P<slices>[\d,*-]+))?")
 _ITEM = re.compile(r"(\d+)(?:-(\d+))?")
 
 
@@ -29,6 +32,26 @@ class ExpertId(NamedTuple):
 
     def __str__(self) -> str:
         return f"L{self.layer:02d}:E{self.expert}"
+
+
+UnitId = ExpertId
+"""Names a unit: `expert` is then the unit's number in its layer, expert · slices + slice. Without slices, units are
+experts. `unit_name` writes it for people."""
+
+
+def units_of(ids: Iterable[ExpertId], slices: int) -> list[UnitId]:
+    """All units of these experts, in the same order."""
+    return [UnitId(layer, expert * slices + slice_) for layer, expert in ids for slice_ in range(slices)]
+
+
+def expert_of(unit: UnitId, slices: int) -> ExpertId:
+    """The expert that a unit belongs to."""
+    return ExpertId(unit.layer, unit.expert // slices)
+
+
+def unit_name(unit: UnitId, slices: int) -> str:
+    """A unit as a selector names it, such as `L04:E3`, or `L04:E3/0` where there are slices."""
+    return f"{expert_of(unit, slices)}/{unit.expert % slices}" if slices > 1 else str(unit)
 
 
 def parse_index_set(text: str, size: int) -> tuple[int, ...]:
@@ -57,54 +80,67 @@ def parse_index_set(text: str, size: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def parse_selector(text: str, *, layers: int, experts: int) -> tuple[ExpertId, ...]:
-    """Sorted expert ids that a selector names, for a model of `layers` × `experts`.
+def parse_selector(text: str, *, layers: int, experts: int, slices: int = 1) -> tuple[UnitId, ...]:
+    """Sorted units that a selector names, for a model of `layers` × `experts`, each cut into `slices`.
 
     Raises:
-        ValueError: the text is not a selector, names what the model does not have, or repeats experts too often.
+        ValueError: the text is not a selector, names what the model does not have, or repeats units too often.
     """
-    chosen: set[ExpertId] = set()
-    for some_layers, some_experts in _clauses(text, layers, experts):
-        chosen.update(ExpertId(layer, expert) for layer in some_layers for expert in some_experts)
+    chosen: set[UnitId] = set()
+    for some_layers, some_experts, some_slices in _clauses(text, layers, experts, slices):
+        units = [expert * slices + slice_ for expert in some_experts for slice_ in some_slices]
+        chosen.update(UnitId(layer, unit) for layer in some_layers for unit in units)
     return tuple(sorted(chosen))
 
 
-def check_selector(text: str, *, layers: int, experts: int) -> None:
-    """Check a selector without the work of listing its experts.
+def check_selector(text: str, *, layers: int, experts: int, slices: int = 1) -> None:
+    """Check a selector without the work of listing its units.
 
     Raises:
         ValueError: as for `parse_selector`.
     """
-    for _ in _clauses(text, layers, experts):
+    for _ in _clauses(text, layers, experts, slices):
         pass
 
 
-def _clauses(text: str, layers: int, experts: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Layers and experts of each clause."""
+def _clauses(text: str, layers: int, experts: int, slices: int) -> Iterator[tuple[tuple[int, ...], ...]]:
+    """Layers, experts and slices of each clause."""
     named = 0
     for clause in text.replace(";", " ").split():
         match = _CLAUSE.fullmatch(clause)
         if match is None:
-            raise ValueError(f"'{clause}' is not an expert selector: write 'L*:E3' or 'L0-14:E0,2'")
+            raise ValueError(
+                f"'{clause}' is not an expert selector: write 'L*:E3' or 'L0-14:E0,2', or 'L*:E3/0' for a slice"
+            )
         some_layers = parse_index_set(match["layers"], layers)
         some_experts = parse_index_set(match["experts"], experts)
-        named += len(some_layers) * len(some_experts)
-        if named > _MOST_REPEATS * layers * experts:
+        if match["slices"] is not None and slices == 1:
+            raise ValueError(f"'{clause}' names a slice, but the experts are whole: leave '/{match['slices']}' out")
+        some_slices = parse_index_set(match["slices"] or "*", slices)
+        named += len(some_layers) * len(some_experts) * len(some_slices)
+        if named > _MOST_REPEATS * layers * experts * slices:
             raise ValueError(f"the selector repeats experts too often: name each of the {layers * experts} once")
-        yield some_layers, some_experts
+        yield some_layers, some_experts, some_slices
     if not named:
         raise ValueError("no expert selected: write for example 'L*:E3'")
 
 
-def format_selector(ids: Iterable[ExpertId]) -> str:
-    """A short selector for these ids; `parse_selector` turns it into the same set again."""
-    experts_by_layer: dict[int, set[int]] = defaultdict(set)
-    for layer, expert in ids:
-        experts_by_layer[layer].add(expert)
-    layers_by_experts: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for layer in sorted(experts_by_layer):
-        layers_by_experts[tuple(sorted(experts_by_layer[layer]))].append(layer)
-    return " ".join(f"L{format_ranges(ls)}:E{format_ranges(es)}" for es, ls in layers_by_experts.items())
+def format_selector(units: Iterable[UnitId], slices: int = 1) -> str:
+    """A short selector for these units; `parse_selector` turns it into the same set again."""
+    by_layer: dict[int, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for layer, unit in units:
+        by_layer[layer][unit // slices].add(unit % slices)
+    layers_by_part: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for layer in sorted(by_layer):
+        experts_by_slices: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for expert in sorted(by_layer[layer]):
+            experts_by_slices[tuple(sorted(by_layer[layer][expert]))].append(expert)
+        parts = tuple(
+            format_ranges(experts) + (f"/{format_ranges(some)}" if len(some) < slices else "")
+            for some, experts in experts_by_slices.items()
+        )
+        layers_by_part[parts].append(layer)
+    return " ".join(f"L{format_ranges(ls)}:E{part}" for parts, ls in layers_by_part.items() for part in parts)
 
 
 def format_ranges(numbers: Iterable[int]) -> str:

@@ -18,7 +18,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from common.jsonl import decode_json
 from wire.errors import BundleError
-from wire.experts import ExpertId
+from wire.experts import UnitId, unit_name
 from wire.tensors import Array
 
 SCHEMA = 2
@@ -29,7 +29,8 @@ SIGNATURE_NAME = "manifest.sig"
 """`wire.signature` writes and checks it; the name is here because that module needs cryptography."""
 MAX_MANIFEST_BYTES = 64 << 20
 MOST_EXPERTS = 1 << 16
-"""Largest number of experts in all layers together, three times that of the largest known models."""
+"""Largest number of experts in all layers together, three times that of the largest known models; with slices, of
+slices."""
 
 PROBE_VALUES = 256
 """Values of a probe output that a manifest keeps at most."""
@@ -44,16 +45,18 @@ Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
-class Dims(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Dimensions of the model, as counts.
+class Dims(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """Dimensions of the model, as counts, and into how many slices a bundle cuts each expert.
 
     Attributes:
         intermediate: inner size of a routed expert.
         layers: layers with experts; `Architecture.layers` says which of the model's layers they are.
         experts: routed experts per such layer.
+        slices: parts of each expert, along its inner size, that nodes hold separately. Written only if above 1.
 
     Raises:
-        ValueError: more than `MOST_EXPERTS` in all. The limit bounds the work of expanding the selector in a status.
+        ValueError: more than `MOST_EXPERTS` slices in all. The limit bounds the work of expanding the selector in a
+            status.
     """
 
     hidden: Positive
@@ -63,10 +66,17 @@ class Dims(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     top_k: Positive
     vocab: Positive
     max_positions: Positive
+    slices: Positive = 1
 
     def __post_init__(self) -> None:
-        if self.layers * self.experts > MOST_EXPERTS:
-            raise ValueError(f"{self.layers} layers of {self.experts} experts: at most {MOST_EXPERTS} in all")
+        if self.layers * self.units > MOST_EXPERTS:
+            cut = f" in {self.slices} slices" if self.slices > 1 else ""
+            raise ValueError(f"{self.layers} layers of {self.experts} experts{cut}: at most {MOST_EXPERTS} in all")
+
+    @property
+    def units(self) -> int:
+        """Units per layer that nodes can hold: experts, or their slices."""
+        return self.experts * self.slices
 
 
 class ExpertGraph(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -202,15 +212,20 @@ class FileEntry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             raise ValueError(f"path {self.path!r} leaves the bundle folder")
 
 
-class ExpertEntry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One exported expert.
+class ExpertEntry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """One exported expert, or one slice of it, which is an expert of a smaller inner size.
 
     Attributes:
+        slice, slices: which of how many slices, from 0. Written only if there are several.
         files: the `.onnx` graph first, then its weights.
         probe_output: base64 of the output for `probe_input(hidden)`, in fp16 and folded (`encode_probe_output`), as
             computed by onnxruntime on the exporting machine.
         error: ‖exported − fp32‖ / ‖fp32‖ of outputs for Gaussian inputs.
-        source_sha256: SHA-256 of the source's raw bytes of w1, w3 and w2, in this order, each followed by its bias.
+        source_sha256: SHA-256 of the source's raw bytes of w1, w3 and w2, in this order, each followed by its bias. Of
+            a slice, its rows of w1 and w3, and all of w2.
+
+    Raises:
+        ValueError: there is no such slice.
     """
 
     layer: Annotated[int, Meta(ge=0)]
@@ -219,11 +234,22 @@ class ExpertEntry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     probe_output: str
     error: float
     source_sha256: Sha256
+    slice: Annotated[int, Meta(ge=0)] = 0
+    slices: Positive = 1
+
+    def __post_init__(self) -> None:
+        if self.slice >= self.slices:
+            raise ValueError(f"slice {self.slice} of {self.slices}: slices are counted from 0")
 
     @property
-    def id(self) -> ExpertId:
-        """Layer and index of the expert."""
-        return ExpertId(self.layer, self.expert)
+    def id(self) -> UnitId:
+        """Layer and unit number."""
+        return UnitId(self.layer, self.expert * self.slices + self.slice)
+
+    @property
+    def name(self) -> str:
+        """The unit for people, such as `L04:E3`, or `L04:E3/0` for a slice."""
+        return unit_name(self.id, self.slices)
 
     @property
     def bytes(self) -> int:
@@ -252,13 +278,15 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     Attributes:
         schema: version of the format, `SCHEMA`; files of schema 1 are brought up to it as they are read.
+        dims: with the number of slices of each expert.
+        experts: one entry per expert, or per slice.
         architecture: of the model.
         probe_tolerance: largest relative error of a probe output on a healthy device.
         tools: versions of the software that made the bundle.
         draft: files of a draft model (`wire.draft`), if the bundle brings one.
 
     Raises:
-        ValueError: `architecture` has another number of layers than `dims`.
+        ValueError: `architecture` has another number of layers than `dims`, or an entry another number of slices.
     """
 
     schema: int
@@ -275,20 +303,23 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def __post_init__(self) -> None:
         if len(self.architecture.layers) != self.dims.layers:
             raise ValueError(f"{self.dims.layers} layers with experts, {len(self.architecture.layers)} are named")
+        if any(entry.slices != self.dims.slices for entry in self.experts):
+            raise ValueError(f"an expert is not cut into {self.dims.slices} slices, as `dims` says")
 
     @property
     def model_sha256(self) -> str:
-        """Hash of source and dims: equal for bundles of one model, whatever their quantisation."""
-        return hashlib.sha256(msgspec.json.encode([self.source, self.dims])).hexdigest()
+        """Hash of source and dims: equal for bundles of one model, whatever their quantisation and slices."""
+        whole = self.dims if self.dims.slices == 1 else msgspec.structs.replace(self.dims, slices=1)
+        return hashlib.sha256(msgspec.json.encode([self.source, whole])).hexdigest()
 
-    def entries(self, ids: Iterable[ExpertId]) -> list[ExpertEntry]:
-        """Entries of these experts.
+    def entries(self, ids: Iterable[UnitId]) -> list[ExpertEntry]:
+        """Entries of these units.
 
         Raises:
             BundleError: the bundle was exported without one of them.
         """
         by_id = {entry.id: entry for entry in self.experts}
-        missing = [str(i) for i in ids if i not in by_id]
+        missing = [unit_name(i, self.dims.slices) for i in ids if i not in by_id]
         if missing:
             raise BundleError(
                 f"the bundle has no expert {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}: "

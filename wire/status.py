@@ -7,7 +7,7 @@ from msgspec import Meta, Struct
 
 from wire.documents import Count, decode_document
 from wire.errors import FrameError
-from wire.experts import ExpertId, check_selector, parse_selector
+from wire.experts import UnitId, check_selector, parse_selector
 from wire.manifest import Dims
 
 SCHEMA = 1
@@ -20,7 +20,7 @@ class Holding(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a node serves.
 
     Attributes:
-        experts: selector (`wire.experts`) of the experts it answers for.
+        experts: selector (`wire.experts`) of the experts, or slices of experts, it answers for.
         model_sha256: `Manifest.model_sha256` of its bundle; the base station's must be equal.
         quantisation: such as `int4 b32`, for people.
         resident_bytes: RAM that the experts take.
@@ -144,12 +144,12 @@ class NodeStatus(Struct, frozen=True, kw_only=True):
         """Whether the node takes work."""
         return self.state == "online"
 
-    def expert_ids(self) -> tuple[ExpertId, ...]:
-        """Experts that this node answers for; none when offline."""
+    def unit_ids(self) -> tuple[UnitId, ...]:
+        """Experts, or slices of experts, that this node answers for; none when offline."""
         if not self.online or self.holding is None:
             return ()
         dims = self.holding.dims
-        return parse_selector(self.holding.experts, layers=dims.layers, experts=dims.experts)
+        return parse_selector(self.holding.experts, layers=dims.layers, experts=dims.experts, slices=dims.slices)
 
 
 def encode_status(status: NodeStatus) -> bytes:
@@ -169,7 +169,8 @@ def decode_status(payload: bytes, node: str) -> NodeStatus:
     status = decode_document(payload, node, _decoder, what="status", most_bytes=MAX_STATUS_BYTES, schema=SCHEMA)
     try:
         if status.online and (holding := status.holding) is not None:
-            check_selector(holding.experts, layers=holding.dims.layers, experts=holding.dims.experts)
+            dims = holding.dims
+            check_selector(holding.experts, layers=dims.layers, experts=dims.experts, slices=dims.slices)
     except ValueError as error:
         raise FrameError("status", f"the status names experts that can't exist: {error}") from None
     return status

@@ -130,7 +130,7 @@ def prove_nodes(dispatcher: Dispatcher, manifest: Manifest) -> dict[str, float]:
     entries = {entry.id: entry for entry in manifest.experts}
     failed: set[str] = set()
     for node, status in sorted(dispatcher.registry.nodes.items()):
-        ids = [id for id in status.expert_ids() if id in entries]
+        ids = [id for id in status.unit_ids() if id in entries]
         if not ids:
             continue
         spare = all({*dispatcher.registry.holders(id)} - failed - {node} for id in ids)

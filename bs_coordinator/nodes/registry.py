@@ -66,7 +66,7 @@ class NodeRegistry:
         if node not in nodes:
             self._hold(node, ())
         elif known is None or known.holding != status.holding:
-            self._hold(node, status.expert_ids())
+            self._hold(node, status.unit_ids())
         return gone
 
     def forget(self) -> None:

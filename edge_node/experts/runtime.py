@@ -18,7 +18,7 @@ from edge_node.experts.providers import probe_tolerance
 from edge_node.experts.session import ExpertSession
 from wire.device_profiles import Provider
 from wire.errors import BundleError, ProbeError
-from wire.experts import ExpertId
+from wire.experts import UnitId
 from wire.manifest import ExpertEntry, Manifest, probe_error, probe_input, verify_file
 from wire.onnx_session import share_thread_pool
 from wire.tensors import Array
@@ -50,7 +50,7 @@ class Loads:
 
 
 class ExpertRuntime:
-    """Experts of one bundle.
+    """Experts of one bundle, or slices of experts: each has a graph of its own.
 
     `run` is not thread-safe: all experts share one input and one output buffer. `add` and `drop` may be called from
     another thread, one at a time, as long as the expert is not run meanwhile.
@@ -68,7 +68,7 @@ class ExpertRuntime:
         self,
         bundle: Path,
         manifest: Manifest,
-        ids: Iterable[ExpertId],
+        ids: Iterable[UnitId],
         *,
         threads: int = 1,
         prepacked: Path | None = None,
@@ -105,8 +105,8 @@ class ExpertRuntime:
         self._provider = provider
         self._prepacked = prepacked if provider == "cpu" else None
         self._hidden = manifest.dims.hidden
-        self._entries: dict[ExpertId, ExpertEntry] = {}
-        self._sessions: dict[ExpertId, ExpertSession] = {}  # the one used last comes last
+        self._entries: dict[UnitId, ExpertEntry] = {}
+        self._sessions: dict[UnitId, ExpertSession] = {}  # the one used last comes last
         self._verified: dict[Path, tuple[int, ...]] = {}
         self._reserve(_LONELY_ROWS)
         for entry in manifest.entries(ids):
@@ -114,19 +114,19 @@ class ExpertRuntime:
             self._load(entry)
 
     @property
-    def ids(self) -> Sequence[ExpertId]:
+    def ids(self) -> Sequence[UnitId]:
         """Experts that can be run, in the order in which they were added."""
         return tuple(self._entries)
 
     @property
-    def loaded(self) -> Sequence[ExpertId]:
+    def loaded(self) -> Sequence[UnitId]:
         """Experts in memory. If not all of them are, those used last come last."""
         return tuple(self._sessions)
 
-    def __contains__(self, id: ExpertId) -> bool:
+    def __contains__(self, id: UnitId) -> bool:
         return id in self._entries
 
-    def add(self, id: ExpertId) -> None:
+    def add(self, id: UnitId) -> None:
         """Verify, load and prove one more expert.
 
         Raises:
@@ -135,13 +135,13 @@ class ExpertRuntime:
         (entry,) = self.manifest.entries([id])
         self._load(entry)
 
-    def drop(self, id: ExpertId) -> None:
+    def drop(self, id: UnitId) -> None:
         """Remove an expert and free its memory."""
         del self._entries[id]
         self._sessions.pop(id, None)
         return_freed_memory()
 
-    def run(self, id: ExpertId, x: Array) -> Array:
+    def run(self, id: UnitId, x: Array) -> Array:
         """The expert's output, float32 [tokens, hidden], for `x` of the same shape.
 
         The result is a view that the next call overwrites.
@@ -162,14 +162,14 @@ class ExpertRuntime:
         session.run(self._x, self._y, rows)
         return self._y[:n]
 
-    def batch_invariant(self, id: ExpertId) -> bool:
+    def batch_invariant(self, id: UnitId) -> bool:
         """Whether this expert computes the same outputs, to the last bit, for `BATCH_ROWS` hidden states alone and
         together."""
         x = probe_input(self._hidden, BATCH_ROWS)
         alone = np.concatenate([self.run(id, row[None]).copy() for row in x])
         return np.array_equal(alone, self.run(id, x))
 
-    def _find_least_rows(self, id: ExpertId) -> None:
+    def _find_least_rows(self, id: UnitId) -> None:
         """Set `least_rows` and `same_in_batch`; `least_rows` is 1 if two rows make no difference either."""
         for self.least_rows in (1, _LONELY_ROWS):
             self.same_in_batch = self.batch_invariant(id)
@@ -226,7 +226,7 @@ class ExpertRuntime:
         except Exception as error:  # noqa: BLE001
             # A damaged model may load and then raise whatever onnxruntime raises.
             first_line = str(error).partition("\n")[0]
-            log.warning("the prepacked copy of expert %s is damaged and is made again: %s", entry.id, first_line)
+            log.warning("the prepacked copy of expert %s is damaged and is made again: %s", entry.name, first_line)
             discard(model)
         return self._open(entry, prepacked_model(self._bundle, entry, folder))
 
@@ -250,14 +250,14 @@ class ExpertRuntime:
                 raise
             # That the wheel has no kernels for a GPU shows only now.
             first_line = str(failure).partition("\n")[0]
-            raise ProviderError(f"expert {entry.id} can't be computed: {first_line}") from None
+            raise ProviderError(f"expert {entry.name} can't be computed: {first_line}") from None
         error = probe_error(entry.probe_output, y[0])
         # fp16 storage of the expected output alone can cost half a unit in the last place.
         tolerance = probe_tolerance(self.manifest, self._provider) + 2.0**-11
         if not error <= tolerance:  # also when error is NaN
             kind = ProbeError if self._provider == "cpu" else ProviderError
             raise kind(
-                f"expert {entry.id} computes something else here than where it was exported: relative error "
+                f"expert {entry.name} computes something else here than where it was exported: relative error "
                 f"{error:.2g} on the probe input, {tolerance:.2g} allowed; export the bundle again with another "
                 "--quant (wdmoe-export bundle)"
             )

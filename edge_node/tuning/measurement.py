@@ -20,7 +20,7 @@ from edge_node.experts.providers import first_that_proves
 from edge_node.experts.runtime import BATCH_ROWS, ExpertRuntime
 from edge_node.tuning.tuning_file import TuningMeasurement
 from wire.device_profiles import Provider
-from wire.experts import ExpertId, format_selector, parse_selector
+from wire.experts import UnitId, format_selector, parse_selector
 from wire.manifest import ExpertEntry, Manifest, load_manifest, probe_error, probe_input
 from wire.tensors import Array
 
@@ -39,7 +39,7 @@ def sample(entries: Sequence[ExpertEntry]) -> list[ExpertEntry]:
 
 
 def measure(
-    bundle: Path, manifest: Manifest, ids: Sequence[ExpertId], threads: int, providers: Sequence[Provider]
+    bundle: Path, manifest: Manifest, ids: Sequence[UnitId], threads: int, providers: Sequence[Provider]
 ) -> TuningMeasurement:
     """Measure in this process, with the first provider that works.
 
@@ -75,7 +75,7 @@ def measure(
 
 
 def measure_apart(
-    bundle: Path, manifest: Manifest, ids: Sequence[ExpertId], threads: int, providers: Sequence[Provider]
+    bundle: Path, manifest: Manifest, ids: Sequence[UnitId], threads: int, providers: Sequence[Provider]
 ) -> TuningMeasurement:
     """Measure in a process of its own. If that fails, the measurement says why in `refused`."""
     command = [
@@ -83,7 +83,7 @@ def measure_apart(
         "-m",
         "edge_node.tuning.measurement",
         str(bundle),
-        format_selector(ids),
+        format_selector(ids, manifest.dims.slices),
         str(threads),
         *providers,
     ]
@@ -127,7 +127,8 @@ def _median_ms(runtime: ExpertRuntime, x: Array) -> float:
 def _command(bundle: Path, experts: str, threads: int, providers: tuple[Provider, ...]) -> None:
     """Print one measurement as JSON."""
     manifest = load_manifest(bundle)
-    ids = parse_selector(experts, layers=manifest.dims.layers, experts=manifest.dims.experts)
+    dims = manifest.dims
+    ids = parse_selector(experts, layers=dims.layers, experts=dims.experts, slices=dims.slices)
     sys.stdout.buffer.write(msgspec.json.encode(measure(bundle, manifest, ids, threads, providers)))
 
 

@@ -75,7 +75,10 @@ class Variants:
         for bundle, manifest in self._manifests.values():
             if manifest.model_sha256 != first.model_sha256:
                 raise TuningError(f"{bundle} and {first_bundle} were cut from different checkpoints")
-        self._ids = parse_selector(selector, layers=first.dims.layers, experts=first.dims.experts)
+            if manifest.dims.slices != first.dims.slices:
+                raise TuningError(f"{bundle} and {first_bundle} are cut into different numbers of slices")
+        dims = first.dims
+        self._ids = parse_selector(selector, layers=dims.layers, experts=dims.experts, slices=dims.slices)
         self._budget = budget
         self._all_resident = all_resident
         self._threads_given = bool(threads)
@@ -83,7 +86,7 @@ class Variants:
         self._providers = tuple(providers)
         self._conditions = Conditions(
             model_sha256=first.model_sha256,
-            experts=format_selector(self._ids),
+            experts=format_selector(self._ids, dims.slices),
             available=tuple(sorted(self._manifests)),
             threads=self._threads,
             providers=self._providers,

@@ -34,13 +34,13 @@ from exporter.bundle.workers import export_all, processes_that_fit
 from exporter.calibration.text import CalibrationText, cut_windows
 from exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from exporter.expert.calibrated import METHOD, calibration_bytes
-from exporter.expert.expert import ExpertJob, hash_source
+from exporter.expert.expert import ExpertJob, hash_source, slice_bounds, slice_of
 from exporter.expert.graph import SILU, plan_layout
 from exporter.expert.layer_inputs import layer_bytes
 from exporter.expert.probe import probe_tolerance
 from wire import __version__
 from wire.errors import BundleError
-from wire.experts import ExpertId, format_selector
+from wire.experts import ExpertId, UnitId, expert_of, format_selector, units_of
 from wire.manifest import (
     MANIFEST_NAME,
     SCHEMA,
@@ -71,7 +71,7 @@ class ExportResult:
     """What an export did.
 
     Attributes:
-        kept: experts that were already there, complete and undamaged.
+        kept: experts, or slices, that were already there, complete and undamaged.
         source_bytes: size of the exported experts in the checkpoint.
         up_to_date: whether there was nothing to do.
         lost: one line for each thing that the bundle had and no longer has, that is left out of it, or that its chat
@@ -93,6 +93,7 @@ def export_bundle(
     layers: Sequence[int] | None = None,
     experts: Sequence[int] | None = None,
     jobs: int,
+    slices: int = 1,
     preset: str = "",
     calibrate: CalibrationText | None = None,
     calibration_tokens: int = 16384,
@@ -108,10 +109,11 @@ def export_bundle(
         checkpoint: its folder, or the checkpoint itself if it is open.
         layers, experts: indices to export; None for all. Layers without experts are not counted.
         jobs: number of processes, fewer if RAM is short.
+        slices: models to cut each expert into.
         preset: quantisation preset of the optimum backend.
         calibrate: choose the codes of int4 or int8 experts for this text's activations.
         calibration_tokens: of the text, at most.
-        progress: called with the number of finished experts and of all experts, first before any is exported.
+        progress: called with the number of finished experts, or slices, and of all; first before any is exported.
         calibration_progress: called with the number of layers that the text has passed and of all layers.
 
     Raises:
@@ -120,9 +122,13 @@ def export_bundle(
         BundleError: `out` holds something else, or another export is writing there.
         WdmoeError: the optimum backend can't export this model's experts, or the text is too short.
         StorageError: `out` can't be written or is too small.
+        ValueError: the experts can't be cut into that many slices.
     """
     source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     check_tokenizer(source)
+    slice_bounds(source.dims.intermediate, quantisation, slices)
+    if quantisation.backend == "optimum" and slices > 1:
+        raise WdmoeError("--via optimum exports whole experts only: leave it or --slices out")
     if quantisation.backend == "optimum" and (graph := source.architecture.expert) != SILU:
         raise WdmoeError(
             f"--via optimum exports experts with silu and without biases, these have {graph}: leave it out"
@@ -140,7 +146,7 @@ def export_bundle(
         windows = cut_windows(source.folder, calibrate, tokens=calibration_tokens, positions=source.dims.max_positions)
         facts = Calibration(method=METHOD, text_sha256=calibrate.sha256, tokens=sum(len(window) for window in windows))
         quantisation = msgspec.structs.replace(quantisation, calibration=facts)
-    export = _Export(source, out, quantisation, ids, preset, windows)
+    export = _Export(source, out, quantisation, ids, slices, preset, windows)
     with export.folder():
         return export.run(jobs, progress, calibration_progress)
 
@@ -149,21 +155,25 @@ class _Export:
     """One export into one folder."""
 
     def __init__(
-        self, source: Checkpoint, out: Path, quantisation: Quantisation, ids: Sequence[ExpertId], preset: str,
-        windows: list[list[int]],
+        self, source: Checkpoint, out: Path, quantisation: Quantisation, ids: Sequence[ExpertId], slices: int,
+        preset: str, windows: list[list[int]],
     ) -> None:  # fmt: skip
-        self._source, self._out, self._quantisation, self._ids = source, out, quantisation, ids
+        self._source, self._out, self._quantisation, self._experts = source, out, quantisation, ids
+        self._ids = units_of(ids, slices)
+        self._dims = msgspec.structs.replace(source.dims, slices=slices)
         self._preset, self._windows = preset, windows
         self._tokens = sum(len(window) for window in windows)
         self._tools = {"wdmoe": __version__, **{name: importlib.metadata.version(name) for name in _TOOLS}}
         if quantisation.backend == "optimum":
             self._tools["optimum-onnx"] = f"{importlib.metadata.version('optimum-onnx')} ({preset})"
-        self._file_bytes = plan_layout(source.dims, quantisation, source.architecture.expert).bytes
-        self._done: dict[ExpertId, ExpertEntry] = {}
+        whole = plan_layout(source.dims, quantisation, source.architecture.expert).bytes
+        self._file_bytes = whole // slices
+        self._done: dict[UnitId, ExpertEntry] = {}
         self._header = JournalHeader(
             source=source.source,
             quantisation=quantisation,
             experts=format_selector(ids),
+            slices=slices,
             shards=source.shard_stamps((*source.trunk, *(ref for id in ids for ref in source.experts[id].tensors))),
             tools=self._tools,
         )
@@ -193,7 +203,7 @@ class _Export:
     def run(self, jobs: int, progress: Progress | None, calibration_progress: Progress | None) -> ExportResult:
         """Export what is missing, and write the manifest."""
         source = self._source
-        source_bytes = sum(source.experts[id].bytes for id in self._ids)
+        source_bytes = sum(source.experts[id].bytes for id in self._experts)
         finished = self._finished()
         if finished is not None:
             journal_path(self._out).unlink(missing_ok=True)
@@ -211,20 +221,13 @@ class _Export:
         trunk = tuple(copy_trunk(source, self._out))
         refused = self._try_trunk()
         calibration = self._capture(calibration_progress) if self._windows and todo else None
-        work = [
-            ExpertJob(
-                id, source.experts[id], source.dims, self._quantisation, self._out, preset=self._preset,
-                graph=source.architecture.expert, calibration=calibration,
-            )
-            for id in todo
-        ]  # fmt: skip
         more = calibration_bytes(source.dims, self._tokens) if calibration else 0
         processes = processes_that_fit(jobs, self._file_bytes, available_bytes(), more_bytes=more)
-        if processes < min(jobs, len(work)):
+        if processes < min(jobs, len(todo)):
             log.warning("exporting with %d of %d processes: there is not enough RAM for more", processes, jobs)
         report = progress or (lambda _done, _all: None)
         report(kept, len(self._ids))
-        for entry in export_all(work, processes):
+        for entry in export_all([self._job(unit, calibration) for unit in todo], processes):
             append_entry(self._out, entry)
             self._done[entry.id] = entry
             report(len(self._done), len(self._ids))
@@ -233,6 +236,15 @@ class _Export:
             shown = f"{unknown[0]}, …" if len(unknown) > 1 else unknown[0]
             lost.insert(0, f"left out {len(unknown)} tensors that the model of this config.json does not have: {shown}")
         return ExportResult(manifest, kept, source_bytes, up_to_date=False, lost=(*lost, *refused))
+
+    def _job(self, unit: UnitId, calibration: Path | None = None) -> ExpertJob:
+        source, slices = self._source, self._dims.slices
+        id = expert_of(unit, slices)
+        whole = ExpertJob(
+            id, source.experts[id], source.dims, self._quantisation, self._out, preset=self._preset,
+            graph=source.architecture.expert, calibration=calibration,
+        )  # fmt: skip
+        return slice_of(whole, unit.expert % slices, slices)
 
     def _capture(self, progress: Progress | None) -> Path:
         """The folder with the inputs of all experts on the text; what an interrupted export finished is used again."""
@@ -291,16 +303,19 @@ class _Export:
             return None
         manifest = load_manifest(self._out)
         same = (manifest.source, manifest.quantisation) == (self._source.source, self._quantisation)
+        same &= manifest.dims == self._dims
         same &= manifest.tools.get("optimum-onnx") == self._tools.get("optimum-onnx")
         if not same or [entry.id for entry in manifest.experts] != list(self._ids):
-            held = format_selector(entry.id for entry in manifest.experts)
+            slices = manifest.dims.slices
+            held = format_selector((entry.id for entry in manifest.experts), slices)
+            cut = f" in {slices} slices" if slices > 1 else ""
             raise BundleError(
                 f"{self._out} already holds another bundle ({manifest.source.name}, {manifest.quantisation}, "
-                f"{held}): choose another folder or remove it"
+                f"{held}{cut}): choose another folder or remove it"
             )
         # Further training changes all weights but no header, so the hash of one expert's weights shows it.
         first = manifest.experts[0]
-        if hash_source(self._source.experts[first.id]) != first.source_sha256:
+        if hash_source(self._job(first.id).tensors) != first.source_sha256:
             raise BundleError(
                 f"{self._out} was made from other weights than {self._source.folder} holds now: "
                 "choose another folder or remove it"
@@ -313,7 +328,7 @@ class _Export:
         return Manifest(
             schema=SCHEMA,
             source=self._source.source,
-            dims=self._source.dims,
+            dims=self._dims,
             quantisation=self._quantisation,
             probe_tolerance=probe_tolerance(self._quantisation),
             experts=tuple(self._done[id] for id in self._ids),
@@ -323,9 +338,9 @@ class _Export:
             draft=draft,
         )
 
-    def _check_space(self, experts: int) -> None:
-        needed = experts * (self._file_bytes + _EXTRA_BYTES) + trunk_bytes(self._source)
-        if experts:
+    def _check_space(self, units: int) -> None:
+        needed = units * (self._file_bytes + _EXTRA_BYTES) + trunk_bytes(self._source)
+        if units:
             needed += layer_bytes(self._tokens, self._source.dims) * self._source.dims.layers
         place = next(p for p in (self._out.absolute(), *self._out.absolute().parents) if p.exists())
         free = shutil.disk_usage(place).free

@@ -17,17 +17,18 @@ from common.errors import StorageError
 from common.files import append_all, atomic_write, folder_lock
 from common.jsonl import decode_json
 from wire.errors import BundleError
-from wire.experts import ExpertId
+from wire.experts import UnitId
 from wire.manifest import ExpertEntry, FileEntry, Quantisation, Source, verify_file
 
 JOURNAL_NAME = "export-state.jsonl"
 
 
-class JournalHeader(Struct, frozen=True, kw_only=True):
+class JournalHeader(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """First row of a journal.
 
     Attributes:
         experts: selector of all experts to be exported.
+        slices: into which each expert is cut.
         shards: size in bytes and modification time in ns of each source file, by name.
         tools: versions of the encoding software; another version may encode differently.
     """
@@ -37,6 +38,7 @@ class JournalHeader(Struct, frozen=True, kw_only=True):
     experts: str
     shards: dict[str, tuple[int, int]]
     tools: dict[str, str]
+    slices: int = 1
 
 
 def journal_path(bundle: Path) -> Path:
@@ -44,7 +46,7 @@ def journal_path(bundle: Path) -> Path:
     return bundle / JOURNAL_NAME
 
 
-def read_journal(bundle: Path, header: JournalHeader) -> dict[ExpertId, ExpertEntry]:
+def read_journal(bundle: Path, header: JournalHeader) -> dict[UnitId, ExpertEntry]:
     """Finished experts whose files match their hashes; none if the source's files or the tools have changed.
 
     Raises:
@@ -58,13 +60,14 @@ def read_journal(bundle: Path, header: JournalHeader) -> dict[ExpertId, ExpertEn
         found = decode_json(first, JournalHeader)
     except msgspec.DecodeError:
         return {}
-    wanted = (header.source, header.quantisation, header.experts)
-    if (found.source, found.quantisation, found.experts) != wanted:
+    wanted = (header.source, header.quantisation, header.experts, header.slices)
+    if (found.source, found.quantisation, found.experts, found.slices) != wanted:
+        cut = f" in {found.slices} slices" if found.slices > 1 else ""
         raise BundleError(
             f"{bundle} holds another unfinished export ({found.source.name}, {found.quantisation}, "
-            f"{found.experts}): choose another folder or remove it"
+            f"{found.experts}{cut}): choose another folder or remove it"
         )
-    done: dict[ExpertId, ExpertEntry] = {}
+    done: dict[UnitId, ExpertEntry] = {}
     if found == header:
         for row in rows:
             # The last row may be incomplete if the export was killed.
@@ -85,7 +88,7 @@ def is_intact(bundle: Path, files: Iterable[FileEntry]) -> bool:
     return True
 
 
-def start_journal(bundle: Path, header: JournalHeader, done: Mapping[ExpertId, ExpertEntry]) -> None:
+def start_journal(bundle: Path, header: JournalHeader, done: Mapping[UnitId, ExpertEntry]) -> None:
     """Replace the journal by one with the finished experts.
 
     Raises:

@@ -1,6 +1,6 @@
 """Where the matrices of an expert lie in a checkpoint's tensors, which hold one expert or all experts of a layer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from exporter.checkpoint.safetensors_file import ITEM_BYTES, TensorRef
@@ -29,6 +29,7 @@ class MatrixRef:
         transposed: whether the tensor is [inputs, outputs].
         scales: exponents (U8) of MXFP4 codes, or scales of FP8 values.
         scale_block: rows and columns that share a scale.
+        columns: first and last + 1 of the columns that are wanted, out of those of `shape`, which are all read.
     """
 
     tensor: TensorRef
@@ -40,6 +41,7 @@ class MatrixRef:
     transposed: bool
     scales: TensorRef | None
     scale_block: tuple[int, int]
+    columns: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -106,6 +108,27 @@ class ExpertTensors(NamedTuple):
     def bytes(self) -> int:
         """Bytes of this expert in the checkpoint."""
         return sum(matrix.bytes for matrix in self.matrices)
+
+    def inner(self, first: int, stop: int) -> "ExpertTensors":
+        """A smaller expert with the inner neurons from `first` to before `stop`.
+
+        Such experts add up to this one if each neuron is in one of them, because w2 only sums over neurons. The bias of
+        w2 is in the one that begins with neuron 0.
+        """
+
+        def rows(matrix: MatrixRef) -> MatrixRef:
+            return replace(
+                matrix, shape=(stop - first, matrix.shape[1]), first=matrix.first + first * matrix.step
+            )  # fmt: skip
+
+        return ExpertTensors(
+            rows(self.w1),
+            rows(self.w3),
+            replace(self.w2, columns=(first, stop)),
+            self.b1 and rows(self.b1),
+            self.b3 and rows(self.b3),
+            self.b2 if first == 0 else None,
+        )
 
 
 def matrix_ref(

@@ -1,6 +1,7 @@
 """Streaming a matrix out of a checkpoint as float32 row slabs that stay in the processor's cache."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,8 @@ def stream_rows(reader: TensorReader, matrix: MatrixRef, hasher: Any) -> Iterato
     """Slabs (first row, float32 [rows, columns]) of a matrix, from the first row to the last.
 
     Values are exact, except that of FP8, whose products with their scales are rounded to float32. A slab is a view of a
-    buffer that the next slab overwrites. `hasher` (from hashlib) is updated with the raw bytes: first the scales, if
-    there are any, then the matrix, row by row.
+    buffer that the next slab overwrites. Of a matrix with `columns`, slabs have only these. `hasher` (from hashlib) is
+    updated with the raw bytes: first the scales, if there are any, then the matrix, row by row, with all columns.
 
     Raises:
         CheckpointError: the file could not be read to the end.
@@ -44,7 +45,7 @@ def stream_rows(reader: TensorReader, matrix: MatrixRef, hasher: Any) -> Iterato
         hasher.update(raw)
         slab = wide[: len(raw)]
         _widen(raw, matrix, scales, first, slab)
-        yield first, slab
+        yield first, slab if matrix.columns is None else np.ascontiguousarray(slab[:, slice(*matrix.columns)])
 
 
 def _raw_slabs(reader: TensorReader, matrix: MatrixRef) -> Iterator[tuple[int, Raw]]:
@@ -102,9 +103,10 @@ def _read_scales(reader: TensorReader, matrix: MatrixRef, hasher: Any) -> Array 
     if tensor is None:
         return None
     high, wide = matrix.scale_block
-    rows, columns = -(-matrix.shape[0] // high), -(-matrix.shape[1] // wide)
+    # The first row may lie within a block of rows, if the matrix is a part of a larger one.
+    rows, columns = -(-(matrix.first % high + matrix.shape[0]) // high), -(-matrix.shape[1] // wide)
     buffer = np.empty((rows * matrix.step, columns * ITEM_BYTES[tensor.dtype]), np.uint8)
-    raw = _read_rows(reader, tensor, matrix, 0, buffer)
+    raw = _read_rows(reader, tensor, replace(matrix, first=matrix.first // high), 0, buffer)
     hasher.update(raw)
     scales = np.empty((rows, columns), np.float32)
     if matrix.is_mxfp4:
@@ -126,7 +128,7 @@ def _widen(raw: Raw, matrix: MatrixRef, scales: Array | None, first: int, out: A
         np.take(_FP4_PAIRS, raw, out=out.view(np.uint64), mode="clip")
     else:
         np.take(_FP8_VALUES, raw, out=out, mode="clip")
-    by_row = scales[np.arange(first, first + len(out)) // high]
+    by_row = scales[(matrix.first % high + np.arange(first, first + len(out))) // high]
     with np.errstate(invalid="ignore", over="ignore"):
         if out.shape[1] % wide:
             out *= np.repeat(by_row, wide, axis=1)[:, : out.shape[1]]

@@ -7,10 +7,12 @@ checked, multiplied with the probe rows (the fp32 reference) and encoded.
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import msgspec
 import numpy as np
 from threadpoolctl import threadpool_limits
 
@@ -32,9 +34,10 @@ from wire.tensors import Array
 
 @dataclass(frozen=True)
 class ExpertJob:
-    """The inputs of exporting one expert; small enough to be sent to another process.
+    """The inputs of exporting one expert, or one slice of it; small enough to be sent to another process.
 
     Attributes:
+        tensors, dims: of a slice, only its inner neurons.
         out: the bundle folder.
         threads: for onnxruntime.
         preset: of the optimum backend.
@@ -52,11 +55,44 @@ class ExpertJob:
     preset: str = ""
     graph: ExpertGraph = SILU
     calibration: Path | None = None
+    slice: int = 0
+    slices: int = 1
 
 
-def expert_paths(expert: ExpertId) -> tuple[str, str]:
+def slice_of(job: ExpertJob, slice_: int, slices: int) -> ExpertJob:
+    """The job of one slice of an expert, from the job of the whole.
+
+    Raises:
+        ValueError: the expert has fewer blocks of inner neurons than `slices`.
+    """
+    if slices == 1:
+        return job
+    first, stop = slice_bounds(job.dims.intermediate, job.quantisation, slices)[slice_]
+    dims = msgspec.structs.replace(job.dims, intermediate=stop - first)
+    return replace(job, tensors=job.tensors.inner(first, stop), dims=dims, slice=slice_, slices=slices)
+
+
+def slice_bounds(intermediate: int, quantisation: Quantisation, slices: int) -> list[tuple[int, int]]:
+    """The inner neurons of each slice, from the first to before the second, as even as blocks allow.
+
+    No block of weights is cut, because its weights share a scale: the slices' weights are those of the whole expert.
+
+    Raises:
+        ValueError: there are fewer blocks than `slices`.
+    """
+    unit = quantisation.block or 1
+    blocks = -(-intermediate // unit)
+    if blocks < slices:
+        shared = f" in blocks of {unit}" if unit > 1 else ""
+        raise ValueError(f"{intermediate} inner neurons{shared} can't be cut into {slices} slices: at most {blocks}")
+    ends = [min(intermediate, unit * (blocks * n // slices)) for n in range(slices + 1)]
+    return list(pairwise(ends))
+
+
+def expert_paths(expert: ExpertId, slice_: int = 0, slices: int = 1) -> tuple[str, str]:
     """Paths of graph and weights inside a bundle."""
-    stem = f"experts/L{expert.layer:02d}/E{expert.expert}"
+    cut = f"-{slice_}of{slices}" if slices > 1 else ""
+    stem = f"experts/L{expert.layer:02d}/E{expert.expert}{cut}"
     return f"{stem}.onnx", f"{stem}.weights"
 
 
@@ -70,7 +106,7 @@ def export_expert(job: ExpertJob) -> ExpertEntry:
         StorageError: a file could not be written.
         BundleError: onnxruntime can't run what was written.
     """
-    graph_path, weights_path = expert_paths(job.id)
+    graph_path, weights_path = expert_paths(job.id, job.slice, job.slices)
     layout = plan_layout(job.dims, job.quantisation, job.graph)
     # The reference products are far too small to share: BLAS threads would wait for each other at every slab,
     # measured at 300 times the arithmetic on a busy machine.
@@ -87,6 +123,8 @@ def export_expert(job: ExpertJob) -> ExpertEntry:
         probe_output=encode_probe_output(outputs[0]),
         error=relative_error(outputs, reference),
         source_sha256=source_sha256,
+        slice=job.slice,
+        slices=job.slices,
     )
 
 
@@ -210,6 +248,8 @@ def _encode_matrix(
     if bias is not None:
         pending.append(_read_bias(reader, bias, source))
         product += pending[-1]
+    elif other_parts and other_parts[-1].part.suffix == "bias":  # of a slice's w2: its bias is in the first slice
+        pending.append(np.zeros(len(product[0]), np.float32))
     # The first part was streamed, unless the encoder returns all parts at the end.
     placed = [first_part, *other_parts][-len(pending) :] if pending else []
     for where, data in zip(placed, pending, strict=True):

@@ -69,7 +69,7 @@ def check_probe(bundle: Path, entry: ExpertEntry, hidden: int, tolerance: float)
     # Written as a negation so that NaN fails too.
     if not error <= tolerance:
         raise ProbeError(
-            f"expert {entry.id} computes something else here than where it was exported "
+            f"expert {entry.name} computes something else here than where it was exported "
             f"(relative difference {error:.2g}, at most {tolerance:.2g} expected)"
         )
     return error

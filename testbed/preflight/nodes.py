@@ -153,7 +153,7 @@ def _prove(dispatcher: Dispatcher, manifest: Manifest, node: str, on_progress: O
     on_progress(f"{node}: proving experts")
     entries = {entry.id: entry for entry in manifest.experts}
     document = dispatcher.registry.nodes.get(node)
-    held = [id for id in document.expert_ids() if id in entries] if document else []
+    held = [id for id in document.unit_ids() if id in entries] if document else []
     chosen = held[:: max(1, -(-len(held) // _MOST_PROOFS))]
     for proven, id in enumerate(chosen):
         try:

@@ -83,7 +83,7 @@ def test_a_node_says_what_it_keeps(fleet: LocalNodes) -> None:
         message = wait_until(lambda: transport.receive(0.5), "a status", poll_s=0)
     assert message is not None
     status = decode_status(message.payload, "small")
-    assert len(status.expert_ids()) == len(entries)
+    assert len(status.unit_ids()) == len(entries)
     assert status.residency is not None
     assert status.residency.most_loaded == 5
     assert status.holding is not None

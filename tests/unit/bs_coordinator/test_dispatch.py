@@ -250,7 +250,7 @@ def _experienced(**kwargs: Any) -> _Network:
     network = _Network(timeout_s=5.0, **kwargs)
     for _ in range(10):
         for node in network.dispatcher.registry.nodes:
-            held = network.dispatcher.registry.nodes[node].expert_ids()
+            held = network.dispatcher.registry.nodes[node].unit_ids()
             gate = np.zeros((3, 4), np.float32)
             gate[:, held[0].expert] = 1
             network.dispatcher.ask(node, 0, np.ones((3, 8), np.float32), gate)

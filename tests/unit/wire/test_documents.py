@@ -111,9 +111,9 @@ def _holding(selector: str, **dims: int) -> bytes:
 
 def test_status_is_read() -> None:
     read = status.decode_status(_status(from_the_future=1), "n1")
-    assert read.expert_ids() == (ExpertId(0, 0), ExpertId(1, 0))
+    assert read.unit_ids() == (ExpertId(0, 0), ExpertId(1, 0))
     assert status.decode_status(_status(uplink=_UPLINK), "n1").uplink is not None
-    assert len(status.decode_status(_holding("L*:E*", layers=256, experts=256), "n1").expert_ids()) == 1 << 16
+    assert len(status.decode_status(_holding("L*:E*", layers=256, experts=256), "n1").unit_ids()) == 1 << 16
     assert status.decode_status(status.encode_status(read), "n1") == read
 
 
@@ -143,7 +143,7 @@ def test_status_garbage_is_refused(payload: bytes) -> None:
 
 def test_offline_status_holds_nothing() -> None:
     offline = NodeStatus(schema=1, node="n", boot_id="b", state="offline", since_unix_ms=0)
-    assert offline.expert_ids() == ()
+    assert offline.unit_ids() == ()
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "", "a/../../b", "a\\b"])
