@@ -233,7 +233,7 @@ def _residents(config: BaseStationConfig, resident: ResidentConfig, manifest: Ma
         prepacked=resident.prepacked,
     )
     try:
-        log.info("room for %d of %d experts here", experts.slots, len(manifest.experts))
+        log.info("room for %d of %d experts here", experts.slots, len(manifest.experts) // manifest.dims.slices)
         yield experts
     finally:
         experts.close()

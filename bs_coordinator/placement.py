@@ -1,7 +1,8 @@
 """Plans which device should hold which experts. Pure.
 
 A layer waits for the answers of all devices that it asks, so traffic is balanced layer by layer: every expert goes to
-the device that would finish its share of that layer's traffic first.
+the device that would finish its share of that layer's traffic first. Where a bundle cuts experts into slices, each
+slice is placed as an expert of its own, with the expert's traffic, so that an expert's slices go to different devices.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from bs_coordinator.errors import PlacementError
-from wire.experts import ExpertId
+from wire.experts import UnitId, unit_name
 from wire.tensors import Array
 
 HYSTERESIS = 0.25
@@ -23,7 +24,7 @@ class PlacementDevice(Struct, frozen=True):
 
     Attributes:
         name: of the node.
-        experts: number of experts that fit into its RAM.
+        experts: number of experts, or slices, that fit into its RAM.
         row_ms: time of one hidden state to the device, through an expert, and back (`wdmoe-bs links`).
     """
 
@@ -33,7 +34,7 @@ class PlacementDevice(Struct, frozen=True):
 
 
 class Placement(Struct, frozen=True):
-    """The experts of each device, and why.
+    """The experts, or slices, of each device, and why.
 
     Attributes:
         experts: by device, in order.
@@ -41,7 +42,7 @@ class Placement(Struct, frozen=True):
         reasons: lines for people.
     """
 
-    experts: dict[str, list[ExpertId]]
+    experts: dict[str, list[UnitId]]
     load: dict[str, float]
     reasons: list[str]
 
@@ -51,11 +52,11 @@ class _Load:
 
     def __init__(self, device: PlacementDevice, layers: int) -> None:
         self.device = device
-        self.held: set[ExpertId] = set()
+        self.held: set[UnitId] = set()
         self.first: NDArray[np.float64] = np.zeros(layers)
         self._spare: NDArray[np.float64] = np.zeros(layers)
 
-    def can_take(self, id: ExpertId) -> bool:
+    def can_take(self, id: UnitId) -> bool:
         return len(self.held) < self.device.experts and id not in self.held
 
     def done_ms(self, layer: int, weight: float) -> tuple[float, float]:
@@ -63,7 +64,7 @@ class _Load:
         load = self.first + self._spare
         return (load[layer] + weight) * self.device.row_ms, load.sum() * self.device.row_ms
 
-    def take(self, id: ExpertId, weight: float, *, first: bool) -> None:
+    def take(self, id: UnitId, weight: float, *, first: bool) -> None:
         self.held.add(id)
         (self.first if first else self._spare)[id.layer] += weight
 
@@ -73,7 +74,8 @@ def plan_placement(
     traffic: Array,
     replicas: int,
     *,
-    current: Mapping[str, Sequence[ExpertId]] | None = None,
+    slices: int = 1,
+    current: Mapping[str, Sequence[UnitId]] | None = None,
 ) -> Placement:
     """Put every expert on `replicas` devices.
 
@@ -84,32 +86,36 @@ def plan_placement(
         devices: to place experts on.
         traffic: float32 [layers, experts], how often each expert is asked; only ratios count.
         replicas: copies of each expert.
+        slices: into which each expert is cut.
         current: the experts that devices hold now; a copy stays unless another device is clearly better.
 
     Raises:
         PlacementError: the devices can't hold that many copies.
     """
-    layers, experts = traffic.shape
-    _check(devices, layers * experts, replicas)
+    traffic = traffic.repeat(slices, axis=1)
+    layers, units = traffic.shape
+    noun = "experts" if slices == 1 else "slices"
+    _check(devices, layers * units, replicas, noun)
     share = traffic / max(float(traffic.sum()), 1e-9)
     loads = [_Load(device, layers) for device in devices]
     before = {name: set(ids) for name, ids in (current or {}).items()}
     stayed = moved = 0
-    order = sorted(np.ndindex(layers, experts), key=lambda at: (-share[at], at))
+    order = sorted(np.ndindex(layers, units), key=lambda at: (-share[at], at))
     # All first copies before any second one: a device full of spare copies could not take a first copy.
     for copy in range(replicas):
-        for layer, expert in order:
-            id, weight = ExpertId(layer, expert), float(share[layer, expert])
+        for layer, unit in order:
+            id, weight = UnitId(layer, unit), float(share[layer, unit])
             chosen = _choose(loads, id, weight, before)
             if chosen is None:
-                raise PlacementError(f"no device has room for copy {copy + 1} of {id}: use fewer --replicas")
+                name = unit_name(id, slices)
+                raise PlacementError(f"no device has room for copy {copy + 1} of {name}: use fewer --replicas")
             stays = id in before.get(chosen.device.name, ())
             stayed += stays
             moved += bool(before) and not stays
             chosen.take(id, weight, first=copy == 0)
     load = {one.device.name: float(one.first.sum()) for one in loads}
     reasons = [
-        f"{d.name}: {len(one.held)} of the {d.experts} experts that fit; first holder for {load[d.name]:.0%} "
+        f"{d.name}: {len(one.held)} of the {d.experts} {noun} that fit; first holder for {load[d.name]:.0%} "
         f"of the traffic at {d.row_ms:.1f} ms per row"
         for one in loads
         for d in (one.device,)
@@ -121,7 +127,7 @@ def plan_placement(
     return Placement({one.device.name: sorted(one.held) for one in loads}, load, reasons)
 
 
-def _choose(loads: Sequence[_Load], id: ExpertId, weight: float, before: Mapping[str, set[ExpertId]]) -> _Load | None:
+def _choose(loads: Sequence[_Load], id: UnitId, weight: float, before: Mapping[str, set[UnitId]]) -> _Load | None:
     """The device for a copy; None if no device has room."""
     free = [load for load in loads if load.can_take(id)]
     if not free:
@@ -134,12 +140,12 @@ def _choose(loads: Sequence[_Load], id: ExpertId, weight: float, before: Mapping
     return kept
 
 
-def _check(devices: Sequence[PlacementDevice], experts: int, replicas: int) -> None:
+def _check(devices: Sequence[PlacementDevice], units: int, replicas: int, noun: str) -> None:
     if len(devices) < replicas:
         raise PlacementError(f"{replicas} copies of each expert need as many devices, there are {len(devices)}")
-    room = sum(min(d.experts, experts) for d in devices)
-    if room < replicas * experts:
+    room = sum(min(d.experts, units) for d in devices)
+    if room < replicas * units:
         raise PlacementError(
-            f"{experts} experts × {replicas} copies do not fit: all devices together hold {room}; add devices, or use "
+            f"{units} {noun} × {replicas} copies do not fit: all devices together hold {room}; add devices, or use "
             "a smaller --quant"
         )

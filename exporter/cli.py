@@ -227,8 +227,7 @@ def _model(dims: "Dims", architecture: "Architecture") -> str:
     cut = f" in {dims.slices} slices" if dims.slices > 1 else ""
     return (
         f"{architecture.family}, hidden {dims.hidden}, {dims.intermediate} wide, {dims.layers} layers × {dims.experts} "
-        f"experts{cut} (layers {format_ranges(architecture.layers)}), "
-        f"top {dims.top_k}, {architecture.expert}"
+        f"experts{cut} (layers {format_ranges(architecture.layers)}), top {dims.top_k}, {architecture.expert}"
     )
 
 

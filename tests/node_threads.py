@@ -31,7 +31,8 @@ def node_thread(bundle: Path, address: BrokerAddress, node: str, selector: str) 
         What answers its requests.
     """
     manifest = load_manifest(bundle)
-    ids = parse_selector(selector, layers=manifest.dims.layers, experts=manifest.dims.experts)
+    dims = manifest.dims
+    ids = parse_selector(selector, layers=dims.layers, experts=dims.experts, slices=dims.slices)
     worker = Worker(ExpertRuntime(bundle, manifest, ids))
     holding = Holding(
         experts=selector,

@@ -16,7 +16,7 @@ from common.sizes import parse_bytes
 from wire.topics import check_name
 
 if TYPE_CHECKING:
-    from wire.experts import ExpertId
+    from wire.experts import UnitId
     from wire.manifest import Manifest
     from wire.tensors import Array
 
@@ -84,8 +84,11 @@ def place(
     manifest = load_manifest(bundle)
     expert_bytes = max(entry.bytes for entry in manifest.experts)
     devices = [PlacementDevice(name, ram // expert_bytes, ms) for name, (ram, ms) in nodes.items()]
-    placement = plan_placement(devices, _traffic(traffic, manifest), replicas, current=_current(keep, manifest))
-    selectors = {name: format_selector(ids) for name, ids in placement.experts.items() if ids}
+    slices = manifest.dims.slices
+    placement = plan_placement(
+        devices, _traffic(traffic, manifest), replicas, slices=slices, current=_current(keep, manifest)
+    )
+    selectors = {name: format_selector(ids, slices) for name, ids in placement.experts.items() if ids}
     for name, selector in selectors.items():
         click.echo(f"wdmoe-node --id {name} --experts '{selector}' …")
     for reason in placement.reasons:
@@ -122,7 +125,7 @@ def _traffic(path: Path | None, manifest: "Manifest") -> "Array":
     return counts.astype(np.float32)
 
 
-def _current(path: Path | None, manifest: "Manifest") -> "Mapping[str, tuple[ExpertId, ...]] | None":
+def _current(path: Path | None, manifest: "Manifest") -> "Mapping[str, tuple[UnitId, ...]] | None":
     from wire.experts import parse_selector
 
     if path is None:
@@ -131,7 +134,8 @@ def _current(path: Path | None, manifest: "Manifest") -> "Mapping[str, tuple[Exp
         selectors = decode_json(path.read_bytes(), dict[str, str])
         dims = manifest.dims
         return {
-            name: parse_selector(text, layers=dims.layers, experts=dims.experts) for name, text in selectors.items()
+            name: parse_selector(text, layers=dims.layers, experts=dims.experts, slices=dims.slices)
+            for name, text in selectors.items()
         }
     except (OSError, ValueError, msgspec.DecodeError) as error:
         raise StorageError(f"{path} is no placement for this model: {error}") from None

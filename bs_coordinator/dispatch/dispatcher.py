@@ -194,7 +194,8 @@ class Dispatcher:
         Args:
             layer: index of the layer.
             hidden: float32 [tokens, hidden].
-            gate: float32 [tokens, experts], zero where an expert is not chosen.
+            gate: float32 [tokens, experts], zero where an expert is not chosen; or [tokens, units], to ask only some
+                slices of experts.
 
         Raises:
             PlacementError: no node online holds a chosen expert.
@@ -205,9 +206,9 @@ class Dispatcher:
         largest = float(np.abs(hidden).max(initial=0.0))
         if not largest < self._dtype.codec.limit:
             raise AnswerError(_describe_overflow(layer, largest, self._dtype))
-        if self.local is not None:
+        if self.local is not None and gate.shape[1] == self.registry.dims.experts:
             self.local.observe(layer, gate)
-        return self._begin(LayerRequests(layer, hidden, gate, self._limits, began_ns=self.clock.perf_ns()))
+        return self._begin(self._requests(layer, hidden, gate, self._limits))
 
     def apply(self, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
         """Send a layer's requests, wait for the answers and add them up.
@@ -223,15 +224,13 @@ class Dispatcher:
         """As `apply`, but send everything to `node`, even if it is left out, and to no other node if it fails.
 
         Args:
+            gate: as of `begin`.
             timeout_s: how long to wait at most, instead of the dispatcher's own limit if that is longer.
         """
-        began_ns = self.clock.perf_ns()
         limits = self._limits
         if timeout_s is not None and timeout_s < limits.timeout_s:
             limits = limits._replace(timeout_s=timeout_s, last_holder_s=timeout_s)
-        return self._begin(
-            LayerRequests(layer, hidden, gate, limits, began_ns=began_ns, only_node=node)
-        ).result()  # fmt: skip
+        return self._begin(self._requests(layer, hidden, gate, limits, only_node=node)).result()
 
     @property
     def dropped(self) -> Counter[str]:
@@ -274,7 +273,7 @@ class Dispatcher:
         """What asking for this layer's experts is predicted to cost now."""
         now_s = self._now_s()
         self._holders.refresh(now_s)
-        return self.links.forecast(
+        forecast = self.links.forecast(
             layer,
             self._holders.names,
             self._holders.index(layer),
@@ -283,6 +282,7 @@ class Dispatcher:
             frame_bytes=self._sender.frame_bytes,
             row_bytes=self._sender.row_bytes,
         )
+        return forecast.of_experts(self.registry.dims.slices)
 
     def quarantine(self, node: str, why: str) -> None:
         """Leave a node out for minutes, because what it computes is nonsense."""
@@ -351,6 +351,15 @@ class Dispatcher:
         # The clock of `Message.arrived_ns`, which links are timed by.
         return self.clock.perf_ns() / 1e9
 
+    def _requests(
+        self, layer: int, hidden: Array, gate: Array, limits: LayerLimits, *, only_node: str | None = None
+    ) -> LayerRequests:
+        """A layer with nothing planned yet; where experts are cut into slices, each is asked with all of them."""
+        began_ns, dims = self.clock.perf_ns(), self.registry.dims
+        if dims.slices > 1 and gate.shape[1] == dims.experts:
+            gate = gate.repeat(dims.slices, axis=1)
+        return LayerRequests(layer, hidden, gate, limits, slices=dims.slices, began_ns=began_ns, only_node=only_node)
+
     def _begin(self, layer: LayerRequests) -> PendingLayer:
         self._loop.begin(layer)
         # Done while the nodes compute, because it would delay the next layer. Links of nodes that have no request are
@@ -368,7 +377,8 @@ class Dispatcher:
             key=lambda found: found.excess,
             default=None,
         )
-        output = ExpertOutput(layer.output(), tuple(answer.record for _, answer in answers), largest)
+        records = tuple(answer.record.of_experts(layer.slices) for _, answer in answers)
+        output = ExpertOutput(layer.output(), records, largest)
         if self.links.shared_air or {sub.node for sub in layer.sub_requests}.issuperset(self.registry.nodes):
             self._probe_meanwhile()
         return output

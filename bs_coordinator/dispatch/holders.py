@@ -1,4 +1,7 @@
-"""Which node is asked for each expert: a holder that is online and not left out, with work spread by speed."""
+"""Which node is asked for each unit: a holder that is online and not left out, with work spread by speed.
+
+A unit is an expert, or a slice of one where the bundle has slices (`wire.experts`).
+"""
 
 from collections.abc import Sequence
 
@@ -10,7 +13,7 @@ from bs_coordinator.dispatch.health import Health
 from bs_coordinator.links import LinkMonitor
 from bs_coordinator.nodes.registry import LOCAL_NODE, NodeRegistry
 from bs_coordinator.selection.forecast import Float, Index
-from wire.experts import ExpertId, format_selector
+from wire.experts import UnitId, format_selector
 
 _REVIEW_EVERY_S = 1.0
 """How often links are compared again where experts have several holders."""
@@ -55,52 +58,54 @@ class Holders:
         return self._names
 
     def index(self, layer: int) -> Index:
-        """intp [experts]: the node to ask, as an index into `names`; meaningless where `available` is False."""
+        """intp [units]: the node to ask, as an index into `names`; meaningless where `available` is False."""
         return self._index[layer]
 
     def available(self, layer: int) -> NDArray[np.bool_] | None:
-        """bool [experts]: whether some node can be asked; None if that holds for all."""
+        """bool [units]: whether some node can be asked; None if that holds for all."""
         return self._available[layer]
 
     def node(self, layer: int, expert: int) -> str | None:
-        """The node to ask for one expert; None if there is none."""
+        """The node to ask for one unit; None if there is none."""
         return self._assigned[layer][expert]
 
     def others(self, layer: int, experts: Sequence[int], tried: frozenset[str]) -> dict[int, str] | None:
         """By expert a usable holder that is not in `tried`; None if one of `experts` has no such holder."""
-        free = [[n for n in self._usable(ExpertId(layer, e)) if n not in tried] for e in experts]
+        free = [[n for n in self._usable(UnitId(layer, e)) if n not in tried] for e in experts]
         found = assign(free, self._costs_s())
         named = {e: node for e, node in zip(experts, found, strict=True) if node is not None}
         return named if len(named) == len(experts) else None
 
-    def unusable(self) -> list[ExpertId]:
-        """The experts that are held, but by no usable node."""
+    def unusable(self) -> list[UnitId]:
+        """The units that are held, but by no usable node."""
         dims = self._registry.dims
-        ids = (ExpertId(layer, expert) for layer, expert in np.ndindex(dims.layers, dims.experts))
+        ids = (UnitId(layer, unit) for layer, unit in np.ndindex(dims.layers, dims.units))
         return [id for id in ids if self._registry.holders(id) and not self._usable(id)]
 
-    def describe_unusable(self, ids: Sequence[ExpertId]) -> str:
+    def describe_unusable(self, ids: Sequence[UnitId]) -> str:
         """One line for people about experts without a usable holder; empty if there are none."""
+        slices = self._registry.dims.slices
         nodes = sorted({node for id in ids for node in self._registry.holders(id)})
         reasons = ", ".join(f"'{node}' ({self._health.why(node)})" for node in nodes)
-        return f"every node that holds {format_selector(ids)} is left out for now: {reasons}" if ids else ""
+        return f"every node that holds {format_selector(ids, slices)} is left out for now: {reasons}" if ids else ""
 
     def remote_s(self) -> Float:
         """float64 [layers, experts]: predicted seconds for one hidden state to an expert's fastest usable node and
-        back; inf where there is none."""
+        back; the longest of its slices' where it has some; inf where there is none."""
         dims = self._registry.dims
         costs_s = self._costs_s()
-        remote_s = np.full((dims.layers, dims.experts), np.inf)
-        for layer, expert in np.ndindex(remote_s.shape):
-            nodes = (node for node in self._usable(ExpertId(layer, expert)) if node != LOCAL_NODE)
-            remote_s[layer, expert] = min((costs_s[node] for node in nodes), default=np.inf)
-        return remote_s
+        remote_s = np.full((dims.layers, dims.units), np.inf)
+        for layer, unit in np.ndindex(remote_s.shape):
+            nodes = (node for node in self._usable(UnitId(layer, unit)) if node != LOCAL_NODE)
+            remote_s[layer, unit] = min((costs_s[node] for node in nodes), default=np.inf)
+        longest_s: Float = remote_s.reshape(dims.layers, dims.experts, dims.slices).max(axis=2)
+        return longest_s
 
     def local_s(self) -> float:
         """Predicted seconds for one hidden state through an expert on the base station."""
         return self._links.predict_s(LOCAL_NODE, down_bytes=0, up_bytes=0, experts=1, rows=1)
 
-    def _usable(self, id: ExpertId) -> list[str]:
+    def _usable(self, id: UnitId) -> list[str]:
         return [node for node in self._registry.holders(id) if self._health.usable(node)]
 
     def _askable(self, holders: Sequence[Sequence[str]], *, last_resort: bool) -> list[Sequence[str]]:
@@ -132,7 +137,7 @@ class Holders:
         before = self._assigned
         self._assigned, self._replicated = [], False
         for layer in range(dims.layers):
-            holders = [self._registry.holders(ExpertId(layer, expert)) for expert in range(dims.experts)]
+            holders = [self._registry.holders(UnitId(layer, unit)) for unit in range(dims.units)]
             askable = self._askable(holders, last_resort=self._last_resort)
             if not any(askable):  # there is nothing to lose
                 askable = self._askable(holders, last_resort=True)

@@ -17,7 +17,7 @@ from bs_coordinator.engine.step_records import DispatchRecord
 from bs_coordinator.errors import AnswerError, DispatchError
 from bs_coordinator.links import LinkSample
 from wire.errors import BrokerError
-from wire.experts import ExpertId, format_selector
+from wire.experts import UnitId, format_selector
 from wire.frames import RequestId, ResultFrame
 from wire.tensors import Array
 from wire.transport import Message
@@ -179,7 +179,8 @@ class LayerRequests:
     Attributes:
         layer: index of the layer.
         hidden: float32 [tokens, hidden], the experts' input.
-        gate: float32 [tokens, experts], zero where an expert is not chosen.
+        gate: float32 [tokens, units], zero where an expert is not chosen; units are experts, or their slices.
+        slices: into which each expert is cut.
         began_ns: `Clock.perf_ns` when the layer was begun.
         only_node: the one node that may be asked; None for any holder.
         planned: holders are chosen, and the sub-requests are those that count.
@@ -198,6 +199,7 @@ class LayerRequests:
         gate: Array,
         limits: LayerLimits,
         *,
+        slices: int = 1,
         began_ns: int = 0,
         only_node: str | None = None,
     ) -> None:
@@ -206,6 +208,7 @@ class LayerRequests:
         self.hidden = hidden
         self.gate = gate
         self.limits = limits
+        self.slices = slices
         self.began_ns = began_ns
         self.only_node = only_node
         self.planned = False
@@ -290,7 +293,7 @@ class LayerRequests:
 
     def describe(self, sub: SubRequest) -> str:
         """The experts of a sub-request as an operator selects them, such as "L0:E2-3"."""
-        return format_selector(ExpertId(self.layer, s.expert) for s in sub.request.experts)
+        return format_selector((UnitId(self.layer, s.expert) for s in sub.request.experts), self.slices)
 
 
 def _open(sub_requests: Sequence[SubRequest]) -> Iterator[SubRequest]:

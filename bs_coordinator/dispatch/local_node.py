@@ -18,7 +18,7 @@ from bs_coordinator.links import LinkMonitor
 from bs_coordinator.nodes.registry import LOCAL_NODE, NodeRegistry
 from bs_coordinator.selection.forecast import Float
 from common.clock import Clock
-from wire.experts import ExpertId
+from wire.experts import UnitId
 from wire.frames import ExpertSlice, NodeDurations, RequestId
 from wire.tensors import Array
 
@@ -50,8 +50,8 @@ class LocalExperts(Protocol):
     def submit(self, layer: int, hidden: Array, experts: Sequence[ExpertSlice]) -> "Future[Computed]":
         """Start to compute a request; `hidden`, float32 [rows, hidden], must not change meanwhile."""
 
-    def fill(self, remote_s: Float, local_s: float) -> "Future[frozenset[ExpertId]]":
-        """Choose and load the first experts, and give those that are loaded.
+    def fill(self, remote_s: Float, local_s: float) -> "Future[frozenset[UnitId]]":
+        """Choose and load the first experts, and give those that are loaded, each with all its slices.
 
         Args:
             remote_s: float64 [layers, experts], predicted seconds for one hidden state to an expert's fastest node and
@@ -59,7 +59,7 @@ class LocalExperts(Protocol):
             local_s: predicted seconds for one hidden state through a local expert.
         """
 
-    def changes(self) -> frozenset[ExpertId] | None:
+    def changes(self) -> frozenset[UnitId] | None:
         """The experts that may be asked from now on; None if they are the same as before. Cheap."""
 
     def review_is_due(self) -> bool:

@@ -5,10 +5,12 @@ than for any other token. So a suspicious answer is compared with another holder
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
 
+from wire.experts import ExpertId
 from wire.manifest import Manifest, decode_probe_output, probe_input
 from wire.tensors import Array
 
@@ -55,13 +57,20 @@ class OutputGuard:
 
 
 def probe_gains(manifest: Manifest) -> list[float]:
-    """By layer, the largest ‖y‖ / ‖x‖ of an expert's probe output y and the probe input x, to about 5 %."""
+    """By layer, the largest ‖y‖ / ‖x‖ of an expert's probe output y and the probe input x, to about 5 %.
+
+    The norms of a sliced expert's outputs are added up: a node that holds all its slices answers at most that.
+    """
     hidden = manifest.dims.hidden
     size = float(np.linalg.norm(probe_input(hidden)))
-    gains = [0.0] * manifest.dims.layers
+    norms: defaultdict[ExpertId, float] = defaultdict(float)
     for entry in manifest.experts:
-        gain = float(np.linalg.norm(decode_probe_output(entry.probe_output, hidden))) / size
-        gains[entry.layer] = max(gains[entry.layer], gain)
+        norms[ExpertId(entry.layer, entry.expert)] += float(
+            np.linalg.norm(decode_probe_output(entry.probe_output, hidden))
+        )
+    gains = [0.0] * manifest.dims.layers
+    for id, norm in norms.items():
+        gains[id.layer] = max(gains[id.layer], norm / size)
     return gains
 
 

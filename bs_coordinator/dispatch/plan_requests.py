@@ -1,4 +1,8 @@
-"""Splits a layer's work over nodes: which rows for which experts go to which node. Pure."""
+"""Splits a layer's work over nodes: which rows for which experts go to which node. Pure.
+
+Where a bundle cuts experts into slices, each slice counts as an expert here: the node's sum over its slices needs no
+other arithmetic.
+"""
 
 from collections.abc import Mapping
 from typing import NamedTuple

@@ -109,7 +109,7 @@ def try_local_experts(dispatcher: Dispatcher, manifest: Manifest) -> None:
     """
     x = probe_input(manifest.dims.hidden)
     for id in sorted(dispatcher.registry.local_experts)[:_LOCAL_EXPERTS_TRIED]:
-        gate = np.zeros((1, manifest.dims.experts), np.float32)
+        gate = np.zeros((1, manifest.dims.units), np.float32)
         gate[0, id.expert] = 1.0
         dispatcher.ask(LOCAL_NODE, id.layer, x, gate)
 
@@ -159,8 +159,8 @@ def prove_expert(
     Raises:
         DispatchError: the node does not answer, refuses, or gives another output than this model's expert.
     """
-    gate = np.zeros((1, manifest.dims.experts), np.float32)
-    gate[0, entry.expert] = 1.0
+    gate = np.zeros((1, manifest.dims.units), np.float32)
+    gate[0, entry.id.expert] = 1.0
     x = probe_input(manifest.dims.hidden)
     answer = dispatcher.ask(node, entry.layer, x, gate, timeout_s=timeout_s)
     error = probe_error(entry.probe_output, answer.output[0])
@@ -168,7 +168,7 @@ def prove_expert(
         why = "its output for a test token is not this model's"
         dispatcher.health.failed(node, dispatcher.clock.perf_ns() / 1e9, why, quarantine=True)
         raise DispatchError(
-            f"node '{node}' answers {entry.id} with something else than this model's expert "
+            f"node '{node}' answers {entry.name} with something else than this model's expert "
             f"(relative error {error:.2g}): is its bundle the same?"
         )
     return answer.dispatches[0].round_trip_ns / 1e6

@@ -42,7 +42,7 @@ from bs_coordinator.errors import ExpertsLostError, PlacementError
 from bs_coordinator.nodes.registry import LOCAL_NODE, NodeRegistry
 from common.clock import Clock
 from wire.errors import BrokerError
-from wire.experts import ExpertId
+from wire.experts import UnitId
 from wire.frames import ErrorFrame, RequestId, ResultFrame, Status
 from wire.tensors import WireDtype
 from wire.transport import Message
@@ -208,7 +208,7 @@ class RequestLoop:
         node = self._holders.node(layer, expert)
         if node is not None:
             return node
-        id = ExpertId(layer, expert)
+        id = UnitId(layer, expert)
         if not self._registry.holders(id):
             raise PlacementError(self._registry.describe_missing())
         raise ExpertsLostError(self._holders.describe_unusable([id]))

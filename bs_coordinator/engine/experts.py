@@ -67,7 +67,8 @@ class Experts(Protocol):
         Args:
             layer: index of the layer.
             hidden: float32 [tokens, hidden].
-            gate: float32 [tokens, experts], zero where an expert is not chosen.
+            gate: float32 [tokens, experts], zero where an expert is not chosen; or [tokens, experts · slices] where
+                the forecast says that only some slices are left.
 
         Raises:
             WdmoeError: an expert is unavailable.

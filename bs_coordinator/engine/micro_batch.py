@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bs_coordinator.engine.experts import ExpertOutput, LargestAnswer, Pending
@@ -20,12 +22,14 @@ class Choice(NamedTuple):
     Attributes:
         gate: weights, float32 [tokens, experts], zero where an expert is not asked.
         forecast: predicted costs that the choice was based on.
-        degraded: rows of the micro-batch whose preferred experts were unavailable.
+        degraded: rows of the micro-batch whose preferred experts were unavailable, or lacked slices.
+        left: slices to ask, as of `LayerForecast`; None to ask experts with all their slices.
     """
 
     gate: Array
     forecast: LayerForecast
     degraded: tuple[int, ...]
+    left: NDArray[np.bool_] | None = None
 
 
 class MicroBatch:

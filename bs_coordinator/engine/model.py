@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bs_coordinator.engine.experts import ExpertOutput, Experts, LargestAnswer, Ready
+from bs_coordinator.engine.experts import ExpertOutput, Experts, LargestAnswer, Pending, Ready
 from bs_coordinator.engine.micro_batch import Choice, LayerTally, MicroBatch
 from bs_coordinator.engine.step_records import StepRecord
 from bs_coordinator.errors import AnswerError, ExpertsLostError, PlacementError
 from bs_coordinator.selection import Policy, Routing
-from bs_coordinator.selection.degraded import select_available, select_wanted
+from bs_coordinator.selection.degraded import gate_of_slices, select_available, select_wanted
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import SequenceInput, cut_inputs
 from bs_coordinator.trunk.interface import CacheMark, Trunk
@@ -191,7 +191,7 @@ class DistributedModel:
         batch.choice = self._choose(batch.routing, batch.forecast or self._experts.forecast(layer))
         chosen_ns = perf_counter_ns()
         try:
-            batch.pending = self._experts.begin(layer, batch.hidden, batch.choice.gate)
+            batch.pending = self._begin(layer, batch)
         except _LOST as lost:
             batch.pending = Ready(self._ask_remaining(layer, batch, lost))
         # The nodes are computing now, so work that does not depend on them costs no time here.
@@ -218,7 +218,10 @@ class DistributedModel:
             # Lost experts are asked all the same: the step fails instead of giving another answer.
             return Choice(select_wanted(self.policy, routing, forecast), forecast, ())
         gate, degraded = select_available(self.policy, routing, forecast)
-        return Choice(gate, forecast, tuple(degraded.tolist()))
+        return Choice(gate, forecast, tuple(degraded.tolist()), forecast.left)
+
+    def _begin(self, layer: int, batch: MicroBatch) -> Pending:
+        return self._experts.begin(layer, batch.hidden, gate_of_slices(batch.choice.gate, batch.choice.left))
 
     def _ask_remaining(self, layer: int, batch: MicroBatch, lost: Exception) -> ExpertOutput:
         """After a loss, choose again among the experts that remain, if `degrade` allows it."""
@@ -229,7 +232,7 @@ class DistributedModel:
         for _ in range(batch.routing.weights.shape[1]):
             batch.choice = self._choose(batch.routing, self._experts.forecast(layer))
             try:
-                return self._experts.begin(layer, batch.hidden, batch.choice.gate).result()
+                return self._begin(layer, batch).result()
             except _LOST as error:
                 lost = error
         raise lost

@@ -1,6 +1,6 @@
 """What one step of the model cost, by the base station's clock. All latency logs are made from these records."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -43,6 +43,12 @@ class DispatchRecord:
     def network_ns(self) -> int:
         """Round trip minus the time the node reports for itself: link, broker and both MQTT clients."""
         return max(0, self.round_trip_ns - self.durations.total_ns)
+
+    def of_experts(self, slices: int) -> "DispatchRecord":
+        """This record of a request for slices, with the experts that they belong to, each once."""
+        if slices == 1:
+            return self
+        return replace(self, experts=tuple(dict.fromkeys(unit // slices for unit in self.experts)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

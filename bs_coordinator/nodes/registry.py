@@ -1,9 +1,11 @@
-"""Which node holds which expert, according to the nodes' status documents. No I/O."""
+"""Which node holds which expert, or which slice of one, according to the nodes' status documents. No I/O."""
 
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
-from wire.experts import ExpertId, format_selector
+import msgspec
+
+from wire.experts import UnitId, format_selector
 from wire.manifest import Dims
 from wire.status import FRAME_TAGS, NodeStatus
 
@@ -35,8 +37,8 @@ class NodeRegistry:
         # Replaced on each change and never changed in place: a snapshot costs nothing.
         self._nodes: Mapping[str, NodeStatus] = {}
         self._ignored: Mapping[str, str] = {}
-        self._held: dict[str, Collection[ExpertId]] = {}
-        self._holders: dict[ExpertId, tuple[str, ...]] = {}
+        self._held: dict[str, Collection[UnitId]] = {}
+        self._holders: dict[UnitId, tuple[str, ...]] = {}
 
     def apply(self, status: NodeStatus) -> bool:
         """Take in a status document.
@@ -55,7 +57,7 @@ class NodeRegistry:
             ignored[node] = "its experts were cut from another checkpoint"
         elif status.online and status.holding and status.holding.dims != self.dims:
             # Before its selector is expanded: only that of the model's own dimensions is a bounded amount of work.
-            ignored[node] = "its experts have other dimensions than the model of its hash"
+            ignored[node] = self._other_dims(status.holding.dims)
         elif status.online and (why := self._other_tags(status)):
             ignored[node] = why
         elif status.online:
@@ -75,13 +77,13 @@ class NodeRegistry:
         for node in self._held.keys() - {LOCAL_NODE}:
             self._hold(node, ())
 
-    def hold_locally(self, ids: frozenset[ExpertId]) -> None:
+    def hold_locally(self, ids: frozenset[UnitId]) -> None:
         """From now on the base station itself holds these experts, and no others."""
         self._hold(LOCAL_NODE, ids)
 
     @property
-    def local_experts(self) -> frozenset[ExpertId]:
-        """The experts that the base station itself holds."""
+    def local_experts(self) -> frozenset[UnitId]:
+        """The units that the base station itself holds."""
         return frozenset(self._held.get(LOCAL_NODE, ()))
 
     @property
@@ -103,8 +105,8 @@ class NodeRegistry:
         """Names of the nodes that found their results to depend on which tokens are computed together."""
         return sorted(n for n, s in self._nodes.items() if s.device and s.device.batch_invariant is False)
 
-    def holders(self, id: ExpertId) -> Sequence[str]:
-        """The holders of an expert: `LOCAL_NODE` first, then nodes with the fewest experts to serve, then by name.
+    def holders(self, id: UnitId) -> Sequence[str]:
+        """The holders of a unit: `LOCAL_NODE` first, then nodes with the fewest experts to serve, then by name.
 
         The order depends only on which nodes are online.
         """
@@ -114,21 +116,29 @@ class NodeRegistry:
         """The node whose connection to the broker has this local endpoint (`address:port`), if a node reports it."""
         return next((n for n, s in self._nodes.items() if s.uplink and s.uplink.endpoint == endpoint), None)
 
-    def missing(self) -> list[ExpertId]:
-        """Experts of the model without a holder."""
+    def missing(self) -> list[UnitId]:
+        """Units of the model without a holder."""
         dims = self.dims
-        every = (ExpertId(layer, e) for layer in range(dims.layers) for e in range(dims.experts))
+        every = (UnitId(layer, unit) for layer in range(dims.layers) for unit in range(dims.units))
         return [id for id in every if id not in self._holders]
 
     def describe_missing(self) -> str:
         """One line for people: which experts are missing, which nodes are online, and what to do."""
-        missing = format_selector(self.missing())
+        missing = format_selector(self.missing(), self.dims.slices)
         online = ", ".join(sorted(self._nodes)) or "none"
         ignored = "".join(f"; ignored {node}: {why}" for node, why in sorted(self._ignored.items()))
         return (
             f"no node holds {missing} (online: {online}{ignored}): "
             f"start 'wdmoe-node … --experts \"{missing}\"' on a device"
         )
+
+    def _other_dims(self, dims: Dims) -> str:
+        """Why a node of this model can't be used, whose dimensions differ."""
+        if dims.slices != self.dims.slices and msgspec.structs.replace(dims, slices=self.dims.slices) == self.dims:
+            cut = "whole" if dims.slices == 1 else f"in {dims.slices} slices"
+            ours = "whole" if self.dims.slices == 1 else f"cut into {self.dims.slices} slices"
+            return f"its experts are {cut}, those of the base station's bundle {ours}"
+        return "its experts have other dimensions than the model of its hash"
 
     def _other_tags(self, status: NodeStatus) -> str:
         """Why a node's frames can't be exchanged with it because of their tags; empty if they can."""
@@ -140,7 +150,7 @@ class NodeRegistry:
             return "its frames carry tags of another version: update it or the base station"
         return "its frames carry no tags, or those of an older version: give it --frame-key, or update it"
 
-    def _hold(self, node: str, ids: Collection[ExpertId]) -> None:
+    def _hold(self, node: str, ids: Collection[UnitId]) -> None:
         """From now on a node holds these experts. Only their entries change, so that a status costs little."""
         before = self._held.pop(node, ())
         if not before and not ids:

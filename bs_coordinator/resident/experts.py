@@ -22,7 +22,7 @@ from common.errors import StorageError, WdmoeError
 from common.memory import available_bytes
 from edge_node.errors import MemoryBudgetError
 from edge_node.experts import ExpertRuntime, fitting
-from wire.experts import ExpertId
+from wire.experts import UnitId, expert_of, unit_name, units_of
 from wire.frames import ExpertSlice
 from wire.manifest import Manifest
 from wire.tensors import Array, WireDtype
@@ -80,22 +80,24 @@ class ResidentExperts:
                 needed_bytes=budget_bytes,
                 available_bytes=available,
             )
-        self.slots = fitting(manifest.experts, manifest.quantisation.scheme, budget_bytes)
+        # Experts are kept whole: a token that waits for one slice elsewhere waits as long as for all.
+        self.slots = fitting(manifest.experts, manifest.quantisation.scheme, budget_bytes) // manifest.dims.slices
         if not self.slots:
             raise MemoryBudgetError(
                 f"--resident {budget_bytes >> 20}M has no room for a single expert of this bundle: ask for more",
-                needed_bytes=max(entry.bytes for entry in manifest.experts),
+                needed_bytes=manifest.dims.slices * max(entry.bytes for entry in manifest.experts),
                 available_bytes=budget_bytes,
             )
         self.traffic = traffic
         self._traffic_path = traffic_path
         self._manifest = manifest
+        self._slices = manifest.dims.slices
         self._wire = wire
         self._clock = clock
         self._runtime = ExpertRuntime(bundle, manifest, [], threads=threads, prepacked=prepacked)
         self._computing = ThreadPoolExecutor(1, thread_name_prefix="resident-experts")
         self._under_way: list[Future[Computed]] = []
-        self._offered: queue.SimpleQueue[frozenset[ExpertId]] = queue.SimpleQueue()
+        self._offered: queue.SimpleQueue[frozenset[UnitId]] = queue.SimpleQueue()
         self._taken = threading.Event()
         self._stop = threading.Event()
         self._exchange: threading.Thread | None = None
@@ -103,15 +105,15 @@ class ResidentExperts:
         self._next_review_s = float("inf")
 
     @property
-    def ids(self) -> frozenset[ExpertId]:
-        """The experts that are loaded."""
+    def ids(self) -> frozenset[UnitId]:
+        """The units that are loaded: experts, or slices of experts."""
         return frozenset(self._runtime.ids)
 
     def observe(self, layer: int, gate: Array) -> None:
         """Count a layer's gate weights, float32 [tokens, experts], as traffic."""
         self.traffic.observe(layer, gate)
 
-    def fill(self, remote_s: Float, local_s: float) -> "Future[frozenset[ExpertId]]":
+    def fill(self, remote_s: Float, local_s: float) -> "Future[frozenset[UnitId]]":
         """Choose and load the first experts, before any is asked for, and give those that are loaded.
 
         Args:
@@ -126,7 +128,7 @@ class ResidentExperts:
         self._under_way.append(future)
         return future
 
-    def changes(self) -> frozenset[ExpertId] | None:
+    def changes(self) -> frozenset[UnitId] | None:
         """The experts to ask from now on if they have changed and no request is under way, else None. Cheap."""
         if self._offered.empty() or not all(future.done() for future in self._under_way):
             return None
@@ -161,8 +163,8 @@ class ResidentExperts:
             self._exchange.join(_CLOSE_S)
         self._keep_traffic()
 
-    def _fill(self, remote_s: Float, local_s: float) -> frozenset[ExpertId]:
-        for id in sorted(choose_resident(self.traffic.pairs, remote_s, local_s, self.slots)):
+    def _fill(self, remote_s: Float, local_s: float) -> frozenset[UnitId]:
+        for id in units_of(sorted(choose_resident(self.traffic.pairs, remote_s, local_s, self.slots)), self._slices):
             if self._stop.is_set():
                 break
             self._runtime.add(id)
@@ -174,7 +176,7 @@ class ResidentExperts:
         x = round_to_wire(hidden, self._wire)
         output = np.zeros(hidden.shape, np.float32)
         for slice_ in experts:
-            y = self._runtime.run(ExpertId(layer, slice_.expert), x[slice_.tokens])
+            y = self._runtime.run(UnitId(layer, slice_.expert), x[slice_.tokens])
             output[slice_.tokens] += round_to_wire(y * slice_.weights[:, None], self._wire)
         done_ns = self._clock.perf_ns()
         return Computed(output, begun_ns - submitted_ns, done_ns - begun_ns, done_ns)
@@ -182,10 +184,12 @@ class ResidentExperts:
     def _exchange_experts(self, pairs: Float, remote_s: Float, local_s: float) -> None:
         self._keep_traffic()
         before = self.ids
-        wanted = choose_resident(pairs, remote_s, local_s, self.slots, current=before)
+        held = {expert_of(unit, self._slices) for unit in before}
+        chosen = choose_resident(pairs, remote_s, local_s, self.slots, current=held)
+        wanted = frozenset(units_of(chosen, self._slices))
         if wanted == before:
             return
-        log.info("exchanging %d of the local experts", len(wanted - before))
+        log.info("exchanging %d of the local experts", len(wanted - before) // self._slices)
         self._offer(before & wanted)
         if not self._wait_until_taken():
             return
@@ -197,10 +201,10 @@ class ResidentExperts:
             try:
                 self._runtime.add(id)
             except WdmoeError as error:
-                log.warning("%s is not kept locally: %s", id, error)
+                log.warning("%s is not kept locally: %s", unit_name(id, self._slices), error)
         self._offer(self.ids)
 
-    def _offer(self, ids: frozenset[ExpertId]) -> None:
+    def _offer(self, ids: frozenset[UnitId]) -> None:
         self._taken.clear()
         self._offered.put(ids)
 

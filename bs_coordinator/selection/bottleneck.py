@@ -7,7 +7,7 @@ from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from bs_coordinator.selection.candidates import Candidates, find_candidates
-from bs_coordinator.selection.demand import Chosen, assign_by_preference, demand, node_map, shares_of
+from bs_coordinator.selection.demand import Chosen, assign_by_preference, demand, shares_of
 from bs_coordinator.selection.differences import DifferenceTable
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.selection.one_token import OneToken, asked_experts
@@ -71,7 +71,7 @@ class Bottleneck(Struct, frozen=True, forbid_unknown_fields=True):
         slowest = min(times_s, key=lambda node: (-times_s[node], node))
         time_s = times_s.pop(slowest)
         target_s = self.factor * max(times_s.values(), default=0.0)
-        gone = [expert for expert in chosen if costs.holder[expert] == slowest]
+        gone = [expert for expert in chosen if costs.asks(expert, slowest)]
         (p,) = found.scores.tolist()
         share = sum(p[expert] for expert in gone) / sum(p[expert] for expert in chosen)
         if not times_s or time_s <= target_s or share >= self.limit:
@@ -89,7 +89,7 @@ class Bottleneck(Struct, frozen=True, forbid_unknown_fields=True):
 
     def select_batch(self, routing: Routing, forecast: LayerForecast) -> Array:
         """Gate weights of any number of tokens."""
-        on_node = node_map(forecast)
+        on_node = forecast.node_map()
         found = find_candidates(routing, forecast, self.k, self.keep)
         weights = found.shares
         asked = demand(weights > 0, on_node)
@@ -123,8 +123,8 @@ class Bottleneck(Struct, frozen=True, forbid_unknown_fields=True):
         if time_s[slowest] <= target_s or next_s == 0:
             return None
         chosen = weights > 0
-        here = forecast.holder == slowest
-        share = weights @ on_node[:, slowest]
+        here = on_node[:, slowest] > 0
+        share = weights @ here.astype(np.float32)
         candidates = np.flatnonzero((share > 0) & (share < self.limit) & chosen[:, ~here].any(axis=1))
         if found.pinned is not None:
             candidates = candidates[~found.pinned[np.ix_(candidates, here)].any(axis=1)]

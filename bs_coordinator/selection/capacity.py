@@ -9,7 +9,7 @@ from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from bs_coordinator.selection.candidates import Candidates, find_candidates
-from bs_coordinator.selection.demand import Chosen, assign_by_preference, demand, no_slower, node_map
+from bs_coordinator.selection.demand import Chosen, assign_by_preference, demand, no_slower
 from bs_coordinator.selection.differences import DifferenceTable
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.selection.one_token import OneToken, asked_experts
@@ -125,7 +125,7 @@ class Capacity(Struct, frozen=True, forbid_unknown_fields=True):
 
     def _caps(self, weights: Array, forecast: LayerForecast) -> NDArray[np.int64]:
         """int64 [nodes], the rows that each node can answer by the deadline."""
-        on_node = node_map(forecast)
+        on_node = forecast.node_map()
         chosen = weights > 0
         _, experts = demand(chosen, on_node)
         kept_rows, kept_experts = demand(weights >= self.limit, on_node)

@@ -22,12 +22,14 @@ def select_available(policy: Policy, routing: Routing, forecast: LayerForecast) 
 
     Returns:
         Gate weights, as `Policy.select` defines them, and the indices of the tokens, intp [n], for which the policy
-        would have chosen an unavailable expert.
+        would have chosen an unavailable expert, or one that lacks slices.
 
     Raises:
         ExpertsLostError: none of the layer's experts is available.
     """
     available = forecast.available
+    if forecast.left is not None and forecast.left.any():
+        return policy.select(routing, forecast), np.arange(len(routing.weights))
     wanted = select_wanted(policy, routing, forecast)
     if available is None:
         return wanted, np.zeros(0, np.intp)
@@ -39,3 +41,13 @@ def select_available(policy: Policy, routing: Routing, forecast: LayerForecast) 
     gate = wanted.copy()
     gate[degraded] = policy.select(routing.rows(degraded), forecast)
     return gate, degraded
+
+
+def gate_of_slices(gate: Array, left: NDArray[np.bool_] | None) -> Array:
+    """The gate weights of the slices that are left of the layer's experts, float32 [tokens, experts · slices].
+
+    Args:
+        gate: float32 [tokens, experts].
+        left: as of `LayerForecast`; if None, the result is `gate` itself.
+    """
+    return gate if left is None else np.where(left.reshape(-1), gate.repeat(left.shape[1], axis=1), np.float32(0))

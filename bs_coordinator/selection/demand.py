@@ -10,11 +10,6 @@ Chosen = NDArray[np.bool_]
 Counts = NDArray[np.int64]
 
 
-def node_map(forecast: LayerForecast) -> Array:
-    """float32 [experts, nodes], 1 where a node holds an expert; a product with it sums over experts by node."""
-    return np.equal.outer(forecast.holder, np.arange(len(forecast.fixed_s))).astype(np.float32)
-
-
 def demand(chosen: Chosen, on_node: Array) -> tuple[Counts, Counts]:
     """Rows and distinct experts that each node is asked for, int64 [nodes] each, as `LayerForecast.node_s` takes them.
 
@@ -22,7 +17,7 @@ def demand(chosen: Chosen, on_node: Array) -> tuple[Counts, Counts]:
 
     Args:
         chosen: bool [tokens, experts].
-        on_node: from `node_map`.
+        on_node: from `LayerForecast.node_map`.
     """
     rows = np.count_nonzero(chosen.astype(np.float32) @ on_node, axis=0)
     experts = chosen.any(axis=0).astype(np.float32) @ on_node
@@ -31,7 +26,7 @@ def demand(chosen: Chosen, on_node: Array) -> tuple[Counts, Counts]:
 
 def predicted_s(chosen: Chosen, forecast: LayerForecast) -> float:
     """Predicted time of the layer in seconds if `chosen`, bool [tokens, experts], is asked."""
-    return forecast.layer_s(*demand(chosen, node_map(forecast)))
+    return forecast.layer_s(*demand(chosen, forecast.node_map()))
 
 
 def shares_of(scores: Array, chosen: Chosen) -> Array:
@@ -43,7 +38,7 @@ def shares_of(scores: Array, chosen: Chosen) -> Array:
 
 def no_slower(chosen: Chosen, fallback: Chosen, forecast: LayerForecast) -> Chosen:
     """`chosen`, unless the layer is predicted to take longer with it than with `fallback`."""
-    on_node = node_map(forecast)
+    on_node = forecast.node_map()
     slower = forecast.layer_s(*demand(chosen, on_node)) > forecast.layer_s(*demand(fallback, on_node))
     return fallback if slower else chosen
 

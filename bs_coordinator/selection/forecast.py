@@ -3,12 +3,17 @@
 A node that is asked for `rows` hidden states over `experts` of its experts is predicted to answer after
 `fixed_s + experts · expert_s + rows · (row_air_s + row_compute_s)`. On dedicated links a layer waits for its
 slowest node; on one shared channel the nodes' air times add up instead of overlapping.
+
+Where a bundle cuts experts into slices, asking for an expert asks the holder of each of its slices, and what is said
+here of a node's experts holds for its slices.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+
+from wire.tensors import Array
 
 Float = NDArray[np.float64]
 Index = NDArray[np.intp]
@@ -20,13 +25,18 @@ class LayerForecast:
 
     Attributes:
         layer: index of the layer.
-        holder: intp [experts], index of the node that would be asked for each expert.
+        holder: intp [experts], index of the node that would be asked for each expert; of several that hold slices of
+            it, the slowest.
         fixed_s: float64 [nodes], an empty request: round trip, queue, per-request overhead.
         expert_s: float64 [nodes], each distinct expert of a request (reading its weights).
         row_air_s: float64 [nodes], transfer of one hidden state to the node and back.
         row_compute_s: float64 [nodes], computing one more row.
         shared_air: whether all links share one channel.
         available: bool [experts], which experts can be asked at all, at least one; None for all.
+        slice_holders: intp [experts, slices], index of the node that would be asked for each slice; None if experts are
+            whole.
+        left: bool [experts, slices], which slices can be asked, where every expert of the layer lacks some: then
+            experts that have any are available. None as long as an expert has all.
     """
 
     layer: int
@@ -37,6 +47,8 @@ class LayerForecast:
     row_compute_s: Float
     shared_air: bool = False
     available: NDArray[np.bool_] | None = None
+    slice_holders: Index | None = None
+    left: NDArray[np.bool_] | None = None
 
     @classmethod
     def even(cls, layer: int, experts: int) -> "LayerForecast":
@@ -47,9 +59,45 @@ class LayerForecast:
     @property
     def one_row_s(self) -> Float:
         """float64 [experts], time of one hidden state to each expert and back, with nothing else asked."""
+        if self.slice_holders is not None:
+            slowest_s: Float = self._alone_s().max(axis=1)
+            return slowest_s
         per_node = self.fixed_s + self.expert_s + self.row_air_s + self.row_compute_s
         time_s: Float = per_node[self.holder]
         return time_s
+
+    def node_map(self) -> Array:
+        """float32 [experts, nodes], how many units of an expert a node is asked for: 1 or 0 where experts are whole.
+
+        A product with it sums over experts by node.
+        """
+        nodes = np.arange(len(self.fixed_s))
+        if self.slice_holders is None:
+            return np.equal.outer(self.holder, nodes).astype(np.float32)
+        counts: Array = np.equal.outer(self.slice_holders, nodes).sum(axis=1, dtype=np.float32)
+        return counts
+
+    def _alone_s(self) -> Float:
+        """float64 [experts, nodes], time of each node for one hidden state to an expert, with nothing else asked."""
+        units = self.node_map()
+        return self.node_s(np.minimum(units, 1), units)
+
+    def of_experts(self, slices: int) -> "LayerForecast":
+        """The forecast of experts, from this one of units: each expert is `slices` units in succession.
+
+        An expert is available if all its slices are. Only where no expert is, what is left of them is available.
+        """
+        if slices == 1:
+            return self
+        cut = replace(self, slice_holders=self.holder.reshape(-1, slices))
+        if self.available is not None:
+            some: NDArray[np.bool_] = self.available.reshape(-1, slices)
+            whole = np.array([all(row) for row in some.tolist()])
+            if whole.any():
+                cut = replace(cut, available=whole)
+            else:
+                cut = replace(cut, available=np.array([any(row) for row in some.tolist()]), left=some)
+        return replace(cut, holder=cut._alone_s().argmax(axis=1))
 
     def node_s(self, rows: NDArray[np.number], experts: NDArray[np.number]) -> Float:
         """float64 [..., nodes], each node's time for a request; zero for a node that is not asked.

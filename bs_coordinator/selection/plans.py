@@ -16,7 +16,7 @@ import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
 
-from bs_coordinator.selection.demand import Chosen, node_map
+from bs_coordinator.selection.demand import Chosen
 from bs_coordinator.selection.forecast import Float, LayerForecast
 
 MAX_PLANS = 4096
@@ -144,11 +144,10 @@ def count_held(slots: NDArray[np.intp], forecast: LayerForecast) -> Float:
     slots = np.sort(slots, axis=2)
     slots[:, :, 1:][slots[:, :, 1:] == slots[:, :, :-1]] = len(forecast.holder)
     nodes = len(forecast.fixed_s)
-    node = np.append(forecast.holder, nodes)[slots]
-    one = np.eye(nodes + 1, nodes)
+    on_node = np.vstack([forecast.node_map(), np.zeros((1, nodes))])
     held = np.zeros((*slots.shape[:2], nodes))
     for slot in range(slots.shape[2]):
-        held += one[node[:, :, slot]]
+        held += on_node[slots[:, :, slot]]
     return held
 
 
@@ -204,11 +203,11 @@ class _Load:
 
     def __init__(self, plans: Plans, forecast: LayerForecast) -> None:
         self._members = plans.members
-        self._take(plans.members @ node_map(forecast).astype(np.float64), forecast)
+        self._take(plans.members @ forecast.node_map().astype(np.float64), forecast)
 
     def _take(self, held: Float, forecast: LayerForecast) -> None:
         self._forecast = forecast
-        self._on_node: Float = node_map(forecast).astype(np.float64)
+        self._on_node: Float = forecast.node_map().astype(np.float64)
         self.held = held
         self.uses: Float = (held > 0).astype(np.float64)
         self.air_s: Float = forecast.row_air_s if forecast.shared_air else np.zeros_like(forecast.row_air_s)

@@ -76,7 +76,7 @@ class Subset(Struct, frozen=True, forbid_unknown_fields=True):
         top = plans.index_of(shares > 0)
         loss = self._loss(scores, top, plans, pinned)
         slots = np.concatenate([first, np.full((len(first), 1), experts)], axis=1)[:, plans.slots]
-        held = plans.members @ np.eye(len(forecast.fixed_s))[forecast.holder[first]]
+        held = plans.members @ forecast.node_map().astype(np.float64)[first]
         best = choose_own_plans(slots, held, loss, top, self.price, forecast)
         chosen = np.zeros((len(scores), experts + 1), np.bool_)
         np.put_along_axis(chosen, slots[np.arange(len(scores)), best], True, axis=1)

@@ -20,7 +20,7 @@ from bs_coordinator.trunk.inputs import SequenceInput
 from bs_coordinator.trunk.load import load_trunk
 from common.errors import WdmoeError
 from edge_node.experts import ExpertRuntime
-from wire.experts import ExpertId
+from wire.experts import ExpertId, units_of
 from wire.manifest import load_manifest, sha256_file
 from wire.tensors import Array
 
@@ -38,6 +38,7 @@ class _ComparedExperts:
 
     def __init__(self, runtime: ExpertRuntime, layers: int, experts: int) -> None:
         self._runtime = runtime
+        self._slices = runtime.manifest.dims.slices
         self._experts = experts
         self.rows = np.zeros((layers, experts), np.int64)
         self.sums = np.zeros((layers, experts, experts))
@@ -45,7 +46,7 @@ class _ComparedExperts:
 
     def begin(self, layer: int, hidden: Array, gate: Array) -> Ready:
         """Run all experts of a layer and compare their outputs (`Experts.begin`)."""
-        outputs = np.stack([self._runtime.run(ExpertId(layer, e), hidden).copy() for e in range(self._experts)])
+        outputs = np.stack([self._output(ExpertId(layer, e), hidden) for e in range(self._experts)])
         for expert in range(self._experts):
             rows = np.flatnonzero(gate[:, expert])
             own = outputs[expert, rows]
@@ -54,6 +55,14 @@ class _ComparedExperts:
             self.rows[layer, expert] += len(rows)
             self.peaks[layer, expert] = max(self.peaks[layer, expert], np.abs(own).max(initial=0))
         return Ready(ExpertOutput(np.einsum("te,etd->td", gate, outputs).astype(np.float32)))
+
+    def _output(self, id: ExpertId, hidden: Array) -> Array:
+        """An expert's output, float32 [tokens, hidden]."""
+        first, *others = units_of([id], self._slices)
+        output = self._runtime.run(first, hidden).copy()
+        for unit in others:
+            output += self._runtime.run(unit, hidden)
+        return output
 
     def forecast(self, layer: int) -> LayerForecast:
         """Equal costs for all experts (`Experts.forecast`)."""

@@ -13,7 +13,7 @@ from bs_coordinator.engine.experts import ExpertOutput, Ready
 from bs_coordinator.resident.wire_rounding import round_to_wire
 from bs_coordinator.selection.forecast import LayerForecast
 from edge_node.experts import ExpertRuntime
-from wire.experts import ExpertId
+from wire.experts import ExpertId, units_of
 from wire.manifest import load_manifest
 from wire.tensors import Array, WireDtype
 
@@ -38,7 +38,7 @@ class LocalExperts:
         self.forecasts: Callable[[int], LayerForecast] | None = None
         self.lost: frozenset[int] = frozenset()
         self.pairs = self.tokens = 0
-        self._experts = manifest.dims.experts
+        self._experts, self._slices = manifest.dims.experts, manifest.dims.slices
         self._wire = wire
         self._runtime = ExpertRuntime(bundle, manifest, [e.id for e in manifest.experts], threads=threads)
 
@@ -50,8 +50,9 @@ class LocalExperts:
         output = np.zeros(hidden.shape, np.float32)
         for expert in np.flatnonzero(gate.any(axis=0)).tolist():
             rows = np.flatnonzero(gate[:, expert])
-            y = self._runtime.run(ExpertId(layer, expert), hidden[rows])
-            output[rows] += round_to_wire(y * gate[rows, expert, None], self._wire)
+            for unit in units_of([ExpertId(layer, expert)], self._slices):
+                y = self._runtime.run(unit, hidden[rows])
+                output[rows] += round_to_wire(y * gate[rows, expert, None], self._wire)
         return Ready(ExpertOutput(output))
 
     def forecast(self, layer: int) -> LayerForecast:

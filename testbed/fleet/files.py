@@ -49,7 +49,8 @@ def expert_files(manifest: Manifest, selector: str) -> list[FileEntry]:
         BundleError: the bundle lacks one of the experts.
         ValueError: the selector is not valid for this model.
     """
-    ids = parse_selector(selector, layers=manifest.dims.layers, experts=manifest.dims.experts)
+    dims = manifest.dims
+    ids = parse_selector(selector, layers=dims.layers, experts=dims.experts, slices=dims.slices)
     return [file for entry in manifest.entries(ids) for file in entry.files]
 
 

@@ -10,7 +10,7 @@ from testbed.keys.authority import hosts_of
 from testbed.keys.folder import KeyFolder, create
 from testbed.keys.validity import CERTIFICATE_DAYS
 from wire.errors import SignatureError
-from wire.experts import ExpertId, parse_selector
+from wire.experts import UnitId, parse_selector, unit_name
 from wire.manifest import MANIFEST_NAME, load_manifest
 from wire.signature import check_signature, sign
 
@@ -65,12 +65,13 @@ def prepare_bundles(inventory: Inventory, *, check: bool = False) -> list[str]:
         Lines that say which bundles were signed, or with `check` would be signed, and how many experts no node holds.
 
     Raises:
-        FleetError: a host has no bundle or no experts, or the bundles are of different models.
+        FleetError: a host has no bundle or no experts, or the bundles are of different models or slices.
         BundleError: a folder is not a bundle, or a bundle lacks an expert.
     """
     keys, lines = _keys_folder(inventory), []
     models: dict[str, str] = {}
-    missing: set[ExpertId] = set()
+    missing: set[UnitId] = set()
+    slices = 1  # the base station comes first
     for host in (inventory.base_station, *inventory.nodes):
         bundle = inventory.path(host, "wdmoe_bundle")
         experts = inventory.variables.get(host, {}).get("wdmoe_experts")
@@ -89,9 +90,12 @@ def prepare_bundles(inventory: Inventory, *, check: bool = False) -> list[str]:
         manifest = load_manifest(bundle)
         dims = manifest.dims
         if node:
-            missing -= set(parse_selector(str(experts), layers=dims.layers, experts=dims.experts))
+            missing -= set(parse_selector(str(experts), layers=dims.layers, experts=dims.experts, slices=dims.slices))
         else:
-            missing = set(parse_selector("L*:E*", layers=dims.layers, experts=dims.experts))
+            missing = set(parse_selector("L*:E*", layers=dims.layers, experts=dims.experts, slices=dims.slices))
+            slices = dims.slices
+        if dims.slices != slices:
+            raise FleetError(f"{host}'s bundle has experts in {dims.slices} slices, the base station's in {slices}")
         if not _signed(bundle, keys):
             if not check:
                 sign((bundle / MANIFEST_NAME).read_bytes(), bundle, keys / "bundle.key")
@@ -99,7 +103,10 @@ def prepare_bundles(inventory: Inventory, *, check: bool = False) -> list[str]:
     if len(models) > 1:
         raise FleetError(f"the bundles of {' and '.join(models.values())} are of different models")
     if missing:
-        lines.append(f"no node holds {len(missing)} experts, such as {min(missing)}: answers will be degraded")
+        noun = "experts" if slices == 1 else "slices"
+        lines.append(
+            f"no node holds {len(missing)} {noun}, such as {unit_name(min(missing), slices)}: answers will be degraded"
+        )
     return lines
 
 

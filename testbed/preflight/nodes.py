@@ -163,7 +163,7 @@ def _prove(dispatcher: Dispatcher, manifest: Manifest, node: str, on_progress: O
         except DispatchError as error:
             return proven, str(error)
         if node not in dispatcher.registry.nodes:
-            return proven, f"went offline while {id} was tested"
+            return proven, f"went offline while {entries[id].name} was tested"
     return len(chosen), ""
 
 

@@ -26,7 +26,7 @@ from testbed.plan.reading import check_plan
 from testbed.plan.schema import Choice, Items, Perplexity, Plan
 from testbed.preflight.verdicts import Check, Level
 from wire.broker_address import BrokerAddress
-from wire.experts import ExpertId, format_selector, parse_selector
+from wire.experts import UnitId, format_selector, parse_selector
 from wire.manifest import MANIFEST_NAME, Manifest, load_manifest, sha256_file
 from wire.topics import Topics
 from wire.transports import connect
@@ -167,16 +167,17 @@ def _broker(address: BrokerAddress, cluster: str) -> tuple[Level, str]:
 
 def _placement(plan: Plan, manifest: Manifest) -> tuple[Level, str]:
     dims = manifest.dims
-    held: set[ExpertId] = set()
+    held: set[UnitId] = set()
     for node, selector in plan.node_experts(dims.experts).items():
         try:
-            held |= set(parse_selector(selector, layers=dims.layers, experts=dims.experts))
+            held |= set(parse_selector(selector, layers=dims.layers, experts=dims.experts, slices=dims.slices))
         except ValueError as error:
             return "fail", f"nodes.{node}: {error}"
-    missing = {ExpertId(layer, e) for layer in range(dims.layers) for e in range(dims.experts)} - held
+    missing = {UnitId(layer, unit) for layer in range(dims.layers) for unit in range(dims.units)} - held
     if missing:
-        return "fail", f"nodes: no node holds {format_selector(sorted(missing))}"
-    return "pass", f"{len(plan.node_experts(dims.experts))} nodes hold all {len(held)} experts"
+        return "fail", f"nodes: no node holds {format_selector(sorted(missing), dims.slices)}"
+    noun = "experts" if dims.slices == 1 else "slices"
+    return "pass", f"{len(plan.node_experts(dims.experts))} nodes hold all {len(held)} {noun}"
 
 
 def _ram(name: str, plan: Plan, manifest: Manifest) -> Check:
@@ -184,7 +185,11 @@ def _ram(name: str, plan: Plan, manifest: Manifest) -> Check:
     size = {entry.id: entry.bytes for entry in manifest.experts}
     try:
         nodes = plan.node_experts(dims.experts).values()
-        held = [id for text in nodes for id in parse_selector(text, layers=dims.layers, experts=dims.experts)]
+        held = [
+            id
+            for text in nodes
+            for id in parse_selector(text, layers=dims.layers, experts=dims.experts, slices=dims.slices)
+        ]
     except ValueError:
         held = []
     needed = sum(size.get(id, 0) for id in held) + len(plan.node_experts(dims.experts)) * _NODE_RAM_BYTES

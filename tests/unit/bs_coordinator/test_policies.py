@@ -13,7 +13,7 @@ from scipy.optimize import linprog
 from bs_coordinator.selection import TopK, parse_policy
 from bs_coordinator.selection.bottleneck import Bottleneck
 from bs_coordinator.selection.capacity import Capacity, fill_s
-from bs_coordinator.selection.demand import assign_by_preference, demand, node_map, predicted_s
+from bs_coordinator.selection.demand import assign_by_preference, demand, predicted_s
 from bs_coordinator.selection.differences import DifferenceTable
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.selection.plans import subsets
@@ -373,7 +373,7 @@ def test_demand_counts_a_token_once_per_node() -> None:
     cost = np.ones(3)
     forecast = LayerForecast(0, np.array([0, 0, 1, 2]), cost, cost, cost, cost)
     chosen = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 0]], np.bool_)
-    rows, experts = demand(chosen, node_map(forecast))
+    rows, experts = demand(chosen, forecast.node_map())
     assert rows.tolist() == [2, 2, 0]
     assert experts.tolist() == [2, 1, 0]
 
