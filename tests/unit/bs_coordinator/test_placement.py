@@ -35,6 +35,17 @@ def test_every_expert_has_its_copies_on_different_devices(seed: int, replicas: i
     assert sum(placement.load.values()) == pytest.approx(1.0)
 
 
+def test_slices_of_an_expert_are_spread_over_devices() -> None:
+    devices = [PlacementDevice(f"d{k}", 2 * LAYERS * EXPERTS) for k in range(4)]
+    placement = plan_placement(devices, np.ones((LAYERS, EXPERTS), np.float32), 2, slices=4)
+    assert set(_copies(placement).values()) == {2}
+    assert len(_copies(placement)) == 4 * LAYERS * EXPERTS
+    held = {name: {(layer, unit // 4) for layer, unit in ids} for name, ids in placement.experts.items()}
+    assert all(len(experts) == LAYERS * EXPERTS for experts in held.values())  # each device has a part of each expert
+    with pytest.raises(PlacementError, match="96 slices × 2 copies do not fit"):
+        plan_placement(devices[:2], np.ones((LAYERS, EXPERTS), np.float32), 2, slices=4)
+
+
 def test_a_slow_device_gets_less_traffic() -> None:
     devices = [PlacementDevice("fast", 100, 5.0), PlacementDevice("slow", 100, 15.0)]
     load = plan_placement(devices, np.ones((LAYERS, EXPERTS), np.float32), 1).load

@@ -1,6 +1,7 @@
 """Top-k against transformers' own router, what every policy promises for any input, and policies as text."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from bs_coordinator.selection import POLICY_NAMES, Policy, TopK, parse_policy
 from bs_coordinator.selection.bottleneck import Bottleneck
+from bs_coordinator.selection.degraded import gate_of_slices
 from bs_coordinator.selection.demand import predicted_s
 from bs_coordinator.selection.differences import SCHEMA, DifferenceDocument, write_differences
 from bs_coordinator.selection.forecast import LayerForecast
@@ -36,11 +38,41 @@ def routed(probabilities: Array) -> Routing:
 
 @st.composite
 def forecasts(draw: st.DrawFn) -> LayerForecast:
-    """Any placement of eight experts on up to eight nodes, any speeds."""
-    nodes = draw(st.integers(1, 8))
-    holder = draw(hnp.arrays(np.intp, 8, elements=st.integers(0, nodes - 1)))
+    """Any placement of eight experts, in up to three slices, on up to eight nodes, any speeds."""
+    nodes, slices = draw(st.integers(1, 8)), draw(st.sampled_from([1, 1, 2, 3]))
+    holder = draw(hnp.arrays(np.intp, 8 * slices, elements=st.integers(0, nodes - 1)))
     cost = hnp.arrays(np.float64, nodes, elements=st.floats(1e-6, 0.1))
-    return LayerForecast(0, holder, draw(cost), draw(cost), draw(cost), draw(cost), draw(st.booleans()))
+    units = LayerForecast(0, holder, draw(cost), draw(cost), draw(cost), draw(cost), draw(st.booleans()))
+    return units.of_experts(slices)
+
+
+def test_an_expert_in_slices_takes_as_long_as_the_slowest_of_its_nodes() -> None:
+    ones = np.ones(3)
+    fixed_s = np.array([1.0, 4.0, 2.0])
+    units = LayerForecast(0, np.array([0, 1, 2, 2, 0, 0]), fixed_s, 0.5 * ones, 0.25 * ones, 0.25 * ones)
+    forecast = units.of_experts(2)
+    assert forecast.holder.tolist() == [1, 2, 0]
+    assert forecast.one_row_s.tolist() == [5.0, 3.5, 2.5]  # node 2, like node 0, reads two slices
+    assert predicted_s(np.array([[True, False, True]]), forecast) == 5.0
+    assert predicted_s(np.array([[False, True, True], [False, False, True]]), forecast) == 3.5
+    on_air = replace(forecast, shared_air=True)
+    assert predicted_s(np.array([[True, False, False]]), on_air) == 4.75 + 2 * 0.25
+
+
+def test_an_expert_is_available_with_all_its_slices_and_the_rest_counts_where_none_is() -> None:
+    def forecast(*available: int) -> LayerForecast:
+        some = np.array(available, np.bool_)
+        return replace(LayerForecast.even(0, 6), available=some).of_experts(2)
+
+    partly = forecast(1, 1, 1, 0, 0, 0)
+    assert partly.available is not None
+    assert (partly.available.tolist(), partly.left) == ([True, False, False], None)
+    nowhere = forecast(0, 1, 1, 0, 0, 0)
+    assert nowhere.available is not None
+    assert nowhere.left is not None
+    assert nowhere.available.tolist() == [True, True, False]
+    gate = gate_of_slices(np.array([[0.75, 0.25, 0.0]], np.float32), nowhere.left)
+    assert gate.tolist() == [[0.0, 0.75, 0.25, 0.0, 0.0, 0.0]]
 
 
 @pytest.fixture(scope="session")

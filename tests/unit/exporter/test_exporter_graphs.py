@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from exporter.checkpoint.matrices import ExpertTensors, matrix_ref
 from exporter.checkpoint.safetensors_file import read_header
-from exporter.expert.expert import ExpertJob, export_expert
+from exporter.expert.expert import ExpertJob, export_expert, slice_bounds, slice_of
 from exporter.expert.graph import build_graph, plan_layout
 from exporter.expert.probe import check_probe, relative_error, run_rows
 from wire.experts import ExpertId
@@ -66,6 +67,34 @@ def test_gpt_oss_experts(scheme: Scheme, block: int, symmetric: bool, limit: flo
     model = onnx.load(str(tmp_path / entry.files[0].path), load_external_data=False)
     onnx.checker.check_model(str(tmp_path / entry.files[0].path))
     assert [o.version for o in model.opset_import if not o.domain] == [17]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "block", "slices", "limit"),
+    [("fp32", 0, 4, 2e-6), ("fp16", 0, 3, 2e-6), ("int4", 32, 2, 2e-6), ("int4", 32, 5, 2e-6), ("int8", 64, 2, 2e-6)],
+)
+def test_slices_add_up_to_the_expert(scheme: Scheme, block: int, slices: int, limit: float, tmp_path: Path) -> None:
+    """The bias of w2 counts once, and no block is cut: quantised weights are those of the whole expert."""
+    _, tensors = gpt_oss(tmp_path / "checkpoint")
+    quantisation = Quantisation(scheme=scheme, block=block)
+    job = ExpertJob(ExpertId(0, 1), tensors, DIMS, quantisation, tmp_path, graph=GPT_OSS)
+    x = 3 * probe_input(DIMS.hidden, 6)
+    whole = run_rows(tmp_path / export_expert(job).files[0].path, x)
+    entries = [export_expert(slice_of(job, k, slices)) for k in range(slices)]
+    parts = np.stack([run_rows(tmp_path / e.files[0].path, x) for e in entries])
+    assert relative_error(parts.sum(axis=0), whole) < limit
+    assert [e.name for e in entries] == [f"L00:E1/{k}" for k in range(slices)]
+    assert len({file.path for e in entries for file in e.files}) == 2 * slices
+    for entry in entries:
+        check_probe(tmp_path, entry, DIMS.hidden, 1e-3)
+
+
+def test_slices_are_cut_between_blocks() -> None:
+    assert slice_bounds(160, Quantisation(scheme="int4", block=32), 2) == [(0, 64), (64, 160)]
+    assert slice_bounds(70, Quantisation(scheme="int4", block=32), 3) == [(0, 32), (32, 64), (64, 70)]
+    assert slice_bounds(160, FP32, 3) == [(0, 53), (53, 106), (106, 160)]
+    with pytest.raises(ValueError, match="160 inner neurons in blocks of 64 can't be cut into 4 slices: at most 3"):
+        slice_bounds(160, Quantisation(scheme="int8", block=64), 4)
 
 
 @pytest.mark.parametrize(("scheme", "block", "symmetric", "limit"), SCHEMES)

@@ -16,7 +16,7 @@ from common.files import atomic_write
 from wire import status
 from wire.broker_url import Access, parse_broker_url, read_secret
 from wire.errors import BrokerAuthError, BundleError, FrameError
-from wire.experts import ExpertId, check_selector, format_selector, parse_selector
+from wire.experts import ExpertId, UnitId, check_selector, format_selector, parse_selector, unit_name
 from wire.manifest import (
     PROBE_VALUES,
     ExpertGraph,
@@ -47,18 +47,47 @@ def test_selector_grammar() -> None:
     assert format_selector(parse_selector("L*:E3", layers=30, experts=8)) == "L0-29:E3"
 
 
+units = st.sets(st.tuples(st.integers(0, 7), st.integers(0, 23)).map(lambda t: UnitId(*t)), min_size=1)
+
+
+@given(units)
+def test_selectors_of_slices_are_read_back(ids: set[UnitId]) -> None:
+    assert set(parse_selector(format_selector(ids, 3), layers=8, experts=8, slices=3)) == ids
+
+
+def test_slices_in_selectors() -> None:
+    every = parse_selector("L*:E*", layers=30, experts=8, slices=4)
+    assert len(every) == 960
+    assert format_selector(every, 4) == "L0-29:E0-7"
+    assert parse_selector("L*:E3/0,2-3 L1:E0", layers=2, experts=4, slices=4) == (
+        *(UnitId(0, unit) for unit in (12, 14, 15)), *(UnitId(1, unit) for unit in (0, 1, 2, 3, 12, 14, 15))
+    )  # fmt: skip
+    assert format_selector(parse_selector("L*:E*/1", layers=30, experts=8, slices=4), 4) == "L0-29:E0-7/1"
+    assert format_selector(parse_selector("L*:E0-3 L*:E4-7/1", layers=2, experts=8, slices=2), 2) == (
+        "L0-1:E0-3 L0-1:E4-7/1"
+    )
+    assert unit_name(UnitId(4, 13), 4) == "L04:E3/1"
+    for text in ("L*:E3/4", "L*:E3/", "L*:E3/1-0", "L*:E3/*/*"):
+        with pytest.raises(ValueError, match=r"\w"):
+            parse_selector(text, layers=30, experts=8, slices=4)
+    with pytest.raises(ValueError, match="names a slice, but the experts are whole"):
+        parse_selector("L*:E3/0", layers=30, experts=8)
+    with pytest.raises(ValueError, match="repeats experts too often"):
+        check_selector(" ".join(["L*:E*/0-2"] * 6), layers=30, experts=8, slices=4)
+
+
 @pytest.mark.parametrize("text", ["", "E3", "L*", "L*:E8", "L30:E0", "L3-1:E0", "L*:E", "L-1:E0", "L1,,2:E0", "l1:e1"])
 def test_bad_selectors_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"\w"):
         parse_selector(text, layers=30, experts=8)
 
 
-@given(st.text("LE*:,-;0123 ", max_size=12))
+@given(st.text("LE*:,-;0123/ ", max_size=12))
 def test_a_selector_is_checked_as_it_is_expanded(text: str) -> None:
     outcomes: list[object] = []
     for read in (parse_selector, check_selector):
         try:
-            read(text, layers=3, experts=4)
+            read(text, layers=3, experts=4, slices=2)
             outcomes.append(None)
         except ValueError as error:
             outcomes.append(str(error))
@@ -115,6 +144,10 @@ def test_status_is_read() -> None:
     assert status.decode_status(_status(uplink=_UPLINK), "n1").uplink is not None
     assert len(status.decode_status(_holding("L*:E*", layers=256, experts=256), "n1").unit_ids()) == 1 << 16
     assert status.decode_status(status.encode_status(read), "n1") == read
+    cut = status.decode_status(_holding("L*:E1/0", slices=2), "n1")
+    assert cut.unit_ids() == (UnitId(0, 2), UnitId(1, 2))
+    with pytest.raises(FrameError, match="256 layers of 256 experts in 2 slices: at most 65536 in all"):
+        status.decode_status(_holding("L*:E*", layers=256, experts=256, slices=2), "n1")
 
 
 @pytest.mark.parametrize(
