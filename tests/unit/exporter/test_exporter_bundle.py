@@ -17,6 +17,7 @@ from exporter.expert.presets import choose_quantisation
 from tests.checkpoints import copy_checkpoint, poke
 from tests.conftest import Run
 from wire.errors import SignatureError
+from wire.experts import parse_selector
 from wire.manifest import ExpertEntry, FileEntry, Quantisation, load_manifest
 from wire.signature import load_trusted_manifest, sign
 
@@ -71,6 +72,43 @@ def test_up_to_date_and_repair(mixtral: Callable[..., Path], tmp_path: Path, run
     assert repaired.returncode == 0
     assert "kept 7 experts" in repaired.stdout
     assert_bundle_is_whole(out, mixtral(), tmp_path / "scratch")
+
+
+def test_a_bundle_of_slices(
+    mixtral: Callable[..., Path], tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exporter.bundle.bundle.try_trunk", lambda *_: [])
+    out, options = tmp_path / "out", ("--jobs", 1, "--slices", 3)
+    made = run("exporter", "bundle", mixtral(), out, *options)
+    assert made.returncode == 0, made.stderr
+    assert re.search(r"^slices +24 as int4 b32$", made.stdout, re.MULTILINE)
+    manifest = load_manifest(out)
+    assert (manifest.dims.slices, manifest.dims.units, len(manifest.experts)) == (3, 12, 24)
+    whole = msgspec.structs.replace(manifest, dims=msgspec.structs.replace(manifest.dims, slices=1), experts=())
+    assert manifest.model_sha256 == whole.model_sha256
+    shown = run("exporter", "inspect", out).stdout
+    assert "2 layers × 4 experts in 3 slices" in shown
+    assert "experts L0-1:E0-3 as int4 b32" in shown
+
+    (out / "experts/L01/E3-2of3.weights").write_bytes(b"")
+    assert "2 slices match their hashes" in run("exporter", "verify", out, "--experts", "L1:E3/0-1").stdout
+    assert run("exporter", "verify", out).returncode == 11
+    assert "kept 23 slices" in run("exporter", "bundle", mixtral(), out, *options).stdout
+    assert load_manifest(out) == manifest
+
+    refused = run("exporter", "bundle", mixtral(), out, "--jobs", 1)
+    assert (refused.returncode, "L0-1:E0-3 in 3 slices): choose another folder" in refused.stderr) == (11, True)
+    refused = run("exporter", "bundle", mixtral(), tmp_path / "other", "--slices", 4)
+    assert refused.returncode == 2
+    assert "96 inner neurons in blocks of 32 can't be cut into 4 slices: at most 3" in refused.stderr
+
+    nodes = [word for name in "abc" for word in ("--node", f"{name}=1G")]
+    placed = run("bs_coordinator", "place", "--bundle", out, "--replicas", 1, *nodes)
+    selectors = re.findall(r"--experts '([^']+)'", placed.stdout)
+    held = [id for text in selectors for id in parse_selector(text, layers=2, experts=4, slices=3)]
+    assert sorted(held) == [entry.id for entry in manifest.experts]
+    assert len(selectors) == 3
+    assert "/" in placed.stdout
 
 
 def test_what_is_new_beside_the_weights_is_copied_without_the_experts(
