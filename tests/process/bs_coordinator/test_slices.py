@@ -1,4 +1,4 @@
-"""The demo model's experts in slices, on node processes: the same tokens, also after a kill; flagged without a slice."""
+"""The demo model's experts in slices, on node processes: the same tokens, also after a kill, or flagged tokens."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
