@@ -228,8 +228,8 @@ class DistributedModel:
         if not self.degrade:
             raise lost
         log.warning("%s; continuing without it", lost)
-        # Each attempt loses at least one node, and a layer has at most as many nodes as experts.
-        for _ in range(batch.routing.weights.shape[1]):
+        # Each attempt loses at least one node. Of slices, there may be more nodes than experts.
+        for _ in range(max(batch.routing.weights.shape[1], len(batch.choice.forecast.fixed_s))):
             batch.choice = self._choose(batch.routing, self._experts.forecast(layer))
             try:
                 return self._begin(layer, batch).result()
