@@ -254,10 +254,10 @@ class Dispatcher:
         return tuple(self._holders.names)
 
     def assigned(self) -> list[list[str | None]]:
-        """The node that each expert is asked of now, [layers][experts]; None where no node can be asked."""
+        """The node that each expert, or slice, is asked of now, [layers][units]; None where no node can be asked."""
         self._holders.refresh(self._now_s())
         dims = self.registry.dims
-        return [[self._holders.node(layer, e) for e in range(dims.experts)] for layer in range(dims.layers)]
+        return [[self._holders.node(layer, unit) for unit in range(dims.units)] for layer in range(dims.layers)]
 
     def describe_lost(self) -> str:
         """One line for people about experts that can't be asked, because they are missing or all their holders are

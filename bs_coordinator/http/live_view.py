@@ -123,7 +123,7 @@ class LiveView(AnswerObserver):
         estimates = dispatcher.links.estimates(dispatcher.clock.perf_ns() / 1e9)
         nodes = fleet_view(dispatcher.registry, dispatcher.health, lost, estimates, telemetry, log.nodes)
         running = self._accepted - self._ended
-        placed = placement(dispatcher.assigned())
+        placed = placement(dispatcher.assigned(), dispatcher.registry.dims.slices)
         placement_changed = placed != self._placement
         self._placement = placed
         steps = log.since(0 if whole else self._sent_serial)

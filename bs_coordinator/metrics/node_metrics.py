@@ -32,7 +32,7 @@ class _Metric(NamedTuple, Generic[_T]):
 
 
 _OF_STATUS: tuple[_Metric[NodeStatus], ...] = (
-    _Metric("experts", "Experts that the node serves.", lambda status: len(status.expert_ids())),
+    _Metric("experts", "Experts, or slices, that the node serves.", lambda status: len(status.unit_ids())),
 )
 _OF_HOLDING: tuple[_Metric[Holding], ...] = (
     _Metric("experts_resident_bytes", "RAM that the node's experts take.", lambda holding: holding.resident_bytes),
@@ -125,8 +125,8 @@ class NodeMetrics(Collector):
         snapshot, absent = self.snapshot, self.absent
         if snapshot is None:
             return
-        yield GaugeMetricFamily("wdmoe_experts", "Experts of the model.", snapshot.experts)
-        yield GaugeMetricFamily("wdmoe_experts_missing", "Experts that no node holds.", snapshot.missing)
+        yield GaugeMetricFamily("wdmoe_experts", "Experts of the model, or their slices.", snapshot.experts)
+        yield GaugeMetricFamily("wdmoe_experts_missing", "Experts, or slices, that no node holds.", snapshot.missing)
         yield GaugeMetricFamily(
             "wdmoe_experts_lost", "1 if experts can't be asked: missing, or all holders are left out.", snapshot.lost
         )

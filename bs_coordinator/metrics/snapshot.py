@@ -24,7 +24,7 @@ class Snapshot:
         telemetry: newest samples of nodes online, by name, without old ones.
         dropped: messages that were of no use, by reason.
         resent: requests that were sent again, by reason.
-        experts, missing: of the model, and those of them without a holder.
+        experts, missing: of the model, counted by slices if it has some, and those of them without a holder.
         lost: whether some expert can't be asked.
     """
 
@@ -57,7 +57,7 @@ def take_snapshot(dispatcher: Dispatcher) -> Snapshot:
         },
         dropped=dispatcher.dropped,
         resent=dispatcher.resent,
-        experts=registry.dims.layers * registry.dims.experts,
+        experts=registry.dims.layers * registry.dims.units,
         missing=len(registry.missing()),
         lost=bool(dispatcher.describe_lost()),
     )

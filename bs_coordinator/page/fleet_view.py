@@ -62,7 +62,14 @@ def fleet_view(
     views += [_node(status, "lost", status.reason or "it went offline", None, None, requests.get(name))
               for name, status in lost.items()]  # fmt: skip
     if local := registry.local_experts:
-        views.append(NodeView(name=LOCAL_NODE, state="online", experts=_short(format_selector(local)), held=len(local)))
+        views.append(
+            NodeView(
+                name=LOCAL_NODE,
+                state="online",
+                experts=_short(format_selector(local, registry.dims.slices)),
+                held=len(local),
+            )
+        )
     views += [NodeView(name=name, state="ignored", reason=_short(why)) for name, why in registry.ignored.items()]
     return sorted(views, key=lambda view: _local_first(view.name))
 
@@ -98,15 +105,24 @@ def alarms(
     return found
 
 
-def placement(assigned: Sequence[Sequence[str | None]]) -> Placement:
-    """Which node each expert is asked of.
+def placement(assigned: Sequence[Sequence[str | None]], slices: int = 1) -> Placement:
+    """Which node each expert is asked of; of an expert in slices, the names of all nodes.
 
     Args:
-        assigned: [layers][experts], a node's name, or None where no node can be asked.
+        assigned: [layers][units], a node's name, or None where no node can be asked.
+        slices: into which each expert is cut.
     """
+    if slices > 1:
+        assigned = [[_all_of(row[at : at + slices]) for at in range(0, len(row), slices)] for row in assigned]
     names = sorted({name for row in assigned for name in row if name is not None}, key=_local_first)
     index = {name: i for i, name in enumerate(names)}
     return Placement(names, [[-1 if name is None else index[name] for name in row] for row in assigned])
+
+
+def _all_of(nodes: Sequence[str | None]) -> str | None:
+    """The nodes of an expert's slices; None if one can't be asked."""
+    names = {node for node in nodes if node is not None}
+    return None if None in nodes else ", ".join(sorted(names, key=_local_first))
 
 
 def _local_first(name: str) -> tuple[bool, str]:
@@ -146,8 +162,9 @@ def _node(
 
 @lru_cache(maxsize=256)
 def _held(holding: Holding) -> int:
-    """Number of a node's experts; kept, because snapshots are frequent and selectors can be long."""
-    return len(parse_selector(holding.experts, layers=holding.dims.layers, experts=holding.dims.experts))
+    """Number of a node's experts, or slices; kept, because snapshots are frequent and selectors can be long."""
+    dims = holding.dims
+    return len(parse_selector(holding.experts, layers=dims.layers, experts=dims.experts, slices=dims.slices))
 
 
 def _link(estimate: NodeEstimate) -> LinkView:
