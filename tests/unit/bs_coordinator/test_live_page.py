@@ -277,3 +277,6 @@ def test_a_placement_names_each_node_once() -> None:
     placed = placement([["b", "@bs"], [None, "a"]])
     assert placed.names == ["@bs", "a", "b"]
     assert placed.asked == [[2, 0], [-1, 1]]
+    in_slices = placement([["b", "a", "c", "c"], ["a", None, "@bs", "a"]], 2)
+    assert in_slices.names == ["@bs, a", "a, b", "c"]
+    assert in_slices.asked == [[1, 2], [-1, 0]]
