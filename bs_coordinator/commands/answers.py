@@ -40,12 +40,14 @@ def system_messages(system: str | None) -> list[dict[str, str]]:
 def print_answer(
     sequence: "Sequence", ids: list[int], config: SamplingConfig, *, stats: bool, same_text: bool = False,
     text_of: "Callable[[TokenEvent], str]" = lambda event: event.text,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> str:  # fmt: skip
     """Stream an answer to stdout, its statistics to stderr.
 
     Args:
         same_text: the answer continues the prompt's text (`Sequence.answer`).
         text_of: called with each token; returns what to print.
+        stopped: asked after each token whether the answer ends here.
 
     Returns:
         The answer's text.
@@ -58,6 +60,8 @@ def print_answer(
             events.append(event)
             click.echo(text_of(event), nl=False)
             sys.stdout.flush()
+            if stopped():
+                break
     finally:
         click.echo()
         if events and stats:

@@ -3,9 +3,11 @@
 import logging
 import os
 import queue
+import signal
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -38,7 +40,8 @@ wdmoe-bs chat --bundle bundle --resident 4G        # without nodes""",
 def chat(system: str | None, stats: bool, config: BaseStationConfig, sampling: SamplingConfig) -> None:
     """Talk with the model; an empty line or Ctrl-D ends.
 
-    An answer that fails is reported, and the conversation goes on without it.
+    Ctrl-C ends an answer, and at the prompt the chat. An answer that fails is reported, and the conversation goes on
+    without it.
     """
     system = decode_utf8("--system", os.fsencode(system)) if system else None
     with open_station(config) as station:
@@ -51,7 +54,8 @@ def chat(system: str | None, stats: bool, config: BaseStationConfig, sampling: S
             messages.append({"role": "user", "content": line})
             try:
                 ids = station.tokenizer.encode_chat(messages)
-                text = print_answer(sequence, ids, sampling, stats=stats)
+                with _first_interrupt() as interrupted:
+                    text = print_answer(sequence, ids, sampling, stats=stats, stopped=interrupted.is_set)
             except WdmoeError as error:
                 if isinstance(error, ChatTemplateError) and all(m["role"] != "assistant" for m in messages):
                     raise  # there is no conversation yet to be kept
@@ -64,6 +68,22 @@ def chat(system: str | None, stats: bool, config: BaseStationConfig, sampling: S
             messages.append({"role": "assistant", "content": text})
     if failed is not None:
         raise SystemExit(failed.exit_code)
+
+
+@contextmanager
+def _first_interrupt() -> Iterator[threading.Event]:
+    """Meanwhile the first SIGINT sets this event instead of raising KeyboardInterrupt in the middle of a layer."""
+    interrupted = threading.Event()
+
+    def on_interrupt(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        interrupted.set()
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _keep_connected(dispatcher: "Dispatcher") -> None:

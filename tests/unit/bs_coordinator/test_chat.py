@@ -1,5 +1,6 @@
 """`wdmoe-bs chat` on a model of its own making: an answer that fails ends neither the chat nor what was said before."""
 
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,11 @@ class _Station:
         return self
 
     def generate(self, ids: list[int], sampling: object, **kwargs: object) -> Iterator[Any]:
+        if "interrupt" in self.asked[-1][-1]:
+            signal.raise_signal(signal.SIGINT)
         yield SimpleNamespace(text="yes", steps=())
+        if "interrupt" in self.asked[-1][-1]:
+            pytest.fail("a token after Ctrl-C")
         if "fail" in self.asked[-1][-1]:
             raise DispatchError("no answer for layer 0")
 
@@ -60,6 +65,21 @@ def test_a_chat_goes_on_after_an_answer_that_fails(monkeypatch: pytest.MonkeyPat
     assert done.exit_code == code, done.output
     assert station.asked == [["first"], ["first", "yes", "this will fail"], ["first", "yes", last]]
     assert station.recovered == 1
+
+
+def test_an_interrupt_ends_the_answer_and_not_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    station = _Station()
+
+    @contextmanager
+    def open_station(config: object) -> Iterator[_Station]:
+        yield station
+
+    monkeypatch.setattr(command, "open_station", open_station)
+    before = signal.getsignal(signal.SIGINT)
+    done = CliRunner().invoke(command.chat, ["--bundle", "b", "--no-stats"], input="interrupt this\nlast\n")
+    assert done.exit_code == 0, done.output
+    assert station.asked == [["interrupt this"], ["interrupt this", "yes", "last"]]
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_a_conversation_that_the_template_refuses_later_does_not_end_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:
