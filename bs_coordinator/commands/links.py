@@ -10,6 +10,7 @@ from bs_coordinator.commands.station import connect_nodes
 from bs_coordinator.commands.tables import print_links
 from bs_coordinator.config import ClusterConfig
 from bs_coordinator.errors import PlacementError
+from common.json_output import json_option, print_json
 from common.options import Command, config_options
 
 
@@ -22,8 +23,9 @@ from common.options import Command, config_options
     type=click.Path(path_type=Path),
     help="Append every link sample to this file; 'wdmoe-bs replay' reads it.",
 )
+@json_option
 @config_options(config=ClusterConfig)
-def links(seconds: float, link_log: Path | None, config: ClusterConfig) -> None:
+def links(seconds: float, link_log: Path | None, as_json: bool, config: ClusterConfig) -> None:
     """Measure the idle links of all nodes."""
     from bs_coordinator.links.log import link_log as open_log
 
@@ -33,4 +35,8 @@ def links(seconds: float, link_log: Path | None, config: ClusterConfig) -> None:
         if not dispatcher.registry.nodes:
             raise PlacementError("no node is online")
         dispatcher.measure_links(seconds)
-        print_links(dispatcher.links.estimates(time.perf_counter()))
+        estimates = dispatcher.links.estimates(time.perf_counter())
+        if as_json:
+            print_json(estimates)
+        else:
+            print_links(estimates)

@@ -5,15 +5,18 @@ import click
 from bs_coordinator.commands.station import connect_nodes
 from bs_coordinator.commands.tables import compact_table, print_table
 from bs_coordinator.config import ClusterConfig
+from common.json_output import json_option, print_json
 from common.options import Command, config_options
+from wire.experts import format_selector
 
 _TELEMETRY_S = 1.2
 """Every node sends telemetry once a second."""
 
 
 @click.command(cls=Command, example="wdmoe-bs nodes --bundle bundle --broker mqtt://192.168.1.10")
+@json_option
 @config_options(config=ClusterConfig)
-def nodes(config: ClusterConfig) -> None:
+def nodes(as_json: bool, config: ClusterConfig) -> None:
     """List the nodes online and the experts that no node holds."""
     from bs_coordinator.nodes.telemetry_inbox import describe
 
@@ -22,6 +25,16 @@ def nodes(config: ClusterConfig) -> None:
         if registry.nodes:
             dispatcher.pump(_TELEMETRY_S)
         latest = dispatcher.telemetry.latest()
+    if as_json:
+        print_json(
+            {
+                "nodes": [status for _, status in sorted(registry.nodes.items())],
+                "telemetry": {name: sample.telemetry for name, sample in latest.items()},
+                "ignored": dict(registry.ignored),
+                "missing_experts": format_selector(registry.missing()),
+            }
+        )
+        return
     table = compact_table()
     for column in ("node", "host", "experts", "quantisation", "experts'\nRAM", "free\nRAM", "device", "telemetry"):
         figures = column.endswith("RAM")

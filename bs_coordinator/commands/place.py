@@ -10,6 +10,7 @@ import msgspec
 
 from common.csv_rows import read_rows
 from common.errors import StorageError
+from common.json_output import json_option, print_json
 from common.jsonl import decode_json
 from common.options import Command
 from common.sizes import parse_bytes
@@ -68,9 +69,10 @@ def _nodes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
     help="Present placement, from --out: move little.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Write the placement as JSON.")
+@json_option
 def place(
     bundle: Path, nodes: dict[str, tuple[int, float]], replicas: int, traffic: Path | None, keep: Path | None,
-    out: Path | None,
+    out: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Plan which device holds which experts.
 
@@ -89,8 +91,11 @@ def place(
         devices, _traffic(traffic, manifest), replicas, slices=slices, current=_current(keep, manifest)
     )
     selectors = {name: format_selector(ids, slices) for name, ids in placement.experts.items() if ids}
-    for name, selector in selectors.items():
-        click.echo(f"wdmoe-node --id {name} --experts '{selector}' …")
+    if as_json:
+        print_json(selectors)
+    else:
+        for name, selector in selectors.items():
+            click.echo(f"wdmoe-node --id {name} --experts '{selector}' …")
     for reason in placement.reasons:
         click.echo(reason, err=True)
     if out:

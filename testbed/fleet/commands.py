@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from common.json_output import json_option, print_json
 from common.options import Group
 from testbed.errors import FleetError
 
@@ -83,12 +84,12 @@ def rollback(inventory: Path, limit: str | None, timeout_s: float, release: str 
 
 @fleet.command(example="wdmoe-testbed fleet status -i fleet.yaml")
 @_INVENTORY
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def status(inventory: Path, as_json: bool) -> None:
     """Show release, service state and resources of each host."""
     hosts = _ask_hosts("status", inventory, {}, timeout_s=_QUICK_S)
     if as_json:
-        click.echo(msgspec.json.encode(hosts))
+        print_json(hosts)
     else:
         _print_status(hosts)
 

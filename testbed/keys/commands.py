@@ -5,6 +5,7 @@ from pathlib import Path, PurePosixPath
 
 import click
 
+from common.json_output import json_option, print_json
 from common.options import Group
 from testbed.keys.validity import AUTHORITY_DAYS, CERTIFICATE_DAYS, RENEWAL_DAYS
 
@@ -94,12 +95,16 @@ def rotate(folder: Path, names: tuple[str, ...], revoke_old: bool, days: float) 
 
 @keys.command(name="list", example="wdmoe-testbed keys list keys")
 @_FOLDER
-def list_(folder: Path) -> None:
+@json_option
+def list_(folder: Path, as_json: bool) -> None:
     """Print when each certificate expires."""
     from testbed.keys.folder import KeyFolder
 
-    now = datetime.now(UTC)
-    for name, until in KeyFolder(folder).expiries():
+    now, expiries = datetime.now(UTC), KeyFolder(folder).expiries()
+    if as_json:
+        print_json([expiry._asdict() for expiry in expiries])
+        return
+    for name, until in expiries:
         left = (until - now).days
         note = "  EXPIRED" if until <= now else f"  in {left} days" + ("  renew soon" if left < RENEWAL_DAYS else "")
         click.echo(f"{name:20} {until:%Y-%m-%d %H:%M} UTC{note}")

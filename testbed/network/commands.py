@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from common.json_output import json_option, print_json
 from common.options import Group
 from testbed.errors import NetworkError
 
@@ -66,16 +67,14 @@ def down(name: str | None) -> None:
 
 @net.command(example="wdmoe-testbed net status")
 @_NAME
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def status(name: str | None, as_json: bool) -> None:
     """Show the current links, their traffic, and the relay's load."""
-    import msgspec
-
     from testbed.network.emulated import attach_by_name
 
     answer = attach_by_name(name).status()
     if as_json:
-        click.echo(msgspec.json.encode(answer))
+        print_json(answer)
     else:
         _print(answer)
 

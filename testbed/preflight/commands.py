@@ -1,9 +1,10 @@
-"""`wdmoe-testbed preflight`. Heavy imports wait until the command needs them."""
+"""`wdmoe-testbed preflight` and `doctor`. Heavy imports wait until the command needs them."""
 
 from pathlib import Path
 
 import click
 
+from common.json_output import json_option, print_json
 from common.options import Command
 from common.progress import show_stages
 from testbed.errors import PreflightError
@@ -16,10 +17,9 @@ from testbed.plan.commands import DATA, PLAN
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs"), help="Where the run's folder would be.")
 @click.option("--keys", type=click.Path(path_type=Path), help="Folder of 'keys': also checks when certificates expire.")
 @click.option("--quick", is_flag=True, help="Start no nodes and measure no rates.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+@json_option
 def preflight(plan_path: Path, data: Path | None, out: Path, keys: Path | None, quick: bool, as_json: bool) -> None:
     """Check whether a plan can run here and now, node by node. Whatever it starts, it stops again."""
-    import msgspec
     from rich.console import Console
 
     from testbed.plan.reading import read_plan
@@ -29,7 +29,7 @@ def preflight(plan_path: Path, data: Path | None, out: Path, keys: Path | None, 
     with show_stages("preflight") as show:
         checks = run_preflight(plan, out=out, keys=keys, quick=quick, on_progress=show)
     if as_json:
-        click.echo(msgspec.json.encode(checks))
+        print_json(checks)
     else:
         print_checks(checks, Console())
     if failed := [check for check in checks if check.level == "fail"]:
@@ -40,6 +40,25 @@ def preflight(plan_path: Path, data: Path | None, out: Path, keys: Path | None, 
         )
 
 
+@click.command(cls=Command, example="wdmoe-testbed doctor")
+@json_option
+def doctor(as_json: bool) -> int:
+    """Show what this machine lacks, and what would make it faster.
+
+    The exit code is 1 if something is missing that the demo needs.
+    """
+    from testbed.preflight.doctor import examine
+
+    checks = examine()
+    if as_json:
+        print_json(checks)
+    else:
+        for check in checks:
+            click.echo(f"{'ok' if check.level == 'pass' else check.level:<8}{check.name:<16}{check.detail}")
+    return int(any(check.level == "fail" for check in checks))
+
+
 def register(group: click.Group) -> None:
-    """Add the command to `wdmoe-testbed`."""
+    """Add the commands to `wdmoe-testbed`."""
+    group.add_command(doctor)
     group.add_command(preflight)

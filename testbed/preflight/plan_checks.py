@@ -1,10 +1,8 @@
 """Checks of this machine and of a plan's files; nothing is started or changed."""
 
-import os
 import re
 import secrets
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -14,7 +12,6 @@ import psutil
 from bs_coordinator.broker.processes import mosquitto_path
 from bs_coordinator.dispatch.readiness import measure_broker
 from bs_coordinator.selection import parse_policy
-from common.child_output import run_parsed
 from common.errors import WdmoeError
 from testbed import facts
 from testbed.demo_assets import demo_bundle_path
@@ -24,6 +21,7 @@ from testbed.experiment.start import named_demo_bundle
 from testbed.plan.estimate import estimate
 from testbed.plan.reading import check_plan
 from testbed.plan.schema import Choice, Items, Perplexity, Plan
+from testbed.preflight.machine import clock, governor, load
 from testbed.preflight.verdicts import Check, Level
 from wire.broker_address import BrokerAddress
 from wire.experts import UnitId, format_selector, parse_selector
@@ -66,7 +64,7 @@ def machine_checks(plan: Plan, *, out: Path) -> list[Check]:
     Args:
         out: where the run's folder would be made.
     """
-    return [_disk(plan, out), _clock(plan), _governor(), _load(), _survey(), _code()]
+    return [_disk(plan, out), clock(several_machines=plan.external is not None), governor(), load(), _survey(), _code()]
 
 
 def checked(name: str, question: Callable[..., tuple[Level, str]], *about: object) -> Check:
@@ -209,33 +207,6 @@ def _disk(plan: Plan, out: Path) -> Check:
     return Check("disk", level, f"about {needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free at {place}")
 
 
-def _clock(plan: Plan) -> Check:
-    """Durations use one clock each; only lining up the logs of several machines needs clocks that agree."""
-    level: Level = "warn" if plan.external else "pass"
-    effect = "logs of several machines can't be lined up" if plan.external else "one machine, one clock"
-    try:
-        argv = ["timedatectl", "show", "-p", "NTPSynchronized", "--value"]
-        answer = run_parsed(argv, timeout_s=5).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        answer = ""
-    if answer == "yes":
-        return Check("clock", "pass", "synchronised")
-    return Check("clock", level, f"{'not synchronised' if answer == 'no' else 'synchronisation unknown'}; {effect}")
-
-
-def _governor() -> Check:
-    power = facts.power()
-    if power.get("throttled", "0x0") != "0x0":
-        return Check("CPU", "warn", f"throttled now or since boot ({power['throttled']}): cooling or power supply")
-    governors = power.get("governors")
-    if not governors:
-        return Check("CPU", "pass", "no frequency governor")
-    if governors == ["performance"]:
-        return Check("CPU", "pass", "governor performance")
-    hint = "'cpupower frequency-set -g performance' makes times more stable"
-    return Check("CPU", "warn", f"governor {', '.join(governors)}: {hint}")
-
-
 def _survey() -> Check:
     """How busy the channel of this machine's radio is."""
     for path in sorted(Path("/sys/class/net").glob("*/phy80211")):
@@ -260,14 +231,6 @@ def busy_share(survey: str) -> float | None:
         if "[in use]" in block and times.get("active") and "busy" in times:
             return times["busy"] / times["active"]
     return None
-
-
-def _load() -> Check:
-    load, cpus = os.getloadavg()[0], len(os.sched_getaffinity(0))
-    level: Level = "warn" if load > 0.5 * cpus else "pass"
-    return Check(
-        "load", level, f"{load:.1f} on {cpus} CPUs" + (": other work will disturb the measurement" * (level != "pass"))
-    )
 
 
 def _code() -> Check:

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from common.console import printable
+from common.json_output import json_option, print_json
 from common.options import Command
 
 RUN = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
@@ -13,11 +14,14 @@ RUN = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.command(cls=Command, example="wdmoe-testbed status runs/mine --follow")
 @RUN
 @click.option("--follow", "-f", "following", is_flag=True, help="Keep showing the progress until the run stops.")
-def status(folder: Path, following: bool) -> None:
+@json_option
+def status(folder: Path, following: bool, as_json: bool) -> None:
     """Show how far a run is and what failed."""
     from testbed.run_directory.directory import RunDir
     from testbed.run_directory.status import lines, status_of
 
+    if following and as_json:
+        raise click.UsageError("--json shows the present state: leave out --follow")
     if following:
         from rich.console import Console
 
@@ -25,7 +29,11 @@ def status(folder: Path, following: bool) -> None:
 
         follow(RunDir(folder), Console(highlight=False))
         return
-    for line in lines(status_of(RunDir(folder))):
+    now = status_of(RunDir(folder))
+    if as_json:
+        print_json(now)
+        return
+    for line in lines(now):
         click.echo(printable(line))
 
 

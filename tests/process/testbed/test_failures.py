@@ -1,6 +1,7 @@
 """What goes wrong, as a user meets it: one clear line, the right exit code, no hang, no traceback."""
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -80,10 +81,16 @@ def test_nodes_are_listed(run: Run, full_fleet: LocalNodes) -> None:
     assert done.returncode == 0, done.stderr
     assert all(f"n{k}" in done.stdout for k in range(4))
     assert "…" not in done.stdout
+    done = run("bs_coordinator", "nodes", "--bundle", full_fleet.bundle, *_cluster(full_fleet), "--json")
+    listed = json.loads(done.stdout)
+    assert [node["node"] for node in listed["nodes"]] == [f"n{k}" for k in range(4)]
+    assert (listed["ignored"], listed["missing_experts"]) == ({}, "")
     probed = run("bs_coordinator", "links", "--bundle", full_fleet.bundle, *_cluster(full_fleet), "--seconds", 0.5)
     assert probed.returncode == 0, probed.stderr
     assert "±" in probed.stdout
     assert "…" not in probed.stdout
+    command = ["links", "--bundle", full_fleet.bundle, *_cluster(full_fleet), "--seconds", 0.5, "--json"]
+    assert all(node["link"]["rtt_s"] > 0 for node in json.loads(run("bs_coordinator", *command).stdout))
 
 
 def test_chat_remembers(run_process: Run, full_fleet: LocalNodes) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 _BLOCKED = """
-import importlib.abc, json, sys
+import importlib.abc, importlib.metadata, json, sys
 
 INSTALLED = {"click", "msgspec", "numpy"}
 OWN = {"common", "wire", "exporter", "edge_node", "bs_coordinator", "testbed", "tests"}
@@ -20,11 +20,15 @@ class Blocked(importlib.abc.MetaPathFinder):
             return None
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
+def version(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
 sys.meta_path.insert(0, Blocked())
+importlib.metadata.version = version
 from tests.in_process import run_in_process
 for package, *arguments in json.load(sys.stdin):
     done = run_in_process(package, *arguments)
-    print(json.dumps([done.returncode, done.stderr]))
+    print(json.dumps([done.returncode, done.stderr, done.stdout]))
 """
 _LINES = {
     "bs": [
@@ -56,10 +60,10 @@ _LINES = {
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory, random_bundle: Path) -> dict[str, tuple[int, str]]:
-    """Exit code and stderr of each line, all in one process that finds no package of an extra."""
+def ended(tmp_path_factory: pytest.TempPathFactory, random_bundle: Path) -> dict[str, tuple[int, str, str]]:
+    """Exit code, stderr and stdout of each line, all in one process that finds no package of an extra."""
     folder = tmp_path_factory.mktemp("plain")
-    lines = [line for group in _LINES.values() for line in group]
+    lines = ["testbed doctor", *(line for group in _LINES.values() for line in group)]
     commands = [[{"B": str(random_bundle), "OUT": "out"}.get(word, word) for word in line.split()] for line in lines]
     done = subprocess.run(
         [sys.executable, "-c", _BLOCKED], cwd=folder, input=json.dumps(commands), text=True, capture_output=True,
@@ -69,8 +73,14 @@ def ended(tmp_path_factory: pytest.TempPathFactory, random_bundle: Path) -> dict
 
 
 @pytest.mark.parametrize(("extra", "line"), [(extra, line) for extra, lines in _LINES.items() for line in lines])
-def test_the_extra_is_named(extra: str, line: str, ended: dict[str, tuple[int, str]]) -> None:
-    code, shown = ended[line]
+def test_the_extra_is_named(extra: str, line: str, ended: dict[str, tuple[int, str, str]]) -> None:
+    code, shown, _ = ended[line]
     assert code == 52, shown
     assert shown.endswith(f"is not installed: pip install 'wdmoe[{extra}]'\n")
     assert shown.count("\n") == 1
+
+
+def test_the_doctor_needs_none(ended: dict[str, tuple[int, str, str]]) -> None:
+    code, errors, shown = ended["testbed doctor"]
+    assert (code, errors) == (1, "")
+    assert "pip install 'wdmoe[testbed]'" in shown
