@@ -31,7 +31,7 @@ def nodes(as_json: bool, config: ClusterConfig) -> None:
                 "nodes": [status for _, status in sorted(registry.nodes.items())],
                 "telemetry": {name: sample.telemetry for name, sample in latest.items()},
                 "ignored": dict(registry.ignored),
-                "missing_experts": format_selector(registry.missing()),
+                "missing_experts": format_selector(registry.missing(), registry.dims.slices),
             }
         )
         return
