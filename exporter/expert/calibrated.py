@@ -17,7 +17,7 @@ from wire.manifest import Dims
 from wire.tensors import Array
 
 METHOD: Literal["gptq"] = "gptq"
-_DAMPING = 0.05
+_DAMPING = 0.5
 """Added to the second moments' diagonal, relative to its mean: inputs that the text lacks count, too."""
 _SHRINKS = tuple(np.linspace(1.0, 0.7, 11, dtype=np.float32))
 """Scales to try, relative to those that span all weights of a block."""
