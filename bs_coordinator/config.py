@@ -160,6 +160,11 @@ class SamplingConfig(Config):
 
     Attributes:
         skip: draws already made by an earlier process, for the same `seed`.
+        min_tokens: no end token is chosen before so many new tokens.
+        ignore_eos: end tokens do not end the answer.
+        logprobs: for each new token, keep its log-probability and those of so many of the most probable tokens; None
+            for none of them.
+        prompt_logprobs: keep them for the prompt's tokens as well, which are then all computed.
     """
 
     max_tokens: Annotated[int, Option("Stop after this many new tokens.", minimum=1)] = 256
@@ -171,6 +176,10 @@ class SamplingConfig(Config):
     ] = 1.0
     seed: Annotated[int, Option("Seed of the draw: the same seed gives the same tokens.", check=check_seed)] = 0
     skip: int = 0
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +197,20 @@ class ServeConfig(Config):
     ] = 16
     api_key_file: Annotated[
         Path | None, Option("File of mode 600 with the API key that callers must send; required beyond loopback.")
+    ] = None
+    api_keys_file: Annotated[
+        Path | None,
+        Option(
+            "File of mode 600 with API keys by name: lines NAME KEY, or NAME KEY REQUESTS to limit how many requests "
+            "this key may have at the same time."
+        ),
+    ] = None
+    model_alias: Annotated[
+        tuple[str, ...], Option("Further name under which requests may ask for the model; repeatable.")
+    ] = ()
+    request_log: Annotated[
+        Path | None,
+        Option("Append a line of JSON for each request to this file: key, tokens, times, status; no text."),
     ] = None
     cors_origin: Annotated[
         str, Option("Origin of web pages that may call the server, such as https://chat.example; this machine's may.")

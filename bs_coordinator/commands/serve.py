@@ -16,14 +16,14 @@ wdmoe-bs serve --bundle bundle --host 0.0.0.0 --api-key-file api.key""",
 @config_options(http=ServeConfig, config=BaseStationConfig)
 def serve(http: ServeConfig, config: BaseStationConfig) -> None:
     """Answer HTTP requests of OpenAI clients (docs/http.md)."""
-    from bs_coordinator.http.access import listening_sockets, read_api_key
+    from bs_coordinator.http.access import listening_sockets, read_keys
 
-    api_key = read_api_key(http.api_key_file, host=http.host)
+    keys = read_keys(http)
     with listening_sockets(http.host, http.port) as sockets, open_station(config) as station:
         from bs_coordinator.http.server import serve_station
         from bs_coordinator.metrics import StationMetrics
 
         serve_station(
-            station, http, sockets, api_key=api_key, layer_timeout_s=config.layer_timeout_s,
+            station, http, sockets, keys=keys, layer_timeout_s=config.layer_timeout_s, policy=config.policy,
             metrics=StationMetrics(station.dispatcher, model=station.manifest.source.name),
         )  # fmt: skip

@@ -153,7 +153,7 @@ class DistributedModel:
             raise _NotFiniteError(_largest(tallies))
         end_ns = perf_counter_ns()
         record = StepRecord(
-            phase="decode" if all(len(s.ids) == 1 or s.rows for s in inputs) else "prefill",
+            phase="decode" if all(len(s.ids) == 1 or (s.rows and not s.prompt) for s in inputs) else "prefill",
             position=position,
             tokens=sum(len(sequence.ids) for sequence in inputs),
             total_ns=end_ns - began_ns,

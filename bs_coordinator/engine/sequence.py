@@ -4,9 +4,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from bs_coordinator.config import SamplingConfig
+from bs_coordinator.engine.logprobs import TokenLogprob, log_probabilities
 from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.sampling import TokenSampler
 from bs_coordinator.engine.speculation import Draft, DraftLength, Speculation
@@ -18,6 +20,9 @@ from bs_coordinator.trunk.inputs import SequenceInput
 
 PREFILL_CHUNK_TOKENS = 512
 """Longer prompts go through the model in chunks of this size, which keeps activations small."""
+
+_SCORED_CHUNK_TOKENS = 128
+"""Of prompts whose tokens are all scored: the logits of 512 tokens with 152,000 entries each would take 300 MB."""
 
 StopReason = Literal["eos", "max-tokens", "context"]
 
@@ -32,12 +37,17 @@ class TokenEvent:
         steps: the forward steps it took: one, one per chunk of the prompt, or none for an accepted draft token, which
             came with the token before it.
         stop: why the sequence ends here, else None.
+        logprob: of the token, if `SamplingConfig.logprobs` asks for it.
+        prompt: with the first token, the log-probabilities of all tokens of the prompt but the first, if
+            `SamplingConfig.prompt_logprobs` asks for them.
     """
 
     id: int
     text: str
     steps: tuple[StepRecord, ...]
     stop: StopReason | None
+    logprob: TokenLogprob | None = None
+    prompt: tuple[TokenLogprob, ...] = ()
 
 
 class Sequence:
@@ -129,10 +139,14 @@ class Sequence:
             shared += 1
         kept_whole = shared == len(self.cached_ids) and (trunk.continues or len(prompt) - shared == 1)
         if not trunk.can_truncate and not kept_whole:
-            self.cache, self.cached_ids = trunk.new_cache(), []
+            self.forget()
             return prompt
         self.truncate(shared)
         return prompt[shared:]
+
+    def forget(self) -> None:
+        """Empty the cache."""
+        self.cache, self.cached_ids = self.model.trunk.new_cache(), []
 
     def truncate(self, tokens: int) -> None:
         """Remove all but the first `tokens` positions from the cache."""
@@ -157,7 +171,10 @@ class GeneratedAnswer:
         self._config = config
         self._sampler = TokenSampler(config)
         self._stream = sequence.tokenizer.stream(prompt if same_text else ())
+        if config.prompt_logprobs:
+            sequence.forget()
         self._pending = sequence.reuse_cache(prompt)
+        self._prompt_logprobs: list[TokenLogprob] = []
         self._running: list[int] = []
         self._length = DraftLength(sequence.speculation.cost, sequence.speculation.acceptance)
         self._draft = Draft()
@@ -181,6 +198,9 @@ class GeneratedAnswer:
             sequences: number of sequences that will share the step.
         """
         trunk = self._sequence.model.trunk
+        scored = self._config.prompt_logprobs and not self.decoding
+        if scored:
+            prefill_tokens = min(prefill_tokens, _SCORED_CHUNK_TOKENS)
         self._running = self._pending[:prefill_tokens] if trunk.continues else self._pending
         self._draft = Draft()
         drafter = self._sequence.drafter
@@ -195,8 +215,11 @@ class GeneratedAnswer:
             proposed = _until_eos(drafter.propose(self._ids), self._sequence.tokenizer.eos_ids)
             self._draft = self._length.draft(proposed, room, sequences=sequences)
         drafted = self._draft.ids
-        rows = list(range(len(drafted) + 1)) if drafted else None
-        return SequenceInput(self._running + drafted, self._sequence.cache, rows=rows, length=len(self._ids))
+        count = len(self._running) if scored else len(drafted) + 1 if drafted else 0
+        return SequenceInput(
+            self._running + drafted, self._sequence.cache, rows=list(range(count)) or None, length=len(self._ids),
+            prompt=scored,
+        )  # fmt: skip
 
     def accept(self, logits: Tensor, step: StepRecord, *, sequences: int = 1) -> list[TokenEvent]:
         """Take in the result of the last input; returns the new tokens, none while the prompt is not finished.
@@ -210,10 +233,15 @@ class GeneratedAnswer:
         drafted = draft.ids
         sequence.cached_ids += self._running + drafted
         self._pending = self._pending[len(self._running) :]
+        if self._config.prompt_logprobs and not self.decoding:
+            logits = self._score_prompt(logits)
         if self._pending:
             self._steps.append(step)
             return []
-        chosen = self._sampler.verify(logits, drafted) if drafted else [self._sampler.choose(logits)]
+        choices = self._without_eos(logits)
+        chosen = self._sampler.verify(choices, drafted) if drafted else [self._sampler.choose(choices)]
+        top = self._config.logprobs
+        scores = [None] * len(chosen) if top is None else log_probabilities(logits, chosen, top)
         accepted = len(chosen) - 1
         if self.decoding:
             self._length.observe(draft, accepted, step.total_ns / 1e9, rows=step.tokens, sequences=sequences)
@@ -222,12 +250,12 @@ class GeneratedAnswer:
             step = replace(step, drafted=len(drafted), accepted=accepted, draft_ns=draft_ns)
         self._steps.append(step)
         events = []
-        for id in chosen:
+        for id, score in zip(chosen, scores, strict=True):
             stop = self._stop_reason(id)
             text = "" if stop == "eos" else self._stream.push(id)
             self._ids.append(id)
-            events.append(TokenEvent(id, text, tuple(self._steps), stop))
-            self._steps = []
+            events.append(TokenEvent(id, text, tuple(self._steps), stop, score, tuple(self._prompt_logprobs)))
+            self._steps, self._prompt_logprobs = [], []
             if stop:
                 self.done = True
                 break
@@ -236,8 +264,24 @@ class GeneratedAnswer:
         self._pending = self._ids[-1:]
         return events
 
+    def _score_prompt(self, logits: Tensor) -> Tensor:
+        """Keep the log-probabilities of the prompt's tokens that follow the ones just run; returns the last row."""
+        done = len(self._sequence.cached_ids)
+        following = self._ids[done - len(logits) + 1 : done + 1]
+        self._prompt_logprobs += log_probabilities(logits, following, self._config.logprobs or 0)
+        return logits[-1:]
+
+    def _without_eos(self, logits: Tensor) -> Tensor:
+        """The logits with end tokens made impossible in the rows before `min_tokens`; row 0 is the next token's."""
+        rows = self._config.min_tokens - (len(self._ids) - self.prompt_tokens)
+        if rows <= 0:
+            return logits
+        logits = logits.clone()
+        logits[:rows, list(self._sequence.tokenizer.eos_ids)] = -torch.inf
+        return logits
+
     def _stop_reason(self, id: int) -> StopReason | None:
-        if id in self._sequence.tokenizer.eos_ids:
+        if id in self._sequence.tokenizer.eos_ids and not self._config.ignore_eos:
             return "eos"
         if len(self._ids) + 1 >= self._sequence.max_positions:
             return "context"

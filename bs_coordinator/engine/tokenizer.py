@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,12 @@ from bs_coordinator.errors import ChatTemplateError
 from wire.errors import BundleError
 
 ChatMessage = dict[str, str]
+
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(0x100 + i): byte for i, byte in enumerate(byte for byte in range(0x100) if byte not in _PRINTABLE)
+}
+"""The bytes that byte-level vocabularies write as these characters (GPT-2's `bytes_to_unicode`)."""
 
 
 @contextlib.contextmanager
@@ -55,6 +62,7 @@ class Tokenizer:
         self.eos_ids = frozenset(id for id in named if id is not None)
         added = self._tokenizer.backend_tokenizer.get_added_tokens_decoder()
         self.special_tokens: dict[int, str] = {id: token.content for id, token in added.items() if token.special}
+        self._byte_level = "ByteLevel" in repr(self._tokenizer.backend_tokenizer.decoder)
         self._control = ControlTokens(self._tokenizer.backend_tokenizer, self.eos_ids, self._tokenizer.chat_template)
 
     @property
@@ -120,6 +128,32 @@ class Tokenizer:
                 self._render_chat(others)
                 reason = f"it takes no system message ({reason}); put its text into the first user message instead"
         raise ChatTemplateError(f"the model's chat template refuses these messages: {reason}")
+
+    @_panics_as_errors()
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        text: str = self._tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    @_panics_as_errors()
+    def token_bytes(self, id: int) -> bytes:
+        """What one token contributes to a text, as UTF-8, which may be a part of a character; a special token's name.
+
+        Ids beyond the vocabulary, for which some models have logits, have no bytes.
+        """
+        backend = self._tokenizer.backend_tokenizer
+        name = backend.id_to_token(id)
+        if name is None:
+            return b""
+        if id in backend.get_added_tokens_decoder():
+            return str(name).encode()
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):
+            return bytes.fromhex(byte[1])
+        if self._byte_level and all(character in _BYTES for character in name):
+            return bytes(_BYTES[character] for character in name)
+        # Decoders change the beginning of a text: the token is decoded behind itself.
+        once, twice = backend.decode([id]), backend.decode([id, id])
+        return str(twice)[len(once) :].encode()
 
     @_panics_as_errors()
     def stream(self, continued: Sequence[int] = ()) -> "TextStream":

@@ -89,16 +89,23 @@ class AnswerServer:
         self._thread.join()
 
     def accept(
-        self, sampling: SamplingConfig, deliver: Callable[[StreamUpdate], None], *, same_text: bool = False
-    ) -> Request:
+        self, sampling: SamplingConfig, deliver: Callable[[StreamUpdate], None], *, same_text: bool = False,
+        successor: bool = False,
+    ) -> Request:  # fmt: skip
         """Give a request its place, from any thread, before its prompt is tokenised; `submit` or `cancel` must follow.
+
+        Args:
+            sampling: how to choose the answer's tokens.
+            deliver: called from the serving thread with each update; must not block.
+            same_text: the answer continues the prompt's text, as for `Sequence.answer`.
+            successor: the request takes the place of one that has just ended, even if another caller has taken it.
 
         Raises:
             BusyError: there are too many requests already, or the server is being stopped.
         """
         request = Request(sampling, deliver, self._clock.monotonic_s(), same_text)
         with self._lock:
-            busy = self._take_place(request)
+            busy = self._take_place(request, None if successor else self._limit)
         if busy is None:
             return request
         self._observe(lambda observer: observer.refused(busy))
@@ -112,14 +119,26 @@ class AnswerServer:
         """Drop a request, from any thread; nothing happens if it is finished."""
         self._cancelled.append(request)
 
+    def ahead(self, request: Request) -> int:
+        """How many accepted requests have to end before this one is answered, from any thread; 0 if none."""
+        with self._lock:
+            earlier = next((i for i, key in enumerate(self._requests) if key == id(request)), 0)
+        return max(0, earlier + 1 - self._scheduler.max_live)
+
+    @property
+    def free_places(self) -> int:
+        """How many requests could begin to be answered at once, from any thread; others may take the places first."""
+        with self._lock:
+            return max(0, self._scheduler.max_live - len(self._requests))
+
     def load(self) -> Load:
         """The present state, from any thread."""
         with self._lock:
             stalled_s = self._clock.monotonic_s() - self._progress_s if self._requests else 0.0
             return Load(len(self._requests), stalled_s, self._lost)
 
-    def _take_place(self, request: Request) -> BusyError | None:
-        if len(self._requests) >= self._limit or self._stop.is_set():
+    def _take_place(self, request: Request, limit: int | None) -> BusyError | None:
+        if (limit is not None and len(self._requests) >= limit) or self._stop.is_set():
             # Those ahead leave `max_live` at a time.
             rounds = math.ceil((len(self._requests) - self._scheduler.max_live + 1) / self._scheduler.max_live)
             return BusyError(len(self._requests), retry_after_s=max(1.0, rounds * self._answer_s.value))

@@ -4,10 +4,9 @@ Source: the OpenAI API reference (completions, chat completions, models). Starle
 """
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from hmac import compare_digest
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 from starlette.applications import Starlette
@@ -19,31 +18,39 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.tokenizer import Tokenizer
-from bs_coordinator.errors import AnswerError, BusyError, ContextLengthError
+from bs_coordinator.http.access import ApiKey
 from bs_coordinator.http.answer_server import AnswerServer
+from bs_coordinator.http.api_keys import KeyRing
+from bs_coordinator.http.choices import HUNG_UP, Choice, Choices
 from bs_coordinator.http.metrics import CountResponses, MetricsSource, metrics_route
 from bs_coordinator.http.openai_responses import (
     STREAM_END,
+    Prompt,
     ResponseFormat,
     ResponseKind,
     Token,
+    comment,
     error_document,
     server_sent_event,
 )
 from bs_coordinator.http.openai_schema import Chat, Completion, Options, parse_request
+from bs_coordinator.http.openapi_document import openapi_document
 from bs_coordinator.http.prompts import PromptEncoder
-from bs_coordinator.http.requests import StreamUpdate
+from bs_coordinator.http.request_log import LogLine, RequestTracking, TrackedRequest
 from bs_coordinator.http.stop_strings import StopText
 from bs_coordinator.page.feed import LiveFeed
 from bs_coordinator.page.routes import page_routes
-from common.errors import WdmoeError
+from common.clock import SYSTEM_CLOCK, Clock
 
 MAX_BODY_BYTES = 1 << 20
+ANY_MODEL = "wdmoe"
+"""Name of whichever model is served."""
 _LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 _BODY_S = 30
 """A request's body has to arrive within this time."""
+_KEEP_ALIVE_S = 10.0
+"""Proxies and clients commonly give up after 30 to 60 s without a byte."""
 
 _Options = TypeVar("_Options", bound=Options)
 
@@ -51,58 +58,104 @@ _Options = TypeVar("_Options", bound=Options)
 def http_app(
     server: AnswerServer, tokenizer: Tokenizer, *, model: str, api_key: str | None, stall_s: float,
     max_positions: int = 1 << 20, hosts: Sequence[str] = ("*",), origin: str = "", live: LiveFeed | None = None,
-    metrics: MetricsSource | None = None,
+    metrics: MetricsSource | None = None, keys: Sequence[ApiKey] = (),
+    model_aliases: Sequence[str] = (), about: Mapping[str, str] | None = None, log_request: LogLine | None = None,
+    keep_alive_s: float = _KEEP_ALIVE_S, clock: Clock = SYSTEM_CLOCK,
 ) -> Starlette:  # fmt: skip
     """The ASGI application.
 
     Args:
         model: name under which the model is listed.
-        api_key: key that callers must send; None lets every caller in.
+        api_key: key that callers must send; None lets every caller in, unless there are `keys`.
         stall_s: the health check fails when running answers have had no token for longer than this.
         max_positions: the model's context length in tokens: prompts that certainly exceed it are not tokenised.
         hosts: names that a request's Host header may have; `*` allows any.
         origin: of web pages that may call the server, besides those of this machine; empty for none.
         live: feed of the live page; None for no page.
         metrics: served at `/metrics`; None for none.
+        keys: further keys that callers may send.
+        model_aliases: further names of the model in requests.
+        about: how the base station is configured, for the field `wdmoe` of responses.
+        log_request: called with a line for each POST request when it is over.
+        keep_alive_s: a stream without a token for so long gets a comment line.
+        clock: for times of requests.
     """
     prompts = PromptEncoder(tokenizer, max_positions)
     listed = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "wdmoe"}
+    ring = KeyRing([*([] if api_key is None else [ApiKey("default", api_key)]), *keys])
+    names = {"", model, ANY_MODEL, *model_aliases}
 
     def check_key(request: Request) -> None:
-        # The scheme's name is case-insensitive (RFC 9110, 11.1); some clients send the key without one.
-        header = request.headers.get("authorization", "")
-        scheme, _, rest = header.partition(" ")
-        sent = rest.strip() if scheme.lower() == "bearer" else header
-        if api_key is not None and not compare_digest(sent.encode(), api_key.encode()):
-            raise HTTPException(
-                401, "a valid API key is needed: Authorization: Bearer …", {"WWW-Authenticate": "Bearer"}
-            )
+        ring.check(request.headers.get("authorization", ""))
+
+    async def read(request: Request, kind: type[_Options]) -> _Options:
+        """The options of a request that may be answered."""
+        options = await _read_options(request, kind)
+        if options.model not in names:
+            raise HTTPException(404, f"the model '{options.model}' is not served here: use '{model}' or '{ANY_MODEL}'")
+        tracked = _tracked(request)
+        ring.enter(tracked.key)
+        tracked.at_end.append(lambda: ring.leave(tracked.key))
+        return options
 
     async def completions(request: Request) -> Response:
-        check_key(request)
-        options = await _read_options(request, Completion)
-        return await answer(request, options, lambda: prompts.encode(options.text_or_ids), "text_completion")
+        _tracked(request).key = ring.check(request.headers.get("authorization", ""))
+        options = await read(request, Completion)
+        texts = options.prompts
+
+        async def tokenise() -> list[list[int]]:
+            return [await prompts.encode(text) for text in texts]
+
+        def echoed(ids: Sequence[list[int]]) -> list[Prompt]:
+            spelt = (
+                Prompt(text if isinstance(text, str) else tokenizer.decode(some), some[0])
+                for text, some in zip(texts, ids, strict=True)
+            )
+            return [prompt for prompt in spelt for _ in range(options.n)] if options.echo else []
+
+        return await answer(request, options, len(texts), tokenise, echoed, "text_completion")
 
     async def chat(request: Request) -> Response:
-        check_key(request)
+        _tracked(request).key = ring.check(request.headers.get("authorization", ""))
         if not tokenizer.has_chat_template:
             raise HTTPException(400, "this model has no chat template: use /v1/completions")
-        options = await _read_options(request, Chat)
-        return await answer(request, options, lambda: prompts.encode_chat(options.conversation), "chat.completion")
+        options = await read(request, Chat)
+
+        async def tokenise() -> list[list[int]]:
+            return [await prompts.encode_chat(options.conversation)]
+
+        return await answer(request, options, 1, tokenise, lambda ids: [], "chat.completion")
 
     async def answer(
-        request: Request, options: Options, tokenise: Callable[[], Awaitable[list[int]]], kind: ResponseKind
-    ) -> Response:
-        text = StopText(options.stops, tokenizer.special_tokens)
-        same_text = kind == "text_completion"
-        ids, tokens = await _begin(server, request, options.sampling, tokenise, text, same_text=same_text)
-        format = ResponseFormat(kind, model, len(ids))
+        request: Request, options: Options, count: int, tokenise: Callable[[], Awaitable[list[list[int]]]],
+        echoed: Callable[[Sequence[list[int]]], list[Prompt]], kind: ResponseKind,
+    ) -> Response:  # fmt: skip
+        tracked = _tracked(request)
+        choices = Choices(
+            server, request, [Choice(i, sampling) for i in range(count) for sampling in options.samplings],
+            lambda: StopText(options.stops, tokenizer.special_tokens),
+            same_text=kind == "text_completion", keep_alive_s=keep_alive_s,
+            on_hang_up=tracked.hung_up,
+        )  # fmt: skip
+        tracked.stream, tracked.choices = options.stream, count * options.n
+        ids = await choices.start(tokenise)
+        tracked.tally.prompt_tokens = sum(map(len, ids))
+        format = ResponseFormat(
+            kind, tracked.id, model, tracked.tally, tokenizer.token_bytes, about=about,
+            logprobs=options.top is not None, echoed=echoed(ids),
+            usage_in_chunks=options.stream_options.continuous_usage_stats,
+        )  # fmt: skip
+        tokens = _counted(choices.tokens(), tracked, none=options.most_tokens == 0)
         # A request that fails before its first token can still get a status of its own.
         first = await anext(tokens)
+        headers = {"X-Request-Id": tracked.id}
         if options.stream:
-            stream = _stream(first, tokens, format, usage=options.stream_options.include_usage)
-            return StreamingResponse(stream, media_type="text/event-stream")
-        return JSONResponse(format.document([first, *[token async for token in tokens]]))
+            stream = _stream(first, tokens, format, choices, tracked, usage=options.stream_options.include_usage)
+            return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+        by_choice: dict[int, list[Token]] = defaultdict(list)
+        for index, token in [item async for item in _chain(first, tokens) if item is not None]:
+            by_choice[index].append(token)
+        return JSONResponse(format.document(by_choice), headers=headers)
 
     async def list_models(request: Request) -> Response:
         check_key(request)
@@ -113,6 +166,9 @@ def http_app(
         if request.path_params["id"] != model:
             raise HTTPException(404, f"there is one model, '{model}'")
         return JSONResponse(listed)
+
+    async def openapi(request: Request) -> Response:
+        return JSONResponse(openapi_document(sorted(names - {""}), needs_key=ring.needed))
 
     async def health(request: Request) -> Response:
         load = server.load()
@@ -132,6 +188,7 @@ def http_app(
         Route("/v1/models", list_models),
         Route("/v1/models/{id:path}", show_model),
         Route("/health", health),
+        Route("/openapi.json", openapi),
         *(page_routes(live, check_key) if live else []),
     ]
     counted = []
@@ -142,6 +199,7 @@ def http_app(
         routes=routes,
         middleware=[
             *counted,
+            Middleware(RequestTracking, clock=clock, write=log_request),
             Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
             Middleware(
                 CORSMiddleware,
@@ -156,88 +214,56 @@ def http_app(
     )
 
 
+_Item = tuple[int, Token] | None
+"""The next token of a choice, or None as a sign of life."""
+
+
+def _tracked(request: Request) -> TrackedRequest:
+    tracked: TrackedRequest = request.state.tracked
+    return tracked
+
+
+async def _counted(items: AsyncIterator[_Item], tracked: TrackedRequest, *, none: bool) -> AsyncIterator[_Item]:
+    """The items, counted.
+
+    Args:
+        none: no token was asked for, only the scores of the prompt's: the one that comes with them is left out.
+    """
+    async for item in items:
+        if item is None:
+            yield None
+        elif none:
+            index, token = item
+            yield index, token._replace(text="", finish="length", logprob=None)
+        else:
+            tracked.tally.add(*item)
+            yield item
+
+
+async def _chain(first: _Item, rest: AsyncIterator[_Item]) -> AsyncIterator[_Item]:
+    yield first
+    async for item in rest:
+        yield item
+
+
 async def _stream(
-    first: Token, rest: AsyncIterator[Token], format: ResponseFormat, *, usage: bool
-) -> AsyncIterator[bytes]:
-    tokens = [first]
+    first: _Item, rest: AsyncIterator[_Item], format: ResponseFormat, choices: Choices, tracked: TrackedRequest, *,
+    usage: bool,
+) -> AsyncIterator[bytes]:  # fmt: skip
     try:
-        yield format.chunk(first, first=True)
-        async for token in rest:
-            tokens.append(token)
-            yield format.chunk(token)
+        async for item in _chain(first, rest):
+            if item is None:
+                ahead = choices.ahead
+                yield comment(f"waiting, {ahead} requests ahead" if ahead else "waiting")
+            else:
+                yield format.chunk(*item)
         if usage:
-            yield format.usage_chunk(tokens)
+            yield format.usage_chunk()
     except HTTPException as error:
         # The status line has been sent: the error becomes the last event.
+        tracked.fail(error.status_code)
         yield server_sent_event(error_document(error.status_code, error.detail))
     yield STREAM_END
-
-
-async def _begin(
-    server: AnswerServer, request: Request, sampling: SamplingConfig, tokenise: Callable[[], Awaitable[list[int]]],
-    text: StopText, *, same_text: bool,
-) -> tuple[list[int], AsyncIterator[Token]]:  # fmt: skip
-    """Take a place for a request, tokenise its prompt and start the answer.
-
-    Returns:
-        The prompt's token ids, and the answer's tokens as they come, the last of them with `finish`.
-
-    Raises:
-        HTTPException: the server is full, or the prompt can't be tokenised; from the iterator: the answer failed, or
-            the caller has hung up.
-    """
-    loop = asyncio.get_running_loop()
-    arrived: asyncio.Queue[list[Token] | HTTPException] = asyncio.Queue()
-
-    def deliver(update: StreamUpdate) -> None:
-        item = _http_exception(update.error) if update.error else [Token.of(event) for event in update.events]
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the caller is gone
-            loop.call_soon_threadsafe(arrived.put_nowait, item)
-
-    try:
-        accepted = server.accept(sampling, deliver, same_text=same_text)
-    except BusyError as error:
-        raise HTTPException(429, str(error), {"Retry-After": f"{error.retry_after_s:.0f}"}) from None
-
-    async def cancel_on_disconnect() -> None:
-        # ASGI sends this message when the caller hangs up, and after the response, when nothing is left to cancel.
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        server.cancel(accepted)
-        arrived.put_nowait(HTTPException(400, "the caller has hung up"))
-
-    # Referred to by the request, because a task without a reference may be garbage-collected.
-    request.state.cancel_on_disconnect = asyncio.create_task(cancel_on_disconnect())
-
-    try:
-        ids = await tokenise()
-    except BaseException:
-        server.cancel(accepted)
-        raise
-    server.submit(accepted, ids)
-
-    async def tokens() -> AsyncIterator[Token]:
-        while True:
-            item = await arrived.get()
-            if isinstance(item, HTTPException):
-                raise item
-            for token in item:
-                certain = text.push(token.text, token.id)
-                if text.hit:
-                    server.cancel(accepted)
-                    yield Token(certain, "stop", token.degraded)
-                    return
-                if token.finish:
-                    yield token._replace(text=certain + text.rest())
-                    return
-                yield token._replace(text=certain)
-
-    return ids, tokens()
-
-
-def _http_exception(error: WdmoeError) -> HTTPException:
-    status = 400 if isinstance(error, ContextLengthError) else 500 if isinstance(error, AnswerError) else 503
-    return HTTPException(status, str(error))
 
 
 async def _read_options(request: Request, kind: type[_Options]) -> _Options:
@@ -255,7 +281,7 @@ async def _read_options(request: Request, kind: type[_Options]) -> _Options:
     except TimeoutError:
         raise HTTPException(408, f"the request took longer than {_BODY_S} s to arrive") from None
     except ClientDisconnect:
-        raise HTTPException(400, "the caller has hung up") from None
+        raise HTTPException(400, HUNG_UP) from None
     except ValueError as error:
         raise HTTPException(400, f"not a request that can be answered: {error}") from None
 

@@ -7,6 +7,7 @@ the default is greedy decoding (temperature 0) of at most 256 tokens.
 
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -15,8 +16,9 @@ from msgspec import Meta, Struct
 from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.tokenizer import ChatMessage
 
-_WITHOUT_EFFECT = frozenset(
+WITHOUT_EFFECT = frozenset(
     {
+        "cache_prompt",
         "metadata",
         "parallel_tool_calls",
         "prediction",
@@ -31,28 +33,38 @@ _WITHOUT_EFFECT = frozenset(
 """Options that never change an answer."""
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    "best_of": (1,),
-    "echo": (False,),
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (True,),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "detokenize": (True,),
+    "early_stopping": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
     "logit_bias": ({},),
-    "logprobs": (False,),
     "min_p": (0,),
     "modalities": (["text"],),
-    "n": (1,),
     "presence_penalty": (0,),
+    "priority": (0,),
     "reasoning_effort": ("none",),
     "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stop_token_ids": ([],),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_k": (0, -1),
-    "top_logprobs": (0,),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
     "verbosity": ("medium",),
 }
-"""Options that are not implemented, with the values that ask for nothing."""
+"""Options of OpenAI, vLLM and llama.cpp that are not implemented, with the values that ask for nothing."""
 
 _NEUTRAL_IN_MESSAGE: dict[str, tuple[object, ...]] = {
     "annotations": ([],),
@@ -63,10 +75,15 @@ _NEUTRAL_IN_MESSAGE: dict[str, tuple[object, ...]] = {
 }
 """Fields of earlier answers, of this server or of another, that clients send back, with the values that are empty."""
 
+MOST_CHOICES = 256
+"""Choices of one request, for all its prompts together."""
+MOST_TOP_LOGPROBS = 20
+
 _DEFAULT = SamplingConfig()
 
 _Stop = Annotated[str, Meta(max_length=256)]
 _TokenId = Annotated[int, Meta(ge=0)]
+_Top = Annotated[int, Meta(ge=0, le=MOST_TOP_LOGPROBS)]
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
@@ -74,10 +91,12 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
 
     Attributes:
         include_usage: end the stream with a chunk that has the number of tokens.
+        continuous_usage_stats: every chunk has the number of tokens so far.
         include_obfuscation: without effect: chunks are never padded.
     """
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 
@@ -85,49 +104,103 @@ class Options(Struct, kw_only=True, forbid_unknown_fields=True):
     """Options that completions and chat share.
 
     Attributes:
-        model: ignored, because a server has one model.
+        model: name of the served model; empty for whichever it is.
+        n: choices for each prompt.
         max_completion_tokens: the newer name of `max_tokens`, which it overrides.
+        min_tokens: no end token is chosen before so many tokens.
+        ignore_eos: end tokens do not end the answer.
         seed: a signed 64-bit number; without one each request draws its own, so that repeating a request gives another
-            answer.
+            answer. The choices of a prompt have consecutive seeds.
         stop: strings before the first of which the answer ends; empty ones have no effect.
     """
 
     model: str = ""
-    max_tokens: Annotated[int, Meta(ge=1)] = _DEFAULT.max_tokens
+    n: Annotated[int, Meta(ge=1, le=128)] = 1
+    max_tokens: Annotated[int, Meta(ge=0)] = _DEFAULT.max_tokens
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0)] = 0
+    ignore_eos: bool = False
     temperature: Annotated[float, Meta(ge=0, le=2)] = _DEFAULT.temperature
     top_p: Annotated[float, Meta(gt=0, le=1)] = _DEFAULT.top_p
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] = msgspec.field(default_factory=lambda: secrets.randbits(63))
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: _Stop | Annotated[list[_Stop], Meta(max_length=16)] = []
     stream: bool = False
     stream_options: StreamOptions = msgspec.field(default_factory=StreamOptions)
 
     @property
+    def most_tokens(self) -> int:
+        """New tokens at most; 0 to score the prompt only."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def top(self) -> int | None:
+        """How many of the most probable tokens to name for each token; None without log-probabilities."""
+        return None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the prompt is a part of the answer."""
+        return False
+
+    @property
     def sampling(self) -> SamplingConfig:
-        """How to choose the answer's tokens."""
-        tokens = self.max_completion_tokens or self.max_tokens
-        return SamplingConfig(tokens, self.temperature, self.top_p, self.seed)
+        """How to choose the tokens of a prompt's first choice."""
+        return SamplingConfig(
+            max_tokens=max(1, self.most_tokens),  # the step that scores a prompt yields one token more at no cost
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=secrets.randbits(63) if self.seed is None else self.seed,
+            min_tokens=self.min_tokens,
+            ignore_eos=self.ignore_eos,
+            logprobs=self.top,
+            prompt_logprobs=self.whole and self.top is not None,
+        )
+
+    @property
+    def samplings(self) -> list[SamplingConfig]:
+        """How to choose the tokens of each choice of a prompt."""
+        first = self.sampling
+        return [replace(first, seed=first.seed + i) for i in range(self.n)]
 
     @property
     def stops(self) -> list[str]:
         """`stop` as a list of strings that are not empty."""
         return [stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop) if stop]
 
+    def check(self, prompts: int) -> None:
+        """Refuse what the fields' types allow but their combination does not.
+
+        Raises:
+            ValueError: says which option has to be another.
+        """
+        if self.most_tokens == 0 and not self.whole:
+            raise ValueError("`max_tokens` is 0, which only `echo` allows: ask for at least 1")
+        if self.min_tokens > self.most_tokens:
+            raise ValueError(f"`min_tokens` is {self.min_tokens}, above `max_tokens`, {self.most_tokens}")
+        if prompts * self.n > MOST_CHOICES:
+            raise ValueError(f"{prompts} prompts with `n` {self.n}: one request has at most {MOST_CHOICES} choices")
+
 
 class Completion(Options, kw_only=True):
-    """Request for the continuation of a text.
+    """Request for the continuation of a text, or of several.
 
     Attributes:
-        prompt: a text or its token ids, or a list of one of them.
+        prompt: a text or its token ids, or a list of several of either.
+        echo: begin the answer with the prompt.
+        logprobs: give the log-probability of each token, and those of so many of the most probable tokens.
+        best_of: how many choices to select `n` from; only `n` itself is implemented.
     """
 
     prompt: str | list[str | int | list[_TokenId]]
+    echo: bool = False
+    logprobs: _Top | None = None
+    best_of: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the parts of `prompt` that its type leaves open.
+        """Check what the types leave open.
 
         Raises:
-            ValueError: there is no prompt, or more than one.
+            ValueError: a prompt is empty or the prompts are of several kinds, or options contradict each other.
         """
         texts = self.prompt if isinstance(self.prompt, list) else [self.prompt]
         numbers = [part for part in texts if isinstance(part, int)]
@@ -137,24 +210,32 @@ class Completion(Options, kw_only=True):
             raise ValueError("`prompt` mixes token ids and texts: send either")
         if numbers and min(numbers) < 0:
             raise ValueError("`prompt` has a negative token id")
-        if not numbers and len(texts) > 1:
-            raise ValueError(f"`prompt` is a list of {len(texts)} prompts: send a request for each of them")
+        if self.best_of not in (None, self.n):
+            raise ValueError("`best_of` is not implemented: leave it out, or use the value of `n`")
+        self.check(len(self.prompts))
 
     @property
-    def text_or_ids(self) -> str | list[int]:
-        """The prompt: a text, or token ids of which the vocabulary may have none."""
+    def top(self) -> int | None:
+        """`logprobs`."""
+        return self.logprobs
+
+    @property
+    def whole(self) -> bool:
+        """`echo`."""
+        return self.echo
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts: texts, or token ids of which the vocabulary may have none."""
         if isinstance(self.prompt, str):
-            return self.prompt
+            return [self.prompt]
         ids = [part for part in self.prompt if isinstance(part, int)]
-        if ids:
-            return ids
-        (only,) = (part for part in self.prompt if not isinstance(part, int))
-        return only
+        return [ids] if ids else [part for part in self.prompt if not isinstance(part, int)]
 
 
 class _Text(Struct, tag_field="type", tag="text", forbid_unknown_fields=True):
     text: str
-    cache_control: object = None
+    cache_control: Any = None
 
 
 class _Message(Struct, forbid_unknown_fields=True):
@@ -170,15 +251,44 @@ class _Message(Struct, forbid_unknown_fields=True):
 
 
 class Chat(Options, kw_only=True):
-    """Request for the next message of a conversation."""
+    """Request for the next message of a conversation.
+
+    Attributes:
+        messages: the conversation so far.
+        logprobs: give the log-probability of each token.
+        top_logprobs: how many of the most probable tokens to name for each token; needs `logprobs`.
+    """
 
     messages: Annotated[list[_Message], Meta(min_length=1)]
+    logprobs: bool = False
+    top_logprobs: _Top = 0
+
+    def __post_init__(self) -> None:
+        """Check what the types leave open.
+
+        Raises:
+            ValueError: options contradict each other.
+        """
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("`top_logprobs` needs `logprobs`: true")
+        self.check(1)
+
+    @property
+    def top(self) -> int | None:
+        """`top_logprobs`, with `logprobs`."""
+        return self.top_logprobs if self.logprobs else None
 
     @property
     def conversation(self) -> list[ChatMessage]:
         """The messages as chat templates take them."""
         return [message.for_template() for message in self.messages]
 
+
+NEUTRAL_OPTIONS: dict[type[Options], dict[str, tuple[object, ...]]] = {
+    Completion: {**_NEUTRAL, "top_logprobs": (0,)},
+    Chat: {**_NEUTRAL, "best_of": (1,), "echo": (False,)},
+}
+"""Each endpoint's options that are not implemented there, with the values that ask for nothing."""
 
 _Options = TypeVar("_Options", bound=Options)
 
@@ -191,8 +301,10 @@ def parse_request(raw: bytes, kind: type[_Options]) -> _Options:
     """
     try:
         sent = msgspec.json.decode(raw, type=dict[str, Any])
-        wanted = _normalised({name: value for name, value in sent.items() if name not in _WITHOUT_EFFECT})
-        _drop_neutral(wanted, _NEUTRAL)
+        wanted = _normalised({name: value for name, value in sent.items() if name not in WITHOUT_EFFECT})
+        _drop_neutral(wanted, NEUTRAL_OPTIONS[kind])
+        if kind is Completion and wanted.get("logprobs") is False:
+            del wanted["logprobs"]  # as chat writes that none are wanted
         messages = wanted.get("messages")
         for message in messages if isinstance(messages, list) else []:
             if isinstance(message, dict):

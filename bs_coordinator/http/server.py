@@ -4,18 +4,20 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import uvicorn
 
 from bs_coordinator.config import ServeConfig
 from bs_coordinator.engine.scheduler import Scheduler
-from bs_coordinator.http.access import allowed_hosts
+from bs_coordinator.http.access import ApiKey, allowed_hosts
 from bs_coordinator.http.answer_server import AnswerServer
 from bs_coordinator.http.connections import LimitedProtocol
 from bs_coordinator.http.live_view import LiveView, model_facts
 from bs_coordinator.http.metrics import MetricsSource
 from bs_coordinator.http.openai_api import http_app
+from bs_coordinator.http.request_log import request_log
 from bs_coordinator.page.feed import LiveFeed
 from common.systemd import notify
 
@@ -30,16 +32,21 @@ _STALLED_LAYERS = 2
 
 
 def serve_station(
-    station: "BaseStation", config: ServeConfig, sockets: Sequence[socket.socket], *, api_key: str | None,
-    layer_timeout_s: float, metrics: MetricsSource | None = None, on_ready: Callable[[], None] = lambda: None,
+    station: "BaseStation", config: ServeConfig, sockets: Sequence[socket.socket], *, keys: Sequence[ApiKey],
+    layer_timeout_s: float, policy: str, metrics: MetricsSource | None = None,
+    on_ready: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """Serve HTTP until a signal ends it.
 
     Args:
         sockets: bound to the config's host and port (`access.listening_sockets`); closed at the end.
-        api_key: that callers must send; None lets every caller in.
+        keys: of which callers must send one; without any every caller is let in.
+        policy: that the base station chooses experts by, as `--policy` names it.
         metrics: observe the requests, and are served at `/metrics`; None for none.
         on_ready: called once, when requests are accepted.
+
+    Raises:
+        ServeError: the request log can't be opened.
     """
     live = LiveFeed()
     view = LiveView(
@@ -52,23 +59,25 @@ def serve_station(
         dispatcher=station.dispatcher,
         observers=[view, metrics] if metrics else [view],
     )
-    app = http_app(
-        server, station.tokenizer, model=station.manifest.source.name, api_key=api_key,
-        stall_s=_STALLED_LAYERS * layer_timeout_s, max_positions=station.model.trunk.max_positions,
-        hosts=allowed_hosts(config.host, api_key), origin=config.cors_origin, live=live,
-        metrics=metrics,
-    )  # fmt: skip
-    settings = uvicorn.Config(
-        app, host=config.host, port=config.port, log_config=None, log_level="warning", access_log=False,
-        timeout_graceful_shutdown=_GRACE_S, http=LimitedProtocol,
-    )  # fmt: skip
-    server.start()
-    try:
-        _Uvicorn(settings, server, live, on_ready).run(list(sockets))
-    except KeyboardInterrupt:  # uvicorn raises the signal again after its shutdown
-        log.info("stopped")
-    finally:
-        server.stop()
+    with request_log(config.request_log) if config.request_log else nullcontext() as log_request:
+        app = http_app(
+            server, station.tokenizer, model=station.manifest.source.name, api_key=None, keys=keys,
+            stall_s=_STALLED_LAYERS * layer_timeout_s, max_positions=station.model.trunk.max_positions,
+            hosts=allowed_hosts(config.host, keys[0].key if keys else None), origin=config.cors_origin,
+            model_aliases=config.model_alias, about={"policy": policy, "draft": station.speculation.mode},
+            log_request=log_request, live=live, metrics=metrics,
+        )  # fmt: skip
+        settings = uvicorn.Config(
+            app, host=config.host, port=config.port, log_config=None, log_level="warning", access_log=False,
+            timeout_graceful_shutdown=_GRACE_S, http=LimitedProtocol,
+        )  # fmt: skip
+        server.start()
+        try:
+            _Uvicorn(settings, server, live, on_ready).run(list(sockets))
+        except KeyboardInterrupt:  # uvicorn raises the signal again after its shutdown
+            log.info("stopped")
+        finally:
+            server.stop()
 
 
 class _Uvicorn(uvicorn.Server):

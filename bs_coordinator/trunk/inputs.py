@@ -32,6 +32,7 @@ class SequenceInput(NamedTuple):
         rows: indices of the tokens whose logits are wanted; None for the last token's.
         length: of the sequence, if more of its tokens are known than these. With some kinds of rotary embedding, tokens
             depend on it.
+        prompt: the tokens belong to a prompt, although `rows` names some of them.
     """
 
     ids: list[int]
@@ -39,6 +40,7 @@ class SequenceInput(NamedTuple):
     packing: Packing | None = None
     rows: list[int] | None = None
     length: int = 0
+    prompt: bool = False
 
     @property
     def wanted(self) -> list[int]:

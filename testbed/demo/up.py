@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bs_coordinator.broker.processes import open_broker
 from bs_coordinator.config import PRIVATE_BROKERS, BaseStationConfig, ServeConfig
-from bs_coordinator.http.access import listening_sockets, read_api_key
+from bs_coordinator.http.access import listening_sockets, read_keys
 from bs_coordinator.selection.registry import configured_policy
 from common.console import end_on_sigterm
 from testbed.demo.next_steps import describe_server, server_url
@@ -38,7 +38,7 @@ def run_fleet(config: BaseStationConfig, http: ServeConfig, *, demo: str | None,
         ServeError: the port is taken, or the address is not this machine's.
         WdmoeError: a node ended at once, or another part can't be started.
     """
-    api_key = read_api_key(http.api_key_file, host=http.host)
+    keys = read_keys(http)
     end_on_sigterm()
     with ExitStack() as stack:
         sockets = stack.enter_context(listening_sockets(http.host, http.port))
@@ -75,7 +75,7 @@ def run_fleet(config: BaseStationConfig, http: ServeConfig, *, demo: str | None,
             click.echo("Answers go on without a node: try 'kill' on one. Ctrl-C ends everything.")
 
         serve_station(
-            station, http, sockets, api_key=api_key, layer_timeout_s=config.layer_timeout_s,
+            station, http, sockets, keys=keys, layer_timeout_s=config.layer_timeout_s, policy=config.policy,
             metrics=StationMetrics(station.dispatcher, model=manifest.source.name), on_ready=on_ready,
         )  # fmt: skip
 

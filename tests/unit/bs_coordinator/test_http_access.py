@@ -1,12 +1,21 @@
 """Which requests the HTTP interface lets in: by host, type of content and origin."""
 
+import json
+import re
+import stat
+from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
-from bs_coordinator.http.access import allowed_hosts
+from bs_coordinator.config import ServeConfig
+from bs_coordinator.errors import ServeError
+from bs_coordinator.http.access import ApiKey, allowed_hosts, read_keys
 from bs_coordinator.http.openai_api import http_app
+from bs_coordinator.http.openai_schema import Chat, Completion, parse_request
+from bs_coordinator.http.request_log import request_log
+from common.errors import KeyFileError
 
 NONE: Any = None
 
@@ -62,3 +71,62 @@ def test_web_pages_may_call_from_this_machine_and_the_named_origin(origin: str, 
     # An error has the header as well, so that the page can read why.
     answered = client.get("/v1/models", headers={"Origin": origin})
     assert (answered.status_code, "access-control-allow-origin" in answered.headers) == (401, status == 200)
+
+
+def test_the_openapi_document_knows_every_option(tmp_path: Path) -> None:
+    client = _client(key="k")
+    document = client.get("/openapi.json").json()
+    schemas = document["components"]["schemas"]
+    assert document["security"] == [{"key": []}]
+    for path, kind in (("/v1/completions", Completion), ("/v1/chat/completions", Chat)):
+        name = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        schema = schemas[name.rpartition("/")[2]]
+        assert schema["additionalProperties"] is False
+        known = schema["properties"]
+        assert {"model", "n", "stop", "stream_options", "user", "tools"} <= known.keys()
+        required = {"prompt": "x"} if kind is Completion else {"messages": [{"role": "user", "content": "x"}]}
+        assert set(required) == set(schema["required"])
+        # What the document allows is accepted, each option alone; anything else is refused.
+        for option, values in known.items():
+            for value in values.get("enum", [values["default"]] if "default" in values else []):
+                parse_request(json.dumps({**required, option: value}).encode(), kind)
+        with pytest.raises(ValueError, match="surprise"):
+            parse_request(json.dumps({**required, "surprise": 1}).encode(), kind)
+    for reference in re.findall(r'"\$ref": "([^"]+)"', json.dumps(document)):
+        assert reference.removeprefix("#/components/schemas/") in schemas
+
+
+def test_named_keys_are_read_with_their_limits(tmp_path: Path) -> None:
+    def read(text: str, **more: Any) -> list[ApiKey]:
+        file = tmp_path / "keys"
+        file.write_text(text)
+        file.chmod(0o600)
+        return read_keys(ServeConfig(api_keys_file=file, **more))
+
+    single = tmp_path / "key"
+    single.write_text("open sesame\n")
+    single.chmod(0o600)
+    keys = read("# callers\nada a-key\n\nbob b-key 2\n", host="192.0.2.1", api_key_file=single)
+    assert keys == [ApiKey("default", "open sesame"), ApiKey("ada", "a-key"), ApiKey("bob", "b-key", 2)]
+    for bad in ("", "ada", "ada k 0", "ada k two", "ada k 1 2", "ada schlüssel", "ada k\nada l", "ada k\nbob k"):
+        with pytest.raises(KeyFileError, match="keys"):
+            read(bad)
+    (tmp_path / "keys").chmod(0o644)
+    with pytest.raises(KeyFileError, match="chmod 600"):
+        read_keys(ServeConfig(api_keys_file=tmp_path / "keys"))
+    with pytest.raises(ServeError, match="--api-key-file"):
+        read_keys(ServeConfig(host="192.0.2.1"))
+
+
+def test_the_request_log_grows_and_survives_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "requests.jsonl"
+    for id in ("a", "b"):
+        with request_log(file) as write:
+            write({"id": id})
+    assert file.read_text() == '{"id":"a"}\n{"id":"b"}\n'
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    with pytest.raises(ServeError, match="--request-log"), request_log(tmp_path / "no" / "folder"):
+        pass
+    with request_log(Path("/dev/full")) as write:
+        write({"id": "c"})
+    assert "can't write the request log /dev/full" in caplog.text

@@ -34,6 +34,7 @@ class _Step:
     """A step's record, as far as HTTP looks into it."""
 
     layers = ()
+    total_ns = drafted = accepted = 0
 
 
 class _Answers:

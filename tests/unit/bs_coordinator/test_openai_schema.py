@@ -30,6 +30,8 @@ def _chat(*messages: object, **options: object) -> Chat:
         {"model": "any", "user": "me", "metadata": {"a": 1}, "store": True, "service_tier": "auto"},
         {"stream": False, "stream_options": {"include_usage": None, "include_obfuscation": True}},
         {"stop": "", "max_tokens": 256.0, "n": 1.0, "logit_bias": {"7": None}, "stream_options": {"unknown": None}},
+        {"ignore_eos": False, "min_tokens": 0, "skip_special_tokens": True, "length_penalty": 1.0, "priority": 0},
+        {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
         {"stop": ["", ""], "prediction": {"type": "content", "content": "x"}, "prompt_cache_retention": "24h"},
         {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "reasoning_effort": "none", "verbosity": "medium"},
         {"unknown": None},
@@ -48,18 +50,23 @@ def test_empty_options_change_nothing(options: dict[str, object]) -> None:
         ("frequency_penalty", -1),
         ("logit_bias", {"1": 5}),
         ("response_format", {"type": "json_object"}),
-        ("echo", True),
         ("best_of", 3),
-        ("n", 2),
+        ("n", 0),
+        ("n", 129),
+        ("n", 1.5),
         ("suffix", "."),
         ("stop", ["."] * 17),
         ("stop", [7]),
         ("functions", [{"name": "f"}]),
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
-        ("logprobs", True),
-        ("logprobs", 0),
+        ("logprobs", "yes"),
         ("top_logprobs", 2),
+        ("top_logprobs", 21),
+        ("min_tokens", 300),
+        ("ignore_eos", 1),
+        ("stop_token_ids", [2]),
+        ("skip_special_tokens", False),
         ("reasoning_effort", "high"),
         ("top_k", 3),
         ("max_tokens", 0),
@@ -163,13 +170,52 @@ def test_without_a_seed_each_request_has_its_own() -> None:
     [("One", "One"), (["One"], "One"), ([5, 6], [5, 6]), ([5.0, 6], [5, 6]), ([[5, 6]], [5, 6]), ([0], [0])],
 )
 def test_a_prompt_is_a_text_or_its_tokens(prompt: object, expected: object) -> None:
-    assert _completion(prompt=prompt).text_or_ids == expected
+    assert _completion(prompt=prompt).prompts == [expected]
 
 
 @pytest.mark.parametrize("prompts", [["One", "Two"], [[5], [6]], ["One", [6]]])
-def test_several_prompts_are_refused(prompts: object) -> None:
-    with pytest.raises(ValueError, match="a list of 2 prompts: send a request for each"):
-        _completion(prompt=prompts)
+def test_prompts_may_be_several(prompts: object) -> None:
+    assert _completion(prompt=prompts).prompts == prompts
+
+
+def test_one_request_has_a_limited_number_of_choices() -> None:
+    assert len(_completion(prompt=["x"] * 2, n=128).prompts) == 2
+    with pytest.raises(ValueError, match="3 prompts with `n` 128: one request has at most 256 choices"):
+        _completion(prompt=["x"] * 3, n=128)
+
+
+def test_choices_have_consecutive_seeds() -> None:
+    assert [sampling.seed for sampling in _completion(n=3, seed=5).samplings] == [5, 6, 7]
+    first, second = _completion(n=2).samplings
+    assert second.seed == first.seed + 1
+
+
+def test_log_probabilities_are_asked_for_as_each_endpoint_names_them() -> None:
+    def asked(sampling: SamplingConfig) -> tuple[int | None, bool]:
+        return sampling.logprobs, sampling.prompt_logprobs
+
+    user = {"role": "user", "content": "Hi"}
+    assert asked(_completion(logprobs=3).sampling) == (3, False)
+    assert asked(_completion(logprobs=0, echo=True).sampling) == (0, True)
+    assert asked(_completion(echo=True).sampling) == (None, False)
+    assert asked(_chat(user, logprobs=True).sampling) == (0, False)
+    assert asked(_chat(user, logprobs=True, top_logprobs=20).sampling) == (20, False)
+    with pytest.raises(ValueError, match="`top_logprobs` needs `logprobs`"):
+        _chat(user, top_logprobs=2)
+
+
+def test_only_an_echo_may_have_no_new_tokens() -> None:
+    assert _completion(echo=True, max_tokens=0).most_tokens == 0
+    for ask in (_completion, lambda **options: _chat({"role": "user", "content": "Hi"}, **options)):
+        with pytest.raises(ValueError, match="max_tokens"):
+            ask(max_tokens=0)
+
+
+@pytest.mark.parametrize("best_of", [None, 2])
+def test_as_many_choices_as_are_drawn_are_returned(best_of: int | None) -> None:
+    assert _completion(n=2, best_of=best_of).n == 2
+    with pytest.raises(ValueError, match="best_of"):
+        _completion(n=2, best_of=3)
 
 
 @pytest.mark.parametrize(
