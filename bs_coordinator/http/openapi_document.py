@@ -58,9 +58,7 @@ def openapi_document(models: Sequence[str], *, needs_key: bool) -> dict[str, Any
         "paths": {
             "/v1/completions": {"post": _answering("Continue one or several prompts.", "Completion")},
             "/v1/chat/completions": {"post": _answering("Answer a conversation.", "Chat")},
-            "/v1/models": {
-                "get": {"summary": "The served model.", "responses": {"200": _json("A list of it.")}}
-            },
+            "/v1/models": {"get": {"summary": "The served model.", "responses": {"200": _json("A list of it.")}}},
             "/health": {
                 "get": {
                     "summary": "Whether requests can be answered.",
