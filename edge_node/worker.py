@@ -95,10 +95,10 @@ class Worker:
         load_ns = -self._runtime.loads.ns
         output = np.zeros(frame.hidden.shape, np.float32)
         try:
-            for slice_ in frame.experts:
-                x = frame.hidden[slice_.tokens]
-                y = self._runtime.run(UnitId(frame.layer, slice_.expert), x)
-                output[slice_.tokens] += y * slice_.weights[:, None]
+            for part in frame.experts:
+                x = frame.hidden[part.tokens]
+                y = self._runtime.run(UnitId(frame.layer, part.expert), x)
+                output[part.tokens] += y * part.weights[:, None]
         except WdmoeError as error:  # an expert's files were changed or removed since the start
             log.error("%s", error)
             return self._refuse(frame, Status.INTERNAL, "an expert can't be loaded any more: see the node's log")

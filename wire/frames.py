@@ -111,11 +111,11 @@ class RequestId(NamedTuple):
     attempt: int = 0
 
 
-class ExpertSlice(NamedTuple):
-    """Tokens of a frame that go to one expert.
+class ExpertRows(NamedTuple):
+    """Rows of a frame that go to one expert.
 
     Attributes:
-        expert: index within the frame's layer.
+        expert: index within the frame's layer; where experts are cut into slices, the unit's number (`wire.experts`).
         tokens: uint32 [n], rows of the frame's hidden states, each at most once.
         weights: float32 [n], gate weight of each of these rows.
     """
@@ -137,7 +137,7 @@ class WorkFrame(Struct, frozen=True):
     id: RequestId
     layer: int
     deadline_ms: int
-    experts: Sequence[ExpertSlice]
+    experts: Sequence[ExpertRows]
     hidden: Array
     dtype: WireDtype
 
@@ -172,7 +172,7 @@ class ResultFrame(Struct, frozen=True):
     """Node → base station: per token the sum over the node's experts of gate weight × expert output.
 
     Attributes:
-        output: float32 [tokens, hidden]; a token that no slice named is zero.
+        output: float32 [tokens, hidden]; a token that goes to none of them is zero.
     """
 
     id: RequestId
@@ -403,7 +403,7 @@ def _tensor(body: memoryview, tokens: int, hidden: int, dtype: WireDtype) -> Arr
     return x
 
 
-def _expert_table(body: memoryview, n: int, tokens: int) -> tuple[list[ExpertSlice], memoryview]:
+def _expert_table(body: memoryview, n: int, tokens: int) -> tuple[list[ExpertRows], memoryview]:
     table_bytes = n * _ROW.size
     if len(body) < table_bytes:
         raise FrameError("length", "work frame ends within its expert table")
@@ -418,15 +418,15 @@ def _expert_table(body: memoryview, n: int, tokens: int) -> tuple[list[ExpertSli
     weight = np.frombuffer(body[middle:end], "<f4")
     if index.max(initial=0) >= tokens or not np.isfinite(weight).all():
         raise FrameError("table", "a token index is out of range or a gate weight is not finite")
-    slices, start = [], 0
+    experts, start = [], 0
     for expert, _, count in rows:
         stop = start + count
-        slices.append(ExpertSlice(expert, index[start:stop], weight[start:stop]))
+        experts.append(ExpertRows(expert, index[start:stop], weight[start:stop]))
         start = stop
     # Outputs are added by index, where numpy would silently drop all but one of a repeated row.
-    if any(_repeats(s.tokens) for s in slices):
+    if any(_repeats(s.tokens) for s in experts):
         raise FrameError("table", "a token is listed twice for one expert")
-    return slices, body[end:]
+    return experts, body[end:]
 
 
 def _repeats(index: NDArray[np.uint32]) -> bool:

@@ -19,7 +19,7 @@ from bs_coordinator.nodes.registry import LOCAL_NODE, NodeRegistry
 from bs_coordinator.selection.forecast import Float
 from common.clock import Clock
 from wire.experts import UnitId
-from wire.frames import ExpertSlice, NodeDurations, RequestId
+from wire.frames import ExpertRows, NodeDurations, RequestId
 from wire.tensors import Array
 
 _NEVER_S = float("inf")
@@ -47,7 +47,7 @@ class LocalExperts(Protocol):
     def observe(self, layer: int, gate: Array) -> None:
         """Take in which experts a layer's tokens are sent to, from gate weights float32 [tokens, experts]."""
 
-    def submit(self, layer: int, hidden: Array, experts: Sequence[ExpertSlice]) -> "Future[Computed]":
+    def submit(self, layer: int, hidden: Array, experts: Sequence[ExpertRows]) -> "Future[Computed]":
         """Start to compute a request; `hidden`, float32 [rows, hidden], must not change meanwhile."""
 
     def fill(self, remote_s: Float, local_s: float) -> "Future[frozenset[UnitId]]":

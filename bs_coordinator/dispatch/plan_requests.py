@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wire.frames import ExpertSlice
+from wire.frames import ExpertRows
 from wire.tensors import Array
 
 _ROW, _TOKEN = np.zeros(1, np.int64), np.zeros(1, np.uint32)
@@ -21,18 +21,18 @@ class Request(NamedTuple):
 
     Attributes:
         rows: int64 [n], ascending indices of the layer's rows that it carries.
-        experts: one slice per expert; its token indices are positions in `rows`.
+        experts: the rows of each expert; its token indices are positions in `rows`.
     """
 
     node: str
     rows: NDArray[np.int64]
-    experts: tuple[ExpertSlice, ...]
+    experts: tuple[ExpertRows, ...]
 
     def gate(self, tokens: int, experts: int) -> Array:
         """The gate weights of this request, float32 [tokens, experts] of the whole layer, zero elsewhere."""
         gate = np.zeros((tokens, experts), np.float32)
-        for slice_ in self.experts:
-            gate[self.rows[slice_.tokens], slice_.expert] = slice_.weights
+        for part in self.experts:
+            gate[self.rows[part.tokens], part.expert] = part.weights
         return gate
 
 
@@ -55,7 +55,7 @@ def plan_requests(gate: Array, holder: Mapping[int, str], *, max_tokens: int) ->
         experts_of.setdefault(holder[expert], []).append(expert)
     if len(gate) == 1:  # one-token steps are most of decoding; this takes a third of the general path's time
         return [
-            Request(node, _ROW, tuple(ExpertSlice(e, _TOKEN, gate[0, e : e + 1]) for e in experts if gate[0, e]))
+            Request(node, _ROW, tuple(ExpertRows(e, _TOKEN, gate[0, e : e + 1]) for e in experts if gate[0, e]))
             for node, experts in sorted(experts_of.items())
             if any(gate[0, e] for e in experts)
         ]
@@ -65,11 +65,11 @@ def plan_requests(gate: Array, holder: Mapping[int, str], *, max_tokens: int) ->
         rows = np.flatnonzero(columns[0] if len(columns) == 1 else np.any(columns, axis=0))
         for start in range(0, len(rows), max_tokens):
             some = rows[start : start + max_tokens]
-            slices = [_slice(expert, column[some]) for expert, column in zip(experts, columns, strict=True)]
-            requests.append(Request(node, some, tuple(s for s in slices if len(s.tokens))))
+            parts = [_expert_rows(expert, column[some]) for expert, column in zip(experts, columns, strict=True)]
+            requests.append(Request(node, some, tuple(part for part in parts if len(part.tokens))))
     return requests
 
 
-def _slice(expert: int, weights: Array) -> ExpertSlice:
+def _expert_rows(expert: int, weights: Array) -> ExpertRows:
     tokens = np.flatnonzero(weights)
-    return ExpertSlice(expert, tokens.astype(np.uint32), weights[tokens])
+    return ExpertRows(expert, tokens.astype(np.uint32), weights[tokens])

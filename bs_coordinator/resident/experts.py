@@ -23,7 +23,7 @@ from common.memory import available_bytes
 from edge_node.errors import MemoryBudgetError
 from edge_node.experts import ExpertRuntime, fitting
 from wire.experts import UnitId, expert_of, unit_name, units_of
-from wire.frames import ExpertSlice
+from wire.frames import ExpertRows
 from wire.manifest import Manifest
 from wire.tensors import Array, WireDtype
 
@@ -121,7 +121,7 @@ class ResidentExperts:
         """
         return self._computing.submit(self._fill, remote_s, local_s)
 
-    def submit(self, layer: int, hidden: Array, experts: Sequence[ExpertSlice]) -> "Future[Computed]":
+    def submit(self, layer: int, hidden: Array, experts: Sequence[ExpertRows]) -> "Future[Computed]":
         """Start to compute a request of one layer; `hidden`, float32 [rows, hidden], must not change meanwhile."""
         future = self._computing.submit(self._compute, layer, hidden, experts, self._clock.perf_ns())
         self._under_way = [other for other in self._under_way if not other.done()]
@@ -171,13 +171,13 @@ class ResidentExperts:
         self._next_review_s = self._clock.monotonic_s() + self._review_every_s
         return self.ids
 
-    def _compute(self, layer: int, hidden: Array, experts: Sequence[ExpertSlice], submitted_ns: int) -> Computed:
+    def _compute(self, layer: int, hidden: Array, experts: Sequence[ExpertRows], submitted_ns: int) -> Computed:
         begun_ns = self._clock.perf_ns()
         x = round_to_wire(hidden, self._wire)
         output = np.zeros(hidden.shape, np.float32)
-        for slice_ in experts:
-            y = self._runtime.run(UnitId(layer, slice_.expert), x[slice_.tokens])
-            output[slice_.tokens] += round_to_wire(y * slice_.weights[:, None], self._wire)
+        for part in experts:
+            y = self._runtime.run(UnitId(layer, part.expert), x[part.tokens])
+            output[part.tokens] += round_to_wire(y * part.weights[:, None], self._wire)
         done_ns = self._clock.perf_ns()
         return Computed(output, begun_ns - submitted_ns, done_ns - begun_ns, done_ns)
 

@@ -16,7 +16,7 @@ from testbed.bench.rows import Result, Row, Settings, Skipped, in_turns
 from testbed.bench.system import why_not
 from wire import frames
 from wire.broker_address import BrokerAddress
-from wire.frames import ExpertSlice, NodeDurations, RequestId, ResultFrame, WorkFrame
+from wire.frames import ExpertRows, NodeDurations, RequestId, ResultFrame, WorkFrame
 from wire.tensors import Array, WireDtype
 from wire.transport import Transport
 from wire.transports import connect
@@ -109,7 +109,7 @@ def compare(
 
 def _work(x: Array) -> bytes:
     n = len(x)
-    slices = [ExpertSlice(0, np.arange(n, dtype=np.uint32), np.ones(n, np.float32))]
+    slices = [ExpertRows(0, np.arange(n, dtype=np.uint32), np.ones(n, np.float32))]
     return frames.encode(WorkFrame(RequestId(1, 1), 0, 0, slices, x, WireDtype.FP16))
 
 

@@ -21,7 +21,7 @@ from edge_node.experts.runtime import ExpertRuntime
 from tests.waiting import wait_until
 from wire import tensors
 from wire.experts import ExpertId
-from wire.frames import ExpertSlice
+from wire.frames import ExpertRows
 from wire.manifest import Dims, Scheme, load_manifest, probe_input
 from wire.tensors import WireDtype
 
@@ -162,8 +162,8 @@ def _room(bundle: Path, experts: int) -> int:
     return needed_bytes(largest(manifest.experts, experts), manifest.quantisation.scheme)
 
 
-def _slice(expert: int, rows: int) -> ExpertSlice:
-    return ExpertSlice(expert, np.arange(rows, dtype=np.uint32), np.full(rows, 0.5, np.float32))
+def _rows(expert: int, rows: int) -> ExpertRows:
+    return ExpertRows(expert, np.arange(rows, dtype=np.uint32), np.full(rows, 0.5, np.float32))
 
 
 def _wait_for_changes(residents: ResidentExperts) -> frozenset[ExpertId]:
@@ -197,7 +197,7 @@ def test_experts_are_exchanged_in_the_background(tiny_bundle: Bundle, tmp_path: 
         assert residents.fill(away_s, HERE_S).result(30) == before
         x = probe_input(dims.hidden, 400)
         traffic.pairs[:] = _pairs({(1, 2, 5): 1000}, dims.layers, dims.experts)
-        slow = [residents.submit(0, x, [_slice(1, 400), _slice(5, 400)]) for _ in range(3)]
+        slow = [residents.submit(0, x, [_rows(1, 400), _rows(5, 400)]) for _ in range(3)]
         residents.review(away_s, HERE_S)
         # Requests under way to experts that are to be removed are still answered.
         assert residents.changes() is None or all(future.done() for future in slow)
@@ -211,9 +211,9 @@ def test_experts_are_exchanged_in_the_background(tiny_bundle: Bundle, tmp_path: 
             seen.append(_wait_for_changes(residents))
         assert not seen[0] & before
         assert residents.ids == after
-        assert residents.submit(1, x[:1], [_slice(2, 1)]).result(30).output.any()
+        assert residents.submit(1, x[:1], [_rows(2, 1)]).result(30).output.any()
         with pytest.raises(KeyError):
-            residents.submit(0, x[:1], [_slice(1, 1)]).result(30)
+            residents.submit(0, x[:1], [_rows(1, 1)]).result(30)
     finally:
         residents.close()
     np.testing.assert_array_equal(read_traffic(kept_in, dims, manifest.model_sha256).pairs, traffic.pairs)

@@ -82,8 +82,8 @@ class _World:
         return {e: nodes[0] for e, nodes in free.items()} if all(free.values()) else None
 
     def _send(self, sub: SubRequest) -> None:
-        for slice_ in sub.request.experts:
-            self.sent += [(sub.node, slice_.expert, int(row)) for row in sub.request.rows[slice_.tokens]]
+        for part in sub.request.experts:
+            self.sent += [(sub.node, part.expert, int(row)) for row in sub.request.rows[part.tokens]]
         sent_ns = round(1e9 * self.now_s)
         id = RequestId(0, next(self._ids))
         self.layer.mark_sent(

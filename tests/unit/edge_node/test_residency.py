@@ -16,7 +16,7 @@ from edge_node.worker import Worker
 from wire import frames
 from wire.errors import BundleError
 from wire.experts import ExpertId
-from wire.frames import ErrorFrame, ExpertSlice, RequestId, ResultFrame, Status, WorkFrame
+from wire.frames import ErrorFrame, ExpertRows, RequestId, ResultFrame, Status, WorkFrame
 from wire.manifest import Scheme, load_manifest, probe_input
 from wire.tensors import WireDtype
 
@@ -25,7 +25,7 @@ Bundle = Callable[[Scheme], Path]
 
 def _ask(worker: Worker, id: ExpertId) -> frames.Frame:
     x = probe_input(576, 2)
-    slices = [ExpertSlice(id.expert, np.arange(2, dtype=np.uint32), np.ones(2, np.float32))]
+    slices = [ExpertRows(id.expert, np.arange(2, dtype=np.uint32), np.ones(2, np.float32))]
     frame = WorkFrame(RequestId(1, 1), id.layer, 0, slices, x, WireDtype.FP32)
     reply = worker.answer(frames.encode(frame), time.perf_counter_ns())
     assert reply is not None

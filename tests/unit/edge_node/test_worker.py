@@ -18,7 +18,7 @@ from wire.experts import ExpertId, parse_selector
 from wire.frame_auth import ClusterKey
 from wire.frames import (
     ErrorFrame,
-    ExpertSlice,
+    ExpertRows,
     Frame,
     NodeDurations,
     PingFrame,
@@ -41,13 +41,13 @@ def runtime(tiny_bundle: Bundle) -> ExpertRuntime:
     return ExpertRuntime(bundle, load_manifest(bundle), ids)
 
 
-def _work(experts: list[ExpertSlice], tokens: int = 4, hidden: int = 576, deadline_ms: int = 0) -> WorkFrame:
+def _work(experts: list[ExpertRows], tokens: int = 4, hidden: int = 576, deadline_ms: int = 0) -> WorkFrame:
     x = probe_input(hidden, rows=tokens)
     return WorkFrame(RequestId(1, 2, 3), 1, deadline_ms, experts, x, WireDtype.FP32)
 
 
-def _slice(expert: int, rows: list[int], weights: list[float]) -> ExpertSlice:
-    return ExpertSlice(expert, np.array(rows, np.uint32), np.array(weights, np.float32))
+def _rows(expert: int, rows: list[int], weights: list[float]) -> ExpertRows:
+    return ExpertRows(expert, np.array(rows, np.uint32), np.array(weights, np.float32))
 
 
 def _answer(worker: Worker, frame: WorkFrame, waited_ms: int = 0) -> Frame:
@@ -57,7 +57,7 @@ def _answer(worker: Worker, frame: WorkFrame, waited_ms: int = 0) -> Frame:
 
 
 def test_the_answer_is_the_weighted_sum(runtime: ExpertRuntime) -> None:
-    frame = _work([_slice(2, [0, 1, 3], [0.25, 1, 0.5]), _slice(3, [0], [0.75])])
+    frame = _work([_rows(2, [0, 1, 3], [0.25, 1, 0.5]), _rows(3, [0], [0.75])])
     result = _answer(Worker(runtime), frame)
     assert isinstance(result, ResultFrame)
     assert (result.id, result.layer, result.dtype) == (frame.id, 1, WireDtype.FP32)
@@ -85,10 +85,10 @@ def test_a_token_does_not_depend_on_its_batch_mates(tiny_bundle: Bundle, scheme:
 @pytest.mark.parametrize(
     ("frame", "waited_ms", "status"),
     [
-        (_work([_slice(5, [0], [1])]), 0, Status.UNKNOWN_EXPERT),
-        (_work([_slice(2, [0], [1])], hidden=64), 0, Status.WRONG_SHAPE),
-        (_work([_slice(2, [0], [1])], deadline_ms=5), 50, Status.EXPIRED),
-        (_work([_slice(2, [0], [3e38]), _slice(3, [0], [3e38])]), 0, Status.NOT_FINITE),
+        (_work([_rows(5, [0], [1])]), 0, Status.UNKNOWN_EXPERT),
+        (_work([_rows(2, [0], [1])], hidden=64), 0, Status.WRONG_SHAPE),
+        (_work([_rows(2, [0], [1])], deadline_ms=5), 50, Status.EXPIRED),
+        (_work([_rows(2, [0], [3e38]), _rows(3, [0], [3e38])]), 0, Status.NOT_FINITE),
     ],
 )
 def test_refusals_have_a_reason(runtime: ExpertRuntime, frame: WorkFrame, waited_ms: int, status: Status) -> None:
@@ -106,7 +106,7 @@ def test_requests_that_were_recorded_before_a_restart_are_dropped(
     key = ClusterKey("lab", bytes(32))
     before, after = (Worker(runtime, node_key=key.node_key("a")) for _ in range(2))
     base_station = key.authenticator("a", before.boot_id)
-    work = frames.encode(_work([_slice(2, [0], [1])]), authenticator=base_station)
+    work = frames.encode(_work([_rows(2, [0], [1])]), authenticator=base_station)
     ping = frames.encode(PingFrame(RequestId(1, 9)), authenticator=base_station)
     for recorded in (work, ping):
         assert before.answer(recorded, time.perf_counter_ns()) is not None

@@ -32,7 +32,7 @@ from wire.experts import ExpertId, parse_selector
 from wire.frame_auth import TAG_BYTES, ClusterKey, FrameAuthenticator
 from wire.frames import (
     ErrorFrame,
-    ExpertSlice,
+    ExpertRows,
     NodeDurations,
     PingFrame,
     PongFrame,
@@ -138,7 +138,7 @@ def _valid_frames() -> list[frames.Frame]:
     ]  # fmt: skip
     for dtype in WireDtype:
         hidden = rng.standard_normal((5, 24)).astype(np.float32)
-        slices = [ExpertSlice(e, np.array([e, 4], np.uint32), rng.random(2, np.float32)) for e in (0, 3)]
+        slices = [ExpertRows(e, np.array([e, 4], np.uint32), rng.random(2, np.float32)) for e in (0, 3)]
         valid.append(WorkFrame(id=id, layer=1, deadline_ms=100, experts=slices, hidden=hidden, dtype=dtype))
         valid.append(ResultFrame(id, 1, hidden, dtype, durations))
     return valid

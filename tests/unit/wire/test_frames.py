@@ -13,7 +13,7 @@ from wire import frames, tensors
 from wire.errors import FrameError
 from wire.frames import (
     ErrorFrame,
-    ExpertSlice,
+    ExpertRows,
     NodeDurations,
     PingFrame,
     PongFrame,
@@ -36,7 +36,7 @@ def work_frames(draw: st.DrawFn) -> WorkFrame:
     for expert in experts:
         rows = draw(st.lists(st.integers(0, tokens - 1), max_size=tokens, unique=True))
         weights = draw(hnp.arrays(np.float32, len(rows), elements=finite))
-        slices.append(ExpertSlice(expert, np.array(rows, np.uint32), weights))
+        slices.append(ExpertRows(expert, np.array(rows, np.uint32), weights))
     return WorkFrame(
         id=draw(request_ids),
         layer=draw(st.integers(0, 2**16 - 1)),
@@ -144,7 +144,7 @@ def _work(**changes: object) -> WorkFrame:
         "id": RequestId(1, 2),
         "layer": 0,
         "deadline_ms": 0,
-        "experts": [ExpertSlice(0, np.array([0], np.uint32), np.array([1.0], np.float32))],
+        "experts": [ExpertRows(0, np.array([0], np.uint32), np.array([1.0], np.float32))],
         "hidden": np.ones((2, 4), np.float32),
         "dtype": WireDtype.FP32,
     }
@@ -155,10 +155,10 @@ def _work(**changes: object) -> WorkFrame:
     ("changes", "reason"),
     [
         ({"experts": []}, "table"),
-        ({"experts": [ExpertSlice(0, np.array([5], np.uint32), np.ones(1, np.float32))]}, "table"),
-        ({"experts": [ExpertSlice(0, np.array([1, 1], np.uint32), np.ones(2, np.float32))]}, "table"),
-        ({"experts": [ExpertSlice(0, np.array([1], np.uint32), np.array([np.nan], np.float32))]}, "table"),
-        ({"experts": [ExpertSlice(3, np.array([1], np.uint32), np.ones(1, np.float32))] * 2}, "table"),
+        ({"experts": [ExpertRows(0, np.array([5], np.uint32), np.ones(1, np.float32))]}, "table"),
+        ({"experts": [ExpertRows(0, np.array([1, 1], np.uint32), np.ones(2, np.float32))]}, "table"),
+        ({"experts": [ExpertRows(0, np.array([1], np.uint32), np.array([np.nan], np.float32))]}, "table"),
+        ({"experts": [ExpertRows(3, np.array([1], np.uint32), np.ones(1, np.float32))] * 2}, "table"),
         ({"hidden": np.full((2, 4), np.nan, np.float32)}, "not-finite"),
         ({"hidden": np.full((2, 4), 1e6, np.float32), "dtype": WireDtype.FP16}, "not-finite"),
     ],
@@ -182,7 +182,7 @@ def test_frames_stay_within_their_target() -> None:
         for dtype in WireDtype:
             n = frames.max_tokens(hidden, dtype)
             rows = np.arange(n, dtype=np.uint32)
-            everything = [ExpertSlice(e, rows, np.ones(n, np.float32)) for e in range(2)]
+            everything = [ExpertRows(e, rows, np.ones(n, np.float32)) for e in range(2)]
             size = len(frames.encode(_work(hidden=np.zeros((n, hidden), np.float32), experts=everything, dtype=dtype)))
             assert size <= frames.TARGET_FRAME_BYTES + 1024
 
