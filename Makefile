@@ -12,6 +12,7 @@ PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 help:
 	@echo "make demo   set everything up, build the demo model and bundle, answer three questions over MQTT"
 	@echo "           (make demo MODEL=qwen3-moe: with the second demo model)"
+	@echo "           (then $(BIN)/wdmoe-testbed up serves it, with a live page, until Ctrl-C; $(BIN)/wdmoe-testbed doctor)"
 	@echo "make test   set everything up and run the quick tests (make test-slow: the others)"
 	@echo "make check  formatting, lint, types and import rules"
 	@echo "make bench  benchmarks: a table, and JSON with raw samples under runs/"
@@ -27,7 +28,8 @@ help:
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "wdmoe needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": run make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[testbed,dev]'
+	@echo "installing Python packages into $(VENV): some minutes the first time, most of it for torch"
+	$(BIN)/pip install --progress-bar off --disable-pip-version-check -c constraints.txt -e '.[testbed,dev]'
 	@touch $@
 
 demo: $(READY)

@@ -44,11 +44,15 @@ def run_demo(
     bundle = demo_bundle("int4", model=model, console=console)
     held = load_manifest(bundle).dims.experts
     folder = runs / time.strftime("demo-%Y%m%d-%H%M%S")
+    console.print(f"starting {min(nodes, held)} nodes and loading the model", style="dim")
     with (
         open_broker(broker) as address,
         local_nodes(bundle, address, folder / "nodes", spread_experts(held, nodes)),
-        open_base_station(BaseStationConfig(bundle=bundle, degrade=False, draft="none"), address) as station,
-    ):
+        open_base_station(
+            BaseStationConfig(bundle=bundle, degrade=False, draft="none"), address,
+            on_progress=lambda line: console.print(f"waiting: {line}", style="dim", markup=False),
+        ) as station,
+    ):  # fmt: skip
         console.print(
             f"{len(station.nodes_ms)} nodes are ready; broker round trip {station.broker_ms:.2f} ms, one token "
             f"through the slowest node {max(station.nodes_ms.values()):.1f} ms\n",
@@ -57,6 +61,9 @@ def run_demo(
         with LatencyLog(folder / "latency.csv") as log:
             answers = [_ask(station, log, i, q, max_tokens, console) for i, q in enumerate(questions)]
     _print_tables(answers, console)
+    seconds = sum((a.tokens - 1) * a.token_ms for a in answers) / 1000
+    if seconds > 0:
+        console.print(f"{sum(a.tokens - 1 for a in answers) / seconds:.1f} tokens per second, without drafts\n")
     console.print(f"latency log: {folder / 'latency.csv'}\n", style="dim")
     console.print(after_demo(bundle), highlight=False, markup=False, soft_wrap=True)
 
