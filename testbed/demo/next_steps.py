@@ -61,9 +61,10 @@ def after_demo(bundle: Path) -> str:
 What next?
   {program("wdmoe-testbed")} up
       the same model and nodes as a server for OpenAI clients, until Ctrl-C
-  {program("wdmoe-node")} --bundle {folder} --broker mqtt://127.0.0.1:1884 --id all --experts 'L*:E*' &
   {program("wdmoe-bs")} chat --bundle {folder} --broker-port 1884
-      a chat with one node; start nodes with fewer experts each on more machines (docs/deploy.md)"""
+  {program("wdmoe-node")} --bundle {folder} --broker mqtt://127.0.0.1:1884 --id all --experts 'L*:E*'
+      a chat, and in a second terminal the one node that computes for it; more nodes, each with fewer experts, can
+      be on other machines (docs/deploy.md)"""
 
 
 def program(name: str) -> str:

@@ -40,7 +40,7 @@ def test_the_address_can_be_opened_on_this_machine(host: str, url: str) -> None:
 def test_the_commands_after_the_demo_exist() -> None:
     lines = list(commands(f"```sh\n{after_demo(Path('/a b/bundle'))}\n```\n"))
     ours = [(Path(words[0]).name, words[1:]) for words in lines if Path(words[0]).name.startswith("wdmoe-")]
-    assert [name for name, _ in ours] == ["wdmoe-testbed", "wdmoe-node", "wdmoe-bs"]
+    assert [name for name, _ in ours] == ["wdmoe-testbed", "wdmoe-bs", "wdmoe-node"]
     for name, arguments in ours:
         check_command(name, arguments, name)
 
