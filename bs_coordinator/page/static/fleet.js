@@ -107,14 +107,16 @@ export function showSummary({ totals, cpu_load: load }, steps) {
   const seconds = recent.reduce((sum, step) => sum + stepMs(step), 0) / 1000;
   const rate = seconds ? recent.reduce((sum, step) => sum + step.tokens, 0) / seconds : null;
   const share = totals.drafted ? `${Math.round((100 * totals.accepted) / totals.drafted)} % of ${totals.drafted}` : "none drafted";
+  const ended = [`${totals.ended} ended`, totals.failed && `${totals.failed} failed`, totals.refused && `${totals.refused} refused`]
+    .filter(Boolean).join(", ");
   const facts = [
-    ["Answers running", `${totals.running}`, `${totals.ended} ended, ${totals.failed} failed, ${totals.refused} refused`],
-    ["Tokens per second", figure(rate), "while decoding, last 20 steps"],
+    ["Answering", `${totals.running}`, ended],
+    ["Tokens/s", figure(rate), "while decoding"],
     ["Time per token", perToken.length ? `${figure(median(perToken))} ms` : "–", `median of ${perToken.length}`],
     ["Tokens", `${totals.tokens}`, "since the start"],
     ["Drafts accepted", `${totals.accepted}`, share],
-    ["Degraded tokens", `${totals.degraded}`, totals.degraded ? "computed without some expert" : "all experts were there"],
-    ["Base station load", figure(load, 2), "processes per core"],
+    ["Degraded", `${totals.degraded}`, totals.degraded ? "without some expert" : "no expert missing"],
+    ["Load", figure(load, 2), "processes per core"],
   ];
   for (const [label, value, note] of facts) {
     if (!tiles.has(label)) {
