@@ -1,6 +1,6 @@
 """Metrics of the fleet: each node's status, health, link estimate and telemetry, from the newest snapshot."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
@@ -109,22 +109,26 @@ _OF_WIFI: tuple[_Metric[Wifi], ...] = (
 
 
 class NodeMetrics(Collector):
-    """Metrics of the newest snapshot.
-
-    Attributes:
-        snapshot: to describe; None before the first, and then there are no metrics. May be replaced by any thread.
-        absent: names of nodes that were seen earlier and are offline.
-    """
+    """Metrics of the newest snapshot; none before the first."""
 
     def __init__(self) -> None:
-        self.snapshot: Snapshot | None = None
-        self.absent: frozenset[str] = frozenset()
+        # Replaced as a whole: expositions are made on another thread.
+        self._shown: tuple[Snapshot, Collection[str]] | None = None
+
+    def show(self, snapshot: Snapshot, absent: Collection[str]) -> None:
+        """From now on expose a snapshot.
+
+        Args:
+            snapshot: to describe.
+            absent: names of nodes that were seen earlier and are not in it.
+        """
+        self._shown = (snapshot, absent)
 
     def collect(self) -> Iterator[Metric]:
         """All metrics, for one exposition."""
-        snapshot, absent = self.snapshot, self.absent
-        if snapshot is None:
+        if self._shown is None:
             return
+        snapshot, absent = self._shown
         yield GaugeMetricFamily("wdmoe_experts", "Experts of the model, or their slices.", snapshot.experts)
         yield GaugeMetricFamily("wdmoe_experts_missing", "Experts, or slices, that no node holds.", snapshot.missing)
         yield GaugeMetricFamily(
@@ -142,7 +146,7 @@ class NodeMetrics(Collector):
         yield from _of_telemetry(snapshot.telemetry)
 
 
-def _of_nodes(snapshot: Snapshot, absent: frozenset[str]) -> Iterator[Metric]:
+def _of_nodes(snapshot: Snapshot, absent: Collection[str]) -> Iterator[Metric]:
     up = GaugeMetricFamily("wdmoe_node_up", "1 if the node is online, 0 soon after it left.", labels=["node"])
     usable = GaugeMetricFamily(
         "wdmoe_node_usable", "1 if the node may be asked, 0 while it is left out after a failure.", labels=["node"]

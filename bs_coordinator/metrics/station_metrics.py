@@ -111,5 +111,4 @@ class StationMetrics(MetricsSource):
             if now_s - seen_s > _FORGET_S and node != LOCAL_NODE:
                 del self._seen_s[node]
                 self._steps.drop(node)
-        self._nodes.absent = frozenset(self._seen_s) - snapshot.statuses.keys() - {LOCAL_NODE}
-        self._nodes.snapshot = snapshot
+        self._nodes.show(snapshot, self._seen_s.keys() - snapshot.statuses.keys() - {LOCAL_NODE})
