@@ -43,6 +43,7 @@ COMMANDS: list[tuple[click.Group, str, list[str], dict[Any, dict[str, Any]]]] = 
 WITHOUT_OPTION = {
     "traffic",  # which file depends on the bundle
     "skip",  # follows from the --session file
+    *("min_tokens", "ignore_eos", "logprobs", "prompt_logprobs"),  # asked for over HTTP only
 }
 
 each_command = pytest.mark.parametrize(
