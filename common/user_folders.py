@@ -22,7 +22,9 @@ def user_path(kind: Kind) -> Path:
     paths = {"cache": platformdirs.user_cache_path, "config": platformdirs.user_config_path}
     path = paths.get(kind, platformdirs.user_state_path)("wdmoe")
     if not path.is_absolute():
-        raise StorageError(f"the user's {kind} folder {str(path)!r} is no absolute path: set HOME or {_variable(kind)}")
+        raise StorageError(
+            f"the user's {kind} folder {str(path)!r} is no absolute path: set HOME or XDG_{kind.upper()}_HOME"
+        )
     return path
 
 
@@ -38,12 +40,21 @@ def user_folder(kind: Kind) -> Iterator[Path]:
         path.mkdir(parents=True, exist_ok=True)
         yield path
     except (OSError, StorageError) as error:
-        message = describe_os_error(error) if isinstance(error, OSError) else str(error)
-        related = any(str(folder) in message for folder in (path, path.parent))
-        if not related:
+        if (message := describe(error, kind)) is None:
             raise
-        raise StorageError(f"{message}: {_variable(kind)} can name another folder") from error
+        raise StorageError(message) from error
 
 
-def _variable(kind: Kind) -> str:
-    return f"XDG_{kind.upper()}_HOME"
+def describe(error: OSError | StorageError, kind: Kind) -> str | None:
+    """An error in one line, with the variable that can name another folder; None if the folder is not the reason.
+
+    Folders above it are a reason, too: a home that does not exist is named where it would have to be made.
+    """
+    path = user_path(kind)
+    cause = error.__cause__ if isinstance(error, StorageError) else error
+    named = cause.filename if isinstance(cause, OSError) else None
+    message = describe_os_error(error) if isinstance(error, OSError) else str(error)
+    related = any(str(folder) in message for folder in (path, path.parent))
+    if not related and not (isinstance(named, str) and Path(named) in path.parents):
+        return None
+    return f"{message}: XDG_{kind.upper()}_HOME can name another folder"

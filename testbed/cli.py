@@ -52,5 +52,6 @@ if importlib.util.find_spec("testbed.proof"):
 
 def main() -> None:
     """Console entry."""
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # at INFO it reports its font cache at the first plot
+    # Otherwise it reports its font cache at the first plot, and a home that it can't write, which does not matter.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     run_console(cli, "wdmoe-testbed", extra="testbed")

@@ -20,6 +20,7 @@ from bs_coordinator.resident.wire_rounding import round_to_wire
 from common.clock import SYSTEM_CLOCK, Clock
 from common.errors import StorageError, WdmoeError
 from common.memory import available_bytes
+from common.user_folders import describe
 from edge_node.errors import MemoryBudgetError
 from edge_node.experts import ExpertRuntime, fitting
 from wire.experts import UnitId, expert_of, unit_name, units_of
@@ -219,4 +220,4 @@ class ResidentExperts:
         try:
             write_traffic(self.traffic, self._traffic_path, self._manifest.model_sha256)
         except StorageError as error:
-            log.warning("experts' traffic is not saved: %s", error)
+            log.warning("experts' traffic is not saved: %s", describe(error, "state") or error)

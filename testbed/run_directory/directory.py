@@ -7,6 +7,7 @@ lock            held by the process that runs the cells
 summary.json, report.*, *.parquet, plots/   made from the above by `report`
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -185,12 +186,25 @@ class RunDir:
             lock.release()
 
     def is_running(self) -> bool:
-        """Whether a process holds the lock."""
+        """Whether a process holds the lock, also of a run that can only be read.
+
+        Raises:
+            StorageError: the lock can't be read.
+        """
+        path = self.path / "lock"
         try:
-            with self.lock():
-                return False
-        except RunDirectoryError:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise StorageError(f"can't read {path}: {error.strerror}") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
             return True
+        finally:
+            os.close(file)
+        return False
 
     def event(self, name: str, **fields: object) -> None:
         """Append an event to `events.jsonl` and wait until it is on disk."""

@@ -6,7 +6,7 @@ import pytest
 
 from common.errors import StorageError
 from common.files import atomic_write
-from common.user_folders import Kind, user_folder, user_path
+from common.user_folders import Kind, describe, user_folder, user_path
 
 KINDS: list[Kind] = ["cache", "config", "state"]
 
@@ -47,3 +47,19 @@ def test_what_can_not_be_written_into_the_folder_names_the_variable(
         file.write(b"x")
     with pytest.raises(StorageError, match=r"^elsewhere$"), user_folder("cache"):
         raise StorageError("elsewhere")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_home_that_does_not_exist_and_can_not_be_made_is_a_reason(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system names the folder above that it could not make."""
+    monkeypatch.delenv(f"XDG_{kind.upper()}_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/proc/no-such-home")  # not even root can make it
+    reason = rf"\(/proc/no-such-home\): XDG_{kind.upper()}_HOME can name another folder"
+    with pytest.raises(StorageError, match=reason), user_folder(kind):
+        pass
+    with pytest.raises(StorageError) as raised, atomic_write(user_path(kind) / "deep" / "file"):
+        pass
+    assert str(describe(raised.value, kind)).endswith(f": XDG_{kind.upper()}_HOME can name another folder")
+    assert describe(StorageError("elsewhere"), kind) is None

@@ -120,6 +120,23 @@ def test_lines_that_a_crash_cut_off_do_not_matter(run: RunDir) -> None:
         assert read_baselines(run) == []
 
 
+def test_the_lock_is_asked_without_writing(run: RunDir) -> None:
+    """A run on a read-only disk, or of another user, can be looked at and packed."""
+    assert not run.is_running()
+    assert not (run.path / "lock").exists()
+    with run.lock():
+        assert run.is_running()
+        assert (
+            "is still running"
+            in run_in_process("testbed", "export", run.path, "-o", run.path.parent / "x.tar.gz").stderr
+        )
+    assert not run.is_running()
+    (run.path / "lock").unlink(missing_ok=True)
+    (run.path / "lock").symlink_to("lock")
+    with pytest.raises(StorageError, match=r"can't read .*lock"):
+        run.is_running()
+
+
 def test_an_old_run_without_newer_fields_is_read(run: RunDir) -> None:
     cell = run.cells()[0].id
     events: list[dict[str, object]] = [
