@@ -210,7 +210,9 @@ class ServeConfig(Config):
     ] = ()
     request_log: Annotated[
         Path | None,
-        Option("Append a line of JSON for each request to this file: key, tokens, times, status; no text."),
+        Option(
+            "Append a line of JSON for each request to this file: key, tokens, times, status; no text.", heading=_LOGS
+        ),
     ] = None
     cors_origin: Annotated[
         str, Option("Origin of web pages that may call the server, such as https://chat.example; this machine's may.")

@@ -70,6 +70,8 @@ def run_fleet(config: BaseStationConfig, http: ServeConfig, *, demo: str | None,
                     chat=station.tokenizer.has_chat_template, api_key_file=http.api_key_file,
                 )
             )  # fmt: skip
+            if http.api_keys_file is not None and http.api_key_file is None:
+                click.echo(f"Callers need a key of {http.api_keys_file}: Authorization: Bearer KEY")
             pids = ", ".join(f"{node} {process.pid}" for node, process in started.processes.items())
             click.echo(f"Processes of the nodes: {pids}")
             click.echo("Answers go on without a node: try 'kill' on one. Ctrl-C ends everything.")
