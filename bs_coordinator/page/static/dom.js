@@ -17,7 +17,8 @@ export function setText(node, text) {
 export const calm = matchMedia("(prefers-reduced-motion: reduce)");
 export const dark = matchMedia("(prefers-color-scheme: dark)");
 
-export const figure = (value, digits = 1) => (value === null || value === undefined ? "–" : value.toFixed(digits));
+export const figure = (value, digits = 1) =>
+  value === null || value === undefined ? "–" : value.toFixed(value >= 100 ? 0 : digits);
 
 export function median(values) {
   if (!values.length) return null;

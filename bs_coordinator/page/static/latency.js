@@ -8,7 +8,7 @@ const NAMES = {
   trunk_ms: "Trunk", network_ms: "Wait: network", queue_ms: "Wait: queue", compute_ms: "Wait: node computes",
   packing_ms: "Packing", head_ms: "Head", draft_ms: "Drafting",
 };
-const AXIS = 52; // px for the numbers on the left
+const AXIS = 60; // px for the numbers on the left
 let steps = [];
 let cursor = null; // serial of the step that the reader looks at
 const cells = new Map();
@@ -34,7 +34,7 @@ export function showLatency(all) {
     }
     const [row, ms, share] = cells.get(part);
     const value = median(steps.map((step) => perToken(step, part)));
-    row.hidden = part === "draft_ms" && !value;
+    row.hidden = part === "draft_ms" && !(value >= 0.05);
     setText(ms, figure(value));
     setText(share, total ? `${Math.round((100 * value) / total)} %` : "–");
   }
