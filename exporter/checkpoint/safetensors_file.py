@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from common.jsonl import strict_json
 from exporter.checkpoint.source_file import POINTER_BYTES, check_pointer
 from exporter.errors import CheckpointError
 
@@ -92,9 +93,9 @@ def read_header(path: Path) -> SafetensorsFile:
     except OSError as error:
         raise CheckpointError(f"can't read {path}: {error.strerror}") from None
     try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path} is not a safetensors file (its header is not JSON)") from None
+        header = strict_json(raw)  # of a tensor that is named twice, readers would take different ones
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a safetensors file (its header is not JSON: {error})") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is not a safetensors file (its header is not an object)")
     header.pop("__metadata__", None)

@@ -73,6 +73,13 @@ def overlap(folder: Path) -> None:
     write_raw(folder / SINGLE, header, data)
 
 
+def twice(folder: Path) -> None:
+    """One tensor is named twice, which JSON allows and readers resolve differently."""
+    header, data = read_raw(folder / SINGLE)
+    raw = json.dumps(header)[:-1] + f', "{GATE}": {json.dumps(header[GATE])}}}'
+    (folder / SINGLE).write_bytes(len(raw).to_bytes(8, "little") + raw.encode() + data)
+
+
 def pickled(folder: Path) -> None:
     (folder / SINGLE).rename(folder / "pytorch_model.bin")
 
@@ -83,6 +90,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "trailing bytes": (extend, "4 bytes after its last tensor"),
     "not safetensors": (no_safetensors, "not a safetensors file"),
     "overlap": (overlap, "overlaps its neighbour"),
+    "tensor twice": (twice, f"its header is not JSON: '{GATE}' is given twice"),
     "pickled": (pickled, "save it with save_pretrained"),
     "no weights": (lambda f: (f / SINGLE).unlink(), "has neither"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer (none of tokenizer.json, "),
