@@ -8,6 +8,7 @@ exported, and once there is room for them and for the bundle.
 import io
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -232,14 +233,15 @@ def _download(repository: str, revision: str | None, files: Sequence[HubFile], s
 
 def _bar_class(shown: _Bytes | None) -> Any:
     """A progress bar for the library that draws nothing itself, and passes on the bytes that it counts."""
-    from huggingface_hub.utils.tqdm import tqdm
+    from tqdm import tqdm
 
-    class Bar(tqdm):  # type: ignore[type-arg, unused-ignore]
+    # The library's own bar counts nothing where bars are switched off (HF_HUB_DISABLE_PROGRESS_BARS).
+    class Bar(tqdm):  # type: ignore[misc, type-arg, unused-ignore]
         monitor_interval = 0  # no thread that redraws
 
         def __init__(self, *args: Any, **options: Any) -> None:
-            options |= {"disable": False, "file": io.StringIO()}
-            super().__init__(*args, **options)  # type: ignore[no-untyped-call]
+            options.pop("name", None)  # of a group of bars
+            super().__init__(*args, **(options | {"disable": False, "file": io.StringIO()}))  # type: ignore[no-untyped-call, unused-ignore]
 
         def update(self, n: float | None = 1) -> bool | None:
             updated: bool | None = super().update(n)
@@ -248,6 +250,7 @@ def _bar_class(shown: _Bytes | None) -> Any:
                 shown.show(self.n)
             return updated
 
+    Bar.set_lock(threading.RLock())  # by default one between processes, which needs a semaphore
     return Bar
 
 

@@ -69,6 +69,18 @@ def test_a_bundle_from_a_hub_id_has_what_is_needed_and_is_named_by_the_id(hub: H
     assert run("exporter", "bundle", snapshot, tmp_path / "bundle").stdout.count("is up to date") == 1
 
 
+def test_progress_is_shown_where_the_librarys_bars_are_switched_off(hub: Hub) -> None:
+    """As with HF_HUB_DISABLE_PROGRESS_BARS, or after transformers has switched off its own."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
+
+    disable_progress_bars()
+    try:
+        _, shown = fetch()
+    finally:
+        enable_progress_bars()
+    assert shown[-1].fraction == 1.0
+
+
 def test_complete_files_are_not_downloaded_again(hub: Hub) -> None:
     folder, shown = fetch()
     assert shown[-1].fraction == 1.0
