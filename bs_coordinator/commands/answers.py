@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bs_coordinator.config import SamplingConfig
+from common.console import printable
 
 if TYPE_CHECKING:
     from bs_coordinator.engine.sequence import Sequence, TokenEvent
@@ -37,6 +38,11 @@ def system_messages(system: str | None) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}] if system else []
 
 
+def for_terminal(text: str) -> str:
+    """A model's text for stdout; on a terminal without control characters, which could change or command it."""
+    return printable(text) if sys.stdout.isatty() else text
+
+
 def print_answer(
     sequence: "Sequence", ids: list[int], config: SamplingConfig, *, stats: bool, same_text: bool = False,
     text_of: "Callable[[TokenEvent], str]" = lambda event: event.text,
@@ -58,7 +64,7 @@ def print_answer(
     try:
         for event in sequence.generate(ids, config, same_text=same_text):
             events.append(event)
-            click.echo(text_of(event), nl=False)
+            click.echo(for_terminal(text_of(event)), nl=False)
             sys.stdout.flush()
             if stopped():
                 break

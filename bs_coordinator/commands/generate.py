@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bs_coordinator.commands.answers import decode_utf8, print_answer, stats_option, system_messages, system_option
+from bs_coordinator.commands.answers import (
+    decode_utf8,
+    for_terminal,
+    print_answer,
+    stats_option,
+    system_messages,
+    system_option,
+)
 from bs_coordinator.commands.station import open_station
 from bs_coordinator.config import BaseStationConfig, SamplingConfig
 from common.options import Command, config_options
@@ -74,7 +81,7 @@ def _answer_in_session(
     asked = Asked.of(prompt, sampling, model_sha256=manifest.model_sha256, quantisation=quantisation)
     with session_file(path, asked) as session:
         stream = station.tokenizer.stream(prompt if same_text else ())
-        click.echo("".join(stream.push(id) for id in session.ids), nl=session.finished)
+        click.echo(for_terminal("".join(stream.push(id) for id in session.ids)), nl=session.finished)
         if session.finished:
             return
 

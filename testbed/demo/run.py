@@ -10,6 +10,7 @@ from rich.table import Table
 
 from bs_coordinator.base_station import BaseStation, open_base_station
 from bs_coordinator.broker.processes import open_broker
+from bs_coordinator.commands.answers import for_terminal
 from bs_coordinator.config import BaseStationConfig, SamplingConfig
 from bs_coordinator.engine.answer_stats import AnswerStats, summarise
 from bs_coordinator.engine.sequence import TokenEvent
@@ -77,7 +78,7 @@ def _ask(
     for event in station.new_sequence().generate(ids, SamplingConfig(max_tokens=max_tokens)):
         log.append(number, len(events), event)
         events.append(event)
-        sys.stdout.write(event.text)
+        sys.stdout.write(for_terminal(event.text))
         sys.stdout.flush()
     sys.stdout.write("\n\n")
     return summarise(events)

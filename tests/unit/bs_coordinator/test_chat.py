@@ -1,6 +1,7 @@
 """`wdmoe-bs chat` on a model of its own making: an answer that fails ends neither the chat nor what was said before."""
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from click.testing import CliRunner
 
 from bs_coordinator.commands import chat as command
 from bs_coordinator.commands import generate as generate_command
+from bs_coordinator.commands.answers import print_answer
+from bs_coordinator.config import SamplingConfig
 from bs_coordinator.errors import ChatTemplateError, DispatchError
 from wire.errors import BrokerError
 
@@ -116,3 +119,15 @@ def test_a_system_prompt_that_would_have_no_effect_is_refused(
     done = CliRunner().invoke(generate_command.generate, arguments)
     assert done.exit_code == 2
     assert says in done.output
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, "\\x1b]0;own\\x07é\n\t"), (False, "\x1b]0;own\x07é\n\t")])
+def test_a_models_control_characters_do_not_reach_a_terminal(
+    terminal: bool, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They would set its title here; pipes and files get the text as it is."""
+    answer = SimpleNamespace(text="\x1b]0;own\x07é\n\t", steps=())
+    sequence: Any = SimpleNamespace(generate=lambda *_args, **_options: iter([answer]))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert print_answer(sequence, [1], SamplingConfig(), stats=False) == answer.text
+    assert capsys.readouterr().out == shown + "\n"
