@@ -4,8 +4,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 
 from bs_coordinator.broker.processes import free_port
+from tests.desk_fleet import desk_fleet
 from tests.waiting import PATIENCE_S, wait_until
 from wire.manifest import Scheme
 
@@ -25,21 +24,8 @@ def test_a_chat_goes_on_while_a_node_dies_before_the_viewers_eyes(
     tiny_bundle: Callable[[Scheme], Path], tmp_path: Path
 ) -> None:
     port = free_port()
-    argv = [
-        *(sys.executable, "-m", "testbed", "up", "--bundle", tiny_bundle("int4"), "--nodes", 2),
-        *("--port", port, "--runs", tmp_path),
-    ]
-    out, log = tmp_path / "out", tmp_path / "log"
-    with out.open("wb") as stdout, log.open("wb") as stderr:
-        fleet = subprocess.Popen([str(a) for a in argv], stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
-    try:
-
-        def ready() -> bool:
-            assert fleet.poll() is None, log.read_text()
-            return "Ctrl-C" in out.read_text()
-
-        wait_until(ready, "the fleet")
-        pid = re.search(r"node1 (\d+)", out.read_text())
+    with desk_fleet(tiny_bundle("int4"), port, tmp_path) as fleet:
+        pid = re.search(r"node1 (\d+)", fleet.out.read_text())
         assert pid
         with playwright.sync_playwright() as started:
             browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -67,6 +53,3 @@ def test_a_chat_goes_on_while_a_node_dies_before_the_viewers_eyes(
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
             assert problems == []
             browser.close()
-    finally:
-        fleet.terminate()
-        fleet.wait(PATIENCE_S)
