@@ -57,13 +57,13 @@ def _bind(stack: ExitStack, family: int, address: tuple[object, ...]) -> socket.
     return bound
 
 
-def allowed_hosts(host: str, api_key: str | None) -> list[str]:
+def allowed_hosts(host: str, *, keyed: bool) -> list[str]:
     """Names under which requests may ask for a server that listens on `host`; `*` for any.
 
     Without a key, only names of this machine: a web page whose name is made to resolve to loopback (DNS rebinding)
     would be of the same origin as the server. A key is unknown to such a page.
     """
-    if api_key is not None or not is_loopback(host):
+    if keyed or not is_loopback(host):
         return ["*"]
     return ["localhost", "127.0.0.1", "::1", "[::1]", host]
 

@@ -56,7 +56,7 @@ _Options = TypeVar("_Options", bound=Options)
 
 
 def http_app(
-    server: AnswerServer, tokenizer: Tokenizer, *, model: str, api_key: str | None, stall_s: float,
+    server: AnswerServer, tokenizer: Tokenizer, *, model: str, stall_s: float,
     max_positions: int = 1 << 20, hosts: Sequence[str] = ("*",), origin: str = "", live: LiveFeed | None = None,
     metrics: MetricsSource | None = None, keys: Sequence[ApiKey] = (),
     model_aliases: Sequence[str] = (), about: Mapping[str, str] | None = None, log_request: LogLine | None = None,
@@ -66,14 +66,13 @@ def http_app(
 
     Args:
         model: name under which the model is listed.
-        api_key: key that callers must send; None lets every caller in, unless there are `keys`.
         stall_s: the health check fails when running answers have had no token for longer than this.
         max_positions: the model's context length in tokens: prompts that certainly exceed it are not tokenised.
         hosts: names that a request's Host header may have; `*` allows any.
         origin: of web pages that may call the server, besides those of this machine; empty for none.
         live: feed of the live page; None for no page.
         metrics: served at `/metrics`; None for none.
-        keys: further keys that callers may send.
+        keys: of which callers must send one; without any every caller is let in.
         model_aliases: further names of the model in requests.
         about: how the base station is configured, for the field `wdmoe` of responses.
         log_request: called with a line for each POST request when it is over.
@@ -82,7 +81,7 @@ def http_app(
     """
     prompts = PromptEncoder(tokenizer, max_positions)
     listed = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "wdmoe"}
-    ring = KeyRing([*([] if api_key is None else [ApiKey("default", api_key)]), *keys])
+    ring = KeyRing(keys)
     names = {"", model, ANY_MODEL, *model_aliases}
 
     def check_key(request: Request) -> None:

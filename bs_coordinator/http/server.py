@@ -61,9 +61,9 @@ def serve_station(
     )
     with request_log(config.request_log) if config.request_log else nullcontext() as log_request:
         app = http_app(
-            server, station.tokenizer, model=station.manifest.source.name, api_key=None, keys=keys,
+            server, station.tokenizer, model=station.manifest.source.name, keys=keys,
             stall_s=_STALLED_LAYERS * layer_timeout_s, max_positions=station.model.trunk.max_positions,
-            hosts=allowed_hosts(config.host, keys[0].key if keys else None), origin=config.cors_origin,
+            hosts=allowed_hosts(config.host, keyed=bool(keys)), origin=config.cors_origin,
             model_aliases=config.model_alias, about={"policy": policy, "draft": station.speculation.mode},
             log_request=log_request, live=live, metrics=metrics,
         )  # fmt: skip

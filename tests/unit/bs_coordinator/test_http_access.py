@@ -21,9 +21,9 @@ NONE: Any = None
 
 
 def _client(host: str = "127.0.0.1", *, key: str | None = None, origin: str = "") -> TestClient:
-    app = http_app(
-        NONE, NONE, model="m", api_key=key, stall_s=1, hosts=allowed_hosts(host, key), origin=origin
-    )  # fmt: skip
+    keys = [ApiKey("default", key)] if key else []
+    hosts = allowed_hosts(host, keyed=bool(keys))
+    app = http_app(NONE, NONE, model="m", keys=keys, stall_s=1, hosts=hosts, origin=origin)
     return TestClient(app, base_url="http://127.0.0.1")
 
 
@@ -45,7 +45,7 @@ def test_only_json_is_read(path: str, kind: str | None) -> None:
     class Templated:
         has_chat_template = True
 
-    app = http_app(NONE, Templated(), model="m", api_key=None, stall_s=1)  # type: ignore[arg-type]
+    app = http_app(NONE, Templated(), model="m", stall_s=1)  # type: ignore[arg-type]
     client = TestClient(app)
     refused = client.post(path, content=b"{}", headers={} if kind is None else {"Content-Type": kind})
     assert refused.status_code == 415

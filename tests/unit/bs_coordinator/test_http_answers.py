@@ -14,6 +14,7 @@ from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.scheduler import Progress, Scheduler
 from bs_coordinator.engine.sequence import Sequence
 from bs_coordinator.engine.tokenizer import Tokenizer
+from bs_coordinator.http.access import ApiKey
 from bs_coordinator.http.answer_server import AnswerServer
 from bs_coordinator.http.openai_api import http_app
 from bs_coordinator.selection import TopK
@@ -64,7 +65,12 @@ class _Site(HttpSite):
         )
         self._server.start()
         app = http_app(
-            self._server, tokenizer, model="tiny", api_key=KEY, stall_s=PATIENCE_S, max_positions=max_positions
+            self._server,
+            tokenizer,
+            model="tiny",
+            keys=[ApiKey("default", KEY)],
+            stall_s=PATIENCE_S,
+            max_positions=max_positions,
         )
         super().__init__(app, KEY)
 

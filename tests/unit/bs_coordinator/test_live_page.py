@@ -17,6 +17,7 @@ from bs_coordinator.config import BaseStationConfig
 from bs_coordinator.engine.scheduler import Progress, Scheduler
 from bs_coordinator.engine.sequence import TokenEvent
 from bs_coordinator.engine.step_records import DispatchRecord, LayerRecord, StepRecord
+from bs_coordinator.http.access import ApiKey
 from bs_coordinator.http.answer_server import AnswerServer
 from bs_coordinator.http.live_view import LiveView, model_facts
 from bs_coordinator.http.openai_api import http_app
@@ -63,7 +64,7 @@ def test_a_viewer_sees_the_fleet_then_an_answer_then_a_node_that_leaves(random_b
         )  # fmt: skip
         server.start()
         stack.callback(server.stop)
-        site = HttpSite(http_app(server, station.tokenizer, model="m", api_key=None, stall_s=9, live=live))
+        site = HttpSite(http_app(server, station.tokenizer, model="m", stall_s=9, live=live))
         stack.callback(site.close)
         connection, response = site.open("GET", "/live/events")
         stack.callback(connection.close)
@@ -105,7 +106,8 @@ def test_a_viewer_sees_the_fleet_then_an_answer_then_a_node_that_leaves(random_b
 
 
 def _client(feed: LiveFeed, key: str | None = None) -> TestClient:
-    return TestClient(http_app(NONE, NONE, model="m", api_key=key, stall_s=1, live=feed))
+    keys = [ApiKey("default", key)] if key else []
+    return TestClient(http_app(NONE, NONE, model="m", keys=keys, stall_s=1, live=feed))
 
 
 def test_the_page_is_open_and_its_feed_needs_the_key() -> None:
@@ -123,7 +125,7 @@ def test_the_page_is_open_and_its_feed_needs_the_key() -> None:
 
 
 def test_without_a_feed_there_is_no_page() -> None:
-    client = TestClient(http_app(NONE, NONE, model="m", api_key=None, stall_s=1))
+    client = TestClient(http_app(NONE, NONE, model="m", stall_s=1))
     assert client.get("/").status_code == client.get("/live/events").status_code == 404
 
 

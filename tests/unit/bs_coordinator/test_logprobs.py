@@ -170,7 +170,7 @@ class _Site(HttpSite):
         self.server.start()
         keys = [ApiKey("ada", "a-key"), ApiKey("bob", "b-key", most_requests=1)]
         app = http_app(
-            self.server, exact.tokenizer, model="exact", api_key=None, stall_s=60, keys=keys, model_aliases=["other"],
+            self.server, exact.tokenizer, model="exact", stall_s=60, keys=keys, model_aliases=["other"],
             about={"policy": "topk", "draft": "none"}, log_request=self.lines.append, keep_alive_s=0.01,
         )  # fmt: skip
         super().__init__(app, "a-key")

@@ -21,6 +21,7 @@ from bs_coordinator.engine.scheduler import Progress, Scheduler
 from bs_coordinator.engine.sequence import StopReason, TokenEvent
 from bs_coordinator.engine.step_records import DispatchRecord, LayerRecord, StepRecord
 from bs_coordinator.errors import AnswerError, BusyError, ContextLengthError, ExpertsLostError
+from bs_coordinator.http.access import ApiKey
 from bs_coordinator.http.answer_server import AnswerServer
 from bs_coordinator.http.observers import AnswerObserver
 from bs_coordinator.http.openai_api import http_app
@@ -101,7 +102,8 @@ def served(bundle: Path) -> Iterator[tuple[HttpSite, _Records]]:
             Scheduler(station.model, max_live=2), station.new_sequence, max_waiting=0,
             dispatcher=station.dispatcher, observers=(records, source),
         )  # fmt: skip
-        app = http_app(server, station.tokenizer, model="random", api_key=KEY, stall_s=PATIENCE_S, metrics=source)
+        keys = [ApiKey("default", KEY)]
+        app = http_app(server, station.tokenizer, model="random", keys=keys, stall_s=PATIENCE_S, metrics=source)
         # Both have their places before the first step, so that they share steps.
         done: queue.Queue[object] = queue.Queue()
         for ids in ([1, 2, 3, 4, 5], [6, 7, 8]):

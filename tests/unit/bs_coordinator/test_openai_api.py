@@ -78,7 +78,7 @@ def site(answers: _Answers, tiny_model: Path, tmp_path: Path) -> Iterator[HttpSi
         shutil.copy(file, tmp_path)
     (tmp_path / "chat_template.jinja").write_text(MIXTRAL_TEMPLATE)
     server: Any = answers
-    site = HttpSite(http_app(server, Tokenizer(tmp_path), model="tiny", api_key=None, stall_s=8))
+    site = HttpSite(http_app(server, Tokenizer(tmp_path), model="tiny", stall_s=8))
     yield site
     site.close()
 

@@ -84,7 +84,7 @@ def site(scripted: _Model) -> Iterator[HttpSite]:
     model, tokenizer, _ = scripted
     server = AnswerServer(Scheduler(model), lambda: Sequence(model, tokenizer), max_waiting=2, dispatcher=dispatcher)
     server.start()
-    site = HttpSite(http_app(server, tokenizer, model="scripted", api_key=None, stall_s=60, max_positions=128))
+    site = HttpSite(http_app(server, tokenizer, model="scripted", stall_s=60, max_positions=128))
     yield site
     site.close()
     server.stop()
