@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from common.config import Config, Option
+from common.names import check_host, check_origin
 from wire.broker_url import Access, check_broker_url
 from wire.tensors import WireDtype
 from wire.topics import check_name
@@ -186,7 +187,7 @@ class SamplingConfig(Config):
 class ServeConfig(Config):
     """HTTP server."""
 
-    host: Annotated[str, Option("Address to listen on.")] = "127.0.0.1"
+    host: Annotated[str, Option("Address to listen on.", check=check_host)] = "127.0.0.1"
     port: Annotated[int, Option("Port to listen on.", minimum=1, maximum=65535)] = 8080
     max_live: Annotated[int, Option("Answers generated at the same time.", minimum=1, maximum=256, heading=_LIMITS)] = 8
     max_waiting: Annotated[
@@ -215,5 +216,9 @@ class ServeConfig(Config):
         ),
     ] = None
     cors_origin: Annotated[
-        str, Option("Origin of web pages that may call the server, such as https://chat.example; this machine's may.")
+        str,
+        Option(
+            "Origin of web pages that may call the server, such as https://chat.example; this machine's may.",
+            check=lambda origin: check_origin(origin) if origin else None,
+        ),
     ] = ""

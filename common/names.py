@@ -1,9 +1,13 @@
-"""Names and addresses of hosts, checked once where they come in."""
+"""Names and addresses of hosts, and origins of web pages, checked once where they come in."""
 
 import ipaddress
 import re
 
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
+_ORIGIN = re.compile(
+    r"(?P<scheme>[a-z][\w+.-]*)://(?P<host>[^\s/?#@:\[\]]+|\[[\da-f:.]+\])(?P<port>(?::[1-9]\d{0,4})?)", re.A | re.I
+)
+_OWN_PORTS = (("http", ":80"), ("https", ":443"))
 _MOST_HOST = 253
 _EXAMPLE = "write for example 192.168.1.10 or broker.local"
 
@@ -40,9 +44,33 @@ def check_host(text: str) -> str:
         raise ValueError(f"{shown} is not a host: {wrong[0][:63]!r} is not a valid part of a name; {_EXAMPLE}")
     if len(name) > _MOST_HOST:
         raise ValueError(f"{shown} is not a host: it has more than {_MOST_HOST} characters")
-    if labels[-1].isdigit():
+    if re.fullmatch(r"\d+|0x[\da-f]*", labels[-1]):  # name servers take all of these for numbers
         raise ValueError(f"{shown} is not an IPv4 address: it needs four numbers from 0 to 255 without leading zeros")
+    for label in labels:
+        try:
+            label.encode().decode("idna")
+        except UnicodeError:
+            raise ValueError(f"{shown} is not a host: {label!r} is not the encoded form of a name") from None
     return name
+
+
+def check_origin(text: str) -> None:
+    """Check that browsers would write an origin of web pages in this way (RFC 6454, section 6.2).
+
+    Raises:
+        ValueError: they would not. The message shows nothing of a text that may be a URL with a password.
+    """
+    found = _ORIGIN.fullmatch(text)
+    if found is None or int(found["port"][1:] or 0) > 65535:
+        raise ValueError(
+            "not the origin of web pages: give scheme and host, and the port unless it is the scheme's own, such as "
+            "https://chat.example or http://192.168.1.10:3000"
+        )
+    host = check_host(found["host"].strip("[]"))
+    port = "" if (found["scheme"].lower(), found["port"]) in _OWN_PORTS else found["port"]
+    origin = f"{found['scheme'].lower()}://{f'[{host}]' if ':' in host else host}{port}"
+    if origin != text:
+        raise ValueError(f"browsers write this origin in another way: {origin}")
 
 
 def _reason(text: str, error: UnicodeError) -> str:

@@ -100,6 +100,8 @@ class _Parts(NamedTuple):
 
 def _split(url: str) -> _Parts:
     # What stands between two delimiters may be a piece of a password that contains one of them: no message repeats it.
+    if not url.isprintable() or " " in url:  # urlsplit leaves some of them out
+        raise ValueError(f"not a broker URL: it has white space or control characters; {_EXAMPLE}")
     try:
         parts = urlsplit(url)
     except ValueError:  # brackets or characters that no host can have; Python's message repeats the whole URL
@@ -122,8 +124,10 @@ def _split(url: str) -> _Parts:
     if port == 0 and scheme.default_port is not None:
         raise ValueError(f"not a broker URL: it has no valid port (1 to 65535); {_EXAMPLE}")
     user = unquote(parts.username) if parts.username else None
-    if user is not None and not user.isprintable():
+    if user is not None and not (user.isprintable() and "\N{REPLACEMENT CHARACTER}" not in user):
         raise ValueError(f"not a broker URL: its user has characters that can't be printed; {_EXAMPLE}")
+    if "[" in parts.netloc and ":" not in parts.hostname:
+        raise ValueError(f"not a broker URL: only IPv6 addresses stand in brackets; {_EXAMPLE}")
     host = check_host(parts.hostname.replace("%25", "%"))  # RFC 6874: a zone follows %25
     return _Parts(scheme, user, host, port or scheme.default_port or 0)
 
@@ -149,7 +153,7 @@ def read_secret(path: Path) -> str:
         mode = stat.S_IMODE(path.stat().st_mode)
         if mode & 0o077:
             raise BrokerAuthError(f"{path} can be read by other users (mode {mode:o}): run 'chmod 600 {path}'")
-        secret = path.read_text(encoding="utf-8").partition("\n")[0]
+        secret = path.read_text(encoding="utf-8-sig").partition("\n")[0]
     except OSError as error:
         raise BrokerAuthError(f"can't read the password file {path}: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -162,9 +162,10 @@ def http_app(
 
     async def show_model(request: Request) -> Response:
         check_key(request)
-        if request.path_params["id"] != model:
+        wanted = request.path_params["id"]
+        if wanted not in names:
             raise HTTPException(404, f"there is one model, '{model}'")
-        return JSONResponse(listed)
+        return JSONResponse(listed) if wanted else await list_models(request)
 
     async def openapi(request: Request) -> Response:
         return JSONResponse(openapi_document(sorted(names - {""}), needs_key=ring.needed))
@@ -206,6 +207,7 @@ def http_app(
                 allow_origin_regex=_LOOPBACK_ORIGIN,
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
+                allow_private_network=True,  # browsers ask for it where the page comes from another network
             ),
         ],
         # Each handler takes its own kind of exception.
@@ -269,6 +271,8 @@ async def _read_options(request: Request, kind: type[_Options]) -> _Options:
     # Browsers send this type to another origin only after they have asked (CORS).
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "send the request with the header Content-Type: application/json")
+    if (encoding := request.headers.get("content-encoding", "").strip().lower()) not in ("", "identity"):
+        raise HTTPException(415, f"send the request without Content-Encoding: '{encoding[:40]}' is not decoded here")
     raw = bytearray()
     try:
         async with asyncio.timeout(_BODY_S):

@@ -19,6 +19,7 @@ from bs_coordinator.engine.tokenizer import ChatMessage
 WITHOUT_EFFECT = frozenset(
     {
         "cache_prompt",
+        "include_reasoning",
         "metadata",
         "parallel_tool_calls",
         "prediction",
@@ -35,45 +36,67 @@ WITHOUT_EFFECT = frozenset(
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "add_generation_prompt": (True,),
     "add_special_tokens": (True,),
+    "audio": ({},),
+    "bad_words": ([],),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "detokenize": (True,),
+    "documents": ([],),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
     "early_stopping": (False,),
+    "extra_body": ({},),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "grammar": ("",),
+    "guided_choice": ([],),
+    "guided_grammar": ("",),
+    "guided_json": ({},),
+    "guided_regex": ("",),
+    "id_slot": (-1,),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "logit_bias": ({},),
     "min_p": (0,),
+    "mirostat": (0,),
     "modalities": (["text"],),
+    "n_probs": (0,),
     "presence_penalty": (0,),
     "priority": (0,),
+    "reasoning": ({}, {"effort": "none"}),
     "reasoning_effort": ("none",),
+    "repeat_penalty": (1,),
     "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "stop_token_ids": ([],),
+    "stop_sequences": ([],),
     "suffix": ("",),
+    "tfs_z": (1,),
+    "thinking": ({"type": "disabled"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "top_a": (0,),
     "top_k": (0, -1),
+    "typ_p": (1,),
     "typical_p": (1,),
     "use_beam_search": (False,),
     "verbosity": ("medium",),
+    "xtc_probability": (0,),
 }
 """Options of OpenAI, vLLM and llama.cpp that are not implemented, with the values that ask for nothing."""
 
-_NEUTRAL_IN_MESSAGE: dict[str, tuple[object, ...]] = {
-    "annotations": ([],),
-    "reasoning": ("",),
-    "reasoning_content": ("",),
-    "refusal": ("",),
-    "tool_calls": ([],),
-}
-"""Fields of earlier answers, of this server or of another, that clients send back, with the values that are empty."""
+_MAPPINGS = ("audio", "chat_template_kwargs", "extra_body", "logit_bias", "reasoning", "stream_options")
+"""Options of which PHP writes the empty mapping as an empty list."""
+
+_OWN_FIELDS = {"role", "content", "type", "text"}
+"""Fields of messages and of parts of their contents of which an empty value is one, not the absence of one."""
+
+_BOM = b"\xef\xbb\xbf"
+_LONGEST_REASON = 300
 
 MOST_CHOICES = 256
 """Choices of one request, for all its prompts together."""
@@ -294,24 +317,39 @@ _Options = TypeVar("_Options", bound=Options)
 
 
 def parse_request(raw: bytes, kind: type[_Options]) -> _Options:
-    """Decode and check a request's body.
+    """Decode and check a request's body: JSON in UTF-8, which may begin with a byte order mark.
 
     Raises:
         ValueError: one line that says why the request can't be answered.
     """
     try:
-        sent = msgspec.json.decode(raw, type=dict[str, Any])
-        wanted = _normalised({name: value for name, value in sent.items() if name not in WITHOUT_EFFECT})
-        _drop_neutral(wanted, NEUTRAL_OPTIONS[kind])
-        if kind is Completion and wanted.get("logprobs") is False:
-            del wanted["logprobs"]  # as chat writes that none are wanted
-        messages = wanted.get("messages")
-        for message in messages if isinstance(messages, list) else []:
-            if isinstance(message, dict):
-                _drop_neutral(message, _NEUTRAL_IN_MESSAGE)
-        return msgspec.convert(wanted, kind)
+        return _parse(raw.removeprefix(_BOM), kind)
+    except UnicodeDecodeError:
+        raise ValueError("it is not text in UTF-8") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except ValueError as error:  # msgspec repeats names of fields as they are
+        reason = "".join(c if c.isprintable() else " " for c in str(error))
+        raise ValueError(" ".join(reason.split())[:_LONGEST_REASON]) from None
+
+
+def _parse(raw: bytes, kind: type[_Options]) -> _Options:
+    text = raw.decode()
+    if "\0" in text:
+        raise ValueError("it is not text in UTF-8")  # but in UTF-16: JSON has no such character
+    sent = msgspec.json.decode(text, type=dict[str, Any])
+    wanted = _normalised({name: value for name, value in sent.items() if name not in WITHOUT_EFFECT})
+    wanted |= {name: {} for name in _MAPPINGS if wanted.get(name) == []}
+    if _asks_for_no_bias(wanted.get("logit_bias")):
+        del wanted["logit_bias"]
+    _drop_neutral(wanted, NEUTRAL_OPTIONS[kind])
+    if kind is Completion and wanted.get("logprobs") is False:
+        del wanted["logprobs"]  # as chat writes that none are wanted
+    if isinstance(wanted.get("stop"), list):
+        wanted["stop"] = [stop for stop in wanted["stop"] if stop is not None]
+    if isinstance(wanted.get("messages"), list):
+        wanted["messages"] = [_without_empty_fields(message) for message in wanted["messages"]]
+    return msgspec.convert(wanted, kind)
 
 
 def _normalised(value: Any) -> Any:
@@ -321,6 +359,24 @@ def _normalised(value: Any) -> Any:
     if isinstance(value, list):
         return [_normalised(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _without_empty_fields(message: Any) -> Any:
+    """A message, or a part of its content, without fields that are empty.
+
+    Clients send earlier answers back with all the fields that this server or another one gave them. Such an answer may
+    have had no content.
+    """
+    if not isinstance(message, dict):
+        return message
+    kept = {name: value for name, value in message.items() if name in _OWN_FIELDS or value not in ("", [], {}, False)}
+    if isinstance(kept.get("content"), list):
+        kept["content"] = [_without_empty_fields(part) for part in kept["content"]]
+    return {"content": "", **kept} if kept.get("role") == "assistant" else kept
+
+
+def _asks_for_no_bias(bias: object) -> bool:
+    return isinstance(bias, dict) and all(value == 0 for value in bias.values())
 
 
 def _drop_neutral(fields: dict[str, Any], neutral: Mapping[str, tuple[object, ...]]) -> None:

@@ -1,5 +1,6 @@
 """Which requests the HTTP interface lets in: by host, type of content and origin."""
 
+import gzip
 import json
 import re
 import stat
@@ -15,6 +16,7 @@ from bs_coordinator.http.access import ApiKey, allowed_hosts, read_keys
 from bs_coordinator.http.openai_api import http_app
 from bs_coordinator.http.openai_schema import Chat, Completion, parse_request
 from bs_coordinator.http.request_log import request_log
+from common.config import ConfigError
 from common.errors import KeyFileError
 
 NONE: Any = None
@@ -71,6 +73,66 @@ def test_web_pages_may_call_from_this_machine_and_the_named_origin(origin: str, 
     # An error has the header as well, so that the page can read why.
     answered = client.get("/v1/models", headers={"Origin": origin})
     assert (answered.status_code, "access-control-allow-origin" in answered.headers) == (401, status == 200)
+
+
+def test_pages_of_another_network_are_let_in_by_their_origin_alone() -> None:
+    client = _client(origin="https://chat.example")
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Private-Network": "true"}
+    let_in = client.options("/v1/chat/completions", headers={"Origin": "https://chat.example", **asked})
+    assert (let_in.status_code, let_in.headers["access-control-allow-private-network"]) == (200, "true")
+    refused = client.options("/v1/chat/completions", headers={"Origin": "https://attacker.example", **asked})
+    assert (refused.status_code, "access-control-allow-origin" in refused.headers) == (400, False)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP, br", "zstd"])
+def test_compressed_bodies_are_refused_as_such(encoding: str) -> None:
+    client = TestClient(http_app(NONE, NONE, model="m", stall_s=1))
+    headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+    refused = client.post("/v1/completions", content=gzip.compress(b"{}"), headers=headers)
+    assert (refused.status_code, encoding.lower() in refused.json()["error"]["message"]) == (415, True)
+    headers["Content-Encoding"] = "identity"
+    assert client.post("/v1/completions", content=b"{}", headers=headers).status_code == 400
+
+
+def test_the_model_is_shown_under_all_its_names() -> None:
+    client = TestClient(http_app(NONE, NONE, model="maker/model", model_aliases=["gpt"], stall_s=1))
+    for name in ("maker/model", "maker%2Fmodel", "gpt", "wdmoe"):
+        assert client.get(f"/v1/models/{name}").json()["id"] == "maker/model"
+    assert client.get("/v1/models/").json()["data"][0]["id"] == "maker/model"
+    assert client.get("/v1/models/maker").status_code == 404
+    assert client.head("/v1/models").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("host", "", "an empty text is not a host"),
+        ("host", "http://0.0.0.0", "a URL is not a host"),
+        ("host", "[::1]", "without brackets"),
+        ("host", "127.0.0.1:8080", "without a port"),
+        ("host", "127.1", "not an IPv4 address"),
+        ("host", "kitchen..local", "two dots"),
+        ("cors_origin", "https://chat.example/", "not the origin"),
+        ("cors_origin", "*", "not the origin"),
+        ("cors_origin", "chat.example", "not the origin"),
+        ("cors_origin", "https://pi:hush@chat.example", "not the origin"),
+        ("cors_origin", "https://a.example,https://b.example", "not the origin"),
+        ("cors_origin", "http://chat.example:８０", "not the origin"),
+        ("cors_origin", "http://chat.example:70000", "not the origin"),
+        ("cors_origin", "https://chat.example:443", "another way: https://chat.example$"),
+        ("cors_origin", "HTTPS://Küche.example", "another way: https://xn--kche-0ra.example$"),
+    ],
+)
+def test_where_the_server_listens_and_for_whom_is_checked(option: str, value: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason) as refused:
+        ServeConfig(**{option: value})  # type: ignore[arg-type]
+    assert str(refused.value).startswith(f"--{option.replace('_', '-')}: ")
+    assert "hush" not in str(refused.value)
+
+
+def test_origins_as_browsers_write_them_are_taken() -> None:
+    for origin in ("http://192.168.1.10:3000", "http://[fd00::7]:3000", "chrome-extension://abc", "app://obsidian.md"):
+        assert ServeConfig(cors_origin=origin).cors_origin == origin
 
 
 def test_the_openapi_document_knows_every_option(tmp_path: Path) -> None:

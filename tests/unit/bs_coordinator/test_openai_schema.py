@@ -35,6 +35,10 @@ def _chat(*messages: object, **options: object) -> Chat:
         {"stop": ["", ""], "prediction": {"type": "content", "content": "x"}, "prompt_cache_retention": "24h"},
         {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "reasoning_effort": "none", "verbosity": "medium"},
         {"unknown": None},
+        {"logit_bias": [], "stream_options": [], "chat_template_kwargs": [], "metadata": []},  # as PHP writes {}
+        {"logit_bias": {"7": 0, "8": 0.0}, "stop": [None, ""], "guided_choice": [], "extra_body": {}, "grammar": ""},
+        {"mirostat": 0, "repeat_penalty": 1.0, "typ_p": 1, "n_probs": 0, "xtc_probability": 0.0, "id_slot": -1},
+        {"thinking": {"type": "disabled"}, "reasoning": {"effort": "none"}, "include_reasoning": True, "audio": {}},
     ],
 )
 def test_empty_options_change_nothing(options: dict[str, object]) -> None:
@@ -69,6 +73,18 @@ def test_empty_options_change_nothing(options: dict[str, object]) -> None:
         ("skip_special_tokens", False),
         ("reasoning_effort", "high"),
         ("top_k", 3),
+        ("logit_bias", {"7": 0, "8": -1}),
+        ("logit_bias", [7]),
+        ("thinking", {"type": "enabled"}),
+        ("repeat_penalty", 1.1),
+        ("guided_json", {"type": "object"}),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+        ("n", True),
+        ("seed", "7"),
+        ("max_tokens", -1),
+        ("stream", "true"),
+        ("echo", 0),
+        ("stream_options", True),
         ("max_tokens", 0),
         ("max_tokens", 1.5),
         ("temperature", 1e300),
@@ -117,11 +133,27 @@ def test_what_would_change_the_answer_is_refused_by_name(name: str, value: objec
         b'{"prompt": "x", "temperature": NaN}',
         b'{"prompt": "x", "temperature": 1e999}',
         b'{"prompt": "x", "user": ' + b"[" * 100_000,
+        b'{"prompt": "x",}',
+        b'{"prompt": "x"}{"prompt": "x"}',
+        b"{'prompt': 'x'}",
+        b"prompt=x",
+        b'{"prompt": "x", "surprise\\n\\u001b[2J\\u2028": 1}',
+        b'{"prompt": "x", "' + b"surprise" * 999 + b'": 1}',
+        b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}",
     ],
 )
-def test_nonsense_is_refused(raw: bytes) -> None:
-    with pytest.raises(ValueError, match=r"\w"):
+def test_nonsense_is_refused_in_one_line(raw: bytes) -> None:
+    with pytest.raises(ValueError, match=r"\w") as refused:
         parse_request(raw, Completion)
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) <= 300
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252"])
+def test_other_encodings_than_utf_8_are_refused_as_such(encoding: str) -> None:
+    with pytest.raises(ValueError, match="not text in UTF-8"):
+        parse_request('{"prompt": "Grüße"}'.encode(encoding), Completion)
+    assert parse_request('{"prompt": "Grüße"}'.encode("utf-8-sig"), Completion).prompts == ["Grüße"]
 
 
 def test_limits_are_taken_as_they_are() -> None:
@@ -224,11 +256,22 @@ def test_as_many_choices_as_are_drawn_are_returned(best_of: int | None) -> None:
         {"tool_calls": [], "function_call": None, "audio": None, "refusal": None, "annotations": []},
         {"reasoning_content": None, "reasoning": None, "refusal": ""},
         {"reasoning_content": "", "reasoning": "", "tool_calls": None, "unknown": None, "name": None},
+        {"images": [], "reasoning_details": [], "thinking_blocks": [], "function_call": {}, "name": ""},
+        {"provider_specific_fields": {"refusal": None}, "tool_call_id": "", "prefix": False},
+        {"content": [{"type": "text", "text": "Yes?", "annotations": [], "logprobs": None}]},
     ],
 )
 def test_empty_fields_of_other_servers_answers_are_ignored(extra: dict[str, object]) -> None:
     asked = _chat({"role": "assistant", "content": "Yes?", **extra})
     assert asked.conversation == [{"role": "assistant", "content": "Yes?"}]
+
+
+@pytest.mark.parametrize("content", [{"content": None}, {}, {"content": []}, {"content": ""}])
+def test_an_earlier_answer_may_have_been_empty(content: dict[str, object]) -> None:
+    assert _chat({"role": "assistant", **content}).conversation == [{"role": "assistant", "content": ""}]
+    if content in ({"content": None}, {}):
+        with pytest.raises(ValueError, match="content"):
+            _chat({"role": "user", **content})
 
 
 def test_developers_are_the_system_and_names_are_kept() -> None:
@@ -252,7 +295,10 @@ def test_messages() -> None:
     assert asked.conversation == [{"role": "user", "content": "Good day"}, {"role": "assistant", "content": "Yes?"}]
     bad: list[tuple[str, Any]] = [
         ("content", {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}),
-        ("content", {"role": "assistant", "content": None}),
+        ("content", {"role": "user", "content": None}),
+        ("content", {"role": "user", "content": [None]}),
+        ("content", {"role": "user", "content": ["Hi"]}),
+        ("messages", None),
         ("role", {"role": "tool", "content": "4"}),
         ("name", {"role": "user", "content": "Hi", "name": 7}),
         ("tool_calls", {"role": "assistant", "content": "", "tool_calls": [{}]}),

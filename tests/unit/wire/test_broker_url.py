@@ -1,6 +1,7 @@
 """Broker URLs: what is refused, and that no message ever shows a part of a password."""
 
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from testbed.archive.pseudonyms import Pseudonyms
 from testbed.facts import argv
-from wire.broker_url import Access, check_broker_url, parse_broker_url
+from wire.broker_url import Access, check_broker_url, parse_broker_url, read_secret
 
 _PLAIN = Access(allow_plaintext=True)
 _SECRET = "Zq7Zq8Zq9"
@@ -36,6 +37,21 @@ _SECRET = "Zq7Zq8Zq9"
         ("mqtt://broker.lan?cluster=x", "after host and port"),
         ("mqtt://broker.lan#x", "after host and port"),
         ("mqtt://pi%00@broker.lan", "can't be printed"),
+        ("mqtt://pi%ff@broker.lan", "can't be printed"),
+        ("mqtt://broker.lan:1883\n", "white space or control"),
+        ("mqtt://bro\tker.lan", "white space or control"),
+        (" mqtt://broker.lan", "white space or control"),
+        ("mqtt://broker.lan\u2028", "white space or control"),
+        ("mqtt://broker.lan:+80", "no valid port"),
+        ("mqtt://broker.lan:８０", "no valid port"),
+        ("mqtt://b1:1883,b2:1883", "no valid port"),
+        ("mqtt://[v1.broker]", "only IPv6"),
+        ("mqtt://[10.0.0.7]", "can't be read"),
+        ("mqtt://0x7f000001", "not an IPv4 address"),
+        ("mqtt://10.7", "not an IPv4 address"),
+        ("mqtt://１０.0.0.256", "not an IPv4 address"),
+        ("mqtt://xn--a.local", "not the encoded form"),
+        ("ws://broker.lan", "begins with none of"),
         ("mqtt://pi:hush@broker.lan", "--password-file"),
         ("mqtt://pi:@broker.lan", "--password-file"),
         ("mqtt://pi:12/34@broker.lan", "--password-file"),
@@ -54,6 +70,13 @@ def test_hosts_are_encoded_and_users_quoted() -> None:
     zone = parse_broker_url("mqtts://[fe80::7%25wlan0]")
     assert (zone.host, parse_broker_url(str(zone))) == ("fe80::7%wlan0", zone)
     assert parse_broker_url("mqtts://lab%3Api%40x@broker.lan").user == "lab:pi@x"
+
+
+def test_password_files_of_windows_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_bytes("\ufeffgeheim ü\r\n".encode())
+    file.chmod(0o600)
+    assert read_secret(file) == "geheim ü"
 
 
 _CHARACTERS = st.sampled_from("@:/#%?[]\\ \t\n&=+;'\"{}|^~℀：＠／\u2488é\udcff\x00")
