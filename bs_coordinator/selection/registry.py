@@ -75,12 +75,24 @@ def configured_policy(config: BaseStationConfig, manifest: Manifest) -> Policy:
     """The policy that a base station's config names, for the model of a manifest.
 
     Raises:
-        ConfigError: as `parse_policy`.
+        ConfigError: as `policy_for_model`.
     """
     try:
-        return parse_policy(config.policy, top_k=manifest.dims.top_k, model_sha256=manifest.model_sha256)
+        return policy_for_model(config.policy, manifest)
     except ValueError as error:
         raise ConfigError(f"--policy: {error}") from None
+
+
+def policy_for_model(text: str, manifest: Manifest) -> Policy:
+    """The policy that `text` describes, for the model of a manifest.
+
+    Raises:
+        ValueError: as `parse_policy`, or the policy needs scores, and models of this family are known to have none.
+    """
+    policy = parse_policy(text, top_k=manifest.dims.top_k, model_sha256=manifest.model_sha256)
+    if manifest.architecture.routing.score == "unknown":
+        check_scores(text, policy, top_k=manifest.dims.top_k)
+    return policy
 
 
 def check_scores(text: str, policy: Policy, *, top_k: int) -> None:

@@ -11,7 +11,7 @@ import psutil
 
 from bs_coordinator.broker.processes import mosquitto_path
 from bs_coordinator.dispatch.readiness import measure_broker
-from bs_coordinator.selection import parse_policy
+from bs_coordinator.selection.registry import policy_for_model
 from common.errors import WdmoeError
 from testbed import facts
 from testbed.demo_assets import demo_bundle_path
@@ -102,7 +102,7 @@ def _bundle(plan: Plan, name: str, found: list[Manifest]) -> tuple[Level, str]:
             return "fail", f"{path} is missing or has the wrong size: export the bundle again"
     check_plan(plan, bundle=name, top_k=manifest.dims.top_k)
     for policy in plan.policies_of(name):
-        parse_policy(policy, top_k=manifest.dims.top_k, model_sha256=manifest.model_sha256)
+        policy_for_model(policy, manifest)
     found.append(manifest)
     return "pass", f"{manifest.quantisation}, model {manifest.model_sha256[:12]}, in {folder}"
 

@@ -30,7 +30,7 @@ def register(group: click.Group) -> None:
 def trace_routing(
     data: Path, bundle: Path | None, items: int, texts: int, tokens: int, threads: int, out: Path
 ) -> None:
-    """Record the gate probabilities of a model on real prompts."""
+    """Record how a model's routers score experts on real prompts."""
     from testbed.facts import commit
     from testbed.radio.traces import record_trace, write_trace
 
@@ -40,8 +40,9 @@ def trace_routing(
         bundle or _demo_bundle(), data, items=items, texts=texts, tokens=tokens, threads=threads, commit=commit()[0]
     )
     write_trace(trace, out)
-    total = sum(map(len, trace.prompts))
-    click.echo(f"{out}: {len(trace.prompts)} prompts, {total} tokens, {trace.layers} layers of {trace.experts} experts")
+    click.echo(
+        f"{out}: {len(trace.prompts)} prompts, {trace.tokens} tokens, {trace.layers} layers of {trace.experts} experts"
+    )
 
 
 @click.command(cls=Command, example="wdmoe-testbed simulate trace --out runs/simulation")

@@ -25,12 +25,15 @@ _HEADER_ERRORS = (
 """What numpy raises for headers that are no header: it hands them to Python's parser."""
 
 
-def read_arrays(path: Path, kinds: Mapping[str, tuple[str, int]]) -> dict[str, NDArray[Any]]:
+def read_arrays(
+    path: Path, kinds: Mapping[str, tuple[str, int]], *, optional: Mapping[str, tuple[str, int]]
+) -> dict[str, NDArray[Any]]:
     """The arrays of an npz file, checked before memory is allocated for them.
 
     Args:
         path: the file.
         kinds: dtype and number of dimensions of each array, by name; other arrays of the file are not read.
+        optional: the same, of arrays that may be missing.
 
     Raises:
         OSError: the file can't be read.
@@ -46,6 +49,7 @@ def read_arrays(path: Path, kinds: Mapping[str, tuple[str, int]]) -> dict[str, N
         with zipfile.ZipFile(path) as archive:
             if len(names := archive.namelist()) > _MAX_MEMBERS or len({*names}) < len(names):
                 raise ValueError(f"it has {len(names)} members, more than {_MAX_MEMBERS} or some of the same name")
+            kinds = {**kinds, **{name: kind for name, kind in optional.items() if f"{name}.npy" in names}}
             limit = min(MAX_BYTES, psutil.virtual_memory().available // 2)
             shapes: dict[str, tuple[int, ...]] = {}
             for name, (dtype, dimensions) in kinds.items():

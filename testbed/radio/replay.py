@@ -10,11 +10,9 @@ import numpy as np
 
 from bs_coordinator.airtime.allocation import Float, allocate_common, allocate_layer, layer_seconds
 from bs_coordinator.selection import Policy
-from bs_coordinator.selection.routing import softmax_routing
 from testbed.errors import SimulationError
 from testbed.radio.setting import Cell
-from testbed.radio.traces import RoutingTrace
-from wire.tensors import Array
+from testbed.radio.traces import PromptRouting, RoutingTrace
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -23,8 +21,8 @@ ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "optimal", "per-layer")
 """Bandwidth shares: equal, optimal for all layers of a batch together (as in the papers), or optimal per layer."""
 
 
-def batches(trace: RoutingTrace, phase: Phase, draws: int, seed: int) -> list[Array]:
-    """Gate probabilities of the tokens that each draw sends, float32 [tokens, layers, experts] each.
+def batches(trace: RoutingTrace, phase: Phase, draws: int, seed: int) -> list[PromptRouting]:
+    """Routing of the tokens that each draw sends.
 
     Prompts take turns. In the phase `decode` a draw sends one token of its prompt, chosen by `seed`.
     """
@@ -32,10 +30,10 @@ def batches(trace: RoutingTrace, phase: Phase, draws: int, seed: int) -> list[Ar
     if phase == "prefill":
         return prompts
     at = np.random.default_rng(seed).random(draws)
-    return [prompt[int(x * len(prompt))][None] for prompt, x in zip(prompts, at, strict=True)]
+    return [prompt.token(int(x * prompt.tokens)) for prompt, x in zip(prompts, at, strict=True)]
 
 
-def replay(policy: Policy, batches: Sequence[Array], cell: Cell, *, top_k: int) -> Float:
+def replay(policy: Policy, batches: Sequence[PromptRouting], cell: Cell, *, top_k: int) -> Float:
     """Number of hidden states sent to each device, float64 [draws, layers, devices]; draw d sends batch d.
 
     Args:
@@ -48,17 +46,16 @@ def replay(policy: Policy, batches: Sequence[Array], cell: Cell, *, top_k: int) 
         SimulationError: the number of devices differs from the number of experts per layer.
     """
     devices = len(cell.row_compute_s)
-    if batches[0].shape[2] != devices:
+    _, layers, experts = batches[0].scores.shape
+    if experts != devices:
         raise SimulationError(
-            f"the setting has {devices} devices, the model {batches[0].shape[2]} experts per layer: "
+            f"the setting has {devices} devices, the model {experts} experts per layer: "
             "each device must hold one expert"
         )
-    rows = np.empty((len(batches), batches[0].shape[1], devices))
+    rows = np.empty((len(batches), layers, devices))
     for draw, batch in enumerate(batches):
-        for layer in range(batch.shape[1]):
-            gate = policy.select(
-                softmax_routing(np.ascontiguousarray(batch[:, layer]), top_k), cell.forecast(draw, layer)
-            )
+        for layer in range(layers):
+            gate = policy.select(batch.layer(layer, top_k), cell.forecast(draw, layer))
             rows[draw, layer] = np.count_nonzero(gate, axis=0)
     return rows
 

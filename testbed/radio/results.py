@@ -67,7 +67,7 @@ class Comparison:
         self._phase = phase
         self._seed = seed
         self._sent = batches(trace, phase, cell.draws, seed)
-        self._tokens = np.array([len(batch) for batch in self._sent], np.float64)
+        self._tokens = np.array([batch.tokens for batch in self._sent], np.float64)
         vanilla = replay(parse_policy(VANILLA, top_k=trace.facts.top_k), self._sent, cell, top_k=trace.facts.top_k)
         self._pairs = vanilla.sum()
         self._vanilla = self._time(vanilla, "uniform")

@@ -148,7 +148,7 @@ class Simulation:
             "trace": {
                 "sha256": sha256_file(self.trace_path),
                 "prompts": len(trace.prompts),
-                "tokens": sum(map(len, trace.prompts)),
+                "tokens": trace.tokens,
                 **msgspec.to_builtins(trace.facts),
             },
             "evaluation": evaluation and evaluation.facts(),

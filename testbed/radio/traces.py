@@ -1,7 +1,10 @@
-"""Routing traces: gate probabilities of a model on real text, recorded once to be replayed many times."""
+"""Routing traces: how a model's routers score experts on real text, recorded once to be replayed many times."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -12,6 +15,7 @@ from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import Policy, Routing, TopK
 from bs_coordinator.selection.forecast import LayerForecast
+from bs_coordinator.selection.routing import join_routings, top_weights
 from bs_coordinator.trunk.inputs import SequenceInput
 from bs_coordinator.trunk.load import load_trunk
 from common.files import atomic_write
@@ -27,7 +31,7 @@ from wire.tensors import Array
 _MAX_FACTS_BYTES = 1 << 20
 _MAX_DIMENSION = 1 << 20
 _MAX_SCORE = 1e6
-"""Probabilities are at most 1, but for routers that scale them."""
+"""Probabilities are at most 1, but for routers that scale them or add a bias."""
 
 
 class TraceFacts(Struct, frozen=True, kw_only=True):
@@ -50,64 +54,115 @@ class TraceFacts(Struct, frozen=True, kw_only=True):
     commit: str
 
 
-class RoutingTrace:
-    """Gate probabilities of a model for several prompts.
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptRouting:
+    """Routing of some tokens of one prompt, in all layers.
 
     Attributes:
-        prompts: float32 [tokens, layers, experts] per prompt: softmax over all experts, with top-k routing.
+        scores: float32 [tokens, layers, experts], `Routing.scores` of each layer: softmax over all experts, or sigmoid.
+        order: float32 of the same shape, `Routing.order`; None where `scores` decide.
+    """
+
+    scores: Array
+    order: Array | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return len(self.scores)
+
+    def token(self, index: int) -> "PromptRouting":
+        """The routing of one token."""
+        return PromptRouting(self.scores[index][None], None if self.order is None else self.order[index][None])
+
+    def layer(self, layer: int, top_k: int) -> Routing:
+        """The routing of a layer. The weights of a token's `top_k` experts add up to 1, as no time depends on them."""
+        scores = np.ascontiguousarray(self.scores[:, layer])
+        order = None if self.order is None else np.ascontiguousarray(self.order[:, layer])
+        return Routing(top_weights(scores, top_k, order), scores, order)
+
+
+class RoutingTrace:
+    """Routing of a model for several prompts.
+
+    Attributes:
+        prompts: routing of each prompt; all have `order`, or none has.
         facts: origin of the trace.
     """
 
-    def __init__(self, prompts: Sequence[Array], facts: TraceFacts) -> None:
+    def __init__(self, prompts: Iterable[PromptRouting], facts: TraceFacts) -> None:
         self.prompts = list(prompts)
         self.facts = facts
 
     @property
+    def tokens(self) -> int:
+        """Number of tokens of all prompts."""
+        return sum(prompt.tokens for prompt in self.prompts)
+
+    @property
     def layers(self) -> int:
-        """Number of layers."""
-        return int(self.prompts[0].shape[1])
+        """Number of layers with experts."""
+        return int(self.prompts[0].scores.shape[1])
 
     @property
     def experts(self) -> int:
         """Number of experts per layer."""
-        return int(self.prompts[0].shape[2])
+        return int(self.prompts[0].scores.shape[2])
 
 
 class _Recorder:
-    """A policy that chooses like another policy, and records the probabilities."""
+    """A policy that chooses like another policy, and records what it chose by."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self.recorded: list[Array] = []
+        self._recorded: defaultdict[int, list[Routing]] = defaultdict(list)
 
     def select(self, routing: Routing, forecast: LayerForecast) -> Array:
-        """Record the probabilities, and choose with the other policy.
+        """Record the routing, and choose with the other policy.
 
         Raises:
-            SimulationError: the model chooses by something else.
+            SimulationError: the router follows no rule that gives every expert a score.
         """
-        if routing.scores is None or routing.order is not None:
-            raise SimulationError("only models whose router chooses the experts that it weighs most can be traced")
-        self.recorded.append(routing.scores)
+        if routing.scores is None:
+            raise SimulationError(
+                "this model can't be traced: how its router scores the experts that it does not choose is not known"
+            )
+        self._recorded[forecast.layer].append(routing)
         return self._policy.select(routing, forecast)
 
+    def recorded(self) -> PromptRouting:
+        """What was recorded; a long prompt goes through each layer in pieces."""
+        layers = [join_routings(pieces) for _, pieces in sorted(self._recorded.items())]
+        scores = [layer.scores for layer in layers if layer.scores is not None]
+        orders = [layer.order for layer in layers]
+        if all(order is None for order in orders):
+            return PromptRouting(np.stack(scores, axis=1))
+        # A layer without a bias chooses by its scores.
+        both = zip(scores, orders, strict=True)
+        return PromptRouting(
+            np.stack(scores, axis=1), np.stack([s if order is None else order for s, order in both], axis=1)
+        )
 
-def trace_prompts(model: DistributedModel, policy: Policy, prompts: Sequence[Sequence[int]]) -> list[Array]:
-    """The gates' probabilities for each prompt, float32 [tokens, layers, experts].
 
-    Attention is causal, so the probabilities are the same when the tokens are decoded one by one.
+def trace_prompts(model: DistributedModel, policy: Policy, prompts: Sequence[Sequence[int]]) -> list[PromptRouting]:
+    """The routing of each prompt.
+
+    Attention is causal, so the routing is the same when the tokens are decoded one by one.
 
     Args:
         model: model to run; its policy is replaced.
         policy: policy that routes meanwhile.
         prompts: token ids of each prompt.
+
+    Raises:
+        SimulationError: the model's router follows no rule that gives every expert a score.
     """
     traces = []
     for ids in prompts:
         recorder = _Recorder(policy)
         model.policy = recorder
         model.step([SequenceInput(list(ids), model.trunk.new_cache())])
-        traces.append(np.stack(recorder.recorded, axis=1))
+        traces.append(recorder.recorded())
     return traces
 
 
@@ -158,16 +213,19 @@ def record_trace(
 def write_trace(trace: RoutingTrace, path: Path) -> None:
     """Write a trace as an npz file.
 
-    It contains `probabilities` float32 [tokens, layers, experts] of all prompts, `tokens` int64 [prompts] with their
-    lengths, and `facts` as JSON.
+    It contains `probabilities` float32 [tokens, layers, experts], the scores of all prompts, `tokens` int64 [prompts]
+    with their lengths, `facts` as JSON and, for models that choose by something else than the scores, `order` of the
+    same type and shape as `probabilities`.
     """
+    arrays: dict[str, Any] = {
+        "probabilities": np.concatenate([prompt.scores for prompt in trace.prompts]),
+        "tokens": np.array([prompt.tokens for prompt in trace.prompts], np.int64),
+        "facts": np.frombuffer(msgspec.json.encode(trace.facts), np.uint8),
+    }
+    if orders := [prompt.order for prompt in trace.prompts if prompt.order is not None]:
+        arrays["order"] = np.concatenate(orders)
     with atomic_write(path) as file:
-        np.savez_compressed(
-            file,
-            probabilities=np.concatenate(trace.prompts),
-            tokens=np.array([len(prompt) for prompt in trace.prompts], np.int64),
-            facts=np.frombuffer(msgspec.json.encode(trace.facts), np.uint8),
-        )
+        np.savez_compressed(file, **arrays)
 
 
 def read_trace(path: Path) -> RoutingTrace:
@@ -177,17 +235,26 @@ def read_trace(path: Path) -> RoutingTrace:
         SimulationError: the file can't be read or is not a valid trace.
     """
     try:
-        arrays = read_arrays(path, {"probabilities": ("float32", 3), "tokens": ("int64", 1), "facts": ("uint8", 1)})
+        arrays = read_arrays(
+            path,
+            {"probabilities": ("float32", 3), "tokens": ("int64", 1), "facts": ("uint8", 1)},
+            optional={"order": ("float32", 3)},
+        )
         if len(arrays["facts"]) > _MAX_FACTS_BYTES:
             raise ValueError(f"its facts are longer than {_MAX_FACTS_BYTES} bytes")
         facts = decode_strict_json(arrays["facts"].tobytes(), TraceFacts)
-        probabilities, tokens = arrays["probabilities"], arrays["tokens"]
+        probabilities, tokens, order = arrays["probabilities"], arrays["tokens"], arrays.get("order")
         _check_values(probabilities, tokens, facts)
+        if order is not None:
+            _check_order(order, probabilities.shape)
     except OSError as error:
         raise SimulationError(f"routing trace {path}: {error.strerror or error}") from None
     except ValueError as error:
         raise SimulationError(f"{path} is not a routing trace: {error}") from None
-    return RoutingTrace(np.split(probabilities, np.cumsum(tokens)[:-1]), facts)
+    ends = np.cumsum(tokens)[:-1]
+    scores = np.split(probabilities, ends)
+    orders = [None] * len(scores) if order is None else np.split(order, ends)
+    return RoutingTrace(map(PromptRouting, scores, orders), facts)
 
 
 def _check_values(probabilities: Array, tokens: NDArray[np.int64], facts: TraceFacts) -> None:
@@ -205,3 +272,10 @@ def _check_values(probabilities: Array, tokens: NDArray[np.int64], facts: TraceF
         raise ValueError("it has a probability that is negative, absurdly large or no number")
     if not (probabilities.max(axis=2) > 0).all():
         raise ValueError("it has a token whose probabilities are all zero")
+
+
+def _check_order(order: Array, shape: tuple[int, ...]) -> None:
+    if order.shape != shape:
+        raise ValueError(f"'order' is {list(order.shape)}, but 'probabilities' {list(shape)}")
+    if not np.isfinite(order).all() or np.abs(order).max() > _MAX_SCORE:
+        raise ValueError("'order' has a value that is absurdly large or no number")

@@ -12,11 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import parse_policy
+from bs_coordinator.trunk.meta_model import expert_modules
 from testbed.cli import cli
 from testbed.evaluation.quality import DOMAINS, TASKS
 from testbed.radio.accuracy import evaluate
 from testbed.radio.setting import Cell, Setting
 from testbed.radio.traces import read_trace
+from tests.checkpoints import tiny_moe
+from tests.conftest import Run
 from wire.manifest import Scheme
 
 QUESTIONS = ("What do bees make?", "Which is colder: ice or steam?", "Where do fish live?", "How many legs has a cat?")
@@ -55,7 +58,42 @@ def test_trace_is_what_transformers_gates_say(
         logits = reference(torch.tensor([ids]), output_router_logits=True).router_logits
     for layer in range(2):
         expected = torch.softmax(logits[layer].float(), dim=-1).numpy()
-        assert np.abs(trace.prompts[1][:, layer] - expected).max() < 1e-4
+        assert np.abs(trace.prompts[1].scores[:, layer] - expected).max() < 1e-4
+
+
+def test_a_model_that_chooses_by_a_bias_is_traced_and_replayed(data: Path, tmp_path: Path, run: Run) -> None:
+    """Sigmoid scores, a bias for each expert and groups of experts; a text that goes through the layers in pieces."""
+    model = tiny_moe(tmp_path / "checkpoint", "deepseek_v3")
+    tokenizer = tmp_path / "checkpoint" / "tokenizer.json"
+    by_words = {"pre_tokenizer": {"type": "WhitespaceSplit"}}
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_bytes()) | by_words))
+    bundle = tmp_path / "bundle"
+    exported = run("exporter", "bundle", tmp_path / "checkpoint", bundle, "--quant", "fp32", "--jobs", "1")
+    assert exported.returncode == 0, exported.stderr
+    words = " ".join(f"w{3 + i * i % 40}" for i in range(200))
+    (data / DOMAINS).write_text(json.dumps({"domain": "manual", "text": words}))
+    _trace(data, bundle, tmp_path / "trace.npz", "--items", "0", "--texts", "1", "--tokens", "200")
+    trace = read_trace(tmp_path / "trace.npz")
+    assert (trace.tokens, trace.layers, trace.experts) == (200, 2, 8)
+    chosen: list[np.ndarray] = []
+    for experts in expert_modules(model):
+        experts.register_forward_pre_hook(lambda _, arguments: chosen.append(np.sort(arguments[1].numpy(), axis=1)))
+    with torch.inference_mode():
+        model(torch.tensor([Tokenizer(bundle / "trunk").encode(words)]))
+    (prompt,) = trace.prompts
+    assert prompt.order is not None
+    by_scores = 0
+    for layer, expected in enumerate(chosen):
+        routing = prompt.layer(layer, 2)
+        found = np.sort(np.argsort(-routing.weights, axis=1)[:, :2], axis=1)
+        # Two experts of nearly the same rank may change places with the order of additions.
+        assert (found == expected).all(axis=1).mean() > 0.98
+        by_scores += int((np.sort(np.argsort(-prompt.scores[:, layer], axis=1)[:, :2], axis=1) == expected).sum())
+    assert by_scores < 0.95 * sum(expected.size for expected in chosen)
+    arguments = ["simulate", str(tmp_path / "trace.npz"), "--draws", "4", "--policy", "subset"]
+    result = CliRunner().invoke(cli, [*arguments, "--out", str(tmp_path / "out")], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "| subset | optimal |" in result.output
 
 
 def test_accuracy_depends_on_links_only_where_the_policy_looks_at_them(

@@ -20,7 +20,7 @@ from testbed.radio.replay import ALLOCATIONS, batch_seconds, batches, replay
 from testbed.radio.results import compare_accuracy, compare_latency
 from testbed.radio.sensitivity import sweep
 from testbed.radio.setting import Cell, RadioDevice, Setting, expert_flops, read_setting
-from testbed.radio.traces import RoutingTrace, TraceFacts, read_trace, write_trace
+from testbed.radio.traces import PromptRouting, RoutingTrace, TraceFacts, read_trace, write_trace
 
 FACTS = TraceFacts(
     model_sha256="0" * 64,
@@ -37,7 +37,7 @@ def some_trace(prompts: int = 6, tokens: int = 20, layers: int = 3, seed: int = 
     """Gates as flat as the demo model's."""
     logits = np.random.default_rng(seed).normal(scale=0.6, size=(prompts, tokens, layers, 8))
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
-    return RoutingTrace(list(probabilities.astype(np.float32)), FACTS)
+    return RoutingTrace([PromptRouting(scores) for scores in probabilities.astype(np.float32)], FACTS)
 
 
 def cell(setting: Setting | None = None, draws: int = 50) -> Cell:
@@ -79,7 +79,7 @@ def test_vanilla_latency_by_hand() -> None:
     for draw, batch in enumerate(sent):
         expected_s = 0.0
         for layer in range(trace.layers):
-            best = np.argsort(-batch[:, layer], axis=1)[:, :2]
+            best = np.argsort(-batch.scores[:, layer], axis=1)[:, :2]
             count = np.bincount(best.ravel(), minlength=8)
             row_s = radio.forecast(draw, layer).one_row_s
             expected_s += (count * row_s).max()
@@ -89,9 +89,9 @@ def test_vanilla_latency_by_hand() -> None:
 def test_decode_sends_one_token_of_each_prompt() -> None:
     trace = some_trace()
     sent = batches(trace, "decode", 12, seed=3)
-    assert [batch.shape for batch in sent] == [(1, 3, 8)] * 12
-    assert all((trace.prompts[i % 6] == batch).all(axis=(1, 2)).any() for i, batch in enumerate(sent))
-    assert all((a == b).all() for a, b in zip(sent, batches(trace, "decode", 12, seed=3), strict=True))
+    assert [batch.scores.shape for batch in sent] == [(1, 3, 8)] * 12
+    assert all((trace.prompts[i % 6].scores == batch.scores).all(axis=(1, 2)).any() for i, batch in enumerate(sent))
+    assert all((a.scores == b.scores).all() for a, b in zip(sent, batches(trace, "decode", 12, seed=3), strict=True))
 
 
 def test_better_allocations_are_faster_on_every_draw() -> None:
@@ -140,11 +140,32 @@ def test_accuracy_is_compared_item_by_item() -> None:
 
 
 def test_trace_survives_its_file(tmp_path: Path) -> None:
-    trace = RoutingTrace([p[: 3 + i] for i, p in enumerate(some_trace().prompts)], FACTS)
-    write_trace(trace, tmp_path / "trace.npz")
-    again = read_trace(tmp_path / "trace.npz")
-    assert again.facts == FACTS
-    assert [p.tolist() for p in again.prompts] == [p.tolist() for p in trace.prompts]
+    scores = [prompt.scores[: 3 + i] for i, prompt in enumerate(some_trace().prompts)]
+    for prompts in ([PromptRouting(s) for s in scores], [PromptRouting(s, s - 0.5) for s in scores]):
+        write_trace(RoutingTrace(prompts, FACTS), tmp_path / "trace.npz")
+        again = read_trace(tmp_path / "trace.npz")
+        assert again.facts == FACTS
+        assert [p.scores.tolist() for p in again.prompts] == [p.scores.tolist() for p in prompts]
+        assert [p.order if p.order is None else p.order.tolist() for p in again.prompts] == [
+            p.order if p.order is None else p.order.tolist() for p in prompts
+        ]
+
+
+def test_a_bias_decides_which_experts_get_the_rows() -> None:
+    """A model that chooses by scores plus a bias: its favourites are asked, weighed by their small scores."""
+    plain, radio = some_trace(), cell(draws=6)
+    bias = np.zeros(8, np.float32)
+    bias[[2, 5]] = 10
+    trace = RoutingTrace([PromptRouting(p.scores, p.scores + bias) for p in plain.prompts], FACTS)
+    sent = batches(trace, "prefill", 6, seed=0)
+    rows = replay(parse_policy("topk", top_k=2), sent, radio, top_k=2)
+    assert (rows == 20 * (bias > 0)).all()
+    one = replay(parse_policy("topk", top_k=2), batches(trace, "decode", 6, seed=0), radio, top_k=2)
+    assert (one == (bias > 0)).all()
+    layer = sent[0].layer(1, 2)
+    np.testing.assert_allclose(layer.weights.sum(axis=1), 1, rtol=1e-6)
+    scores = sent[0].scores[:, 1]
+    np.testing.assert_allclose(layer.weights[:, 2] / layer.weights[:, 5], scores[:, 2] / scores[:, 5], rtol=1e-5)
 
 
 def _arrays(**changed: Any) -> dict[str, Any]:
@@ -181,6 +202,9 @@ def _facts(**changed: Any) -> np.ndarray:
         (_arrays(facts=_facts(top_k=9)), "9 experts per token, of 8"),
         (_arrays(facts=_facts(hidden=2**62)), "impossible dimensions"),
         (_arrays(facts=_facts(intermediate=-1)), "impossible dimensions"),
+        (_arrays(order=np.ones((4, 2, 7), np.float32)), r"'order' is \[4, 2, 7\], but 'probabilities' \[4, 2, 8\]"),
+        (_arrays(order=np.ones((4, 2, 8))), "'order' is float64"),
+        (_arrays(order=np.full((4, 2, 8), -np.inf, np.float32)), "'order' has a value that is absurdly large"),
         ({"tokens": np.array([4])}, "no array 'probabilities'"),
     ],
 )
