@@ -16,6 +16,12 @@ class PlacementError(WdmoeError):
     exit_code = 40
 
 
+class FleetTooSmallError(WdmoeError):
+    """The devices of a plan can't hold the model; the message says what is missing."""
+
+    exit_code = 49
+
+
 class DispatchError(WdmoeError):
     """A node failed or did not answer before the deadline."""
 

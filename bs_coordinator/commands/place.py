@@ -1,6 +1,5 @@
 """`wdmoe-bs place`: the command; `bs_coordinator.placement` decides."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,56 +7,94 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from common.csv_rows import read_rows
+from bs_coordinator.commands import place_options as options
 from common.errors import StorageError
 from common.json_output import json_option, print_json
 from common.jsonl import decode_json
 from common.options import Command
-from common.sizes import parse_bytes
-from wire.topics import check_name
 
 if TYPE_CHECKING:
+    from bs_coordinator.placement.boards import Board
+    from bs_coordinator.placement.plan import Wanted
+    from bs_coordinator.placement.shapes import ModelShape, Variant
     from wire.experts import UnitId
-    from wire.manifest import Manifest
-    from wire.tensors import Array
-
-_SMALLEST_BYTES = 2**20
-"""Less RAM than this was meant in another unit."""
-_MOST_TOKENS = 1 << 20
-"""Tokens of a request in a latency.csv."""
+    from wire.manifest import Manifest, Quantisation
 
 
-def _nodes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, tuple[int, float]]:
-    """RAM in bytes and ms by node, from `NAME=RAM[,MS]` each."""
-    found = {}
-    for value in values:
-        name, _, facts = value.partition("=")
-        ram, _, ms = facts.partition(",")
-        try:
-            if check_name("node id", name) in found:
-                raise ValueError(f"'{name}' is given twice")
-            found[name] = parse_bytes(ram), float(ms or 1.0)
-        except ValueError as error:
-            raise click.BadParameter(f"'{value}' is not NAME=RAM[,MS], such as pi1=3.5G,12: {error}") from None
-        if found[name][0] < _SMALLEST_BYTES:
-            raise click.BadParameter(f"'{value}': RAM is less than 1M; write for example pi1=3.5G,12")
-        if not 0 < found[name][1] < math.inf:
-            raise click.BadParameter(f"'{value}': ms must be a number above 0, such as 12 in pi1=3.5G,12")
-    return found
-
-
-@click.command(cls=Command, example="wdmoe-bs place --bundle bundle --node pi1=3.5G,12 --node pi2=7G,8")
-@click.option("--bundle", type=click.Path(path_type=Path), required=True, help="Bundle to place.")
+@click.command(
+    cls=Command,
+    example="""\
+wdmoe-bs place --bundle bundle --node pi1=3.5G,12 --node pi2=7G,8
+wdmoe-bs place --model mixtral-8x7b --board 'pi5-8g*8' --link 100,2""",
+)
+@click.option("--bundle", type=click.Path(path_type=Path), help="Bundle to place.")
+@click.option(
+    "--model", metavar="NAME|CONFIG", help="Instead of a bundle: mixtral-8x7b, qwen3-30b-a3b, or a config.json."
+)
 @click.option(
     "--node",
     "nodes",
     multiple=True,
-    required=True,
-    callback=_nodes,
+    callback=options.parse_nodes,
     metavar="NAME=RAM[,MS]",
-    help="A device: RAM for experts, such as 3.5G, and ms that one hidden state takes there and back; repeatable.",
+    help="A device: RAM for experts, such as 3.5G, and ms that one hidden state takes there and back; repeatable. "
+    "Places a bundle without predicting times.",
+)
+@click.option(
+    "--board",
+    "boards",
+    multiple=True,
+    callback=options.parse_boards,
+    metavar="KIND[*COUNT]|NAME=KIND",
+    help="A board, such as pi5-8g, 'pi5-8g*8' or kitchen=pi4-4g; repeatable. Times are predicted.",
+)
+@click.option("--fleet", type=click.Path(path_type=Path), help="Instead of boards: output of 'wdmoe-bs nodes --json'.")
+@click.option("--links", type=click.Path(path_type=Path), help="Output of 'wdmoe-bs links --json': measured links.")
+@click.option(
+    "--link",
+    "stated",
+    multiple=True,
+    callback=options.parse_links,
+    metavar="[NAME=]MBPS,MS",
+    help="Rate and round trip of the links: of all, of a board or of a kind; repeatable.  [default: 100,2]",
+)
+@click.option("--shared-air", is_flag=True, help="All nodes share one Wi-Fi channel: their air times add up.")
+@click.option(
+    "--tuned",
+    multiple=True,
+    callback=options.parse_tuned,
+    metavar="NAME=FILE",
+    help="Tuning file of 'wdmoe-node tune' for a board or a kind: measured speeds of whole experts; repeatable.",
+)
+@click.option(
+    "--quant",
+    "quantisations",
+    multiple=True,
+    callback=options.parse_quantisations,
+    metavar="SCHEME[:BLOCK]",
+    help="Quantisation, such as int4:128; of several, the first that fits.  [default: the bundle's, or int4, int4:128]",
+)
+@click.option(
+    "--slices",
+    multiple=True,
+    type=click.IntRange(1, 64),
+    help="Slices of each expert; of several, the fastest.  [default: the bundle's, or 1, 2, 4, …]",
 )
 @click.option("--replicas", type=click.IntRange(1), default=2, show_default=True, help="Copies of each expert.")
+@click.option("--resident", metavar="SIZE", callback=options.parse_size, help="RAM of the base station for experts.")
+@click.option(
+    "--trunk-ms",
+    type=click.FloatRange(0, min_open=True),
+    help="Measured time of the trunk per token.  [default: assumed]",
+)
+@click.option(
+    "--draft-steps",
+    "draft",
+    callback=options.parse_draft,
+    metavar="ROWS,TOKENS",
+    help="Predict also with drafts: rows of a step, and tokens that it yields on average, such as 5,3.2.",
+)
+@click.option("--prompt", type=click.IntRange(1, 1 << 20), default=512, show_default=True, help="Tokens of the prompt.")
 @click.option(
     "--traffic",
     type=click.Path(path_type=Path),
@@ -66,31 +103,143 @@ def _nodes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
 @click.option(
     "--keep",
     type=click.Path(path_type=Path),
-    help="Present placement, from --out: move little.",
+    help="Present placement, from --out: move little. Only with --node.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Write the placement as JSON.")
 @json_option
 def place(
-    bundle: Path, nodes: dict[str, tuple[int, float]], replicas: int, traffic: Path | None, keep: Path | None,
+    bundle: Path | None, model: str | None, nodes: dict[str, tuple[int, float]], boards: dict[str, str],
+    fleet: Path | None, links: Path | None, stated: list[options.StatedLink], shared_air: bool, tuned: dict[str, Path],
+    quantisations: "tuple[Quantisation, ...]", slices: tuple[int, ...], replicas: int, resident: int,
+    trunk_ms: float | None, draft: tuple[int, float] | None, prompt: int, traffic: Path | None, keep: Path | None,
     out: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Plan which device holds which experts.
 
-    Prints the options to start each node with, and on stderr the reasons.
+    With --node, prints the options to start each node with, and on stderr the reasons. With --board or --fleet, also
+    chooses quantisation, slices and copies by predicted times, and prints these. Boards that can't hold the model are
+    refused with what is missing.
     """
-    from bs_coordinator.placement import PlacementDevice, plan_placement
-    from common.files import atomic_write
+    if bool(nodes) + bool(boards) + (fleet is not None) != 1:
+        raise click.UsageError("give the devices with --node, with --board, or with --fleet")
+    if (bundle is None) == (model is None):
+        raise click.UsageError("give either --bundle or --model")
+    if nodes:
+        planned = (links, *stated, *tuned, *quantisations, *slices, trunk_ms, draft, model)
+        if shared_air or resident or any(option is not None for option in planned):
+            raise click.UsageError("with --node, times are not predicted: describe the devices with --board or --fleet")
+        assert bundle is not None  # noqa: S101 - no --model was given
+        _place_bundle(bundle, nodes, replicas, traffic, keep, out, as_json=as_json)
+        return
+    if keep is not None:
+        raise click.UsageError("--keep works with --node only")
+    from bs_coordinator.commands import place_inputs as inputs
+    from bs_coordinator.commands.place_report import print_plan
+    from bs_coordinator.placement.plan import plan_fleet
+    from bs_coordinator.placement.predict import Routing
+
+    shape, exported = _model(bundle, model)
+    found = inputs.live_boards(fleet) if fleet is not None else inputs.stated_boards(boards)
+    found = inputs.with_links(found, stated)
+    if links is not None:
+        found = inputs.with_measured_links(found, links, exported)
+    found = inputs.with_tuning(found, tuned, shape)
+    wanted = _wanted(
+        shape, exported, quantisations, slices, replicas, resident, trunk_ms, draft, prompt, shared_air=shared_air
+    )
+    routing = Routing(inputs.read_traffic(traffic, shape.layers, shape.experts), shape.top_k)
+    plan = plan_fleet(shape, found, routing, wanted)
+    assumed = _assumed(found, wanted, trunk_ms, links_known=bool(stated) or links is not None, traffic=traffic)
+    if as_json:
+        print_json({"plan": plan, "assumed": assumed})
+    else:
+        print_plan(plan, assumed)
+    if out:
+        _write(out, {board.name: board.experts for board in plan.boards if board.experts})
+
+
+def _model(bundle: Path | None, model: str | None) -> "tuple[ModelShape, Variant | None]":
+    """The model's shape, and how the bundle stores its experts."""
+    from bs_coordinator.commands.place_inputs import read_shape
+    from bs_coordinator.placement.shapes import Variant, shape_of_manifest
+    from wire.manifest import load_manifest
+
+    if bundle is None:
+        assert model is not None  # noqa: S101 - checked above
+        return read_shape(model), None
+    manifest = load_manifest(bundle)
+    largest = max(entry.bytes for entry in manifest.experts)
+    return shape_of_manifest(manifest), Variant(manifest.quantisation, manifest.dims.slices, largest)
+
+
+def _wanted(
+    shape: "ModelShape", exported: "Variant | None", quantisations: "tuple[Quantisation, ...]", slices: tuple[int, ...],
+    replicas: int, resident: int, trunk_ms: float | None, draft: tuple[int, float] | None, prompt: int, *,
+    shared_air: bool,
+) -> "Wanted":  # fmt: skip
+    from bs_coordinator.placement.plan import Wanted
+    from bs_coordinator.placement.predict import TRUNK_BYTES_PER_S, TRUNK_ROW_SHARE, Station
+    from wire.manifest import Quantisation
+
+    if not quantisations:
+        ours = Quantisation(scheme="int4", block=32), Quantisation(scheme="int4", block=128)
+        quantisations = (exported.quantisation,) if exported else ours
+    if not slices and exported is not None:
+        slices = (exported.slices,)
+    for quantisation in quantisations:
+        blocks = -(-shape.intermediate // (quantisation.block or 1))
+        if max(slices, default=1) > blocks:
+            raise click.UsageError(f"an expert at {quantisation} can be cut into at most {blocks} --slices")
+    trunk_s = shape.trunk_bytes / TRUNK_BYTES_PER_S if trunk_ms is None else 1e-3 * trunk_ms
+    return Wanted(
+        quantisations=quantisations, station=Station(trunk_s, TRUNK_ROW_SHARE * trunk_s), slices=slices,
+        replicas=replicas, shared_air=shared_air, prompt_tokens=prompt, draft=draft, resident_bytes=resident,
+        exported=exported,
+    )  # fmt: skip
+
+
+def _assumed(
+    boards: "list[Board]", wanted: "Wanted", trunk_ms: float | None, *, links_known: bool, traffic: Path | None
+) -> list[str]:
+    """What was not measured or stated, for people."""
+    from bs_coordinator.commands.place_inputs import DEFAULT_LINK
+    from bs_coordinator.placement.predict import TRUNK_BYTES_PER_S
+
+    lines = []
+    if trunk_ms is None:
+        lines.append(
+            f"trunk: {1e3 * wanted.station.trunk_s:.1f} ms per token, its weights in bf16 read at "
+            f"{1e-9 * TRUNK_BYTES_PER_S:.0f} GB/s; --trunk-ms states what was measured"
+        )
+    if not links_known:
+        lines.append(f"links: {DEFAULT_LINK[0]:.0f} Mbit/s and {DEFAULT_LINK[1]:.0f} ms; see --link and --links")
+    if traffic is None:
+        lines.append("routing: all experts are asked equally often; --traffic takes a run's latency.csv")
+    for kind, facts in {board.kind: board.facts for board in boards if not board.rates}.items():
+        lines.append(
+            f"{kind}: {1e-9 * facts.memory_bytes_per_s:.0f} GB/s ({facts.source}); --tuned states measurements"
+        )
+    return lines
+
+
+def _place_bundle(
+    bundle: Path, nodes: dict[str, tuple[int, float]], replicas: int, traffic: Path | None, keep: Path | None,
+    out: Path | None, *, as_json: bool,
+) -> None:  # fmt: skip
+    from bs_coordinator.commands.place_inputs import read_traffic
+    from bs_coordinator.placement.spread import PlacementDevice, plan_placement
     from wire.experts import format_selector
     from wire.manifest import load_manifest
 
     manifest = load_manifest(bundle)
+    dims = manifest.dims
     expert_bytes = max(entry.bytes for entry in manifest.experts)
     devices = [PlacementDevice(name, ram // expert_bytes, ms) for name, (ram, ms) in nodes.items()]
-    slices = manifest.dims.slices
     placement = plan_placement(
-        devices, _traffic(traffic, manifest), replicas, slices=slices, current=_current(keep, manifest)
-    )
-    selectors = {name: format_selector(ids, slices) for name, ids in placement.experts.items() if ids}
+        devices, read_traffic(traffic, dims.layers, dims.experts), replicas, slices=dims.slices,
+        current=_current(keep, manifest),
+    )  # fmt: skip
+    selectors = {name: format_selector(ids, dims.slices) for name, ids in placement.experts.items() if ids}
     if as_json:
         print_json(selectors)
     else:
@@ -99,35 +248,14 @@ def place(
     for reason in placement.reasons:
         click.echo(reason, err=True)
     if out:
-        with atomic_write(out) as file:
-            file.write(msgspec.json.format(msgspec.json.encode(selectors)))
+        _write(out, selectors)
 
 
-def _traffic(path: Path | None, manifest: "Manifest") -> "Array":
-    """Hidden states asked of each expert, plus one so that none weighs zero: float32 [layers, experts]."""
-    import numpy as np
+def _write(path: Path, selectors: Mapping[str, str]) -> None:
+    from common.files import atomic_write
 
-    counts = np.ones((manifest.dims.layers, manifest.dims.experts))
-    if path is None:
-        return counts.astype(np.float32)
-    layers, experts = counts.shape
-
-    def take(row: dict[str, str]) -> None:
-        layer, tokens = int(row["layer"]), int(row["tokens"])
-        for expert in map(int, row["experts"].split()):
-            if layer not in range(layers) or expert not in range(experts) or not 0 <= tokens <= _MOST_TOKENS:
-                raise ValueError(
-                    f"the model has {layers} layers of {experts} experts, a step at most {_MOST_TOKENS} tokens"
-                )
-            counts[layer, expert] += tokens
-
-    try:
-        read_rows(path, ("layer", "experts", "tokens"), take)
-    except OSError as error:
-        raise StorageError(f"can't read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise StorageError(f"{path} is no latency.csv of this model: {error}") from None
-    return counts.astype(np.float32)
+    with atomic_write(path) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(selectors)))
 
 
 def _current(path: Path | None, manifest: "Manifest") -> "Mapping[str, tuple[UnitId, ...]] | None":

@@ -111,8 +111,22 @@ class LayerForecast:
 
     def layer_s(self, rows: NDArray[np.int64], experts: NDArray[np.int64]) -> float:
         """Time until the last node has answered; arguments as in `node_s`, int64 [nodes]."""
-        time_s = self.node_s(rows, experts)
-        if not self.shared_air:
-            return float(time_s.max(initial=0.0))
-        air_s = rows * self.row_air_s
-        return float(air_s.sum() + (time_s - air_s).max(initial=0.0))
+        return float(answered_s(self.node_s(rows, experts), rows * self.row_air_s, shared_air=self.shared_air))
+
+
+def answered_s(time_s: Float, air_s: Float, *, shared_air: bool) -> Float:
+    """Time until the last node of a layer has answered, float64 [...].
+
+    On dedicated links that is the slowest node's time. On one shared channel all air times add up before the slowest
+    of the rest: requests take turns on the air, and so do answers.
+
+    Args:
+        time_s: float64 [..., nodes], each node's time with the channel for itself; zero for a node that is not asked.
+        air_s: float64 [..., nodes], the part of it that is spent on the air.
+        shared_air: whether all links share one channel.
+    """
+    if not shared_air:
+        slowest_s: Float = time_s.max(axis=-1, initial=0.0)
+        return slowest_s
+    shared_s: Float = air_s.sum(axis=-1) + (time_s - air_s).max(axis=-1, initial=0.0)
+    return shared_s

@@ -76,18 +76,21 @@ def _blocks_on_small_pages() -> Iterator[tuple[int, int]]:
 
 def needed_bytes(entries: Iterable[ExpertEntry], scheme: Scheme) -> int:
     """RAM in bytes that these experts take once loaded; an upper estimate."""
-    factor = RESIDENT_PER_FILE_BYTE[scheme]
     sizes = [entry.bytes for entry in entries]
     # While an expert is loaded, its file is in memory as well.
-    return sum(int(size * factor) + SESSION_BYTES for size in sizes) + max(sizes, default=0)
+    return sum(loaded_bytes(size, scheme) for size in sizes) + max(sizes, default=0)
+
+
+def loaded_bytes(file_bytes: int, scheme: Scheme) -> int:
+    """RAM in bytes that one loaded expert, or slice, takes whose files have `file_bytes`; an upper estimate."""
+    return int(file_bytes * RESIDENT_PER_FILE_BYTE[scheme]) + SESSION_BYTES
 
 
 def fitting(entries: Iterable[ExpertEntry], scheme: Scheme, budget: int) -> int:
     """How many of these experts, whichever they are, fit into `budget` bytes at once; a lower estimate."""
     sizes = [entry.bytes for entry in entries]
     most = max(sizes, default=0)
-    each = int(most * RESIDENT_PER_FILE_BYTE[scheme]) + SESSION_BYTES
-    return max(0, min(len(sizes), (budget - most) // each))
+    return max(0, min(len(sizes), (budget - most) // loaded_bytes(most, scheme)))
 
 
 def largest(entries: Iterable[ExpertEntry], count: int) -> list[ExpertEntry]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bs_coordinator.errors import PlacementError
-from bs_coordinator.placement import Placement, PlacementDevice, plan_placement
+from bs_coordinator.placement.spread import Placement, PlacementDevice, plan_placement
 from tests.in_process import run_in_process as run
 from wire.experts import ExpertId
 from wire.tensors import Array

@@ -1,0 +1,327 @@
+"""Chooses slices, copies, quantisation and resident experts for a fleet by predicted time. Pure."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from bs_coordinator.dispatch.assignment import assign
+from bs_coordinator.errors import FleetTooSmallError, PlacementError
+from bs_coordinator.placement.boards import KERNEL_FACTOR, Board
+from bs_coordinator.placement.predict import LOCAL, Costs, Routing, Station, Step, predict_prompt_s, predict_step
+from bs_coordinator.placement.shapes import ModelShape, Variant, possible_slices, variant
+from bs_coordinator.placement.spread import Placement, PlacementDevice, plan_placement
+from bs_coordinator.resident.choice import choose_resident
+from bs_coordinator.selection.forecast import Float, Index
+from edge_node.experts import loaded_bytes
+from wire.experts import ExpertId, format_selector, units_of
+from wire.manifest import Quantisation
+
+GAIN = 0.03
+"""Share of the predicted time that more slices must save: they cost messages, and predictions are not exact."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a plan is asked for.
+
+    Attributes:
+        quantisations: to choose from, the most wanted first: the first that fits is taken.
+        slices: numbers of slices to choose from; empty for all that are possible.
+        replicas: most copies of each expert; fewer if they do not fit.
+        station: times of the base station.
+        shared_air: whether all links share one channel.
+        prompt_tokens: length of the prompt whose time is predicted.
+        draft: rows of a step with drafts, and the mean number of tokens that it yields; None for no drafts.
+        resident_bytes: RAM of the base station for experts.
+        resident_bytes_per_s: memory bandwidth with which it computes them.
+        exported: a variant whose exact size is known.
+    """
+
+    quantisations: Sequence[Quantisation]
+    station: Station
+    slices: Sequence[int] = ()
+    replicas: int = 2
+    shared_air: bool = False
+    prompt_tokens: int = 512
+    draft: tuple[int, float] | None = None
+    resident_bytes: int = 0
+    resident_bytes_per_s: float = 20e9
+    exported: Variant | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BoardPlan:
+    """What one device holds.
+
+    Attributes:
+        experts: selector of its experts or slices.
+        units: number of these.
+        fits: how many would fit.
+        ram_bytes: that they take, by the node's own upper estimate.
+        ram_limit_bytes: RAM for experts.
+        traffic: share of all traffic for which it is the first holder.
+    """
+
+    name: str
+    kind: str
+    experts: str
+    units: int
+    fits: int
+    ram_bytes: int
+    ram_limit_bytes: int
+    traffic: float
+
+
+@dataclass(frozen=True, slots=True)
+class SliceOption:
+    """A number of slices that was considered.
+
+    Attributes:
+        ms_per_token: predicted, without drafts.
+        boards_asked: mean number of devices that a layer asks.
+        read_mb: what the device with most work reads per layer, in 10⁶ bytes.
+        air_ms: what a layer's messages take on the air, all together.
+    """
+
+    slices: int
+    ms_per_token: float
+    boards_asked: float
+    read_mb: float
+    air_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class OneMore:
+    """What one more device brings.
+
+    Attributes:
+        kind: of the device; its link is that of the fleet's first device of this kind.
+        slices: best number of slices then.
+        ms_per_token: predicted then, without drafts.
+    """
+
+    kind: str
+    slices: int
+    ms_per_token: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetPlan:
+    """A plan and its predictions.
+
+    Attributes:
+        bundle: how to export the experts, for people.
+        replicas: copies of each expert.
+        ms_per_token: of one answer without drafts.
+        draft_ms_per_token: with drafts; None without.
+        prompt_s: time of the prompt.
+        resident: selector of the experts that the base station keeps; empty for none.
+        resident_bytes: RAM that these take.
+        options: the numbers of slices that were compared.
+        more: one entry per kind of device in the fleet.
+        missing_for_next_copy: what one more copy needs, for people; empty if all wanted copies fit.
+    """
+
+    model: str
+    quantisation: str
+    slices: int
+    replicas: int
+    shared_air: bool
+    ms_per_token: float
+    draft_ms_per_token: float | None
+    prompt_tokens: int
+    prompt_s: float
+    boards: list[BoardPlan]
+    resident: str
+    resident_bytes: int
+    options: list[SliceOption]
+    more: list[OneMore] = field(default_factory=list)
+    missing_for_next_copy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """A variant that fits, placed, with its prediction."""
+
+    costs: Costs
+    replicas: int
+    placement: Placement
+    holders: Index
+    resident: frozenset[ExpertId]
+    station: Station
+    step: Step
+
+    @property
+    def summary(self) -> SliceOption:
+        step = self.step
+        return SliceOption(
+            self.costs.variant.slices, 1e3 * step.seconds, step.asked, 1e-6 * step.read_bytes, 1e3 * step.air_s
+        )
+
+
+def plan_fleet(shape: ModelShape, boards: Sequence[Board], routing: Routing, wanted: Wanted) -> FleetPlan:
+    """Plan a fleet: the first quantisation that fits, as many copies as fit, the number of slices that is fastest.
+
+    Args:
+        shape: the model.
+        boards: devices with different names.
+        routing: which experts tokens ask.
+        wanted: what to choose from, and what to predict.
+
+    Raises:
+        FleetTooSmallError: not even one copy fits in any quantisation.
+    """
+    if not boards:
+        raise FleetTooSmallError("no board is given: add at least one --board")
+    for quantisation in wanted.quantisations:
+        for replicas in range(wanted.replicas, 0, -1):
+            options = list(_options(shape, boards, routing, wanted, quantisation, replicas))
+            if options:
+                return _describe(shape, boards, routing, wanted, options)
+    smallest = min((variant(shape, q, 1) for q in wanted.quantisations), key=lambda v: v.unit_bytes)
+    raise FleetTooSmallError(f"{shape.name} does not fit into these boards: {missing(shape, boards, smallest, 1)}")
+
+
+def missing(shape: ModelShape, boards: Sequence[Board], whole: Variant, replicas: int) -> str:
+    """What devices lack to hold so many copies, such as `21.4 GB more RAM at int4 b128: 3 more pi5-8g`.
+
+    Args:
+        whole: the variant with whole experts.
+    """
+    units = shape.layers * shape.experts * whole.slices
+    if len(boards) < replicas:
+        return f"{replicas} copies need as many boards, there are {len(boards)}"
+    lacking = max(1, replicas * units - sum(min(board.fits(whole), units) for board in boards))
+    on_disk = any(board.fits(whole) < replace(board, disk_bytes=None).fits(whole) for board in boards)
+    unit_bytes = whole.unit_bytes if on_disk else loaded_bytes(whole.unit_bytes, whole.quantisation.scheme)
+    each = {board.kind: min(board.fits(whole), units) for board in boards}
+    more = [f"{-(-lacking // fits)} more {kind}" for kind, fits in sorted(each.items()) if fits]
+    return (
+        f"{1e-9 * lacking * unit_bytes:.1f} GB more {'disk' if on_disk else 'RAM'} at {whole.quantisation}: "
+        f"{' or '.join(more) or 'boards that hold at least one expert'}"
+    )
+
+
+def _options(
+    shape: ModelShape, boards: Sequence[Board], routing: Routing, wanted: Wanted, quantisation: Quantisation,
+    replicas: int,
+) -> Iterator[_Option]:  # fmt: skip
+    """Each number of slices with which so many copies fit, in ascending order."""
+    for slices in sorted(wanted.slices) or possible_slices(shape, quantisation):
+        cut = variant(shape, quantisation, slices)
+        if wanted.exported is not None and (quantisation, slices) == wanted.exported[:2]:
+            cut = wanted.exported
+        costs = Costs(shape, cut, boards, wanted.shared_air)
+        devices = [
+            PlacementDevice(board.name, board.fits(cut), ms) for board, ms in zip(boards, costs.row_ms(), strict=True)
+        ]
+        try:
+            placement = plan_placement(devices, routing.traffic, replicas, slices=slices)
+        except PlacementError:
+            continue
+        yield _predicted(costs, replicas, placement, routing, wanted)
+
+
+def _predicted(costs: Costs, replicas: int, placement: Placement, routing: Routing, wanted: Wanted) -> _Option:
+    """Add who is asked, what the base station keeps, and the time of a token."""
+    shape, cut = costs.shape, costs.variant
+    holders = _holders(costs, placement)
+    each = loaded_bytes(cut.unit_bytes, cut.quantisation.scheme)
+    slots = max(0, wanted.resident_bytes - cut.unit_bytes) // (each * cut.slices)
+    unit_s = KERNEL_FACTOR[cut.quantisation.scheme] * cut.unit_bytes / wanted.resident_bytes_per_s
+    station = wanted.station._replace(unit_s=unit_s, unit_row_s=unit_s / 4)
+    resident: frozenset[ExpertId] = frozenset()
+    if slots:
+        remote_s = 1e-3 * np.array(costs.row_ms())[holders].reshape(shape.layers, shape.experts, -1).max(axis=-1)
+        resident = choose_resident(_pairs(routing, shape), remote_s, unit_s * cut.slices, slots)
+        for layer, expert in resident:
+            holders[layer, expert * cut.slices : (expert + 1) * cut.slices] = LOCAL
+    step = predict_step(costs, holders, routing, 1, station)
+    return _Option(costs, replicas, placement, holders, resident, station, step)
+
+
+def _holders(costs: Costs, placement: Placement) -> Index:
+    """intp [layers, units], the device that the base station will ask for each unit."""
+    names = [board.name for board in costs.boards]
+    cost_s = dict(zip(names, costs.row_ms(), strict=True))
+    units = costs.shape.experts * costs.variant.slices
+    holding: list[list[list[str]]] = [[[] for _ in range(units)] for _ in range(costs.shape.layers)]
+    for name in names:
+        for layer, unit in placement.experts[name]:
+            holding[layer][unit].append(name)
+    index = {name: i for i, name in enumerate(names)}
+    return np.array([[index[name or ""] for name in assign(layer, cost_s)] for layer in holding], np.intp)
+
+
+def _pairs(routing: Routing, shape: ModelShape) -> Float:
+    """float64 [layers, experts, experts], tokens that are sent to both experts."""
+    chosen = np.zeros((shape.layers, len(routing.draws(1)), shape.experts))
+    np.put_along_axis(chosen, routing.draws(1)[:, :, 0].swapaxes(0, 1), 1.0, axis=-1)
+    together: Float = chosen.swapaxes(1, 2) @ chosen
+    return together
+
+
+def _best(options: Sequence[_Option]) -> _Option:
+    """The fastest; fewer slices if more do not gain `GAIN`."""
+    best = options[0]
+    for option in options[1:]:
+        if option.step.seconds < (1 - GAIN) * best.step.seconds:
+            best = option
+    return best
+
+
+def _describe(
+    shape: ModelShape, boards: Sequence[Board], routing: Routing, wanted: Wanted, options: Sequence[_Option]
+) -> FleetPlan:
+    best = _best(options)
+    cut, station = best.costs.variant, best.station
+    quantisation = cut.quantisation
+    draft_ms = None
+    if wanted.draft is not None:
+        rows, tokens = wanted.draft
+        draft_ms = 1e3 * predict_step(best.costs, best.holders, routing, rows, station).seconds / tokens
+    next_copy = ""
+    if best.replicas < wanted.replicas:
+        next_copy = missing(shape, boards, variant(shape, quantisation, 1), best.replicas + 1)
+    return FleetPlan(
+        model=shape.name,
+        quantisation=str(quantisation),
+        slices=cut.slices,
+        replicas=best.replicas,
+        shared_air=wanted.shared_air,
+        ms_per_token=1e3 * best.step.seconds,
+        draft_ms_per_token=draft_ms,
+        prompt_tokens=wanted.prompt_tokens,
+        prompt_s=predict_prompt_s(best.costs, best.holders, routing, wanted.prompt_tokens, station),
+        boards=[_board_plan(board, best.placement, cut) for board in boards],
+        resident=format_selector(units_of(sorted(best.resident), cut.slices), cut.slices) if best.resident else "",
+        resident_bytes=len(best.resident) * cut.slices * loaded_bytes(cut.unit_bytes, quantisation.scheme),
+        options=[option.summary for option in options],
+        more=list(_one_more(shape, boards, routing, wanted, best)),
+        missing_for_next_copy=next_copy,
+    )
+
+
+def _board_plan(board: Board, placement: Placement, cut: Variant) -> BoardPlan:
+    held = placement.experts[board.name]
+    return BoardPlan(
+        board.name, board.kind, format_selector(held, cut.slices) if held else "", len(held), board.fits(cut),
+        board.ram_of(cut, len(held)), board.ram_bytes, placement.load[board.name],
+    )  # fmt: skip
+
+
+def _one_more(
+    shape: ModelShape, boards: Sequence[Board], routing: Routing, wanted: Wanted, best: _Option
+) -> Iterator[OneMore]:
+    """For each kind of device in the fleet, the best plan with one more and as many copies."""
+    by_kind: dict[str, Board] = {}
+    for board in boards:
+        by_kind.setdefault(board.kind, board)
+    for kind, board in by_kind.items():
+        larger = [*boards, replace(board, name=f"one-more-{board.name}")]
+        quantisation = best.costs.variant.quantisation
+        options = list(_options(shape, larger, routing, wanted, quantisation, best.replicas))
+        if options:
+            found = _best(options)
+            yield OneMore(kind, found.costs.variant.slices, 1e3 * found.step.seconds)
