@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +13,8 @@ import msgspec
 
 MAX_LINE_BYTES = 16 << 20
 """Longest line that is read into memory."""
+_MOST_DIGITS = 400
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 T = TypeVar("T")
 
 
@@ -18,12 +22,21 @@ def strict_json(line: bytes) -> Any:
     """The JSON value in a line, as `json.loads`.
 
     Raises:
-        ValueError: not JSON, too deep, a key is given twice, or a number is infinite or none.
+        ValueError: not JSON, too deep, a key is given twice, a number is infinite, none or has too many digits, or a
+            text is not Unicode because half of a surrogate pair is missing.
     """
     try:
-        return json.loads(line, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        value = json.loads(
+            line, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_integer
+        )
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    if _SURROGATE.search(line):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text has half of a surrogate pair, which is no character") from None
+    return value
 
 
 def decode_json(document: bytes, kind: type[T]) -> T:
@@ -60,6 +73,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(text: str) -> Any:
     raise ValueError(f"{text} is not a number in JSON")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"the number {text[:80]} is out of range")
+    return number
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits is out of range")
+    return int(text)
 
 
 class JsonLinesError(ValueError):

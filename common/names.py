@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+from collections.abc import Iterable
 
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 _ORIGIN = re.compile(
@@ -52,6 +53,19 @@ def check_host(text: str) -> str:
         except UnicodeError:
             raise ValueError(f"{shown} is not a host: {label!r} is not the encoded form of a name") from None
     return name
+
+
+def first_twice(names: Iterable[str]) -> str | None:
+    """The first name that an earlier one equals but for upper and lower case; None if all differ.
+
+    For names that become names of files: some file systems do not tell upper and lower case apart.
+    """
+    seen: set[str] = set()
+    for name in names:
+        if name.lower() in seen:
+            return name
+        seen.add(name.lower())
+    return None
 
 
 def check_origin(text: str) -> None:

@@ -27,6 +27,8 @@ class ChoiceItem(Struct, frozen=True):
     label: int
 
     def __post_init__(self) -> None:
+        if not self.question.strip():
+            raise ValueError("the question is empty")
         if not 0 <= self.label < len(self.choices):
             raise ValueError(f"label {self.label} is none of the {len(self.choices)} choices, which count from 0")
 
@@ -56,6 +58,10 @@ class DomainText(Struct, frozen=True):
 
     domain: str
     text: str
+
+    def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise ValueError("the text is empty")
 
 
 class Alternative(NamedTuple):

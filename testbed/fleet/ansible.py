@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from common.jsonl import decode_json
-from common.names import check_host
+from common.names import check_host, first_twice
 from testbed.errors import FleetError
 from testbed.yaml_files import check_yaml
 from wire.topics import check_name
@@ -61,14 +61,24 @@ class Inventory(Struct, frozen=True):
     variables: dict[str, dict[str, Any]]
 
     def address(self) -> str:
-        """Host name or IP address at which nodes reach the broker."""
+        """Host name or IP address at which nodes reach the broker, in the form that certificates have.
+
+        Raises:
+            ValueError: it is neither.
+        """
         own = self.variables.get(self.base_station, {})
-        return str(own.get("wdmoe_address") or own.get("ansible_host") or self.base_station)
+        return check_host(
+            _text("wdmoe_address", own.get("wdmoe_address") or own.get("ansible_host") or self.base_station)
+        )
 
     @property
     def cluster(self) -> str:
-        """Name of the cluster."""
-        return str(self.variables.get(self.base_station, {}).get("wdmoe_cluster", "default"))
+        """Name of the cluster.
+
+        Raises:
+            ValueError: it is no text, such as `no`, which is false in YAML.
+        """
+        return _text("wdmoe_cluster", self.variables.get(self.base_station, {}).get("wdmoe_cluster", "default"))
 
     def broker_port(self) -> int:
         """TCP port of the broker.
@@ -120,14 +130,22 @@ def read_inventory(path: Path) -> Inventory:
             check_name("host name", host)
         except ValueError as error:
             raise FleetError(f"{path}: {error}") from None
+    if twice := first_twice({*groups[BASE_STATION], *groups[NODES]}):
+        raise FleetError(f"{path}: '{twice}' differs from another host in upper and lower case only")
     inventory = Inventory(path.absolute().parent, groups[BASE_STATION][0], groups[NODES], variables)
     try:
-        check_host(inventory.address())
+        inventory.address()
         check_name("cluster", inventory.cluster)
         inventory.broker_port()
     except ValueError as error:
         raise FleetError(f"{path}: {inventory.base_station}: {error}") from None
     return inventory
+
+
+def _text(name: str, value: object) -> str:
+    if value is None or isinstance(value, bool):
+        raise ValueError(f"{name}: {value!r} is no text: write it in quotes")
+    return str(value)
 
 
 def run_playbook(

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from common.errors import KeyFileError, StorageError
 from common.files import atomic_write
-from common.names import check_host
+from common.names import check_host, first_twice
 from common.private_files import read_private
 from testbed.keys.authority import Authority, Issued, expiry, hosts_of, new_authority
 from testbed.keys.mosquitto import BASE_STATION, access_list, configuration
@@ -140,9 +140,12 @@ class KeyFolder:
                 check_name("node id", name)
             except ValueError as error:
                 raise KeyFileError(str(error)) from None
-            if name in _RESERVED or name in self.nodes or names.count(name) > 1:
-                why = "is a reserved name" if name in _RESERVED else "has keys already: 'keys rotate' renews them"
-                raise KeyFileError(f"'{name}' {why}")
+            if name.lower() in _RESERVED:
+                raise KeyFileError(f"'{name}' is a reserved name")
+        if twice := first_twice([*self.nodes, *names]):
+            raise KeyFileError(
+                f"'{twice}' has keys already (upper and lower case are not told apart): 'keys rotate' renews them"
+            )
         with _writing(self.path):
             for name in names:
                 self._renew_node(name, days=days)

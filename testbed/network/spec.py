@@ -8,12 +8,12 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
+from common.names import first_twice
 from testbed.errors import NetworkSpecError
 from testbed.yaml_files import decode_yaml
 from wire.topics import check_name
 
 MAX_NODES = 200
-_MAX_SPEC_BYTES = 1 << 20
 
 Mbps = Annotated[float, Meta(gt=0, le=1000)]
 Ms = Annotated[float, Meta(ge=0, le=10_000)]
@@ -193,8 +193,6 @@ def read_spec(path: Path) -> NetworkSpec:
         raw = path.read_bytes()
     except OSError as error:
         raise NetworkSpecError(f"can't read the network's description {path}: {error.strerror}") from None
-    if len(raw) > _MAX_SPEC_BYTES:
-        raise NetworkSpecError(f"{path} has {len(raw)} bytes; a network's description has at most {_MAX_SPEC_BYTES}")
     try:
         spec = decode_yaml(raw, NetworkSpec)
         check_spec(spec)
@@ -214,12 +212,16 @@ def check_spec(spec: NetworkSpec) -> None:
         check_name("node", node)
     if "bs" in nodes:
         raise ValueError("nodes: 'bs' is the base station's name")
-    if twice := sorted({node for node in nodes if nodes.count(node) > 1}):
-        raise ValueError(f"nodes: '{twice[0]}' is listed twice")
+    for field, names in (("nodes", nodes), ("profiles", spec.profiles)):
+        if twice := first_twice(names):
+            raise ValueError(f"{field}: '{twice}' is listed twice (upper and lower case are not told apart)")
     try:
         network = spec.network
     except ValueError as error:
         raise ValueError(f"subnet: {error}") from None
+    base = network.network_address
+    if network.prefixlen < 8 or base.is_loopback or base.is_multicast or base.is_reserved or base.is_unspecified:
+        raise ValueError(f"subnet: {spec.subnet} has addresses that no link can have: use for example 10.77.0.0/24")
     if network.num_addresses < len(nodes) + 3 or len(nodes) > MAX_NODES:
         raise ValueError(f"subnet: {spec.subnet} has no room for a base station and {len(nodes)} nodes")
     for name, profile in spec.profiles.items():

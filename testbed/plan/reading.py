@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from bs_coordinator.selection import parse_policy
+from common.names import first_twice
 from common.sizes import parse_bytes
 from testbed.errors import PlanError
 from testbed.plan.cells import MAX_CELLS, count_cells
@@ -110,11 +111,17 @@ def check_plan(plan: Plan, *, bundle: str | None = None, top_k: int = 2) -> None
                 raise ValueError(f"{field}[{i}]: {error}") from None
     names = tuple(w.name for w in plan.workloads)
     for field, values in (
-        ("policies", plan.policies), ("bundles", plan.bundles), ("profiles", plan.profiles), ("workloads", names),
+        ("policies", plan.policies), ("bundles", plan.bundles),
         *((f"own_policies.{bundle}", plan.policies_of(bundle)) for bundle in plan.own_policies),
     ):  # fmt: skip
-        if twice := sorted({v for v in values if values.count(v) > 1}):
-            raise ValueError(f"{field}: '{twice[0]}' is listed twice")
+        if repeated := sorted({v for v in values if values.count(v) > 1}):
+            raise ValueError(f"{field}: '{repeated[0]}' is listed twice")
+    for field, values in (
+        ("profiles", plan.profiles), ("workloads", names),
+        ("nodes", tuple(plan.nodes) if isinstance(plan.nodes, dict) else ()),
+    ):  # fmt: skip
+        if twice := first_twice(values):
+            raise ValueError(f"{field}: '{twice}' is listed twice (upper and lower case are not told apart)")
     if (cells := count_cells(plan)) > MAX_CELLS:
         raise ValueError(f"repetitions: the plan has {cells} cells, at most {MAX_CELLS} are possible")
     if plan.baseline is not None and plan.baseline not in plan.policies:

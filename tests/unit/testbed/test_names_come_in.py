@@ -37,6 +37,14 @@ def test_certificates_for_no_host_are_not_made(tmp_path: Path, host: str, reason
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("names", [("pi1", "pi1"), ("pi1", "PI1"), ("Broker",)])
+def test_keys_of_two_nodes_are_never_in_one_folder(tmp_path: Path, names: tuple[str, ...]) -> None:
+    nodes = [word for name in names for word in ("--node", name)]
+    done = run_in_process("testbed", "keys", "init", tmp_path / "keys", "--host", "10.0.0.7", *nodes)
+    assert (done.returncode, done.stderr.count("\n")) == (51, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "node",
     ["pi1=nanG", "pi1=infG", f"pi1={'9' * 400}", "pi1=1G,nan", "pi1=1G,inf", "pi1=1G,-1", "p/1=1G", "=1G", "pi1=7"],
@@ -81,6 +89,9 @@ def test_plans_have_no_password_in_a_url(tmp_path: Path) -> None:
         ("wdmoe_address: 10.0.0.7:8883", "without a port"),
         ("wdmoe_cluster: the lab", "cluster 'the lab' is not valid"),
         ("wdmoe_broker_port: 88830", "not a port"),
+        ("wdmoe_broker_port: 02000", "line 3: wdmoe_broker_port: 02000 means 1024"),
+        ("wdmoe_broker_port: '８８８３'", "not a port"),
+        ("wdmoe_cluster: no", "wdmoe_cluster: False is no text"),
     ],
 )
 def test_inventories_name_their_broker(tmp_path: Path, variable: str, reason: str) -> None:
@@ -92,3 +103,12 @@ def test_inventories_name_their_broker(tmp_path: Path, variable: str, reason: st
     with pytest.raises(FleetError, match=reason) as caught:
         read_inventory(path)
     assert str(path) in str(caught.value)
+
+
+def test_inventories_name_hosts_that_differ_in_more_than_case(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.ini"
+    path.write_text("[base_station]\nbox ansible_host=Küche.local\n[nodes]\npi1\nbox\n")
+    assert read_inventory(path).address() == "xn--kche-0ra.local"
+    path.write_text("[base_station]\nbox\n[nodes]\npi1\nPI1\n")
+    with pytest.raises(FleetError, match="upper and lower case only"):
+        read_inventory(path)
