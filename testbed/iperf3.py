@@ -1,8 +1,11 @@
 """The results of `iperf3 --json`. Pure."""
 
 import math
+import re
 
 import msgspec
+
+_DOCUMENT = re.compile(r"^\{.*\}\s*?$", re.MULTILINE | re.DOTALL)
 
 
 def received_mbps(output: str) -> float:
@@ -13,11 +16,12 @@ def received_mbps(output: str) -> float:
     Raises:
         ValueError: there is no such document, or no result in it; the message is iperf3's reason where it gives one.
     """
+    document = _DOCUMENT.search(output)
     try:
-        report = msgspec.json.decode(output[output.find("{") : output.rfind("}") + 1])
+        report = msgspec.json.decode(document[0] if document else "")
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         raise ValueError("no JSON") from None
-    if "error" in report:
+    if report.get("error"):
         raise ValueError(str(report["error"])[:200])
     try:
         mbps = float(report["end"]["sum_received"]["bits_per_second"]) / 1e6

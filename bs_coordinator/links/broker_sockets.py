@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 _EVERY_S = 2.0
 _TIMEOUT_S = 2.0
 _LINE = re.compile(r"^ESTAB\s+\d+\s+\d+\s+\S+\s+(?P<peer>\S+)\s(?P<info>.*)$")
-_MIN_RTT = re.compile(r"\bminrtt:([\d.]+)")
-_RATE = re.compile(r"\bdelivery_rate (\d+)bps")
+_MIN_RTT = re.compile(r"\bminrtt:(\d{1,9}(?:\.\d{1,9})?)(?![\d.])")
+_RATE = re.compile(r"\bdelivery_rate (\d{1,15})bps")
 _MAPPED = re.compile(r"^\[::ffff:([\d.]+)\](:\d+)$")
 
 

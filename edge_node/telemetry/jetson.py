@@ -74,7 +74,7 @@ def parse_tegrastats(line: str) -> Parsed[Tegra]:
 
 def parse_power_mode(text: str) -> Parsed[str | None]:
     """Name of the power mode in the output of `nvpmodel -q`, without `MODE_`."""
-    match = re.search(r"^NV Power Mode: (\S+)$", text, re.MULTILINE)
+    match = re.search(r"^NV Power Mode: (\S(?:.*\S)?)\s*$", text, re.MULTILINE)
     if match is None:
         return Parsed(None, f"no power mode: {text[:80]!r}")
     return Parsed(match[1].removeprefix("MODE_")[:64])

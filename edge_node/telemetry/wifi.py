@@ -13,7 +13,7 @@ _MAC = r"([0-9a-f]{2}(?::[0-9a-f]{2}){5})"
 _STATION = re.compile(rf"^Station {_MAC} \(on (\S+)\)", re.MULTILINE | re.IGNORECASE)
 _CONNECTED = re.compile(rf"^Connected to {_MAC} \(on (\S+)\)", re.MULTILINE | re.IGNORECASE)
 _MODES = tuple(
-    (mode, re.compile(rf"\b{name}MCS (\d{{1,2}})\b"))
+    (mode, re.compile(rf"(?<![\w-]){name}MCS (\d{{1,2}})\b"))
     for mode, name in (("eht", "EHT-"), ("he", "HE-"), ("vht", "VHT-"), ("ht", ""))
 )
 _CHANNEL = re.compile(r"(\d{1,3}) \((\d{4,5})(?:\.\d+)? MHz\)(?:, width: (\d{1,4})(?:\+\d{1,4})? MHz)?")
@@ -142,7 +142,10 @@ def parse_station(text: str) -> Parsed[WifiStation]:
 
 def parse_info(text: str) -> Parsed[Interface]:
     """Facts from `iw dev X info`."""
-    words = dict(line.strip().partition(" ")[::2] for line in text[: text.rfind("\n") + 1].splitlines())
+    words: dict[str, str] = {}
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        word, _, rest = line.strip().partition(" ")
+        words.setdefault(word, rest)  # of several links the first counts, as in `parse_link`
     if "Interface" not in words:
         return Parsed(Interface(), f"no interface: {text[:80]!r}")
     fields = Fields(words)

@@ -37,7 +37,7 @@ _PING_BYTES = 56
 _PING_FRAME_BYTES = ETHERNET_BYTES + 20 + 8 + _PING_BYTES
 _UDP_PAYLOAD_BYTES = MTU_BYTES - 28
 _UDP_OVERLOAD = 1.2
-_RTT_LINE = re.compile(r"\b(?:icmp_)?seq=(\d{1,9})\b.*\btime[=<](\d{1,9}(?:\.\d{1,9})?) ?ms\b")
+_RTT_LINE = re.compile(r"\b(?:icmp_)?seq=(\d{1,9})\b.*\btime[=<](\d{1,9}(?:[.,]\d{1,9})?) ?ms\b")
 
 
 class RateCheck(Struct, frozen=True):
@@ -201,10 +201,10 @@ def _ping(network: EmulatedNetwork, node: str) -> tuple[list[float], float]:
 
 
 def parse_ping(output: str) -> list[float]:
-    """Round trips in ms from ping's output, in the C locale; of an answer that arrives twice, the first counts."""
+    """Round trips in ms from ping's output; of an answer that arrives twice, the first counts."""
     by_sequence: dict[str, float] = {}
     for sequence, ms in _RTT_LINE.findall(output):
-        by_sequence.setdefault(sequence, float(ms))
+        by_sequence.setdefault(sequence, float(ms.replace(",", ".")))
     return list(by_sequence.values())
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from common.child_output import c_locale
+from common.child_output import c_locale, run_parsed
 from common.console import run as run_console
 from common.files import atomic_write
 from testbed.errors import FleetError
@@ -128,7 +128,9 @@ def _clone(proof: Proof) -> str:
     command = ["git", "clone", "--quiet", str(source_root()), str(proof.clone)]
     subprocess.run(command, check=True, timeout=600)
     head = ["git", "-C", str(proof.clone), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(head, check=True, timeout=60, capture_output=True, text=True).stdout.strip()
+    done = run_parsed(head, timeout_s=60)
+    done.check_returncode()
+    return done.stdout.strip()
 
 
 def _ask(proof: Proof) -> str:

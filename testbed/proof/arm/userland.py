@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.child_output import c_locale
+from common.child_output import c_locale, run_parsed
 from exporter.errors import DownloadError
 from testbed.errors import EmulationError
 from testbed.proof.arm.boards import BOARDS, Board
@@ -56,7 +56,8 @@ class Userland:
 
     def qemu_version(self) -> str:
         """First line of `qemu --version`."""
-        done = subprocess.run([self.qemu, "--version"], capture_output=True, text=True, check=True, timeout=10)
+        done = run_parsed([self.qemu, "--version"], timeout_s=10)
+        done.check_returncode()
         return done.stdout.partition("\n")[0]
 
     def wheels(self) -> dict[str, str]:
@@ -174,7 +175,8 @@ def _first_run(made: Userland) -> tuple[str, int]:
     code = "import os, sys; print('%d.%d' % sys.version_info[:2], os.confstr('CS_GNU_LIBC_VERSION'))"
     command = [*made.python(BOARDS[0]), "-c", code]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_FIRST_RUN_TIMEOUT_S)
+        done = run_parsed(command, timeout_s=_FIRST_RUN_TIMEOUT_S)
+        done.check_returncode()
     except (subprocess.SubprocessError, OSError) as error:
         raise EmulationError(f"arm64 Python does not run under {made.qemu}: {error}") from None
     version, _, libc = done.stdout.split()

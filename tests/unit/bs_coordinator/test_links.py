@@ -1,6 +1,7 @@
 """Estimators against links whose truth is known, in simulated time."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -374,6 +375,15 @@ def test_the_output_of_ss_is_understood() -> None:
             endpoint="10.0.0.3:40002", min_rtt_us=8000, delivery_bytes_per_s=1_000_000, app_limited=False
         ),
     }
+
+
+def test_fields_of_ss_that_grow_lose_only_their_own_line() -> None:
+    doubled = SS.replace("minrtt:3.907", "new:1/2 minrtt:3.907 minrtt:9 tcp-ulp-tls version: 1.3")
+    assert parse_ss(doubled) == parse_ss(SS)
+    for part in ("minrtt:3.907", "delivery_rate 41000000bps"):
+        assert part in SS
+        for bad in (re.sub(r"[\d.]+", "9" * 5000, part), re.sub(r"[\d.]+", "1.2.3", part), part + "9" * 5000):
+            assert list(parse_ss(SS.replace(part, bad))) in (["10.0.0.3:40002"], ["10.0.0.2:40001", "10.0.0.3:40002"])
 
 
 @given(st.floats(1e-9, 1.0), st.floats(1e-4, 10.0), st.floats(0, 10.0))

@@ -400,6 +400,27 @@ def test_links_of_several_bands() -> None:
     assert link.complaint == ""
 
 
+def test_a_rate_of_another_standard_is_not_taken_for_an_older_one() -> None:
+    for mode in ("UHR-MCS 9 UHR-NSS 2", "S1G-MCS 9"):
+        rate = wifi.parse_station(_MLO.replace("EHT-MCS 11 EHT-NSS 2 EHT-GI 0", mode)).facts.up
+        assert (rate.phy_mbps, rate.mode, rate.mcs, rate.width_mhz) == (2882.4, None, None, 160)
+
+
+def test_the_interface_of_several_links_is_on_the_channel_of_the_first() -> None:
+    text = (
+        "Interface wlan0\n\tifindex 3\n\tssid lab\n\ttype managed\n\tlink 0:\n\t\taddr 02:00:00:00:01:01\n"
+        "\t\tchannel 6 (2437 MHz), width: 20 MHz, center1: 2437 MHz\n\tlink 2:\n\t\taddr 02:00:00:00:01:03\n"
+        "\t\tchannel 37 (6135 MHz), width: 320 MHz, center1: 6105 MHz\n"
+    )
+    facts, complaint = wifi.parse_info(text)
+    assert (facts.ssid, facts.channel, facts.frequency_mhz, facts.width_mhz, complaint) == ("lab", 6, 2437, 20, "")
+
+
+def test_power_modes_may_have_names_of_several_words() -> None:
+    assert jetson.parse_power_mode("NV Power Mode: MODE_15W\r\n2\n").facts == "15W"
+    assert jetson.parse_power_mode("NV Fan Mode:quiet\nNV Power Mode: MAXN SUPER\n2\n").facts == "MAXN SUPER"
+
+
 @pytest.mark.parametrize("part", ["12 ms", "100", "2882.4", "160MHz", "EHT-MCS 11", "EHT-NSS 2", "77 seconds", "-41"])
 def test_numbers_of_thousands_of_digits_are_left_out(part: str) -> None:
     digits = re.sub(r"\d+", "9" * 5000, part, count=1)
