@@ -75,7 +75,8 @@ def _reading(option: "SliceOption") -> str:
 
 def _gain(plan: "FleetPlan", more: "OneMore") -> str:
     saved_ms = plan.ms_per_token - more.ms_per_token
+    copies = f", room for {more.replicas} copies" if more.replicas > plan.replicas else ""
     if saved_ms < _WORTH_MS:
-        return "no faster"
+        return f"no faster{copies}"
     cut = "" if more.slices == plan.slices else f" in {more.slices} slices"
-    return f"{more.ms_per_token:.0f} ms per token{cut}, {saved_ms:.0f} less"
+    return f"{more.ms_per_token:.0f} ms per token{cut}, {saved_ms:.0f} less{copies}"

@@ -1,6 +1,6 @@
 """Chooses slices, copies, quantisation and resident experts for a fleet by predicted time. Pure."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from bs_coordinator.placement.spread import Placement, PlacementDevice, plan_pla
 from bs_coordinator.resident.choice import choose_resident
 from bs_coordinator.selection.forecast import Float, Index
 from edge_node.experts import loaded_bytes
-from wire.experts import ExpertId, format_selector, units_of
+from wire.experts import ExpertId, UnitId, format_selector, units_of
 from wire.manifest import Quantisation
 
 GAIN = 0.03
@@ -97,11 +97,13 @@ class OneMore:
 
     Attributes:
         kind: of the device; its link is that of the fleet's first device of this kind.
-        slices: best number of slices then.
+        replicas: copies that fit then, at most those that are wanted.
+        slices: best number of slices then, with as many copies as without it.
         ms_per_token: predicted then, without drafts.
     """
 
     kind: str
+    replicas: int
     slices: int
     ms_per_token: float
 
@@ -226,7 +228,7 @@ def _options(
 def _predicted(costs: Costs, replicas: int, placement: Placement, routing: Routing, wanted: Wanted) -> _Option:
     """Add who is asked, what the base station keeps, and the time of a token."""
     shape, cut = costs.shape, costs.variant
-    holders = _holders(costs, placement)
+    holders = asked_holders(costs, placement.experts)
     each = loaded_bytes(cut.unit_bytes, cut.quantisation.scheme)
     slots = max(0, wanted.resident_bytes - cut.unit_bytes) // (each * cut.slices)
     unit_s = KERNEL_FACTOR[cut.quantisation.scheme] * cut.unit_bytes / wanted.resident_bytes_per_s
@@ -241,14 +243,19 @@ def _predicted(costs: Costs, replicas: int, placement: Placement, routing: Routi
     return _Option(costs, replicas, placement, holders, resident, station, step)
 
 
-def _holders(costs: Costs, placement: Placement) -> Index:
-    """intp [layers, units], the device that the base station will ask for each unit."""
+def asked_holders(costs: Costs, held: Mapping[str, Sequence[UnitId]]) -> Index:
+    """intp [layers, units], index of the device that the base station will ask for each unit.
+
+    Args:
+        costs: of the devices.
+        held: units by device; each unit is held at least once.
+    """
     names = [board.name for board in costs.boards]
     cost_s = dict(zip(names, costs.row_ms(), strict=True))
     units = costs.shape.experts * costs.variant.slices
     holding: list[list[list[str]]] = [[[] for _ in range(units)] for _ in range(costs.shape.layers)]
     for name in names:
-        for layer, unit in placement.experts[name]:
+        for layer, unit in held[name]:
             holding[layer][unit].append(name)
     index = {name: i for i, name in enumerate(names)}
     return np.array([[index[name or ""] for name in assign(layer, cost_s)] for layer in holding], np.intp)
@@ -314,7 +321,7 @@ def _board_plan(board: Board, placement: Placement, cut: Variant) -> BoardPlan:
 def _one_more(
     shape: ModelShape, boards: Sequence[Board], routing: Routing, wanted: Wanted, best: _Option
 ) -> Iterator[OneMore]:
-    """For each kind of device in the fleet, the best plan with one more and as many copies."""
+    """For each kind of device in the fleet, the best plan with one more."""
     by_kind: dict[str, Board] = {}
     for board in boards:
         by_kind.setdefault(board.kind, board)
@@ -322,6 +329,9 @@ def _one_more(
         larger = [*boards, replace(board, name=f"one-more-{board.name}")]
         quantisation = best.costs.variant.quantisation
         options = list(_options(shape, larger, routing, wanted, quantisation, best.replicas))
-        if options:
-            found = _best(options)
-            yield OneMore(kind, found.costs.variant.slices, 1e3 * found.step.seconds)
+        if not options:  # the greedy placement found no room for the last copies, although there is enough in all
+            continue
+        found, copies = _best(options), best.replicas
+        if copies < wanted.replicas and any(_options(shape, larger, routing, wanted, quantisation, copies + 1)):
+            copies += 1
+        yield OneMore(kind, copies, found.costs.variant.slices, 1e3 * found.step.seconds)

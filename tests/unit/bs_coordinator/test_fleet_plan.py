@@ -168,6 +168,28 @@ def test_slices_are_chosen_by_predicted_time() -> None:
     assert plan_fleet(shape, slow, even(shape), replace(WANTED, shared_air=True)).slices == 1
 
 
+def test_the_base_station_keeps_what_fits_and_saves_time() -> None:
+    boards = [board(f"b{k}", rtt_ms=20) for k in range(3)]
+    without = plan_fleet(SMALL, boards, even(SMALL), WANTED)
+    budget = 5 * variant(SMALL, INT4, 1).unit_bytes
+    kept = plan_fleet(SMALL, boards, even(SMALL), replace(WANTED, resident_bytes=budget))
+    assert without.resident == ""
+    assert kept.resident
+    assert 0 < kept.resident_bytes <= budget
+    assert kept.ms_per_token < without.ms_per_token
+
+
+def test_one_more_board_is_planned_for() -> None:
+    """A second copy needs a second board; with one board's link ten times as slow, a fast one helps."""
+    slow, fast = board("slow", mbps=10, kind="slow"), board("fast", mbps=100, kind="fast")
+    plan = plan_fleet(SMALL, [slow], even(SMALL), WANTED)
+    (more,) = plan.more
+    assert (more.kind, more.replicas) == ("slow", 2)
+    assert more.ms_per_token < plan.ms_per_token  # two links carry what one did
+    gains = {more.kind: more.ms_per_token for more in plan_fleet(SMALL, [slow, fast], even(SMALL), WANTED).more}
+    assert gains["fast"] < gains["slow"]
+
+
 def test_measured_speeds_replace_assumptions() -> None:
     whole, halves = (variant(SMALL, INT4, slices) for slices in (1, 2))
     measured = replace(board("a"), rates={str(INT4): MeasuredRate(whole.unit_bytes / 7e-3, whole.unit_bytes / 1e-3)})
