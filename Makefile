@@ -18,7 +18,7 @@ help:
 	@echo "make bench  benchmarks: a table, and JSON with raw samples under runs/"
 	@echo "make reproduce DATA=folder  the tables of policies in docs/results.md, as root, in half an hour"
 	@echo "make reproduce-batches DATA=folder  those for batches, in as much time again"
-	@echo "make robustness DATA=folder [ITEMS=100] [JOBS=8]  both demo models on six data sets, as root, in one to six hours"
+	@echo "make robustness DATA=folder [ITEMS=100] [JOBS=8] [GPU=1]  both demo models on six data sets, as root, in up to six hours"
 	@echo "make chaos  200 answers under random faults, as root (docs/reliability.md)"
 	@echo "make fuzz   damaged inputs to every reader of outside data, 100,000 each, in about an hour"
 	@echo "make arm    nodes from aarch64 wheels on an emulated Pi 5 and Pi 4, against this machine (needs qemu-user-static)"
@@ -73,9 +73,9 @@ JOBS ?= $(shell n=$$(nproc); echo $$((n > 2 ? n / 2 : 1)))
 robustness: export OMP_WAIT_POLICY = passive
 robustness: $(READY)
 	@test -n "$(DATA)" || { echo "say make $@ DATA=folder with the six data sets (docs/measurement.md)" >&2; exit 2; }
-	if [ -e runs/robustness/manifest.json ]; then $(BIN)/wdmoe-testbed resume runs/robustness --jobs $(JOBS); \
+	if [ -e runs/robustness/manifest.json ]; then $(BIN)/wdmoe-testbed resume runs/robustness --jobs $(JOBS) $(if $(GPU),--gpu); \
 	else $(BIN)/wdmoe-testbed run testbed/experiment/plans/robustness.yaml --data $(DATA) --out runs/robustness \
-		--jobs $(JOBS) $(if $(ITEMS),--items $(ITEMS)); fi
+		--jobs $(JOBS) $(if $(ITEMS),--items $(ITEMS)) $(if $(GPU),--gpu); fi
 	$(BIN)/wdmoe-testbed report runs/robustness
 
 chaos: $(READY)

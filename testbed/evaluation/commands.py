@@ -58,18 +58,21 @@ def register(group: click.Group) -> None:
     "--threads", type=click.IntRange(1), default=os.cpu_count() or 1, show_default="all cores",
     help="Threads per expert.",
 )  # fmt: skip
+@click.option("--gpu", "device", flag_value="cuda", help="Compute the experts on the GPU, with activations in float32.")
 @click.option("--out", type=_PATH, default=Path("runs/quality.json"), show_default=True, help="File for the results.")
 def quality(
     data: Path, items: int, texts: int, tokens: int, variants: tuple[str, ...], bundles: tuple[Path, ...], model: str,
     policies: tuple[str, ...], rules: tuple[str, ...], tasks: tuple[str, ...], lost: tuple[int, ...], threads: int,
-    out: Path,
+    device: str | None, out: Path,
 ) -> None:  # fmt: skip
     """Measure perplexity and accuracy of each quantisation and policy."""
     from rich.console import Console
 
     from testbed.demo_assets import demo_bundle
     from testbed.evaluation.quality import measure_quality, print_quality, with_rules, write_quality
+    from testbed.evaluation.torch_runtime import check_device
 
+    check_device(device)
     console = Console()
     rows = []
     names = variants or (() if bundles else tuple(VARIANTS))
@@ -77,7 +80,7 @@ def quality(
     for bundle in itertools.chain(bundles, made):
         found = measure_quality(
             bundle, data, items=items, texts_per_domain=texts, tokens=tokens, tasks=tasks, threads=threads,
-            policies=with_rules(policies, rules), lost=lost,
+            policies=with_rules(policies, rules), lost=lost, device=device,
         )  # fmt: skip
         try:
             for row in found:

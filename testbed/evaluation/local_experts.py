@@ -1,4 +1,4 @@
-"""All experts of a bundle in this process, with the same graphs and kernels as on nodes but without a network.
+"""All experts of a bundle in this process, without a network: with the nodes' graphs and kernels, or on a GPU.
 
 For long evaluations of the quality of answers, where time doesn't matter.
 """
@@ -13,6 +13,7 @@ from bs_coordinator.engine.experts import ExpertOutput, Ready
 from bs_coordinator.resident.wire_rounding import round_to_wire
 from bs_coordinator.selection.forecast import LayerForecast
 from edge_node.experts import ExpertRuntime
+from testbed.evaluation.torch_runtime import TorchRuntime
 from wire.experts import ExpertId, units_of
 from wire.manifest import load_manifest
 from wire.tensors import Array, WireDtype
@@ -28,11 +29,19 @@ class LocalExperts:
         tokens: hidden states asked for so far, over all layers.
     """
 
-    def __init__(self, bundle: Path, *, threads: int, wire: WireDtype = WireDtype.FP32) -> None:
+    def __init__(
+        self, bundle: Path, *, threads: int, wire: WireDtype = WireDtype.FP32, device: str | None = None
+    ) -> None:
         """Load all experts.
 
         Args:
+            threads: computing threads on the CPU.
             wire: wire dtype; hidden states are rounded as if they were sent with it.
+            device: torch's name of the device that computes the experts (`TorchRuntime`); None for onnxruntime on the
+                CPU, as on nodes.
+
+        Raises:
+            WdmoeError: the bundle is damaged, or can't be computed on that device.
         """
         manifest = load_manifest(bundle)
         self.forecasts: Callable[[int], LayerForecast] | None = None
@@ -40,7 +49,11 @@ class LocalExperts:
         self.pairs = self.tokens = 0
         self._experts, self._slices = manifest.dims.experts, manifest.dims.slices
         self._wire = wire
-        self._runtime = ExpertRuntime(bundle, manifest, [e.id for e in manifest.experts], threads=threads)
+        if device is None:
+            ids = [entry.id for entry in manifest.experts]
+            self._runtime: ExpertRuntime | TorchRuntime = ExpertRuntime(bundle, manifest, ids, threads=threads)
+        else:
+            self._runtime = TorchRuntime(bundle, manifest, device)
 
     def begin(self, layer: int, hidden: Array, gate: Array) -> Ready:
         """Run the chosen experts of a layer and combine their outputs (`Experts.begin`)."""

@@ -72,6 +72,7 @@ class Quality:
 def measure_quality(
     bundle: Path, data: Path, *, items: int, texts_per_domain: int, tokens: int, threads: int,
     tasks: Collection[str] = TASKS, policies: Sequence[str] = ("topk",), lost: Sequence[int] = (),
+    device: str | None = None,
 ) -> Iterator[Quality]:  # fmt: skip
     """Evaluate one bundle under one policy after the other.
 
@@ -85,6 +86,7 @@ def measure_quality(
         tasks: which of `TASKS`.
         policies: as `parse_policy` reads them.
         lost: indices of experts to leave out in every layer, as after the loss of nodes without replicas.
+        device: what computes the experts (`LocalExperts`).
 
     Raises:
         WdmoeError: the bundle or the data can't be used, or all experts are lost.
@@ -92,7 +94,7 @@ def measure_quality(
     """
     manifest = load_manifest(bundle)
     tokenizer = Tokenizer(bundle / "trunk")
-    experts = LocalExperts(bundle, threads=threads)
+    experts = LocalExperts(bundle, threads=threads, device=device)
     experts.lost = frozenset(lost)
     experts.forecasts = partial(uneven_links, experts=manifest.dims.experts)
     top_k = manifest.dims.top_k

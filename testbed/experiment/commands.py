@@ -14,6 +14,10 @@ JOBS = click.option(
     "--jobs", type=click.IntRange(1, 64), default=1, show_default=True,
     help="Processes for cells without nodes, each of which loads the model.",
 )  # fmt: skip
+GPU = click.option(
+    "--gpu", "device", flag_value="cuda",
+    help="Compute the experts of cells without nodes on the GPUs, with activations in float32.",
+)  # fmt: skip
 
 
 @click.command(cls=Command, example="wdmoe-testbed run plan.yaml --data data --out runs/mine")
@@ -22,14 +26,25 @@ JOBS = click.option(
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/NAME-TIME]")
 @click.option("--items", type=click.IntRange(1), help="Use at most this many items of each data set.")
 @JOBS
+@GPU
 @click.option("--prepare", is_flag=True, help="Only make the folder; 'resume' starts the run.")
-def run(plan_path: Path, data: Path | None, out: Path | None, items: int | None, jobs: int, prepare: bool) -> None:
+def run(
+    plan_path: Path,
+    data: Path | None,
+    out: Path | None,
+    items: int | None,
+    jobs: int,
+    device: str | None,
+    prepare: bool,
+) -> None:
     """Run an experiment."""
     from rich.console import Console
 
+    from testbed.evaluation.torch_runtime import check_device
     from testbed.experiment.start import create_run
     from testbed.plan.reading import at_most, read_plan
 
+    check_device(device)
     plan = read_plan(plan_path, data=data)
     if items is not None:
         plan = at_most(plan, items)
@@ -37,22 +52,25 @@ def run(plan_path: Path, data: Path | None, out: Path | None, items: int | None,
     create_run(plan, folder, console=Console(stderr=True))
     click.echo(f"run folder: {folder}")
     if not prepare:
-        _run(folder, jobs)
+        _run(folder, jobs, device)
 
 
 @click.command(cls=Command, example="wdmoe-testbed resume runs/mine")
 @RUN
 @JOBS
-def resume(folder: Path, jobs: int) -> None:
+@GPU
+def resume(folder: Path, jobs: int, device: str | None) -> None:
     """Continue an interrupted run; failed cells are tried again."""
-    _run(folder, jobs)
+    _run(folder, jobs, device)
 
 
-def _run(folder: Path, jobs: int) -> None:
+def _run(folder: Path, jobs: int, device: str | None) -> None:
+    from testbed.evaluation.torch_runtime import check_device
     from testbed.experiment.start import run_cells
     from testbed.run_directory.directory import RunDir
 
-    outcome = run_cells(RunDir(folder), jobs=jobs, on_progress=click.echo)
+    check_device(device)
+    outcome = run_cells(RunDir(folder), jobs=jobs, device=device, on_progress=click.echo)
     if outcome.failed:
         raise FailedCellsError(
             f"{outcome.failed} of {outcome.done + outcome.failed} cells failed: 'wdmoe-testbed status {folder}' shows "

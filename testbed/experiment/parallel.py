@@ -11,7 +11,10 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import IO
+
+import torch
 
 from testbed.plan.cells import Cell
 from testbed.run_directory.directory import RunDir
@@ -55,23 +58,29 @@ class _Child:
         return lines[-1] if lines else f"its process ended with exit code {self.process.returncode}"
 
 
-def run_parallel(run: RunDir, cells: Sequence[Cell], jobs: int, *, on_progress: Callable[[str], None]) -> int:
+def run_parallel(
+    run: RunDir, cells: Sequence[Cell], jobs: int, *, device: str | None, on_progress: Callable[[str], None]
+) -> int:
     """Measure cells that need no nodes; returns the number of those that failed in all attempts.
 
     Args:
         jobs: number of processes.
+        device: what computes the experts (`testbed.evaluation.local_experts.LocalExperts`). With `cuda`, the processes
+            take turns among all GPUs.
     """
     todo = [(cell, 1) for cell in reversed(cells)]
     running: list[_Child] = []
     failed = 0
     threads = max(1, (os.cpu_count() or 1) // jobs)
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    devices = cycle(gpus if device == "cuda" and gpus else [device])
     try:
         while todo or running:
             while todo and len(running) < jobs:
                 cell, attempt = todo.pop()
                 run.event("cell_started", cell=cell.id, attempt=attempt, what=str(cell))
                 on_progress(f"{len(cells) - len(todo)}/{len(cells)} {cell}")
-                running.append(_start(run, cell, attempt, threads))
+                running.append(_start(run, cell, attempt, threads, next(devices)))
             time.sleep(_POLL_S)
             for child in [c for c in running if c.process.poll() is not None or time.monotonic() > c.deadline_s]:
                 running.remove(child)
@@ -88,10 +97,18 @@ def run_parallel(run: RunDir, cells: Sequence[Cell], jobs: int, *, on_progress: 
     return failed
 
 
-def _start(run: RunDir, cell: Cell, attempt: int, threads: int) -> _Child:
+def _start(run: RunDir, cell: Cell, attempt: int, threads: int, device: str | None) -> _Child:
     errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `_Child.end`)
     process = subprocess.Popen(
-        [sys.executable, "-m", "testbed.experiment.one_cell", str(run.path), cell.id, str(attempt)],
+        [
+            sys.executable,
+            "-m",
+            "testbed.experiment.one_cell",
+            str(run.path),
+            cell.id,
+            str(attempt),
+            *([device] if device else []),
+        ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=errors,

@@ -54,11 +54,19 @@ class Outcome:
     failed: int
 
 
-def execute(run: RunDir, network: Network, *, jobs: int = 1, on_progress: OnProgress = lambda line: None) -> Outcome:
+def execute(
+    run: RunDir,
+    network: Network,
+    *,
+    jobs: int = 1,
+    device: str | None = None,
+    on_progress: OnProgress = lambda line: None,
+) -> Outcome:
     """Run the incomplete cells of a run, whose lock the caller holds.
 
     Args:
         jobs: number of processes for cells without nodes. With several, these cells come after all those on nodes.
+        device: what computes the experts in cells without nodes (`LocalExperts`).
 
     Raises:
         StorageError: the run's folder can't be written.
@@ -72,7 +80,7 @@ def execute(run: RunDir, network: Network, *, jobs: int = 1, on_progress: OnProg
         on_progress(f"the code is {now} now, but the run began with {began}: the report will point this out")
     failed = 0
     here = [cell for _, cell in left if jobs > 1 and run.plan.workload(cell.workload).where == "in-process"]
-    with Watch(run, on_progress).running() as watch, _Systems(run, network, watch, on_progress) as systems:
+    with Watch(run, on_progress).running() as watch, _Systems(run, network, watch, on_progress, device) as systems:
         try:
             if left:
                 systems.baselines(session, "start")
@@ -87,7 +95,7 @@ def execute(run: RunDir, network: Network, *, jobs: int = 1, on_progress: OnProg
             if here:
                 systems.close()
                 watch.pausing()
-                failed += run_parallel(run, here, jobs, on_progress=on_progress)
+                failed += run_parallel(run, here, jobs, device=device, on_progress=on_progress)
             if left:
                 systems.baselines(session, "end")
         except KeyboardInterrupt:
@@ -137,13 +145,16 @@ def _run_with_retries(run: RunDir, systems: "_Systems", cell: Cell, on_progress:
     return False
 
 
-def run_alone(run: RunDir, cell: Cell, attempt: int) -> None:
+def run_alone(run: RunDir, cell: Cell, attempt: int, device: str | None) -> None:
     """Measure one cell that needs no nodes, without events of its start and end.
+
+    Args:
+        device: what computes the experts (`LocalExperts`).
 
     Raises:
         WdmoeError: it failed.
     """
-    with _Systems(run, Loopback(), Watch(run, print), print) as systems:
+    with _Systems(run, Loopback(), Watch(run, print), print, device) as systems:
         _run_cell(run, systems, cell, attempt)
 
 
@@ -217,8 +228,11 @@ def _placement(system: SystemUnderTest) -> dict[str, Any]:
 class _Systems:
     """Starts the system that a cell needs, keeps it for the cells that follow, and ends it before starting another."""
 
-    def __init__(self, run: RunDir, network: Network, watch: Watch, on_progress: OnProgress) -> None:
+    def __init__(
+        self, run: RunDir, network: Network, watch: Watch, on_progress: OnProgress, device: str | None
+    ) -> None:
         self.watch = watch
+        self._device = device
         self._run, self._network, self._on_progress = run, network, on_progress
         self._stack = ExitStack()
         self._open: tuple[tuple[str, str], SystemUnderTest] | None = None
@@ -311,10 +325,12 @@ class _Systems:
         bundle = self._run.manifest.bundle(cell.bundle)
         began = time.monotonic()
         if where == "in-process":
-            system = in_process_system(self._run.plan, bundle)
+            system = in_process_system(self._run.plan, bundle, self._device)
         else:
             system = self._stack.enter_context(self._nodes(self._run.plan, bundle, self._network))
         ready: dict[str, object] = {"bundle": bundle.name, "where": where, "seconds": time.monotonic() - began}
+        if system.local:
+            ready["experts"] = f"torch on {self._device}" if self._device else "onnxruntime"
         if system.base_station:
             nodes = system.base_station.dispatcher.registry.nodes
             ready |= {

@@ -142,11 +142,12 @@ def named_demo_bundle(name: str) -> DemoBundle:
     )
 
 
-def run_cells(run: RunDir, *, jobs: int = 1, on_progress: OnProgress) -> Outcome:
+def run_cells(run: RunDir, *, jobs: int = 1, device: str | None = None, on_progress: OnProgress) -> Outcome:
     """Run the incomplete cells of a run; a complete run is left untouched.
 
     Args:
         jobs: number of processes for cells without nodes.
+        device: what computes the experts in these cells (`testbed.evaluation.local_experts.LocalExperts`).
 
     Raises:
         RunDirectoryError: another process runs it, or its bundles, data or network have changed.
@@ -159,7 +160,7 @@ def run_cells(run: RunDir, *, jobs: int = 1, on_progress: OnProgress) -> Outcome
             return Outcome(done=len(cells), failed=0)
         check_unchanged(run)
         with signals_interrupt(), open_network(run.plan) as network:
-            return execute(run, network, jobs=jobs, on_progress=on_progress)
+            return execute(run, network, jobs=jobs, device=device, on_progress=on_progress)
 
 
 def check_unchanged(run: RunDir) -> None:

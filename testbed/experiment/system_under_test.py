@@ -148,11 +148,16 @@ def distributed_system(
         yield SystemUnderTest(model, base_station.tokenizer, base_station, address, config.cluster)
 
 
-def in_process_system(plan: Plan, bundle: BundleFacts) -> SystemUnderTest:
-    """The model with all experts in this process, without broker and nodes."""
+def in_process_system(plan: Plan, bundle: BundleFacts, device: str | None = None) -> SystemUnderTest:
+    """The model with all experts in this process, without broker and nodes.
+
+    Args:
+        device: what computes the experts (`LocalExperts`).
+    """
     folder = Path(bundle.path)
     trunk = load_trunk(folder / "trunk")
-    experts = LocalExperts(folder, threads=torch.get_num_threads(), wire=WireDtype.named(plan.wire))
+    wire = WireDtype.named(plan.wire)
+    experts = LocalExperts(folder, threads=torch.get_num_threads(), wire=wire, device=device)
     model = ObservedModel(trunk, experts, TopK(bundle.top_k))
     return SystemUnderTest(model, Tokenizer(folder / "trunk"), None, local=experts)
 
