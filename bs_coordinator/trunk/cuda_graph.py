@@ -57,8 +57,6 @@ def fits(config: Any, rope_type: str, device: torch.device) -> bool:
         device.type == "cuda"
         and torch.version.hip is None
         and not getattr(config, "sliding_window", None)
-        # The kernels don't normalise queries and keys.
-        and config.model_type == "mixtral"
         and rope_type in _FIXED_ROPE
         and head_dim == _power_of_2(head_dim) >= 16
         and config.num_attention_heads // config.num_key_value_heads <= 64
@@ -268,12 +266,17 @@ class GraphedDecoder:
         kv_heads = config.num_key_value_heads
         fetch = tuning.fetch_output_bytes // self._dtype.itemsize
         fetchers = triton.cdiv(self._processors, kv_heads) if fetch else 0
+        attention = layer.self_attn
+        normed = hasattr(attention, "q_norm")
+        # Without norms, any pointers do: they are not read.
+        norms = (attention.q_norm.weight, attention.k_norm.weight) if normed else (output, output)
         kernels.attend[(kv_heads, self._splits + fetchers)](
             self._projected, self._step, self._cosines, self._sines,
             self._partial, self._partial_max, self._partial_sum, self._counters, self._attended,
-            segment, self._head_dim**-0.5 * math.log2(math.e), output, min(fetch, output.numel()),
+            segment, self._head_dim**-0.5 * math.log2(math.e), output, min(fetch, output.numel()), *norms,
+            config.rms_norm_eps,
             heads=config.num_attention_heads, kv_heads=kv_heads, dim=self._head_dim, splits=self._splits,
-            block=tuning.attend_block, group_block=self._group_block, overlap=tuning.overlap, **options,
+            block=tuning.attend_block, group_block=self._group_block, overlap=tuning.overlap, normed=normed, **options,
         )  # fmt: skip
         self._project(self._attended, None, output, self._hidden, self._residual)
         following = self._qkv[segment + 1] if segment + 1 < self._layers else self._modules.lm_head.weight

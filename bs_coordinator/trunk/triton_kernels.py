@@ -101,10 +101,23 @@ def project(
 
 
 @triton.jit
-def _rotated(heads, row, at, valid, cosine, sine, dim: tl.constexpr):
-    """Rotary embedding of heads [row, dim], rounded as transformers rounds it."""
+def _rotated(
+    heads, row, at, valid, cosine, sine, norm, eps, dim: tl.constexpr, axis: tl.constexpr, normed: tl.constexpr
+):  # fmt: skip
+    """Rotary embedding of heads [row, dim], after their RMS norm if `normed`, rounded as transformers rounds them.
+
+    `axis` is that of a head's values.
+    """
     plain = tl.load(heads + row * dim + at, mask=valid, other=0.0)
-    other = tl.load(heads + row * dim + (at + dim // 2) % dim, mask=valid, other=0.0)
+    other_at = (at + dim // 2) % dim
+    other = tl.load(heads + row * dim + other_at, mask=valid, other=0.0)
+    if normed:
+        wide = plain.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(wide * wide, axis=axis, keep_dims=True) / dim + eps)
+        scaled = (wide * scale).to(plain.dtype).to(tl.float32)
+        plain = (scaled * tl.load(norm + at).to(tl.float32)).to(plain.dtype)
+        scaled = (other.to(tl.float32) * scale).to(other.dtype).to(tl.float32)
+        other = (scaled * tl.load(norm + other_at).to(tl.float32)).to(other.dtype)
     turned = tl.where(at < dim // 2, -other.to(tl.float32), other.to(tl.float32))
     kept = (plain.to(tl.float32) * cosine).to(plain.dtype)
     turned = (turned * sine).to(plain.dtype)
@@ -114,9 +127,9 @@ def _rotated(heads, row, at, valid, cosine, sine, dim: tl.constexpr):
 @triton.jit
 def attend(
     qkv, step, cosines, sines, partial, partial_max, partial_sum, counters, out, layer, scale,
-    next_weights, next_elements,
+    next_weights, next_elements, query_norm, key_norm, eps,
     heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr, splits: tl.constexpr, block: tl.constexpr,
-    group_block: tl.constexpr, overlap: tl.constexpr,
+    group_block: tl.constexpr, overlap: tl.constexpr, normed: tl.constexpr,
 ):  # fmt: skip
     """Attention of one new token, whose key and value are appended to the slab.
 
@@ -130,6 +143,7 @@ def attend(
         counters: int32 [kv_heads], zero before and after.
         out: [heads · dim].
         scale: of the scores, times log2(e).
+        query_norm, key_norm: [dim], weights of the RMS norms of each head's query and key, if `normed`.
     """
     head, split = tl.program_id(0), tl.program_id(1)
     if split >= splits:
@@ -158,11 +172,12 @@ def attend(
         member = tl.arange(0, group_block)
         in_group = (member < group)[:, None]
         query = _rotated(
-            qkv, head * group + member[:, None], at[None, :], in_group, cosine[None, :], sine[None, :], dim
-        )
+            qkv, head * group + member[:, None], at[None, :], in_group, cosine[None, :], sine[None, :],
+            query_norm, eps, dim, 1, normed,
+        )  # fmt: skip
 
         if split == 0:
-            key = _rotated(qkv, heads + head, at, at < dim, cosine, sine, dim)
+            key = _rotated(qkv, heads + head, at, at < dim, cosine, sine, key_norm, eps, dim, 0, normed)
             value = tl.load(qkv + (heads + kv_heads + head) * dim + at)
             tl.store(keys + position * dim + at, key)
             tl.store(values + position * dim + at, value)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from bs_coordinator.config import TrunkDtype
 from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.selection import TopK
 from bs_coordinator.trunk.inputs import SequenceInput
@@ -60,6 +61,29 @@ def test_steps_are_transformers_steps(tmp_path: Path, changes: dict[str, object]
     logits = torch.cat([model.step([SequenceInput(piece, cache)], all_logits=True)[0][0] for piece in pieces])
     assert float((logits - expected).norm() / expected.norm()) <= 1e-5
     assert logits.argmax(dim=-1).tolist() == expected.argmax(dim=-1).tolist()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-4), ("bf16", 0.03)])
+def test_graphs_are_the_eager_steps(tmp_path: Path, dtype: TrunkDtype, tolerance: float) -> None:
+    reference = _checkpoint(
+        tmp_path,
+        hidden_size=512,
+        num_attention_heads=8,
+        head_dim=64,
+        max_position_embeddings=1024,
+        norm_topk_prob=False,
+    )
+    ids = torch.randint(0, 128, (300,)).tolist()
+    results = []
+    for graphs in (True, False):
+        trunk = LlamaTrunk(tmp_path, device="cuda", dtype=dtype, graphs=graphs)
+        model = DistributedModel(trunk, ReferenceExperts(reference), TopK(TOP_K))
+        cache = trunk.new_cache()
+        assert (trunk.graphs(ids[:1], cache) is not None) is graphs
+        model.step([SequenceInput(ids[:250], cache)])
+        results.append(torch.cat([model.step([SequenceInput([i], cache)])[0][0] for i in ids[250:]]))
+    assert float((results[0] - results[1]).norm() / results[1].norm()) <= tolerance
 
 
 def test_a_token_is_bitwise_the_same_alone_in_a_draft_and_in_a_batch(tmp_path: Path) -> None:
