@@ -63,9 +63,9 @@ def why_not() -> str:
 @contextmanager
 def running(
     settings: Settings, bundle: Path, *, nodes: Mapping[str, str], rtts_ms: Sequence[float],
-    draft: DraftMode = "none", draft_model: Path | None = None,
+    mbps: float = DEDICATED_MBPS, shared_air: bool = False, draft: DraftMode = "none", draft_model: Path | None = None,
 ) -> Iterator[System]:  # fmt: skip
-    """Run a system on dedicated links of `DEDICATED_MBPS` per direction, for the duration of the context.
+    """Run a system on links of one rate, for the duration of the context.
 
     This thread is in the base station's network namespace meanwhile.
 
@@ -74,15 +74,19 @@ def running(
         bundle: bundle of base station and nodes.
         nodes: experts by node.
         rtts_ms: round trips; each gets a profile `rtt<ms>`.
+        mbps: rate of each link, or of the channel.
+        shared_air: whether all links share one channel.
         draft, draft_model: as in `BaseStationConfig`.
     """
     from testbed.network import namespaces
     from testbed.network.daemon import BASE_STATION
 
     spec = settings.folder / "network.yaml"
-    config = BaseStationConfig(bundle=bundle, degrade=False, draft=draft, draft_model=draft_model)
+    config = BaseStationConfig(
+        bundle=bundle, degrade=False, draft=draft, draft_model=draft_model, shared_air=shared_air
+    )
     with atomic_write(spec) as file:
-        file.write(_spec(list(nodes), rtts_ms).encode())
+        file.write(_spec(list(nodes), rtts_ms, mbps, shared_air=shared_air).encode())
     with (
         emulated(spec) as network,
         namespaces.inside(namespaces.namespace(network.spec.name, BASE_STATION)),
@@ -102,9 +106,9 @@ def running(
         yield System(network, station, processes)
 
 
-def _spec(nodes: Sequence[str], rtts_ms: Sequence[float]) -> str:
-    rates = f"down_mbps: {DEDICATED_MBPS}, up_mbps: {DEDICATED_MBPS}"
-    profiles = "".join(f"  rtt{rtt:g}: {{default: {{{rates}, delay_ms: {rtt / 2:g}}}}}\n" for rtt in rtts_ms)
+def _spec(nodes: Sequence[str], rtts_ms: Sequence[float], mbps: float, *, shared_air: bool) -> str:
+    rates, shared = f"down_mbps: {mbps:g}, up_mbps: {mbps:g}", f"shared_air: {'true' if shared_air else 'false'}"
+    profiles = "".join(f"  rtt{rtt:g}: {{{shared}, default: {{{rates}, delay_ms: {rtt / 2:g}}}}}\n" for rtt in rtts_ms)
     return f"name: bench{os.getpid()}\nnodes: [{', '.join(nodes)}]\nprofiles:\n{profiles}"
 
 

@@ -13,5 +13,6 @@ SECTIONS: dict[str, str] = {
     "speculation": "testbed.bench.sections.speculation",
     "batching": "testbed.bench.sections.batching",
     "resident": "testbed.bench.sections.resident",
+    "planner": "testbed.bench.sections.planner",
 }
 """Module of each section, imported when the section runs: some need torch, or Linux as root."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from bs_coordinator.errors import FleetTooSmallError
 from bs_coordinator.placement.boards import KINDS, Board, BoardKind, BoardLink, MeasuredRate
+from bs_coordinator.placement.known_fleet import predict_known
 from bs_coordinator.placement.plan import FleetPlan, Wanted, plan_fleet
 from bs_coordinator.placement.predict import (
     LOCAL,
@@ -24,6 +25,7 @@ from bs_coordinator.placement.predict import (
 from bs_coordinator.placement.shapes import NAMED, ModelShape, possible_slices, shape_of_config, variant
 from edge_node.experts import needed_bytes
 from exporter.expert.graph import plan_layout
+from testbed.bench.random_experts import manifest_of
 from testbed.twin.shapes import CONFIGS
 from tests.in_process import run_in_process as run
 from wire.frames import HEADER_BYTES, RESULT_BYTES, ROW_BYTES
@@ -65,6 +67,25 @@ def test_a_step_is_the_formula(shared_air: bool) -> None:
     assert step.seconds == pytest.approx(10e-3 + 2 * 1e-3 + 2 * (layer_s + 2 * REQUEST_S))
     assert step.asked == 2
     assert step.read_bytes == size
+
+
+def test_a_fleet_in_slices_is_predicted_from_its_selectors() -> None:
+    """Both halves of both experts that a token asks are on two nodes: each computes two units."""
+    dims = Dims(hidden=64, intermediate=64, layers=3, experts=2, top_k=2, vocab=8, max_positions=8, slices=2)
+    file = FileEntry(path="w", bytes=1000, sha256="0" * 64)
+    entries = [
+        ExpertEntry(layer=layer, expert=expert, files=(file,), probe_output="", error=0.0, source_sha256="0" * 64,
+                    slice=part, slices=2)
+        for layer in range(3) for expert in range(2) for part in range(2)
+    ]  # fmt: skip
+    link = BoardLink(4e-3, 80, 80)
+    step = predict_known(
+        manifest_of(entries, dims, INT4), {"a": "L*:E*/0", "b": "L*:E*/1"}, {"a": link, "b": link}, unit_s=3e-3,
+        further_s=1e-3, station=Station(5e-3, 0.0), routing=Routing(np.ones((3, 2), np.float32), 2), shared_air=False,
+        node_s=1e-3,
+    )  # fmt: skip
+    air_s = (200 + HEADER_BYTES + RESULT_BYTES + 2 * 128 + 2 * ROW_BYTES) / 10e6
+    assert step.seconds == pytest.approx(5e-3 + 3 * (5e-3 + 2 * 3e-3 + air_s + 2 * REQUEST_S))
 
 
 def test_experts_of_the_base_station_cost_no_message() -> None:
