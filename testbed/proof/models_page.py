@@ -32,6 +32,7 @@ SHAPES = {
     "deepseek_v3": Shape(26, 64, 6, 2048, 1408),
     "dots1": Shape(61, 128, 6, 4096, 1408),
     "ernie4_5_moe": Shape(27, 64, 6, 2560, 1536),
+    "flex_olmo": Shape(32, 7, 5, 4096, 11008),
     "glm4_moe": Shape(45, 128, 8, 4096, 1408),
     "glm4_moe_lite": Shape(46, 64, 4, 2048, 1536),
     "gpt_oss": Shape(24, 32, 4, 2880, 2880),
