@@ -22,6 +22,7 @@ from testbed.radio import commands as radio_commands
 from testbed.report import commands as report_commands
 from testbed.run_directory import commands as run_directory_commands
 from testbed.twin import commands as twin_commands
+from testbed.whole_shape import commands as whole_shape_commands
 from wire import __version__
 
 
@@ -41,6 +42,7 @@ archive_commands.register(cli)
 evaluation_commands.register(cli)
 bench_commands.register(cli)
 twin_commands.register(cli)
+whole_shape_commands.register(cli)
 network_commands.register(cli)
 radio_commands.register(cli)
 fleet_commands.register(cli)

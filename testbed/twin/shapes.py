@@ -58,6 +58,19 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
 
 
+def kept_layers(name: TwinName, layers: int | None) -> int:
+    """The number of a twin's layers; None for all.
+
+    Raises:
+        ValueError: the model does not have so many.
+    """
+    every: int = CONFIGS[name]["num_hidden_layers"]
+    kept = layers or every
+    if not 1 <= kept <= every:
+        raise ValueError(f"{name} has {every} layers, not {layers}: choose fewer --layers")
+    return kept
+
+
 def layer_tensors(config: dict[str, Any], layer: int) -> list[Tensor]:
     """The tensors of one layer by their names on disk."""
     prefix = f"model.layers.{layer}"

@@ -13,7 +13,7 @@ from common.disk_space import Room, check_room
 from common.errors import StorageError
 from common.files import atomic_write
 from exporter.checkpoint.safetensors_file import TensorRef, encode_header
-from testbed.twin.shapes import CONFIGS, Tensor, TwinName, checkpoint_tensors
+from testbed.twin.shapes import CONFIGS, Tensor, TwinName, checkpoint_tensors, kept_layers
 
 SHARD_BYTES = 5 * 10**9
 _BF16_BYTES = 2
@@ -42,11 +42,7 @@ def write_twin(
         StorageError: `out` exists, can't be written or is too small.
         ValueError: the model does not have so many layers.
     """
-    config = CONFIGS[name]
-    kept = layers or config["num_hidden_layers"]
-    if not 1 <= kept <= config["num_hidden_layers"]:
-        raise ValueError(f"{name} has {config['num_hidden_layers']} layers, not {layers}: choose fewer --layers")
-    config = {**config, "num_hidden_layers": kept, "torch_dtype": "bfloat16"}
+    config = {**CONFIGS[name], "num_hidden_layers": kept_layers(name, layers), "torch_dtype": "bfloat16"}
     if out.exists():
         raise StorageError(f"{out} exists: name a new folder")
     tensors = checkpoint_tensors(config)
@@ -57,7 +53,7 @@ def write_twin(
     try:
         partial.mkdir(parents=True)
         _write_weights(partial, tensors, seed, progress)
-        _write_texts(partial, config)
+        write_texts(partial, config)
         partial.rename(out)
     except OSError as error:
         raise StorageError(f"can't write {out}: {error.strerror}") from None
@@ -91,7 +87,7 @@ def _write_weights(folder: Path, tensors: list[Tensor], seed: int, progress: Cal
             file.write(encode_header(TensorRef(t.name, path, "BF16", t.shape, 0) for t in shard))
             for tensor in shard:
                 weight_map[tensor.name] = path.name
-                for piece in _values(tensor, seed, place):
+                for piece in tensor_values(tensor, seed, place):
                     file.write(piece)
                     done += len(piece)
                     progress(done, total)
@@ -100,8 +96,13 @@ def _write_weights(folder: Path, tensors: list[Tensor], seed: int, progress: Cal
     _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _values(tensor: Tensor, seed: int, place: int) -> Iterator[bytes]:
-    """The bf16 bytes of a tensor, piece by piece."""
+def tensor_values(tensor: Tensor, seed: int, place: int) -> Iterator[bytes]:
+    """The bf16 bytes of a tensor, piece by piece: normally distributed, or ones if it has one dimension.
+
+    Args:
+        seed: of all tensors.
+        place: number of the tensor, which makes its values its own.
+    """
     count = math.prod(tensor.shape)
     rng = np.random.default_rng([seed, place])
     for first in range(0, count, _PIECE):
@@ -113,8 +114,8 @@ def _values(tensor: Tensor, seed: int, place: int) -> Iterator[bytes]:
         yield (values.view(np.uint32) >> 16).astype("<u2").tobytes()
 
 
-def _write_texts(folder: Path, config: dict[str, Any]) -> None:
-    """Write configuration and tokenizer."""
+def write_texts(folder: Path, config: dict[str, Any]) -> None:
+    """Write config.json and a tokenizer of bytes for a model with this configuration."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -1,0 +1,128 @@
+"""Node processes with a core each and a base station with the others, on an emulated network."""
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bs_coordinator.base_station import BaseStation, open_base_station
+from bs_coordinator.broker.processes import open_broker
+from bs_coordinator.config import BaseStationConfig, TrunkDtype
+from common.files import atomic_write
+from testbed.local_nodes import local_nodes
+from testbed.network import namespaces
+from testbed.network.daemon import BASE_STATION
+from testbed.network.emulated import EmulatedNetwork, emulated
+from testbed.whole_shape.arms import LINKS, Arm, selectors_of
+from wire.manifest import Manifest
+
+NODES_TIMEOUT_S = 300.0
+LAYER_TIMEOUT_S = 60.0
+_SETTLE_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """Which cores run what.
+
+    Attributes:
+        station: base station, broker and the network's relay.
+        nodes: one core for each node.
+    """
+
+    station: Sequence[int]
+    nodes: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeFleet:
+    """A running fleet."""
+
+    network: EmulatedNetwork
+    station: BaseStation
+
+    def set_links(self, arm: Arm) -> None:
+        """Switch all links to those of an arm, and measure them."""
+        self.network.set_profile(arm.profile)
+        self.station.dispatcher.links.shared_air = arm.shared_air
+        self.station.dispatcher.measure_links(_SETTLE_S)
+
+
+def choose_cores(siblings: Sequence[Sequence[int]], nodes: int) -> Cores:
+    """A core for each node, and the others for the base station. Pure.
+
+    Nodes get physical cores of their own as far as there are enough, because two threads of one core share its
+    arithmetic. Where there are too few even with threads, nodes share cores, and the base station may use all.
+
+    Args:
+        siblings: the threads of each physical core.
+    """
+    in_turn = [cpu for some in itertools.zip_longest(*siblings) for cpu in some if cpu is not None]
+    if len(in_turn) <= nodes:
+        return Cores(sorted(in_turn), [in_turn[node % len(in_turn)] for node in range(nodes)])
+    return Cores(sorted(in_turn[nodes:]), in_turn[:nodes])
+
+
+def read_siblings() -> list[list[int]]:
+    """The threads of each physical core that this process may use."""
+    found: dict[str, list[int]] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        key = path.read_text().strip() if path.exists() else str(cpu)
+        found.setdefault(key, []).append(cpu)
+    return list(found.values())
+
+
+@contextmanager
+def running(bundle: Path, manifest: Manifest, folder: Path, cores: Cores, device: str) -> Iterator[ShapeFleet]:
+    """Run a fleet for the duration of the context; this thread is in the base station's network namespace meanwhile.
+
+    Args:
+        folder: for logs and the network's description.
+        device: of the trunk, which is in bf16 on a GPU.
+    """
+    selectors = selectors_of(manifest, len(cores.nodes))
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / "network.yaml") as file:
+        file.write(network_spec(list(selectors)).encode())
+    dtype: TrunkDtype = "fp32" if device == "cpu" else "bf16"
+    config = BaseStationConfig(
+        bundle=bundle, degrade=False, device=device, dtype=dtype, nodes_timeout_s=NODES_TIMEOUT_S,
+        layer_timeout_s=LAYER_TIMEOUT_S,
+    )  # fmt: skip
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    # Broker and relay inherit this process's cores.
+    os.sched_setaffinity(0, cores.station)
+    torch.set_num_threads(max(1, len(cores.station) - 1))
+    try:
+        with (
+            emulated(folder / "network.yaml") as network,
+            namespaces.inside(namespaces.namespace(network.spec.name, BASE_STATION)),
+            open_broker("mosquitto", host=network.bs_address) as address,
+            local_nodes(
+                bundle, address, folder / "nodes", selectors,
+                prefixes={
+                    node: [*network.prefix(node), "taskset", "-c", str(core)]
+                    for node, core in zip(selectors, cores.nodes, strict=False)
+                },
+            ),
+            open_base_station(config, address) as station,
+        ):  # fmt: skip
+            yield ShapeFleet(network, station)
+    finally:
+        os.sched_setaffinity(0, before)
+        torch.set_num_threads(threads)
+
+
+def network_spec(nodes: Sequence[str]) -> str:
+    """The description of the emulated network, with a profile for each kind of links."""
+    lines = [f"name: shape{os.getpid()}", f"nodes: [{', '.join(nodes)}]", "profiles:"]
+    for shared, (mbps, rtt_ms) in itertools.product((False, True), LINKS):
+        profile = Arm("", 0, 0, 0, mbps, rtt_ms, shared, 1, drafts=False).profile
+        link = f"{{down_mbps: {mbps:g}, up_mbps: {mbps:g}, delay_ms: {rtt_ms / 2:g}}}"
+        lines.append(f"  {profile}: {{shared_air: {str(shared).lower()}, default: {link}}}")
+    return "\n".join(lines) + "\n"
