@@ -21,8 +21,9 @@ BATCHES = (1, 4, 8)
 LINKS = ((100.0, 2.0), (100.0, 5.0), (50.0, 2.0), (50.0, 5.0))
 """Mbit/s per direction, and ms of a round trip."""
 ACCEPTANCE: tuple[tuple[int, int], ...] = ((5, 3), (4, 2), (5, 2), (4, 2), (5, 3))
-"""Draft tokens of a step, and how many of them count as right. On average as many, 4.6 and 2.4, as in 51 answers of the
-demo model on eight nodes at 5 ms with 16 cores (docs/performance.md): a draft model of random weights is never right."""
+"""Draft tokens of a step, and how many of them count as right. On average as many, 4.6 and 2.4, as in 51 answers
+of the demo model on eight nodes at 5 ms with 16 cores (docs/performance.md): a draft model of
+random weights is never right."""
 
 
 class Arm(Struct, frozen=True):
