@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import Any
 
-from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 
@@ -54,29 +53,35 @@ class ControlTokens:
 
     def encode(self, rendered: str) -> list[int]:
         """Token ids of a rendered chat with marked messages."""
-        backend, ids = self._literal_backend
         text = self.unmark(_replace(rendered, self._tokens))
-        return [ids.get(id, id) for id in backend.encode(text, add_special_tokens=False).ids]
+        ids: list[int] = self._literal_backend.encode(text, add_special_tokens=False).ids
+        return ids
 
     @cached_property
-    def _literal_backend(self) -> tuple[Any, dict[int, int]]:
-        """A tokenizer that takes control tokens' names for text and knows them by other names; true ids by its ids."""
+    def _literal_backend(self) -> Any:
+        """A tokenizer that knows control tokens by other names, so that it takes their own names for text."""
         definition = json.loads(self._backend.to_str())
         for token in definition["added_tokens"]:
-            token["special"] = token["special"] or token["content"] in self._from_others
+            if token["content"] in self._tokens:
+                token |= {"content": self._tokens[token["content"]], "special": False, "normalized": False}
+        _rename(definition["model"], self._tokens)
         backend: Any = Backend.from_str(json.dumps(definition))
         backend.encode_special_tokens = True
-        added = self._backend.get_added_tokens_decoder()
-        ids = {}
-        for name, id in self._from_others.items():
-            token = added[id]
-            alias = AddedToken(
-                self._tokens[name], single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip,
-                normalized=False, special=False,
-            )  # fmt: skip
-            backend.add_tokens([alias])
-            ids[backend.token_to_id(self._tokens[name])] = id
-        return backend, ids
+        return backend
+
+
+def _rename(model: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Rename tokens in the definition of a tokenizer's model, whose own pieces may be control tokens' names."""
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: pieces with their scores
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
+        return
+    model["vocab"] = {names.get(piece, piece): id for piece, id in vocabulary.items()}
+    if (unknown := model.get("unk_token")) in names:
+        model["unk_token"] = names[unknown]
+    if "merges" in model:
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [pair for pair in pairs if names.keys().isdisjoint((*pair, "".join(pair)))]
 
 
 def _replace(text: str, by: Mapping[str, str]) -> str:

@@ -55,7 +55,7 @@ class Tokenizer:
         if model.is_file() and not fast.is_file() and find_spec("sentencepiece") is None:
             raise BundleError(f"{model} needs a library that is not installed: pip install sentencepiece")
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # noqa: BLE001 - tokenizers raises bare Exception
             raise BundleError(f"{folder} has no usable tokenizer: {str(error).partition(chr(10))[0]}") from None
         named = [self._tokenizer.eos_token_id, *_named_eos_ids(folder)]

@@ -317,7 +317,7 @@ def _module_key(key: str, block: str) -> str:
 def _load_config(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise BundleError(f"{folder} has no config.json: this bundle holds experts only, use the exporter's own")
-    config: Any = AutoConfig.from_pretrained(folder)
+    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config._attn_implementation = "sdpa"
     return config
 

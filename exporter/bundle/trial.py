@@ -54,7 +54,7 @@ def _try_tokenizer(folder: Path, vocab: int) -> Any:
             "checkpoint's tokenizer.json"
         )
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         backend = tokenizer.backend_tokenizer
         largest = max(tokenizer.get_vocab().values())
         ids = tokenizer(PROBE)["input_ids"]

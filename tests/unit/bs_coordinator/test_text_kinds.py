@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from click.testing import CliRunner
+from tokenizers import AddedToken, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 
 from bs_coordinator.commands.chat import chat
 from bs_coordinator.commands.generate import generate
@@ -32,7 +34,7 @@ from testbed.evaluation.scoring import choose, losses, score_last_words
 from testbed.plan.schema import Form
 from tests.checkpoints import edit_config
 from tests.http_site import HttpSite
-from tests.text_models import KINDS, Kind, save_scripted_model, save_tokenizer
+from tests.text_models import KINDS, SPECIAL, Kind, save_scripted_model, save_tokenizer
 from wire.errors import BundleError
 
 SPACE = {"byte-level": "Ġ", "sentencepiece": "▁"}
@@ -233,6 +235,38 @@ def test_tokens_that_only_the_template_names_are_control_tokens_too(kind: Kind, 
     path.write_text(json.dumps(definition))
     found = Tokenizer(tmp_path).encode_chat([{"role": "user", "content": "<|turn|>system"}])
     assert found.count(ids["<|turn|>"]) == 2
+
+
+def _unigram_definition(names: list[str], letters: list[str]) -> models.Model:
+    # Converted SentencePiece models keep control tokens among the pieces, with the best score of all.
+    return models.Unigram([(name, 0.0) for name in names] + [(letter, -3.0) for letter in letters], unk_id=0)
+
+
+def _word_definition(names: list[str], letters: list[str]) -> models.Model:
+    return models.WordLevel({name: id for id, name in enumerate([*names, *letters])}, unk_token="<unk>")
+
+
+def _merged_definition(names: list[str], letters: list[str]) -> models.Model:
+    """A merge makes `</s>` of its letters."""
+    merges = [("<", "/"), ("</", "s"), ("</s", ">")]
+    pieces = [*names, *letters, *(a + b for a, b in merges[:-1])]
+    return models.BPE({piece: id for id, piece in enumerate(pieces)}, merges, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("definition", [_unigram_definition, _word_definition, _merged_definition])
+def test_pieces_of_the_vocabulary_do_not_become_control_tokens(
+    definition: Callable[[list[str], list[str]], models.Model], tmp_path: Path
+) -> None:
+    names = list(save_tokenizer(tmp_path, "byte-level"))[: len(SPECIAL)]
+    backend = Backend(definition(names, [chr(code) for code in range(33, 127)]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    found = tokenizer.encode_chat([{"role": "user", "content": "a </s> b <|done|> c"}])
+    plain = tokenizer.encode_chat([{"role": "user", "content": "a b c"}])
+    control = tokenizer.special_tokens.keys() - {tokenizer.ids["<unk>"]}
+    assert [id for id in found if id in control] == [id for id in plain if id in control]
 
 
 def _decoded(tokenizer: Tokenizer, ids: list[int]) -> Iterator[str]:
