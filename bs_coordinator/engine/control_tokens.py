@@ -77,8 +77,8 @@ def _rename(model: dict[str, Any], names: Mapping[str, str]) -> None:
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
         return
     model["vocab"] = {names.get(piece, piece): id for piece, id in vocabulary.items()}
-    if (unknown := model.get("unk_token")) in names:
-        model["unk_token"] = names[unknown]
+    if isinstance(unknown := model.get("unk_token"), str):
+        model["unk_token"] = names.get(unknown, unknown)
     if "merges" in model:
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         model["merges"] = [pair for pair in pairs if names.keys().isdisjoint((*pair, "".join(pair)))]
