@@ -24,10 +24,20 @@ _OWN_PACKAGES = {"common", "wire", "exporter", "edge_node", "bs_coordinator", "t
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class LogFormatter(logging.Formatter):
+    """Messages of one line each, without control characters: nodes and callers have a say in what is logged."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """The line of a record, before its traceback."""
+        return printable(" ".join(super().formatMessage(record).splitlines()))
+
+
 def run(command: click.Command, prog_name: str, *, extra: str) -> None:
     """Run `command` on `sys.argv` and end the process with its exit code; `extra` as for `exit_code`."""
     level = logging.DEBUG if _debug() else logging.INFO
-    logging.basicConfig(level=level, format=LOG_FORMAT, stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter(LOG_FORMAT))
+    logging.basicConfig(level=level, handlers=[handler])
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A model can say what this terminal's encoding can't write, and paths need not be text at all.
         sys.stdout.reconfigure(errors="backslashreplace")

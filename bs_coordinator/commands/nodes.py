@@ -5,6 +5,7 @@ import click
 from bs_coordinator.commands.station import connect_nodes
 from bs_coordinator.commands.tables import compact_table, print_table
 from bs_coordinator.config import ClusterConfig
+from common.console import printable
 from common.json_output import json_option, print_json
 from common.options import Command, config_options
 from wire.experts import format_selector
@@ -47,7 +48,8 @@ def nodes(as_json: bool, config: ClusterConfig) -> None:
             ram = f"{holding.resident_bytes / 2**20:.0f} MiB", f"{machine.available_bytes / 2**20:.0f} MiB"
             device = f"{status.device.profile}, {status.device.provider}" if status.device else ""
             now = describe(latest[name].telemetry) if name in latest else ""
-            table.add_row(name, machine.host, holding.experts, holding.quantisation, *ram, device, now)
+            texts = name, machine.host, holding.experts, holding.quantisation, *ram, device, now
+            table.add_row(*(printable(" ".join(text.split())) for text in texts))
     print_table(table)
     for name, why in sorted(registry.ignored.items()):
         click.echo(f"ignored {name}: {why}")

@@ -22,7 +22,7 @@ def print_table(table: "Table") -> None:
     """Print a table: text folds at the terminal's edge but not below 80 columns; piped output is never folded."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # texts come from nodes
     console.width = max(console.width, _NARROWEST) if console.is_terminal else _UNLIMITED
     console.print(table)
 

@@ -1,6 +1,7 @@
 """Terminals that can't show every character: no command fails for that."""
 
 import io
+import logging
 import sys
 from collections.abc import Callable, Iterator
 
@@ -14,7 +15,8 @@ import bs_coordinator.commands.main
 import edge_node.cli
 import exporter.cli
 import testbed.cli
-from common.console import exit_code, run
+from bs_coordinator.commands.tables import compact_table, print_table
+from common.console import LOG_FORMAT, LogFormatter, exit_code, run
 from common.errors import StorageError
 
 ROOTS: dict[str, click.Command] = {
@@ -84,3 +86,23 @@ def test_a_name_that_is_not_utf_8_is_named_in_one_line(
     shown = capsys.readouterr().err
     assert "is not UTF-8: rename it" in shown
     assert shown.count("\n") == 1
+
+
+def test_what_is_logged_is_one_line_that_commands_no_terminal() -> None:
+    record = logging.LogRecord(
+        "wdmoe", logging.WARNING, "file", 1, "node %s", ("\x1b[2J\r\nINFO all is well\x07 é",), None
+    )
+    assert LogFormatter(LOG_FORMAT).format(record).endswith("WARNING wdmoe: node \\x1b[2J INFO all is well\\x07 é")
+    try:
+        raise ValueError("text")
+    except ValueError:
+        record.exc_info = sys.exc_info()
+    assert LogFormatter(LOG_FORMAT).format(record).count("\n") >= 3, "the traceback keeps its lines"
+
+
+def test_texts_of_nodes_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    table = compact_table()
+    table.add_column("host")
+    table.add_row("[/red] [link=http://x]:smile:[/link]")
+    print_table(table)
+    assert "[/red] [link=http://x]:smile:[/link]" in capsys.readouterr().out
