@@ -28,7 +28,7 @@ def _run(out: Path) -> None:
 def _run_elsewhere(out: Path) -> list[str]:
     process = multiprocessing.get_context("spawn").Process(target=_run, args=(out,))
     process.start()
-    process.join(240)
+    process.join(600)
     assert process.exitcode == 0
     return (out.parent / "progress").read_text().splitlines()
 
