@@ -94,7 +94,7 @@ def substitutions(experts: int, k: int) -> tuple[NDArray[np.intp], Plans]:
 
 
 def choose_plans(
-    plans: Plans, loss: Float, top: NDArray[np.intp], price: float, forecast: LayerForecast
+    plans: Plans, loss: Float, top: NDArray[np.intp], price: float, forecast: LayerForecast, *, alone: bool = False
 ) -> NDArray[np.intp]:
     """Choose a plan for each token that makes T / T_top + `price` · mean loss small, where T is the layer's time.
 
@@ -105,34 +105,41 @@ def choose_plans(
             keep it if nothing better is found, so T is never above T_top.
         price: above 0, so of equally fast plans the one with the least loss is chosen; of equal plans, the first.
         forecast: predicted costs of the layer.
+        alone: choose for each token as if it were the only one.
 
     Returns:
         intp [tokens], the index of each token's plan.
     """
-    scaled = _priced(loss, top, price)
-    if len(loss) == 1:
+    if alone or len(loss) == 1:
         time_s = _alone_s(plans, forecast)
-        best: NDArray[np.intp] = (time_s / time_s[top] + scaled).argmin(axis=1)
+        best: NDArray[np.intp] = (time_s / time_s[top, None] + _priced(loss, top, price)).argmin(axis=1)
         return best
-    return _choose_together(_Load(plans, forecast), scaled, top)
+    return _choose_together(_Load(plans, forecast), _priced(loss, top, price / len(loss)), top)
 
 
 def choose_own_plans(
-    slots: NDArray[np.intp], held: Float, loss: Float, top: NDArray[np.intp], price: float, forecast: LayerForecast
+    slots: NDArray[np.intp],
+    held: Float,
+    loss: Float,
+    top: NDArray[np.intp],
+    price: float,
+    forecast: LayerForecast,
+    *,
+    alone: bool = False,
 ) -> NDArray[np.intp]:
     """Choose a plan for each token among plans of its own, as `choose_plans` does among shared ones.
 
     Args:
         slots: intp [tokens, plans, slots], the experts of each plan; the number of experts stands for none.
         held: float64 [tokens, plans, nodes], number of experts that a plan asks of a node.
-        loss, top, price, forecast: as for `choose_plans`.
+        loss, top, price, forecast, alone: as for `choose_plans`.
     """
     load = _OwnLoad(slots, held, forecast)
-    scaled = _priced(loss, top, price)
-    if len(loss) > 1:
-        return _choose_together(load, scaled, top)
+    if len(loss) > 1 and not alone:
+        return _choose_together(load, _priced(loss, top, price / len(loss)), top)
     time_s = load.layer_s(load.uses, load.busy_s(load.uses, load.held))
-    best: NDArray[np.intp] = (time_s / time_s[0, top] + scaled).argmin(axis=1)
+    top_s = time_s[np.arange(len(top)), top][:, None]
+    best: NDArray[np.intp] = (time_s / top_s + _priced(loss, top, price)).argmin(axis=1)
     return best
 
 
@@ -152,7 +159,7 @@ def count_held(slots: NDArray[np.intp], forecast: LayerForecast) -> Float:
 
 
 def _priced(loss: Float, top: NDArray[np.intp], price: float) -> Float:
-    scaled = (price / len(loss)) * loss
+    scaled = price * loss
     scaled[np.arange(len(loss)), top] = 0
     return scaled
 

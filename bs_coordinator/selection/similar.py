@@ -14,7 +14,7 @@ from bs_coordinator.selection.differences import DifferenceTable
 from bs_coordinator.selection.forecast import Float, LayerForecast
 from bs_coordinator.selection.plans import MAX_PLANS, Price, choose_own_plans, choose_plans, count_held, substitutions
 from bs_coordinator.selection.routing import Routing
-from bs_coordinator.selection.survivors import Survivors, scale, weigh_one
+from bs_coordinator.selection.survivors import Survivors, scale, weigh, weigh_one
 from wire.tensors import Array
 
 _OWN_WAYS = 256
@@ -52,13 +52,24 @@ class Similar(Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             ValueError: the table does not fit the layer or the number of experts.
         """
+        return self._select(routing, forecast, alone=len(routing.weights) == 1)
+
+    def select_each(self, routing: Routing, forecast: LayerForecast) -> Array:
+        """Gate weights, as `SelectsEach.select_each` defines them.
+
+        Raises:
+            ValueError: the table does not fit the layer or the number of experts.
+        """
+        return self._select(routing, forecast, alone=True)
+
+    def _select(self, routing: Routing, forecast: LayerForecast, *, alone: bool) -> Array:
         found = find_candidates(routing, forecast, self.k, self.table)
         k = min(self.k, found.shares.shape[1])
         slots = np.argsort(-found.shares, axis=1, kind="stable")[:, :k]
         if (found.shares.shape[1] + 1) ** k <= MAX_PLANS:
-            chosen = self._among_all(found, slots, forecast)
+            chosen = self._among_all(found, slots, forecast, alone=alone)
         else:
-            chosen = self._among_most_similar(found, slots, forecast)
+            chosen = self._among_most_similar(found, slots, forecast, alone=alone)
         if len(slots) == 1 and chosen.tolist() == slots.tolist():
             return weigh_one(routing, slots[0, found.shares[0, slots[0]] > 0].tolist(), self.survivors)
         row = np.arange(len(slots))
@@ -67,10 +78,12 @@ class Similar(Struct, frozen=True, forbid_unknown_fields=True):
             kept[row, chosen[:, i]] += found.scores[row, slots[:, i]]
         kept = kept[:, :-1]
         weights = scale(routing, kept, self.survivors)
-        own = (chosen == slots).all(axis=1) & ((kept > 0) == (routing.weights > 0)).all(axis=1)
-        return np.where(own[:, None], routing.weights, weights)
+        same = (chosen == slots).all(axis=1)
+        return np.where(same[:, None], weigh(routing, found.shares > 0, self.survivors), weights)
 
-    def _among_all(self, found: Candidates, slots: NDArray[np.intp], forecast: LayerForecast) -> NDArray[np.intp]:
+    def _among_all(
+        self, found: Candidates, slots: NDArray[np.intp], forecast: LayerForecast, *, alone: bool
+    ) -> NDArray[np.intp]:
         """Choose among all ways to fill the slots: intp [tokens, k], experts, or the number of experts for none."""
         experts, k = found.shares.shape[1], slots.shape[1]
         ways, plans = substitutions(experts, k)
@@ -78,11 +91,11 @@ class Similar(Struct, frozen=True, forbid_unknown_fields=True):
         top = slots @ (experts + 1) ** np.arange(k)[::-1]
         cost = self._costs(found, slots, forecast)
         error = self._allowed(reduce(add, (cost[:, i, ways[:, i]] for i in range(k))))
-        chosen: NDArray[np.intp] = ways[choose_plans(plans, error, top, self.price, forecast)]
+        chosen: NDArray[np.intp] = ways[choose_plans(plans, error, top, self.price, forecast, alone=alone)]
         return chosen
 
     def _among_most_similar(
-        self, found: Candidates, slots: NDArray[np.intp], forecast: LayerForecast
+        self, found: Candidates, slots: NDArray[np.intp], forecast: LayerForecast, *, alone: bool
     ) -> NDArray[np.intp]:
         """The same as `_among_all`, but an expert may be replaced by its most similar ones only."""
         experts, k = found.shares.shape[1], slots.shape[1]
@@ -94,7 +107,7 @@ class Similar(Struct, frozen=True, forbid_unknown_fields=True):
         error = self._allowed(reduce(add, (cost[:, i, which[:, i]] for i in range(k))))
         ways = options[:, np.arange(k), which]
         top = np.zeros(len(slots), np.intp)
-        best = choose_own_plans(ways, count_held(ways, forecast), error, top, self.price, forecast)
+        best = choose_own_plans(ways, count_held(ways, forecast), error, top, self.price, forecast, alone=alone)
         chosen: NDArray[np.intp] = ways[np.arange(len(slots)), best]
         return chosen
 

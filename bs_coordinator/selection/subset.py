@@ -52,21 +52,28 @@ class Subset(Struct, frozen=True, forbid_unknown_fields=True):
 
     def select(self, routing: Routing, forecast: LayerForecast) -> Array:
         """Gate weights, as `Policy.select` defines them."""
+        return self._select(routing, forecast, alone=len(routing.weights) == 1)
+
+    def select_each(self, routing: Routing, forecast: LayerForecast) -> Array:
+        """Gate weights, as `SelectsEach.select_each` defines them."""
+        return self._select(routing, forecast, alone=True)
+
+    def _select(self, routing: Routing, forecast: LayerForecast, *, alone: bool) -> Array:
         found = find_candidates(routing, forecast, self.k, self.keep)
         experts = found.scores.shape[1]
         k = min(self.k, experts)
         if count_subsets(experts, k) > MAX_PLANS:
-            return weigh(routing, self._among_first(found, k, forecast), self.survivors)
+            return weigh(routing, self._among_first(found, k, forecast, alone=alone), self.survivors)
         plans = subsets(experts, k)
         top = plans.index_of(found.shares > 0)
         loss = self._loss(found.scores, top, plans, found.pinned)
-        chosen = choose_plans(plans, loss, top, self.price, forecast)
+        chosen = choose_plans(plans, loss, top, self.price, forecast, alone=alone)
         asked = (plans.members[chosen] > 0) & (found.scores > 0)
         if len(asked) == 1:
             return weigh_one(routing, np.flatnonzero(asked[0]).tolist(), self.survivors)
         return weigh(routing, asked, self.survivors)
 
-    def _among_first(self, found: Candidates, k: int, forecast: LayerForecast) -> Chosen:
+    def _among_first(self, found: Candidates, k: int, forecast: LayerForecast, *, alone: bool) -> Chosen:
         """Choose for each token among sets of its first experts: bool [tokens, experts]."""
         experts = found.scores.shape[1]
         plans = subsets(most_candidates(experts, k), k)
@@ -77,7 +84,7 @@ class Subset(Struct, frozen=True, forbid_unknown_fields=True):
         loss = self._loss(scores, top, plans, pinned)
         slots = np.concatenate([first, np.full((len(first), 1), experts)], axis=1)[:, plans.slots]
         held = plans.members @ forecast.node_map().astype(np.float64)[first]
-        best = choose_own_plans(slots, held, loss, top, self.price, forecast)
+        best = choose_own_plans(slots, held, loss, top, self.price, forecast, alone=alone)
         chosen = np.zeros((len(scores), experts + 1), np.bool_)
         np.put_along_axis(chosen, slots[np.arange(len(scores)), best], True, axis=1)
         return chosen[:, :-1] & (found.scores > 0)

@@ -59,6 +59,13 @@ class Wdmoe(Struct, frozen=True, forbid_unknown_fields=True):
 
     def select_batch(self, routing: Routing, forecast: LayerForecast) -> Array:
         """Gate weights of any number of tokens."""
+        return self._select(routing, forecast, alone=False)
+
+    def select_each(self, routing: Routing, forecast: LayerForecast) -> Array:
+        """Gate weights, as `SelectsEach.select_each` defines them."""
+        return self._select(routing, forecast, alone=True)
+
+    def _select(self, routing: Routing, forecast: LayerForecast, *, alone: bool) -> Array:
         scores, _, weights, pinned = find_candidates(routing, forecast, self.k, self.keep)
         chosen = weights > 0
         free = chosen if pinned is None else chosen & ~pinned
@@ -66,8 +73,11 @@ class Wdmoe(Struct, frozen=True, forbid_unknown_fields=True):
         weakest = np.where(free, weights, np.inf).argmin(axis=1)
         token = np.flatnonzero((np.count_nonzero(chosen, axis=1) > 1) & free.any(axis=1))
         likeness = cosine(scores, time_s)[token]
-        lost = (weights[token, weakest[token]] / time_s[weakest[token]]).astype(np.float64)
-        theta = self._theta(likeness, lost, total=float((weights / time_s).sum()), pairs=int(chosen.sum()))
+        if alone:
+            theta = self._theta_alone
+        else:
+            lost = (weights[token, weakest[token]] / time_s[weakest[token]]).astype(np.float64)
+            theta = self._theta(likeness, lost, total=float((weights / time_s).sum()), pairs=int(chosen.sum()))
         dropped = token[likeness <= theta]
         chosen[dropped, weakest[dropped]] = False
         return weigh(routing, chosen, self.survivors)
@@ -76,20 +86,24 @@ class Wdmoe(Struct, frozen=True, forbid_unknown_fields=True):
     def _steps(self) -> int:
         return int((self.stop - self.start) / self.step + 1e-9)
 
-    def select_single(self, routing: Routing, forecast: LayerForecast) -> Array:
-        """Gate weights of one token; what `select_batch` gives for it, but several times faster.
+    @property
+    def _theta_alone(self) -> float:
+        """The θ at which the search of a single token ends.
 
         The token is dropped from at the first θ that reaches it, so with a `gain` of at least 1 only the last θ
         matters; with a smaller `gain` the first θ is already enough.
         """
+        return self.start + (self.step * self._steps if self.gain >= 1 else 0)
+
+    def select_single(self, routing: Routing, forecast: LayerForecast) -> Array:
+        """Gate weights of one token; what `select_batch` gives for it, but several times faster."""
         scores, _, weights, pinned = find_candidates(routing, forecast, self.k, self.keep)
         (p,), (share,) = scores.tolist(), weights.tolist()
         time_s = np.maximum(forecast.one_row_s, _TINY_S).tolist()
         likeness = sum(map(mul, p, time_s)) / math.sqrt(sum(map(mul, p, p)) * sum(map(mul, time_s, time_s)))
-        theta = self.start + (self.step * self._steps if self.gain >= 1 else 0)
         top = asked_experts(weights)
         free = top if pinned is None else [expert for expert in top if not pinned[0, expert]]
-        if len(top) > 1 and free and likeness <= theta:
+        if len(top) > 1 and free and likeness <= self._theta_alone:
             top.remove(min(free, key=share.__getitem__))
         return weigh_one(routing, top, self.survivors)
 
@@ -125,5 +139,5 @@ def cosine(scores: Array, time_s: Float) -> Float:
         time_s: float64 [experts], above 0.
     """
     p = scores.astype(np.float64)
-    likeness: Float = p @ time_s / (np.sqrt(np.einsum("te,te->t", p, p)) * np.sqrt(time_s @ time_s))
+    likeness: Float = p @ time_s / np.sqrt(np.einsum("te,te->t", p, p) * (time_s @ time_s))
     return likeness

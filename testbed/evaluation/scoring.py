@@ -16,12 +16,15 @@ from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import Policy, Routing
 from bs_coordinator.selection.forecast import LayerForecast
+from bs_coordinator.selection.policy import SelectsEach
 from bs_coordinator.trunk.inputs import Packing, SequenceInput
 from testbed.evaluation.data_sets import Alternative, ChoiceItem, LastWordItem, alternatives, last_word
 from testbed.plan.schema import Form
 from wire.tensors import Array
 
 _BATCH_ITEMS = 16
+_EACH_TOKENS = 64
+"""Tokens selected for in one call, few enough for a policy's intermediate results to stay in a core's cache."""
 T = TypeVar("T")
 
 
@@ -36,8 +39,13 @@ class EachAlone:
 
     def select(self, routing: Routing, forecast: LayerForecast) -> Array:
         """Select the experts of each token separately: gate weights float32 [tokens, experts]."""
+        each, size = (
+            (self._policy.select_each, _EACH_TOKENS)
+            if isinstance(self._policy, SelectsEach)
+            else (self._policy.select, 1)
+        )
         return np.concatenate(
-            [self._policy.select(routing.rows(slice(i, i + 1)), forecast) for i in range(len(routing.weights))]
+            [each(routing.rows(slice(i, i + size)), forecast) for i in range(0, len(routing.weights), size)]
         )
 
 

@@ -1,6 +1,9 @@
 """Each policy against a slow reference in plain loops, and its options at their extremes."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from itertools import combinations, product
 
 import numpy as np
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 
-from bs_coordinator.selection import TopK, parse_policy
+from bs_coordinator.selection import Policy, TopK, parse_policy
 from bs_coordinator.selection.bottleneck import Bottleneck
 from bs_coordinator.selection.capacity import Capacity, fill_s
 from bs_coordinator.selection.demand import assign_by_preference, demand, predicted_s
@@ -241,6 +244,32 @@ def test_similar_of_many_tokens_leaves_a_crowded_node() -> None:
     values = np.full((1, 8, 8), 0.3, np.float32)
     weights = Similar(DifferenceTable("", values), 2, price=2.5).select(routed(p), SLOW)
     assert predicted_s(weights > 0, SLOW) < 0.7 * predicted_s(TopK(2).select(routed(p), SLOW) > 0, SLOW)
+
+
+@pytest.mark.parametrize("kind", ["topk", "wdmoe", "bottleneck", "capacity", "subset", "similar"])
+@settings(max_examples=15)
+@given(exact_layers(max_tokens=12), st.integers(1, 3), st.booleans(), survivors_rules, st.booleans(), st.booleans())
+def test_many_tokens_alone_are_what_each_is_alone(
+    kind: str, layer: tuple[Array, LayerForecast], k: int, lost: bool, survivors: Survivors, own: bool, many: bool
+) -> None:
+    probabilities, forecast = layer
+    routing = routed(probabilities)
+    if lost:
+        forecast = replace(forecast, available=np.array([False, *[True] * (EXPERTS - 1)]))
+    values = np.random.default_rng(k).integers(0, 5, (1, EXPERTS, EXPERTS)) / 4
+    table = DifferenceTable("", values.astype(np.float32))
+    kinds: dict[str, Callable[..., Policy]] = {
+        "topk": TopK, "wdmoe": Wdmoe, "bottleneck": Bottleneck, "capacity": Capacity, "subset": Subset,
+        "similar": partial(Similar, table),
+    }  # fmt: skip
+    policy = kinds[kind](2 if own else k, survivors=survivors)
+    with pytest.MonkeyPatch.context() as patch:
+        if many:  # as with more experts than all sets can be compared of
+            patch.setattr("bs_coordinator.selection.subset.MAX_PLANS", 5)
+            patch.setattr("bs_coordinator.selection.similar.MAX_PLANS", 5)
+        alone = EachAlone(policy).select(routing, forecast)
+        one = [policy.select(routing.rows(slice(i, i + 1)), forecast)[0] for i in range(len(probabilities))]
+    np.testing.assert_array_equal(alone, one)
 
 
 def test_each_alone_chooses_as_if_there_were_no_others() -> None:
