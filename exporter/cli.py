@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
+from common.console import printable
 from common.console import run as run_console
 from common.options import Group, config_options
 from common.progress import show_progress
@@ -129,7 +130,7 @@ def bundle(name: str, out: Path, revision: str | None, config: ExportConfig) -> 
     elif result.kept:
         click.echo(f"kept {result.kept} {unit}s that were already there and match their hashes")
     for line in result.lost:
-        click.echo(line)
+        click.echo(printable(line))  # names of tensors and a template's errors come from a foreign file
     _summary(result.manifest, result.source_bytes, time.monotonic() - began)
     click.echo(f"bundle in {out}")
 

@@ -1,6 +1,7 @@
 """Tries a trunk's tokenizer and chat template as a base station will use them, before a bundle is published."""
 
 import importlib.util
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ _SYSTEM = {"role": "system", "content": "Answer in one sentence."}
 
 TEMPLATE_S = 20.0
 """Deadline for rendering three conversations, which takes milliseconds."""
-_MAX_RENDERED = 1 << 20
+# What base stations allow (`bs_coordinator.engine.template_process`) beside a few times the length of the messages.
+_MAX_RENDERED = 1 << 16
+_CPU_S = 1.0
 
 
 def try_trunk(folder: Path, vocab: int, checkpoint: Path) -> list[str]:
@@ -105,7 +108,15 @@ def _try_template(tokenizer: Any, vocab: int, report: Report) -> None:
 
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     """A conversation rendered as `bs_coordinator.engine.tokenizer` does it."""
+    # The first time, libraries are imported and the template is compiled.
+    tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    began = time.process_time()
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if (spent := time.process_time() - began) > _CPU_S:
+        raise RefusedError(
+            f"its chat template takes {spent:.1f} s of processor time for a message of one line, a base station allows "
+            f"{_CPU_S:.0f} s"
+        )
     if not isinstance(text, str) or not text:
         raise RefusedError("its chat template writes nothing for a user's message")
     if len(text) > _MAX_RENDERED:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from exporter.checkpoint.families import FAMILIES
 from exporter.checkpoint.layouts import FP8, FP8_SCALES, find_experts, is_routed
 from exporter.checkpoint.matrices import FLOAT_DTYPES, ExpertTensors, matrix_ref
@@ -22,6 +24,7 @@ from wire.manifest import Architecture, Dims, Source
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_MAX_NAME_BYTES = 255
 
 
 @dataclass(frozen=True)
@@ -135,11 +138,13 @@ def weight_map(folder: Path, index: dict[str, Any]) -> dict[str, str]:
     """
     path = folder / INDEX_FILE
     try:
-        placed = {str(name): str(shard) for name, shard in index["weight_map"].items()}
-    except (KeyError, TypeError, AttributeError):
+        placed = msgspec.convert(index["weight_map"], dict[str, str])
+    except (KeyError, msgspec.ValidationError):
         raise CheckpointError(f"{path} is not a valid safetensors index") from None
-    if outside := [s for s in placed.values() if Path(s).name != s]:
-        raise CheckpointError(f"{path} names a file outside its folder: {outside[0]!r}")
+    if outside := [s for s in placed.values() if Path(s).name != s or s in ("", "..")]:
+        raise CheckpointError(f"{path} names a file outside its folder: {outside[0][:80]!r}")
+    if strange := [s for s in placed.values() if not s.isprintable() or len(s.encode()) > _MAX_NAME_BYTES]:
+        raise CheckpointError(f"{path} names a file that can't exist: {strange[0][:80]!r}")
     return placed
 
 

@@ -1,6 +1,7 @@
 """Reading a checkpoint's files: where they may lie, and what is no such file although it has its name."""
 
 import json
+import math
 import re
 import stat
 from pathlib import Path
@@ -118,7 +119,8 @@ def read_json(folder: Path, name: str) -> dict[str, Any] | None:
     """The JSON object in a small file of a checkpoint; None if there is none.
 
     Raises:
-        CheckpointError: as `read_bytes`, or the file is not a JSON object of finite numbers.
+        CheckpointError: as `read_bytes`, or the file is not a JSON object of finite numbers, or gives a key twice with
+            different values.
     """
     data = read_bytes(folder, name)
     return None if data is None else parse_json(folder / name, data)
@@ -128,10 +130,12 @@ def parse_json(path: Path, data: bytes) -> dict[str, Any]:
     """The JSON object that is the content of `path`.
 
     Raises:
-        CheckpointError: it is not a JSON object of finite numbers.
+        CheckpointError: it is not a JSON object of finite numbers, or gives a key twice with different values.
     """
     try:
-        document = json.loads(data.decode(), parse_constant=_refuse_constant)
+        document = json.loads(
+            data.decode(), object_pairs_hook=_unambiguous, parse_constant=_refuse_constant, parse_float=_finite
+        )
     except RecursionError:
         raise CheckpointError(f"{path} is not valid JSON: it is nested too deeply") from None
     except ValueError as error:
@@ -139,6 +143,20 @@ def parse_json(path: Path, data: bytes) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return document
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if found.setdefault(key, value) != value:
+            raise ValueError(f"{key[:80]!r} is given twice, with different values")
+    return found
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:80]} is no finite number")
+    return number
 
 
 def _refuse_constant(name: str) -> None:

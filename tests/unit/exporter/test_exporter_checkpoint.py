@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from exporter.checkpoint.checkpoint import open_checkpoint
+from exporter.errors import CheckpointError
 from tests.checkpoints import (
     copy_checkpoint,
     drop_tensor,
@@ -61,6 +62,12 @@ def config(**changes: object) -> Callable[[Path], object]:
 def folder_for_config(folder: Path) -> None:
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()
+
+
+def replace_text(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
 
 
 def deeper(folder: Path) -> None:
@@ -129,6 +136,14 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json is not a JSON object"),
     "config is a folder": (folder_for_config, "config.json is not a plain file"),
     "nan in config": (config(rms_norm_eps=float("nan")), "config.json is not valid JSON: NaN is no finite number"),
+    "number beyond floats": (
+        lambda f: replace_text(f / "config.json", '"attention_dropout": 0.0', '"attention_dropout": 1e999'),
+        "config.json is not valid JSON: 1e999 is no finite number",
+    ),
+    "two values of a key": (
+        lambda f: replace_text(f / "config.json", "{", '{"num_experts_per_tok": 1, '),
+        "'num_experts_per_tok' is given twice, with different values",
+    ),
     "no layers": (config(num_hidden_layers=0), "num_hidden_layers is 0, a positive number expected"),
     "negative width": (config(hidden_size=-64), "hidden_size is -64, a positive number expected"),
     "text for a number": (config(vocab_size="48"), "vocab_size is '48', a positive number expected"),
@@ -199,15 +214,41 @@ def test_missing_shard(mixtral: Callable[..., Path], tmp_path: Path, run: Run) -
     assert not (tmp_path / "out").exists()
 
 
-def test_index_must_stay_in_its_folder(mixtral: Callable[..., Path], tmp_path: Path, run: Run) -> None:
+@pytest.mark.parametrize(
+    ("shard", "reason"),
+    [
+        ("../elsewhere.safetensors", "outside its folder"),
+        ("/elsewhere.safetensors", "outside its folder"),
+        ("..", "outside its folder"),
+        ("", "outside its folder"),
+        ("a\0b", "can't exist"),
+        ("\ud800", "can't exist"),
+        ("\x1b[2J.safetensors", "can't exist"),
+        ("a" * 300, "can't exist"),
+        (None, "is not a valid safetensors index"),
+        (7, "is not a valid safetensors index"),
+    ],
+)
+def test_index_must_name_files_of_its_folder(
+    shard: object, reason: str, mixtral: Callable[..., Path], tmp_path: Path
+) -> None:
     source = copy_checkpoint(mixtral(shard_size="60KB"), tmp_path / "checkpoint")
     path = source / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    index["weight_map"][GATE] = "../elsewhere.safetensors"
+    index["weight_map"][GATE] = shard
     path.write_text(json.dumps(index))
-    result = run("exporter", "bundle", source, tmp_path / "out")
-    assert result.returncode == 10
-    assert "outside its folder" in result.stderr
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        open_checkpoint(source)
+    assert str(caught.value).isprintable()
+
+
+def test_an_index_may_place_a_tensor_in_one_file_only(mixtral: Callable[..., Path], tmp_path: Path) -> None:
+    source = copy_checkpoint(mixtral(shard_size="60KB"), tmp_path / "checkpoint")
+    path = source / "model.safetensors.index.json"
+    index = path.read_text()
+    path.write_text(index.replace('"weight_map": {', f'"weight_map": {{"{GATE}": "other.safetensors", '))
+    with pytest.raises(CheckpointError, match="is given twice, with different values"):
+        open_checkpoint(source)
 
 
 def test_no_such_folder(tmp_path: Path, run: Run) -> None:
@@ -237,16 +278,13 @@ def test_tensors_that_the_model_does_not_have_are_left_out(
 ) -> None:
     source = copy_checkpoint(mixtral(), tmp_path / "checkpoint")
     header, data = read_raw(source / SINGLE)
-    for name, shape in (("model.layers.0.self_attn.rotary_emb.inv_freq", [8]), ("value_head.weight", [2, 4])):
+    for name, shape in (("value\x1b[2J", [2, 4]), ("model.layers.0.self_attn.rotary_emb.inv_freq", [8])):
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + 32]}
         data += bytes(32)
     write_raw(source / SINGLE, header, data)
     result = run("exporter", "bundle", source, tmp_path / "out", "--jobs", 1)
     assert result.returncode == 0, result.stderr
-    left_out = (
-        "left out 2 tensors that the model of this config.json does not have: model.layers.0.self_attn.rotary_emb"
-    )
-    assert left_out in result.stdout
+    assert "left out 2 tensors that the model of this config.json does not have: value\\x1b[2J, …" in result.stdout
     kept, _ = read_raw(tmp_path / "out/trunk" / SINGLE)
     assert set(kept) == {name for name in read_raw(mixtral() / SINGLE)[0] if ".experts." not in name}
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from bs_coordinator.trunk.llama import LlamaTrunk
 from exporter.bundle import trial
 from exporter.bundle.bundle import export_bundle
 from exporter.bundle.trial import try_trunk
+from exporter.checkpoint.limited_process import RefusedError
 from exporter.errors import CheckpointError
 from tests.checkpoints import VOCABULARY, copy_checkpoint, edit_config
 from tests.conftest import Run
@@ -84,6 +86,10 @@ REFUSED: dict[str, tuple[Break, str]] = {
     "template of unknown fields": (template("{{ messages[0].parts[0].text }}"), "UndefinedError"),
     "template that writes nothing": (template("{# nothing #}"), "chat template writes nothing"),
     "template without limit": (template("{{ 'x' * 4000000 }}"), "chat template writes 4000000 characters"),
+    "template longer than a base station allows": (
+        template("{{ 'x' * 70000 }}" + LOOP),
+        "chat template writes 70",
+    ),
     "template as a number": (tokenizer_config(chat_template=7), "chat template fails for a user's message"),
     "token beyond the embeddings": (added_token, "its tokenizer has ids up to 48, but vocab_size is 48"),
     "begin beyond the embeddings": (foreign_begin, "its tokenizer makes token 70000 of a text"),
@@ -124,6 +130,14 @@ def test_a_template_may_not_take_all_time_or_memory(
         CheckpointError, match=r"does not end within 1 s: mend or remove it|MemoryError|ended the process"
     ):
         try_trunk(source, VOCABULARY, source)
+
+
+def test_a_template_may_not_take_longer_than_a_base_station_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 3.0])
+    monkeypatch.setattr(trial, "time", SimpleNamespace(process_time=lambda: next(times)))
+    written = SimpleNamespace(apply_chat_template=lambda *_, **__: "text")
+    with pytest.raises(RefusedError, match=r"takes 3\.0 s of processor time .* a base station allows 1 s"):
+        trial._render(written, USER)
 
 
 def test_what_a_template_refuses_and_a_base_station_can_do_without(
