@@ -77,7 +77,9 @@ def bundle(name: str, out: Path, revision: str | None, config: ExportConfig) -> 
     from exporter.expert.expert import slice_bounds
     from exporter.expert.graph import plan_layout
     from exporter.expert.presets import choose_quantisation
+    from wire.manifest import check_bundle_path
 
+    check_bundle_path(out)
     quant, preset = config.quant, ""
     if config.via == "optimum":
         from exporter.expert.optimum_backend import choose_preset, require_optimum

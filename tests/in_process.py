@@ -37,7 +37,11 @@ def run_in_process(
     """
     module, prog_name, extra = _COMMANDS[package]
     argv = [os.fspath(a) if isinstance(a, Path) else str(a) for a in arguments]
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    # Errors as Python's own streams handle them.
+    out, err = (
+        io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors=errors, write_through=True)
+        for errors in ("strict", "backslashreplace")
+    )
     stdin = io.TextIOWrapper(io.BytesIO(input.encode() if isinstance(input, str) else input), encoding="utf-8")
     with (
         redirect_stdout(out),

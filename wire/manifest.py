@@ -403,12 +403,23 @@ def load_manifest(bundle: Path) -> Manifest:
     return decode_manifest(read_manifest(bundle), bundle)
 
 
+def check_bundle_path(bundle: Path) -> None:
+    """Check that onnxruntime and safetensors can open files in this folder: they take paths in UTF-8 only.
+
+    Raises:
+        BundleError: they can't.
+    """
+    if str(bundle).encode(errors="replace").decode() != str(bundle):
+        raise BundleError(f"{bundle}: the path of a bundle must be UTF-8, or its models can't be opened: rename it")
+
+
 def read_manifest(bundle: Path) -> bytes:
     """The bytes of `manifest.json` in a bundle folder, at most `MAX_MANIFEST_BYTES`.
 
     Raises:
-        BundleError: there is no manifest, or it is too large.
+        BundleError: there is no manifest, or it is too large, or no library could open models at this path.
     """
+    check_bundle_path(bundle)
     path = bundle / MANIFEST_NAME
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from exporter.bundle.workers import processes_that_fit
 from exporter.expert.presets import choose_quantisation
 from tests.checkpoints import copy_checkpoint, poke
 from tests.conftest import Run
-from wire.errors import SignatureError
+from wire.errors import BundleError, SignatureError
 from wire.experts import parse_selector
 from wire.manifest import ExpertEntry, FileEntry, Quantisation, load_manifest
 from wire.signature import load_trusted_manifest, sign
@@ -240,6 +241,24 @@ def test_refusals(mixtral: Callable[..., Path], tmp_path: Path, run: Run) -> Non
     assert [p.name for p in full.iterdir()] == ["thesis.txt"]
     for result in (other, retrained, foreign):
         assert result.stderr.count("\n") == 1
+
+
+def test_a_path_that_is_not_utf8(random_bundle: Path, mixtral: Callable[..., Path], tmp_path: Path, run: Run) -> None:
+    """Onnxruntime and safetensors can't open such a path."""
+    strange = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    refused = run("exporter", "bundle", mixtral(), strange, "--quant", "fp32")
+    assert refused.returncode == BundleError.exit_code
+    assert "the path of a bundle must be UTF-8, or its models can't be opened: rename it" in refused.stderr
+    assert not strange.exists()
+    copy_checkpoint(random_bundle, strange)
+    for package, *arguments in (
+        ("exporter", "verify", strange),
+        ("bs_coordinator", "generate", "--bundle", strange, "--prompt", "a"),
+        ("edge_node", "--bundle", strange, "--broker", "mqtt://127.0.0.1:1", "--id", "n", "--experts", "L*:E*"),
+    ):
+        refused = run(package, *arguments)
+        assert refused.returncode == BundleError.exit_code, refused.stderr
+        assert refused.stderr.count("must be UTF-8") == 1, refused.stderr
 
 
 def test_unfinished_export_of_another_kind(mixtral: Callable[..., Path], tmp_path: Path) -> None:
