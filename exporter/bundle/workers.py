@@ -4,10 +4,8 @@ The standard library's pool waits for running jobs at its end, which would delay
 Here workers are ended at once, and a worker that dies (out of memory, killed) is reported instead of waited for.
 """
 
-import ctypes
 import multiprocessing
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
@@ -16,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
 from common.errors import WdmoeError
+from common.parent_death import end_with_parent
 from exporter.expert.expert import ExpertJob, export_expert
 from wire.experts import ExpertId
 from wire.manifest import ExpertEntry
@@ -26,7 +25,6 @@ _PER_FILE_BYTE = 2.5
 """RAM per byte of an expert's file while it is written and tried: onnxruntime maps it and repacks the weights. Measured
 at Mixtral-8x7B's size in int4: 300 to 370 MiB in all for files of 113 MB."""
 _JOIN_S = 5.0
-_PR_SET_PDEATHSIG = 1
 
 
 def processes_that_fit(processes: int, file_bytes: int, available_bytes: int, *, more_bytes: int = 0) -> int:
@@ -140,9 +138,7 @@ def _sigint_ignored() -> Iterator[None]:
 
 def _serve(pipe: Connection) -> None:
     """Run a worker process: receive jobs, send entries or errors, until the pipe closes."""
-    if sys.platform == "linux":
-        # If the parent is killed with SIGKILL, the kernel ends this process.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     with suppress(EOFError, BrokenPipeError):
         while True:
             job: ExpertJob = pipe.recv()

@@ -6,14 +6,12 @@ and memory behave as with real weights. An expert's codes do not depend on the n
 compute the same.
 """
 
-import ctypes
 import hashlib
 import importlib.metadata
 import json
 import math
 import multiprocessing
 import shutil
-import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ import numpy as np
 from common.disk_space import Room, check_room
 from common.errors import StorageError
 from common.files import atomic_write
+from common.parent_death import end_with_parent
 from exporter.checkpoint.safetensors_file import TensorRef, encode_header
 from exporter.checkpoint.survey import survey
 from exporter.expert.encoders import Stored
@@ -53,7 +52,6 @@ from wire.manifest import (
 from wire.tensors import Array
 
 INT4 = Quantisation(scheme="int4", block=32)
-_PR_SET_PDEATHSIG = 1
 _CODE_DEVIATION = (255 / 12) ** 0.5
 """Standard deviation of codes drawn evenly from 0 to 15."""
 _MIDDLE = 0x88
@@ -165,7 +163,7 @@ def _draw_all(
         return entries, weights
     # spawn, because a fork would inherit onnxruntime's and BLAS's threads in an undefined state.
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_die_with_parent) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=end_with_parent) as pool:
         try:
             trunk = [pool.submit(_write_trunk, out, config, seed)] if config else []
             for done, future in enumerate(as_completed([pool.submit(_draw, draw) for draw in work]), start=1):
@@ -175,11 +173,6 @@ def _draw_all(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _die_with_parent() -> None:
-    """Let the kernel end this process when the main process ends, even by SIGKILL."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _write_trunk(out: Path, config: dict[str, Any], seed: int) -> FileEntry:

@@ -9,9 +9,9 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from bs_coordinator.placement.boards import OTHER, Board, BoardLink, MeasuredRate
-from bs_coordinator.placement.predict import Costs, Routing, Station, predict_step
-from bs_coordinator.placement.shapes import Variant, shape_of_manifest
+from bs_coordinator.placement.boards import BoardLink
+from bs_coordinator.placement.known_fleet import predict_known
+from bs_coordinator.placement.predict import Routing, Station
 from common.files import atomic_write
 from common.jsonl import read_json_lines
 from wire.experts import UnitId, format_selector
@@ -181,24 +181,17 @@ def selectors_of(manifest: Manifest, nodes: int) -> dict[str, str]:
 def predicted_ms(arm: Arm, manifest: Manifest, alone: Alone) -> float:
     """The planner's prediction per token, from the configured links and the parts measured alone."""
     dims = manifest.dims
-    unit = next(entry.bytes for entry in manifest.experts)
-    rate = MeasuredRate(1e3 * unit / alone.unit_ms, 1e3 * unit / max(alone.unit_row_ms, 1e-6))
-    boards = [
-        Board(
-            name=f"node{node}", kind="core", facts=OTHER, ram_bytes=0,
-            link=BoardLink(arm.rtt_ms / 1e3, arm.mbps, arm.mbps), rates={str(manifest.quantisation): rate},
-        )
-        for node in range(arm.nodes)
-    ]  # fmt: skip
-    costs = Costs(
-        shape_of_manifest(manifest), Variant(manifest.quantisation, dims.slices, unit), boards, arm.shared_air
-    )
-    holders = np.tile(np.array(holders_of(dims.experts, dims.slices, arm.nodes), np.intp), (dims.layers, 1))
+    experts = selectors_of(manifest, arm.nodes)
+    links = dict.fromkeys(experts, BoardLink(arm.rtt_ms / 1e3, arm.mbps, arm.mbps))
     routing = Routing(np.ones((dims.layers, dims.experts), np.float32), dims.top_k)
     station = Station(alone.trunk_ms / 1e3, alone.trunk_row_ms / 1e3)
 
     def step_ms(rows: int) -> float:
-        return 1e3 * predict_step(costs, holders, routing, rows, station).seconds
+        step = predict_known(
+            manifest, experts, links, unit_s=alone.unit_ms / 1e3, further_s=alone.unit_row_ms / 1e3,
+            station=station, routing=routing, shared_air=arm.shared_air, rows=rows,
+        )  # fmt: skip
+        return 1e3 * step.seconds
 
     if arm.drafts:
         by_rows = {drafted: step_ms(1 + drafted) for drafted in {drafted for drafted, _ in ACCEPTANCE}}
