@@ -4,7 +4,29 @@ import msgspec
 import pyarrow as pa
 from msgspec import Struct
 
+from testbed.run_directory.file_metadata import FACTS, PREFIX
 from testbed.run_directory.tables import ALL_TABLES, COORDINATES
+
+_METADATA = """\
+## Metadata of the files
+
+Each Parquet file says what is in it. With pyarrow, a column's field has `unit` and `description`; DuckDB, Polars and
+other readers find the same in the file's own metadata. Older files without metadata are read as well; `report` writes
+the merged ones anew, with metadata.
+
+```python
+import json
+import duckdb, polars
+import pyarrow.parquet as pq
+
+file = "runs/first/tokens.parquet"
+pq.read_schema(file).field("total_ns").metadata      # {b'unit': b'ns', b'description': b'time of the token: …'}
+polars.read_parquet_metadata(file)["wdmoe.commit"]
+facts = duckdb.sql(f"select decode(key), decode(value) from parquet_kv_metadata('{file}')").fetchall()
+json.loads(dict(facts)["wdmoe.columns"])["total_ns"]["unit"]
+```
+
+Keys of a file's metadata:"""
 
 
 class ColumnEntry(Struct, frozen=True):
@@ -60,6 +82,8 @@ def dictionary_markdown() -> str:
         "",
     ]
     lines += [f"- `{name}`: {meaning}" for name, meaning in COORDINATES.items()]
+    lines += ["", *_METADATA.splitlines(), ""]
+    lines += [f"- `{PREFIX}{name}`: {meaning}" for name, meaning in FACTS.items()]
     for table in dictionary():
         lines += ["", f"## `{table.name}`", "", f"{table.rows[0].upper()}{table.rows[1:]}.", ""]
         lines += ["| column | type | unit | meaning |", "|---|---|---|---|"]

@@ -28,7 +28,8 @@ from testbed.report.write import write_report
 from testbed.run_directory.archive_file import CHECKSUMS, archive_name, open_compressed
 from testbed.run_directory.baselines import BASELINES_FILE, read_baselines
 from testbed.run_directory.cell_rows import read_cells
-from testbed.run_directory.directory import EVENTS, MANIFEST, MARKER, RunDir, read_run_lines
+from testbed.run_directory.directory import EVENTS, MANIFEST, MARKER, RunDir, RunManifest, read_run_lines
+from testbed.run_directory.file_metadata import described
 from testbed.run_directory.notes import PHOTOS
 from testbed.run_directory.unpack import check_archive
 from wire.manifest import sha256_file
@@ -158,12 +159,13 @@ def _stage(run: RunDir, folder: Path, pseudonyms: Pseudonyms | None, *, photos: 
         if (run.path / name).exists():
             _copy_json_lines(run.path / name, folder / name, pseudonyms, ids)
     (folder / "cells").mkdir()
+    manifest = RunDir(folder).manifest
     for rows in read_cells(run):  # which checks them
         source, target = run.cell_path(rows.cell), folder / "cells" / ids[rows.cell.id]
         target.mkdir()
         _copy_json(source / MARKER, target / MARKER, pseudonyms, id=ids[rows.cell.id])
         for table in sorted(rows.tables):
-            _copy_table(source / f"{table}.parquet", target / f"{table}.parquet", pseudonyms)
+            _copy_table(source / f"{table}.parquet", target / f"{table}.parquet", pseudonyms, table, manifest)
     for log in _files(run.path / _LOGS):
         target = folder / log.relative_to(run.path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -211,13 +213,17 @@ def _copy_json_lines(source: Path, target: Path, pseudonyms: Pseudonyms | None, 
             file.write(json.dumps(changed, ensure_ascii=False) + "\n")
 
 
-def _copy_table(source: Path, target: Path, pseudonyms: Pseudonyms | None) -> None:
+def _copy_table(
+    source: Path, target: Path, pseudonyms: Pseudonyms | None, name: str, manifest: RunManifest
+) -> None:  # fmt: skip
+    """Copy the table `name`; `manifest` is the archive's own, from which the copy takes its metadata."""
     if pseudonyms is None:
         shutil.copyfile(source, target)
         return
     table = pq.read_table(source)
     columns = [_renamed(table[name], name, pseudonyms) for name in table.column_names]
-    pq.write_table(pa.table(columns, names=table.column_names), target, compression="zstd")
+    copy = described(pa.table(columns, names=table.column_names), name, manifest)
+    pq.write_table(copy, target, compression="zstd")
 
 
 def _renamed(column: pa.ChunkedArray, name: str, pseudonyms: Pseudonyms) -> pa.ChunkedArray:

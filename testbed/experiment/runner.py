@@ -32,6 +32,7 @@ from testbed.plan.cells import Cell
 from testbed.plan.schema import Items, Plan
 from testbed.run_directory.baselines import Phase
 from testbed.run_directory.directory import NOTE, BundleFacts, Marker, RunDir
+from testbed.run_directory.file_metadata import described
 from testbed.run_directory.machine_tables import TRUTH
 from wire.errors import BrokerError
 
@@ -209,7 +210,7 @@ def _run_cell(run: RunDir, systems: "_Systems", cell: Cell, attempt: int) -> Mar
         dirty=dirty,
         **_placement(system),
     )
-    run.commit(cell, tables, marker)
+    run.commit(cell, {name: described(table, name, run.manifest) for name, table in tables.items()}, marker)
     return marker
 
 

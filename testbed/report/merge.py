@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from testbed.run_directory.cell_rows import CellRows, with_coordinates
 from testbed.run_directory.directory import RunDir
 from testbed.run_directory.failures import failures_and_gaps
+from testbed.run_directory.file_metadata import described
 
 
 class Merger:
@@ -39,6 +40,7 @@ class Merger:
         self._write("gaps", gaps)
 
     def _write(self, name: str, table: pa.Table) -> None:
+        table = described(table, name, self._run.manifest)
         if name not in self._open:
             paths = (self._folder / f"{name}.{ending}" for ending in ("parquet", "csv"))
             kinds = (pq.ParquetWriter, pa.csv.CSVWriter)

@@ -44,6 +44,16 @@ class Column(Generic[Source]):
         """Unit of the values; empty for counts, names and truth values."""
         return UNITS.get(self.name.rpartition("_")[2], "")
 
+    @property
+    def metadata(self) -> dict[bytes, bytes]:
+        """Metadata of the column's field in files."""
+        return field_metadata(self.unit, self.meaning)
+
+
+def field_metadata(unit: str, description: str) -> dict[bytes, bytes]:
+    """Metadata of a field: its `unit`, if it has one, and its `description`."""
+    return ({b"unit": unit.encode()} if unit else {}) | {b"description": description.encode()}
+
 
 @dataclass(frozen=True)
 class Table(Generic[Item]):

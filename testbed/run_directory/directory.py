@@ -264,6 +264,9 @@ class RunDir:
     def commit(self, cell: Cell, tables: Mapping[str, pa.Table], marker: Marker) -> None:
         """Write all files of a cell, which makes it complete; after an error none of them exist.
 
+        Args:
+            tables: by name, as the files shall hold them (`testbed.run_directory.file_metadata.described`).
+
         Raises:
             StorageError: the files can't be written.
         """
