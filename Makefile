@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 .DEFAULT_GOAL := help
 # Each worker imports torch: more than eight of them cost more memory and start-up than they save time.
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
-.PHONY: help demo test test-slow test-slow-process test-slow-root check fmt bench reproduce reproduce-batches robustness chaos fuzz arm fleet-proof clean
+.PHONY: help demo test test-slow test-slow-process test-slow-root check docs fmt bench reproduce reproduce-batches robustness chaos fuzz arm fleet-proof clean
 
 help:
 	@echo "make demo   set everything up, build the demo model and bundle, answer three questions over MQTT"
@@ -15,6 +15,7 @@ help:
 	@echo "           (then $(BIN)/wdmoe-testbed up serves it, with a live page, until Ctrl-C; $(BIN)/wdmoe-testbed doctor)"
 	@echo "make test   set everything up and run the quick tests (make test-slow: the others)"
 	@echo "make check  formatting, lint, types and import rules"
+	@echo "make docs   the documentation site, in build/docs/site; broken links and anchors are errors"
 	@echo "make bench  benchmarks: a table, and JSON with raw samples under runs/"
 	@echo "make reproduce DATA=folder  the tables of policies in docs/results.md, as root, in half an hour"
 	@echo "make reproduce-batches DATA=folder  those for batches, in as much time again"
@@ -29,7 +30,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "wdmoe needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": run make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing Python packages into $(VENV): some minutes the first time, most of it for torch"
-	$(BIN)/pip install --progress-bar off --disable-pip-version-check -c constraints.txt -e '.[testbed,dev]'
+	$(BIN)/pip install --progress-bar off --disable-pip-version-check -c constraints.txt -e '.[testbed,dev,docs]'
 	@touch $@
 
 demo: $(READY)
@@ -52,6 +53,9 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(READY)
+	$(BIN)/python -m testbed.proof.site build/docs
 
 fmt: $(READY)
 	$(BIN)/ruff format .
