@@ -76,6 +76,14 @@ class Tokenizer:
         """Number of tokens in the vocabulary, with those that were added to it."""
         return len(self._tokenizer)
 
+    @property
+    def description(self) -> dict[str, str | None]:
+        """Names of the special tokens by their role (None if there is none), and the chat template."""
+        roles = ("bos_token", "eos_token", "pad_token", "unk_token")
+        names = {role: getattr(self._tokenizer, role, None) for role in roles}
+        template = self._tokenizer.chat_template
+        return {**names, "chat_template": template if isinstance(template, str) else None}
+
     @functools.cached_property
     def longest_token(self) -> int:
         """Length of the longest token of the vocabulary, in characters as the vocabulary writes them."""
@@ -87,9 +95,14 @@ class Tokenizer:
         return bool(self._tokenizer.chat_template)
 
     @_panics_as_errors()
-    def encode(self, text: str) -> list[int]:
-        """Token ids of plain text. Special tokens may be written in it by name."""
-        ids: list[int] = self._tokenizer(text)["input_ids"]
+    def encode(self, text: str, *, begin: bool = True) -> list[int]:
+        """Token ids of plain text. Special tokens may be written in it by name.
+
+        Args:
+            begin: add the special tokens that the tokenizer puts around a text, such as `<s>`.
+        """
+        # Not verbose: transformers would print a warning for texts beyond the context, which callers refuse in words.
+        ids: list[int] = self._tokenizer(text, add_special_tokens=begin, verbose=False)["input_ids"]
         return ids
 
     @_panics_as_errors()
@@ -106,8 +119,7 @@ class Tokenizer:
         text = self._render_chat(marked)
         if marked != messages:
             return self._control.encode(text)
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return self.encode(text, begin=False)
 
     def _render_chat(self, messages: list[ChatMessage]) -> str:
         """The conversation as the model's chat template writes it."""
@@ -130,9 +142,13 @@ class Tokenizer:
         raise ChatTemplateError(f"the model's chat template refuses these messages: {reason}")
 
     @_panics_as_errors()
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
-        text: str = self._tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of token ids.
+
+        Args:
+            special: with the names of special tokens.
+        """
+        text: str = self._tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=not special)
         return text
 
     @_panics_as_errors()

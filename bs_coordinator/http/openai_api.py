@@ -3,7 +3,6 @@
 Source: the OpenAI API reference (completions, chat completions, models). Starlette does routing and streaming.
 """
 
-import asyncio
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -22,7 +21,8 @@ from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.http.access import ApiKey
 from bs_coordinator.http.answer_server import AnswerServer
 from bs_coordinator.http.api_keys import KeyRing
-from bs_coordinator.http.choices import HUNG_UP, Choice, Choices
+from bs_coordinator.http.bodies import read_body
+from bs_coordinator.http.choices import Choice, Choices
 from bs_coordinator.http.metrics import CountResponses, MetricsSource, metrics_route
 from bs_coordinator.http.openai_responses import (
     STREAM_END,
@@ -39,20 +39,18 @@ from bs_coordinator.http.openapi_document import openapi_document
 from bs_coordinator.http.prompts import PromptEncoder
 from bs_coordinator.http.request_log import LogLine, RequestTracking, TrackedRequest
 from bs_coordinator.http.stop_strings import StopText
+from bs_coordinator.http.tokenizer_api import Detokenize, Tokenize, tokenizer_routes
 from bs_coordinator.page.feed import LiveFeed
 from bs_coordinator.page.routes import page_routes
 from common.clock import SYSTEM_CLOCK, Clock
 
-MAX_BODY_BYTES = 1 << 20
 ANY_MODEL = "wdmoe"
 """Name of whichever model is served."""
 _LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
-_BODY_S = 30
-"""A request's body has to arrive within this time."""
 _KEEP_ALIVE_S = 10.0
 """Proxies and clients commonly give up after 30 to 60 s without a byte."""
 
-_Options = TypeVar("_Options", bound=Options)
+_Body = TypeVar("_Body", bound=Options | Tokenize | Detokenize)
 
 
 def http_app(
@@ -87,19 +85,19 @@ def http_app(
     def check_key(request: Request) -> None:
         ring.check(request.headers.get("authorization", ""))
 
-    async def read(request: Request, kind: type[_Options]) -> _Options:
+    async def read(request: Request, parse: Callable[[bytes], _Body]) -> _Body:
         """The options of a request that may be answered."""
-        options = await _read_options(request, kind)
+        tracked = _tracked(request)
+        tracked.key = ring.check(request.headers.get("authorization", ""))
+        options = await read_body(request, parse)
         if options.model not in names:
             raise HTTPException(404, f"the model '{options.model}' is not served here: use '{model}' or '{ANY_MODEL}'")
-        tracked = _tracked(request)
         ring.enter(tracked.key)
         tracked.at_end.append(lambda: ring.leave(tracked.key))
         return options
 
     async def completions(request: Request) -> Response:
-        _tracked(request).key = ring.check(request.headers.get("authorization", ""))
-        options = await read(request, Completion)
+        options = await read(request, lambda raw: parse_request(raw, Completion))
         texts = options.prompts
 
         async def tokenise() -> list[list[int]]:
@@ -115,10 +113,9 @@ def http_app(
         return await answer(request, options, len(texts), tokenise, echoed, "text_completion")
 
     async def chat(request: Request) -> Response:
-        _tracked(request).key = ring.check(request.headers.get("authorization", ""))
+        options = await read(request, lambda raw: parse_request(raw, Chat))
         if not tokenizer.has_chat_template:
             raise HTTPException(400, "this model has no chat template: use /v1/completions")
-        options = await read(request, Chat)
 
         async def tokenise() -> list[list[int]]:
             return [await prompts.encode_chat(options.conversation)]
@@ -140,7 +137,8 @@ def http_app(
         ids = await choices.start(tokenise)
         tracked.tally.prompt_tokens = sum(map(len, ids))
         format = ResponseFormat(
-            kind, tracked.id, model, tracked.tally, tokenizer.token_bytes, about=about,
+            kind, tracked.id, model, tracked.tally, tokenizer.token_bytes,
+            about={**(about or {}), **({"ignored": options.ignored} if options.ignored else {})},
             logprobs=options.top is not None, echoed=echoed(ids),
             usage_in_chunks=options.stream_options.continuous_usage_stats,
         )  # fmt: skip
@@ -189,6 +187,7 @@ def http_app(
         Route("/v1/models/{id:path}", show_model),
         Route("/health", health),
         Route("/openapi.json", openapi),
+        *tokenizer_routes(tokenizer, prompts, max_positions=max_positions, read=read, check_key=check_key),
         *(page_routes(live, check_key) if live else []),
     ]
     counted = []
@@ -265,28 +264,6 @@ async def _stream(
         tracked.fail(error.status_code)
         yield server_sent_event(error_document(error.status_code, error.detail))
     yield STREAM_END
-
-
-async def _read_options(request: Request, kind: type[_Options]) -> _Options:
-    # Browsers send this type to another origin only after they have asked (CORS).
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise HTTPException(415, "send the request with the header Content-Type: application/json")
-    if (encoding := request.headers.get("content-encoding", "").strip().lower()) not in ("", "identity"):
-        raise HTTPException(415, f"send the request without Content-Encoding: '{encoding[:40]}' is not decoded here")
-    raw = bytearray()
-    try:
-        async with asyncio.timeout(_BODY_S):
-            async for part in request.stream():
-                raw += part
-                if len(raw) > MAX_BODY_BYTES:
-                    raise HTTPException(413, f"the request is longer than {MAX_BODY_BYTES} bytes")
-        return parse_request(bytes(raw), kind)
-    except TimeoutError:
-        raise HTTPException(408, f"the request took longer than {_BODY_S} s to arrive") from None
-    except ClientDisconnect:
-        raise HTTPException(400, HUNG_UP) from None
-    except ValueError as error:
-        raise HTTPException(400, f"not a request that can be answered: {error}") from None
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:

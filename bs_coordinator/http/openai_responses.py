@@ -84,7 +84,7 @@ class Totals(Protocol):
     @property
     def usage(self) -> dict[str, int]: ...
 
-    def details(self, about: Mapping[str, str]) -> dict[str, Any]: ...
+    def details(self, about: Mapping[str, Any]) -> dict[str, Any]: ...
 
 
 class ResponseFormat:
@@ -96,7 +96,7 @@ class ResponseFormat:
 
     def __init__(
         self, kind: ResponseKind, id: str, model: str, totals: Totals, token_bytes: Callable[[int], bytes], *,
-        about: Mapping[str, str] | None = None, logprobs: bool = False, echoed: Sequence[Prompt] = (),
+        about: Mapping[str, Any] | None = None, logprobs: bool = False, echoed: Sequence[Prompt] = (),
         usage_in_chunks: bool = False,
     ) -> None:  # fmt: skip
         """Nothing is written yet.

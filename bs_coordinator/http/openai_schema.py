@@ -6,7 +6,7 @@ the default is greedy decoding (temperature 0) of at most 256 tokens.
 """
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -47,8 +47,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "early_stopping": (False,),
     "extra_body": ({},),
     "frequency_penalty": (0,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
     "grammar": ("",),
     "guided_choice": ([],),
     "guided_grammar": ("",),
@@ -77,8 +75,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "suffix": ("",),
     "tfs_z": (1,),
     "thinking": ({"type": "disabled"},),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "top_a": (0,),
     "top_k": (0, -1),
     "typ_p": (1,),
@@ -91,6 +87,11 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 
 _MAPPINGS = ("audio", "chat_template_kwargs", "extra_body", "logit_bias", "reasoning", "stream_options")
 """Options of which PHP writes the empty mapping as an empty list."""
+
+_NO_TOOLS: dict[str, tuple[object, ...]] = {
+    "function_call": ("none", "auto"), "functions": ([],), "tool_choice": ("none", "auto"), "tools": ([],),
+}  # fmt: skip
+"""Options of chats about tools, which completions don't have, with the values that ask for nothing."""
 
 _OWN_FIELDS = {"role", "content", "type", "text"}
 """Fields of messages and of parts of their contents of which an empty value is one, not the absence of one."""
@@ -164,6 +165,11 @@ class Options(Struct, kw_only=True, forbid_unknown_fields=True):
     def whole(self) -> bool:
         """Whether the prompt is a part of the answer."""
         return False
+
+    @property
+    def ignored(self) -> list[str]:
+        """Options that the answer does without, though they ask for something."""
+        return []
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -273,16 +279,28 @@ class _Message(Struct, forbid_unknown_fields=True):
         return message if self.name is None else {**message, "name": self.name}
 
 
+_MayCall = Annotated[Any, Meta(extra_json_schema={"enum": ["auto", "none"]})]
+"""Whether the model has to call a tool: not, or as it likes."""
+
+
 class Chat(Options, kw_only=True):
     """Request for the next message of a conversation.
 
+    Tools are never called: a caller who leaves it to the model gets text.
+
     Attributes:
         messages: the conversation so far.
+        tools, functions: that the model may call; `functions` is the older name.
+        tool_choice, function_call: `auto` or `none`.
         logprobs: give the log-probability of each token.
         top_logprobs: how many of the most probable tokens to name for each token; needs `logprobs`.
     """
 
     messages: Annotated[list[_Message], Meta(min_length=1)]
+    tools: list[dict[str, Any]] = []
+    functions: list[dict[str, Any]] = []
+    tool_choice: _MayCall = "auto"
+    function_call: _MayCall = "auto"
     logprobs: bool = False
     top_logprobs: _Top = 0
 
@@ -294,6 +312,9 @@ class Chat(Options, kw_only=True):
         """
         if self.top_logprobs and not self.logprobs:
             raise ValueError("`top_logprobs` needs `logprobs`: true")
+        for name in ("tool_choice", "function_call"):
+            if getattr(self, name) not in ("auto", "none"):
+                raise ValueError(f"`{name}` asks for a call, which is not implemented: leave it out, or send `none`")
         self.check(1)
 
     @property
@@ -302,28 +323,52 @@ class Chat(Options, kw_only=True):
         return self.top_logprobs if self.logprobs else None
 
     @property
+    def ignored(self) -> list[str]:
+        """`tools` and `functions` that the model might have called."""
+        offered = {"tools": self.tools and self.tool_choice, "functions": self.functions and self.function_call}
+        return [name for name, choice in offered.items() if choice == "auto"]
+
+    @property
     def conversation(self) -> list[ChatMessage]:
         """The messages as chat templates take them."""
         return [message.for_template() for message in self.messages]
 
 
 NEUTRAL_OPTIONS: dict[type[Options], dict[str, tuple[object, ...]]] = {
-    Completion: {**_NEUTRAL, "top_logprobs": (0,)},
+    Completion: {**_NEUTRAL, **_NO_TOOLS, "top_logprobs": (0,)},
     Chat: {**_NEUTRAL, "best_of": (1,), "echo": (False,)},
 }
 """Each endpoint's options that are not implemented there, with the values that ask for nothing."""
 
 _Options = TypeVar("_Options", bound=Options)
+_Plain = TypeVar("_Plain")
 
 
 def parse_request(raw: bytes, kind: type[_Options]) -> _Options:
-    """Decode and check a request's body: JSON in UTF-8, which may begin with a byte order mark.
+    """Decode and check the body of a request for an answer.
 
     Raises:
         ValueError: one line that says why the request can't be answered.
     """
+    return _parse(raw, lambda text: _wanted(text, kind))
+
+
+def parse_plain(raw: bytes, kind: type[_Plain]) -> _Plain:
+    """Decode and check the body of another request, whose options are all implemented.
+
+    Raises:
+        ValueError: one line that says why the request can't be answered.
+    """
+    return _parse(raw, lambda text: msgspec.convert(_normalised(msgspec.json.decode(text)), kind))
+
+
+def _parse(raw: bytes, read: Callable[[str], _Plain]) -> _Plain:
+    """Read JSON in UTF-8, which may begin with a byte order mark."""
     try:
-        return _parse(raw.removeprefix(_BOM), kind)
+        text = raw.removeprefix(_BOM).decode()
+        if "\0" in text:
+            raise ValueError("it is not text in UTF-8")  # but in UTF-16: JSON has no such character
+        return read(text)
     except UnicodeDecodeError:
         raise ValueError("it is not text in UTF-8") from None
     except RecursionError:
@@ -333,10 +378,7 @@ def parse_request(raw: bytes, kind: type[_Options]) -> _Options:
         raise ValueError(" ".join(reason.split())[:_LONGEST_REASON]) from None
 
 
-def _parse(raw: bytes, kind: type[_Options]) -> _Options:
-    text = raw.decode()
-    if "\0" in text:
-        raise ValueError("it is not text in UTF-8")  # but in UTF-16: JSON has no such character
+def _wanted(text: str, kind: type[_Options]) -> _Options:
     sent = msgspec.json.decode(text, type=dict[str, Any])
     wanted = _normalised({name: value for name, value in sent.items() if name not in WITHOUT_EFFECT})
     wanted |= {name: {} for name in _MAPPINGS if wanted.get(name) == []}

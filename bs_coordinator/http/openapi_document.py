@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from bs_coordinator.http.openai_schema import NEUTRAL_OPTIONS, WITHOUT_EFFECT, Chat, Completion
+from bs_coordinator.http.tokenizer_api import Detokenize, Tokenize
 from wire import __version__
 
 _ERRORS = {
@@ -24,6 +25,15 @@ _ERRORS = {
 }
 
 
+_ANSWER: dict[str, Any] = {
+    "description": "The answer, or with `stream` its chunks as server-sent events.",
+    "content": {
+        "application/json": {"schema": {"type": "object"}},
+        "text/event-stream": {"schema": {"type": "string"}},
+    },
+}
+
+
 def openapi_document(models: Sequence[str], *, needs_key: bool) -> dict[str, Any]:
     """The document.
 
@@ -31,7 +41,8 @@ def openapi_document(models: Sequence[str], *, needs_key: bool) -> dict[str, Any
         models: names under which requests may ask for the model.
         needs_key: whether callers must send an API key.
     """
-    _, schemas = msgspec.json.schema_components([Chat, Completion], ref_template="#/components/schemas/{name}")
+    bodies = (Chat, Completion, Tokenize, Detokenize)
+    _, schemas = msgspec.json.schema_components(bodies, ref_template="#/components/schemas/{name}")
     for kind in (Chat, Completion):
         properties = schemas[kind.__name__]["properties"]
         properties["model"]["examples"] = list(models)
@@ -56,8 +67,11 @@ def openapi_document(models: Sequence[str], *, needs_key: bool) -> dict[str, Any
         "openapi": "3.1.0",
         "info": {"title": "WDMoE", "version": __version__, "summary": "Completions and chat as OpenAI's API has them."},
         "paths": {
-            "/v1/completions": {"post": _answering("Continue one or several prompts.", "Completion")},
-            "/v1/chat/completions": {"post": _answering("Answer a conversation.", "Chat")},
+            "/v1/completions": {"post": _post("Continue one or several prompts.", "Completion", _ANSWER)},
+            "/v1/chat/completions": {"post": _post("Answer a conversation.", "Chat", _ANSWER)},
+            "/tokenize": {"post": _post("The tokens of a text.", "Tokenize", _json("Their ids."))},
+            "/detokenize": {"post": _post("The text of tokens.", "Detokenize", _json("The text, as `prompt`."))},
+            "/tokenizer_info": {"get": {"summary": "The tokenizer.", "responses": {"200": _json("Its tokens.")}}},
             "/v1/models": {"get": {"summary": "The served model.", "responses": {"200": _json("A list of it.")}}},
             "/health": {
                 "get": {
@@ -72,11 +86,9 @@ def openapi_document(models: Sequence[str], *, needs_key: bool) -> dict[str, Any
     return document | ({"security": [{"key": []}]} if needs_key else {})
 
 
-def _answering(summary: str, schema: str) -> dict[str, Any]:
+def _post(summary: str, schema: str, answer: dict[str, Any]) -> dict[str, Any]:
     body = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    answer = _json("The answer, or with `stream` its chunks as server-sent events.")
-    answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     failures = {status: {"description": text, "content": error} for status, text in _ERRORS.items()}
     return {
         "summary": summary,

@@ -28,18 +28,34 @@ class PromptEncoder:
         self._long = asyncio.Semaphore(1)
         self._chats = asyncio.Semaphore(MOST_AT_ONCE)
 
-    async def encode(self, prompt: str | list[int]) -> list[int]:
+    async def encode(self, prompt: str | list[int], *, begin: bool = True) -> list[int]:
         """Token ids of a text, or the ids themselves if they are in the vocabulary.
+
+        Args:
+            prompt: a text or token ids.
+            begin: as for `Tokenizer.encode`.
 
         Raises:
             HTTPException: 400, because the prompt can't be tokenised or certainly exceeds the context.
         """
         if isinstance(prompt, str):
-            return await self._run(len(prompt), lambda: self._tokenizer.encode(prompt))
-        last = self._tokenizer.size - 1
-        if max(prompt) > last:
-            raise HTTPException(400, f"`prompt` has token {max(prompt)}, but the vocabulary ends at {last}")
+            return await self._run(len(prompt), lambda: self._tokenizer.encode(prompt, begin=begin))
+        self._check(prompt, "prompt")
         return prompt
+
+    async def decode(self, ids: list[int]) -> str:
+        """The text of token ids, with the names of special tokens.
+
+        Raises:
+            HTTPException: 400, because the vocabulary has no such token.
+        """
+        self._check(ids, "tokens")
+        return await asyncio.to_thread(self._tokenizer.decode, ids, special=True)
+
+    def _check(self, ids: list[int], name: str) -> None:
+        last = self._tokenizer.size - 1
+        if max(ids, default=0) > last:
+            raise HTTPException(400, f"`{name}` has token {max(ids)}, but the vocabulary ends at {last}")
 
     async def encode_chat(self, conversation: list[ChatMessage]) -> list[int]:
         """Token ids of a conversation in the model's chat template.

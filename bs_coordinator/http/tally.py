@@ -53,11 +53,11 @@ class Tally:
             "total_tokens": self.prompt_tokens + self.new_tokens,
         }
 
-    def details(self, about: Mapping[str, str]) -> dict[str, Any]:
+    def details(self, about: Mapping[str, Any]) -> dict[str, Any]:
         """The `wdmoe` field of a response.
 
         Args:
-            about: how the base station is configured, such as its policy.
+            about: how the base station is configured, such as its policy, and which options it ignored.
         """
         details: dict[str, Any] = {"degraded_tokens": self.degraded, **about}
         if self._drafted:

@@ -95,6 +95,6 @@ def _tokenise(_report: Report, folder: Path, texts: list[str]) -> list[int]:
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        return [id for text in texts for id in tokenizer(text)["input_ids"]]
+        return [id for text in texts for id in tokenizer(text, verbose=False)["input_ids"]]
     except BaseException as error:  # noqa: BLE001 - a panic of tokenizers is no Exception
         raise RefusedError(f"its tokenizer can't be used: {reason(error)}") from None

@@ -35,6 +35,15 @@ _TURN = {"messages": [USER], "max_tokens": 8}
 _USAGE = {"stream": True, "stream_options": {"include_usage": True}}
 _LOAD = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}, "ignore_eos": True}
 _NPM_PROMPT = "user:\nWhat is the capital of France?\n\nassistant:\n"
+_WEBUI_TOOLS: Any = [  # two of those that it adds itself
+    {"type": "function", "function": {
+        "name": "get_current_timestamp", "description": "Get the current Unix timestamp in seconds.",
+        "parameters": {"properties": {}, "type": "object"}}},
+    {"type": "function", "function": {
+        "name": "search_web", "description": "Search the public web for information.",
+        "parameters": {"properties": {"query": {"type": "string", "description": "What to look for"}},
+                       "required": ["query"], "type": "object"}}},
+]  # fmt: skip
 _NO_PENALTIES = {"frequency_penalty": 0, "presence_penalty": 0, "top_p": 1}
 
 CLIENTS = (
@@ -113,6 +122,7 @@ CLIENTS = (
              "max_tokens": 8, "frequency_penalty": 0.0, "presence_penalty": 0.0, "repeat_penalty": 1.0, "seed": 1,
              "stop": ["zz"], "logit_bias": {}},
             {"messages": [USER], "stream": False, "max_tokens": 1000},
+            {**_USAGE, "messages": [USER], "tools": _WEBUI_TOOLS},
         ),
     ),
     Sent(

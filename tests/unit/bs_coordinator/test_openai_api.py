@@ -146,6 +146,30 @@ def test_streams_begin_with_the_role_and_end_with_what_was_used(site: HttpSite, 
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_a_chat_with_tools_is_answered_in_text_and_says_so(site: HttpSite, answers: _Answers, stream: bool) -> None:
+    answers.script = [_news("Hi"), _news("", "eos")]
+    asked = {
+        "messages": [{"role": "user", "content": "Hi"}],
+        "stream": stream,
+        "stream_options": {"include_usage": True},
+    }
+    tools = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]
+
+    def told(**more: object) -> object:
+        status, _, body = site.text("POST", "/v1/chat/completions", {**asked, **more})
+        assert status == 200
+        documents = _documents(body) if stream else [json.loads(body)]
+        assert "tool_calls" not in body
+        return documents[-1]["wdmoe"].get("ignored")
+
+    assert told(tools=tools) == ["tools"]
+    assert told(tools=tools, tool_choice="none") is None
+    assert told() is None
+    status, _, body = site.text("POST", "/v1/chat/completions", {**asked, "tools": tools, "tool_choice": "required"})
+    assert (status, "`tool_choice`" in json.loads(body)["error"]["message"]) == (400, True)
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_stop_string_ends_the_answer_and_frees_its_place(site: HttpSite, answers: _Answers, stream: bool) -> None:
     answers.script = [_news("One. "), _news("Two"), _news(".\n"), _news("\nThree"), _news("", "eos")]
     body = site.text("POST", "/v1/completions", {"prompt": "Hello", "stop": ["Four", "\n\n"], "stream": stream})[2]

@@ -61,9 +61,11 @@ def test_empty_options_change_nothing(options: dict[str, object]) -> None:
         ("suffix", "."),
         ("stop", ["."] * 17),
         ("stop", [7]),
-        ("functions", [{"name": "f"}]),
-        ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+        ("function_call", {"name": "f"}),
+        ("tools", "f"),
+        ("functions", ["f"]),
         ("logprobs", "yes"),
         ("top_logprobs", 2),
         ("top_logprobs", 21),
@@ -107,6 +109,28 @@ def test_what_would_change_the_answer_is_refused_by_name(name: str, value: objec
         with pytest.raises(ValueError, match=name) as refused:
             ask(**{name: value})
         assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "ignored"),
+    [
+        ({"tools": [{"type": "function"}]}, ["tools"]),
+        ({"tools": [{"type": "function"}], "tool_choice": "auto", "parallel_tool_calls": True}, ["tools"]),
+        ({"functions": [{"name": "f"}], "function_call": "auto"}, ["functions"]),
+        ({"tools": [{"type": "function"}], "tool_choice": "none"}, []),
+        ({"tools": [], "tool_choice": "auto", "parallel_tool_calls": False}, []),
+        ({"tools": None, "tool_choice": None}, []),
+    ],
+)
+def test_tools_that_need_not_be_called_change_no_answer(options: dict[str, object], ignored: list[str]) -> None:
+    chat = _chat({"role": "user", "content": "Hi"}, seed=7, **options)
+    assert chat.sampling == SamplingConfig(seed=7)
+    assert chat.ignored == ignored
+
+
+def test_completions_have_no_tools() -> None:
+    with pytest.raises(ValueError, match="`tools` is not implemented"):
+        _completion(tools=[{"type": "function"}])
 
 
 @pytest.mark.parametrize(
