@@ -97,6 +97,12 @@ def assemble_demo_model(
     report = progress or (lambda _stage, _fraction: None)
     target = out.expanduser().resolve()
     chosen = DEMO_MODELS[model]
+    if deltas is None and not (MODELS_FOLDER / chosen.name).is_dir():
+        raise CheckpointError(
+            "the demo models' weights are not part of the installed package: clone the project and run this there, "
+            f"after pip install -e '.[testbed]'; or name the clone's models/{chosen.name} with "
+            "'wdmoe-export demo-model … --deltas'"
+        )
     expert_deltas = chosen.deltas(deltas or MODELS_FOLDER / chosen.name)
     kept = expert_deltas.layers if layers is None else layers
     if not 1 <= kept <= expert_deltas.layers:

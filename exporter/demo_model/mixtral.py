@@ -43,8 +43,7 @@ class MixtralDeltas:
         files = sorted(folder.glob("delta-*.safetensors"))
         if not files:
             raise CheckpointError(
-                f"no delta-*.safetensors in {folder}: install from a clone with 'pip install -e', or name the clone's "
-                "models/smol-mixtral-8x135m with --deltas"
+                f"no delta-*.safetensors in {folder}: name models/smol-mixtral-8x135m of a clone with --deltas"
             )
         self._files = DeltaFiles(folder, files)
         self.layers = self._files.layers

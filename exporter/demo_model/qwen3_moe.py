@@ -73,8 +73,7 @@ class Qwen3MoeDeltas:
         file, config = folder / "delta.safetensors", folder / "config.json"
         if not file.exists():
             raise CheckpointError(
-                f"no delta.safetensors in {folder}: install from a clone with 'pip install -e', or name the clone's "
-                "models/smol-qwen3moe-16x with --deltas"
+                f"no delta.safetensors in {folder}: name models/smol-qwen3moe-16x of a clone with --deltas"
             )
         try:
             self.raw_config: dict[str, Any] = msgspec.json.decode(config.read_bytes(), type=dict[str, Any])

@@ -23,7 +23,8 @@ SETTINGS = [
     *sorted(ROOT.glob(".github/**/*.yml")),
 ]
 """Files other than documents that name files, in comments or commands."""
-SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+SCRIPTS: dict[str, str] = PROJECT["project"]["scripts"]
 COMMANDS: dict[str, click.Command] = {
     name: importlib.import_module(target.partition(":")[0]).cli for name, target in SCRIPTS.items()
 }
@@ -205,6 +206,18 @@ def test_quoted_messages_are_printed(quote: str) -> None:
 
 def test_a_message_that_is_not_printed_is_noticed() -> None:
     assert not is_printed("the … is on fire")
+
+
+def documented_names() -> set[str]:
+    """The names that the wheel installs at the top level, by the table in docs/architecture.md."""
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    table = text.partition("## Folders and imports\n")[2].partition("\n### ")[0]
+    return set(re.findall(r"^\| `(\w+)/` \|", table, flags=re.M))
+
+
+def test_the_wheel_s_names_are_documented() -> None:
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+    assert documented_names() == set(PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]) == packages
 
 
 def test_the_citation_names_this_version() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.test_docs import documented_names
 from wire.manifest import Scheme
 
 ROOT = Path(__file__).parents[3]
@@ -33,3 +34,6 @@ def test_a_node_needs_no_torch(tiny_bundle: Callable[[Scheme], Path], tmp_path: 
     missing = "import importlib.util as i; print([i.find_spec(f'testbed.{r}') is None for r in ('bench', 'proof')])"
     found = subprocess.run([python, "-c", missing], check=True, capture_output=True, text=True, cwd=tmp_path).stdout
     assert found.strip() == "[False, True]"
+    names = "import importlib.metadata as m; print(*{file.parts[0] for file in m.files('wdmoe')})"
+    found = subprocess.run([python, "-c", names], check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    assert {name for name in found.split() if name != ".." and not name.endswith(".dist-info")} == documented_names()

@@ -29,7 +29,7 @@ from transformers import (
 from common.errors import StorageError
 from exporter.demo_model import assembly
 from exporter.demo_model import base as base_model
-from exporter.demo_model.assembly import MODELS_FOLDER, RECORD_NAME, assemble_demo_model
+from exporter.demo_model.assembly import DEMO_MODELS, MODELS_FOLDER, RECORD_NAME, assemble_demo_model
 from exporter.demo_model.base import GgufBase, open_base
 from exporter.demo_model.mixtral import MixtralWeights
 from exporter.errors import CheckpointError, DownloadError
@@ -269,12 +269,18 @@ def test_killed_run_is_cleaned_up_by_the_next(base: Path, deltas: Path, tmp_path
     only(out)
 
 
-def test_missing_deltas_name_the_option(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As in an installation from a wheel, which does not carry the project's models/ folder.
-    monkeypatch.setattr(assembly, "MODELS_FOLDER", tmp_path / "absent")
-    with pytest.raises(CheckpointError, match=r"absent.*--deltas") as caught:
-        assemble_demo_model(tmp_path / "m", base=str(base))
+@pytest.mark.parametrize("model", DEMO_MODELS)
+def test_an_installation_without_the_clone_names_the_remedies(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As in an installation from a wheel, beside which another project may have installed a folder `models`.
+    (tmp_path / "models").mkdir()
+    monkeypatch.setattr(assembly, "MODELS_FOLDER", tmp_path / "models")
+    name = DEMO_MODELS[model].name
+    with pytest.raises(CheckpointError, match=rf"clone the project .* models/{name} with .* --deltas") as caught:
+        assemble_demo_model(tmp_path / "m", model=model)
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "m").exists()
 
 
 def test_broken_or_foreign_deltas_are_refused(base: Path, deltas: Path, tmp_path: Path) -> None:
