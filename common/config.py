@@ -25,6 +25,7 @@ class Option:
         positive: the number must also differ from `minimum`.
         size: the number is a count of bytes that users write as `800M` or `2G`.
         exists: the path must exist when it is given on the command line.
+        bare: value of a text whose flag is given without one; None if it needs one.
         metavar: placeholder in `--help`.
         heading: of `--help`, under which the option is listed; that of its config's docstring if empty.
         check: further check of a value that is not None; raises ValueError saying what would be right.
@@ -37,6 +38,7 @@ class Option:
     positive: bool = False
     size: bool = False
     exists: bool = False
+    bare: str | None = None
     metavar: str | None = None
     heading: str = ""
     check: Callable[[Any], object] | None = None

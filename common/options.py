@@ -154,6 +154,8 @@ def _decorator(field: ConfigField, option: Option) -> Callable[[Any], Any]:
         settings.update(type=_click_type(get_args(plain)[0], option), multiple=True)
     else:
         settings["type"] = _click_type(plain, option)
+    if option.bare is not None:
+        settings.update(is_flag=False, flag_value=option.bare)
     if default is MISSING:
         settings["required"] = True
     elif default not in (None, ()):

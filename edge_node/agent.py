@@ -24,6 +24,7 @@ from common.clock import SYSTEM_CLOCK, Clock
 from common.systemd import notify
 from edge_node.errors import DuplicateNodeError
 from edge_node.experts.runtime import ExpertRuntime
+from edge_node.home_assistant import Announcement
 from edge_node.limits import DeviceLimits
 from edge_node.telemetry.process import EVERY_S as TELEMETRY_S
 from edge_node.telemetry.process import TelemetryProcess
@@ -32,7 +33,7 @@ from wire import __version__, status, transports
 from wire.broker_address import BrokerAddress
 from wire.errors import BrokerAuthError, BrokerError, FrameError
 from wire.experts import format_selector
-from wire.status import DeviceFacts, Holding, Machine, NodeStatus, Residency, SocketFacts
+from wire.status import DeviceFacts, Holding, Machine, NodeStatus, Residency, SocketFacts, Work
 from wire.topics import Topics
 from wire.transport import WILL_DELAY_S, Connect, LastWill, Message, Transport
 
@@ -64,6 +65,7 @@ class NodeAgent:
         limits: DeviceLimits | None = None,
         residency: Callable[[], Residency | None] = lambda: None,
         telemetry: bool = False,
+        home_assistant: str | None = None,
         device: DeviceFacts | None = None,
         folder: Path = Path(),
         connect: Connect = transports.connect,
@@ -80,6 +82,7 @@ class NodeAgent:
             limits: outside of which the node announces that it is offline; it takes work again once it is within.
             residency: returns which experts are in memory now; None if all are.
             telemetry: publish radio, temperatures and power every second.
+            home_assistant: prefix of Home Assistant's discovery topics; the node is not announced there if None.
             device: what the node takes its device for, for the status.
             folder: of the bundle; the status has the free space of its disk.
             connect: opens a connection to the broker.
@@ -102,6 +105,12 @@ class NodeAgent:
         self._boot_id = worker.boot_id
         self._since_unix_ms = 0
         self._status_came_back = False
+        self._home_assistant = (
+            Announcement(home_assistant, topics, node, model=f"edge node, {device.profile if device else 'unknown'}")
+            if home_assistant
+            else None
+        )
+        self._rows_before = (0, clock.monotonic_s())
         self._telemetry = TelemetryProcess(node, self._boot_id, address.host, address.port) if telemetry else None
 
     def run(self, stop: threading.Event, *, on_ready: Callable[[], None] | None = None) -> None:
@@ -157,6 +166,7 @@ class NodeAgent:
             transport.subscribe(self._topics.work(self._node))
             self._since_unix_ms = self._clock.unix_ns() // 1_000_000
             self._announce(transport, confirm=True)
+            self._show_at_home(transport)
         except BrokerError:
             transport.close()
             raise
@@ -208,6 +218,8 @@ class NodeAgent:
                 next_telemetry = now + TELEMETRY_S
                 if (sample := self._telemetry.take()) is not None:
                     transport.publish(self._topics.telemetry(self._node), sample)
+                    if self._home_assistant and self._home_assistant.take(sample):
+                        self._show_at_home(transport)
             if now >= next_heartbeat:
                 notify("WATCHDOG=1")
                 self._check_limits()
@@ -271,11 +283,18 @@ class NodeAgent:
     def _announce(self, transport: Transport, *, confirm: bool) -> None:
         topic = self._topics.status(self._node)
         state = "offline" if self._unfit else "online"
-        payload = status.encode_status(self._status(state, self._unfit, uplink=transport.socket_facts()))
+        payload = status.encode_status(
+            self._status(state, self._unfit, uplink=transport.socket_facts(), work=self._work())
+        )
         if confirm:
             transport.publish_confirmed(topic, payload, retain=True)
         else:
             transport.publish(topic, payload, qos=1, retain=True)
+
+    def _show_at_home(self, transport: Transport) -> None:
+        # At every connection, because a broker may have lost what it retained.
+        if self._home_assistant:
+            transport.publish(self._home_assistant.topic, self._home_assistant.document(), qos=1, retain=True)
 
     def _leave(self, transport: Transport) -> None:
         payload = status.encode_status(self._status("offline", "stopped"))
@@ -297,7 +316,21 @@ class NodeAgent:
             return transport
         return None
 
-    def _status(self, state: str, reason: str = "", uplink: SocketFacts | None = None) -> NodeStatus:
+    def _work(self) -> Work:
+        """What was computed so far, and how fast since the last call."""
+        rows, now_s = self._worker.rows, self._clock.monotonic_s()
+        rows_before, before_s = self._rows_before
+        self._rows_before = rows, now_s
+        elapsed_s = now_s - before_s
+        return Work(
+            requests=self._worker.counts["answered"],
+            rows=rows,
+            rows_per_s=round((rows - rows_before) / elapsed_s, 2) if elapsed_s > 0 else 0.0,
+        )
+
+    def _status(
+        self, state: str, reason: str = "", uplink: SocketFacts | None = None, work: Work | None = None
+    ) -> NodeStatus:
         online = state == "online"
         return NodeStatus(
             schema=status.SCHEMA,
@@ -311,6 +344,7 @@ class NodeAgent:
             uplink=uplink,
             device=self._device,
             residency=self._residency() if online else None,
+            work=work,
             rival=self._rival,
             frame_tags=status.FRAME_TAGS if self._worker.tagged else 0,
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from common.config import Config, Option
+from edge_node.home_assistant import DEFAULT_PREFIX, check_prefix
 from wire.broker_url import Access, check_broker_url
 from wire.device_profiles import DeviceName, Provider
 from wire.topics import check_name
@@ -104,6 +105,16 @@ class NodeConfig(HoldingConfig):
     telemetry: Annotated[
         bool, Option("Report radio, temperatures and power to the base station every second.", heading=_POWER)
     ] = True
+    home_assistant: Annotated[
+        str | None,
+        Option(
+            f"Announce this node to Home Assistant, whose discovery prefix is PREFIX ('{DEFAULT_PREFIX}' if left out).",
+            bare=DEFAULT_PREFIX,
+            metavar="[PREFIX]",
+            check=check_prefix,
+            heading=_POWER,
+        ),
+    ] = None
     stay_awake: Annotated[
         bool, Option("Disable this device's CPU idle states: lower latency, more power.", heading=_POWER)
     ] = False

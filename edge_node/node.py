@@ -136,6 +136,7 @@ def build_node(config: NodeConfig) -> Node:
         worker=worker,
         threads=threads,
         telemetry=config.telemetry,
+        home_assistant=config.home_assistant,
         device=DeviceFacts(
             profile=device.name,
             because=device.because,

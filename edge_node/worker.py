@@ -28,6 +28,7 @@ class Worker:
     Attributes:
         boot_id: random per worker; frames with tags are accepted only if they were made for it.
         tagged: whether frames carry tags.
+        rows: hidden states computed so far.
         counts: answered and refused frames and dropped bytes by reason, for logs.
     """
 
@@ -40,6 +41,7 @@ class Worker:
         """
         self.boot_id = secrets.token_hex(8)
         self.tagged = node_key is not None
+        self.rows = 0
         self.counts: Counter[str] = Counter()
         self._runtime = runtime
         self._authenticator = FrameAuthenticator(node_key, self.boot_id, at_node=True) if node_key else None
@@ -111,6 +113,7 @@ class Worker:
         result = ResultFrame(frame.id, frame.layer, output, frame.dtype, durations)
         reply = frames.encode(result, began_ns=computed_ns, clock=self._clock, authenticator=self._authenticator)
         self.counts["answered"] += 1
+        self.rows += len(frame.hidden)
         return reply
 
     def _refuse(self, frame: WorkFrame, status: Status, why: str) -> bytes:

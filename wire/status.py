@@ -51,6 +51,20 @@ class Residency(Struct, frozen=True, kw_only=True):
     evictions: Count
 
 
+class Work(Struct, frozen=True, kw_only=True):
+    """What a node has computed since its start.
+
+    Attributes:
+        requests: that it answered.
+        rows: hidden states in them.
+        rows_per_s: since the status before this one.
+    """
+
+    requests: Count
+    rows: Count
+    rows_per_s: Annotated[float, Meta(ge=0)]
+
+
 class Machine(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The device behind a node, for logs.
 
@@ -118,6 +132,7 @@ class NodeStatus(Struct, frozen=True, kw_only=True):
         uplink: its connection to the broker; None if the kernel has no statistics.
         device: the kind of its device; None in a last will and from old nodes.
         residency: of its experts, if it can't keep all of them in memory.
+        work: what it has computed; None in a last will and from old nodes.
         refused: this process wanted an id that another process has. It publishes this once, not retained, and ends;
             nothing changes for the other process.
         rival: host and time of the last process that was refused this id; empty if there was none.
@@ -135,6 +150,7 @@ class NodeStatus(Struct, frozen=True, kw_only=True):
     uplink: SocketFacts | None = None
     device: DeviceFacts | None = None
     residency: Residency | None = None
+    work: Work | None = None
     refused: bool = False
     rival: str = ""
     frame_tags: Count = 0

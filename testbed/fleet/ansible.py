@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from common.jsonl import decode_json
 from common.names import check_host, first_twice
+from edge_node.home_assistant import DEFAULT_PREFIX, check_prefix
 from testbed.errors import FleetError
 from testbed.yaml_files import check_yaml
 from wire.topics import check_name
@@ -91,6 +92,15 @@ class Inventory(Struct, frozen=True):
             raise ValueError(f"wdmoe_broker_port: {str(value)[:80]!r} is not a port from 1 to {_MOST_PORT}")
         return int(value)
 
+    def home_assistant(self) -> str | None:
+        """Prefix of the discovery topics of the Home Assistant to which nodes announce themselves; None without one.
+
+        Raises:
+            ValueError: no topic can begin with it.
+        """
+        value = self.variables.get(self.base_station, {}).get("wdmoe_home_assistant") or None
+        return DEFAULT_PREFIX if value is True else value and check_prefix(_text("wdmoe_home_assistant", value))
+
     def path(self, host: str, name: str) -> Path | None:
         """The path in a host's variable `name`, relative to the inventory's folder; None if it is not set."""
         value = self.variables.get(host, {}).get(name)
@@ -137,6 +147,7 @@ def read_inventory(path: Path) -> Inventory:
         inventory.address()
         check_name("cluster", inventory.cluster)
         inventory.broker_port()
+        inventory.home_assistant()
     except ValueError as error:
         raise FleetError(f"{path}: {inventory.base_station}: {error}") from None
     return inventory

@@ -8,6 +8,7 @@ from testbed.fleet.ansible import Inventory
 from testbed.fleet.files import needed_files
 from testbed.keys.authority import hosts_of
 from testbed.keys.folder import KeyFolder, create
+from testbed.keys.mosquitto import HOME_ASSISTANT
 from testbed.keys.validity import CERTIFICATE_DAYS
 from wire.errors import SignatureError
 from wire.experts import UnitId, parse_selector, unit_name
@@ -34,13 +35,15 @@ def prepare_keys(inventory: Inventory, *, check: bool = False) -> list[str]:
     folder, address = _keys_folder(inventory), inventory.address()
     if not folder.exists() and check:
         return [f"would make keys of a new cluster in {folder}"]
+    prefix = inventory.home_assistant()
     if not folder.exists():
         create(
             folder, cluster=inventory.cluster, hosts=[address], nodes=inventory.nodes,
             days=CERTIFICATE_DAYS, port=inventory.broker_port(),
             broker_folder=BROKER_FOLDER,
         )  # fmt: skip
-        return [f"made keys of a new cluster in {folder}: keep this folder, no other can add devices to the cluster"]
+        made = [f"made keys of a new cluster in {folder}: keep this folder, no other can add devices to the cluster"]
+        return made + _admit_home_assistant(KeyFolder(folder), prefix, check=False)
     keys = KeyFolder(folder)
     known = hosts_of((folder / "broker" / "broker.crt").read_bytes())
     if check_host(address) not in known:
@@ -49,10 +52,18 @@ def prepare_keys(inventory: Inventory, *, check: bool = False) -> list[str]:
             "set wdmoe_address, or set wdmoe_keys to another folder"
         )
     new = [node for node in inventory.nodes if node not in keys.nodes]
-    if new and check:
-        return [f"would make keys for {', '.join(new)} in {folder}"]
-    keys.add(new, days=CERTIFICATE_DAYS)
-    return [f"made keys for {', '.join(new)} in {folder}"] if new else []
+    if not check:
+        keys.add(new, days=CERTIFICATE_DAYS)
+    lines = [f"{'would make' if check else 'made'} keys for {', '.join(new)} in {folder}"] if new else []
+    return lines + _admit_home_assistant(keys, prefix, check=check)
+
+
+def _admit_home_assistant(keys: KeyFolder, prefix: str | None, *, check: bool) -> list[str]:
+    if prefix is None or keys.home_assistant == prefix:
+        return []
+    if not check:
+        keys.admit_home_assistant(prefix, days=CERTIFICATE_DAYS)
+    return [f"{'would make' if check else 'made'} keys for Home Assistant in {keys.path / HOME_ASSISTANT}"]
 
 
 def prepare_bundles(inventory: Inventory, *, check: bool = False) -> list[str]:

@@ -7,6 +7,7 @@ import click
 
 from common.json_output import json_option, print_json
 from common.options import Group
+from edge_node.home_assistant import DEFAULT_PREFIX
 from testbed.keys.validity import AUTHORITY_DAYS, CERTIFICATE_DAYS, RENEWAL_DAYS
 
 _FOLDER = click.argument("folder", type=click.Path(path_type=Path))
@@ -82,15 +83,31 @@ def revoke(folder: Path, nodes: tuple[str, ...]) -> None:
 @click.option("--revoke-old", is_flag=True, help="Revoke the old certificates, which otherwise stay valid.")
 @_DAYS
 def rotate(folder: Path, names: tuple[str, ...], revoke_old: bool, days: float) -> None:
-    """Renew the keys of NAMES: nodes, 'bs', 'broker', or 'frames' for all frame keys."""
+    """Renew the keys of NAMES: nodes, 'bs', 'broker', 'home-assistant', or 'frames' for all frame keys."""
     from testbed.keys.folder import FRAMES, KeyFolder
-    from testbed.keys.mosquitto import BASE_STATION
+    from testbed.keys.mosquitto import BASE_STATION, HOME_ASSISTANT
 
     opened = KeyFolder(folder)
     opened.rotate(names, days=days, revoke_old=revoke_old)
     nodes = opened.nodes if FRAMES in names else [name for name in names if name in opened.nodes]
-    base_station = [BASE_STATION] if {FRAMES, BASE_STATION} & set(names) else []
-    click.echo(_then(folder, *base_station, *(f"nodes/{name}" for name in nodes)))
+    others = [BASE_STATION] if {FRAMES, BASE_STATION} & set(names) else []
+    others += [HOME_ASSISTANT] if HOME_ASSISTANT in names else []
+    click.echo(_then(folder, *others, *(f"nodes/{name}" for name in nodes)))
+
+
+@keys.command(name="home-assistant", example="wdmoe-testbed keys home-assistant keys")
+@_FOLDER
+@click.option(
+    "--prefix", default=DEFAULT_PREFIX, show_default=True, help="Prefix of Home Assistant's discovery topics."
+)
+@_DAYS
+def home_assistant(folder: Path, prefix: str, days: float) -> None:
+    """Make keys for a Home Assistant, and let nodes announce themselves to it."""
+    from testbed.keys.folder import KeyFolder
+    from testbed.keys.mosquitto import HOME_ASSISTANT
+
+    KeyFolder(folder).admit_home_assistant(prefix, days=days)
+    click.echo(_then(folder, HOME_ASSISTANT))
 
 
 @keys.command(name="list", example="wdmoe-testbed keys list keys")

@@ -4,6 +4,7 @@
     broker/   ca.crt crl.pem broker.crt broker.key acl mosquitto.conf
     bs/       ca.crt bs.crt bs.key cluster.key bundle.pub
     nodes/N/  ca.crt node.crt node.key frame.key bundle.pub
+    home-assistant/  ca.crt home-assistant.crt home-assistant.key prefix    if asked for
 
 All of it is readable by its owner only.
 """
@@ -30,15 +31,16 @@ from common.errors import KeyFileError, StorageError
 from common.files import atomic_write
 from common.names import check_host, first_twice
 from common.private_files import read_private
+from edge_node.home_assistant import check_prefix
 from testbed.keys.authority import Authority, Issued, expiry, hosts_of, new_authority
-from testbed.keys.mosquitto import BASE_STATION, access_list, configuration
+from testbed.keys.mosquitto import BASE_STATION, HOME_ASSISTANT, access_list, configuration
 from testbed.keys.validity import AUTHORITY_DAYS
 from wire.frame_auth import KEY_BYTES, ClusterKey, cluster_key_line, node_key_line
 from wire.topics import check_name
 
 BROKER = "broker"
 FRAMES = "frames"
-_RESERVED = (BASE_STATION, BROKER, FRAMES)
+_RESERVED = (BASE_STATION, BROKER, FRAMES, HOME_ASSISTANT)
 
 
 class Expiry(NamedTuple):
@@ -124,6 +126,12 @@ class KeyFolder:
         return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
 
     @property
+    def home_assistant(self) -> str | None:
+        """Prefix of the discovery topics of the Home Assistant that has keys; None if none has."""
+        file = self.path / HOME_ASSISTANT / "prefix"
+        return file.read_text(encoding="utf-8").strip() if file.is_file() else None
+
+    @property
     def cluster_key(self) -> ClusterKey:
         """The cluster key, from which all frame keys are derived."""
         _, cluster, secret = read_private(self.path / "bs" / "cluster.key").decode().split()
@@ -151,6 +159,27 @@ class KeyFolder:
                 self._renew_node(name, days=days)
             self._write_access()
 
+    def admit_home_assistant(self, prefix: str, *, days: float) -> None:
+        """Make the certificate of a Home Assistant, and let nodes announce themselves to it.
+
+        Args:
+            prefix: of its discovery topics.
+            days: validity in days.
+
+        Raises:
+            KeyFileError: a topic can't begin with the prefix, or a node has the name that Home Assistant needs.
+        """
+        try:
+            check_prefix(prefix)
+        except ValueError as error:
+            raise KeyFileError(str(error)) from None
+        if HOME_ASSISTANT in self.nodes:
+            raise KeyFileError(f"a node has the name '{HOME_ASSISTANT}': give it another one first")
+        with _writing(self.path):
+            self._put_pair(self.path / HOME_ASSISTANT, HOME_ASSISTANT, self._authority.issue(HOME_ASSISTANT, days=days))
+            _put(self.path / HOME_ASSISTANT / "prefix", f"{prefix}\n".encode())
+            self._write_access()
+
     def revoke(self, names: Sequence[str]) -> None:
         """Revoke nodes' certificates, and remove their access rights and key files.
 
@@ -169,7 +198,8 @@ class KeyFolder:
         """Replace keys.
 
         Args:
-            names: node ids, `bs`, `broker`, or `frames` for the cluster's frame key and all keys derived from it.
+            names: node ids, `bs`, `broker`, `home-assistant`, or `frames` for the cluster's frame key and all keys
+                derived from it.
             days: validity of the new certificates in days.
             revoke_old: revoke the old certificates; otherwise they stay valid until they expire.
 
@@ -177,6 +207,8 @@ class KeyFolder:
             KeyFileError: a name is none of these.
         """
         self._check_known([name for name in names if name not in _RESERVED])
+        if HOME_ASSISTANT in names and self.home_assistant is None:
+            raise KeyFileError(f"Home Assistant has no keys in {self.path}: 'keys home-assistant' makes them")
         with _writing(self.path):
             replaced = [self._certificate(name).read_bytes() for name in names if name != FRAMES]
             for name in names:
@@ -184,6 +216,8 @@ class KeyFolder:
                     self.renew_broker(hosts_of(self._certificate(BROKER).read_bytes()), days=days)
                 elif name == BASE_STATION:
                     self.renew_base_station(days=days)
+                elif name == HOME_ASSISTANT:
+                    self.admit_home_assistant(self.home_assistant or "", days=days)
                 elif name == FRAMES:
                     key = ClusterKey(self.cluster_key.cluster, secrets.token_bytes(KEY_BYTES))
                     _put(self.path / "bs" / "cluster.key", cluster_key_line(key))
@@ -198,7 +232,7 @@ class KeyFolder:
         """Expiry of all certificates, the earliest first."""
         with _writing(self.path):
             files = {"ca": self.path / "ca.crt"}
-            files |= {name: self._certificate(name) for name in (BROKER, BASE_STATION, *self.nodes)}
+            files |= {name: self._certificate(name) for name in self._owners()}
             found = [Expiry(name, expiry(path.read_bytes())) for name, path in files.items()]
         return sorted(found, key=lambda e: e.until)
 
@@ -234,7 +268,8 @@ class KeyFolder:
         _put(folder / "bundle.pub", _public_half(read_private(self.path / "bundle.key")))
 
     def _write_access(self) -> None:
-        _put(self.path / "broker" / "acl", access_list(self.cluster_key.cluster, self.nodes).encode())
+        acl = access_list(self.cluster_key.cluster, self.nodes, home_assistant=self.home_assistant)
+        _put(self.path / "broker" / "acl", acl.encode())
 
     def _revoke(self, certificates: Sequence[bytes]) -> None:
         path = self.path / "crl.pem"
@@ -243,8 +278,12 @@ class KeyFolder:
         _put(self.path / "broker" / "crl.pem", revoked)
 
     def _certificate(self, name: str) -> Path:
-        folder = self.path if name in (BROKER, BASE_STATION) else self.path / "nodes"
+        folder = self.path if name in _RESERVED else self.path / "nodes"
         return folder / name / f"{name if name in _RESERVED else 'node'}.crt"
+
+    def _owners(self) -> list[str]:
+        """Names of all that have a certificate."""
+        return [BROKER, BASE_STATION, *([HOME_ASSISTANT] if self.home_assistant else []), *self.nodes]
 
     def _check_known(self, names: Sequence[str]) -> None:
         unknown = [name for name in names if name not in self.nodes]

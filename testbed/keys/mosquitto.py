@@ -3,9 +3,12 @@
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
+from edge_node.home_assistant import discovery_topic
 from wire.topics import Topics
 
 BASE_STATION = "bs"
+HOME_ASSISTANT = "home-assistant"
+"""User names besides those of the nodes."""
 _PACKET_BYTES = 8 << 20
 _QUEUED_BYTES = 64 << 20
 
@@ -40,8 +43,13 @@ def configuration(folder: PurePosixPath, *, port: int) -> str:
     )
 
 
-def access_list(cluster: str, nodes: Iterable[str]) -> str:
-    """An access list with the topics that each client may read and write; all others are forbidden."""
+def access_list(cluster: str, nodes: Iterable[str], *, home_assistant: str | None = None) -> str:
+    """An access list with the topics that each client may read and write; all others are forbidden.
+
+    Args:
+        home_assistant: prefix of Home Assistant's discovery topics. Home Assistant may then read what nodes say about
+            themselves, and each node may announce itself; None without Home Assistant.
+    """
     topics = Topics(cluster)
     blocks = [
         [
@@ -53,6 +61,16 @@ def access_list(cluster: str, nodes: Iterable[str]) -> str:
             f"topic readwrite {topics.echo('+')}",
         ]
     ]
+    if home_assistant:
+        # It also writes here: its own state, and nothing in place of the announcement of a device that it removes.
+        blocks.append(
+            [
+                f"user {HOME_ASSISTANT}",
+                f"topic read {topics.status('+')}",
+                f"topic read {topics.telemetry('+')}",
+                f"topic readwrite {home_assistant}/#",
+            ]
+        )
     blocks += [
         [
             f"user {node}",
@@ -61,6 +79,7 @@ def access_list(cluster: str, nodes: Iterable[str]) -> str:
             f"topic write {topics.telemetry(node)}",
             # Nodes also read their own status, to detect another node with the same id.
             f"topic readwrite {topics.status(node)}",
+            *([f"topic write {discovery_topic(home_assistant, cluster, node)}"] if home_assistant else []),
         ]
         for node in sorted(nodes)
     ]

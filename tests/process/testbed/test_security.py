@@ -17,8 +17,10 @@ import pytest
 
 from bs_coordinator.broker.processes import free_port, mosquitto_path
 from common.errors import KeyFileError
+from edge_node.home_assistant import discovery_topic
 from testbed.keys.authority import Authority, new_authority
 from testbed.keys.folder import KeyFolder, create
+from testbed.keys.mosquitto import HOME_ASSISTANT
 from tests.conftest import Run
 from tests.needs import needs
 from tests.waiting import wait_until
@@ -135,6 +137,37 @@ def test_a_node_speaks_for_itself_only(site: Site) -> None:
         assert _received(bs) == mine
 
 
+def test_home_assistant_reads_and_nodes_announce_themselves_only(site: Site, run_process: Run) -> None:
+    with closing(site.connect("a", "early")) as a:
+        a.publish(discovery_topic("homeassistant", CLUSTER, "a"), b"not allowed yet", retain=True)
+    done = run_process("testbed", "keys", "home-assistant", site.keys.path)
+    assert done.returncode == 0, done.stderr
+    assert "home-assistant to its machine" in done.stdout
+    site.reload()
+    folder = site.keys.path / HOME_ASSISTANT
+    access = Access(None, folder / "ca.crt", folder / "home-assistant.crt", folder / "home-assistant.key")
+    own, other = (discovery_topic("homeassistant", CLUSTER, node) for node in ("a", "b"))
+    with closing(site.connect("", "home", access)) as home, closing(site.connect("a", "a")) as a:
+        for topic in ("homeassistant/#", TOPICS.status("+"), TOPICS.telemetry("+")):
+            home.subscribe(topic, qos=1)
+        a.publish(other, b"not mine")
+        mine = [(own, b"mine"), (TOPICS.telemetry("a"), b"mine as well")]
+        for topic, payload in mine:
+            a.publish(topic, payload)
+        # It reads what nodes say about themselves, and can't say anything for them, or ask them.
+        home.publish(TOPICS.status("a"), b"false")
+        home.publish(TOPICS.work("a"), b"false")
+        home.publish("homeassistant/status", b"online")
+        assert sorted(_received(home)) == sorted([*mine, ("homeassistant/status", b"online")])
+    assert [expiry.name for expiry in site.keys.expiries()].count(HOME_ASSISTANT) == 1
+    site.keys.add(["c"], days=1)  # keeps Home Assistant in the access list
+    acl = (site.keys.path / "broker" / "acl").read_text()
+    assert f"topic write {discovery_topic('homeassistant', CLUSTER, 'c')}" in acl
+    before = (folder / "home-assistant.crt").read_bytes()
+    site.keys.rotate([HOME_ASSISTANT], days=1, revoke_old=True)
+    assert (folder / "home-assistant.crt").read_bytes() != before
+
+
 # paho leaves a socket whose handshake failed to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_strangers_and_certificates_that_are_no_longer_good_stay_outside(site: Site, tmp_path: Path) -> None:
@@ -214,6 +247,8 @@ def test_all_keys_are_private_and_nothing_is_overwritten(site: Site, run_process
         (["init", tmp_path / "n", "--host", "h", "--node", "bs"], "is a reserved name"),
         (["add", site.keys.path, "a"], "has keys already"),
         (["revoke", site.keys.path, "c"], "nodes with keys: a, b"),
+        (["rotate", site.keys.path, "home-assistant"], "Home Assistant has no keys"),
+        (["home-assistant", site.keys.path, "--prefix", "a/+"], "is no prefix of topics"),
         (["list", tmp_path], "holds no keys"),
     ]:
         done = run_process("testbed", "keys", *arguments)
