@@ -215,6 +215,14 @@ class ServeConfig(Config):
             "Append a line of JSON for each request to this file: key, tokens, times, status; no text.", heading=_LOGS
         ),
     ] = None
+    trace: Annotated[
+        bool,
+        Option(
+            "Send OpenTelemetry traces of answers to OTEL_EXPORTER_OTLP_ENDPOINT, or to http://localhost:4318 "
+            "(docs/metrics.md).",
+            heading=_LOGS,
+        ),
+    ] = False
     cors_origin: Annotated[
         str,
         Option(

@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+from collections.abc import Mapping
 from http.client import HTTPConnection, HTTPResponse
 from typing import Any
 
@@ -25,27 +26,33 @@ class Caller:
         self.port = port
         self.key = key
 
-    def open(self, method: str, path: str, body: Any = None) -> tuple[HTTPConnection, HTTPResponse]:
+    def open(
+        self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[HTTPConnection, HTTPResponse]:
         """Send a request; the response's body is left to read, and the connection to close."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
         raw = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else None
-        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
-        connection.request(method, path, raw, headers)
+        own = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
+        connection.request(method, path, raw, {**own, **(headers or {})})
         return connection, connection.getresponse()
 
-    def text(self, method: str, path: str, body: Any = None) -> tuple[int, dict[str, str], str]:
+    def text(
+        self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, dict[str, str], str]:
         """Status, headers by their names in lower case, and body of a response."""
-        connection, response = self.open(method, path, body)
+        connection, response = self.open(method, path, body, headers)
         try:
-            headers = {name.lower(): value for name, value in response.getheaders()}
-            return response.status, headers, response.read().decode()
+            received = {name.lower(): value for name, value in response.getheaders()}
+            return response.status, received, response.read().decode()
         finally:
             connection.close()
 
-    def ask(self, method: str, path: str, body: Any = None) -> tuple[int, dict[str, str], Any]:
+    def ask(
+        self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, dict[str, str], Any]:
         """The same with the body's JSON decoded."""
-        status, headers, text = self.text(method, path, body)
-        return status, headers, json.loads(text)
+        status, received, text = self.text(method, path, body, headers)
+        return status, received, json.loads(text)
 
     def send(self, path: str, body: Any) -> socket.socket:
         """Post a request and return its socket, from which nothing was read yet."""

@@ -22,8 +22,11 @@ def serve(http: ServeConfig, config: BaseStationConfig) -> None:
     with listening_sockets(http.host, http.port) as sockets, open_station(config) as station:
         from bs_coordinator.http.server import serve_station
         from bs_coordinator.metrics import StationMetrics
+        from bs_coordinator.tracing import answer_traces
 
-        serve_station(
-            station, http, sockets, keys=keys, layer_timeout_s=config.layer_timeout_s, policy=config.policy,
-            metrics=StationMetrics(station.dispatcher, model=station.manifest.source.name),
-        )  # fmt: skip
+        model = station.manifest.source.name
+        with answer_traces(asked_for=http.trace, model=model) as traces:
+            serve_station(
+                station, http, sockets, keys=keys, layer_timeout_s=config.layer_timeout_s, policy=config.policy,
+                metrics=StationMetrics(station.dispatcher, model=model), observers=traces,
+            )  # fmt: skip

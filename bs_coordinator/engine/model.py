@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from time import perf_counter_ns
+from time import perf_counter_ns, time_ns
 
 import numpy as np
 import torch
@@ -132,7 +132,7 @@ class DistributedModel:
     def _step(
         self, inputs: Sequence[SequenceInput], position: int, all_logits: bool
     ) -> tuple[list[Tensor], StepRecord]:
-        began_ns = perf_counter_ns()
+        began_unix_ns, began_ns = time_ns(), perf_counter_ns()
         most_tokens = self.piece_tokens if self.trunk.pipelines else sys.maxsize
         batches = [MicroBatch(p) for p in cut_inputs(inputs, most_tokens=most_tokens, all_logits=all_logits)]
         tallies = [LayerTally() for _ in range(self.trunk.layers)]
@@ -159,6 +159,7 @@ class DistributedModel:
             total_ns=end_ns - began_ns,
             head_ns=embedding_ns + end_ns - head_began_ns,
             layers=layers,
+            began_unix_ns=began_unix_ns,
         )
         return logits, record
 

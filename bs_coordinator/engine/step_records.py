@@ -104,6 +104,7 @@ class StepRecord:
         drafted: draft tokens in the step, of the sequence that this record is kept for.
         accepted: draft tokens that were accepted.
         draft_ns: time spent drafting, before the step.
+        began_unix_ns: wall clock at its start, to align logs; 0 if it is not known.
     """
 
     phase: Phase
@@ -115,6 +116,7 @@ class StepRecord:
     drafted: int = 0
     accepted: int = 0
     draft_ns: int = 0
+    began_unix_ns: int = 0
 
     @property
     def degraded(self) -> frozenset[int]:

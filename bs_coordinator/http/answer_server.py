@@ -18,7 +18,7 @@ from bs_coordinator.engine.scheduler import Progress, Scheduler
 from bs_coordinator.engine.sequence import GeneratedAnswer, Sequence
 from bs_coordinator.errors import AnswerError, BusyError
 from bs_coordinator.http.observers import AnswerObserver
-from bs_coordinator.http.requests import Request, StreamUpdate
+from bs_coordinator.http.requests import NO_TRACE, Request, StreamUpdate, TraceHeaders
 from common.clock import SYSTEM_CLOCK, Clock
 from common.errors import WdmoeError, one_line
 from common.moving_average import MovingAverage
@@ -90,7 +90,7 @@ class AnswerServer:
 
     def accept(
         self, sampling: SamplingConfig, deliver: Callable[[StreamUpdate], None], *, same_text: bool = False,
-        successor: bool = False,
+        successor: bool = False, trace: TraceHeaders = NO_TRACE,
     ) -> Request:  # fmt: skip
         """Give a request its place, from any thread, before its prompt is tokenised; `submit` or `cancel` must follow.
 
@@ -99,11 +99,12 @@ class AnswerServer:
             deliver: called from the serving thread with each update; must not block.
             same_text: the answer continues the prompt's text, as for `Sequence.answer`.
             successor: the request takes the place of one that has just ended, even if another caller has taken it.
+            trace: the caller's, for observers.
 
         Raises:
             BusyError: there are too many requests already, or the server is being stopped.
         """
-        request = Request(sampling, deliver, self._clock.monotonic_s(), same_text)
+        request = Request(sampling, deliver, self._clock.monotonic_s(), same_text, trace)
         with self._lock:
             busy = self._take_place(request, None if successor else self._limit)
         if busy is None:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -66,6 +66,8 @@ class Choices:
         self._arrived: asyncio.Queue[tuple[int, list[Token] | HTTPException]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._prompts: list[list[int]] = []
+        headers = request.headers
+        self._trace = requests.TraceHeaders(headers.get("traceparent", ""), headers.get("tracestate", ""))
 
     async def start(self, tokenise: Callable[[], Awaitable[list[list[int]]]]) -> list[list[int]]:
         """Take a place, tokenise the prompts and begin the answers.
@@ -158,7 +160,8 @@ class Choices:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the caller is gone
                 self._loop.call_soon_threadsafe(self._arrived.put_nowait, (index, item))
 
-        more = {"successor": True} if successor else {}
+        more: dict[str, Any] = {"successor": True} if successor else {}
+        more |= {"trace": self._trace} if self._trace.traceparent else {}
         sampling = self._choices[index].sampling
         self._live[index] = self._server.accept(sampling, deliver, same_text=self._same_text, **more)
         return self._left.popleft()

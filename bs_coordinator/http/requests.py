@@ -15,6 +15,16 @@ class StreamUpdate(NamedTuple):
     error: WdmoeError | None = None
 
 
+class TraceHeaders(NamedTuple):
+    """The caller's trace, as the headers of W3C Trace Context name it; empty without one."""
+
+    traceparent: str = ""
+    tracestate: str = ""
+
+
+NO_TRACE = TraceHeaders()
+
+
 class Request(NamedTuple):
     """One accepted request.
 
@@ -23,9 +33,11 @@ class Request(NamedTuple):
         deliver: called from the serving thread with each update; must not block.
         accepted_s: on the server's monotonic clock.
         same_text: the answer continues the prompt's text, rather than beginning one of its own.
+        trace: that the answer belongs to.
     """
 
     sampling: SamplingConfig
     deliver: Callable[[StreamUpdate], None]
     accepted_s: float
     same_text: bool
+    trace: TraceHeaders = NO_TRACE

@@ -16,6 +16,7 @@ from bs_coordinator.http.answer_server import AnswerServer
 from bs_coordinator.http.connections import LimitedProtocol
 from bs_coordinator.http.live_view import LiveView, model_facts
 from bs_coordinator.http.metrics import MetricsSource
+from bs_coordinator.http.observers import AnswerObserver
 from bs_coordinator.http.openai_api import http_app
 from bs_coordinator.http.request_log import request_log
 from bs_coordinator.page.feed import LiveFeed
@@ -34,6 +35,7 @@ _STALLED_LAYERS = 2
 def serve_station(
     station: "BaseStation", config: ServeConfig, sockets: Sequence[socket.socket], *, keys: Sequence[ApiKey],
     layer_timeout_s: float, policy: str, metrics: MetricsSource | None = None,
+    observers: Sequence[AnswerObserver] = (),
     on_ready: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """Serve HTTP until a signal ends it.
@@ -43,6 +45,7 @@ def serve_station(
         keys: of which callers must send one; without any every caller is let in.
         policy: that the base station chooses experts by, as `--policy` names it.
         metrics: observe the requests, and are served at `/metrics`; None for none.
+        observers: further observers of the requests.
         on_ready: called once, when requests are accepted.
 
     Raises:
@@ -57,7 +60,7 @@ def serve_station(
         station.new_sequence,
         max_waiting=config.max_waiting,
         dispatcher=station.dispatcher,
-        observers=[view, metrics] if metrics else [view],
+        observers=[view, *([metrics] if metrics else []), *observers],
     )
     with request_log(config.request_log) if config.request_log else nullcontext() as log_request:
         app = http_app(

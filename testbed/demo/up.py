@@ -57,6 +57,7 @@ def run_fleet(config: BaseStationConfig, http: ServeConfig, *, demo: str | None,
         from bs_coordinator.base_station import open_base_station
         from bs_coordinator.http.server import serve_station
         from bs_coordinator.metrics import StationMetrics
+        from bs_coordinator.tracing import answer_traces
 
         station = stack.enter_context(
             open_base_station(config, address, on_progress=lambda line: log.info("waiting: %s", line))
@@ -76,9 +77,11 @@ def run_fleet(config: BaseStationConfig, http: ServeConfig, *, demo: str | None,
             click.echo(f"Processes of the nodes: {pids}")
             click.echo("Answers go on without a node: try 'kill' on one. Ctrl-C ends everything.")
 
+        model = manifest.source.name
+        traces = stack.enter_context(answer_traces(asked_for=http.trace, model=model))
         serve_station(
             station, http, sockets, keys=keys, layer_timeout_s=config.layer_timeout_s, policy=config.policy,
-            metrics=StationMetrics(station.dispatcher, model=manifest.source.name), on_ready=on_ready,
+            metrics=StationMetrics(station.dispatcher, model=model), observers=traces, on_ready=on_ready,
         )  # fmt: skip
 
 
