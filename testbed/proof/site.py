@@ -6,6 +6,7 @@ otherwise only what every command needs.
 """
 
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -42,7 +43,10 @@ def build(folder: Path, *, root: Path = ROOT, timeout_s: float = 300) -> str:
         for source in root.glob(pattern):
             copy = documents / source.relative_to(root)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, copy)
+            if source.suffix == ".md":
+                copy.write_text(for_python_markdown(source.read_text(encoding="utf-8")), encoding="utf-8")
+            else:
+                shutil.copy(source, copy)
     (documents / OPTIONS).write_text(options_markdown(), encoding="utf-8")
     shutil.copy(root / CONFIG, folder)
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
@@ -52,6 +56,41 @@ def build(folder: Path, *, root: Path = ROOT, timeout_s: float = 300) -> str:
     if done.returncode == 0:
         return ""
     return click.unstyle(done.stdout).partition("Traceback")[0].strip() or f"zensical ended with {done.returncode}"
+
+
+def for_python_markdown(text: str) -> str:
+    """The same document for zensical's parser, which differs from GitHub's in lists and HTML.
+
+    What belongs to an item must be indented by four spaces for each level, a list needs an empty line before it, and
+    Markdown within HTML must be announced.
+    """
+    lines: list[str] = []
+    columns: list[int] = []  # where the contents of the present item begin, and of those that it is in
+    in_code = spaced = False
+    for line in text.replace("<details>", '<details markdown="1">').splitlines():
+        body = line.lstrip(" ")
+        indent, depth = len(line) - len(body), len(columns)
+        follows_text = bool(lines and lines[-1])
+        item = None if in_code else re.match(r"(?:[-*+]|(\d+)\.) +", body)
+        if item and follows_text and depth == 0 and item[1] not in (None, "1"):
+            item = None  # a sentence that ends with a number
+        while columns and body and not in_code and indent < columns[-1] and (item or not follows_text):
+            columns.pop()
+        if item and follows_text and item[1] not in (None, "1") and len(columns) == depth:
+            body, item = body.replace(".", "\\.", 1), None
+        if item:
+            if follows_text and (depth == 0 or spaced):
+                lines.append("")
+            lines.append("    " * len(columns) + body)
+            columns.append(indent + item.end())
+        elif body:
+            extra = max(0, indent - columns[-1]) if columns else indent
+            lines.append("    " * len(columns) + " " * extra + body)
+        else:
+            lines.append("")
+        spaced = bool(columns) and (spaced or not body)
+        in_code ^= body.startswith("```")
+    return "\n".join(lines) + "\n"
 
 
 def commands(root: Path = ROOT) -> Iterator[tuple[str, click.Command]]:

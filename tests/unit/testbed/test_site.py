@@ -5,6 +5,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from markdown_it import MarkdownIt
 
 from testbed.plan import schema
 from testbed.plan.limits import RunLimits
@@ -47,6 +48,21 @@ def test_the_site_has_the_files_that_pages_show(site: Path) -> None:
     for name, text in pages(site).items():
         for target in re.findall(r"<img\b[^>]*\bsrc=[\"']?([^\"' >]+)", text):
             assert (site / name).parent.joinpath(target).exists(), f"{name}: {target}"
+
+
+def structure(html: str) -> list[str]:
+    """The lists, tables, quotes and code blocks of a page in their order, with what is inside what."""
+    return re.findall(r"</?(?:ul|ol|li|table|pre|blockquote)\b", html)
+
+
+def test_lists_and_what_is_in_them_are_as_a_commonmark_parser_has_them(site: Path) -> None:
+    parser = MarkdownIt("commonmark").enable("table")
+    for name, html in pages(site).items():
+        article = html.partition("<article")[2].partition("</article>")[0]
+        source = site.parent / "documents" / re.sub(r"index\.html$", "README.md", name).replace(".html", ".md")
+        if source.name != OPTIONS.name:
+            original = (ROOT / source.relative_to(site.parent / "documents")).read_text(encoding="utf-8")
+            assert structure(article) == structure(parser.render(original)), name
 
 
 def test_links_to_missing_pages_and_headings_fail(tmp_path: Path) -> None:
