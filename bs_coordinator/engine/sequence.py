@@ -1,5 +1,6 @@
 """Token sequences as state machines: what to run next, and what its logits mean. No waiting, no experts."""
 
+import copy
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -143,6 +144,16 @@ class Sequence:
             return prompt
         self.truncate(shared)
         return prompt[shared:]
+
+    def fork(self) -> "Sequence":
+        """A sequence of its own with a copy of what this one has cached, for other continuations of its beginning.
+
+        It is empty if a cache can't be cut to the common beginning, or is of no use at another length.
+        """
+        fork = Sequence(self.model, self.tokenizer, speculation=self.speculation)
+        if self.model.trunk.can_truncate and not self.model.trunk.rope_by_length:
+            fork.cache, fork.cached_ids = copy.deepcopy(self.cache), list(self.cached_ids)
+        return fork
 
     def forget(self) -> None:
         """Empty the cache."""

@@ -18,7 +18,7 @@ from bs_coordinator.engine.scheduler import Progress, Scheduler
 from bs_coordinator.engine.sequence import GeneratedAnswer, Sequence
 from bs_coordinator.errors import AnswerError, BusyError
 from bs_coordinator.http.observers import AnswerObserver
-from bs_coordinator.http.requests import NO_TRACE, Request, StreamUpdate, TraceHeaders
+from bs_coordinator.http.requests import NO_TRACE, Request, SharedPrompt, StreamUpdate, TraceHeaders
 from common.clock import SYSTEM_CLOCK, Clock
 from common.errors import WdmoeError, one_line
 from common.moving_average import MovingAverage
@@ -90,7 +90,7 @@ class AnswerServer:
 
     def accept(
         self, sampling: SamplingConfig, deliver: Callable[[StreamUpdate], None], *, same_text: bool = False,
-        successor: bool = False, trace: TraceHeaders = NO_TRACE,
+        successor: bool = False, trace: TraceHeaders = NO_TRACE, shared: SharedPrompt | None = None,
     ) -> Request:  # fmt: skip
         """Give a request its place, from any thread, before its prompt is tokenised; `submit` or `cancel` must follow.
 
@@ -100,11 +100,12 @@ class AnswerServer:
             same_text: the answer continues the prompt's text, as for `Sequence.answer`.
             successor: the request takes the place of one that has just ended, even if another caller has taken it.
             trace: the caller's, for observers.
+            shared: of this prompt's requests; all but the first are submitted once that one has had a token.
 
         Raises:
             BusyError: there are too many requests already, or the server is being stopped.
         """
-        request = Request(sampling, deliver, self._clock.monotonic_s(), same_text, trace)
+        request = Request(sampling, deliver, self._clock.monotonic_s(), same_text, trace, shared)
         with self._lock:
             busy = self._take_place(request, None if successor else self._limit)
         if busy is None:
@@ -184,7 +185,7 @@ class AnswerServer:
             if id(request) not in self._requests:
                 continue
             try:
-                answer = self._new_sequence().answer(ids, request.sampling, same_text=request.same_text)
+                answer = self._sequence(request.shared).answer(ids, request.sampling, same_text=request.same_text)
             except Exception as error:  # noqa: BLE001 - libraries raise anything, and it is this caller's alone
                 wrong = (
                     error if isinstance(error, WdmoeError) else AnswerError(f"this answer failed: {one_line(error)}")
@@ -201,6 +202,14 @@ class AnswerServer:
             if cancelled is not None:
                 self._scheduler.cancel(cancelled)
             self._end(request, None)
+
+    def _sequence(self, shared: SharedPrompt | None) -> Sequence:
+        if shared is None:
+            return self._new_sequence()
+        if shared.sequence is not None:
+            return shared.sequence.fork()
+        shared.sequence = self._new_sequence()
+        return shared.sequence
 
     def _deliver(self, progress: Progress) -> None:
         with self._lock:

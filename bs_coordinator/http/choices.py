@@ -2,19 +2,20 @@
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from bs_coordinator.config import SamplingConfig
+from bs_coordinator.engine.logprobs import TokenLogprob
 from bs_coordinator.errors import AnswerError, BusyError, ContextLengthError
 from bs_coordinator.http import requests
 from bs_coordinator.http.answer_server import AnswerServer
 from bs_coordinator.http.openai_responses import Token
-from bs_coordinator.http.requests import StreamUpdate
+from bs_coordinator.http.requests import SharedPrompt, StreamUpdate
 from bs_coordinator.http.stop_strings import StopText
 from common.errors import WdmoeError
 
@@ -38,6 +39,9 @@ class Choices:
 
     The first takes a place of the server, and others take those that nobody waits for; each that ends passes its place
     on to the next one. A caller with many prompts thereby finds room whenever a caller with one does.
+
+    The first choice of a prompt computes it. Its others begin once that one has had a token, from a copy of its KV
+    cache.
     """
 
     def __init__(
@@ -61,7 +65,17 @@ class Choices:
         self._keep_alive_s = keep_alive_s
         self._on_hang_up = on_hang_up
         self._texts = [new_text() for _ in choices]
-        self._left = deque(range(len(choices)))
+        self._left = list(range(len(choices)))
+        self._first: dict[int, int] = {}
+        """The first choice of each prompt."""
+        for index, choice in enumerate(choices):
+            self._first.setdefault(choice.prompt, index)
+        several = len(choices) > len(self._first)
+        self._shared = {prompt: SharedPrompt() for prompt in self._first} if several else {}
+        self._computed: dict[int, tuple[TokenLogprob, ...]] = {}
+        """Log-probabilities of the tokens of each shared prompt that has been computed; empty if not asked for."""
+        self._scores: dict[int, tuple[TokenLogprob, ...]] = {}
+        """The same for choices that have had no token yet and did not compute their prompt."""
         self._live: dict[int, requests.Request] = {}
         self._arrived: asyncio.Queue[tuple[int, list[Token] | HTTPException]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
@@ -79,7 +93,7 @@ class Choices:
             HTTPException: the server is full, or a prompt can't be tokenised.
         """
         try:
-            first = self._accept()
+            self._accept(0)
         except BusyError as error:
             raise HTTPException(429, str(error), {"Retry-After": f"{error.retry_after_s:.0f}"}) from None
         # Referred to by the request, because a task without a reference may be garbage-collected.
@@ -89,7 +103,7 @@ class Choices:
         except BaseException:
             self._cancel_all()
             raise
-        self._submit(first)
+        self._submit(0)
         self._take_free_places()
         return self._prompts
 
@@ -114,7 +128,7 @@ class Choices:
                 for token in item:
                     # Tokens may have been on their way when the answer was ended by a stop string.
                     if index in self._live:
-                        yield index, self._finish(index, token)
+                        yield index, self._finish(index, self._share_prompt(index, token))
         except asyncio.CancelledError:  # by Starlette, if it notices first
             self._on_hang_up()
             raise
@@ -125,6 +139,14 @@ class Choices:
     def ahead(self) -> int:
         """How many requests of others, or earlier ones, have to end before the first unfinished choice is answered."""
         return min((self._server.ahead(request) for request in self._live.values()), default=0)
+
+    def _share_prompt(self, index: int, token: Token) -> Token:
+        """The token with its prompt's scores; a prompt's first token lets its other choices begin."""
+        prompt = self._choices[index].prompt
+        if prompt in self._shared and prompt not in self._computed:
+            self._computed[prompt] = token.prompt
+            self._take_free_places()
+        return token._replace(prompt=self._scores.pop(index)) if index in self._scores else token
 
     def _finish(self, index: int, token: Token) -> Token:
         """The token with the text that is certain to be no part of a stop string; ends the choice if it is the last."""
@@ -138,33 +160,49 @@ class Choices:
         else:
             return token._replace(text=certain)
         del self._live[index]
-        if self._left:
+        if (following := self._next()) is not None:
             try:
-                self._submit(self._accept(successor=True))
+                self._accept(following, successor=True)
             except BusyError as error:  # the server is being stopped
                 raise _http_exception(error) from None
+            self._submit(following)
             self._take_free_places()
         return token
 
+    def _next(self) -> int | None:
+        """The first choice left that can begin: the first of a prompt, or one whose prompt has been computed.
+
+        Of a prompt that is being computed, the first choice is running: others follow when it has had a token.
+        """
+        prompts = ((index, self._choices[index].prompt) for index in self._left)
+        return next((i for i, prompt in prompts if self._first[prompt] == i or prompt in self._computed), None)
+
     def _take_free_places(self) -> None:
         with contextlib.suppress(BusyError):  # another caller was faster
-            while self._left and self._server.free_places:
-                self._submit(self._accept())
+            while (following := self._next()) is not None and self._server.free_places:
+                self._accept(following)
+                self._submit(following)
 
-    def _accept(self, *, successor: bool = False) -> int:
-        """Take a place for the next choice; returns its index."""
-        index = self._left[0]
+    def _accept(self, index: int, *, successor: bool = False) -> None:
+        """Take a place for a choice."""
 
         def deliver(update: StreamUpdate) -> None:
             item = _http_exception(update.error) if update.error else [Token.of(event) for event in update.events]
             with contextlib.suppress(RuntimeError):  # the loop is closed: the caller is gone
                 self._loop.call_soon_threadsafe(self._arrived.put_nowait, (index, item))
 
+        prompt, sampling = self._choices[index]
         more: dict[str, Any] = {"successor": True} if successor else {}
         more |= {"trace": self._trace} if self._trace.traceparent else {}
-        sampling = self._choices[index].sampling
+        if prompt in self._shared:
+            more["shared"] = self._shared[prompt]
+        computed = self._computed.get(prompt)
+        if computed is not None:
+            sampling = replace(sampling, prompt_logprobs=False)
         self._live[index] = self._server.accept(sampling, deliver, same_text=self._same_text, **more)
-        return self._left.popleft()
+        self._left.remove(index)
+        if computed is not None:
+            self._scores[index] = computed
 
     def _submit(self, index: int) -> None:
         self._server.submit(self._live[index], self._prompts[self._choices[index].prompt])

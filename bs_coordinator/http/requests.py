@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from bs_coordinator.config import SamplingConfig
-from bs_coordinator.engine.sequence import TokenEvent
+from bs_coordinator.engine.sequence import Sequence, TokenEvent
 from common.errors import WdmoeError
 
 
@@ -25,6 +25,17 @@ class TraceHeaders(NamedTuple):
 NO_TRACE = TraceHeaders()
 
 
+class SharedPrompt:
+    """A prompt that several requests continue: the first of them computes it, and the others copy its KV cache.
+
+    Attributes:
+        sequence: of the first request; None until it begins. Belongs to the answers thread.
+    """
+
+    def __init__(self) -> None:
+        self.sequence: Sequence | None = None
+
+
 class Request(NamedTuple):
     """One accepted request.
 
@@ -34,6 +45,7 @@ class Request(NamedTuple):
         accepted_s: on the server's monotonic clock.
         same_text: the answer continues the prompt's text, rather than beginning one of its own.
         trace: that the answer belongs to.
+        shared: what it shares with other requests of the same prompt; None for nothing.
     """
 
     sampling: SamplingConfig
@@ -41,3 +53,4 @@ class Request(NamedTuple):
     accepted_s: float
     same_text: bool
     trace: TraceHeaders = NO_TRACE
+    shared: SharedPrompt | None = None

@@ -203,9 +203,9 @@ def test_without_a_place_nothing_is_tokenised(
     encoded: list[str] = []
     encode = tokenizer.encode
 
-    def encode_and_count(text: str) -> list[int]:
+    def encode_and_count(text: str, **more: Any) -> list[int]:
         encoded.append(text)
-        return encode(text)
+        return encode(text, **more)
 
     monkeypatch.setattr(tokenizer, "encode", encode_and_count)
     status, _, body = site.complete("x" * (64 << 10), 1)
@@ -232,11 +232,11 @@ def test_while_a_prompt_is_tokenised_others_are_answered(
     begun, go_on = threading.Event(), threading.Event()
     encode = tokenizer.encode
 
-    def encode_slowly(text: str) -> list[int]:
+    def encode_slowly(text: str, **more: Any) -> list[int]:
         if text.startswith("slow"):
             begun.set()
             assert go_on.wait(PATIENCE_S)
-        return encode(text)
+        return encode(text, **more)
 
     monkeypatch.setattr(tokenizer, "encode", encode_slowly)
     with site.send("/v1/completions", {"prompt": "slow " * 9000, "max_tokens": 1}) as caller:
@@ -257,10 +257,10 @@ def test_a_prompt_that_breaks_the_tokenizer_is_told_so_in_one_line(
 ) -> None:
     encode = tokenizer.encode
 
-    def encode_or_fail(text: str) -> list[int]:
+    def encode_or_fail(text: str, **more: Any) -> list[int]:
         if text == "bad":
             raise error
-        return encode(text)
+        return encode(text, **more)
 
     monkeypatch.setattr(tokenizer, "encode", encode_or_fail)
     before = site.complete("Hello", 4)[2]["choices"]
