@@ -1,4 +1,4 @@
-"""Statistics of one answer: time to first token, ms per token, and how that time was spent."""
+"""Statistics of one answer: TTFT, TPOT, and how the latter was spent (docs/measurement.md defines them)."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ class AnswerStats:
         tokens: generated.
         steps: forward steps that the decoded tokens took.
         drafted, accepted: draft tokens, and how many of them were accepted.
-        first_token_ms: time of the prompt's steps.
-        token_ms: time per decoded token, drafting included.
+        ttft_ms: TTFT of an answer that waits for no other: the time of the prompt's steps.
+        tpot_ms: TPOT: time per decoded token, drafting included.
         draft_ms: drafting, per decoded token.
         trunk_ms, network_ms, compute_ms, wait_ms, framing_ms: per decoded token, as in `TimeSplit`.
         down_bytes, up_bytes: per decoded token, all frames to and from the nodes.
@@ -28,8 +28,8 @@ class AnswerStats:
     steps: int
     drafted: int
     accepted: int
-    first_token_ms: float
-    token_ms: float
+    ttft_ms: float
+    tpot_ms: float
     draft_ms: float
     trunk_ms: float
     network_ms: float
@@ -72,8 +72,8 @@ def summarise(events: Sequence[TokenEvent]) -> AnswerStats:
         steps=len(decode),
         drafted=sum(step.drafted for step in decode),
         accepted=sum(step.accepted for step in decode),
-        first_token_ms=sum(step.total_ns for step in first.steps) / 1e6,
-        token_ms=sum(step.total_ns for step in decode) / count / 1e6 + draft_ms,
+        ttft_ms=sum(step.total_ns for step in first.steps) / 1e6,
+        tpot_ms=sum(step.total_ns for step in decode) / count / 1e6 + draft_ms,
         draft_ms=draft_ms,
         down_bytes=sum(d.down_bytes for d in dispatches) / count,
         up_bytes=sum(d.up_bytes for d in dispatches) / count,
@@ -89,8 +89,8 @@ def one_line(stats: AnswerStats) -> str:
         drafts = f" · {stats.accepted} of {stats.drafted} draft tokens accepted, {stats.steps} steps"
         drafting = f"drafting {stats.draft_ms:.1f}, "
     return (
-        f"{stats.tokens} tokens · first after {stats.first_token_ms:.0f} ms · then {stats.token_ms:.1f} ms "
-        f"each: {drafting}trunk {stats.trunk_ms:.1f}, network {stats.network_ms:.1f}, "
+        f"{stats.tokens} tokens · TTFT {stats.ttft_ms:.0f} ms · TPOT {stats.tpot_ms:.1f} ms: "
+        f"{drafting}trunk {stats.trunk_ms:.1f}, network {stats.network_ms:.1f}, "
         f"node compute {stats.compute_ms:.1f}, wait {stats.wait_ms:.1f}, framing {stats.framing_ms:.1f} · "
         f"{stats.down_bytes / 1024:.0f} KiB down, {stats.up_bytes / 1024:.0f} KiB up per token{drafts}"
     )

@@ -70,8 +70,8 @@ class TrackedRequest:
             "prompt_tokens": self.tally.prompt_tokens,
             "completion_tokens": self.tally.new_tokens,
             "degraded_tokens": self.tally.degraded,
-            "first_token_ms": None if first_s is None else round(1e3 * first_s, 1),
-            "total_ms": round(1e3 * self.tally.elapsed_s, 1),
+            "ttft_ms": None if first_s is None else round(1e3 * first_s, 1),
+            "e2e_ms": round(1e3 * self.tally.elapsed_s, 1),
         }
 
 

@@ -63,10 +63,10 @@ class Tally:
         if self._drafted:
             details |= {"drafted_tokens": self._drafted, "accepted_tokens": self._accepted}
         if self.first_token_s is not None:
-            details["first_token_ms"] = round(1e3 * self.first_token_s, 2)
+            details["ttft_ms"] = round(1e3 * self.first_token_s, 2)
         if (gaps := self.new_tokens - len(self._spans)) > 0:
             decoding_s = sum(last_s - first_s for first_s, last_s in self._spans.values())
-            details["token_ms"] = round(1e3 * decoding_s / gaps, 2)
+            details["tpot_ms"] = round(1e3 * decoding_s / gaps, 2)
         if self._step_ns:
             details["layer_wait_share"] = round(self._wait_ns / self._step_ns, 3)
         return details

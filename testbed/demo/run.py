@@ -62,7 +62,7 @@ def run_demo(
         with LatencyLog(folder / "latency.csv") as log:
             answers = [_ask(station, log, i, q, max_tokens, console) for i, q in enumerate(questions)]
     _print_tables(answers, console)
-    seconds = sum((a.tokens - 1) * a.token_ms for a in answers) / 1000
+    seconds = sum((a.tokens - 1) * a.tpot_ms for a in answers) / 1000
     if seconds > 0:
         console.print(f"{sum(a.tokens - 1 for a in answers) / seconds:.1f} tokens per second, without drafts\n")
     console.print(f"latency log: {folder / 'latency.csv'}\n", style="dim")
@@ -85,19 +85,17 @@ def _ask(
 
 
 def _print_tables(answers: Sequence[AnswerStats], console: Console) -> None:
-    table = Table(
-        title="per answer; times after the first token are means per decoded token", pad_edge=False, padding=(0, 0)
-    )
+    table = Table(title="per answer; TPOT and its parts are means per decoded token", pad_edge=False, padding=(0, 0))
     # Short words on several lines: the table must fit into 80 columns.
     for column in (
-        "", "tokens", "first\ntoken\nms", "each\ntoken\nms", "trunk\nms", "network\nms", "node\ncompute\nms",
+        "", "tokens", "TTFT\nms", "TPOT\nms", "trunk\nms", "network\nms", "node\ncompute\nms",
         "node\nwait\nms", "framing\nms", "down\nKiB", "up\nKiB",
     ):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
     for i, a in enumerate(answers, 1):
         parts = (
-            a.first_token_ms,
-            a.token_ms,
+            a.ttft_ms,
+            a.tpot_ms,
             a.trunk_ms,
             a.network_ms,
             a.compute_ms,

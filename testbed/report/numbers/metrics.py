@@ -77,7 +77,7 @@ TOKEN_METRICS = (
     Metric("token_ms", "mean ms/token", 1, _ratio("total_ns", "tokens", _MS)),
     Metric("token_median_ms", "median ms/token", 1, _token_quantile(0.5)),
     Metric("token_p95_ms", "p95 ms/token", 1, _token_quantile(0.95)),
-    Metric("first_token_ms", "first token, ms", 0, _ratio("first_token_ns", "answers", _MS)),
+    Metric("ttft_ms", "TTFT, ms", 0, _ratio("first_token_ns", "answers", _MS)),
 )
 PARTS = ("trunk", "network", "compute", "wait", "framing")
 PART_METRICS = tuple(Metric(f"{part}_ms", f"{part} ms/token", 2, _ratio(f"{part}_ns", "tokens", _MS)) for part in PARTS)

@@ -239,6 +239,40 @@ def test_choices_differ_by_their_seeds(site: _Site) -> None:
     assert greedy[0]["text"] == greedy[1]["text"]
 
 
+@pytest.mark.parametrize("scored", [{}, {"echo": True, "logprobs": 1}])
+def test_choices_of_a_prompt_compute_it_once(
+    site: _Site, exact: _Exact, monkeypatch: pytest.MonkeyPatch, scored: dict[str, Any]
+) -> None:
+    computed: list[int] = []
+    step = exact.model.step
+
+    def counted(inputs: Any, **more: Any) -> Any:
+        computed.extend(len(each.ids) for each in inputs)
+        return step(inputs, **more)
+
+    monkeypatch.setattr(exact.model, "step", counted)
+    prompts = [IDS[:150], IDS[150:]]
+    asked = {"temperature": 1.2, "seed": 11, "max_tokens": 3, **scored}
+    choices = site.complete(prompts, n=4, **asked)["choices"]
+    # Of each of eight choices, its two tokens but the last; of six, the prompt's last token; the prompts themselves.
+    assert sum(computed) == 8 * 2 + 6 + 300
+    for i, choice in enumerate(choices):
+        alone = site.complete(prompts[i // 4], **{**asked, "seed": 11 + i % 4})["choices"][0]
+        assert choice["text"] == alone["text"]
+        for name, values in (alone["logprobs"] or {} if scored else {}).items():
+            assert [_close(value) for value in values] == choice["logprobs"][name], name
+    assert len({choice["text"] for choice in choices}) >= 4
+
+
+def test_a_prompt_that_can_not_be_cut_is_computed_by_each_choice(
+    site: _Site, exact: _Exact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"temperature": 1.2, "seed": 11, "n": 3}
+    expected = site.complete(IDS[:40], **asked)["choices"]
+    monkeypatch.setattr(type(exact.model.trunk), "can_truncate", False)
+    assert site.complete(IDS[:40], **asked)["choices"] == expected
+
+
 def _close(value: Any) -> Any:
     """Equal to a value up to rounding."""
     return pytest.approx(value, abs=1e-4) if isinstance(value, float | dict) else value
@@ -291,8 +325,8 @@ def test_the_model_is_asked_for_by_its_names(site: _Site) -> None:
 def test_an_answer_says_how_it_was_made(site: _Site) -> None:
     extra = site.complete([5, 6], max_tokens=5)["wdmoe"]
     assert (extra["policy"], extra["draft"], extra["degraded_tokens"]) == ("topk", "none", 0)
-    assert extra["first_token_ms"] > 0
-    assert extra["token_ms"] > 0
+    assert extra["ttft_ms"] > 0
+    assert extra["tpot_ms"] > 0
     assert 0 < extra["layer_wait_share"] < 1
 
 
@@ -312,7 +346,7 @@ def test_keys_have_names_and_limits_and_requests_are_logged_under_them(site: _Si
     refused, answered = (line for line in site.lines if line["key"] == "bob")
     assert (refused["status"], answered["status"]) == (429, 200)
     assert (answered["prompt_tokens"], answered["completion_tokens"], answered["choices"]) == (2, 2, 1)
-    assert 0 < answered["first_token_ms"] <= answered["total_ms"]
+    assert 0 < answered["ttft_ms"] <= answered["e2e_ms"]
     bob.key = "guess"
     assert bob.ask("POST", "/v1/completions", {"prompt": "w5"})[0] == 401
     wait_until(lambda: site.lines[-1]["status"] == 401, "the line of a refused caller")
