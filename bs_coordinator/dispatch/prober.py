@@ -84,7 +84,7 @@ class Prober:
         """Ping those of `nodes` that are left out and whose pause is over. Cheap when there are none."""
         for node in self._health.to_prove(now_s):
             if node in nodes:
-                self._ping(Probe(node, _PROOF_BYTES, _PROOF_BYTES), now_s, proves=True)
+                self._prove(node, now_s)
 
     def check_network(self, nodes: Collection[str], now_s: float) -> None:
         """Ping all `nodes` that are usable, to learn whether the network works at all. Cheap if just done."""
@@ -92,12 +92,17 @@ class Prober:
             self._next_check_s = now_s + _CHECK_EVERY_S
             for node in nodes:
                 if self._health.usable(node):
-                    self._ping(Probe(node, _PROOF_BYTES, _PROOF_BYTES), now_s, proves=True)
+                    self._prove(node, now_s)
 
     def ask_clocks(self, nodes: Iterable[str], now_s: float) -> None:
-        """Ask nodes for the time. Links are not estimated from the answers: a node may be computing meanwhile."""
+        """Ask nodes for the time, as far as the budget of probes allows it.
+
+        Links are not estimated from the answers: a node may be computing meanwhile.
+        """
         for node in nodes:
-            self._ping(Probe(node, 0, STAMP_BYTES), now_s, for_clock=True)
+            probe = Probe(node, 0, STAMP_BYTES)
+            if self._links.spend(probe, now_s):
+                self._ping(probe, now_s, for_clock=True)
 
     def take_clocks(self) -> list[ClockSample]:
         """What nodes' clocks showed since the last call: one sample per single ping with room for time stamps."""
@@ -114,6 +119,7 @@ class Prober:
         if ping is None or node != ping.probe.node or len(frame.payload) != ping.probe.up_bytes:
             return False
         del self._pings[frame.id]
+        self._links.count_probe(node, up_bytes=len(message.payload))
         if ping.proves:
             self._health.proven(node, ping.sent_ns / 1e9)
         if ping.probe.count == 1 and (stamps := read_stamps(frame.payload)) is not None:
@@ -131,6 +137,12 @@ class Prober:
                 self._links.answered(node)
         return True
 
+    def _prove(self, node: str, now_s: float) -> None:
+        # Whether a node may be used must not wait for the budget. These pings are few, and others make room for them.
+        probe = Probe(node, _PROOF_BYTES, _PROOF_BYTES)
+        self._links.spend(probe, now_s, anyway=True)
+        self._ping(probe, now_s, proves=True)
+
     def _ping(self, probe: Probe, now_s: float, *, proves: bool = False, for_clock: bool = False) -> None:
         for id in [id for id, ping in self._pings.items() if ping.expires_s < now_s]:
             del self._pings[id]
@@ -139,6 +151,7 @@ class Prober:
             id = self._new_id()
             frame = PingFrame(id, bytes(probe.down_bytes), probe.up_bytes)
             ping.down_bytes, ping.sent_ns = self._send(probe.node, frame)
+            self._links.count_probe(probe.node, down_bytes=ping.down_bytes)
             self._pings[id] = ping
         ping.sent_unix_ns = self._clock.unix_ns() - (self._clock.perf_ns() - ping.sent_ns)
 

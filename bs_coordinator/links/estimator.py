@@ -259,6 +259,13 @@ class LinkEstimator:
         """Whether the estimate is too old, or based on too few samples, to be trusted."""
         return now_s - self._sampled_s > _SILENCE_S or self.samples < KNOWN_SAMPLES
 
+    def measured_s_per_byte(self, *, down: bool) -> float | None:
+        """Seconds per byte to the node or from it; None if that direction was never measured."""
+        i = 1 if down else 2
+        if self._filter.std(i) > self._filter.x[i] and not (self.down_trains if down else self.up_trains).s_per_byte:
+            return None
+        return 1e-6 * self._filter.x[i]
+
     def unsure_of_rates(self) -> bool:
         """Whether a rate is known too poorly, so that packet trains are worth sending."""
         _, down, up = self.relative_std()

@@ -3,17 +3,19 @@
 Pure: times come with the samples and the questions, so a recorded log can be replayed.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bs_coordinator.links.budget import ProbeBudget
 from bs_coordinator.links.compute import ComputeEstimator
 from bs_coordinator.links.cross_traffic import MIN_LAYER_BYTES, CrossTraffic
 from bs_coordinator.links.estimator import KNOWN_SAMPLES, LinkEstimate, LinkEstimator, LinkSample
 from bs_coordinator.links.loads import LoadEstimator
-from bs_coordinator.links.probes import Probe, ProbeChooser
+from bs_coordinator.links.probes import Probe, ProbeChooser, uses
 from bs_coordinator.nodes.registry import LOCAL_NODE
 from bs_coordinator.selection.forecast import LayerForecast
 from wire.status import SocketFacts
@@ -32,6 +34,7 @@ class NodeEstimate:
         fixed_s, expert_s, row_s: the node's own time, per request, per distinct expert and per row.
         requests: number of requests that these times are based on.
         stale: there were no samples for too long; the node is not trusted to be faster than the typical node.
+        probing: what probes took so far.
     """
 
     node: str
@@ -41,6 +44,22 @@ class NodeEstimate:
     row_s: float
     requests: int
     stale: bool
+    probing: "Probing"
+
+
+@dataclass(frozen=True, slots=True)
+class Probing:
+    """Pings and packet trains of one node so far, or of all.
+
+    Attributes:
+        down_bytes: frames sent to the node.
+        up_bytes: frames of its answers.
+        refused: probes that did not fit into the budget (`links.budget`).
+    """
+
+    down_bytes: int = 0
+    up_bytes: int = 0
+    refused: int = 0
 
 
 class _Node:
@@ -94,13 +113,17 @@ class LinkMonitor:
         """
         self.shared_air = shared_air
         self._log = log
+        self._budget = ProbeBudget()
+        self._probe_bytes: Counter[tuple[str, bool]] = Counter()
+        self._refused: Counter[str] = Counter()
         self.forget()
 
     def forget(self) -> None:
         """Drop all estimates."""
         self._nodes: dict[str, _Node] = {}
         self._cross_traffic = CrossTraffic()
-        self._probes = ProbeChooser(shared_air=self.shared_air)
+        self._budget.forget()
+        self._probes = ProbeChooser(self._budget, self._refused)
 
     def observe(self, samples: Sequence[LinkSample]) -> None:
         """Take in the samples of one layer's requests, in the order in which they were sent; or one probe's."""
@@ -129,6 +152,8 @@ class LinkMonitor:
     def _observe_work(self, node: _Node, sample: LinkSample) -> None:
         """Update the node's own times from a request."""
         self._probes.worked(sample.node, sample.time_s)
+        if sample.node != LOCAL_NODE:
+            self._budget.worked(sample.time_s)
         node.most_rows = max(node.most_rows, sample.rows)
         computing_s = sample.node_s - sample.load_s
         node.compute.observe(sample.time_s, experts=sample.experts, rows=sample.rows, node_s=computing_s)
@@ -165,7 +190,36 @@ class LinkMonitor:
 
     def next_probe(self, nodes: Iterable[str], now_s: float) -> Probe | None:
         """The probe to send now to one of `nodes`, if any. It counts as sent."""
-        return self._probes.next_probe([(name, self._node(name).link) for name in nodes], now_s)
+        known = [(name, self._node(name).link) for name in nodes]
+        return self._probes.next_probe(known, now_s, shared_air=self.shared_air)
+
+    def spend(self, probe: Probe, now_s: float, *, anyway: bool = False) -> bool:
+        """Count a ping that `next_probe` did not choose as sent, if it fits into the budget; returns whether it does.
+
+        Args:
+            probe: the ping.
+            now_s: by the clock of the samples.
+            anyway: count it even if it does not fit.
+        """
+        needed = uses(probe, self._node(probe.node).link)
+        fits = self._budget.spend(needed, now_s, shared_air=self.shared_air, anyway=anyway)
+        if not (fits or anyway):
+            self._refused[probe.node] += 1
+        return fits
+
+    def count_probe(self, node: str, *, down_bytes: int = 0, up_bytes: int = 0) -> None:
+        """Take in that frames of a probe were sent, or came back."""
+        self._probe_bytes[node, True] += down_bytes
+        self._probe_bytes[node, False] += up_bytes
+
+    def probing(self, node: str | None = None) -> Probing:
+        """What probes took so far, of `node` or of all nodes."""
+        if node is None:
+            down, up = (
+                sum(n for (_, is_down), n in self._probe_bytes.items() if is_down is way) for way in (True, False)
+            )
+            return Probing(down, up, self._refused.total())
+        return Probing(self._probe_bytes[node, True], self._probe_bytes[node, False], self._refused[node])
 
     def forecast(
         self,
@@ -228,6 +282,7 @@ class LinkMonitor:
                     row_s=row_s,
                     requests=node.compute.samples,
                     stale=node.link.stale(now_s),
+                    probing=self.probing(name),
                 )
             )
         return result

@@ -123,6 +123,11 @@ class RateWindow:
         """Whether the last train differed from those before it."""
         return bool(self._odd_ones)
 
+    @property
+    def recent(self) -> int:
+        """How many trains the rate stands on."""
+        return len(self._trains)
+
     def observe(self, time_s: float, took_s: float, n_bytes: int) -> bool:
         """Take in a train; returns whether the link has changed.
 

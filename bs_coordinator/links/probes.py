@@ -1,10 +1,12 @@
 """Which probe to send next: pings and packet trains, to the node whose link is least well known. Pure."""
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
+from bs_coordinator.links.budget import ProbeBudget, Use
 from bs_coordinator.links.estimator import LinkEstimator, LinkSample
 from bs_coordinator.links.packet_train import plan_train
 
@@ -13,16 +15,38 @@ PROBE_EVERY_S = 0.1
 _HURRIED_EVERY_S = 0.02
 """The same while probes are wanted, at the start or after a jump."""
 _TRAIN_EVERY_S, _SURE_EVERY_S = 0.5, 2.0
-"""Between two trains on a link that is in use, in alternating directions; and once both rates are well known."""
+"""Between two trains on a link that is in use, in alternating directions; and once both rates are well known, or stand
+on as many trains as are worth sending in noise."""
 _SURE_RATE = 0.08
 """Relative standard deviation up to which a rate is well known."""
+_ENOUGH_TRAINS = 3
+"""Recent trains in each direction after which more of them are sent slowly, however much they differ: on a busy host
+they would go on to differ."""
 _TRAIN_SHARE, _HURRIED_SHARE = 0.02, 0.25
-"""Share of each direction's time that trains may take in normal operation; and on shared air while in a hurry."""
+"""Share of the time that a train may be on the way on shared air in normal operation, and in a hurry: others must have
+time for answers."""
+_FLEET_SHARE = 0.05
+"""The same on separate links in normal operation: all probes pass the base station's own connection."""
+_REGULAR_PART, _TRAIN_PART = 0.7, 0.9
+"""Of the budget: trains on links that are only in use leave some to urgent trains, and these some to pings."""
+_AGAIN_S = 0.1
+"""After a probe did not fit into the budget, until the next attempt at the same link."""
+_FIRST_S_PER_BYTE = 3.2e-7
+"""A direction without a rate gets a train for at most 25 Mbit/s, which fits into what it may take at first."""
+_OVERHEAD_BYTES = 256
+"""Of a message without payload: our frame, MQTT's topic, headers of TCP, IP and link, and its acknowledgement."""
+_ACK_SHARE = 0.03
+"""Acknowledgements of a train, relative to its bytes, in the other direction: one of 66 bytes for two segments."""
+_HURRIES, _HURRY_EVERY_S = 8.0, 8.0
+"""Trains that a link may get in a hurry, because others were odd or requests took longer, and the time until it may
+have one more. Once trains agree that the link has changed, it has all of them again; on a busy host they don't."""
 _CHECK_EVERY_S = 3.0
 """When one link has jumped, all others are checked, because they may share the cause; at most this often."""
 _LOST_S = 2.0
 """A probe without an answer for this long counts as lost, and another may be sent."""
 _UNSURE_RTT = 0.3
+_REGULAR = 4
+"""The least urgent: the link is only in use."""
 
 
 class _Kind(Enum):
@@ -59,66 +83,112 @@ class Probe:
 class _NodeProbes:
     """What is planned for one node, and when it was last probed and used."""
 
-    __slots__ = ("last_train", "next_train_s", "probed_s", "wanted", "worked_s")
+    __slots__ = (
+        "_hurried_s",
+        "_hurries",
+        "_new",
+        "again_s",
+        "last_train",
+        "next_train_s",
+        "probed_s",
+        "refused",
+        "wanted",
+        "worked_s",
+    )
 
     def __init__(self) -> None:
         self.wanted = list(_AT_FIRST)
         self.last_train = _Kind.UP
-        self.probed_s = self.next_train_s = self.worked_s = -math.inf
+        self.refused = False
+        self._new = True
+        self._hurries, self._hurried_s = _HURRIES, 0.0
+        self.probed_s = self.next_train_s = self.again_s = self.worked_s = -math.inf
 
     def urgency(self, link: LinkEstimator, now_s: float) -> int:
         """0 if no probe is needed; otherwise the smaller, the more urgent."""
+        if now_s < self.again_s:
+            return 0
         if link.stale(now_s):
             return 1
-        if self.wanted:
+        if self.wanted and (self.hurries(now_s) >= 1 or now_s >= self.next_train_s):
             return 2
+        if now_s < self.next_train_s:
+            return 0
         if link.unsure_of_rates() or link.relative_std()[0] > _UNSURE_RTT:
             return 3
-        return 4 if self.worked_s > self.probed_s and now_s > self.next_train_s else 0
+        return _REGULAR if self.worked_s > self.probed_s else 0
 
-    def next_kind(self, link: LinkEstimator, now_s: float) -> _Kind:
-        """The kind of probe to send now."""
-        if self.wanted:
-            return self.wanted.pop(0)
+    def hurries(self, now_s: float) -> float:
+        """How many trains may be sent at once now, rather than at the normal pace."""
+        return min(_HURRIES, self._hurries + (now_s - self._hurried_s) / _HURRY_EVERY_S)
+
+    def changed(self) -> None:
+        """Take in that trains agree that the link has changed, so hurrying was right."""
+        self._hurries = _HURRIES
+
+    def kinds(self, link: LinkEstimator, now_s: float) -> Iterator[_Kind]:
+        """The kind of probe to send now, then what to send if that is too much."""
+        stale = link.stale(now_s)
         rtt, down, up = link.relative_std()
-        if link.stale(now_s) or (rtt > _UNSURE_RTT and not link.unsure_of_rates()):
-            return _Kind.PING
-        if link.unsure_of_rates():
-            return _Kind.DOWN if down > up else _Kind.UP
-        return _Kind.DOWN if self.last_train is _Kind.UP else _Kind.UP
+        if self.wanted:
+            yield self.wanted[0]
+            if stale:
+                yield _Kind.PING
+        elif stale or (rtt > _UNSURE_RTT and not link.unsure_of_rates()):
+            yield _Kind.PING
+        elif link.unsure_of_rates():
+            yield _Kind.DOWN if down > up else _Kind.UP
+        else:
+            yield _Kind.DOWN if self.last_train is _Kind.UP else _Kind.UP
+
+    def sent(self, kind: _Kind, now_s: float, next_train_s: float) -> None:
+        """Take in that a probe was sent."""
+        if kind in self.wanted:
+            self.wanted.remove(kind)
+            if kind is not _Kind.PING and not self._new:
+                self._hurries, self._hurried_s = max(0.0, self.hurries(now_s) - 1), now_s
+        self._new = self._new and bool(self.wanted)
+        if kind is not _Kind.PING:
+            self.last_train = kind
+        self.probed_s, self.next_train_s, self.refused = now_s, next_train_s, False
 
 
 class ProbeChooser:
     """Chooses which node to probe next, how, and when."""
 
-    def __init__(self, *, shared_air: bool) -> None:
+    def __init__(self, budget: ProbeBudget, refused: Counter[str]) -> None:
         """No node was probed yet.
 
         Args:
-            shared_air: all links share one half-duplex channel.
+            budget: what probes may take.
+            refused: counts probes that did not fit into the budget, by node. One that waits until it fits counts once.
         """
-        self._shared_air = shared_air
+        self._budget = budget
+        self._refused = refused
         self._nodes: dict[str, _NodeProbes] = {}
         self._outstanding: dict[str, float] = {}
         self._last_probe_s = self._checked_s = -math.inf
         self._last_air_s = 0.0
 
-    def next_probe(self, links: Iterable[tuple[str, LinkEstimator]], now_s: float) -> Probe | None:
+    def next_probe(self, links: Iterable[tuple[str, LinkEstimator]], now_s: float, *, shared_air: bool) -> Probe | None:
         """The probe to send now, if any. It counts as sent.
 
         Links that are stale come first, then those that have jumped or are uncertain, then those in use whose rates
-        were not measured for a while.
+        were not measured for a while. A probe that does not fit into the budget is left out.
 
         Args:
             links: of the nodes that may be probed, by name.
             now_s: by the clock of the samples.
+            shared_air: all links share one half-duplex channel.
         """
         known = [(name, link, self._node(name)) for name, link in links]
-        hurried = any(node.wanted for _, _, node in known)
+        hurried = any(node.wanted and node.hurries(now_s) >= 1 for _, _, node in known)
         pause_s = _HURRIED_EVERY_S if hurried else PROBE_EVERY_S
-        if self._shared_air:
+        if shared_air:
             # Nodes on the same channel had to wait for the last probe, and must have time for answers.
             pause_s += self._last_air_s / (_HURRIED_SHARE if hurried else _TRAIN_SHARE)
+        elif not hurried:
+            pause_s += self._last_air_s / _FLEET_SHARE
         if now_s < self._last_probe_s + pause_s:
             return None
         candidates = [
@@ -126,17 +196,31 @@ class ProbeChooser:
             for name, link, node in known
             if now_s - self._outstanding.get(name, -math.inf) > _LOST_S and (urgency := node.urgency(link, now_s))
         ]
-        if not candidates:
-            return None
-        _, _, name, link = min(candidates, key=lambda candidate: candidate[:3])
+        for urgency, _, name, link in sorted(candidates, key=lambda candidate: candidate[:3]):
+            if probe := self._affordable(name, link, now_s, urgency == _REGULAR, shared_air):
+                self._outstanding[name] = self._last_probe_s = now_s
+                return probe
+        return None
+
+    def _affordable(
+        self, name: str, link: LinkEstimator, now_s: float, regular: bool, shared_air: bool
+    ) -> Probe | None:
+        """The probe of a node that fits into the budget, if any. It counts as sent."""
         node = self._nodes[name]
-        node.probed_s = self._outstanding[name] = self._last_probe_s = now_s
-        probe, self._last_air_s = _make_probe(name, node, link, node.next_kind(link, now_s))
-        if probe.count > 1:
-            # The directions alternate, so each has twice that time.
-            every_s = _SURE_EVERY_S if max(link.relative_std()[1:]) < _SURE_RATE else _TRAIN_EVERY_S
-            node.next_train_s = now_s + max(every_s, 0.5 * self._last_air_s / _TRAIN_SHARE)
-        return probe
+        for kind in node.kinds(link, now_s):
+            probe, air_s = _make_probe(name, link, kind)
+            part = 1.0 if kind is _Kind.PING else _REGULAR_PART if regular else _TRAIN_PART
+            if self._budget.spend(uses(probe, link), now_s, shared_air=shared_air, part=part):
+                self._last_air_s = air_s
+                # The directions alternate, so each has twice that time.
+                every_s = _SURE_EVERY_S if _known_enough(link) else _TRAIN_EVERY_S
+                node.sent(kind, now_s, now_s + max(every_s, 0.5 * air_s / _TRAIN_SHARE))
+                return probe
+            if not node.refused:
+                node.refused = True
+                self._refused[name] += 1
+            node.again_s = now_s + _AGAIN_S
+        return None
 
     def answered(self, node: str) -> None:
         """Take in that a probe of `node` came back, with or without a usable result."""
@@ -151,6 +235,8 @@ class ProbeChooser:
         # A train has measured its own direction already: the other one may have jumped as well, and other links too.
         # A request, on the other hand, may only have been delayed once.
         self._node(sample.node).wanted = list(_CHECK if sample.train else _AFTER_JUMP)
+        if sample.train:
+            self._node(sample.node).changed()
         if sample.train and sample.time_s - self._checked_s > _CHECK_EVERY_S:
             self._checked_s = sample.time_s
             for other in self._nodes.values():
@@ -170,18 +256,33 @@ class ProbeChooser:
         return known
 
 
-def _make_probe(name: str, node: _NodeProbes, link: LinkEstimator, kind: _Kind) -> tuple[Probe, float]:
+def uses(probe: Probe, link: LinkEstimator) -> tuple[Use, Use]:
+    """What a probe needs of both directions of its link."""
+    down, up = probe.count * probe.down_bytes, probe.count * probe.up_bytes
+    messages = probe.count * _OVERHEAD_BYTES
+    return (
+        Use((probe.node, "down"), messages + down + int(_ACK_SHARE * up), link.measured_s_per_byte(down=True)),
+        Use((probe.node, "up"), messages + up + int(_ACK_SHARE * down), link.measured_s_per_byte(down=False)),
+    )
+
+
+def _known_enough(link: LinkEstimator) -> bool:
+    if max(link.relative_std()[1:]) < _SURE_RATE:
+        return True
+    return min(link.down_trains.recent, link.up_trains.recent) >= _ENOUGH_TRAINS
+
+
+def _make_probe(name: str, link: LinkEstimator, kind: _Kind) -> tuple[Probe, float]:
     """The probe of this kind, and its estimated time on the air in seconds."""
     if kind is _Kind.PING:
         return Probe(name, 0, 0), 0.0
-    node.last_train = kind
-    _, down, up = link.relative_std()
-    if kind is _Kind.DOWN:
-        s_per_byte, std, noise_s = link.down_s_per_byte, down, link.down_trains.noise_s
-    else:
-        s_per_byte, std, noise_s = link.up_s_per_byte, up, link.up_trains.noise_s
+    down = kind is _Kind.DOWN
     # Assume a slow link: a train that is too short has to be repeated, one that is too long delays other messages.
-    s_per_byte *= 1 + min(std, 1.0)
-    train = plan_train(s_per_byte, link.rtt_s, noise_s)
-    sizes = (train.message_bytes, 0) if kind is _Kind.DOWN else (0, train.message_bytes)
+    s_per_byte = (link.down_s_per_byte if down else link.up_s_per_byte) * (
+        1 + min(link.relative_std()[kind.value], 1.0)
+    )
+    if link.measured_s_per_byte(down=down) is None:
+        s_per_byte = max(s_per_byte, _FIRST_S_PER_BYTE)
+    train = plan_train(s_per_byte, link.rtt_s, (link.down_trains if down else link.up_trains).noise_s)
+    sizes = (train.message_bytes, 0) if down else (0, train.message_bytes)
     return Probe(name, *sizes, train.count, train.lead), train.count * train.message_bytes * s_per_byte

@@ -62,6 +62,9 @@ _OF_LINK: tuple[_Metric[NodeEstimate], ...] = (
         "Standard deviation of the estimated goodput from the node.",
         lambda e: e.link.up_std_mbps * _BYTES_PER_MBIT,
     ),
+    _Metric("probe_down_bytes", "Frames of probes to the node.", lambda e: e.probing.down_bytes, counter=True),
+    _Metric("probe_up_bytes", "Frames of answers to probes.", lambda e: e.probing.up_bytes, counter=True),
+    _Metric("probes_refused", "Probes that did not fit into the budget.", lambda e: e.probing.refused, counter=True),
     _Metric("samples", "Samples of the link so far.", lambda e: e.link.samples, counter=True),
     _Metric("stale", "1 if there were no samples for too long.", lambda e: e.stale),
 )

@@ -13,7 +13,7 @@ from bs_coordinator.selection.forecast import Float, LayerForecast
 from testbed.experiment.recorder import LinkValue
 from testbed.plan.cells import Cell
 from testbed.run_directory.directory import RunDir
-from testbed.run_directory.machine_tables import ESTIMATE, FORECAST
+from testbed.run_directory.machine_tables import COUNT, ESTIMATE, FORECAST
 
 _COSTS = ("fixed_s", "expert_s", "row_air_s", "row_compute_s")
 """Attributes of `LayerForecast`, each float64 [nodes]."""
@@ -43,6 +43,19 @@ def estimate_values(estimates: Iterable[NodeEstimate]) -> list[LinkValue]:
             ("up_mbps", node.link.up_mbps),
             ("up_std_mbps", node.link.up_std_mbps),
             ("noise_ms", 1e3 * node.link.noise_s),
+        )
+    ]
+
+
+def probing_values(estimates: Iterable[NodeEstimate]) -> list[LinkValue]:
+    """What probes of each link took so far, as link samples."""
+    return [
+        LinkValue(node.node, COUNT, quantity, value)
+        for node in estimates
+        for quantity, value in (
+            ("probe_down_bytes", node.probing.down_bytes),
+            ("probe_up_bytes", node.probing.up_bytes),
+            ("probes_refused", node.probing.refused),
         )
     ]
 

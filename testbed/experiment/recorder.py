@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow as pa
 
 from bs_coordinator.engine.step_records import StepRecord
+from bs_coordinator.links import Probing
 from bs_coordinator.nodes.clock_offsets import ClockSample
 from bs_coordinator.nodes.telemetry_inbox import ReceivedTelemetry
 from testbed.experiment.clock_rows import Probe, clock_rows, node_clocks, probe_rows
@@ -27,7 +28,7 @@ Item = TypeVar("Item")
 
 
 class LinkValue(NamedTuple):
-    """One quantity of a node's link now; `kind` is `TRUTH`, `ESTIMATE` or `FORECAST`."""
+    """One quantity of a node's link now; `kind` is `TRUTH`, `ESTIMATE`, `FORECAST` or `COUNT`."""
 
     node: str
     kind: str
@@ -50,6 +51,7 @@ class Recorder:
         links: Callable[[], Sequence[LinkValue]] = lambda: (),
         telemetry: Callable[[], Sequence[ReceivedTelemetry]] = lambda: (),
         clocks: Callable[[], Sequence[ClockSample]] = lambda: (),
+        probing: Callable[[], Probing] = Probing,
         together: bool = True,
     ) -> None:
         """Begin a cell; telemetry that arrived before is dropped.
@@ -60,6 +62,7 @@ class Recorder:
             links: returns the state of all links now.
             telemetry: returns the nodes' telemetry since the last call.
             clocks: returns the answers of clock probes since the last call, and probes the clocks again.
+            probing: returns what probes of all links took so far.
             together: whether the tokens of a step choose their experts together; else no layer's time was predicted.
         """
         self.log_ns = 0
@@ -69,6 +72,8 @@ class Recorder:
         self._links = links
         self._telemetry = telemetry
         self._clocks = clocks
+        self._probing = probing
+        self._probed = probing()
         self._arrived: list[ReceivedTelemetry] = []
         self._probes: list[Probe] = []
         self._ticks: list[tuple[int, int]] = []
@@ -92,6 +97,7 @@ class Recorder:
         if ended_ns >= self._next_sample_ns:
             self._next_sample_ns = ended_ns + self._sample_ns
             self.sample()
+        before, self._probed = self._probed, self._probing()
         self._tokens.append(
             TokenRecord(
                 answer=answer,
@@ -104,6 +110,8 @@ class Recorder:
                 log_ns=time.perf_counter_ns() - began_ns,
                 top_k=self._top_k,
                 predicted=self._together,
+                probe_down_bytes=self._probed.down_bytes - before.down_bytes,
+                probe_up_bytes=self._probed.up_bytes - before.up_bytes,
             )
         )
         self.log_ns += time.perf_counter_ns() - began_ns

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from bs_coordinator.base_station import BaseStation
+from bs_coordinator.links import Probing
 from bs_coordinator.nodes.clock_offsets import ClockSample
 from bs_coordinator.nodes.telemetry_inbox import ReceivedTelemetry
 from bs_coordinator.selection import parse_policy
@@ -21,7 +22,7 @@ from bs_coordinator.selection.registry import check_scores
 from common.errors import StorageError, WdmoeError, one_line
 from testbed import facts
 from testbed.experiment.baselines import measure_baselines
-from testbed.experiment.measured_costs import estimate_values, forecast_values, measured_costs
+from testbed.experiment.measured_costs import estimate_values, forecast_values, measured_costs, probing_values
 from testbed.experiment.networks import Loopback, Network
 from testbed.experiment.parallel import run_parallel
 from testbed.experiment.recorder import LinkValue, Recorder
@@ -177,6 +178,7 @@ def _run_cell(run: RunDir, systems: "_Systems", cell: Cell, attempt: int) -> Mar
         links=systems.link_values,
         telemetry=systems.telemetry,
         clocks=systems.clock_samples,
+        probing=systems.probing,
         together=not isinstance(workload, Items) or workload.choosing == "together",
     )
     system.model.policy = policy
@@ -301,7 +303,8 @@ class _Systems:
         values = [LinkValue(node, TRUTH, quantity, value) for node, quantity, value in self._network.truth()]
         if base_station := self._base_station():
             dispatcher = base_station.dispatcher
-            values += estimate_values(dispatcher.links.estimates(time.perf_counter()))
+            estimates = dispatcher.links.estimates(time.perf_counter())
+            values += [*estimate_values(estimates), *probing_values(estimates)]
             values += forecast_values(dispatcher.holder_names, dispatcher.forecast(0))
         return values
 
@@ -309,6 +312,11 @@ class _Systems:
         """Telemetry of the nodes since the last call."""
         base_station = self._base_station()
         return base_station.dispatcher.telemetry.drain() if base_station else []
+
+    def probing(self) -> Probing:
+        """What probes of all links took so far."""
+        base_station = self._base_station()
+        return base_station.dispatcher.links.probing() if base_station else Probing()
 
     def clock_samples(self) -> list[ClockSample]:
         """Answers of clock probes since the last call; sends new probes."""

@@ -12,7 +12,7 @@ from wire.telemetry import Telemetry
 
 Moment = Literal["before", "during", "after"]
 """When a clock was probed, relative to the measurement of the cell."""
-TRUTH, ESTIMATE, FORECAST = "truth", "estimate", "forecast"
+TRUTH, ESTIMATE, FORECAST, COUNT = "truth", "estimate", "forecast", "count"
 """Kinds of link samples."""
 _UNIX = "wall clock of the base station"
 _MONOTONIC = "steady clock of the base station"
@@ -20,7 +20,7 @@ _NODE = "id of the node"
 
 
 class LinkSample(NamedTuple):
-    """One quantity of one node's link at one moment; `kind` is `TRUTH`, `ESTIMATE` or `FORECAST`."""
+    """One quantity of one node's link at one moment; `kind` is one of the constants above."""
 
     unix_ns: int
     monotonic_ns: int
@@ -176,7 +176,10 @@ LINK_SAMPLES = Table[LinkSample](
         Column("monotonic_ns", INT, _MONOTONIC),
         Column("node", NAME, _NODE),
         Column(
-            "kind", NAME, "truth (as configured, emulated networks only), estimate, or forecast (what policies see)"
+            "kind",
+            NAME,
+            "truth (as configured, emulated networks only), estimate, forecast (what policies see), or count (of "
+            "probes since the base station's start)",
         ),
         Column("quantity", NAME, "measured quantity; its name ends in the unit"),
         Column("value", FLOAT, "value in the unit that ends the quantity's name"),

@@ -20,6 +20,7 @@ class TokenRecord:
         top_k: experts per token and layer that plain top-k asks for.
         predicted: whether the forecasts of `steps` predict their layers' time.
         log_ns: time spent on logging this token.
+        probe_down_bytes, probe_up_bytes: of probes of all links, since the last token.
     """
 
     answer: int
@@ -32,6 +33,8 @@ class TokenRecord:
     log_ns: int
     top_k: int
     predicted: bool = True
+    probe_down_bytes: int = 0
+    probe_up_bytes: int = 0
 
     @cached_property
     def layers(self) -> list[LayerRecord]:
@@ -151,6 +154,8 @@ TOKENS = Table[TokenRecord](
         Column("accepted", INT, "draft tokens that were right", lambda t: sum(step.accepted for step in t.steps)),
         Column("draft_ns", INT, "making the draft tokens; part of `total_ns`"),
         Column("log_ns", INT, "spent on logging this token"),
+        Column("probe_down_bytes", INT, "frames of probes to nodes since the last token, of all links"),
+        Column("probe_up_bytes", INT, "frames of answers to probes since the last token"),
     ),
 )  # fmt: skip
 

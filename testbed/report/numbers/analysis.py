@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from testbed.facts import code_name
 from testbed.plan.schema import Generate
+from testbed.report.numbers.link_probes import count_probes
 from testbed.report.numbers.units import Units, item_units, step_units
 from testbed.run_directory.cell_rows import CellRows, numbers, read_cells
 from testbed.run_directory.directory import RunDir
@@ -59,6 +60,7 @@ class Analysis:
         units: units by arm and workload.
         requests: number of requests by policy, expert index and node.
         links: link samples of each cell, with a column `profile`.
+        probes: sums of `count_probes` over all cells.
         code: number of cells by version of the code that measured them.
     """
 
@@ -68,6 +70,7 @@ class Analysis:
     units: dict[Arm, dict[str, WorkloadUnits]] = field(default_factory=lambda: defaultdict(dict))
     requests: dict[str, Counter[tuple[int, str]]] = field(default_factory=lambda: defaultdict(Counter))
     links: list[pa.Table] = field(default_factory=list)
+    probes: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     logger: Logger = field(default_factory=Logger)
     code: Counter[str] = field(default_factory=Counter)
 
@@ -101,6 +104,7 @@ def _take(analysis: Analysis, rows: CellRows) -> None:
         for key, unit in item_units(rows):
             mine.items.add(key, unit)
     analysis.requests[cell.policy].update(_requests(rows.table("latency")))
+    analysis.probes.update(count_probes(rows))
     if "link_samples" in rows.tables:
         links = rows.tables["link_samples"]
         analysis.links.append(links.append_column("profile", pa.repeat(cell.profile, links.num_rows)))

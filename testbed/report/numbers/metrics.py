@@ -58,6 +58,17 @@ def _bytes(units: Units) -> Measure | None:
     return Ratio(units.sum("down_bytes") + units.sum("up_bytes"), tokens) if tokens.any() else None
 
 
+def _probe_bytes(units: Units) -> Measure | None:
+    """As `_bytes`, of probes of links."""
+    probes, tokens = units.sum("probe_down_bytes") + units.sum("probe_up_bytes"), units.sum("step_tokens")
+    return Ratio(probes, tokens) if probes.any() and tokens.any() else None
+
+
+def _probe_share(units: Units) -> Measure | None:
+    probes = units.sum("probe_down_bytes") + units.sum("probe_up_bytes")
+    return Share(probes, probes + units.sum("down_bytes") + units.sum("up_bytes")) if probes.any() else None
+
+
 def _prediction_error(units: Units) -> Measure | None:
     quantile = Quantile(units.errors(), 0.5)
     return quantile if quantile.enough else None
@@ -85,6 +96,8 @@ NODE_METRICS = (
     Metric("layer_wait_ms", "layer wait, ms", 2, _ratio("dispatch_ns", "layers", _MS)),
     Metric("requests_per_layer", "requests/layer", 2, _ratio("requests", "layers")),
     Metric("bytes_per_token", "KiB/token", 1, _bytes, scale=1 / 1024),
+    Metric("probe_bytes_per_token", "probes, KiB/token", 1, _probe_bytes, scale=1 / 1024),
+    Metric("probe_share", "probes, % of all bytes", 1, _probe_share, scale=100.0, points=True),
     Metric("prediction_error", "median error of predicted round trips, %", 1, _prediction_error, 100.0, points=True),
 )
 STEP_METRICS = (

@@ -8,6 +8,7 @@ from msgspec import Struct
 from testbed.plan.schema import Items, Workload
 from testbed.report.numbers.analysis import Analysis, Arm, WorkloadUnits
 from testbed.report.numbers.link_errors import LinkError, link_errors
+from testbed.report.numbers.link_probes import LinkProbes, link_probes
 from testbed.report.numbers.metrics import (
     ITEM_METRICS,
     NODE_METRICS,
@@ -116,6 +117,7 @@ class Summary(Struct, frozen=True, kw_only=True):
     method: dict[str, Any]
     arms: list[ArmResult]
     links: list[LinkError]
+    probes: list[LinkProbes]
     logger: LoggerCost | None
     failures: list[dict[str, Any]]
     gaps: list[dict[str, Any]]
@@ -168,6 +170,7 @@ def summarise(analysis: Analysis, *, resamples: int = RESAMPLES) -> Summary:
             for arm in dict.fromkeys(arm for arm, _ in planned_in_order(run))
         ],
         links=link_errors(analysis.links),
+        probes=link_probes(analysis.probes),
         logger=_logger(analysis),
         failures=failures,
         gaps=gaps,

@@ -20,7 +20,7 @@ Key = tuple[int, int]
 """Repetition, and number of the prompt, batch, text or item in the workload."""
 TOKEN_SUMS = (
     "total_ns", "trunk_ns", "network_ns", "compute_ns", "wait_ns", "framing_ns", "pairs", "full_pairs",
-    "down_bytes", "up_bytes", "step_tokens",
+    "down_bytes", "up_bytes", "probe_down_bytes", "probe_up_bytes", "step_tokens",
 )  # fmt: skip
 
 
@@ -102,7 +102,8 @@ def step_units(rows: CellRows) -> list[tuple[Key, Unit]]:
         return np.bincount(of, values, minlength=count).astype(float)
 
     columns = {"tokens": add_up(tokens), "layers": add_up(layers), "requests": add_up(latency)}
-    columns |= {name: add_up(tokens, numbers(tokens, name)) for name in TOKEN_SUMS}
+    # Earlier runs lack some columns.
+    columns |= {name: add_up(tokens, np.nan_to_num(numbers(tokens, name))) for name in TOKEN_SUMS}
     predicted = numbers(layers, "predicted_ns")
     columns |= {
         "dispatch_ns": add_up(layers, numbers(layers, "dispatch_ns")),

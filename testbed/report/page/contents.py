@@ -16,7 +16,10 @@ from testbed.statistics import LEAST_UNITS
 
 _NO_CELL = "No cell of this workload is complete yet."
 _QUALITY = ("accuracy", "perplexity", "dropped_share", "layer_wait_ms", "predicted_layer_wait_ms")
-_SENT = ("dropped_share", "requests_per_layer", "bytes_per_token", "predicted_layer_wait_ms", "prediction_error")
+_SENT = (
+    "dropped_share", "requests_per_layer", "bytes_per_token", "probe_bytes_per_token", "probe_share",
+    "predicted_layer_wait_ms", "prediction_error",
+)  # fmt: skip
 _COMPARED = ("token_ms", "token_p95_ms", "layer_wait_ms", "bytes_per_token")
 
 
@@ -32,6 +35,7 @@ def contents(run: RunDir, summary: Summary, figures: dict[str, list[Figure]]) ->
         *_generation(summary, figures["latency"]),
         *_quality(summary, figures["pareto"]),
         *_links(summary, figures["links"]),
+        *_probes(summary),
         *([Section("Requests by expert and node", [*figures["requests"]])] if figures["requests"] else []),
         _run_history(summary),
         *session_sections(run),
@@ -100,7 +104,8 @@ def _generation(summary: Summary, figures: Sequence[Figure]) -> list[Section]:
             _metric_table(summary, results, [*TOKEN_METRICS, METRICS["layer_wait_ms"]]),
             f"Relative to {_label(summary, summary.baseline)}, paired by prompt and repetition:",
             _against_table(summary, results),
-            "Requests and bytes. Dropped pairs are (token, expert) pairs of plain top-k that the policy left out:",
+            "Requests and bytes. Dropped pairs are (token, expert) pairs of plain top-k that the policy left out; "
+            "probes are not part of KiB/token:",
             _metric_table(summary, results, [*(METRICS[m] for m in _SENT), SAME_TOKENS]),
             "Time per token along the critical path:",
             _metric_table(summary, results, PART_METRICS),
@@ -168,6 +173,22 @@ def _links(summary: Summary, figures: Sequence[Figure]) -> list[Section]:
         header = ("profile", "node", "quantity", "configured (median)", "median error, %", "samples")
         blocks.append(Table(header, rows, 3))
     return [Section("Links: estimated and configured", [*blocks, *figures])]
+
+
+def _probes(summary: Summary) -> list[Section]:
+    if not summary.probes:
+        return []
+    probes, frames = (sum(getattr(p, name) for p in summary.probes) for name in ("probe_bytes", "frame_bytes"))
+    text = (
+        f"{100 * probes / max(1, probes + frames):.1f} % of the bytes on all links were probes of the links. Refused "
+        "probes did not fit into their budget, so the estimate of that link grew less certain."
+    )
+    rows = []
+    for p in summary.probes:
+        numbers = f"{p.probe_bytes / 1024:.0f}", f"{p.frame_bytes / 1024:.0f}", f"{100 * p.share:.1f}", str(p.refused)
+        rows.append([p.profile, p.node, *numbers])
+    header = ("profile", "node", "probes, KiB", "requests and answers, KiB", "probes, %", "refused")
+    return [Section("Probes", [text, Table(header, rows, 2)])]
 
 
 def _run_history(summary: Summary) -> Section:

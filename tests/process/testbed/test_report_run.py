@@ -87,6 +87,15 @@ def _result(run_dir: RunDir, policy: str, workload: str) -> dict[str, Any]:
     return result
 
 
+def test_each_links_probes_are_counted(reported: RunDir) -> None:
+    links = _summary(reported)["probes"]
+    assert [link["node"] for link in links] == sorted({r["node"] for r in _rows(reported, "latency")})
+    for link in links:
+        assert link["probe_bytes"] > 0 < link["frame_bytes"]
+        assert link["share"] == pytest.approx(link["probe_bytes"] / (link["probe_bytes"] + link["frame_bytes"]))
+    assert "were probes of the links" in (reported.path / "report.md").read_text()
+
+
 def test_times_and_bytes_are_those_of_the_rows(reported: RunDir) -> None:
     for policy in ("topk", "top1"):
         tokens = [t for t in _rows(reported, "tokens", workload="generate", policy=policy) if t["token"] > 0]
@@ -99,6 +108,9 @@ def test_times_and_bytes_are_those_of_the_rows(reported: RunDir) -> None:
         assert found["layer_wait_ms"]["value"] == pytest.approx(np.mean([r["dispatch_ns"] / 1e6 for r in layers]))
         moved = np.mean([t["down_bytes"] + t["up_bytes"] for t in tokens])
         assert found["bytes_per_token"]["value"] == pytest.approx(moved)
+        probed = sum(t["probe_down_bytes"] + t["probe_up_bytes"] for t in tokens)
+        assert found["probe_bytes_per_token"]["value"] == pytest.approx(probed / len(tokens))
+        assert found["probe_share"]["value"] == pytest.approx(probed / (probed + moved * len(tokens)))
         parts = sum(found[f"{part}_ms"]["value"] for part in ("trunk", "network", "compute", "wait", "framing"))
         assert parts == pytest.approx(found["token_ms"]["value"])
         assert found["dropped_share"]["value"] == {"topk": 0.0, "top1": 0.5}[policy]

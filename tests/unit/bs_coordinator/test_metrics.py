@@ -171,6 +171,9 @@ def test_an_exposition_adds_up_to_the_records_of_the_steps(scraped: tuple[str, s
         assert value(samples, "wdmoe_node_up", node=node) == 1
         assert value(samples, "wdmoe_node_experts", node=node) == 4
         assert value(samples, "wdmoe_link_rtt_seconds", node=node) > 0
+        assert value(samples, "wdmoe_link_probe_down_bytes_total", node=node) > 0
+        assert value(samples, "wdmoe_link_probe_up_bytes_total", node=node) > 0
+        assert value(samples, "wdmoe_link_probes_refused_total", node=node) >= 0
     assert value(samples, "wdmoe_experts") == 8
     assert value(samples, "wdmoe_experts_missing") == value(samples, "wdmoe_experts_lost") == 0
     assert value(samples, "wdmoe_prompt_tokens_total") == records.prompt_tokens == 8

@@ -86,6 +86,8 @@ def _changed_tokens() -> Iterator[tuple[str, TokenRecord]]:
         yield name, of_layer(layer)
     for name, step in _variants(STEP):
         yield name, of_step(step)
+    yield "TokenRecord.probe_down_bytes", replace(TOKEN, probe_down_bytes=5)
+    yield "TokenRecord.probe_up_bytes", replace(TOKEN, probe_up_bytes=5)
 
 
 CHANGED_TOKENS = dict(_changed_tokens())
