@@ -91,7 +91,7 @@ def bundle(name: str, out: Path, revision: str | None, config: ExportConfig) -> 
         quant = "int8-dynamic"
     text = None if config.calibrate is None else read_text(config.calibrate)
     try:
-        quantisation, choice = choose_quantisation(config.device, quant, config.block, config.symmetric)
+        quantisation, choice = choose_quantisation(config.device, quant, config.block, config.symmetric, config.w2_bits)
 
         def room_for(folder: Path, weight_bytes: int) -> Room:
             return forecast_room(

@@ -22,6 +22,12 @@ class ExportConfig(Config):
     block: Annotated[
         Literal[32, 64, 128] | None, Option("Weights that share a scale, for int4 and int8.  [default: 32]")
     ] = None
+    w2_bits: Annotated[
+        Literal[4, 8] | None,
+        Option(
+            "Bits of int4 experts' last matrix, w2: with 8, they err less and take a quarter more bytes.  [default: 4]"
+        ),
+    ] = None
     calibrate: Annotated[
         Path | None,
         Option(

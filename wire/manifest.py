@@ -179,6 +179,10 @@ class Quantisation(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         symmetric: no zero points.
         backend: what made the graphs: `direct` (this project) or `optimum`.
         calibration: the text that the codes were chosen for; UNSET, and left out of the JSON, if there was none.
+        w2_bits: bits of w2's codes, where int4 keeps them at 8; UNSET, and left out of the JSON, elsewhere.
+
+    Raises:
+        ValueError: `w2_bits` with another scheme than int4.
     """
 
     scheme: Scheme
@@ -186,13 +190,25 @@ class Quantisation(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     symmetric: bool = False
     backend: Literal["direct", "optimum"] = "direct"
     calibration: Calibration | UnsetType = UNSET
+    w2_bits: Literal[8] | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        if self.w2_bits and self.scheme != "int4":
+            raise ValueError(f"w2_bits is for int4, not {self.scheme}")
+
+    def of_matrix(self, matrix: str) -> "Quantisation":
+        """How `w1`, `w3` or `w2` is stored: as all of them, or w2 as int8 if it has 8 bits."""
+        if matrix == "w2" and self.w2_bits:
+            return msgspec.structs.replace(self, scheme="int8", w2_bits=UNSET)
+        return self
 
     def __str__(self) -> str:
         block = f" b{self.block}" if self.block else ""
         symmetric = " symmetric" if self.symmetric and self.block else ""
         via = "" if self.backend == "direct" else f" via {self.backend}"
+        w2 = f" w2-int{self.w2_bits}" if self.w2_bits else ""
         calibrated = " calibrated" if self.calibration else ""
-        return f"{self.scheme}{block}{symmetric}{via}{calibrated}"
+        return f"{self.scheme}{block}{symmetric}{w2}{via}{calibrated}"
 
 
 class FileEntry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -197,11 +197,11 @@ def _encoder_maker(job: ExpertJob, x: Array, weights: Array | None) -> Callable[
     """
     quantisation = job.quantisation
     if weights is None:
-        return lambda matrix: make_encoder(quantisation, *matrix_shape(job.dims, matrix))
+        return lambda matrix: make_encoder(quantisation.of_matrix(matrix), *matrix_shape(job.dims, matrix))
     statistics = InputStatistics(x[PROBE_ROWS:], weights)
     return lambda matrix: CalibratedEncoder(
         *matrix_shape(job.dims, matrix),
-        BITS[quantisation.scheme],
+        BITS[quantisation.of_matrix(matrix).scheme],
         quantisation.block,
         quantisation.symmetric,
         statistics,

@@ -5,7 +5,8 @@ the graph, every tensor at a multiple of `ALIGNMENT`, so that runtimes can map i
 
 How each scheme multiplies:
 
-    int4, int8     com.microsoft MatMulNBits, accuracy level 4 (activations to int8 per block)
+    int4, int8     com.microsoft MatMulNBits, accuracy level 4 (activations to int8 per block); with `w2_bits`, w2 has
+                   8 bits beside w1 and w3 with 4
     int8-dynamic   DynamicQuantizeLinear → MatMulInteger → Cast → Mul, which onnxruntime fuses
     fp32           Gemm with the weights transposed, so that they keep the checkpoint's layout
     fp16           the same behind a Cast: fp16 on disk, computed in fp32
@@ -25,7 +26,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from exporter.expert.encoders import StoredPart, matrix_parts
+from exporter.expert.encoders import BITS, StoredPart, matrix_parts
 from wire.manifest import Dims, ExpertGraph, Quantisation
 
 # The smallest page size of all platforms: tensors that start on a page are mapped without copying.
@@ -80,7 +81,7 @@ def plan_layout(dims: Dims, quantisation: Quantisation, expert: ExpertGraph = SI
     for matrix in MATRICES:
         placed = []
         rows, columns = matrix_shape(dims, matrix)
-        stored = matrix_parts(quantisation, rows, columns)
+        stored = matrix_parts(quantisation.of_matrix(matrix), rows, columns)
         if expert.biases:
             stored += (StoredPart("bias", np.dtype(np.float32), (rows,)),)
         for part in stored:
@@ -194,7 +195,7 @@ class _Builder:
         return output
 
     def _matmul(self, x: str, matrix: str, dims: Dims, output: str) -> None:
-        scheme = self._quantisation.scheme
+        scheme = self._quantisation.of_matrix(matrix).scheme
         if scheme in ("int4", "int8"):
             self._block_matmul(x, matrix, output, *matrix_shape(dims, matrix))
         elif scheme == "int8-dynamic":
@@ -217,7 +218,7 @@ class _Builder:
             domain="com.microsoft",
             K=inputs,
             N=outputs,
-            bits=4 if self._quantisation.scheme == "int4" else 8,
+            bits=BITS[self._quantisation.of_matrix(matrix).scheme],
             block_size=self._quantisation.block,
             accuracy_level=ACCURACY_LEVEL,
         )

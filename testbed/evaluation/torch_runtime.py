@@ -63,7 +63,8 @@ class TorchRuntime:
         weights = entry.files[1]
         verify_file(bundle, weights)
         stored = torch.from_numpy(np.fromfile(bundle / weights.path, np.uint8)).to(self._device)
-        return [_product(stored, layout, m, matrix_shape(dims, m)[1], manifest.quantisation) for m in MATRICES]
+        of = manifest.quantisation.of_matrix
+        return [_product(stored, layout, m, matrix_shape(dims, m)[1], of(m)) for m in MATRICES]
 
 
 def check_device(device: str | None) -> None:

@@ -278,6 +278,7 @@ def test_unfinished_export_of_another_kind(mixtral: Callable[..., Path], tmp_pat
         (("--device", "pi4"), "int8-dynamic for pi4: "),
         (("--device", "pi5"), "int4 b32 for pi5: "),
         (("--device", "pi4", "--quant", "int8", "--block", "64"), "int8 b64"),
+        (("--w2-bits", "8"), "int4 b32 w2-int8"),
     ],
 )
 def test_presets_say_what_they_chose(
@@ -291,7 +292,12 @@ def test_presets_say_what_they_chose(
 def test_options_that_do_not_go_together(mixtral: Callable[..., Path], tmp_path: Path, run: Run) -> None:
     with pytest.raises(ValueError, match="no meaning with --quant fp16"):
         choose_quantisation(None, "fp16", 32, False)
-    for options in (("--quant", "fp32", "--symmetric"), ("--layers", "9"), ("--experts", "x")):
+    with pytest.raises(ValueError, match="--w2-bits is for --quant int4, not int8-dynamic"):
+        choose_quantisation("pi4", None, None, False, 8)
+    with pytest.raises(ValueError, match=r"--w2-bits 8 does not suit pi4: its cores lack .* use --quant int8-dynamic"):
+        choose_quantisation("pi4", "int4", None, False, 8)
+    for options in (("--quant", "fp32", "--symmetric"), ("--quant", "int8", "--w2-bits", "8"), ("--layers", "9"),
+                    ("--experts", "x")):  # fmt: skip
         result = run("exporter", "bundle", mixtral(), tmp_path / "out", *options)
         assert result.returncode == 2, result.stderr
         assert result.stderr.count("\n") == 1

@@ -70,19 +70,22 @@ def test_gpt_oss_experts(scheme: Scheme, block: int, symmetric: bool, limit: flo
 
 
 @pytest.mark.parametrize(
-    ("scheme", "block", "slices", "limit"),
-    [("fp32", 0, 4, 2e-6), ("fp16", 0, 3, 2e-6), ("int4", 32, 2, 2e-6), ("int4", 32, 5, 2e-6), ("int8", 64, 2, 2e-6)],
-)
-def test_slices_add_up_to_the_expert(scheme: Scheme, block: int, slices: int, limit: float, tmp_path: Path) -> None:
+    ("quantisation", "slices"),
+    [
+        (FP32, 4), (Quantisation(scheme="fp16"), 3), (Quantisation(scheme="int4", block=32), 2),
+        (Quantisation(scheme="int4", block=32), 5), (Quantisation(scheme="int8", block=64), 2),
+        (Quantisation(scheme="int4", block=32, w2_bits=8), 4),
+    ],
+)  # fmt: skip
+def test_slices_add_up_to_the_expert(quantisation: Quantisation, slices: int, tmp_path: Path) -> None:
     """The bias of w2 counts once, and no block is cut: quantised weights are those of the whole expert."""
     _, tensors = gpt_oss(tmp_path / "checkpoint")
-    quantisation = Quantisation(scheme=scheme, block=block)
     job = ExpertJob(ExpertId(0, 1), tensors, DIMS, quantisation, tmp_path, graph=GPT_OSS)
     x = 3 * probe_input(DIMS.hidden, 6)
     whole = run_rows(tmp_path / export_expert(job).files[0].path, x)
     entries = [export_expert(slice_of(job, k, slices)) for k in range(slices)]
     parts = np.stack([run_rows(tmp_path / e.files[0].path, x) for e in entries])
-    assert relative_error(parts.sum(axis=0), whole) < limit
+    assert relative_error(parts.sum(axis=0), whole) < 2e-6
     assert [e.name for e in entries] == [f"L00:E1/{k}" for k in range(slices)]
     assert len({file.path for e in entries for file in e.files}) == 2 * slices
     for entry in entries:

@@ -15,7 +15,7 @@ from testbed.evaluation.local_experts import LocalExperts
 from testbed.evaluation.torch_runtime import TorchRuntime
 from tests.checkpoints import tiny_moe
 from tests.in_process import run_in_process
-from wire.manifest import ExpertEntry, Quantisation, Scheme, load_manifest, probe_input
+from wire.manifest import ExpertEntry, Quantisation, load_manifest, probe_input
 from wire.tensors import Array
 
 _FP32_ACTIVATIONS = 1
@@ -45,21 +45,22 @@ def unrounded(bundle: Path, entry: ExpertEntry, x: Array) -> Array:
 
 
 @pytest.mark.parametrize(
-    ("family", "scheme", "block", "symmetric", "slices"),
+    ("family", "quantisation", "slices"),
     [
-        ("qwen3_moe", "int4", 32, False, 1),
-        ("qwen3_moe", "int4", 16, True, 2),
-        ("gpt_oss", "int8", 32, False, 1),
-        ("gpt_oss", "int4", 128, False, 1),  # a block larger than a row: padded
-        ("gpt_oss", "fp16", 0, False, 1),
-        ("mixtral", "fp32", 0, False, 3),
+        ("qwen3_moe", Quantisation(scheme="int4", block=32), 1),
+        ("qwen3_moe", Quantisation(scheme="int4", block=16, symmetric=True), 2),
+        ("qwen3_moe", Quantisation(scheme="int4", block=16, w2_bits=8), 2),
+        ("gpt_oss", Quantisation(scheme="int4", block=32, symmetric=True, w2_bits=8), 1),
+        ("gpt_oss", Quantisation(scheme="int8", block=32), 1),
+        ("gpt_oss", Quantisation(scheme="int4", block=128), 1),  # a block larger than a row: padded
+        ("gpt_oss", Quantisation(scheme="fp16"), 1),
+        ("mixtral", Quantisation(scheme="fp32"), 3),
     ],
+    ids=str,
 )
 def test_same_outputs(
-    family: str, scheme: Scheme, block: int, symmetric: bool, slices: int,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    quantisation = Quantisation(scheme=scheme, block=block, symmetric=symmetric)
+    family: str, quantisation: Quantisation, slices: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = bundle(tmp_path, family, monkeypatch, quantisation, slices)
     manifest = load_manifest(folder)
     runtime = TorchRuntime(folder, manifest, "cpu")
