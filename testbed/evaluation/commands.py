@@ -47,8 +47,9 @@ def register(group: click.Group) -> None:
     help="Evaluate each policy with this rule for the weights of the experts it keeps; repeatable.",
 )  # fmt: skip
 @click.option(
-    "--task", "tasks", multiple=True, type=click.Choice(["ARC-Easy", "PIQA"]), default=["ARC-Easy", "PIQA"],
-    help="Questions to ask; repeatable.  [default: all]",
+    "--task", "tasks", multiple=True, type=click.Choice(["ARC-Easy", "PIQA", "HellaSwag"]),
+    default=["ARC-Easy", "PIQA"],
+    help="Questions to ask; repeatable.  [default: ARC-Easy and PIQA]",
 )  # fmt: skip
 @click.option(
     "--lost", type=click.IntRange(0), multiple=True,

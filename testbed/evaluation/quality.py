@@ -25,10 +25,15 @@ from common.files import atomic_write
 from testbed.evaluation.data_sets import ChoiceItem, DomainText, read_items
 from testbed.evaluation.local_experts import LocalExperts
 from testbed.evaluation.scoring import EachAlone, choose, losses
+from testbed.plan.schema import Form
 from testbed.statistics import wilson_interval
 from wire.manifest import load_manifest
 
 TASKS = {"ARC-Easy": "arc_easy_test.jsonl", "PIQA": "piqa_valid.jsonl"}
+MORE_TASKS = {"HellaSwag": "hellaswag_val.jsonl"}
+"""Questions that are asked only on request."""
+_FORMS: dict[str, Form] = {"HellaSwag": "continuation"}
+"""How questions are put to the model, where not as `question`."""
 DOMAINS = "domains.jsonl"
 
 
@@ -83,7 +88,7 @@ def measure_quality(
         items: number of items per task, from the beginning of the file.
         texts_per_domain: number of texts per domain, from the beginning of the file.
         tokens: most tokens per text.
-        tasks: which of `TASKS`.
+        tasks: which of `TASKS` and `MORE_TASKS`.
         policies: as `parse_policy` reads them.
         lost: indices of experts to leave out in every layer, as after the loss of nodes without replicas.
         device: what computes the experts (`LocalExperts`).
@@ -100,7 +105,7 @@ def measure_quality(
     top_k = manifest.dims.top_k
     parsed = [parse_policy(text, top_k=top_k, model_sha256=manifest.model_sha256) for text in policies]
     trunk = load_trunk(bundle / "trunk")
-    questions = {task: read_items(data / TASKS[task], ChoiceItem, items) for task in tasks}
+    questions = {task: read_items(data / (TASKS | MORE_TASKS)[task], ChoiceItem, items) for task in tasks}
     texts: dict[str, list[str]] = defaultdict(list)
     for item in read_items(data / DOMAINS, DomainText):
         if len(texts[item.domain]) < texts_per_domain:
@@ -113,7 +118,7 @@ def measure_quality(
         experts.pairs = experts.tokens = 0
         accuracy: dict[str, Accuracy] = {}
         for task, some in questions.items():
-            chosen = choose(model, tokenizer, some)
+            chosen = choose(model, tokenizer, some, form=_FORMS.get(task, "question"))
             right = sum(c == q.label for c, q in zip(chosen, some, strict=True))
             accuracy[task] = Accuracy(right, len(some), *wilson_interval(right, len(some)))
         by_domain = {domain: losses(model, tokenizer, t, tokens=tokens) for domain, t in sorted(texts.items())}
@@ -150,7 +155,7 @@ def uneven_links(layer: int, *, experts: int) -> LayerForecast:
 
 def print_quality(rows: Sequence[Quality], console: Console) -> None:
     """Print the results as a table."""
-    tasks = [task for task in TASKS if any(task in row.accuracy for row in rows)]
+    tasks = [task for task in TASKS | MORE_TASKS if any(task in row.accuracy for row in rows)]
     table = Table("experts", Column("policy", overflow="fold"), "MiB", "asked", "perplexity", *tasks)
     for row in rows:
         table.add_row(
