@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from common.files import atomic_write
+
 MAX_LINE_BYTES = 16 << 20
 """Longest line that is read into memory."""
 _MOST_DIGITS = 400
@@ -123,6 +125,14 @@ def read_json_lines(
                 reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
                 raise JsonLinesError(f"{path}, line {number}: {reason}") from None
             yield document
+
+
+def drop_cut_line(path: Path) -> None:
+    """Remove the end of a file that an interruption cut off within a line."""
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        with atomic_write(path) as file:
+            file.write(data[: data.rfind(b"\n") + 1])
 
 
 def _is_cut(line: bytes) -> bool:

@@ -179,6 +179,7 @@ def _wanted(
 ) -> "Wanted":  # fmt: skip
     from bs_coordinator.placement.plan import Wanted
     from bs_coordinator.placement.predict import TRUNK_BYTES_PER_S, TRUNK_ROW_SHARE, Station
+    from bs_coordinator.placement.row_curve import RowCurve
     from wire.manifest import Quantisation
 
     if not quantisations:
@@ -192,7 +193,7 @@ def _wanted(
             raise click.UsageError(f"an expert at {quantisation} can be cut into at most {blocks} --slices")
     trunk_s = shape.trunk_bytes / TRUNK_BYTES_PER_S if trunk_ms is None else 1e-3 * trunk_ms
     return Wanted(
-        quantisations=quantisations, station=Station(trunk_s, TRUNK_ROW_SHARE * trunk_s), slices=slices,
+        quantisations=quantisations, station=Station(RowCurve.line(trunk_s, TRUNK_ROW_SHARE * trunk_s)), slices=slices,
         replicas=replicas, shared_air=shared_air, prompt_tokens=prompt, draft=draft, resident_bytes=resident,
         exported=exported,
     )  # fmt: skip
@@ -208,14 +209,14 @@ def _assumed(
     lines = []
     if trunk_ms is None:
         lines.append(
-            f"trunk: {1e3 * wanted.station.trunk_s:.1f} ms per token, its weights in bf16 read at "
+            f"trunk: {1e3 * wanted.station.trunk_s.first:.1f} ms per token, its weights in bf16 read at "
             f"{1e-9 * TRUNK_BYTES_PER_S:.0f} GB/s; --trunk-ms states what was measured"
         )
     if not links_known:
         lines.append(f"links: {DEFAULT_LINK[0]:.0f} Mbit/s and {DEFAULT_LINK[1]:.0f} ms; see --link and --links")
     if traffic is None:
         lines.append("routing: all experts are asked equally often; --traffic takes a run's latency.csv")
-    for kind, facts in {board.kind: board.facts for board in boards if not board.rates}.items():
+    for kind, facts in {board.kind: board.facts for board in boards if not board.byte_s}.items():
         lines.append(
             f"{kind}: {1e-9 * facts.memory_bytes_per_s:.0f} GB/s ({facts.source}); --tuned states measurements"
         )

@@ -17,15 +17,16 @@ from common.jsonl import decode_json
 from wire.status import NodeStatus
 
 if TYPE_CHECKING:
-    from bs_coordinator.placement.boards import Board, BoardKind, BoardLink, MeasuredRate
+    from bs_coordinator.placement.boards import Board, BoardKind, BoardLink
+    from bs_coordinator.placement.row_curve import RowCurve
     from bs_coordinator.placement.shapes import ModelShape, Variant
+    from wire.manifest import Quantisation
     from wire.tensors import Array
 
 DEFAULT_LINK = (100.0, 2.0)
 """Mbit/s and ms of links that were neither measured nor stated."""
 _MOST_TOKENS = 1 << 20
 """Tokens of a request in a latency.csv."""
-_LEAST_S = 1e-9
 _BATCH_ROWS = 16
 """Rows of a batch in a tuning file."""
 T = TypeVar("T")
@@ -156,7 +157,7 @@ def with_measured_links(boards: "Iterable[Board]", path: Path, held: "Variant | 
             board = replace(board, link=BoardLink(one.link.rtt_s, one.link.down_mbps, one.link.up_mbps))
             if held is not None and one.requests:
                 rate = _rate(held.unit_bytes, one.expert_s + one.row_s, one.row_s)
-                board = replace(board, node_s=one.fixed_s, rates={**board.rates, str(held.quantisation): rate})
+                board = replace(board, node_s=one.fixed_s, byte_s={**board.byte_s, str(held.quantisation): rate})
         found.append(board)
     return found
 
@@ -175,14 +176,14 @@ def with_tuning(boards: "Iterable[Board]", tuned: Mapping[str, Path], shape: "Mo
         tuning = read_tuning(path)
         if tuning is None or not any(name in (board.name, board.kind) for board in boards):
             raise click.BadParameter(f"--tuned {name}={path}: no such tuning file, or no such board in this fleet")
-        rates: dict[str, MeasuredRate] = {}
+        rates: dict[str, RowCurve] = {}
         usable = [trial for trial in tuning.trials if not trial.refused and trial.token_ms and trial.batch_ms]
         for trial in sorted(usable, key=lambda trial: -min(trial.token_ms)):
-            quantisation = parse_quantisation(*_scheme_and_block(trial.quantisation))
+            quantisation = _quantisation(trial.quantisation)
             first_s = 1e-3 * min(trial.token_ms)
             further_s = (1e-3 * min(trial.batch_ms) - first_s) / (_BATCH_ROWS - 1)
             rates[trial.quantisation] = _rate(variant(shape, quantisation, 1).unit_bytes, first_s, further_s)
-        boards = [replace(b, rates={**b.rates, **rates}) if name in (b.name, b.kind) else b for b in boards]
+        boards = [replace(b, byte_s={**b.byte_s, **rates}) if name in (b.name, b.kind) else b for b in boards]
     return boards
 
 
@@ -229,21 +230,25 @@ def _read(path: Path, kind: type[T], made_by: str) -> T:
 
 
 def _link(mbps: float, rtt_ms: float) -> "BoardLink":
-    from bs_coordinator.placement.boards import BoardLink
+    """A stated link: its round trip is that of a ping, without the broker."""
+    from bs_coordinator.placement.boards import BROKER_S, BoardLink
 
-    return BoardLink(1e-3 * rtt_ms, mbps, mbps)
-
-
-def _rate(unit_bytes: int, first_s: float, further_s: float) -> "MeasuredRate":
-    from bs_coordinator.placement.boards import MeasuredRate
-
-    return MeasuredRate(unit_bytes / max(first_s, _LEAST_S), unit_bytes / max(further_s, _LEAST_S))
+    return BoardLink(1e-3 * rtt_ms + BROKER_S, mbps, mbps)
 
 
-def _scheme_and_block(quantisation: str) -> tuple[str, str]:
-    """`("int4", "32")` from `int4 b32`; symmetric and calibrated weights are as fast as others."""
-    scheme, *rest = quantisation.split(" ")
-    return scheme, next((word[1:] for word in rest if word[1:].isdecimal()), "")
+def _rate(unit_bytes: int, first_s: float, further_s: float) -> "RowCurve":
+    """Seconds per byte of a unit's files, by the rows that go through it."""
+    from bs_coordinator.placement.row_curve import RowCurve
+
+    return RowCurve.line(max(first_s, 0.0), max(further_s, 0.0)).scaled(1 / unit_bytes)
+
+
+def _quantisation(name: str) -> "Quantisation":
+    """How experts are stored that are named `int4 b32`; symmetric and calibrated weights are as fast as others."""
+    scheme, *rest = name.split(" ")
+    block = next((word[1:] for word in rest if word[1:].isdecimal()), "")
+    found = parse_quantisation(scheme, block)
+    return msgspec.structs.replace(found, w2_bits=8) if "w2-int8" in rest else found
 
 
 def _kind(status: NodeStatus, ram_bytes: int) -> "tuple[str, BoardKind]":

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
+from bs_coordinator.placement.row_curve import RowCurve
 from bs_coordinator.placement.shapes import ModelShape, Variant
 from edge_node.experts import loaded_bytes
 from wire.manifest import Scheme
@@ -15,6 +16,9 @@ CALL_S = 50e-6
 NODE_S = 0.5e-3
 """Assumed time of a request in a node beyond its experts: waking up, decoding, queue, encoding. In docs/performance.md,
 nodes take 14 to 15 ms more per token of 30 layers than their experts alone."""
+BROKER_S = 0.5e-3
+"""What broker, MQTT clients and processes that wake up add to a link's round trip: 23 to 25 ms per token of 30 layers,
+less 0.3 ms per layer of the emulated link itself (docs/performance.md, "Decode against the floor")."""
 KERNEL_FACTOR: dict[Scheme, float] = {"int4": 1.6, "int8": 1.35, "int8-dynamic": 1.7, "fp16": 2.8, "fp32": 1.4}
 """Time of one row ÷ (bytes of the files ÷ memory bandwidth), on one x86-64 core (docs/performance.md, "Experts on a
 device"). onnxruntime widens fp16 weights to fp32, so these are read twice as wide."""
@@ -64,25 +68,13 @@ class BoardLink(NamedTuple):
     """The link between base station and a device.
 
     Attributes:
-        rtt_s: round trip of an empty message.
+        rtt_s: round trip of an empty message, the broker's share included (`BROKER_S`).
         down_mbps, up_mbps: rates in Mbit/s, to the device and from it.
     """
 
     rtt_s: float
     down_mbps: float
     up_mbps: float
-
-
-class MeasuredRate(NamedTuple):
-    """How fast a device computes with one quantisation, measured.
-
-    Attributes:
-        bytes_per_s: bytes of an expert's files ÷ time of one row.
-        row_bytes_per_s: the same ÷ time that each further row adds.
-    """
-
-    bytes_per_s: float
-    row_bytes_per_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +89,8 @@ class Board:
         link: measured or stated.
         disk_bytes: disk space for experts; None if there is enough.
         node_s: time of a request in the node beyond its experts.
-        rates: measured speeds by quantisation, as `str(Quantisation)` writes it.
+        byte_s: measured seconds per byte of a unit's files, by the rows that go through it, for each quantisation as
+            `str(Quantisation)` writes it.
     """
 
     name: str
@@ -107,7 +100,7 @@ class Board:
     link: BoardLink
     disk_bytes: int | None = None
     node_s: float = NODE_S
-    rates: Mapping[str, MeasuredRate] = field(default_factory=dict)
+    byte_s: Mapping[str, RowCurve] = field(default_factory=dict)
 
     def fits(self, variant: Variant) -> int:
         """How many units fit into RAM and on the disk, by the estimate with which a node refuses what does not fit."""
@@ -122,12 +115,12 @@ class Board:
             units * loaded_bytes(variant.unit_bytes, variant.quantisation.scheme) + min(units, 1) * variant.unit_bytes
         )
 
-    def unit_s(self, shape: ModelShape, variant: Variant) -> tuple[float, float]:
-        """Seconds for one row through one unit, and for each further row through it."""
+    def unit_s(self, shape: ModelShape, variant: Variant) -> RowCurve:
+        """Seconds for so many rows through one unit."""
         size = variant.unit_bytes
-        if measured := self.rates.get(str(variant.quantisation)):
-            return size / measured.bytes_per_s, size / measured.row_bytes_per_s
+        if measured := self.byte_s.get(str(variant.quantisation)):
+            return measured.scaled(size)
         scheme = variant.quantisation.scheme
         slower = self.facts.block_factor if variant.quantisation.block else 1.0
         first_s = CALL_S + slower * KERNEL_FACTOR[scheme] * size / self.facts.memory_bytes_per_s
-        return first_s, slower * 2 * shape.expert_weights / variant.slices / self.facts.ops_per_s
+        return RowCurve.line(first_s, slower * 2 * shape.expert_weights / variant.slices / self.facts.ops_per_s)

@@ -9,6 +9,7 @@ from bs_coordinator.dispatch.assignment import assign
 from bs_coordinator.errors import FleetTooSmallError, PlacementError
 from bs_coordinator.placement.boards import KERNEL_FACTOR, Board
 from bs_coordinator.placement.predict import LOCAL, Costs, Routing, Station, Step, predict_prompt_s, predict_step
+from bs_coordinator.placement.row_curve import RowCurve
 from bs_coordinator.placement.shapes import ModelShape, Variant, possible_slices, variant
 from bs_coordinator.placement.spread import Placement, PlacementDevice, plan_placement
 from bs_coordinator.resident.choice import choose_resident
@@ -232,7 +233,7 @@ def _predicted(costs: Costs, replicas: int, placement: Placement, routing: Routi
     each = loaded_bytes(cut.unit_bytes, cut.quantisation.scheme)
     slots = max(0, wanted.resident_bytes - cut.unit_bytes) // (each * cut.slices)
     unit_s = KERNEL_FACTOR[cut.quantisation.scheme] * cut.unit_bytes / wanted.resident_bytes_per_s
-    station = wanted.station._replace(unit_s=unit_s, unit_row_s=unit_s / 4)
+    station = wanted.station._replace(unit_s=RowCurve.line(unit_s, unit_s / 4))
     resident: frozenset[ExpertId] = frozenset()
     if slots:
         remote_s = 1e-3 * np.array(costs.row_ms())[holders].reshape(shape.layers, shape.experts, -1).max(axis=-1)

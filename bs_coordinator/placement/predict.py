@@ -1,13 +1,18 @@
 """Predicts the time of a token and of a prompt for a given assignment of experts to devices. Pure.
 
-A layer takes `trunk + requests + answered`, where `answered` is the time until the last asked device has answered
+A layer takes `trunk + station + answered`, where `answered` is the time until the last asked device has answered
 (`bs_coordinator.selection.forecast.answered_s`), and device k, asked for `units` of its units, takes
 
-    time_k = rtt_k + node_k + units · first_k + (pairs - units) · further_k + down / down_rate_k + up / up_rate_k
+    time_k = rtt_k + node_k + units · crowd · unit_k(pairs / units) + down / down_rate_k + up / up_rate_k
 
-with `down` and `up` the bytes of its request and answer, and `pairs` the number of (hidden state, unit) pairs: the
-first hidden state of a unit reads its weights, further ones only compute. Which devices are asked is averaged over
-draws of experts by their frequencies.
+with `down` and `up` the bytes of its request and answer, `pairs` the number of (hidden state, unit) pairs, and
+`unit_k(rows)` the time of so many hidden states through one unit: the first reads its weights, further ones only
+compute. `crowd` is how much slower devices are that share one machine's memory; boards of their own don't.
+
+`station` is what the base station does one after the other for all devices that it asks: `layer + requests · request
++ bytes · byte`, bytes of requests and answers together.
+
+Which devices are asked is averaged over draws of experts by their frequencies.
 """
 
 from collections.abc import Sequence
@@ -19,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bs_coordinator.placement.boards import Board
+from bs_coordinator.placement.row_curve import RowCurve
 from bs_coordinator.placement.shapes import ModelShape, Variant
 from bs_coordinator.selection.forecast import Float, Index, answered_s
 from wire.frames import HEADER_BYTES, RESULT_BYTES, ROW_BYTES
@@ -26,13 +32,21 @@ from wire.tensors import Array
 
 PIECE_ROWS = 128
 """Most rows of a micro-batch. A prompt passes through the layers in micro-batches, all in progress at once."""
-REQUEST_S = 0.1e-3
-"""Time that the base station takes per request, from planning to adding up (docs/performance.md: 0.2 ms per layer of
-two requests)."""
+LAYER_S = 0.3e-3
+"""Time per layer for forecast and choice of experts, beside other processes: 8 to 11 ms per token of 30 layers
+(docs/performance.md, "Decode against the floor")."""
+REQUEST_S = 0.18e-3
+"""Time that the base station takes per request, from planning to adding up: 11 to 12 ms per token of 30 layers with two
+small requests each (same table)."""
+BYTE_S = 2e-9
+"""Time that the base station takes per byte of a request or an answer: half of what 64 KiB take longer than 8 KiB
+through broker, client and node (docs/performance.md, "Transport", loopback)."""
 TRUNK_BYTES_PER_S = 200e9
 """Assumed memory bandwidth with which a trunk reads its weights, that of a laptop's GPU."""
 TRUNK_ROW_SHARE = 0.02
 """Assumed time of a further row in the trunk, as a share of a token's."""
+NO_CROWD = RowCurve((1,), (1.0,))
+"""Devices that don't slow each other down."""
 LOCAL = -1
 """Stands for the base station where `Assignment` names a device."""
 _MESSAGE_BYTES = 100
@@ -45,20 +59,21 @@ _LEAST_DRAWS = 4
 
 
 class Station(NamedTuple):
-    """The base station's own times.
+    """The base station's own times, in seconds.
 
     Attributes:
-        trunk_s: trunk and head for one token.
-        trunk_row_s: what each further row of a step adds to it.
-        request_s: per request.
-        unit_s, unit_row_s: one row through a unit that the base station keeps itself, and each further one.
+        trunk_s: trunk and head, by the rows of a step.
+        layer_s: per layer, whatever is asked.
+        request_s: per request of a layer, from planning to adding up.
+        byte_s: per byte of requests and answers.
+        unit_s: rows through a unit that the base station keeps itself.
     """
 
-    trunk_s: float
-    trunk_row_s: float
+    trunk_s: RowCurve
+    layer_s: float = LAYER_S
     request_s: float = REQUEST_S
-    unit_s: float = 0.0
-    unit_row_s: float = 0.0
+    byte_s: float = BYTE_S
+    unit_s: RowCurve = RowCurve((1,), (0.0,))
 
 
 class Step(NamedTuple):
@@ -121,12 +136,14 @@ class Costs:
     Attributes:
         boards: the devices.
         shared_air: whether all links share one channel.
+        crowd: how many times as long units take when so many devices compute at once, because they share a machine.
     """
 
     shape: ModelShape
     variant: Variant
     boards: Sequence[Board]
     shared_air: bool
+    crowd: RowCurve = NO_CROWD
 
     @cached_property
     def waits_s(self) -> Float:
@@ -134,30 +151,40 @@ class Costs:
         return np.array([board.link.rtt_s + board.node_s for board in self.boards])
 
     @cached_property
-    def units_s(self) -> Float:
-        """float64 [nodes, 2], the first and each further row through a unit."""
-        return np.array([board.unit_s(self.shape, self.variant) for board in self.boards])
+    def units_s(self) -> list[RowCurve]:
+        """By device, rows through a unit."""
+        return [board.unit_s(self.shape, self.variant) for board in self.boards]
 
     @cached_property
     def bytes_s(self) -> Float:
         """float64 [nodes, 2], seconds per byte to the device and from it."""
         return np.array([[8e-6 / board.link.down_mbps, 8e-6 / board.link.up_mbps] for board in self.boards])
 
-    def air_s(self, rows: NDArray[np.integer], pairs: NDArray[np.integer]) -> Float:
-        """float64 [..., nodes], time of requests and answers on the air; 0 where no row goes."""
+    def message_bytes(self, rows: NDArray[np.integer], pairs: NDArray[np.integer]) -> tuple[Float, Float]:
+        """float64 [..., nodes] each, bytes of requests and of answers; 0 where no row goes."""
         values = rows * (self.shape.hidden * _VALUE_BYTES)
         down = _MESSAGE_BYTES + HEADER_BYTES + values + pairs * ROW_BYTES
         up = _MESSAGE_BYTES + RESULT_BYTES + values
-        return np.where(rows > 0, down * self.bytes_s[:, 0] + up * self.bytes_s[:, 1], 0.0)
+        return np.where(rows > 0, down, 0.0), np.where(rows > 0, up, 0.0)
+
+    def air_s(self, rows: NDArray[np.integer], pairs: NDArray[np.integer]) -> Float:
+        """float64 [..., nodes], time of requests and answers on the air; 0 where no row goes."""
+        down, up = self.message_bytes(rows, pairs)
+        return down * self.bytes_s[:, 0] + up * self.bytes_s[:, 1]
 
     def compute_s(self, units: NDArray[np.integer], pairs: NDArray[np.integer]) -> Float:
-        """float64 [..., nodes], computing time."""
-        return units * self.units_s[:, 0] + (pairs - units) * self.units_s[:, 1]
+        """float64 [..., nodes], computing time; the rows of a request spread evenly over its units."""
+        rows = pairs / np.maximum(units, 1)
+        alone_s = np.stack([units[..., k] * curve.at(rows[..., k]) for k, curve in enumerate(self.units_s)], axis=-1)
+        at_once = np.count_nonzero(units, axis=-1, keepdims=True)
+        slowed: Float = alone_s * self.crowd.at(np.maximum(at_once, 1))
+        return slowed
 
     def row_ms(self) -> list[float]:
         """By device, ms of one hidden state there, through a unit and back."""
         one = np.ones(len(self.boards), np.intp)
-        return [float(s) for s in 1e3 * (self.waits_s + self.compute_s(one, one) + self.air_s(one, one))]
+        first_s = np.array([curve.first for curve in self.units_s])
+        return [float(s) for s in 1e3 * (self.waits_s + first_s + self.air_s(one, one))]
 
 
 def predict_step(costs: Costs, holders: Index, routing: Routing, rows: int, station: Station) -> Step:
@@ -177,14 +204,16 @@ def predict_step(costs: Costs, holders: Index, routing: Routing, rows: int, stat
     compute_s = costs.compute_s(units_of, pairs_of)
     asked = rows_of > 0
     time_s = np.where(asked, costs.waits_s + compute_s + air_s, 0.0)
-    local_s = local_units * station.unit_s + (local_pairs - local_units) * station.unit_row_s
-    waited_s = np.maximum(
-        answered_s(time_s, air_s, shared_air=costs.shared_air) + asked.sum(axis=-1) * station.request_s, local_s
-    )
+    local_rows = local_pairs / np.maximum(local_units, 1)
+    local_s = local_units * station.unit_s.at(local_rows)
+    down, up = costs.message_bytes(rows_of, pairs_of)
+    requests, sent = asked.sum(axis=-1), (down + up).sum(axis=-1)
+    station_s = np.where(requests > 0, station.layer_s + requests * station.request_s + sent * station.byte_s, 0.0)
+    waited_s = np.maximum(answered_s(time_s, air_s, shared_air=costs.shared_air) + station_s, local_s)
     channel_s = air_s.sum(axis=-1) if costs.shared_air else air_s.max(axis=-1)
     answered = float(waited_s.mean(axis=0).sum())
     return Step(
-        seconds=station.trunk_s + (rows - 1) * station.trunk_row_s + answered,
+        seconds=float(station.trunk_s.at(rows)) + answered,
         answered_s=answered,
         asked=float(asked.sum(axis=-1).mean()),
         read_bytes=float(units_of.max(axis=-1).mean()) * costs.variant.unit_bytes,

@@ -109,11 +109,14 @@ def variant(shape: ModelShape, quantisation: Quantisation, slices: int) -> Varia
 
     Blocks of int4 and int8 have a scale of four bytes and, unless symmetric, a zero point as wide as a weight.
     """
-    scheme = quantisation.scheme
-    width = {"int4": 0.5, "int8": 1.0, "int8-dynamic": 1.0, "fp16": 2.0, "fp32": 4.0}[scheme]
-    per_block = 4 + (0 if quantisation.symmetric else width)
-    per_weight = width + (per_block / quantisation.block if quantisation.block else 0)
+    per_weight = sum(_bytes_per_weight(quantisation.of_matrix(matrix)) for matrix in ("w1", "w3", "w2")) / 3
     return Variant(quantisation, slices, -(-int(shape.expert_weights * per_weight) // slices))
+
+
+def _bytes_per_weight(quantisation: Quantisation) -> float:
+    width = {"int4": 0.5, "int8": 1.0, "int8-dynamic": 1.0, "fp16": 2.0, "fp32": 4.0}[quantisation.scheme]
+    per_block = 4 + (0 if quantisation.symmetric else width)
+    return width + (per_block / quantisation.block if quantisation.block else 0)
 
 
 def possible_slices(shape: ModelShape, quantisation: Quantisation) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -22,6 +23,25 @@ from testbed.network.emulated import EmulatedNetwork, emulated
 DEDICATED_MBPS = 100
 
 
+class Links(NamedTuple):
+    """Links that are all alike.
+
+    Attributes:
+        rtt_ms: round trip of each.
+        mbps: rate of each, in both directions, or of the channel.
+        shared_air: whether all share one channel.
+    """
+
+    rtt_ms: float
+    mbps: float = DEDICATED_MBPS
+    shared_air: bool = False
+
+    @property
+    def profile(self) -> str:
+        """Name of the network's profile."""
+        return f"{'shared' if self.shared_air else 'dedicated'}-{self.mbps:g}-{self.rtt_ms:g}"
+
+
 @dataclass(frozen=True, slots=True)
 class System:
     """A running system.
@@ -35,6 +55,11 @@ class System:
     network: EmulatedNetwork
     station: BaseStation
     processes: Mapping[str, Sequence[int]]
+
+    def set_links(self, links: Links) -> None:
+        """Switch to other links, which the system was started with."""
+        self.network.set_profile(links.profile)
+        self.station.dispatcher.links.shared_air = links.shared_air
 
     def core_ms(self) -> dict[str, float]:
         """Milliseconds since their start that processes ran on a core, and waited for one, by role."""
@@ -62,10 +87,10 @@ def why_not() -> str:
 
 @contextmanager
 def running(
-    settings: Settings, bundle: Path, *, nodes: Mapping[str, str], rtts_ms: Sequence[float],
-    mbps: float = DEDICATED_MBPS, shared_air: bool = False, draft: DraftMode = "none", draft_model: Path | None = None,
+    settings: Settings, bundle: Path, *, nodes: Mapping[str, str], links: Sequence[Links],
+    draft: DraftMode = "none", draft_model: Path | None = None,
 ) -> Iterator[System]:  # fmt: skip
-    """Run a system on links of one rate, for the duration of the context.
+    """Run a system for the duration of the context, on the first of the links.
 
     This thread is in the base station's network namespace meanwhile.
 
@@ -73,9 +98,7 @@ def running(
         settings: settings of the benchmark.
         bundle: bundle of base station and nodes.
         nodes: experts by node.
-        rtts_ms: round trips; each gets a profile `rtt<ms>`.
-        mbps: rate of each link, or of the channel.
-        shared_air: whether all links share one channel.
+        links: that the system can be switched to.
         draft, draft_model: as in `BaseStationConfig`.
     """
     from testbed.network import namespaces
@@ -83,10 +106,10 @@ def running(
 
     spec = settings.folder / "network.yaml"
     config = BaseStationConfig(
-        bundle=bundle, degrade=False, draft=draft, draft_model=draft_model, shared_air=shared_air
+        bundle=bundle, degrade=False, draft=draft, draft_model=draft_model, shared_air=links[0].shared_air
     )
     with atomic_write(spec) as file:
-        file.write(_spec(list(nodes), rtts_ms, mbps, shared_air=shared_air).encode())
+        file.write(_spec(list(nodes), links).encode())
     with (
         emulated(spec) as network,
         namespaces.inside(namespaces.namespace(network.spec.name, BASE_STATION)),
@@ -106,10 +129,12 @@ def running(
         yield System(network, station, processes)
 
 
-def _spec(nodes: Sequence[str], rtts_ms: Sequence[float], mbps: float, *, shared_air: bool) -> str:
-    rates, shared = f"down_mbps: {mbps:g}, up_mbps: {mbps:g}", f"shared_air: {'true' if shared_air else 'false'}"
-    profiles = "".join(f"  rtt{rtt:g}: {{{shared}, default: {{{rates}, delay_ms: {rtt / 2:g}}}}}\n" for rtt in rtts_ms)
-    return f"name: bench{os.getpid()}\nnodes: [{', '.join(nodes)}]\nprofiles:\n{profiles}"
+def _spec(nodes: Sequence[str], links: Sequence[Links]) -> str:
+    lines = [f"name: bench{os.getpid()}", f"nodes: [{', '.join(nodes)}]", "profiles:"]
+    for one in links:
+        rates = f"{{down_mbps: {one.mbps:g}, up_mbps: {one.mbps:g}, delay_ms: {one.rtt_ms / 2:g}}}"
+        lines.append(f"  {one.profile}: {{shared_air: {str(one.shared_air).lower()}, default: {rates}}}")
+    return "\n".join(lines) + "\n"
 
 
 def _schedstat_ms(pid: int) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -11,9 +11,10 @@ from msgspec import Struct
 
 from bs_coordinator.placement.boards import BoardLink
 from bs_coordinator.placement.known_fleet import predict_known
-from bs_coordinator.placement.predict import Routing, Station
-from common.files import atomic_write
+from bs_coordinator.placement.predict import Routing
+from bs_coordinator.placement.row_curve import RowCurve
 from common.jsonl import read_json_lines
+from testbed.bench.fleet_parts import FleetParts
 from wire.experts import UnitId, format_selector
 from wire.manifest import Manifest
 
@@ -83,19 +84,17 @@ class StepRow(Struct, frozen=True):
 
 
 class Alone(Struct, frozen=True):
-    """Parts of a step, each measured alone on this machine, in ms.
+    """Parts of a step, each measured alone on this machine.
 
     Attributes:
-        trunk_ms: trunk and head for one row.
-        trunk_row_ms: what each further row adds.
-        unit_ms: one row through a unit, on one core.
-        unit_row_ms: what each further row adds.
+        trunk_ms: trunk and head, by the number of sequences with a row each.
+        draft_trunk_ms: the same, by the rows of a single sequence.
+        fleet: parts of layers, measured on the idle fleet.
     """
 
-    trunk_ms: float
-    trunk_row_ms: float
-    unit_ms: float
-    unit_row_ms: float
+    trunk_ms: RowCurve
+    draft_trunk_ms: RowCurve
+    fleet: FleetParts
 
 
 class ArmResult(Struct, frozen=True):
@@ -103,8 +102,10 @@ class ArmResult(Struct, frozen=True):
 
     Attributes:
         steps: all measured steps.
-        predicted_ms: per token, by the planner from the parts alone and the configured links.
+        predicted_ms: per token, by the planner from the parts alone, the links' configured rates and their idle round
+            trips.
         alone: these parts.
+        idle_ms: round trips of idle links, by node.
         unix_s: when it was finished.
     """
 
@@ -112,6 +113,7 @@ class ArmResult(Struct, frozen=True):
     steps: tuple[StepRow, ...]
     predicted_ms: float
     alone: Alone
+    idle_ms: dict[str, float]
     unix_s: int
 
     @property
@@ -143,14 +145,6 @@ def read_results(path: Path) -> dict[Arm, ArmResult]:
     return {result.arm: result for result in read_json_lines(path, decode)}
 
 
-def drop_cut_line(path: Path) -> None:
-    """Remove the end of a file that an interruption cut off within a line."""
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        with atomic_write(path) as file:
-            file.write(data[: data.rfind(b"\n") + 1])
-
-
 def holders_of(experts: int, slices: int, nodes: int) -> list[int]:
     """Index of the node that holds each unit of a layer.
 
@@ -178,18 +172,22 @@ def selectors_of(manifest: Manifest, nodes: int) -> dict[str, str]:
     }
 
 
-def predicted_ms(arm: Arm, manifest: Manifest, alone: Alone) -> float:
-    """The planner's prediction per token, from the configured links and the parts measured alone."""
-    dims = manifest.dims
+def predicted_ms(arm: Arm, manifest: Manifest, alone: Alone, idle_ms: Mapping[str, float]) -> float:
+    """The planner's prediction per token, from the configured rates and the parts measured alone.
+
+    Args:
+        idle_ms: round trips of idle links, by node.
+    """
+    dims, fleet = manifest.dims, alone.fleet
     experts = selectors_of(manifest, arm.nodes)
-    links = dict.fromkeys(experts, BoardLink(arm.rtt_ms / 1e3, arm.mbps, arm.mbps))
+    links = {node: BoardLink(idle_ms[node] / 1e3, arm.mbps, arm.mbps) for node in experts}
     routing = Routing(np.ones((dims.layers, dims.experts), np.float32), dims.top_k)
-    station = Station(alone.trunk_ms / 1e3, alone.trunk_row_ms / 1e3)
+    trunk_ms = alone.draft_trunk_ms if arm.drafts else alone.trunk_ms
 
     def step_ms(rows: int) -> float:
         step = predict_known(
-            manifest, experts, links, unit_s=alone.unit_ms / 1e3, further_s=alone.unit_row_ms / 1e3,
-            station=station, routing=routing, shared_air=arm.shared_air, rows=rows,
+            manifest, experts, links, unit_s=fleet.unit_ms.scaled(1e-3), crowd=fleet.crowd, node_s=0.0,
+            station=fleet.station(trunk_ms.scaled(1e-3)), routing=routing, shared_air=arm.shared_air, rows=rows,
         )  # fmt: skip
         return 1e3 * step.seconds
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from bs_coordinator.base_station import BaseStation, open_base_station
 from bs_coordinator.broker.processes import open_broker
 from bs_coordinator.config import BaseStationConfig, TrunkDtype
+from bs_coordinator.placement.boards import BoardLink
 from common.files import atomic_write
 from testbed.local_nodes import local_nodes
 from testbed.network import namespaces
@@ -50,6 +52,11 @@ class ShapeFleet:
         self.network.set_profile(arm.profile)
         self.station.dispatcher.links.shared_air = arm.shared_air
         self.station.dispatcher.measure_links(_SETTLE_S)
+
+    def idle_links(self, mbps: float) -> dict[str, BoardLink]:
+        """Links of this rate, with the round trips that were measured last."""
+        estimates = self.station.dispatcher.links.estimates(time.perf_counter())
+        return {one.node: BoardLink(one.link.rtt_s, mbps, mbps) for one in estimates}
 
 
 def choose_cores(siblings: Sequence[Sequence[int]], nodes: int) -> Cores:

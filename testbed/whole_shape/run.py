@@ -11,11 +11,13 @@ import torch
 
 from common.cpu_idle import cpu_idle_disabled
 from common.files import append_all, atomic_write
+from common.jsonl import drop_cut_line
 from testbed import facts
+from testbed.bench.fleet_parts import measure_parts
 from testbed.twin.bundle import write_twin_bundle
 from testbed.twin.shapes import TwinName, kept_layers
-from testbed.whole_shape.alone import measure_alone
-from testbed.whole_shape.arms import Arm, ArmResult, arms_of, drop_cut_line, predicted_ms, read_results, table
+from testbed.whole_shape.alone import trunk_by_drafts, trunk_by_sequences
+from testbed.whole_shape.arms import LINKS, Alone, Arm, ArmResult, arms_of, predicted_ms, read_results, table
 from testbed.whole_shape.fleet import choose_cores, read_siblings, running
 from testbed.whole_shape.measure import Decoder
 
@@ -87,9 +89,12 @@ def _measure(
     cores = choose_cores(read_siblings(), nodes)
     with running(scratch, manifest, out / "logs", cores, device) as fleet:
         started_s = time.monotonic() - began - prepared_s
-        alone = measure_alone(scratch, manifest, fleet.station.model.trunk, core=cores.nodes[0])
+        trunk = fleet.station.model.trunk
+        fleet.set_links(msgspec.structs.replace(arms[0], mbps=LINKS[0][0], rtt_ms=LINKS[0][1], shared_air=False))
+        parts = measure_parts(fleet.station.dispatcher, manifest.dims, fleet.idle_links(LINKS[0][0]))
+        alone = Alone(trunk_by_sequences(trunk), trunk_by_drafts(trunk), parts)
         decoder = Decoder(fleet.station.model)
-        on_progress(f"{slices} slices: fleet ready, {passed()}; alone: {alone}")
+        on_progress(f"{slices} slices: fleet ready, {passed()}; trunk {alone.trunk_ms}, unit {parts.unit_ms}")
         session = {
             **facts.result_header(_SCHEMA),
             "model": name, "layers": layers, "nodes": nodes, "slices": slices, "device": device,
@@ -101,15 +106,17 @@ def _measure(
         }  # fmt: skip
         with atomic_write(out / f"session-{time.strftime('%Y%m%d-%H%M%S')}.json") as file:
             file.write(json.dumps(session, indent=1).encode())
-        links = ""
+        links, idle_ms = "", dict[str, float]()
         fd = os.open(out / RESULTS, os.O_WRONLY | os.O_APPEND)
         try:
             for arm in arms:
                 if arm.profile != links:
                     fleet.set_links(arm)
                     links = arm.profile
+                    idle_ms = {node: 1e3 * link.rtt_s for node, link in fleet.idle_links(arm.mbps).items()}
+                predicted = predicted_ms(arm, manifest, alone, idle_ms)
                 rows = tuple(decoder.steps(arm, steps))
-                result = ArmResult(arm, rows, predicted_ms(arm, manifest, alone), alone, int(time.time()))
+                result = ArmResult(arm, rows, predicted, alone, idle_ms, int(time.time()))
                 append_all(fd, msgspec.json.encode(result) + b"\n")
                 on_progress(
                     f"{arm}: {result.token_ms:.1f} ms per token, {result.predicted_ms:.1f} predicted, {passed()}"

@@ -8,7 +8,7 @@ from bs_coordinator.engine.step_records import StepRecord
 from testbed.bench.alone import Parts
 from testbed.bench.floor import FloorLink, causes_ms, floor_ms
 from testbed.bench.rows import Result, Row, Settings, Skipped
-from testbed.bench.system import DEDICATED_MBPS, System, running, why_not
+from testbed.bench.system import DEDICATED_MBPS, Links, System, running, why_not
 from testbed.demo_assets import demo_bundle
 from testbed.prompts import PROMPTS
 
@@ -26,14 +26,14 @@ def measure(settings: Settings) -> Iterator[Result]:
         yield Skipped("decoding on an emulated network", why)
         return
     bundle = demo_bundle("int4", console=settings.console)
-    with running(settings, bundle, nodes=NODES, rtts_ms=RTTS_MS) as system:
+    with running(settings, bundle, nodes=NODES, links=[Links(rtt) for rtt in RTTS_MS]) as system:
         parts = Parts(bundle, system.station.model.trunk, past_tokens=48)
         parts.measure()
         steps: dict[float, list[StepRecord]] = {rtt: [] for rtt in RTTS_MS}
         core_ms: dict[float, dict[str, float]] = {rtt: dict.fromkeys(system.core_ms(), 0.0) for rtt in RTTS_MS}
         for i in range(_ROUNDS):
             for rtt in RTTS_MS:
-                system.network.set_profile(f"rtt{rtt:g}")
+                system.set_links(Links(rtt))
                 system.station.dispatcher.measure_links(0.5)
                 steps[rtt] += decode(system, PROMPTS[i], tokens=_TOKENS, core_ms=core_ms[rtt])
             parts.measure()

@@ -8,7 +8,7 @@ from bs_coordinator.engine.sequence import PREFILL_CHUNK_TOKENS
 from bs_coordinator.trunk.inputs import SequenceInput
 from testbed.bench.rows import Result, Row, Settings, Skipped, in_turns
 from testbed.bench.sections.decode import NODES
-from testbed.bench.system import DEDICATED_MBPS, System, running, why_not
+from testbed.bench.system import DEDICATED_MBPS, Links, System, running, why_not
 from testbed.demo_assets import demo_bundle
 
 TOKENS = (32, 64, 128, 256, 512, 1024)
@@ -22,7 +22,7 @@ def measure(settings: Settings) -> Iterator[Result]:
         yield Skipped("prefill on an emulated network", why)
         return
     bundle = demo_bundle("int4", console=settings.console)
-    with running(settings, bundle, nodes=NODES, rtts_ms=[_RTT_MS]) as system:
+    with running(settings, bundle, nodes=NODES, links=[Links(_RTT_MS)]) as system:
         prefill(system, TOKENS[-1], together=True)  # lets nodes allocate their buffers
         for tokens in TOKENS:
             parts: dict[bool, list[dict[str, float]]] = {True: [], False: []}

@@ -18,7 +18,7 @@ from testbed.bench.rows import Result, Row, Settings, Skipped, plot
 from testbed.bench.sections.decode import decode
 from testbed.bench.sections.prefill import prefill
 from testbed.bench.sections.transport import compare, echoes, link
-from testbed.bench.system import DEDICATED_MBPS, running, why_not
+from testbed.bench.system import DEDICATED_MBPS, Links, running, why_not
 from testbed.demo_assets import demo_bundle
 from testbed.prompts import PROMPTS
 from wire.transport import Transport
@@ -68,7 +68,7 @@ def measure(settings: Settings) -> Iterator[Result]:
     token_ms, prefill_ms, at_eight = [], [], list[StepRecord]()
     for count in _NODES:
         nodes = {f"node{k}": f"L*:E{k * _EXPERTS // count}-{(k + 1) * _EXPERTS // count - 1}" for k in range(count)}
-        with running(settings, bundle, nodes=nodes, rtts_ms=[_RTT_MS]) as system:
+        with running(settings, bundle, nodes=nodes, links=[Links(_RTT_MS)]) as system:
             parts = Parts(bundle, system.station.model.trunk, past_tokens=48)
             parts.measure()
             steps = [step for prompt in PROMPTS[:3] for step in decode(system, prompt, tokens=_TOKENS)]

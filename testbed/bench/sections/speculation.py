@@ -23,7 +23,7 @@ from common.files import append_all
 from common.jsonl import read_json_lines
 from testbed.bench.chat_prompts import CHAT_PROMPTS
 from testbed.bench.rows import Result, Row, Settings, Skipped
-from testbed.bench.system import running, why_not
+from testbed.bench.system import Links, running, why_not
 from testbed.demo_assets import demo_bundle, demo_draft
 
 RTT_MS = 5.0
@@ -105,7 +105,7 @@ def open_site(settings: Settings, nodes: Mapping[str, str]) -> Iterator[BaseStat
         nodes: experts by node.
     """
     bundle, draft = demo_bundle("int4", console=settings.console), demo_draft(console=settings.console)
-    with running(settings, bundle, nodes=nodes, rtts_ms=[RTT_MS], draft="auto", draft_model=draft) as system:
+    with running(settings, bundle, nodes=nodes, links=[Links(RTT_MS)], draft="auto", draft_model=draft) as system:
         system.station.dispatcher.measure_links(1.0)
         yield system.station
 

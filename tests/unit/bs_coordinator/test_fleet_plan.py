@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bs_coordinator.errors import FleetTooSmallError
-from bs_coordinator.placement.boards import KINDS, Board, BoardKind, BoardLink, MeasuredRate
+from bs_coordinator.placement.boards import KINDS, Board, BoardKind, BoardLink
 from bs_coordinator.placement.known_fleet import predict_known
 from bs_coordinator.placement.plan import FleetPlan, Wanted, plan_fleet
 from bs_coordinator.placement.predict import (
+    BYTE_S,
+    LAYER_S,
     LOCAL,
     REQUEST_S,
     Costs,
@@ -22,6 +24,7 @@ from bs_coordinator.placement.predict import (
     predict_prompt_s,
     predict_step,
 )  # fmt: skip
+from bs_coordinator.placement.row_curve import RowCurve
 from bs_coordinator.placement.shapes import NAMED, ModelShape, possible_slices, shape_of_config, variant
 from edge_node.experts import needed_bytes
 from exporter.expert.graph import plan_layout
@@ -34,7 +37,7 @@ from wire.manifest import Dims, ExpertEntry, FileEntry, Quantisation
 INT4 = Quantisation(scheme="int4", block=32)
 SMALL = ModelShape("small", hidden=1024, intermediate=2048, layers=2, experts=4, top_k=2, trunk_bytes=10**7)
 PLAIN = BoardKind(2**30, 10e9, 100e9, 1.0, "a test")
-STATION = Station(trunk_s=10e-3, trunk_row_s=1e-3)
+STATION = Station(RowCurve.line(10e-3, 1e-3))
 WANTED = Wanted(quantisations=(INT4,), station=STATION)
 
 
@@ -50,9 +53,9 @@ def even(shape: ModelShape) -> Routing:
 def test_a_step_is_the_formula(shared_air: bool) -> None:
     """All of two experts are asked, so nothing is drawn: device a holds expert 0, device b expert 1."""
     shape = SMALL._replace(experts=2)
-    rate = MeasuredRate(bytes_per_s=1e9, row_bytes_per_s=5e9)
-    fast = replace(board("a", mbps=80, rtt_ms=2), rates={str(INT4): rate}, node_s=1e-3)
-    slow = replace(board("b", mbps=40, rtt_ms=6), rates={str(INT4): rate}, node_s=2e-3)
+    rate = RowCurve((1, 2, 4), (1 / 1e9, 1 / 1e9 + 1 / 5e9, 1 / 1e9 + 3 / 5e9))
+    fast = replace(board("a", mbps=80, rtt_ms=2), byte_s={str(INT4): rate}, node_s=1e-3)
+    slow = replace(board("b", mbps=40, rtt_ms=6), byte_s={str(INT4): rate}, node_s=2e-3)
     whole = variant(shape, INT4, 1)
     costs = Costs(shape, whole, [fast, slow], shared_air)
     holders = np.array([[0, 1], [0, 1]])
@@ -64,7 +67,8 @@ def test_a_step_is_the_formula(shared_air: bool) -> None:
     a_air, b_air = air_bytes / 10e6, air_bytes / 5e6
     a_rest, b_rest = 3e-3 + compute_s, 8e-3 + compute_s
     layer_s = a_air + b_air + b_rest if shared_air else max(a_air + a_rest, b_air + b_rest)
-    assert step.seconds == pytest.approx(10e-3 + 2 * 1e-3 + 2 * (layer_s + 2 * REQUEST_S))
+    station_s = LAYER_S + 2 * REQUEST_S + 2 * air_bytes * BYTE_S
+    assert step.seconds == pytest.approx(10e-3 + 2 * 1e-3 + 2 * (layer_s + station_s))
     assert step.asked == 2
     assert step.read_bytes == size
 
@@ -80,18 +84,19 @@ def test_a_fleet_in_slices_is_predicted_from_its_selectors() -> None:
     ]  # fmt: skip
     link = BoardLink(4e-3, 80, 80)
     step = predict_known(
-        manifest_of(entries, dims, INT4), {"a": "L*:E*/0", "b": "L*:E*/1"}, {"a": link, "b": link}, unit_s=3e-3,
-        further_s=1e-3, station=Station(5e-3, 0.0), routing=Routing(np.ones((3, 2), np.float32), 2), shared_air=False,
-        node_s=1e-3,
+        manifest_of(entries, dims, INT4), {"a": "L*:E*/0", "b": "L*:E*/1"}, {"a": link, "b": link},
+        unit_s=RowCurve.line(3e-3, 1e-3), station=Station(RowCurve.line(5e-3, 0.0)), shared_air=False, node_s=1e-3,
+        routing=Routing(np.ones((3, 2), np.float32), 2), crowd=RowCurve((1, 2), (1.0, 1.5)),
     )  # fmt: skip
-    air_s = (200 + HEADER_BYTES + RESULT_BYTES + 2 * 128 + 2 * ROW_BYTES) / 10e6
-    assert step.seconds == pytest.approx(5e-3 + 3 * (5e-3 + 2 * 3e-3 + air_s + 2 * REQUEST_S))
+    sent = 200 + HEADER_BYTES + RESULT_BYTES + 2 * 128 + 2 * ROW_BYTES
+    station_s = LAYER_S + 2 * REQUEST_S + 2 * sent * BYTE_S
+    assert step.seconds == pytest.approx(5e-3 + 3 * (5e-3 + 2 * 1.5 * 3e-3 + sent / 10e6 + station_s))
 
 
 def test_experts_of_the_base_station_cost_no_message() -> None:
     shape = SMALL._replace(experts=2)
     costs = Costs(shape, variant(shape, INT4, 1), [board("a")], False)
-    station = STATION._replace(unit_s=4e-3, unit_row_s=1e-3)
+    station = STATION._replace(unit_s=RowCurve.line(4e-3, 1e-3))
     step = predict_step(costs, np.full((2, 2), LOCAL), even(shape), 1, station)
     assert step.seconds == pytest.approx(10e-3 + 2 * 2 * 4e-3)
     assert (step.asked, step.air_s) == (0, 0)
@@ -108,6 +113,13 @@ def test_a_prompt_takes_what_its_bottleneck_takes() -> None:
     air_s = one.busiest_s  # 128 rows at 1 Mbit/s take far longer than anything else
     assert four_s == pytest.approx(4 * 2 * air_s + one.seconds / 2 - air_s)
     assert one.seconds < four_s < 4 * one.seconds
+
+
+def test_times_between_and_beyond_what_was_measured() -> None:
+    curve = RowCurve((1, 4, 8), (10.0, 16.0, 20.0))
+    assert curve.at([1, 2.5, 4, 6, 8, 12]) == pytest.approx([10, 13, 16, 18, 20, 24])
+    assert RowCurve((1,), (3.0,)).at([1, 100]) == pytest.approx([3, 3])
+    assert (curve.first, curve.scaled(0.5).first) == (10, 5)
 
 
 @given(
@@ -213,9 +225,9 @@ def test_one_more_board_is_planned_for() -> None:
 
 def test_measured_speeds_replace_assumptions() -> None:
     whole, halves = (variant(SMALL, INT4, slices) for slices in (1, 2))
-    measured = replace(board("a"), rates={str(INT4): MeasuredRate(whole.unit_bytes / 7e-3, whole.unit_bytes / 1e-3)})
-    assert measured.unit_s(SMALL, whole) == pytest.approx((7e-3, 1e-3))
-    assert measured.unit_s(SMALL, halves) == pytest.approx((3.5e-3, 0.5e-3))
+    measured = replace(board("a"), byte_s={str(INT4): RowCurve.line(7e-3, 1e-3).scaled(1 / whole.unit_bytes)})
+    assert measured.unit_s(SMALL, whole).at([1, 3]) == pytest.approx([7e-3, 9e-3])
+    assert measured.unit_s(SMALL, halves).at([1, 3]) == pytest.approx([3.5e-3, 4.5e-3])
     other = variant(SMALL, Quantisation(scheme="fp32"), 1)
     assert measured.unit_s(SMALL, other) == board("a").unit_s(SMALL, other)
 
@@ -225,6 +237,7 @@ def test_measured_speeds_replace_assumptions() -> None:
     [
         INT4, Quantisation(scheme="int4", block=128), Quantisation(scheme="int4", block=32, symmetric=True),
         Quantisation(scheme="int8", block=32), Quantisation(scheme="int8-dynamic"), Quantisation(scheme="fp32"),
+        Quantisation(scheme="int4", block=32, w2_bits=8),
     ],
     ids=str,
 )  # fmt: skip

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from bs_coordinator.engine.model import DistributedModel
+from bs_coordinator.placement.row_curve import RowCurve
 from bs_coordinator.selection import TopK
 from bs_coordinator.trunk.load import load_trunk
+from common.jsonl import drop_cut_line
+from testbed.bench.fleet_parts import FleetParts
 from testbed.evaluation.local_experts import LocalExperts
 from testbed.twin import shapes
 from testbed.twin.bundle import write_twin_bundle
@@ -22,7 +25,6 @@ from testbed.whole_shape.arms import (
     Arm,
     ArmResult,
     arms_of,
-    drop_cut_line,
     holders_of,
     predicted_ms,
     read_results,
@@ -38,7 +40,11 @@ from wire.experts import parse_selector
 from wire.manifest import Manifest, load_manifest, verify_file
 
 ARM = Arm("mixtral-8x7b", 2, 8, 1, 100.0, 2.0, shared_air=False, sequences=1, drafts=False)
-ALONE = Alone(trunk_ms=10.0, trunk_row_ms=1.0, unit_ms=4.0, unit_row_ms=0.5)
+PARTS = FleetParts(
+    RowCurve.line(4.0, 0.5), RowCurve((1, 8), (1.0, 1.0)), layer_ms=0.5, request_ms=0.25, byte_ms=0.0, samples=()
+)
+ALONE = Alone(RowCurve.line(10.0, 1.0), RowCurve.line(10.0, 1.0), PARTS)
+IDLE_MS = {f"node{k}": 2.0 for k in range(8)}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -147,12 +153,16 @@ def test_every_arm_has_its_links(tmp_path: Path) -> None:
 
 def test_predictions_follow_links_and_batches(bundle: Path) -> None:
     manifest = load_manifest(bundle)
-    near = predicted_ms(ARM, manifest, ALONE)
-    assert 10 + 2 * (2 + 4) < near < 10 + 2 * (2 + 4) + 5
-    far = predicted_ms(msgspec.structs.replace(ARM, rtt_ms=5.0), manifest, ALONE)
+    near = predicted_ms(ARM, manifest, ALONE, IDLE_MS)
+    # trunk, and in each layer: overhead, two requests, round trip, a unit, and less than a millisecond of transfer
+    assert 10 + 2 * (0.5 + 0.5 + 2 + 4) < near < 10 + 2 * (0.5 + 0.5 + 2 + 4) + 2
+    far = predicted_ms(ARM, manifest, ALONE, dict.fromkeys(IDLE_MS, 5.0))
     assert far == pytest.approx(near + 2 * 3)
-    assert predicted_ms(msgspec.structs.replace(ARM, sequences=8), manifest, ALONE) < near
-    assert predicted_ms(msgspec.structs.replace(ARM, drafts=True), manifest, ALONE) < near
+    assert predicted_ms(msgspec.structs.replace(ARM, sequences=8), manifest, ALONE, IDLE_MS) < near
+    assert predicted_ms(msgspec.structs.replace(ARM, drafts=True), manifest, ALONE, IDLE_MS) < near
+    crowded = msgspec.structs.replace(PARTS, crowd=RowCurve((1, 2), (1.0, 1.5)))
+    slower = predicted_ms(ARM, manifest, msgspec.structs.replace(ALONE, fleet=crowded), IDLE_MS)
+    assert slower == pytest.approx(near + 2 * 0.5 * 4), "a token asks two of eight nodes"
 
 
 def test_finished_arms_are_kept_and_tabled(tmp_path: Path) -> None:
@@ -162,7 +172,7 @@ def test_finished_arms_are_kept_and_tabled(tmp_path: Path) -> None:
     lines = [
         msgspec.json.encode(
             {"arm": msgspec.structs.replace(ARM, slices=slices), "steps": [{**step, "total_ms": 20.0 / slices}] * 3,
-             "predicted_ms": 10.0, "alone": ALONE, "unix_s": 1}
+             "predicted_ms": 10.0, "alone": ALONE, "idle_ms": IDLE_MS, "unix_s": 1}
         )
         for slices in (1, 4)
     ]  # fmt: skip
