@@ -15,9 +15,10 @@ compute. `crowd` is how much slower devices are that share one machine's memory;
 Which devices are asked is averaged over draws of experts by their frequencies.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -100,21 +101,25 @@ class Step(NamedTuple):
 class Routing:
     """Draws of the experts that tokens ask."""
 
-    def __init__(self, traffic: Array, top_k: int, *, seed: int = 0) -> None:
+    def __init__(
+        self, traffic: Array, top_k: int, *, seed: int = 0, recorded: Mapping[int, Index] = MappingProxyType({})
+    ) -> None:
         """Take what is known of the routing.
 
         Args:
             traffic: float32 [layers, experts], how often each expert is asked, above 0; only ratios count.
             top_k: experts that a token asks.
             seed: of the draws.
+            recorded: by the number of rows, intp [steps, layers, rows, k], the experts that steps really asked; these
+                stand for all steps of as many rows.
         """
         self.traffic = traffic
         self._top_k = top_k
         self._seed = seed
-        self._drawn: dict[int, Index] = {}
+        self._drawn: dict[int, Index] = dict(recorded)
 
     def draws(self, rows: int) -> Index:
-        """intp [draws, layers, rows, k]: the experts of so many tokens, drawn independently of each other.
+        """intp [draws, layers, rows, k]: the experts of so many tokens, recorded, or drawn independently of each other.
 
         A token's experts are drawn one after the other without replacement, in proportion to their frequencies. The
         tokens of a text resemble each other, so a real step of several rows asks somewhat fewer experts.

@@ -13,6 +13,7 @@ from bs_coordinator.placement.boards import BoardLink
 from bs_coordinator.placement.known_fleet import predict_known
 from bs_coordinator.placement.predict import Routing
 from bs_coordinator.placement.row_curve import RowCurve
+from bs_coordinator.selection.forecast import Index
 from common.jsonl import read_json_lines
 from testbed.bench.fleet_parts import FleetParts
 from wire.experts import UnitId, format_selector
@@ -97,6 +98,12 @@ class Alone(Struct, frozen=True):
     fleet: FleetParts
 
 
+def even_routing(manifest: Manifest, recorded: Mapping[int, Index]) -> Routing:
+    """The routing of random weights: all experts alike, with the steps that were recorded."""
+    dims = manifest.dims
+    return Routing(np.ones((dims.layers, dims.experts), np.float32), dims.top_k, recorded=recorded)
+
+
 class ArmResult(Struct, frozen=True):
     """A finished arm: a line of `samples.jsonl`.
 
@@ -172,16 +179,16 @@ def selectors_of(manifest: Manifest, nodes: int) -> dict[str, str]:
     }
 
 
-def predicted_ms(arm: Arm, manifest: Manifest, alone: Alone, idle_ms: Mapping[str, float]) -> float:
+def predicted_ms(arm: Arm, manifest: Manifest, alone: Alone, idle_ms: Mapping[str, float], routing: Routing) -> float:
     """The planner's prediction per token, from the configured rates and the parts measured alone.
 
     Args:
         idle_ms: round trips of idle links, by node.
+        routing: which experts steps ask.
     """
-    dims, fleet = manifest.dims, alone.fleet
+    fleet = alone.fleet
     experts = selectors_of(manifest, arm.nodes)
     links = {node: BoardLink(idle_ms[node] / 1e3, arm.mbps, arm.mbps) for node in experts}
-    routing = Routing(np.ones((dims.layers, dims.experts), np.float32), dims.top_k)
     trunk_ms = alone.draft_trunk_ms if arm.drafts else alone.trunk_ms
 
     def step_ms(rows: int) -> float:

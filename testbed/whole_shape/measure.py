@@ -4,14 +4,19 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.step_records import StepRecord
+from bs_coordinator.selection.forecast import Index
 from bs_coordinator.trunk.inputs import SequenceInput
 from testbed.whole_shape.arms import ACCEPTANCE, BATCHES, Arm, StepRow
 
 WARM_UP = 2
 """Steps after a change of links or batch, which are not kept."""
 _PROMPT_TOKENS = 4
+_RECORDED_LAYERS = 64
+"""Layers of steps from which the routing is known, of all recorded steps together."""
 _NS = 1e6
 
 
@@ -35,23 +40,37 @@ class Decoder:
         """Take `count` steps after the warm-up."""
         replayed = itertools.cycle(ACCEPTANCE)
         for number in range(WARM_UP + count):
-            row = self._check_drafts(*next(replayed)) if arm.drafts else self._decode(arm.sequences)
+            row, _ = self._check_drafts(*next(replayed)) if arm.drafts else self._decode(arm.sequences)
             if number >= WARM_UP:
                 yield row
 
-    def _decode(self, sequences: int) -> StepRow:
+    def routing(self, top_k: int) -> dict[int, Index]:
+        """Which experts steps ask, by their number of rows: intp [steps, layers, rows, k], of all batches and drafts.
+
+        The rows of a step resemble each other, so they ask fewer experts than rows drawn independently.
+        """
+        steps = -(-_RECORDED_LAYERS // self._model.trunk.layers)
+        found: dict[int, list[Index]] = {}
+        for _ in range(steps):
+            for sequences in BATCHES:
+                found.setdefault(sequences, []).append(_experts(self._decode(sequences)[1], top_k))
+            for drafted, right in sorted(set(ACCEPTANCE)):
+                found.setdefault(1 + drafted, []).append(_experts(self._check_drafts(drafted, right)[1], top_k))
+        return {rows: np.stack(some) for rows, some in found.items()}
+
+    def _decode(self, sequences: int) -> tuple[StepRow, StepRecord]:
         some = range(sequences)
         record = self._step([SequenceInput([self.ids[i][-1]], self._caches[i]) for i in some])
-        return _row(record, sequences)
+        return _row(record, sequences), record
 
-    def _check_drafts(self, drafted: int, right: int) -> StepRow:
+    def _check_drafts(self, drafted: int, right: int) -> tuple[StepRow, StepRecord]:
         """A step that checks `drafted` tokens, of which `right` count as right whatever the model gives."""
         cache = self._caches[0]
         before = self._model.trunk.mark(cache).tokens
         ids = [self.ids[0][-1], *(self._token(before + i) for i in range(drafted))]
         record = self._step([SequenceInput(ids, cache, rows=list(range(len(ids))))])
         self._model.trunk.truncate(cache, before + 1 + right)
-        return _row(record, 1 + right)
+        return _row(record, 1 + right), record
 
     def _step(self, inputs: list[SequenceInput]) -> StepRecord:
         logits, record = self._model.step(inputs)
@@ -69,3 +88,9 @@ def _row(record: StepRecord, tokens: int) -> StepRow:
     parts = {f"{part}_ms": getattr(split, part) / _NS for part in ("trunk", "network", "compute", "wait", "framing")}
     requests = sum(len(layer.dispatches) for layer in record.layers)
     return StepRow(rows=record.tokens, tokens=tokens, total_ms=record.total_ns / _NS, requests=requests, **parts)
+
+
+def _experts(record: StepRecord, top_k: int) -> Index:
+    """The experts that each row asked, intp [layers, rows, k]."""
+    gates = [np.concatenate([gate for gate, _ in layer.asked]) for layer in record.layers]
+    return np.argpartition(-np.stack(gates), top_k - 1, axis=-1)[..., :top_k].astype(np.intp)

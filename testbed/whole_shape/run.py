@@ -17,7 +17,17 @@ from testbed.bench.fleet_parts import measure_parts
 from testbed.twin.bundle import write_twin_bundle
 from testbed.twin.shapes import TwinName, kept_layers
 from testbed.whole_shape.alone import trunk_by_drafts, trunk_by_sequences
-from testbed.whole_shape.arms import LINKS, Alone, Arm, ArmResult, arms_of, predicted_ms, read_results, table
+from testbed.whole_shape.arms import (
+    LINKS,
+    Alone,
+    Arm,
+    ArmResult,
+    arms_of,
+    even_routing,
+    predicted_ms,
+    read_results,
+    table,
+)
 from testbed.whole_shape.fleet import choose_cores, read_siblings, running
 from testbed.whole_shape.measure import Decoder
 
@@ -94,6 +104,8 @@ def _measure(
         parts = measure_parts(fleet.station.dispatcher, manifest.dims, fleet.idle_links(LINKS[0][0]))
         alone = Alone(trunk_by_sequences(trunk), trunk_by_drafts(trunk), parts)
         decoder = Decoder(fleet.station.model)
+        recorded = decoder.routing(manifest.dims.top_k)
+        routing = even_routing(manifest, recorded)
         on_progress(f"{slices} slices: fleet ready, {passed()}; trunk {alone.trunk_ms}, unit {parts.unit_ms}")
         session = {
             **facts.result_header(_SCHEMA),
@@ -103,6 +115,7 @@ def _measure(
             "expert_bytes": sum(entry.bytes for entry in manifest.experts),
             "prepared_s": prepared_s, "started_s": started_s,
             "alone": msgspec.to_builtins(alone),
+            "routing": {rows: experts.tolist() for rows, experts in recorded.items()},
         }  # fmt: skip
         with atomic_write(out / f"session-{time.strftime('%Y%m%d-%H%M%S')}.json") as file:
             file.write(json.dumps(session, indent=1).encode())
@@ -114,7 +127,7 @@ def _measure(
                     fleet.set_links(arm)
                     links = arm.profile
                     idle_ms = {node: 1e3 * link.rtt_s for node, link in fleet.idle_links(arm.mbps).items()}
-                predicted = predicted_ms(arm, manifest, alone, idle_ms)
+                predicted = predicted_ms(arm, manifest, alone, idle_ms, routing)
                 rows = tuple(decoder.steps(arm, steps))
                 result = ArmResult(arm, rows, predicted, alone, idle_ms, int(time.time()))
                 append_all(fd, msgspec.json.encode(result) + b"\n")

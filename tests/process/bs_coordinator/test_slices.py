@@ -1,10 +1,17 @@
-"""The demo model's experts in slices, on node processes: the same tokens, also after a kill, or flagged tokens."""
+"""The demo model's experts in slices, on node processes: the same tokens, also after a kill, or flagged tokens.
 
+`WDMOE_AT_LENGTH=1` compares whole and sliced experts on the whole demo model with eight prompts of 64 tokens, instead
+of two layers and a few tokens (some minutes, 3 GB of disk at once); `-s` shows the differences.
+"""
+
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from bs_coordinator.base_station import open_base_station
 from bs_coordinator.config import BaseStationConfig, SamplingConfig
@@ -12,10 +19,13 @@ from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.sequence import Sequence, TokenEvent
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import TopK
+from bs_coordinator.trunk.inputs import SequenceInput
 from bs_coordinator.trunk.load import load_trunk
 from exporter.bundle.bundle import export_bundle
+from testbed.demo_assets import demo_model
 from testbed.evaluation.local_experts import LocalExperts
 from testbed.local_nodes import LocalNodes
+from testbed.prompts import PROMPTS as SHORT_PROMPTS
 from tests.waiting import PATIENCE_S
 from wire.broker_address import BrokerAddress
 from wire.manifest import Quantisation, Scheme
@@ -73,3 +83,46 @@ def test_slices_on_nodes_give_the_same_tokens_and_a_killed_one_is_replaced_or_to
     assert _ids(replaced) == expected
     assert all(events[-1].stop for events in degraded)
     assert all(step.degraded for events in degraded for event in events for step in event.steps)
+
+
+def _local(checkpoint: Path, folder: Path, scheme: Scheme, slices: int) -> DistributedModel:
+    """The model in this process, from a bundle that is removed again."""
+    quantisation = Quantisation(scheme=scheme, block=32 if scheme == "int4" else 0)
+    export_bundle(checkpoint, folder, quantisation, jobs=2, slices=slices)
+    model = DistributedModel(load_trunk(folder / "trunk"), LocalExperts(folder, threads=1), TopK(2))
+    shutil.rmtree(folder / "experts")
+    return model
+
+
+@pytest.mark.slow
+def test_whole_and_sliced_experts_agree(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy tokens in fp32 are the same; logits in int4, for these tokens, differ by at most a thousandth."""
+    monkeypatch.setattr("exporter.bundle.bundle.try_trunk", lambda *_: [])  # it is the same each time
+    at_length = "WDMOE_AT_LENGTH" in os.environ
+    checkpoint = demo_model() if at_length else tiny_model
+    prompts, tokens = (SHORT_PROMPTS[:8], 64) if at_length else (SHORT_PROMPTS[:2], 8)
+    tokenizer = Tokenizer(checkpoint)
+    chats = [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in prompts]
+    greedy: dict[int, list[list[int]]] = {}
+    for slices in (1, 2, 4):
+        model = _local(checkpoint, tmp_path / f"fp32-{slices}", "fp32", slices)
+        greedy[slices] = [
+            [event.id for event in Sequence(model, tokenizer).generate(ids, SamplingConfig(max_tokens=tokens))]
+            for ids in chats
+        ]
+        del model
+    print(f"fp32: {sum(map(len, greedy[1]))} greedy tokens of {len(prompts)} prompts")
+    assert greedy[2] == greedy[1]
+    assert greedy[4] == greedy[1]
+    logits: dict[int, list[torch.Tensor]] = {}
+    for slices in (1, 2, 4):
+        model = _local(checkpoint, tmp_path / f"int4-{slices}", "int4", slices)
+        logits[slices] = [
+            model.step([SequenceInput(ids + answer, model.trunk.new_cache())], all_logits=True)[0][0]
+            for ids, answer in zip(chats, greedy[1], strict=True)
+        ]
+        del model
+    for slices in (2, 4):
+        worst = max(float((a - b).norm() / b.norm()) for a, b in zip(logits[slices], logits[1], strict=True))
+        print(f"int4: {slices} slices, largest relative difference of a text's logits {worst:.1e}")
+        assert worst <= 1e-3

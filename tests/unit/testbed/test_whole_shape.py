@@ -25,6 +25,7 @@ from testbed.whole_shape.arms import (
     Arm,
     ArmResult,
     arms_of,
+    even_routing,
     holders_of,
     predicted_ms,
     read_results,
@@ -120,6 +121,27 @@ def test_routing_of_random_weights_is_about_even(bundle: Path) -> None:
     assert max(asked.values()) < 0.35 * asked.total()
 
 
+def test_the_routing_of_steps_is_recorded(bundle: Path) -> None:
+    trunk = load_trunk(bundle / "trunk")
+    gates: list[np.ndarray] = []
+
+    class Watching(LocalExperts):
+        def begin(self, layer, hidden, gate):  # type: ignore[no-untyped-def]
+            gates.append(gate)
+            return super().begin(layer, hidden, gate)
+
+    decoder = Decoder(DistributedModel(trunk, Watching(bundle, threads=1), TopK(2)))
+    gates.clear()
+    recorded = decoder.routing(2)
+    assert {rows: found.shape for rows, found in recorded.items()} == {n: (32, 2, n, 2) for n in (1, 4, 8)} | {
+        5: (32, 2, 5, 2), 6: (64, 2, 6, 2)
+    }  # fmt: skip
+    for layer in range(2):
+        asked = np.zeros((1, 8), bool)
+        asked[0, recorded[1][0, layer, 0]] = True
+        np.testing.assert_array_equal(asked, gates[layer] > 0)
+
+
 def test_nodes_hold_everything_once_and_slices_meet_rarely(bundle: Path) -> None:
     for experts, slices in ((8, 1), (8, 2), (8, 4), (8, 8), (128, 1), (128, 4)):
         holders = holders_of(experts, slices, 8)
@@ -153,16 +175,22 @@ def test_every_arm_has_its_links(tmp_path: Path) -> None:
 
 def test_predictions_follow_links_and_batches(bundle: Path) -> None:
     manifest = load_manifest(bundle)
-    near = predicted_ms(ARM, manifest, ALONE, IDLE_MS)
+    routing = even_routing(manifest, {})
+    near = predicted_ms(ARM, manifest, ALONE, IDLE_MS, routing)
     # trunk, and in each layer: overhead, two requests, round trip, a unit, and less than a millisecond of transfer
     assert 10 + 2 * (0.5 + 0.5 + 2 + 4) < near < 10 + 2 * (0.5 + 0.5 + 2 + 4) + 2
-    far = predicted_ms(ARM, manifest, ALONE, dict.fromkeys(IDLE_MS, 5.0))
+    far = predicted_ms(ARM, manifest, ALONE, dict.fromkeys(IDLE_MS, 5.0), routing)
     assert far == pytest.approx(near + 2 * 3)
-    assert predicted_ms(msgspec.structs.replace(ARM, sequences=8), manifest, ALONE, IDLE_MS) < near
-    assert predicted_ms(msgspec.structs.replace(ARM, drafts=True), manifest, ALONE, IDLE_MS) < near
+    assert predicted_ms(msgspec.structs.replace(ARM, sequences=8), manifest, ALONE, IDLE_MS, routing) < near
+    assert predicted_ms(msgspec.structs.replace(ARM, drafts=True), manifest, ALONE, IDLE_MS, routing) < near
     crowded = msgspec.structs.replace(PARTS, crowd=RowCurve((1, 2), (1.0, 1.5)))
-    slower = predicted_ms(ARM, manifest, msgspec.structs.replace(ALONE, fleet=crowded), IDLE_MS)
+    slower = predicted_ms(ARM, manifest, msgspec.structs.replace(ALONE, fleet=crowded), IDLE_MS, routing)
     assert slower == pytest.approx(near + 2 * 0.5 * 4), "a token asks two of eight nodes"
+    batch = msgspec.structs.replace(ARM, sequences=8)
+    alike = even_routing(manifest, {8: np.tile(np.arange(2), (1, 2, 8, 1))})
+    # All eight rows ask the same two experts: each node computes eight rows, where others would share them.
+    step_ms = 8 * predicted_ms(batch, manifest, ALONE, IDLE_MS, alike)
+    assert 17 + 2 * (1 + 2 + 7.5) < step_ms < 17 + 2 * (1 + 2 + 7.5) + 2
 
 
 def test_finished_arms_are_kept_and_tabled(tmp_path: Path) -> None:
