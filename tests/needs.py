@@ -16,6 +16,7 @@ PACKAGES = {
     "ip": "iproute2",
     "iperf3": "iperf3",
     "mosquitto": "mosquitto",
+    "mosquitto_sub": "mosquitto-clients",
     "mount": "mount",
     "ping": "iputils-ping",
     "promtool": "prometheus",
