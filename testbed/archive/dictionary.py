@@ -20,7 +20,7 @@ import duckdb, polars
 import pyarrow.parquet as pq
 
 file = "runs/first/tokens.parquet"
-pq.read_schema(file).field("total_ns").metadata      # {b'unit': b'ns', b'description': b'time of the token: …'}
+pq.read_schema(file).field("total_ns").metadata  # {b'unit': b'ns', b'description': b'time of the token: …'}
 polars.read_parquet_metadata(file)["wdmoe.commit"]
 facts = duckdb.sql(f"select decode(key), decode(value) from parquet_kv_metadata('{file}')").fetchall()
 json.loads(dict(facts)["wdmoe.columns"])["total_ns"]["unit"]
