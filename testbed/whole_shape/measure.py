@@ -1,4 +1,8 @@
-"""Steps of a model with random weights: plain ones of several sequences, and ones that check draft tokens."""
+"""Steps of a model with random weights: plain ones of several sequences, and ones that check draft tokens.
+
+Sequences get made-up tokens, each its own. Greedy decoding of random weights soon repeats one token in all sequences,
+whose rows would then ask the same experts.
+"""
 
 import itertools
 from collections.abc import Iterator
@@ -24,7 +28,7 @@ class Decoder:
     """As many sequences as the largest batch, each with a short prompt of its own, which go on from arm to arm.
 
     Attributes:
-        ids: by sequence, all tokens that greedy decoding has given.
+        ids: by sequence, the model's greedy choice after each step.
     """
 
     def __init__(self, model: DistributedModel) -> None:
@@ -60,14 +64,14 @@ class Decoder:
 
     def _decode(self, sequences: int) -> tuple[StepRow, StepRecord]:
         some = range(sequences)
-        record = self._step([SequenceInput([self.ids[i][-1]], self._caches[i]) for i in some])
+        record = self._step([SequenceInput([self._token(31 * len(self.ids[i]) + i)], self._caches[i]) for i in some])
         return _row(record, sequences), record
 
     def _check_drafts(self, drafted: int, right: int) -> tuple[StepRow, StepRecord]:
         """A step that checks `drafted` tokens, of which `right` count as right whatever the model gives."""
         cache = self._caches[0]
         before = self._model.trunk.mark(cache).tokens
-        ids = [self.ids[0][-1], *(self._token(before + i) for i in range(drafted))]
+        ids = [self._token(before + i) for i in range(1 + drafted)]
         record = self._step([SequenceInput(ids, cache, rows=list(range(len(ids))))])
         self._model.trunk.truncate(cache, before + 1 + right)
         return _row(record, 1 + right), record
