@@ -14,5 +14,6 @@ SECTIONS: dict[str, str] = {
     "batching": "testbed.bench.sections.batching",
     "resident": "testbed.bench.sections.resident",
     "planner": "testbed.bench.sections.planner",
+    "observers": "testbed.bench.sections.observers",
 }
 """Module of each section, imported when the section runs: some need torch, or Linux as root."""

@@ -510,6 +510,20 @@ class TestPrepare:
         with pytest.raises(FleetError, match=re.escape("is for 10.0.0.9")):
             prepare_keys(self.read(tmp_path, bundle, address="10.0.0.8", a="L*:E*"))
 
+    def test_home_assistant_gets_keys_where_the_inventory_says_so(self, tiny_bundle: Bundle, tmp_path: Path) -> None:
+        read = self.read(tmp_path, tiny_bundle("int4"), a="L*:E*")
+        prepare_keys(read)
+        keys = KeyFolder(tmp_path / "keys")
+        for value, prefix in ((True, "homeassistant"), ("home", "home")):
+            read.variables["bs"]["wdmoe_home_assistant"] = value
+            (would,) = prepare_keys(read, check=True)
+            assert would.startswith("would make keys for Home Assistant")
+            assert keys.home_assistant != prefix
+            assert len(prepare_keys(read)) == 1
+            assert prepare_keys(read) == []
+            assert keys.home_assistant == prefix
+            assert f"topic write {prefix}/device/default/a/config" in (tmp_path / "keys/broker/acl").read_text()
+
     def test_bundles_are_signed_and_experts_without_a_holder_are_reported(
         self, tiny_bundle: Bundle, tmp_path: Path
     ) -> None:
