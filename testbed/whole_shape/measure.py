@@ -19,7 +19,7 @@ from testbed.whole_shape.arms import ACCEPTANCE, BATCHES, Arm, StepRow
 WARM_UP = 2
 """Steps after a change of links or batch, which are not kept."""
 _PROMPT_TOKENS = 4
-_RECORDED_LAYERS = 64
+_RECORDED_LAYERS = 24
 """Layers of steps from which the routing is known, of all recorded steps together."""
 _NS = 1e6
 

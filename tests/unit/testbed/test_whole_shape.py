@@ -133,8 +133,8 @@ def test_the_routing_of_steps_is_recorded(bundle: Path) -> None:
     decoder = Decoder(DistributedModel(trunk, Watching(bundle, threads=1), TopK(2)))
     gates.clear()
     recorded = decoder.routing(2)
-    assert {rows: found.shape for rows, found in recorded.items()} == {n: (32, 2, n, 2) for n in (1, 4, 8)} | {
-        5: (32, 2, 5, 2), 6: (64, 2, 6, 2)
+    assert {rows: found.shape for rows, found in recorded.items()} == {n: (12, 2, n, 2) for n in (1, 4, 8)} | {
+        5: (12, 2, 5, 2), 6: (24, 2, 6, 2)
     }  # fmt: skip
     for layer in range(2):
         asked = np.zeros((1, 8), bool)
