@@ -7,7 +7,6 @@ of their own, because a bootstrap of equal marks has no width. docs/measurement.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,6 +27,10 @@ LEAST_UNITS = 5
 _CERTAINTY = 0.99865
 _CELLS_PER_BLOCK = 200_000
 """Size of the one matrix that grows with draws × values, chosen to fit into the CPU's cache."""
+
+
+class _NoValueError(Exception):
+    """A draw has no finite value: an answer of one token has no token after the first."""
 
 
 class Measure(Protocol):
@@ -62,9 +65,10 @@ class Ratio:
 
     def of(self, draw: Draw) -> Float:
         """Value for each draw, float64 [...]; NaN where the drawn `whole` is zero."""
-        with np.errstate(divide="ignore", invalid="ignore"):
+        # The loss of a broken model is so large, or infinite, that its perplexity is infinite.
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             value: Float = self.part[draw].sum(-1) / self.whole[draw].sum(-1) * self.scale
-        return np.asarray(np.exp(value)) if self.exponential else value
+            return np.asarray(np.exp(value)) if self.exponential else value
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -193,7 +197,9 @@ def difference(measure: Measure, baseline: Measure, *, seed: int, resamples: int
     """Measure minus baseline, paired: unit k of one belongs to unit k of the other, and they are drawn together."""
 
     def less(draw: Draw) -> Float:
-        return measure.of(draw) - baseline.of(draw)
+        with np.errstate(invalid="ignore"):  # of two infinite values
+            value: Float = measure.of(draw) - baseline.of(draw)
+        return value
 
     def limits(value: float) -> tuple[float, float]:
         if isinstance(measure, Proportion) and isinstance(baseline, Proportion):
@@ -254,7 +260,6 @@ def _interval(
     if min(units) < least:
         return Interval(value, None, None, min(units))
     low, high = map(float, limits(value))
-    # A draw can be without a value: an answer of one token has no token after the first.
     if not np.isfinite([low, high]).all():
         return Interval(value, None, None, min(units))
     return Interval(value, low, high, min(units))
@@ -287,7 +292,7 @@ def _bootstrap(
     statistic: Callable[..., Float], value: float, units: tuple[int, ...], seed: int, resamples: int, *,
     positive: bool = False,
 ) -> tuple[float, float]:  # fmt: skip
-    """Limits of a percentile bootstrap, widened around the value for few units.
+    """Limits of a percentile bootstrap, widened around the value for few units; NaN if a draw has no finite value.
 
     Resampled means spread too little by √((n − 1) / n), and the spread is known from n units only (Student's t). For
     two runs, n is the smaller number of units.
@@ -297,23 +302,28 @@ def _bootstrap(
     """
 
     def along_last(*draws: NDArray[np.float64], axis: int) -> Float:
-        return statistic(*(np.moveaxis(draw, axis, -1) for draw in draws))
+        value = statistic(*(np.moveaxis(draw, axis, -1) for draw in draws))
+        if not np.isfinite(value).all():
+            raise _NoValueError
+        return value
 
-    with warnings.catch_warnings():
-        # A draw without a value makes the interval NaN, and the caller leaves it out.
-        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
-        found = scipy.stats.bootstrap(
-            tuple(np.arange(count) for count in units),
-            along_last,
-            n_resamples=resamples,
-            vectorized=True,
-            confidence_level=CONFIDENCE,
-            method="percentile",
-            rng=np.random.default_rng(seed),
-        )
+    try:
+        with np.errstate(over="ignore"):  # of the squares for a standard error, which is not used
+            found = scipy.stats.bootstrap(
+                tuple(np.arange(count) for count in units),
+                along_last,
+                n_resamples=resamples,
+                vectorized=True,
+                confidence_level=CONFIDENCE,
+                method="percentile",
+                rng=np.random.default_rng(seed),
+            )
+    except _NoValueError:
+        return math.nan, math.nan
     low, high = min(found.confidence_interval.low, value), max(found.confidence_interval.high, value)
     few = min(units)
     times = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, few - 1) / _Z * math.sqrt(few / (few - 1))
     if positive and value > 0:
-        return value * (low / value) ** times, value * (high / value) ** times
+        with np.errstate(over="ignore"):
+            return value * np.float64(low / value) ** times, value * np.float64(high / value) ** times
     return value - times * (value - low), value + times * (high - value)

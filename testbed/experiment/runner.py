@@ -4,6 +4,7 @@ A failed cell is recorded with its error and tried again on a newly started syst
 counts as failed, and the run goes on. Every wait has a deadline.
 """
 
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -103,7 +104,7 @@ def execute(
         except KeyboardInterrupt:
             run.event("run_interrupted")
             raise
-    run.event("run_finished", failed=failed)
+    run.event("run_finished", failed=failed, power=facts.power())
     return Outcome(len(cells) - failed, failed)
 
 
@@ -210,6 +211,7 @@ def _run_cell(run: RunDir, systems: "_Systems", cell: Cell, attempt: int) -> Mar
         write_ns=0,
         commit=commit,
         dirty=dirty,
+        load_1min=os.getloadavg()[0],
         **_placement(system),
     )
     run.commit(cell, {name: described(table, name, run.manifest) for name, table in tables.items()}, marker)

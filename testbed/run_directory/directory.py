@@ -107,6 +107,8 @@ class Marker(Struct, frozen=True, kw_only=True):
         holders: [layers][experts], index into `nodes` of the node that holds each expert.
         shared_air: whether forecasts assumed that all links share one channel.
         commit, dirty: code that measured the cell; empty in old runs, whose manifest says it.
+        load_1min: runnable processes on the base station's machine when the cell ended, mean of one minute; None in old
+            runs.
     """
 
     id: str
@@ -124,6 +126,7 @@ class Marker(Struct, frozen=True, kw_only=True):
     shared_air: bool = False
     commit: str = ""
     dirty: bool = False
+    load_1min: float | None = None
 
 
 class RunDir:

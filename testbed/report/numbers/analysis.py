@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from testbed.facts import code_name
 from testbed.plan.schema import Generate
+from testbed.report.numbers.conditions import CellConditions
 from testbed.report.numbers.link_probes import count_probes
 from testbed.report.numbers.units import Units, item_units, step_units
 from testbed.run_directory.cell_rows import CellRows, numbers, read_cells
@@ -62,6 +63,7 @@ class Analysis:
         links: link samples of each cell, with a column `profile`.
         probes: sums of `count_probes` over all cells.
         code: number of cells by version of the code that measured them.
+        conditions: what the cells say about the conditions of the measurement.
     """
 
     run: RunDir
@@ -73,6 +75,7 @@ class Analysis:
     probes: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     logger: Logger = field(default_factory=Logger)
     code: Counter[str] = field(default_factory=Counter)
+    conditions: CellConditions = field(default_factory=CellConditions)
 
 
 def analyse(run: RunDir, *, also: Callable[[CellRows], None] = lambda rows: None) -> Analysis:
@@ -94,6 +97,7 @@ def analyse(run: RunDir, *, also: Callable[[CellRows], None] = lambda rows: None
 def _take(analysis: Analysis, rows: CellRows) -> None:
     cell = rows.cell
     analysis.complete += 1
+    analysis.conditions.add(rows)
     analysis.code[code_name(*analysis.run.code_of(rows.marker))] += 1
     workloads = analysis.units[Arm(cell.bundle, cell.profile, cell.policy)]
     mine = workloads.setdefault(cell.workload, WorkloadUnits())

@@ -7,6 +7,7 @@ from msgspec import Struct
 
 from testbed.plan.schema import Items, Workload
 from testbed.report.numbers.analysis import Analysis, Arm, WorkloadUnits
+from testbed.report.numbers.conditions import Condition, conditions
 from testbed.report.numbers.link_errors import LinkError, link_errors
 from testbed.report.numbers.link_probes import LinkProbes, link_probes
 from testbed.report.numbers.metrics import (
@@ -102,6 +103,7 @@ class Summary(Struct, frozen=True, kw_only=True):
         gaps: pauses of the runner.
         without_result: last error of each cell that failed and is still incomplete, by cell id.
         without_costs: cells in this process that found no measured costs, so that all nodes looked alike to policies.
+        conditions: of the measurement, those that make numbers doubtful first.
     """
 
     schema: int
@@ -123,6 +125,7 @@ class Summary(Struct, frozen=True, kw_only=True):
     gaps: list[dict[str, Any]]
     without_result: dict[str, str]
     without_costs: list[str]
+    conditions: list[Condition]
 
 
 def kind_of(workload: Workload) -> str:
@@ -176,6 +179,7 @@ def summarise(analysis: Analysis, *, resamples: int = RESAMPLES) -> Summary:
         gaps=gaps,
         without_result={f["cell"]: f"{f['what']}: {f['error']}" for f in failures if f["cell"] in missing},
         without_costs=_without_costs(run),
+        conditions=conditions(plan, manifest.machine, run.events(), analysis.conditions),
     )
 
 

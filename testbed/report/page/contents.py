@@ -8,6 +8,7 @@ import msgspec
 from testbed.report.numbers.metrics import METRICS, PART_METRICS, SAME_TOKENS, TOKEN_METRICS, Metric
 from testbed.report.numbers.summary import Against, ArmResult, Summary, WorkloadResult
 from testbed.report.page.document import Document, Figure, Section, Table
+from testbed.report.page.findings import findings
 from testbed.report.page.labels import NOTHING, points_text, policy_label, ratio_text, value_text
 from testbed.report.page.overview import overview_sections
 from testbed.report.page.session import clock, session_sections
@@ -33,6 +34,7 @@ def contents(run: RunDir, summary: Summary, figures: dict[str, list[Figure]]) ->
         _about(run, summary),
         *overview_sections(summary, figures["overview"]),
         *_generation(summary, figures["latency"]),
+        *([Section("Paired differences", [*figures["paired"]])] if figures["paired"] else []),
         *_quality(summary, figures["pareto"]),
         *_links(summary, figures["links"]),
         *_probes(summary),
@@ -42,11 +44,16 @@ def contents(run: RunDir, summary: Summary, figures: dict[str, list[Figure]]) ->
         _method(summary),
         _conditions(run),
     ]
-    return Document(f"Run {summary.run}", warnings(summary), sections)
+    return Document(f"Run {summary.run}", warnings(summary), notes(summary), findings(run.plan, summary), sections)
+
+
+def notes(summary: Summary) -> list[str]:
+    """Conditions that a reader should know, though they make no number doubtful."""
+    return [condition.text for condition in summary.conditions if not condition.severe]
 
 
 def warnings(summary: Summary) -> list[str]:
-    """Warnings that a reader needs before any number."""
+    """Why the numbers are doubtful, which a reader needs to know before any of them."""
     found = []
     if not summary.complete:
         found.append(
@@ -62,7 +69,7 @@ def warnings(summary: Summary) -> list[str]:
     found += different_code(summary.code)
     if summary.dirty:
         found.append("The code differed from its commit: the numbers can't be reproduced from the commit alone.")
-    return found
+    return found + [condition.text for condition in summary.conditions if condition.severe]
 
 
 def different_code(code: Mapping[str, int]) -> list[str]:
@@ -172,7 +179,8 @@ def _links(summary: Summary, figures: Sequence[Figure]) -> list[Section]:
         ]
         header = ("profile", "node", "quantity", "configured (median)", "median error, %", "samples")
         blocks.append(Table(header, rows, 3))
-    return [Section("Links: estimated and configured", [*blocks, *figures])]
+    title = "Links: estimated and configured" if summary.links else "Links as estimated"
+    return [Section(title, [*blocks, *figures])]
 
 
 def _probes(summary: Summary) -> list[Section]:

@@ -1,6 +1,7 @@
 """A document of headings, tables and figures, written as Markdown or as one self-contained HTML file."""
 
 import base64
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,11 +46,29 @@ class Section:
 
 @dataclass(slots=True)
 class Document:
-    """A report; `warnings` come before everything else."""
+    """A report.
+
+    Attributes:
+        warnings: why its numbers are doubtful; before everything else.
+        notes: what else a reader should know before any number.
+        summary: the result in a few sentences.
+    """
 
     title: str
     warnings: list[str]
+    notes: list[str]
+    summary: list[str]
     sections: list[Section]
+
+    @property
+    def anchors(self) -> list[str]:
+        """An anchor for each section, as GitHub makes them of headings."""
+        found: list[str] = []
+        for section in self.sections:
+            name = re.sub(r"[^\w\- ]", "", section.title.lower()).replace(" ", "-")
+            taken = sum(other == name or re.fullmatch(rf"{re.escape(name)}-\d+", other) is not None for other in found)
+            found.append(f"{name}-{taken}" if taken else name)
+        return found
 
 
 def markdown(document: Document) -> str:
@@ -57,6 +76,11 @@ def markdown(document: Document) -> str:
     lines = [f"# {_escape(document.title)}", ""]
     for warning in document.warnings:
         lines += [f"> **{_escape(warning)}**", ""]
+    for note in document.notes:
+        lines += [f"> {_escape(note)}", ""]
+    lines += [_escape(" ".join(document.summary)), "", "Contents:", ""]
+    titles = zip(document.sections, document.anchors, strict=True)
+    lines += [*(f"- [{_escape(section.title)}](#{anchor})" for section, anchor in titles), ""]
     for section in document.sections:
         lines += [f"## {_escape(section.title)}", ""]
         for block in section.blocks:

@@ -56,6 +56,7 @@ def reported(plan_path: Path) -> RunDir:
     done = run_in_process("testbed", "report", folder)
     assert done.returncode == 0, done.stderr
     assert "12 of 12 cells" in done.stdout
+    assert done.stderr == ""
     return RunDir(folder)
 
 
@@ -225,6 +226,7 @@ class _Page(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.references: list[str] = []
+        self.ids: set[str] = set()
         self.images = 0
         self.text = ""
         self.tags: list[str] = []
@@ -232,6 +234,8 @@ class _Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         for name, value in attrs:
+            if name == "id":
+                self.ids.add(value or "")
             if name in ("src", "href", "srcset", "data", "poster", "action", "background"):
                 self.references.append(value or "")
 
@@ -243,13 +247,17 @@ def test_the_page_stands_alone(reported: RunDir) -> None:
     html = (reported.path / "report.html").read_text()
     page = _Page()
     page.feed(html)
-    assert {reference.partition(",")[0] for reference in page.references} == {"data:image/png;base64"}
+    anchors = [reference[1:] for reference in page.references if reference.startswith("#")]
+    images = [reference for reference in page.references if not reference.startswith("#")]
+    assert {reference.partition(",")[0] for reference in images} == {"data:image/png;base64"}
+    assert {*anchors} == page.ids
+    assert html.count("<h2 id=") == len(anchors) > 10
     plots = {path.name for path in (reported.path / "plots").glob("*.png")}
     assert plots - {"links-default.png"} == {
         "latency-ecdf.png", "breakdown.png", "front-token.png", "front-layer-wait.png", "requests.png",
-        "overview.png",
+        "overview.png", "paired.png",
     }  # fmt: skip
-    assert len(page.references) == len(plots)
+    assert len(images) == len(plots)
     assert not {"script", "link", "iframe", "object"} & {*page.tags}
     assert "@import" not in html
     assert "url(" not in html
@@ -261,6 +269,48 @@ def test_the_page_stands_alone(reported: RunDir) -> None:
     for text in (page.text, (reported.path / "report.md").read_text()):
         assert f"{value:.1f} (" in text
         assert "No attempt at a cell failed." in text
+
+
+def test_the_page_begins_with_conditions_and_the_result(reported: RunDir) -> None:
+    text = (reported.path / "report.md").read_text()
+    head = text.partition("Contents:")[0]
+    assert "All nodes ran on the base station's machine" in head
+    ratio = _result(reported, "top1", "generate")["against_baseline"]["token_ms"]["ratio"]
+    for value in ratio["value"], ratio["low"], ratio["high"]:
+        assert f"{value:.2f}" in head
+    assert "compared topk and top1" in head
+    assert "2 node processes" in head
+    assert "percentage points, the mean of 3 measurements" in head
+    assert "configured" not in (reported.path / "plots" / "links-default.svg").read_text()
+    assert [kind for kind in (c["kind"] for c in _summary(reported)["conditions"]) if kind != "load"] == ["links"]
+
+
+def test_paired_differences_are_those_of_the_rows(reported: RunDir) -> None:
+    text = (reported.path / "plots" / "paired.csv").read_text()
+    rows = list(csv.DictReader(text.splitlines()))
+    spent: dict[tuple[str, int, int], list[float]] = defaultdict(list)
+    for policy in ("topk", "top1"):
+        for t in _rows(reported, "tokens", workload="generate", policy=policy):
+            if t["token"] > 0:
+                spent[policy, t["repetition"], t["answer"]].append(t["total_ns"] / 1e6)
+    drawn = {
+        (int(row["repetition"]), int(row["number"])): float(row["difference"])
+        for row in rows
+        if row["workload"] == "generate" and row["number"] != "all"
+    }
+    expected = {
+        (repetition, answer): np.mean(spent["top1", repetition, answer]) - np.mean(spent["topk", repetition, answer])
+        for _, repetition, answer in spent
+    }
+    assert drawn == pytest.approx(expected)
+    overall = {row["workload"]: row for row in rows if row["number"] == "all"}
+    assert overall.keys() == {"generate", "choice", "choice-here", "last-word", "perplexity"}
+    ratio = _result(reported, "top1", "perplexity")["against_baseline"]["perplexity"]["ratio"]
+    for name, limit in (("difference", "value"), ("low", "low"), ("high", "high")):
+        assert float(overall["perplexity"][name]) == pytest.approx(np.log(ratio[limit]))
+    points = _result(reported, "top1", "choice")["against_baseline"]["accuracy"]["difference"]
+    assert float(overall["choice"]["difference"]) == pytest.approx(100 * points["value"])
+    assert float(overall["choice"]["low"]) == pytest.approx(100 * points["low"])
 
 
 def test_accuracy_is_drawn_against_its_own_time(reported: RunDir) -> None:
