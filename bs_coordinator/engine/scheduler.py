@@ -11,6 +11,7 @@ from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.sequence import PREFILL_CHUNK_TOKENS, GeneratedAnswer, TokenEvent
 from bs_coordinator.engine.step_records import StepRecord
 from bs_coordinator.errors import AnswerError
+from bs_coordinator.selection import Policy
 from bs_coordinator.trunk.inputs import SequenceInput
 from common.errors import WdmoeError, one_line
 
@@ -33,6 +34,8 @@ class Progress(NamedTuple):
 class Scheduler:
     """Steps answers until they are done, in the order in which they were added.
 
+    A step has one policy, so answers with different ones take turns.
+
     Attributes:
         max_live: answers that are stepped at once; others wait.
         prefill_tokens: prompt tokens in one step at most, which bounds how long decoding answers wait for a step.
@@ -53,6 +56,8 @@ class Scheduler:
         self._model = model
         self._waiting: deque[GeneratedAnswer] = deque()
         self._live: list[GeneratedAnswer] = []
+        self._turns: list[int] = []
+        """Ids of the live answers' policies, the one whose step is longest ago first."""
 
     @property
     def idle(self) -> bool:
@@ -88,11 +93,12 @@ class Scheduler:
         """
         while self._waiting and len(self._live) < self.max_live:
             self._live.append(self._waiting.popleft())
+        live = self._next_group()
         # Decoding answers come first: neighbours with few tokens share one pass through the trunk.
-        decoding = [answer for answer in self._live if answer.decoding]
+        decoding = [answer for answer in live if answer.decoding]
         chosen = []
         budget = self.prefill_tokens
-        for answer in [*decoding, *(answer for answer in self._live if not answer.decoding)]:
+        for answer in [*decoding, *(answer for answer in live if not answer.decoding)]:
             if not answer.decoding and budget <= 0:
                 break
             try:
@@ -107,11 +113,30 @@ class Scheduler:
             chosen.append((answer, inputs))
         return chosen
 
+    def _next_group(self) -> list[GeneratedAnswer]:
+        """The live answers of the policy whose turn it is."""
+        policies = dict.fromkeys(id(answer.policy) for answer in self._live)
+        self._turns = [policy for policy in self._turns if policy in policies]
+        self._turns += [policy for policy in policies if policy not in self._turns]
+        if not self._turns:
+            return []
+        turn = self._turns.pop(0)
+        self._turns.append(turn)
+        return [answer for answer in self._live if id(answer.policy) == turn]
+
+    def _step(self, inputs: Sequence[SequenceInput], policy: Policy | None) -> tuple[list[Tensor], StepRecord]:
+        own = self._model.policy
+        self._model.policy = policy or own
+        try:
+            return self._model.step(inputs)
+        finally:
+            self._model.policy = own
+
     def _run(self, chosen: Sequence[tuple[GeneratedAnswer, SequenceInput]]) -> list[Progress]:
         """Step the chosen answers together, or each alone if that fails."""
         answers = [answer for answer, _ in chosen]
         try:
-            logits, record = self._model.step([inputs for _, inputs in chosen])
+            logits, record = self._step([inputs for _, inputs in chosen], answers[0].policy)
         except Exception as error:  # noqa: BLE001 - libraries raise anything
             if len(answers) == 1:
                 return [Progress(answers[0], [], _as_answer_error(error))]
@@ -119,13 +144,14 @@ class Scheduler:
         progress = [
             _accept(answer, some, record, sequences=len(answers)) for answer, some in zip(answers, logits, strict=True)
         ]
-        tokens = sum(len(p.events) for p in progress)
-        answers[0].speculation.observe(record, sequences=len(answers), tokens=tokens)
+        if answers[0].policy is None:  # drafts are for the model's own policy
+            tokens = sum(len(p.events) for p in progress)
+            answers[0].speculation.observe(record, sequences=len(answers), tokens=tokens)
         return progress
 
     def _run_alone(self, answer: GeneratedAnswer) -> Progress:
         try:
-            (logits,), record = self._model.step([answer.next_input(prefill_tokens=self.prefill_tokens)])
+            (logits,), record = self._step([answer.next_input(prefill_tokens=self.prefill_tokens)], answer.policy)
         except Exception as error:  # noqa: BLE001 - libraries raise anything
             return Progress(answer, [], _as_answer_error(error))
         return _accept(answer, logits, record, sequences=1)

@@ -17,6 +17,7 @@ from bs_coordinator.engine.speculation.drafts import DraftToken
 from bs_coordinator.engine.step_records import StepRecord
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.errors import ContextLengthError
+from bs_coordinator.selection import Policy
 from bs_coordinator.trunk.inputs import SequenceInput
 
 PREFILL_CHUNK_TOKENS = 512
@@ -87,7 +88,9 @@ class Sequence:
         self.cached_ids: list[int] = []
         self.max_positions: int = model.trunk.max_positions
 
-    def answer(self, prompt: list[int], config: SamplingConfig, *, same_text: bool = False) -> "GeneratedAnswer":
+    def answer(
+        self, prompt: list[int], config: SamplingConfig, *, same_text: bool = False, policy: Policy | None = None
+    ) -> "GeneratedAnswer":  # fmt: skip
         """Begin to continue `prompt`. A sequence may have only one answer at a time.
 
         Args:
@@ -95,6 +98,7 @@ class Sequence:
             config: of the sampling.
             same_text: the answer continues the prompt's text, whose next character may be a space, instead of
                 beginning a text of its own, as in a chat.
+            policy: as `GeneratedAnswer.policy`.
 
         Raises:
             ContextLengthError: the prompt leaves no room in the model's context.
@@ -106,7 +110,7 @@ class Sequence:
             raise ContextLengthError(
                 f"the prompt has {len(prompt)} tokens, the model's context is {self.max_positions}: shorten it"
             )
-        return GeneratedAnswer(self, prompt, config, same_text=same_text)
+        return GeneratedAnswer(self, prompt, config, same_text=same_text, policy=policy)
 
     def generate(self, prompt: list[int], config: SamplingConfig, *, same_text: bool = False) -> Iterator[TokenEvent]:
         """Continue `prompt` token by token; the caller may stop at any token.
@@ -172,10 +176,15 @@ class GeneratedAnswer:
     Attributes:
         done: whether the last token has been generated.
         prompt_tokens: length of the prompt.
+        policy: by which `Scheduler` has the experts of its tokens chosen; None for the model's own policy.
     """
 
-    def __init__(self, sequence: Sequence, prompt: list[int], config: SamplingConfig, *, same_text: bool) -> None:
+    def __init__(
+        self, sequence: Sequence, prompt: list[int], config: SamplingConfig, *, same_text: bool,
+        policy: Policy | None = None,
+    ) -> None:  # fmt: skip
         self.done = False
+        self.policy = policy
         self._sequence = sequence
         self._ids = list(prompt)
         self.prompt_tokens = len(prompt)

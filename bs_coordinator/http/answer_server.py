@@ -19,6 +19,7 @@ from bs_coordinator.engine.sequence import GeneratedAnswer, Sequence
 from bs_coordinator.errors import AnswerError, BusyError
 from bs_coordinator.http.observers import AnswerObserver
 from bs_coordinator.http.requests import NO_TRACE, Request, SharedPrompt, StreamUpdate, TraceHeaders
+from bs_coordinator.selection import Policy
 from common.clock import SYSTEM_CLOCK, Clock
 from common.errors import WdmoeError, one_line
 from common.moving_average import MovingAverage
@@ -90,7 +91,8 @@ class AnswerServer:
 
     def accept(
         self, sampling: SamplingConfig, deliver: Callable[[StreamUpdate], None], *, same_text: bool = False,
-        successor: bool = False, trace: TraceHeaders = NO_TRACE, shared: SharedPrompt | None = None,
+        successor: bool = False, policy: Policy | None = None, trace: TraceHeaders = NO_TRACE,
+        shared: SharedPrompt | None = None,
     ) -> Request:  # fmt: skip
         """Give a request its place, from any thread, before its prompt is tokenised; `submit` or `cancel` must follow.
 
@@ -98,6 +100,8 @@ class AnswerServer:
             sampling: how to choose the answer's tokens.
             deliver: called from the serving thread with each update; must not block.
             same_text: the answer continues the prompt's text, as for `Sequence.answer`.
+            policy: as `Request.policy`. Such an answer has no drafts: with most policies, experts depend on the
+                tokens of a step.
             successor: the request takes the place of one that has just ended, even if another caller has taken it.
             trace: the caller's, for observers.
             shared: of this prompt's requests; all but the first are submitted once that one has had a token.
@@ -105,7 +109,7 @@ class AnswerServer:
         Raises:
             BusyError: there are too many requests already, or the server is being stopped.
         """
-        request = Request(sampling, deliver, self._clock.monotonic_s(), same_text, trace, shared)
+        request = Request(sampling, deliver, self._clock.monotonic_s(), same_text, policy, trace, shared)
         with self._lock:
             busy = self._take_place(request, None if successor else self._limit)
         if busy is None:
@@ -185,7 +189,12 @@ class AnswerServer:
             if id(request) not in self._requests:
                 continue
             try:
-                answer = self._sequence(request.shared).answer(ids, request.sampling, same_text=request.same_text)
+                sequence = self._sequence(request.shared)
+                if request.policy is not None:
+                    sequence.drafter = None
+                answer = sequence.answer(
+                    ids, request.sampling, same_text=request.same_text, policy=request.policy
+                )  # fmt: skip
             except Exception as error:  # noqa: BLE001 - libraries raise anything, and it is this caller's alone
                 wrong = (
                     error if isinstance(error, WdmoeError) else AnswerError(f"this answer failed: {one_line(error)}")

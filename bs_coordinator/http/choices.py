@@ -17,6 +17,7 @@ from bs_coordinator.http.answer_server import AnswerServer
 from bs_coordinator.http.openai_responses import Token
 from bs_coordinator.http.requests import SharedPrompt, StreamUpdate
 from bs_coordinator.http.stop_strings import StopText
+from bs_coordinator.selection import Policy
 from common.errors import WdmoeError
 
 HUNG_UP = "the caller has hung up"
@@ -28,10 +29,14 @@ class Choice(NamedTuple):
     Attributes:
         prompt: index of the prompt among those of the HTTP request.
         sampling: how to choose its tokens.
+        policy: chooses its experts; None for the base station's own.
+        timed: its tokens have the parts of their times.
     """
 
     prompt: int
     sampling: SamplingConfig
+    policy: Policy | None = None
+    timed: bool = False
 
 
 class Choices:
@@ -185,15 +190,21 @@ class Choices:
 
     def _accept(self, index: int, *, successor: bool = False) -> None:
         """Take a place for a choice."""
+        choice = self._choices[index]
 
         def deliver(update: StreamUpdate) -> None:
-            item = _http_exception(update.error) if update.error else [Token.of(event) for event in update.events]
+            item = (
+                _http_exception(update.error)
+                if update.error
+                else [Token.of(event, timed=choice.timed) for event in update.events]
+            )
             with contextlib.suppress(RuntimeError):  # the loop is closed: the caller is gone
                 self._loop.call_soon_threadsafe(self._arrived.put_nowait, (index, item))
 
-        prompt, sampling = self._choices[index]
+        prompt, sampling = choice.prompt, choice.sampling
         more: dict[str, Any] = {"successor": True} if successor else {}
         more |= {"trace": self._trace} if self._trace.traceparent else {}
+        more |= {"policy": choice.policy} if choice.policy else {}
         if prompt in self._shared:
             more["shared"] = self._shared[prompt]
         computed = self._computed.get(prompt)

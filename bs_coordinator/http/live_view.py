@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from bs_coordinator.dispatch.dispatcher import Dispatcher
@@ -32,8 +32,12 @@ def load_per_core() -> float:
     return os.getloadavg()[0] / (os.cpu_count() or 1)
 
 
-def model_facts(station: "BaseStation") -> ModelFacts:
-    """What the live page shows of a base station's model and settings."""
+def model_facts(station: "BaseStation", policies: Sequence[str]) -> ModelFacts:
+    """What the live page shows of a base station's model and settings.
+
+    Args:
+        policies: that requests may name, the base station's own first.
+    """
     manifest = station.manifest
     return ModelFacts(
         name=manifest.source.name,
@@ -41,7 +45,7 @@ def model_facts(station: "BaseStation") -> ModelFacts:
         experts=manifest.dims.experts,
         top_k=manifest.dims.top_k,
         quantisation=str(manifest.quantisation),
-        policy=type(station.model.policy).__name__.lower(),
+        policies=list(policies),
         drafts=station.speculation.mode,
         chat=station.tokenizer.has_chat_template,
     )

@@ -38,6 +38,7 @@ from bs_coordinator.http.openai_schema import Chat, Completion, Options, parse_r
 from bs_coordinator.http.openapi_document import openapi_document
 from bs_coordinator.http.prompts import PromptEncoder
 from bs_coordinator.http.request_log import LogLine, RequestTracking, TrackedRequest
+from bs_coordinator.http.request_policy import NamedPolicy, RequestPolicies
 from bs_coordinator.http.stop_strings import StopText
 from bs_coordinator.http.tokenizer_api import Detokenize, Tokenize, tokenizer_routes
 from bs_coordinator.page.feed import LiveFeed
@@ -58,7 +59,7 @@ def http_app(
     max_positions: int = 1 << 20, hosts: Sequence[str] = ("*",), origin: str = "", live: LiveFeed | None = None,
     metrics: MetricsSource | None = None, keys: Sequence[ApiKey] = (),
     model_aliases: Sequence[str] = (), about: Mapping[str, str] | None = None, log_request: LogLine | None = None,
-    keep_alive_s: float = _KEEP_ALIVE_S, clock: Clock = SYSTEM_CLOCK,
+    keep_alive_s: float = _KEEP_ALIVE_S, clock: Clock = SYSTEM_CLOCK, policies: RequestPolicies | None = None,
 ) -> Starlette:  # fmt: skip
     """The ASGI application.
 
@@ -76,6 +77,7 @@ def http_app(
         log_request: called with a line for each POST request when it is over.
         keep_alive_s: a stream without a token for so long gets a comment line.
         clock: for times of requests.
+        policies: that requests may name; None if they may not.
     """
     prompts = PromptEncoder(tokenizer, max_positions)
     listed = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "wdmoe"}
@@ -127,8 +129,14 @@ def http_app(
         echoed: Callable[[Sequence[list[int]]], list[Prompt]], kind: ResponseKind,
     ) -> Response:  # fmt: skip
         tracked = _tracked(request)
+        named = _named_policy(options, policies)
+        chosen_by = {"policy": named.name, "draft": "none"} if named else {}
+        policy = named.policy if named else None
         choices = Choices(
-            server, request, [Choice(i, sampling) for i in range(count) for sampling in options.samplings],
+            server, request, [
+                Choice(i, sampling, policy, options.wdmoe.timings)
+                for i in range(count) for sampling in options.samplings
+            ],
             lambda: StopText(options.stops, tokenizer.special_tokens),
             same_text=kind == "text_completion", keep_alive_s=keep_alive_s,
             on_hang_up=tracked.hung_up,
@@ -138,7 +146,7 @@ def http_app(
         tracked.tally.prompt_tokens = sum(map(len, ids))
         format = ResponseFormat(
             kind, tracked.id, model, tracked.tally, tokenizer.token_bytes,
-            about={**(about or {}), **({"ignored": options.ignored} if options.ignored else {})},
+            about={**(about or {}), **chosen_by, **({"ignored": options.ignored} if options.ignored else {})},
             logprobs=options.top is not None, echoed=echoed(ids),
             usage_in_chunks=options.stream_options.continuous_usage_stats,
         )  # fmt: skip
@@ -216,6 +224,19 @@ def http_app(
 
 _Item = tuple[int, Token] | None
 """The next token of a choice, or None as a sign of life."""
+
+
+def _named_policy(options: Options, policies: RequestPolicies | None) -> NamedPolicy | None:
+    """The policy that a request names; None if it leaves the choice to the base station."""
+    text = options.wdmoe.policy
+    if text is None:
+        return None
+    if policies is None:
+        raise HTTPException(400, "`wdmoe.policy`: this server has one policy: leave it out")
+    try:
+        return policies.find(text)
+    except ValueError as error:
+        raise HTTPException(400, f"`wdmoe.policy`: {error}") from None
 
 
 def _tracked(request: Request) -> TrackedRequest:

@@ -13,6 +13,7 @@ import msgspec
 
 from bs_coordinator.engine.logprobs import TokenLogprob
 from bs_coordinator.engine.sequence import StopReason, TokenEvent
+from bs_coordinator.engine.step_parts import Parts, parts_ms
 
 Finish = Literal["stop", "length"]
 ResponseKind = Literal["text_completion", "chat.completion"]
@@ -35,6 +36,7 @@ class Token(NamedTuple):
         step_ns: time of the steps that it took.
         wait_ns: the part of `step_ns` between choosing experts and having their combined output.
         drafted, accepted: draft tokens in these steps, and how many of them were accepted.
+        parts: where the time of these steps went, if it was asked for.
     """
 
     text: str
@@ -47,10 +49,15 @@ class Token(NamedTuple):
     wait_ns: int = 0
     drafted: int = 0
     accepted: int = 0
+    parts: Parts | None = None
 
     @classmethod
-    def of(cls, event: TokenEvent) -> "Token":
-        """The token of an event."""
+    def of(cls, event: TokenEvent, *, timed: bool = False) -> "Token":
+        """The token of an event.
+
+        Args:
+            timed: with the parts of its time.
+        """
         layers = [layer for step in event.steps for layer in step.layers]
         return cls(
             event.text,
@@ -63,6 +70,7 @@ class Token(NamedTuple):
             sum(layer.dispatch_ns for layer in layers),
             sum(step.drafted for step in event.steps),
             sum(step.accepted for step in event.steps),
+            parts_ms(*event.steps) if timed else None,
         )
 
 
@@ -136,7 +144,9 @@ class ResponseFormat:
             delta = {"content": choice.pop("message")["content"]}
             role = {"role": "assistant"} if first else {}
             choice = {"index": index, "delta": {**role, **delta}, **choice}
-        return self._chunk({"choices": [choice], **({"usage": self._totals.usage} if self._usage_in_chunks else {})})
+        usage = {"usage": self._totals.usage} if self._usage_in_chunks else {}
+        timings = {"wdmoe": {"token": token.id, **token.parts}} if token.parts else {}
+        return self._chunk({"choices": [choice], **usage, **timings})
 
     def usage_chunk(self) -> bytes:
         """The last chunk of a stream with `stream_options.include_usage`."""

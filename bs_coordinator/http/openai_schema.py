@@ -85,7 +85,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 """Options of OpenAI, vLLM and llama.cpp that are not implemented, with the values that ask for nothing."""
 
-_MAPPINGS = ("audio", "chat_template_kwargs", "extra_body", "logit_bias", "reasoning", "stream_options")
+_MAPPINGS = ("audio", "chat_template_kwargs", "extra_body", "logit_bias", "reasoning", "stream_options", "wdmoe")
 """Options of which PHP writes the empty mapping as an empty list."""
 
 _NO_TOOLS: dict[str, tuple[object, ...]] = {
@@ -124,6 +124,19 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     include_obfuscation: bool = False
 
 
+class OwnOptions(Struct, forbid_unknown_fields=True):
+    """Options that only this server has.
+
+    Attributes:
+        policy: how experts are chosen for this request, as `--policy` of `wdmoe-bs serve`; the base station's own if
+            not set. Nothing is drafted for a request that names one.
+        timings: each chunk of a stream has the token's id, and the parts of the time of its steps.
+    """
+
+    policy: Annotated[str, Meta(max_length=256)] | None = None
+    timings: bool = False
+
+
 class Options(Struct, kw_only=True, forbid_unknown_fields=True):
     """Options that completions and chat share.
 
@@ -136,6 +149,7 @@ class Options(Struct, kw_only=True, forbid_unknown_fields=True):
         seed: a signed 64-bit number; without one each request draws its own, so that repeating a request gives another
             answer. The choices of a prompt have consecutive seeds.
         stop: strings before the first of which the answer ends; empty ones have no effect.
+        wdmoe: options that only this server has.
     """
 
     model: str = ""
@@ -150,6 +164,7 @@ class Options(Struct, kw_only=True, forbid_unknown_fields=True):
     stop: _Stop | Annotated[list[_Stop], Meta(max_length=16)] = []
     stream: bool = False
     stream_options: StreamOptions = msgspec.field(default_factory=StreamOptions)
+    wdmoe: OwnOptions = msgspec.field(default_factory=OwnOptions)
 
     @property
     def most_tokens(self) -> int:

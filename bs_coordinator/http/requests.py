@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.sequence import Sequence, TokenEvent
+from bs_coordinator.selection import Policy
 from common.errors import WdmoeError
 
 
@@ -44,6 +45,7 @@ class Request(NamedTuple):
         deliver: called from the serving thread with each update; must not block.
         accepted_s: on the server's monotonic clock.
         same_text: the answer continues the prompt's text, rather than beginning one of its own.
+        policy: chooses the experts of this answer's tokens; None for the base station's own.
         trace: that the answer belongs to.
         shared: what it shares with other requests of the same prompt; None for nothing.
     """
@@ -52,5 +54,6 @@ class Request(NamedTuple):
     deliver: Callable[[StreamUpdate], None]
     accepted_s: float
     same_text: bool
+    policy: Policy | None = None
     trace: TraceHeaders = NO_TRACE
     shared: SharedPrompt | None = None

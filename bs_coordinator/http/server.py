@@ -19,6 +19,7 @@ from bs_coordinator.http.metrics import MetricsSource
 from bs_coordinator.http.observers import AnswerObserver
 from bs_coordinator.http.openai_api import http_app
 from bs_coordinator.http.request_log import request_log
+from bs_coordinator.http.request_policy import NamedPolicy, RequestPolicies
 from bs_coordinator.page.feed import LiveFeed
 from common.systemd import notify
 
@@ -52,9 +53,11 @@ def serve_station(
         ServeError: the request log can't be opened.
     """
     live = LiveFeed()
-    view = LiveView(
-        station.dispatcher, live, model_facts(station), most_running=config.max_live + config.max_waiting
+    policies = RequestPolicies(
+        NamedPolicy(policy, station.model.policy), top_k=station.manifest.dims.top_k, scored=station.model.trunk.scored
     )  # fmt: skip
+    facts = model_facts(station, policies.offered)
+    view = LiveView(station.dispatcher, live, facts, most_running=config.max_live + config.max_waiting)
     server = AnswerServer(
         Scheduler(station.model, max_live=config.max_live),
         station.new_sequence,
@@ -68,7 +71,7 @@ def serve_station(
             stall_s=_STALLED_LAYERS * layer_timeout_s, max_positions=station.model.trunk.max_positions,
             hosts=allowed_hosts(config.host, keyed=bool(keys)), origin=config.cors_origin,
             model_aliases=config.model_alias, about={"policy": policy, "draft": station.speculation.mode},
-            log_request=log_request, live=live, metrics=metrics,
+            log_request=log_request, live=live, metrics=metrics, policies=policies,
         )  # fmt: skip
         settings = uvicorn.Config(
             app, host=config.host, port=config.port, log_config=None, log_level="warning", access_log=False,

@@ -158,7 +158,7 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
         layers, experts: layers with experts, and experts in each of them.
         top_k: experts per token that the model's own router asks.
         quantisation: of the experts.
-        policy: how experts are chosen.
+        policies: how experts are chosen, the base station's own policy first; then others that requests may name.
         drafts: how draft tokens are made; `none` without any.
         chat: the model has a chat template.
     """
@@ -168,7 +168,7 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     experts: int
     top_k: int
     quantisation: str
-    policy: str
+    policies: list[str]
     drafts: str
     chat: bool
 

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bs_coordinator.engine.scheduler import Progress
+from bs_coordinator.engine.step_parts import as_ms, parts_ms
 from bs_coordinator.engine.step_records import StepRecord
 from bs_coordinator.page.documents import StepView
 from common.moving_average import MovingAverage
@@ -151,7 +152,7 @@ class StepLog:
 
     def _view(self, step: _Step) -> StepView:
         self._serial += 1
-        record, split = step.record, step.record.split_ns()
+        record = step.record
         return StepView(
             serial=self._serial,
             prefill=record.phase == "prefill",
@@ -160,15 +161,5 @@ class StepLog:
             drafted=step.drafted,
             accepted=step.accepted,
             degraded=len(record.degraded),
-            trunk_ms=_ms(split.trunk - record.head_ns),
-            network_ms=_ms(split.network),
-            queue_ms=_ms(split.wait),
-            compute_ms=_ms(split.compute),
-            packing_ms=_ms(split.framing),
-            head_ms=_ms(record.head_ns),
-            draft_ms=_ms(step.draft_ns),
+            **(parts_ms(record) | {"draft_ms": as_ms(step.draft_ns)}),
         )
-
-
-def _ms(ns: int) -> float:
-    return round(max(0, ns) / 1e6, 3)

@@ -30,16 +30,18 @@ _KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
 POLICY_NAMES = tuple(_KINDS)
 
 
-def parse_policy(text: str, *, top_k: int, model_sha256: str | None = None) -> Policy:
+def parse_policy(text: str, *, top_k: int, model_sha256: str | None = None, files: bool = True) -> Policy:
     """The policy that `text` describes, for example `topk` or `topk:k=3`.
 
     Args:
         text: name and options.
         top_k: the model's experts per token, used as `k` unless `text` sets it.
         model_sha256: `Manifest.model_sha256` of the model, if known.
+        files: whether options may name files of this machine; not if `text` comes from another one.
 
     Raises:
-        ValueError: the name or an option is unknown, a value is out of range, or a table is of another model.
+        ValueError: the name or an option is unknown, a value is out of range, or a table is of another model or may not
+            be read.
     """
     name, _, options = text.partition(":")
     if "renormalise=" in options:
@@ -58,7 +60,7 @@ def parse_policy(text: str, *, top_k: int, model_sha256: str | None = None) -> P
             raise ValueError(f"policy '{name}' has no option '{option}': it knows {', '.join(sorted(fields))}=…")
         values[key] = value
     try:
-        policy: Policy = msgspec.convert(values, kind, strict=False, dec_hook=_from_text)
+        policy: Policy = msgspec.convert(values, kind, strict=False, dec_hook=_from_text if files else _no_files)
     except msgspec.ValidationError as error:
         raise ValueError(f"policy '{text}': {error}") from None
     table: DifferenceTable | None = getattr(policy, "table", None) or getattr(policy, "keep", None)
@@ -110,6 +112,10 @@ def check_scores(text: str, policy: Policy, *, top_k: int) -> None:
             f"policy '{text}' compares all experts by score, but how this model scores them is not known: "
             f"use topk, or topk:k=… up to {top_k}"
         )
+
+
+def _no_files(kind: type[Any], value: str) -> Any:
+    raise ValueError("a table is a file, which only --policy may name")
 
 
 def _from_text(kind: type[Any], value: str) -> Any:

@@ -21,6 +21,27 @@ export async function errorText(response) {
   }
 }
 
+// The documents of a streamed answer of the chat. An error of the server is thrown with its message.
+export async function* chat(options, signal) {
+  const response = await fetch("/v1/chat/completions", {
+    method: "POST",
+    headers: headers({ "Content-Type": "application/json" }),
+    body: JSON.stringify({ stream: true, stream_options: { include_usage: true }, ...options }),
+    signal,
+  });
+  if (!response.ok) throw new Error(await errorText(response));
+  for await (const data of events(response)) {
+    if (data === "[DONE]") return;
+    const document = JSON.parse(data);
+    if (document.error) throw new Error(document.error.message);
+    yield document;
+  }
+}
+
+// What the reader is told of an error of `chat`.
+export const failure = (error) =>
+  error instanceof TypeError ? "No connection to the base station" : `Failed: ${error.message}`;
+
 // The data of each event. `alive` is called with every piece that arrives, comments included.
 export async function* events(response, alive = () => {}) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();

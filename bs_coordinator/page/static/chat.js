@@ -1,6 +1,6 @@
 // A chat over /v1/chat/completions. The conversation is kept until the tab is closed.
 
-import { errorText, events, headers } from "/live/api.js";
+import { chat, failure } from "/live/api.js";
 import { $, element, setText } from "/live/dom.js";
 
 const STORED = "wdmoe-chat";
@@ -50,21 +50,8 @@ async function ask(text) {
   const began = performance.now();
   let first = 0;
   try {
-    const response = await fetch("/v1/chat/completions", {
-      method: "POST",
-      headers: headers({ "Content-Type": "application/json" }),
-      body: JSON.stringify({
-        messages: asked, stream: true, max_tokens: Number($("max-tokens").value),
-        stream_options: { include_usage: true },
-      }),
-      signal: running.signal,
-    });
-    if (!response.ok) throw new Error(await errorText(response));
     let end = "";
-    for await (const data of events(response)) {
-      if (data === "[DONE]") break;
-      const document = JSON.parse(data);
-      if (document.error) throw new Error(document.error.message);
+    for await (const document of chat({ messages: asked, max_tokens: Number($("max-tokens").value) }, running.signal)) {
       const choice = document.choices[0];
       if (choice) {
         tokens += 1;
@@ -90,7 +77,7 @@ async function ask(text) {
       status(`Stopped after ${tokens} tokens`);
     } else {
       note = "Not finished.";
-      status(error instanceof TypeError ? "No connection to the base station" : `Failed: ${error.message}`, true);
+      status(failure(error), true);
     }
   }
   if (note) box.append(element("span", "note", note));

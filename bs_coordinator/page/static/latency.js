@@ -4,7 +4,7 @@ import { $, colour, element, figure, fit, median, setText } from "/live/dom.js";
 import { PARTS, tokenMs } from "/live/fleet.js";
 
 const BARS = 100;
-const NAMES = {
+export const NAMES = {
   trunk_ms: "Trunk", network_ms: "Wait: network", queue_ms: "Wait: queue", compute_ms: "Wait: node computes",
   packing_ms: "Packing", head_ms: "Head", draft_ms: "Drafting",
 };

@@ -2,6 +2,7 @@
 
 import { setKey } from "/live/api.js";
 import { startChat } from "/live/chat.js";
+import { noteRunning, offerPolicies, startCompare } from "/live/compare.js";
 import { $, dark, setText } from "/live/dom.js";
 import { Feed } from "/live/feed.js";
 import { showAlarms, showFleet, showSummary } from "/live/fleet.js";
@@ -15,8 +16,9 @@ let following = false;
 
 function showModel(model) {
   const drafts = model.drafts === "none" ? "no drafts" : `drafts: ${model.drafts}`;
-  setText($("model"), `${model.name}, ${model.layers} layers × ${model.experts} experts, ${model.quantisation}, policy ${model.policy}, ${drafts}`);
+  setText($("model"), `${model.name}, ${model.layers} layers × ${model.experts} experts, ${model.quantisation}, policy ${model.policies[0]}, ${drafts}`);
   document.title = `WDMoE · ${model.name}`;
+  offerPolicies(model);
   if (!model.chat) {
     $("send").disabled = true;
     setText($("chat-status"), "This model has no chat template: use /v1/completions.");
@@ -32,6 +34,7 @@ function onSnapshot(snapshot) {
   shownMs = snapshot.unix_ms;
   showAlarms(snapshot.alarms);
   showSummary(snapshot, steps);
+  noteRunning(snapshot.totals.running);
   showFleet(snapshot.nodes);
   if (snapshot.placement) place(snapshot.placement);
   light(snapshot.active ?? []);
@@ -71,6 +74,10 @@ async function follow(refusal) {
 
 startHeatmap();
 const drawLatency = startLatency();
-dark.addEventListener("change", drawLatency);
+const drawCompared = startCompare();
+dark.addEventListener("change", () => {
+  drawLatency();
+  drawCompared();
+});
 startChat();
 follow("");

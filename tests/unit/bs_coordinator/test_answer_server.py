@@ -51,7 +51,7 @@ class _Idle:
     def describe_lost(self) -> str:
         return ""
 
-    def answer(self, ids: list[int], config: SamplingConfig, *, same_text: bool) -> object:
+    def answer(self, ids: list[int], config: SamplingConfig, *, same_text: bool, policy: object) -> object:
         return object()
 
 
@@ -94,7 +94,7 @@ def test_load_and_the_time_to_retry() -> None:
 
 def test_what_fails_for_one_caller_is_that_callers_alone() -> None:
     class Sequences(_Idle):
-        def answer(self, ids: list[int], config: SamplingConfig, *, same_text: bool) -> object:
+        def answer(self, ids: list[int], config: SamplingConfig, *, same_text: bool, policy: object) -> object:
             if ids == [13]:
                 raise TypeError("no such\ntoken")
             return _Answer()
@@ -135,7 +135,7 @@ def test_observers_see_each_request_and_can_do_no_harm(caplog: pytest.LogCapture
             self.done = False
 
     class Sequences(_Idle):
-        def answer(self, ids: list[int], config: SamplingConfig, *, same_text: bool) -> object:
+        def answer(self, ids: list[int], config: SamplingConfig, *, same_text: bool, policy: object) -> object:
             if ids == [13]:
                 raise TypeError("no such token")
             return Answer()

@@ -222,3 +222,27 @@ def test_a_library_that_fails_for_one_answer_leaves_the_others_as_they_are(
     assert "\n" not in str(errors[answers[place]])
     others = [(ids[a], expected) for i, (a, expected) in enumerate(zip(answers, alone, strict=True)) if i != place]
     assert [made for made, _ in others] == [expected for _, expected in others]
+
+
+def test_answers_with_different_policies_take_turns_and_are_what_they_are_alone(
+    model: DistributedModel, tokenizer: Tokenizer
+) -> None:
+    config = SamplingConfig(max_tokens=6)
+    policies = [None, TopK(1), None, TopK(3)]
+    prompts = _prompts(4)
+    alone = []
+    for ids, policy in zip(prompts, policies, strict=True):
+        own = DistributedModel(model.trunk, model._experts, policy or TopK(2))
+        alone.append([e.id for e in Sequence(own, tokenizer).generate(ids, config)])
+    scheduler = Scheduler(model)
+    answers = [
+        Sequence(model, tokenizer).answer(ids, config, policy=policy)
+        for ids, policy in zip(prompts, policies, strict=True)
+    ]
+    for answer in answers:
+        scheduler.add(answer)
+    first = [{answers.index(p.answer) for p in scheduler.step()} for _ in range(3)]
+    assert first == [{0, 2}, {1}, {3}]
+    assert model.policy == TopK(2)
+    rest = _run(scheduler, answers)
+    assert [ids[1:] for ids in alone] == rest

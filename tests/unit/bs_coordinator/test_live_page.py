@@ -34,7 +34,7 @@ from wire.transports.memory import MemoryBroker
 NONE: Any = None
 STATIC = files("bs_coordinator.page").joinpath("static")
 MODEL = ModelFacts(
-    name="m", layers=1, experts=2, top_k=1, quantisation="int4", policy="topk", drafts="none", chat=True
+    name="m", layers=1, experts=2, top_k=1, quantisation="int4", policies=["topk", "top1"], drafts="none", chat=True
 )  # fmt: skip
 TOTALS = Totals(running=0, ended=0, failed=0, refused=0, tokens=0, drafted=0, accepted=0, degraded=0)
 
@@ -57,7 +57,9 @@ def test_a_viewer_sees_the_fleet_then_an_answer_then_a_node_that_leaves(random_b
         config = BaseStationConfig(bundle=random_bundle, draft="none")
         station = stack.enter_context(open_base_station(config, broker.address))
         live = LiveFeed()
-        view = LiveView(station.dispatcher, live, model_facts(station), most_running=9, cpu_load=lambda: 0.0)
+        view = LiveView(
+            station.dispatcher, live, model_facts(station, ["topk", "top1"]), most_running=9, cpu_load=lambda: 0.0
+        )
         server = AnswerServer(
             Scheduler(station.model), station.new_sequence, max_waiting=1, dispatcher=station.dispatcher,
             observers=[view],
@@ -72,7 +74,11 @@ def test_a_viewer_sees_the_fleet_then_an_answer_then_a_node_that_leaves(random_b
         snapshots = _snapshots(response)
 
         first = next(snapshots)
-        assert (first["model"]["layers"], first["model"]["experts"], first["model"]["policy"]) == (2, 4, "topk")
+        assert (first["model"]["layers"], first["model"]["experts"], first["model"]["policies"]) == (
+            2,
+            4,
+            ["topk", "top1"],
+        )
         assert first["placement"] == {"names": ["a", "b"], "asked": [[0, 0, 1, 1]] * 2}
         assert [(node["name"], node["state"], node["held"]) for node in first["nodes"]] == [
             ("a", "online", 4), ("b", "online", 4),
