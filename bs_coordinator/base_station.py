@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -118,7 +119,9 @@ def open_base_station(
             broker_ms = measure_broker(transport, client.topics.echo(client.id))
         if config.stay_awake:
             stack.enter_context(cpu_idle_disabled())
+        began_s = time.monotonic()
         trunk, tokenizer, speculation = _load(config, manifest, policy)
+        log.info("the trunk is loaded, after %.1f s; looking for nodes", time.monotonic() - began_s)
         dispatcher, residents = stack.enter_context(_connect(config, manifest, client))
         nodes_ms = _prove(config, manifest, dispatcher, on_progress)
         if speculation.mode == "auto" and (nodes := dispatcher.registry.batch_variant()):

@@ -5,6 +5,7 @@ import threading
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from common.console import run as run_console
 from common.options import Command, Group, config_options
@@ -12,13 +13,24 @@ from edge_node.config import NodeConfig
 from edge_node.tune_command import tune
 from wire import __version__
 
+_OF_THE_GROUP = ("-h", "--help", "--version")
+
 
 class _ServeByDefault(Group):
     """A group whose first argument may be an option of `serve`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        unnamed = not args or (args[0].startswith("-") and args[0] not in ("-h", "--help", "--version"))
+        # A shell that asks for completions sends the words before the last: none does not mean `serve`.
+        unnamed = not ctx.resilient_parsing if not args else args[0][:1] == "-" and args[0] not in _OF_THE_GROUP
         return super().parse_args(ctx, ["serve", *args] if unnamed else args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands, and options of the group and of `serve`."""
+        found = super().shell_complete(ctx, incomplete)
+        if incomplete.startswith("-"):
+            with click.Context(serve, parent=ctx, info_name="serve") as inner:
+                found += [item for item in serve.shell_complete(inner, incomplete) if item.value != "--help"]
+        return found
 
 
 @click.group(

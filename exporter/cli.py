@@ -46,10 +46,18 @@ def demo_model(out: Path, model: str, base: str | None, deltas: Path | None, lay
     OUT becomes a Hugging Face folder of a MixtralForCausalLM (8 experts per layer, top 2) or a Qwen3MoeForCausalLM
     (16 experts per layer, top 4).
     """
-    from exporter.demo_model.assembly import assemble_demo_model
+    from exporter.demo_model.assembly import assemble_demo_model, demo_model_path
 
     with show_progress("demo model", keep=True) as show:
-        assemble_demo_model(out, model=model, base=base, deltas=deltas, layers=layers, progress=show)
+        assemble_demo_model(
+            out,
+            model=model,
+            base=base,
+            deltas=deltas,
+            layers=layers,
+            made=demo_model_path(model, layers),
+            progress=show,
+        )
     click.echo(f"demo model in {out}")
 
 

@@ -8,7 +8,7 @@ from common.progress import show_progress
 from common.user_folders import user_folder, user_path
 from exporter.bundle.bundle import export_bundle
 from exporter.config import ExportConfig
-from exporter.demo_model.assembly import DEFAULT_MODEL, DEMO_MODELS, assemble_demo_model
+from exporter.demo_model.assembly import DEFAULT_MODEL, DEMO_MODELS, assemble_demo_model, demo_model_path
 from exporter.draft.draft import export_draft
 from exporter.expert.presets import DEFAULT_BLOCK
 from wire.draft import DRAFT_NAME
@@ -24,8 +24,8 @@ def demo_model(*, model: str = DEFAULT_MODEL, layers: int | None = None, console
         console: shows the progress.
     """
     name = DEMO_MODELS[model].name
-    with user_folder("cache") as cache, show_progress(f"demo model {name}", console or _quiet()) as progress:
-        folder = cache / "models" / (name if layers is None else f"{name}-{layers}-layers")
+    folder = demo_model_path(model, layers)
+    with user_folder("cache"), show_progress(f"demo model {name}", console or _quiet()) as progress:
         assemble_demo_model(folder, model=model, layers=layers, progress=progress)
     return folder
 

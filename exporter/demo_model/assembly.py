@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.console import describe_os_error
 from common.errors import StorageError
+from common.user_folders import user_path
 from exporter.checkpoint.safetensors_file import TensorRef, encode_header
 from exporter.demo_model.base import (
     GGUF_SHA256,
@@ -74,6 +75,7 @@ def assemble_demo_model(
     base: str | None = None,
     deltas: Path | None = None,
     layers: int | None = None,
+    made: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Build a demo model in `out`, or return at once if it is already there, complete and made from the same inputs.
@@ -84,6 +86,7 @@ def assemble_demo_model(
         base: the dense model: a folder, a `.gguf` file, a hub id `owner/name`, or None for the default.
         deltas: the folder with the model's deltas; None means the project's own.
         layers: number of layers to keep, from the first, for a small model in tests; None keeps all.
+        made: a folder that may hold the same model already, which is copied then.
         progress: called with a stage's name and the fraction done, 0 to 1 and never falling.
 
     Returns:
@@ -121,6 +124,12 @@ def assemble_demo_model(
         report("already there", 1.0)
         return out
     _refuse_foreign(target)
+    if made is not None and _is_finished(made, record):
+        waiting = "waiting for another assembly in this folder"
+        with exclusive(target.parent, lambda: report(waiting, 0.0)), _storage_errors(target):
+            _copy(made, target, report)
+        report("done", 1.0)
+        return out
     dense = open_base(source or locate_base(None, report))
     expert_deltas.check_fits(dense.shape)
     with exclusive(target.parent, lambda: report("waiting for another assembly in this folder", 0.0)):
@@ -179,6 +188,28 @@ def _shards(groups: list[Shapes]) -> dict[str, Shapes]:
 
 def _size_bytes(shapes: Shapes) -> int:
     return sum(_BF16_BYTES * math.prod(shape) for shape in shapes.values())
+
+
+def demo_model_path(model: str = DEFAULT_MODEL, layers: int | None = None) -> Path:
+    """Folder in the user's cache of a demo model that the demo has made, or will make."""
+    name = DEMO_MODELS[model].name
+    return user_path("cache") / "models" / (name if layers is None else f"{name}-{layers}-layers")
+
+
+def _copy(made: Path, target: Path, report: Progress) -> None:
+    """Copy a finished model; the caller holds the lock of the parent folder."""
+    report(f"copying {made}, made before", 0.0)
+    needed, free = sum(file.stat().st_size for file in made.iterdir()), shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise StorageError(f"{target} needs {needed / 1e6:.0f} MB, only {free / 1e6:.0f} MB are free there")
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(made, partial)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _build(target: Path, base: Base, weights: Weights, record: dict[str, Any], report: Progress) -> None:

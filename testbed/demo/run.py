@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -85,10 +86,10 @@ def _ask(
 
 
 def _print_tables(answers: Sequence[AnswerStats], console: Console) -> None:
-    table = Table(title="per answer; TPOT and its parts are means per decoded token", pad_edge=False, padding=(0, 0))
-    # Short words on several lines: the table must fit into 80 columns.
+    # Short words on several lines, and no lines between columns: the table must fit into 80 columns.
+    table = Table(title="per answer; TPOT and its parts are means per decoded token", box=SIMPLE_HEAD, padding=(0, 0))
     for column in (
-        "", "tokens", "TTFT\nms", "TPOT\nms", "trunk\nms", "network\nms", "node\ncompute\nms",
+        "", "tokens", "tokens\nper s", "TTFT\nms", "TPOT\nms", "trunk\nms", "network\nms", "node\ncompute\nms",
         "node\nwait\nms", "framing\nms", "down\nKiB", "up\nKiB",
     ):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
@@ -103,7 +104,7 @@ def _print_tables(answers: Sequence[AnswerStats], console: Console) -> None:
             a.framing_ms,
         )
         table.add_row(
-            str(i), str(a.tokens), *(f"{ms:.1f}" for ms in parts),
+            str(i), str(a.tokens), f"{1000 / a.tpot_ms:.1f}" if a.tpot_ms else "–", *(f"{ms:.1f}" for ms in parts),
             f"{a.down_bytes / 1024:.1f}", f"{a.up_bytes / 1024:.1f}",
         )  # fmt: skip
     console.print(table)

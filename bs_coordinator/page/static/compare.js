@@ -114,7 +114,7 @@ async function answer(side, prompt, mostTokens) {
   for await (const document of chat(options, running.signal)) {
     const choice = document.choices[0];
     if (!choice) {
-      side.tokenMs = document.wdmoe?.token_ms ?? null;
+      side.tokenMs = document.wdmoe?.tpot_ms ?? null;
       continue;
     }
     side.firstMs ??= performance.now() - began;
@@ -178,6 +178,7 @@ async function compare(prompt) {
   busy(true);
   setText($("compare-verdict"), "");
   $("compare-table").hidden = true;
+  $("sides").hidden = false;
   sides.forEach((side, i) => side.clear($(i ? "policy-b" : "policy-a").value));
   draw();
   try {

@@ -89,7 +89,7 @@ def test_chunks_have_the_parts_of_their_times_if_asked(site: _Site) -> None:
     records, chunks = site.steps.records, [json.loads(line[6:]) for line in text.split("\n\n")[:-2]]
     *tokens, usage = chunks
     assert usage["wdmoe"]["policy"] == "top1"
-    assert usage["wdmoe"]["token_ms"] > 0
+    assert usage["wdmoe"]["tpot_ms"] > 0
     assert len(tokens) == len(records) == 6
     for chunk, record in zip(tokens, records, strict=True):
         timings = dict(chunk["wdmoe"])

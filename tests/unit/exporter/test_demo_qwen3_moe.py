@@ -153,6 +153,28 @@ def test_the_command_makes_it_and_keeps_the_first_layers(run: Run, base: Path, t
     assert not any(name.startswith("model.layers.1.") for name in index["weight_map"])
 
 
+def test_a_model_that_was_made_before_is_copied(base: Path, tmp_path: Path) -> None:
+    deltas = _save_deltas(tmp_path, base)
+
+    def make(out: Path, made: Path | None, layers: int | None = None) -> tuple[dict[str, bytes], list[str]]:
+        stages: list[str] = []
+        assemble_demo_model(
+            out, model="qwen3-moe", base=str(base), deltas=deltas, layers=layers, made=made,
+            progress=lambda stage, _: stages.append(stage),
+        )  # fmt: skip
+        return {file.name: file.read_bytes() for file in out.iterdir()}, stages
+
+    first, built = make(tmp_path / "cache", tmp_path / "nothing")
+    assert not any("made before" in stage for stage in built)
+    second, copied = make(tmp_path / "m", tmp_path / "cache")
+    assert second == first
+    assert copied == [f"copying {tmp_path / 'cache'}, made before", "done"]
+    # Another model is not taken for this one, nor is a damaged one.
+    assert not any("made before" in stage for stage in make(tmp_path / "cut", tmp_path / "cache", layers=1)[1])
+    next((tmp_path / "cache").glob("*.safetensors")).unlink()
+    assert not any("made before" in stage for stage in make(tmp_path / "n", tmp_path / "cache")[1])
+
+
 def test_deltas_that_do_not_belong_together_are_refused(base: Path, tmp_path: Path) -> None:
     def refused(models: Path, message: str, **config: object) -> None:
         models.mkdir()
