@@ -157,8 +157,8 @@ def measure_accuracy(
 
 def _measure_profile(network: EmulatedNetwork, dispatcher: Dispatcher, profile: str, seconds: float) -> ProfileAccuracy:
     rng = np.random.default_rng(0)
-    dispatcher.links.forget()
     dispatcher.links.shared_air = network.spec.profiles[profile].shared_air
+    dispatcher.links.forget()
     network.set_profile(profile)
     dispatcher.measure_links(1.0)
     traces: dict[str, _Trace] = defaultdict(_Trace)

@@ -124,7 +124,8 @@ class NoisyFleet:
     """Equal links whose messages are held up by busy hosts, asked layer after layer in simulated time."""
 
     def __init__(self, mbps: float, *, noise_s: float, shared_air: bool = False, seed: int = 0) -> None:
-        self.monitor = LinkMonitor(shared_air=shared_air)
+        self.monitor = LinkMonitor()
+        self.monitor.shared_air = shared_air  # as experiments do, for each profile
         self.names = [f"n{i}" for i in range(4)]
         self.rng = np.random.default_rng(seed)
         self.now_s, self.mbps, self.noise_s = 100.0, mbps, noise_s
