@@ -108,7 +108,7 @@ def _take(analysis: Analysis, rows: CellRows) -> None:
         for key, unit in item_units(rows):
             mine.items.add(key, unit)
     analysis.requests[cell.policy].update(_requests(rows.table("latency")))
-    analysis.probes.update(count_probes(rows))
+    analysis.probes.update(count_probes(cell.profile, rows.table("link_samples"), rows.table("latency")))
     if "link_samples" in rows.tables:
         links = rows.tables["link_samples"]
         analysis.links.append(links.append_column("profile", pa.repeat(cell.profile, links.num_rows)))

@@ -3,10 +3,11 @@
 from collections import Counter
 from collections.abc import Iterable
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from msgspec import Struct
 
-from testbed.run_directory.cell_rows import CellRows, numbers
+from testbed.run_directory.cell_rows import numbers
 from testbed.run_directory.machine_tables import COUNT
 
 
@@ -28,26 +29,25 @@ class LinkProbes(Struct, frozen=True, kw_only=True):
     refused: int
 
 
-def count_probes(rows: CellRows) -> Counter[tuple[str, str, str]]:
+def count_probes(profile: str, samples: pa.Table, latency: pa.Table) -> Counter[tuple[str, str, str]]:
     """Bytes and refused probes of a cell, by profile, node and column; empty if probes were not counted.
 
-    Probes are counted from the first link sample, which is taken after the first token, to the last one.
+    Args:
+        profile: the cell's link profile.
+        samples: its link samples. Probes are counted from the first, which is taken after the first token, to the last.
+        latency: its requests.
     """
     total: Counter[tuple[str, str, str]] = Counter()
-    if "link_samples" not in rows.tables:
-        return total
-    samples = rows.tables["link_samples"]
     samples = samples.filter(pc.equal(samples["kind"], COUNT))
     first: dict[tuple[str, str], float] = {}
     labels = (samples[name].to_pylist() for name in ("node", "quantity"))
     for node, quantity, value in zip(*labels, numbers(samples, "value"), strict=True):
-        total[rows.cell.profile, node, quantity] = int(value - first.setdefault((node, quantity), value))
-    latency = rows.table("latency")
+        total[profile, node, quantity] = int(value - first.setdefault((node, quantity), value))
     for node, down, up in zip(
         latency["node"].to_pylist(), numbers(latency, "down_bytes"), numbers(latency, "up_bytes"), strict=True
     ):
         if (node, "probe_down_bytes") in first:  # not the base station itself, which has no link
-            total[rows.cell.profile, node, "frame_bytes"] += int(down + up)
+            total[profile, node, "frame_bytes"] += int(down + up)
     return total
 
 

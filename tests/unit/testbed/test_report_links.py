@@ -4,7 +4,9 @@ import pyarrow as pa
 import pytest
 
 from testbed.report.numbers.link_errors import link_errors, link_series
+from testbed.report.numbers.link_probes import LinkProbes, count_probes, link_probes
 from testbed.run_directory.machine_tables import LINK_SAMPLES, LinkSample
+from testbed.run_directory.step_tables import LATENCY
 
 BEGIN_NS = 1_795_516_823_759_000_981
 
@@ -51,3 +53,21 @@ def test_cells_follow_each_other_without_their_pause_and_without_a_line_between(
 def test_without_samples_there_is_nothing() -> None:
     assert link_series([]) == []
     assert link_errors([]) == []
+
+
+def test_the_share_of_probes_is_that_of_all_bytes_on_the_link() -> None:
+    counts = [("probe_down_bytes", 900.0), ("probe_up_bytes", 100.0), ("probes_refused", 3.0)]
+    samples = _cell(
+        "wifi",
+        0,
+        [(float(s), "pi1", "count", name, 50.0 + s * step) for s in (0, 1, 2) for name, step in counts]
+        + [(1.0, "pi1", "estimate", "down_mbps", 20.0)],
+    )
+    requests = [{"node": "pi1", "down_bytes": 3000, "up_bytes": 2000}, {"node": "@bs", "down_bytes": 0, "up_bytes": 0}]
+    latency = pa.Table.from_pylist(requests, LATENCY.schema)
+    total = count_probes("wifi", samples, latency)
+    total.update(count_probes("wifi", samples, latency.slice(0, 0)))  # a second cell
+    assert link_probes(total) == [
+        LinkProbes(profile="wifi", node="pi1", probe_bytes=4000, frame_bytes=5000, share=4 / 9, refused=12)
+    ]
+    assert count_probes("wifi", LINK_SAMPLES.schema.empty_table(), latency) == {}
