@@ -15,6 +15,7 @@ COPY exporter exporter
 COPY edge_node edge_node
 COPY bs_coordinator bs_coordinator
 COPY testbed testbed
+COPY wdmoe wdmoe
 RUN python -m venv /opt/wdmoe
 
 FROM source AS node-packages

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 import click
 
 from common.errors import MissingPackageError, StorageError, WdmoeError
+from common.extras import describe_missing, missing_package
 
 DEFECT = 70
 """Exit code of an unexpected error (sysexits.h: EX_SOFTWARE)."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-_OWN_PACKAGES = {"common", "wire", "exporter", "edge_node", "bs_coordinator", "testbed"}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -91,9 +91,8 @@ def exit_code(
         if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
             # Bytes of a path or an argument that are not UTF-8 can't become part of a JSON document.
             return _fail(prog_name, f"{error.object[:200]!r} is not UTF-8: rename it", StorageError.exit_code)
-        if package := _missing_package(error):
-            message = f"the Python package {package} is not installed: pip install 'wdmoe[{extra}]'"
-            return _fail(prog_name, message, MissingPackageError.exit_code)
+        if package := missing_package(error):
+            return _fail(prog_name, describe_missing(package, extra), MissingPackageError.exit_code)
         what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return _fail(prog_name, f"a defect of ours, {what} (WDMOE_DEBUG=1 shows where)", DEFECT)
     return result if isinstance(result, int) else 0
@@ -102,12 +101,6 @@ def exit_code(
 def end_on_sigterm() -> None:
     """From now on SIGTERM ends this process as Ctrl-C does: contexts are left in order."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-def _missing_package(error: Exception) -> str:
-    """The third-party package that an import did not find; empty for other errors."""
-    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-    return "" if package in _OWN_PACKAGES or package in sys.stdlib_module_names else package
 
 
 def _debug() -> bool:

@@ -5,8 +5,9 @@ their own, with other flags, messages and exit codes than the click commands tha
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, is_dataclass
+from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
@@ -127,6 +128,35 @@ def make_config(config: type, values: dict[str, Any]) -> Any:
             enum = _plain(field.type)
             arguments[field.name] = enum[value.upper()] if _is_enum(enum) and isinstance(value, str) else value
     return config(**arguments)
+
+
+def checked_config(config: type, given: Mapping[str, Any]) -> Any:
+    """A config from values that a program gives by the names of a command's options, such as `nodes_timeout=120`.
+
+    They are checked as the options are, and written as in the command or as Python has them. None means the default.
+
+    Raises:
+        ConfigError: a value is wrong.
+        TypeError: there is no option of that name, or a required one is missing.
+    """
+    known = {field.flag.removeprefix("--").replace("-", "_"): (field, option) for field, option in _options(config)}
+    for name in given.keys() - known.keys():
+        near = get_close_matches(name, known, n=1)
+        raise TypeError(f"unknown option '{name}'" + (f": did you mean '{near[0]}'?" if near else ""))
+    values: dict[str, Any] = {}
+    for name, (field, option) in known.items():
+        value = given.get(name)
+        if value is None:
+            if field.default is MISSING:
+                raise TypeError(f"the option '{name}' is missing")
+            values[field.name] = field.default
+            continue
+        kind = click.BOOL if _plain(field.type) is bool else _click_type(_plain(field.type), option)
+        try:
+            values[field.name] = kind.convert(value, None, None)
+        except click.BadParameter as error:
+            raise ConfigError(f"{name}: {error.message}") from None
+    return make_config(config, values)
 
 
 def _options(config: type) -> Iterator[tuple[ConfigField, Option]]:

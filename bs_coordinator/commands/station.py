@@ -1,4 +1,4 @@
-"""Opening a base station, or only the connection to its nodes, for a command."""
+"""Opening a base station, or only the connection to its nodes, for a command or a program."""
 
 import logging
 import os
@@ -47,7 +47,7 @@ def open_station(config: BaseStationConfig) -> Iterator["BaseStation"]:
         station = stack.enter_context(
             open_base_station(config, address, on_progress=lambda line: log.info("waiting: %s", line))
         )
-        _leave_cores(station)
+        stack.enter_context(_cores_left(station))
         slowest_ms = max(station.nodes_ms.values(), default=0.0)
         log.info(
             "%d nodes ready; broker round trip %.2f ms, slowest node %.1f ms",
@@ -59,21 +59,28 @@ def open_station(config: BaseStationConfig) -> Iterator["BaseStation"]:
             log.warning("dropped messages that answer no request: %s", counts)
 
 
-def _leave_cores(station: "BaseStation") -> None:
-    """Give torch only as many threads as the nodes on this machine leave cores, unless the user has set their number.
+@contextmanager
+def _cores_left(station: "BaseStation") -> Iterator[None]:
+    """Meanwhile torch has only as many threads as the nodes on this machine leave cores, unless the user set a number.
 
     Torch's idle threads spin: on cores that nodes need, they make every token about twice as slow.
     """
     if "OMP_NUM_THREADS" in os.environ:
+        yield
         return
     import torch
 
     host = socket.gethostname()
     machines = [status.machine for status in station.dispatcher.registry.nodes.values()]
     taken = sum(machine.threads for machine in machines if machine is not None and machine.host == host)
+    before = torch.get_num_threads()
     if taken:
-        torch.set_num_threads(max(1, torch.get_num_threads() - taken))
+        torch.set_num_threads(max(1, before - taken))
         log.info("nodes on this machine use %d threads, the trunk %d", taken, torch.get_num_threads())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_files(config: BaseStationConfig) -> "Manifest":

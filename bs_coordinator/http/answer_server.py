@@ -78,7 +78,8 @@ class AnswerServer:
         self._answer_s = MovingAverage(_MEMORY, _FIRST_ANSWER_S)
         self._lost = ""
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="answers")
+        # A program that does not stop the server must still be able to end.
+        self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
 
     def start(self) -> None:
         """Start the serving thread."""

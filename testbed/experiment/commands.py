@@ -6,7 +6,6 @@ from pathlib import Path
 import click
 
 from common.options import Command
-from testbed.errors import FailedCellsError
 from testbed.plan.commands import DATA, PLAN
 from testbed.run_directory.commands import RUN
 
@@ -66,17 +65,12 @@ def resume(folder: Path, jobs: int, device: str | None) -> None:
 
 def _run(folder: Path, jobs: int, device: str | None) -> None:
     from testbed.evaluation.torch_runtime import check_device
-    from testbed.experiment.start import run_cells
+    from testbed.experiment.start import complete
     from testbed.run_directory.directory import RunDir
 
     check_device(device)
-    outcome = run_cells(RunDir(folder), jobs=jobs, device=device, on_progress=click.echo)
-    if outcome.failed:
-        raise FailedCellsError(
-            f"{outcome.failed} of {outcome.done + outcome.failed} cells failed: 'wdmoe-testbed status {folder}' shows "
-            f"why, 'wdmoe-testbed resume {folder}' tries them again"
-        )
-    click.echo(f"{outcome.done} cells are complete: wdmoe-testbed report {folder}")
+    done = complete(RunDir(folder), jobs=jobs, device=device, on_progress=click.echo)
+    click.echo(f"{done} cells are complete: wdmoe-testbed report {folder}")
 
 
 def register(group: click.Group) -> None:

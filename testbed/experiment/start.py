@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +17,7 @@ from exporter.demo_model.assembly import DEFAULT_MODEL, DEMO_MODELS
 from exporter.expert.presets import DEFAULT_BLOCK
 from testbed import facts
 from testbed.demo_assets import demo_bundle
-from testbed.errors import PlanError, RunDirectoryError
+from testbed.errors import FailedCellsError, PlanError, RunDirectoryError
 from testbed.experiment.networks import check_network, open_network
 from testbed.experiment.runner import OnProgress, Outcome, execute
 from testbed.experiment.system_under_test import broker_of
@@ -163,6 +164,22 @@ def run_cells(run: RunDir, *, jobs: int = 1, device: str | None = None, on_progr
             return execute(run, network, jobs=jobs, device=device, on_progress=on_progress)
 
 
+def complete(run: RunDir, *, jobs: int = 1, device: str | None = None, on_progress: OnProgress) -> int:
+    """Run the incomplete cells of a run until all of them are complete; returns their number. Arguments: `run_cells`.
+
+    Raises:
+        FailedCellsError: some cells failed.
+        WdmoeError: as `run_cells`.
+    """
+    outcome = run_cells(run, jobs=jobs, device=device, on_progress=on_progress)
+    if outcome.failed:
+        raise FailedCellsError(
+            f"{outcome.failed} of {outcome.done + outcome.failed} cells failed: 'wdmoe-testbed status {run.path}' "
+            f"shows why, 'wdmoe-testbed resume {run.path}' tries them again"
+        )
+    return outcome.done
+
+
 def check_unchanged(run: RunDir) -> None:
     """Check that bundles, data sets and network are those of the run's complete cells.
 
@@ -188,8 +205,11 @@ def check_unchanged(run: RunDir) -> None:
 def signals_interrupt() -> Iterator[None]:
     """Let SIGTERM end a run as Ctrl-C does: events are written and child processes ended.
 
-    That takes a while, so a message is printed at once.
+    That takes a while, so a message is printed at once. In a thread nothing changes: signals are the main thread's.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if number != signal.SIGALRM:

@@ -30,7 +30,7 @@ from wire import __version__
 from wire.manifest import sha256_file
 
 LOCK = "requirements.txt"
-_PACKAGES = ("common", "wire", "exporter", "edge_node", "bs_coordinator", "testbed")
+_PACKAGES = ("common", "wire", "exporter", "edge_node", "bs_coordinator", "testbed", "wdmoe")
 _FILES = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE")
 _OLDEST_GLIBC_MINOR = 17
 _PIP_S = 1800.0

@@ -19,7 +19,7 @@ import click
 ROOT = Path(__file__).parents[2]
 CONFIG = "mkdocs.yml"
 PAGES = ("*.md", "docs/*.md", "models/*/README.md", "tests/unit/edge_node/recordings/README.md")
-FILES = ("docs/images/*", "docs/site.css", "LICENSE", "CITATION.cff")
+FILES = ("docs/images/*", "docs/notebooks/*", "docs/site.css", "LICENSE", "CITATION.cff")
 """Other files that pages show or link to."""
 OPTIONS = Path("docs") / "options.md"
 _OPTIONS_HEAD = """# Options of all commands

@@ -39,18 +39,21 @@ class CellRows:
         return self.tables.get(name, SCHEMAS[name].empty_table())
 
 
-def read_cells(run: RunDir) -> Iterator[CellRows]:
+def read_cells(run: RunDir, *, only: str | None = None) -> Iterator[CellRows]:
     """All complete cells in the order in which they run.
+
+    Args:
+        only: read this table and no other; None for all.
 
     Raises:
         RunDirectoryError: a file of a cell is damaged.
     """
     for cell in run.cells():
         if run.is_complete(cell):
-            yield _read(run, cell)
+            yield _read(run, cell, only)
 
 
-def _read(run: RunDir, cell: Cell) -> CellRows:
+def _read(run: RunDir, cell: Cell, only: str | None) -> CellRows:
     marker = run.marker(cell)
     file = run.cell_path(cell) / MARKER
     try:
@@ -58,6 +61,8 @@ def _read(run: RunDir, cell: Cell) -> CellRows:
             raise ValueError(f"no table of a cell is called {min(unknown)[:80]!r}")
         tables = {}
         for name, rows in marker.rows.items():
+            if only not in (None, name):
+                continue
             file = run.cell_path(cell) / f"{name}.parquet"
             tables[name] = _with_all_columns(_read_table(name, file, rows), SCHEMAS[name])
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:

@@ -28,7 +28,7 @@ SCRIPTS: dict[str, str] = PROJECT["project"]["scripts"]
 COMMANDS: dict[str, click.Command] = {
     name: importlib.import_module(target.partition(":")[0]).cli for name, target in SCRIPTS.items()
 }
-PRODUCT = ("bs_coordinator", "common", "edge_node", "exporter", "testbed", "wire")
+PRODUCT = ("bs_coordinator", "common", "edge_node", "exporter", "testbed", "wdmoe", "wire")
 TOP_LEVEL = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
 MADE_BY_RUNS = ("runs", "keys", "build", "dist")
 PRINTED_BY_OTHERS = ("Connection refused", "certificate is not yet valid", "Failed to connect to the host via ssh")

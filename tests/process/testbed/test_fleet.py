@@ -138,7 +138,7 @@ class TestWheels:
     def test_a_release_is_named_by_what_is_in_it(self, tmp_path: Path) -> None:
         root = source_root()
         clone = tmp_path / "clone"
-        for name in ("common", "wire", "exporter", "edge_node", "bs_coordinator", "testbed"):
+        for name in ("common", "wire", "exporter", "edge_node", "bs_coordinator", "testbed", "wdmoe"):
             shutil.copytree(root / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
             shutil.copy(root / name, clone / name)

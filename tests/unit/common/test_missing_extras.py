@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-_BLOCKED = """
+BLOCKED = """
 import importlib.abc, importlib.metadata, json, sys
 
 INSTALLED = {"click", "msgspec", "numpy"}
-OWN = {"common", "wire", "exporter", "edge_node", "bs_coordinator", "testbed", "tests"}
+OWN = {"common", "wire", "exporter", "edge_node", "bs_coordinator", "testbed", "wdmoe", "tests"}
 
 class Blocked(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -25,6 +25,9 @@ def version(name):
 
 sys.meta_path.insert(0, Blocked())
 importlib.metadata.version = version
+"""
+"""Begins a program that finds no package of an extra."""
+_COMMANDS = """
 from tests.in_process import run_in_process
 for package, *arguments in json.load(sys.stdin):
     done = run_in_process(package, *arguments)
@@ -66,8 +69,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory, random_bundle: Path) -> dict
     lines = ["testbed doctor", *(line for group in _LINES.values() for line in group)]
     commands = [[{"B": str(random_bundle), "OUT": "out"}.get(word, word) for word in line.split()] for line in lines]
     done = subprocess.run(
-        [sys.executable, "-c", _BLOCKED], cwd=folder, input=json.dumps(commands), text=True, capture_output=True,
-        check=True,
+        [sys.executable, "-c", BLOCKED + _COMMANDS], cwd=folder, input=json.dumps(commands), text=True,
+        capture_output=True, check=True,
     )  # fmt: skip
     return {line: tuple(json.loads(out)) for line, out in zip(lines, done.stdout.splitlines(), strict=True)}
 

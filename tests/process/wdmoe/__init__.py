@@ -1,0 +1,1 @@
+"""Tests of the public interface, with a broker and node processes."""
