@@ -105,12 +105,12 @@ def _quality(summary: Summary, policy: str) -> str:
     texts = []
     if points:
         over = f", the mean of {len(points)} measurements" if len(points) > 1 else ""
-        texts.append(f"its accuracy differed by {points_text(mean_of(points))} percentage points{over}")
+        texts.append(f"accuracy differs by {points_text(mean_of(points))} percentage points{over}")
     if losses:
         most = max(losses, key=lambda loss: loss.value)
-        texts.append(f"its perplexity was {'at most ' if len(losses) > 1 else ''}{ratio_text(most)}")
+        texts.append(f"perplexity is {'at most ' if len(losses) > 1 else ''}{ratio_text(most)}")
     if texts:
-        return f"What that costs in quality, against {baseline}: {_list(texts)}."
+        return f"Quality of {label} against {baseline}: {_list(texts)}."
     if same:
         lowest = min(same, key=lambda share: share.value)
         return (
