@@ -41,9 +41,9 @@ class _MeasuredAnswer(Struct, frozen=True, kw_only=True):
         arm: kind of draft.
         prompt: index in `CHAT_PROMPTS`.
         ids: token ids.
-        token_ms: wall-clock time per token after the first.
+        tpot_ms: TPOT: wall-clock time per token after the first.
         wall_s: wall-clock time of the whole answer, including the prompt.
-        first_token_ms: time to the first token.
+        ttft_ms: TTFT: time to the first token.
         steps, drafted, accepted: numbers of decode steps, draft tokens and accepted draft tokens.
         draft_ms: drafting time per token.
     """
@@ -51,9 +51,9 @@ class _MeasuredAnswer(Struct, frozen=True, kw_only=True):
     arm: DraftMode
     prompt: int
     ids: list[int]
-    token_ms: float
+    tpot_ms: float
     wall_s: float
-    first_token_ms: float
+    ttft_ms: float
     steps: int
     drafted: int
     accepted: int
@@ -127,9 +127,9 @@ def _answer(
         arm=speculation.mode,
         prompt=number,
         ids=[event.id for event in events],
-        token_ms=1e3 * (wall_s - first_s) / max(1, len(events) - 1),
+        tpot_ms=1e3 * (wall_s - first_s) / max(1, len(events) - 1),
         wall_s=wall_s,
-        first_token_ms=1e3 * first_s,
+        ttft_ms=1e3 * first_s,
         steps=stats.steps,
         drafted=stats.drafted,
         accepted=stats.accepted,
@@ -139,15 +139,15 @@ def _answer(
 
 def _line(prompt: str, answers: list[_MeasuredAnswer]) -> str:
     plain, *others = answers
-    arms = ", ".join(f"{a.arm} ×{plain.token_ms / a.token_ms:.2f} ({a.accepted}/{a.drafted})" for a in others)
-    return f"{prompt.partition(chr(10))[0][:50]:<50} {len(plain.ids)} tokens, plain {plain.token_ms:.0f} ms: {arms}"
+    arms = ", ".join(f"{a.arm} ×{plain.tpot_ms / a.tpot_ms:.2f} ({a.accepted}/{a.drafted})" for a in others)
+    return f"{prompt.partition(chr(10))[0][:50]:<50} {len(plain.ids)} tokens, plain {plain.tpot_ms:.0f} ms: {arms}"
 
 
 def _row(name: str, pairs: list[tuple[_MeasuredAnswer, _MeasuredAnswer]]) -> Row:
     """A row from pairs of answers with and without drafts."""
     # An answer of a single token has no decode steps.
     decoded = [(ours, plain) for ours, plain in pairs if len(plain.ids) > 1]
-    speedups = [plain.token_ms / ours.token_ms for ours, plain in decoded]
+    speedups = [plain.tpot_ms / ours.tpot_ms for ours, plain in decoded]
     whole = [plain.wall_s / ours.wall_s for ours, plain in decoded]
     parameters = {
         "prompts": len(decoded),
@@ -163,5 +163,5 @@ def _row(name: str, pairs: list[tuple[_MeasuredAnswer, _MeasuredAnswer]]) -> Row
         "speedups": speedups,
         "texts": [CHAT_PROMPTS[ours.prompt] for ours, _ in decoded],
     }
-    ours_ms, plain_ms = [a.token_ms for a, _ in decoded], [b.token_ms for _, b in decoded]
+    ours_ms, plain_ms = [a.tpot_ms for a, _ in decoded], [b.tpot_ms for _, b in decoded]
     return Row(name, "plain decoding", ours_ms, plain_ms, 1 / 3 if name.endswith("auto") else None, parameters)
