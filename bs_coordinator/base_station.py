@@ -148,7 +148,9 @@ class _Client(NamedTuple):
 
 def _load(config: BaseStationConfig, manifest: Manifest, policy: Policy) -> tuple[Trunk, Tokenizer, Speculation]:
     folder = config.bundle / "trunk"
-    trunk = load_trunk(folder, device=config.device, dtype=config.dtype)
+    trunk = load_trunk(
+        folder, device=config.device, dtype=config.dtype, quantisation=config.trunk_quantisation
+    )  # fmt: skip
     if trunk.layers != manifest.dims.layers:
         raise BundleError(
             f"the model asks experts in {trunk.layers} layers, the manifest lists {manifest.dims.layers}: make the "
@@ -253,6 +255,8 @@ def _why_no_drafts(config: BaseStationConfig, trunk: Trunk, manifest: Manifest, 
     if isinstance(trunk, GenericTrunk):
         return "transformers' own model rounds several tokens otherwise than one"
     if not trunk.batch_invariant:
+        if config.device == "cpu" and config.dtype == "fp32":
+            return f"products in {config.trunk_quantisation} round several tokens otherwise than one on this processor"
         return f"the trunk runs on {config.device} in {config.dtype}, not on cpu in fp32"
     if manifest.quantisation.scheme == "int8-dynamic":
         return "experts are int8-dynamic"

@@ -17,6 +17,8 @@ PRIVATE_BROKERS = ("embedded", "mosquitto")
 """Values of `--broker` that start a broker on loopback instead of naming one by its URL."""
 TrunkDtype = Literal["fp32", "bf16", "fp16"]
 """What the trunk computes in."""
+TrunkQuantisation = Literal["none", "int8", "int4"]
+"""How the trunk keeps the weights of its linear layers; none is its dtype."""
 DraftMode = Literal["none", "ngram", "dense", "auto"]
 """How tokens are drafted: not at all, by look-up in the text so far, by the draft model, or by whichever pays off."""
 
@@ -96,6 +98,14 @@ class BaseStationConfig(ClusterConfig):
 
     device: Annotated[str, Option("Device of the trunk: cpu, cuda, cuda:1, …", heading=_MODEL)] = "cpu"
     dtype: Annotated[TrunkDtype, Option("Number format of the trunk.", heading=_MODEL)] = "fp32"
+    trunk_quantisation: Annotated[
+        TrunkQuantisation,
+        Option(
+            "Number format of the trunk's large weights, if it is another: attention's products, the head, shared "
+            "experts.",
+            heading=_MODEL,
+        ),
+    ] = "none"
     wire: Annotated[
         WireDtype, Option("Number format of hidden states in messages to and from nodes.", heading=_EXPERTS)
     ] = WireDtype.FP16

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bs_coordinator.trunk.forward_pass import ExpertCall, ForwardPass, current_pass
+from bs_coordinator.trunk.quantised import QuantisedLinear
 
 log = logging.getLogger(__name__)
 
@@ -160,12 +161,13 @@ class _Watcher:
 
     def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
         call = self._open.pop()
-        matrices = [weight for weight in module.parameters() if weight.dim() > 1]
+        matrices = sum(weight.dim() > 1 for weight in module.parameters())
+        matrices += sum(isinstance(part, QuantisedLinear) for part in module.modules())
         call.fits = (
             call.x is not None
             and isinstance(output, Tensor)
             and output.shape == call.x.shape
-            and len(matrices) > 1
+            and matrices > 1
             and not any(part in self.experts for part in module.modules())
         )
         self._calls.append(call)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from bs_coordinator.config import TrunkDtype
+from bs_coordinator.config import TrunkDtype, TrunkQuantisation
 from bs_coordinator.errors import TrunkError
 from bs_coordinator.selection.routing import Routing
 from bs_coordinator.trunk.beside import Beside, find_beside
@@ -39,21 +39,25 @@ class GenericTrunk(Trunk):
         beside: modules of each of these layers that are computed while experts are awaited.
     """
 
-    def __init__(self, folder: Path, *, device: str = "cpu", dtype: TrunkDtype = "fp32") -> None:
+    def __init__(
+        self, folder: Path, *, device: str = "cpu", dtype: TrunkDtype = "fp32",
+        quantisation: TrunkQuantisation = "none",
+    ) -> None:  # fmt: skip
         """Load the `trunk/` folder of a bundle, and find out by a trial how its routers choose.
 
         Args:
             folder: with `config.json` and `model.safetensors`.
             device: as torch names it.
             dtype: of the weights and of the arithmetic.
+            quantisation: of the weights of linear layers, but for routers.
 
         Raises:
             BundleError: files are missing or do not fit together.
-            TrunkError: transformers can't run this model without its experts.
+            TrunkError: transformers can't run this model without its experts, or its weights can't be quantised so.
         """
         self.device = torch.device(device)
         self.dtype = TORCH_DTYPE[dtype]
-        self._model = load_model(folder, device=self.device, dtype=self.dtype)
+        self._model = load_model(folder, device=self.device, dtype=self.dtype, quantisation=quantisation)
         self.config: Any = self._model.config.get_text_config(decoder=True)
         self._by_length = [m for m in self._model.modules() if _has_rope(m) and depends_on_length(m)]
         for rotary in self._by_length:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -25,12 +24,13 @@ from transformers.models.mixtral.modeling_mixtral import (
 )
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
-from bs_coordinator.config import TrunkDtype
+from bs_coordinator.config import TrunkDtype, TrunkQuantisation
 from bs_coordinator.selection.routing import Routing, softmax_routing
 from bs_coordinator.trunk.dtypes import TORCH_DTYPE
 from bs_coordinator.trunk.inputs import Packing, SequenceInput
 from bs_coordinator.trunk.interface import CacheMark, Trunk, TrunkPass
-from bs_coordinator.trunk.passes import BlocksPass, JointPass, RowsPass, TokenPass
+from bs_coordinator.trunk.passes import BlocksPass, GraphsPass, JointPass, RowsPass
+from bs_coordinator.trunk.quantised import QuantisedLinear, quantise_linears, rows_are_independent
 from bs_coordinator.trunk.rotary import depends_on_length, rotate
 from bs_coordinator.trunk.rows import MAX_ROWS, Rows
 from wire.errors import BundleError
@@ -87,7 +87,8 @@ class LlamaTrunk(Trunk):
     """
 
     def __init__(
-        self, folder: Path, *, device: str = "cpu", dtype: TrunkDtype = "fp32", graphs: bool = True
+        self, folder: Path, *, device: str = "cpu", dtype: TrunkDtype = "fp32",
+        quantisation: TrunkQuantisation = "none", graphs: bool = True,
     ) -> None:  # fmt: skip
         """Load the `trunk/` folder of a bundle.
 
@@ -95,10 +96,12 @@ class LlamaTrunk(Trunk):
             folder: with `config.json`, of a model that `why_not_llama` allows, and `model.safetensors`.
             device: as torch names it.
             dtype: of the weights and of the arithmetic.
-            graphs: run single tokens as captured graphs where device and model allow it.
+            quantisation: of the weights of attention's products and of the head.
+            graphs: run steps of a few tokens as captured graphs where device and model allow it.
 
         Raises:
             BundleError: files are missing or do not fit together.
+            TrunkError: the weights can't be quantised so.
         """
         self.config: Any = _load_config(folder)
         family = _FAMILIES[self.config.model_type]
@@ -106,22 +109,46 @@ class LlamaTrunk(Trunk):
         self.dtype = TORCH_DTYPE[dtype]
         with torch.device("meta"):
             self._modules = _TrunkModules(self.config, family.attention)
-        try:
-            state = load_file(folder / "model.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise BundleError(f"can't read {folder / 'model.safetensors'}: {error}") from None
-        state = {_module_key(key, family.block): value.to(self.device, self.dtype) for key, value in state.items()}
-        if self.config.tie_word_embeddings:
-            state["lm_head.weight"] = state["embed_tokens.weight"]
-        try:
-            self._modules.load_state_dict(state, assign=True)
-        except RuntimeError as error:
-            raise BundleError(f"{folder} does not hold the trunk that its config.json describes: {error}") from None
+        quantise_linears(self._modules, quantisation)
+        self._load(folder, family)
         self._modules.requires_grad_(False).eval()
         self._rotary = MixtralRotaryEmbedding(self.config).to(self.device)
         self._window: int | None = getattr(self.config, "sliding_window", None)
         self._graphed = _graphed(self._modules, self._rotary, self.config, self.device, self.dtype) if graphs else None
         self._create_mask = create_sliding_window_causal_mask if self._window else create_causal_mask
+        quantised = [module for module in self._modules.modules() if isinstance(module, QuantisedLinear)]
+        self._batch_invariant = (
+            self.device.type == "cpu" and self.dtype == torch.float32 and rows_are_independent(quantised, MAX_ROWS)
+        )
+
+    def _load(self, folder: Path, family: _Family) -> None:
+        """Move tensors one by one from the file to the modules, which may quantise them at once."""
+        file = folder / "model.safetensors"
+        unexpected: list[str] = []
+        tied = bool(self.config.tie_word_embeddings)
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 - not a dict
+                    path, _, name = _module_key(key, family.block).rpartition(".")
+                    if tied and path == "lm_head":
+                        continue
+                    try:
+                        module = self._modules.get_submodule(path)
+                    except AttributeError:
+                        unexpected.append(key)
+                        continue
+                    value = tensors.get_tensor(key).to(self.device, self.dtype)
+                    unexpected += module.load_state_dict({name: value}, strict=False, assign=True).unexpected_keys
+        except (OSError, SafetensorError) as error:
+            raise BundleError(f"can't read {file}: {error}") from None
+        except RuntimeError as error:
+            raise BundleError(f"{folder} does not hold the trunk that its config.json describes: {error}") from None
+        if tied:
+            self._modules.lm_head.weight = self._modules.embed_tokens.weight
+        lacking = [name for name, value in self._modules.state_dict().items() if value.is_meta]
+        if lacking or unexpected:
+            what = f"it lacks {lacking[0]}" if lacking else f"{unexpected[0]} is not part of it"
+            raise BundleError(f"{folder} does not hold the trunk that its config.json describes: {what}")
 
     @property
     def layers(self) -> int:
@@ -132,6 +159,11 @@ class LlamaTrunk(Trunk):
         """The model's own choice of experts by the gate's probabilities, float32 [tokens, experts]."""
         renormalised = bool(getattr(self.config, "norm_topk_prob", True))
         return softmax_routing(probabilities, self.config.num_experts_per_tok, renormalised=renormalised)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights as they are kept, in bytes."""
+        return sum(value.nbytes for value in {*self._modules.parameters(), *self._modules.buffers()})
 
     @property
     def max_positions(self) -> int:
@@ -161,7 +193,7 @@ class LlamaTrunk(Trunk):
     @property
     def batch_invariant(self) -> bool:
         """Whether a token's results are bitwise independent of the tokens computed with it (`trunk.rows`)."""
-        return self.device.type == "cpu" and self.dtype == torch.float32
+        return self._batch_invariant
 
     @property
     def packs(self) -> bool:
@@ -200,8 +232,9 @@ class LlamaTrunk(Trunk):
 
     def start_pass(self, inputs: Sequence[SequenceInput]) -> TrunkPass:
         """Begin to take sequences through the trunk, in the order of `inputs`."""
-        if len(inputs) == 1 and inputs[0].packing is None and (graphs := self.graphs(inputs[0].ids, inputs[0].cache)):
-            return TokenPass(graphs, inputs[0], self.route)
+        # All or none: while a graph waits for its experts, nothing else runs on its stream.
+        if all(s.packing is None for s in inputs) and (graphs := self.graphs(inputs)):
+            return GraphsPass(graphs, inputs, self.route)
         passes: list[TrunkPass] = []
         # Neighbours with few tokens share one pass, where this trunk runs them as rows.
         for few, group in itertools.groupby(inputs, lambda s: len(s.ids) <= MAX_ROWS and s.packing is None):
@@ -282,9 +315,11 @@ class LlamaTrunk(Trunk):
             return None
         return Rows(self._modules, self._rotary, ids, caches, lengths, window=self._window)
 
-    def graphs(self, ids: Sequence[int], cache: DynamicCache) -> "GraphedDecoder | None":
-        """The captured graphs, if they can run these tokens of one sequence; None if they must run eagerly."""
-        return self._graphed if self._graphed and len(ids) == 1 and self._graphed.takes(cache) else None
+    def graphs(self, inputs: Sequence[SequenceInput]) -> "GraphedDecoder | None":
+        """The captured graphs, if they can run these tokens; None if they must run eagerly."""
+        if self._graphed and self._graphed.takes([len(s.ids) for s in inputs], [s.cache for s in inputs]):
+            return self._graphed
+        return None
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits in fp32 [tokens, vocab] from [1, tokens, hidden]."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from bs_coordinator.config import TrunkDtype
+from bs_coordinator.config import TrunkDtype, TrunkQuantisation
 from bs_coordinator.errors import TrunkError
 from bs_coordinator.trunk.generic import GenericTrunk
 from bs_coordinator.trunk.interface import Trunk
@@ -16,7 +16,9 @@ from wire.errors import BundleError
 log = logging.getLogger(__name__)
 
 
-def load_trunk(folder: Path, *, device: str = "cpu", dtype: TrunkDtype = "fp32") -> Trunk:
+def load_trunk(
+    folder: Path, *, device: str = "cpu", dtype: TrunkDtype = "fp32", quantisation: TrunkQuantisation = "none"
+) -> Trunk:
     """Load the `trunk/` folder of a bundle.
 
     Models with Llama's attention take this project's own blocks, which are faster, and exact where drafts need it.
@@ -26,19 +28,20 @@ def load_trunk(folder: Path, *, device: str = "cpu", dtype: TrunkDtype = "fp32")
         folder: with `config.json` and `model.safetensors`.
         device: as torch names it.
         dtype: of the weights and of the arithmetic.
+        quantisation: of the weights of linear layers, but for routers.
 
     Raises:
         BundleError: files are missing or do not fit together.
-        TrunkError: transformers can't run this model without its experts.
+        TrunkError: transformers can't run this model without its experts, or its weights can't be quantised so.
     """
     config = _read_config(folder)
     family = config.get("model_type", "unknown")
     why_not = why_not_llama(config)
     if why_not:
         log.info("trunk of the family %s: transformers' own model, because %s", family, why_not)
-        return GenericTrunk(folder, device=device, dtype=dtype)
+        return GenericTrunk(folder, device=device, dtype=dtype, quantisation=quantisation)
     log.info("trunk of the family %s: own blocks", family)
-    return LlamaTrunk(folder, device=device, dtype=dtype)
+    return LlamaTrunk(folder, device=device, dtype=dtype, quantisation=quantisation)
 
 
 def check_device(name: str) -> None:

@@ -17,15 +17,19 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
+from bs_coordinator.config import TrunkQuantisation
 from bs_coordinator.errors import TrunkError
 from bs_coordinator.trunk.forward_pass import EXPERTS_IMPLEMENTATION
+from bs_coordinator.trunk.quantised import quantise_linears
 from common.errors import one_line
 from wire.errors import BundleError
 
 log = logging.getLogger(__name__)
 
 
-def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
+def load_model(
+    folder: Path, *, device: torch.device, dtype: torch.dtype, quantisation: TrunkQuantisation = "none"
+) -> Any:
     """transformers' model of a `trunk/` folder, whose experts must be asked elsewhere (`forward_pass`).
 
     Tensors go from the file to the device one by one; the weights of experts never exist.
@@ -36,6 +40,7 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Any
     """
     with _one_line(f"transformers can't build the model that {folder / 'config.json'} describes", TrunkError):
         model = _empty_model(folder, dtype)
+    quantise_linears(model, quantisation)
     file = folder / "model.safetensors"
     try:
         with safe_open(file, framework="pt") as tensors, _one_line(f"can't load {file}", BundleError), _no_bar():

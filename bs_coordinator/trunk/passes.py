@@ -66,14 +66,15 @@ class RowsPass(TrunkPass):
         return list(torch.split(logits, [len(rows) for rows in wanted]))
 
 
-class TokenPass(TrunkPass):
-    """One token of one sequence, through captured graphs."""
+class GraphsPass(TrunkPass):
+    """A few tokens of one or more sequences, through captured graphs."""
 
-    def __init__(self, graphs: "GraphedDecoder", sequence: SequenceInput, route: Rule) -> None:
+    def __init__(self, graphs: "GraphedDecoder", inputs: Sequence[SequenceInput], route: Rule) -> None:
         self._graphs = graphs
         self._route = route
+        self._inputs = inputs
         self._layer = 0
-        graphs.begin(sequence.ids[0], sequence.cache)
+        graphs.begin([sequence.ids for sequence in inputs], [sequence.cache for sequence in inputs])
 
     def attend(self, layer: int) -> tuple[Array, Routing]:
         self._layer = layer
@@ -84,7 +85,10 @@ class TokenPass(TrunkPass):
         self._graphs.add(self._layer, output)
 
     def logits(self, all_logits: bool) -> list[Tensor]:
-        return [self._graphs.head()]
+        logits = torch.split(self._graphs.head(), [len(sequence.ids) for sequence in self._inputs])
+        if all_logits:
+            return list(logits)
+        return [found[s.wanted] for found, s in zip(logits, self._inputs, strict=True)]
 
     def abandon(self) -> None:
         self._graphs.abandon()

@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers.cache_utils import DynamicCache
 from transformers.models.mixtral.modeling_mixtral import apply_rotary_pos_emb
 
+from bs_coordinator.trunk.quantised import QuantisedLinear
 from bs_coordinator.trunk.rotary import rotate
 
 MAX_ROWS = 16
@@ -23,8 +24,13 @@ MAX_ROWS = 16
 _PRODUCT_ROWS = 8
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x · weightᵀ, [rows, out] from [rows, in] and [out, in]; each row as if it were computed alone."""
+def product(x: Tensor, layer: nn.Linear) -> Tensor:
+    """The layer's product, [rows, out] from [rows, in]; each row as if it were computed alone."""
+    if isinstance(layer, QuantisedLinear):
+        # Its kernel computes each row by itself (`quantised.rows_are_independent`).
+        result: Tensor = layer(x)
+        return result
+    weight = layer.weight
     if not len(x):
         return x.new_empty(0, len(weight))
     pieces = []
@@ -77,7 +83,7 @@ class Rows:
         normed = block.input_layernorm(self.hidden)
         shape = (1, len(normed), -1, attention.head_dim)
         query, key, value = (
-            product(normed, projection.weight).view(shape)
+            product(normed, projection).view(shape)
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         if hasattr(attention, "q_norm"):
@@ -99,10 +105,10 @@ class Rows:
                     )
                 )  # fmt: skip
             start = end
-        attended = product(torch.cat(mixed).view(len(normed), -1), attention.o_proj.weight)
+        attended = product(torch.cat(mixed).view(len(normed), -1), attention.o_proj)
         self._residual = self.hidden + attended
         expert_input = block.post_attention_layernorm(self._residual)
-        return expert_input, torch.softmax(product(expert_input, block.gate.weight), dim=-1)
+        return expert_input, torch.softmax(product(expert_input, block.gate), dim=-1)
 
     def add(self, output: Tensor) -> None:
         """Second half of a layer: add the experts' output, [rows, hidden]."""
@@ -110,4 +116,4 @@ class Rows:
 
     def head(self, rows: Sequence[int]) -> Tensor:
         """Logits [len(rows), vocab] of some rows, by index."""
-        return product(self._modules.norm(self.hidden[list(rows)]), self._modules.lm_head.weight)
+        return product(self._modules.norm(self.hidden[list(rows)]), self._modules.lm_head)

@@ -1,4 +1,7 @@
-"""Triton kernels for one decoded token: what a layer of the trunk computes between two dispatches.
+"""Triton kernels for decoded tokens: what a layer of the trunk computes between two dispatches.
+
+Shapes are those of one token. Some kernels take several: the last axis of their grid counts tokens, and all arguments
+that belong to a token have a leading axis for them. The products of several tokens are in `triton_rows`.
 
 Rounding follows the eager modules: norms, projections, rotated heads and residuals are rounded to the trunk's dtype,
 and sums are kept in fp32. A token reads every weight once, so the kernels are bound by memory bandwidth, and each is
@@ -38,14 +41,18 @@ def begin(step_host, step, table, hidden, size, block: tl.constexpr, overlap: tl
     """Copy the step's parameters to the GPU and look up the token's embedding.
 
     Args:
-        step_host, step: int64 [5], pinned and on the GPU: address of the KV slab, its capacity, position, token, stamp.
+        step_host, step: int64 [8], pinned and on the GPU: address of the KV slab, its capacity, position, token, stamp;
+            the others are not used.
         table: [vocab, size].
     """
     if overlap:
         gdc_launch_dependents()
+    step_host += tl.program_id(1) * 8
+    step += tl.program_id(1) * 8
+    hidden += tl.program_id(1) * size
     fields = tl.arange(0, 8)
     if tl.program_id(0) == 0:
-        tl.store(step + fields, tl.load(step_host + fields, mask=fields < 5), mask=fields < 5)
+        tl.store(step + fields, tl.load(step_host + fields))
     token = tl.load(step_host + 3)
     at = tl.program_id(0) * block + tl.arange(0, block)
     tl.store(hidden + at, tl.load(table + token * size + at, mask=at < size), mask=at < size)
@@ -57,18 +64,23 @@ def add_experts(residual, experts_host, hidden, size, block: tl.constexpr, overl
     if overlap:
         gdc_launch_dependents()
     at = tl.program_id(0) * block + tl.arange(0, block)
-    output = tl.load(experts_host + at, mask=at < size).to(hidden.dtype.element_ty)
-    before = tl.load(residual + at, mask=at < size)
-    tl.store(hidden + at, (before.to(tl.float32) + output.to(tl.float32)).to(before.dtype), mask=at < size)
+    inside = at < size
+    at += tl.program_id(1) * size
+    output = tl.load(experts_host + at, mask=inside).to(hidden.dtype.element_ty)
+    before = tl.load(residual + at, mask=inside)
+    tl.store(hidden + at, (before.to(tl.float32) + output.to(tl.float32)).to(before.dtype), mask=inside)
 
 
 @triton.jit
 def project(
-    x, norm, weights, residual, out, rows, size, eps,
-    normed: tl.constexpr, added: tl.constexpr, tile_rows: tl.constexpr, tiles: tl.constexpr, block: tl.constexpr,
-    overlap: tl.constexpr,
+    x, norm, weights, scales, residual, out, rows, size, eps,
+    normed: tl.constexpr, added: tl.constexpr, scaled: tl.constexpr, tile_rows: tl.constexpr, tiles: tl.constexpr,
+    block: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
-    """out [rows] = weights [rows, size] · x [size], with x's RMS norm if `normed`, plus `residual` if `added`."""
+    """out [rows] = weights [rows, size] · x [size], with x's RMS norm if `normed`, plus `residual` if `added`.
+
+    If `scaled`, weights are int8 with a scale per row.
+    """
     at = tl.arange(0, block)
     inside = at < size
     row = tl.program_id(0) * (tile_rows * tiles) + tl.arange(0, tile_rows)
@@ -93,7 +105,67 @@ def project(
                 weights + row[:, None] * size + at[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0.0,
                 eviction_policy="evict_first",
             )  # fmt: skip
-        product = tl.sum(tile.to(tl.float32) * wide[None, :], axis=1).to(weights.dtype.element_ty)
+        product = tl.sum(tile.to(tl.float32) * wide[None, :], axis=1)
+        if scaled:
+            product *= tl.load(scales + row, mask=row < rows, other=0.0).to(tl.float32)
+        product = product.to(value.dtype)
+        if added:
+            before = tl.load(residual + row, mask=row < rows)
+            product = (before.to(tl.float32) + product.to(tl.float32)).to(product.dtype)
+        tl.store(out + row, product.to(out.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
+def project_int4(
+    x, norm, codes, scales, residual, out, rows, size, eps,
+    normed: tl.constexpr, added: tl.constexpr, tile_rows: tl.constexpr, tiles: tl.constexpr,
+    groups_block: tl.constexpr, overlap: tl.constexpr,
+):  # fmt: skip
+    """As `project`, for int4 weights.
+
+    Args:
+        codes: uint8 [rows, size / 2]: byte j of 16 holds weight j of a group of 32 in its low half, j + 16 in its high.
+        scales: [rows, size / 32, 2], scale and offset of each group: weight = (code - 8) · scale + offset.
+    """
+    groups = size // 32
+    group = tl.arange(0, groups_block)
+    at = tl.arange(0, 16)
+    inside = (group < groups)[:, None] & (at < 16)[None, :]
+    byte = group[:, None] * 16 + at[None, :]
+    column = group[:, None] * 32 + at[None, :]
+    row = tl.program_id(0) * (tile_rows * tiles) + tl.arange(0, tile_rows)
+    tile = tl.load(
+        codes + row[:, None, None] * (size // 2) + byte[None, :, :],
+        mask=(row < rows)[:, None, None] & inside[None, :, :], other=0, eviction_policy="evict_first",
+    )  # fmt: skip
+    _await_previous(overlap)
+    low = tl.load(x + column, mask=inside, other=0.0)
+    high = tl.load(x + column + 16, mask=inside, other=0.0)
+    dtype = low.dtype
+    if normed:
+        wide_low, wide_high = low.to(tl.float32), high.to(tl.float32)
+        shrink = tl.rsqrt((tl.sum(wide_low * wide_low) + tl.sum(wide_high * wide_high)) / size + eps)
+        scale_low = tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)
+        scale_high = tl.load(norm + column + 16, mask=inside, other=0.0).to(tl.float32)
+        low = ((wide_low * shrink).to(dtype).to(tl.float32) * scale_low).to(dtype)
+        high = ((wide_high * shrink).to(dtype).to(tl.float32) * scale_high).to(dtype)
+    wide_low, wide_high = low.to(tl.float32), high.to(tl.float32)
+    sums = tl.sum(wide_low + wide_high, axis=1)
+    for i in tl.static_range(tiles):
+        if i > 0:
+            row += tile_rows
+            tile = tl.load(
+                codes + row[:, None, None] * (size // 2) + byte[None, :, :],
+                mask=(row < rows)[:, None, None] & inside[None, :, :], other=0, eviction_policy="evict_first",
+            )  # fmt: skip
+        code_low = (tile & 15).to(tl.float32) - 8.0
+        code_high = (tile >> 4).to(tl.float32) - 8.0
+        part = tl.sum(code_low * wide_low[None, :, :] + code_high * wide_high[None, :, :], axis=2)
+        place = 2 * (row[:, None] * groups + group[None, :])
+        valid = (row < rows)[:, None] & (group < groups)[None, :]
+        scale = tl.load(scales + place, mask=valid, other=0.0).to(tl.float32)
+        offset = tl.load(scales + place + 1, mask=valid, other=0.0).to(tl.float32)
+        product = tl.sum(part * scale + sums[None, :] * offset, axis=1).to(dtype)
         if added:
             before = tl.load(residual + row, mask=row < rows)
             product = (before.to(tl.float32) + product.to(tl.float32)).to(product.dtype)
@@ -129,9 +201,9 @@ def attend(
     qkv, step, cosines, sines, partial, partial_max, partial_sum, counters, out, layer, scale,
     next_weights, next_elements, query_norm, key_norm, eps,
     heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr, splits: tl.constexpr, block: tl.constexpr,
-    group_block: tl.constexpr, overlap: tl.constexpr, normed: tl.constexpr,
+    group_block: tl.constexpr, overlap: tl.constexpr, normed: tl.constexpr, appended: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one new token, whose key and value are appended to the slab.
+    """Attention of one new token, whose key and value are appended to the slab, unless they are there already.
 
     Each key-value head is split by position over `splits` programs; the last one to finish combines them.
 
@@ -144,8 +216,12 @@ def attend(
         out: [heads · dim].
         scale: of the scores, times log2(e).
         query_norm, key_norm: [dim], weights of the RMS norms of each head's query and key, if `normed`.
+        appended: whether the slab holds the new token's key and value (`triton_rows.append`).
     """
     head, split = tl.program_id(0), tl.program_id(1)
+    qkv += tl.program_id(2) * (heads + 2 * kv_heads) * dim
+    step += tl.program_id(2) * 8
+    slot = tl.program_id(2) * kv_heads + head
     if split >= splits:
         program = (split - splits) * kv_heads + head
         _fetch(next_weights, next_elements, program, (tl.num_programs(1) - splits) * kv_heads, 4096, overlap)
@@ -158,9 +234,10 @@ def attend(
         position = tl.load(step + 2)
         keys = tl.multiple_of(slab + ((layer * 2) * kv_heads + head) * capacity * dim, 16)
         values = tl.multiple_of(slab + ((layer * 2 + 1) * kv_heads + head) * capacity * dim, 16)
-        per_split = tl.cdiv(tl.cdiv(position, splits), block) * block
+        held = position + 1 if appended else position
+        per_split = tl.cdiv(tl.cdiv(held, splits), block) * block
         start = split * per_split
-        end = tl.minimum(start + per_split, position)
+        end = tl.minimum(start + per_split, held)
         at = tl.arange(0, dim)
         place = start + tl.arange(0, block)
         key_tile = tl.load(keys + place[:, None] * dim + at[None, :], mask=(place < end)[:, None], other=0.0)
@@ -176,7 +253,7 @@ def attend(
             query_norm, eps, dim, 1, normed,
         )  # fmt: skip
 
-        if split == 0:
+        if split == 0 and not appended:
             key = _rotated(qkv, heads + head, at, at < dim, cosine, sine, key_norm, eps, dim, 0, normed)
             value = tl.load(qkv + (heads + kv_heads + head) * dim + at)
             tl.store(keys + position * dim + at, key)
@@ -202,14 +279,14 @@ def attend(
             key_tile = tl.load(keys + place[:, None] * dim + at[None, :], mask=(place < end)[:, None], other=0.0)
             value_tile = tl.load(values + place[:, None] * dim + at[None, :], mask=(place < end)[:, None], other=0.0)
 
-        mine = (head * splits + split) * group_block
+        mine = (slot * splits + split) * group_block
         tl.store(partial + (mine + member[:, None]) * dim + at[None, :], mixed, mask=in_group)
         tl.store(partial_max + mine + member, highest)
         tl.store(partial_sum + mine + member, total)
         tl.debug_barrier()
-        if tl.atomic_add(counters + head, 1, sem="acq_rel") == splits - 1:
-            tl.store(counters + head, 0)
-            _add_up(partial, partial_max, partial_sum, out, head, group, dim, splits, group_block)
+        if tl.atomic_add(counters + slot, 1, sem="acq_rel") == splits - 1:
+            tl.store(counters + slot, 0)
+            _add_up(partial, partial_max, partial_sum, out, slot, group, dim, splits, group_block)
 
 
 @triton.jit
@@ -252,6 +329,10 @@ def gate(
     One program does this; the others prefetch.
     """
     program = tl.program_id(0)
+    residual += tl.program_id(1) * size
+    x_host += tl.program_id(1) * size
+    probabilities_host += tl.program_id(1) * experts
+    flag_host += tl.program_id(1)
     at = tl.arange(0, block)
     inside = at < size
     expert = tl.arange(0, experts_block)

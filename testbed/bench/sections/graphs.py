@@ -1,6 +1,7 @@
-"""Single tokens through trunks of the demo models' sizes on a GPU: captured graphs against eager modules, in turns.
+"""A few tokens through trunks of the demo models' sizes on a GPU: captured graphs against eager modules, in turns.
 
-Weights are random, so no demo model is needed on the machine; answers of both are compared token by token.
+One token, drafts of a sequence, and tokens of several sequences. Weights are random, so no demo model is needed on the
+machine; answers of both are compared token by token, and logits of the steps with several tokens.
 """
 
 import tempfile
@@ -35,6 +36,8 @@ _MODELS: dict[str, dict[str, Any]] = {
 _PROMPT_TOKENS = 48
 _ANSWERS = 4
 _TOKENS = 64
+_SEVERAL = ((1, 4), (1, 8), (4, 1), (8, 1), (4, 4))
+"""Sequences of a step, and tokens of each."""
 
 
 def measure(settings: Settings, *, device: str = "cuda") -> Iterator[Result]:
@@ -51,19 +54,21 @@ def measure(settings: Settings, *, device: str = "cuda") -> Iterator[Result]:
             _random_trunk(Path(folder), family, facts)
             # In fp32, in which both round so little that no token of an answer depends on it.
             trunks = [LlamaTrunk(Path(folder), device=device, graphs=graphs) for graphs in (True, False)]
-        if trunks[0].graphs([0], trunks[0].new_cache()) is None and device == "cuda":
+        if trunks[0].graphs([SequenceInput([0], trunks[0].new_cache())]) is None and device == "cuda":
             yield Skipped(f"{family}, one token through captured graphs", "the graphs don't fit this model and GPU")
             continue
         graphed, eager = (
             DistributedModel(trunk, _Experts(trunk), TopK(facts["num_experts_per_tok"])) for trunk in trunks
         )
         yield _row(family, graphed, eager, settings)
+        yield from (_several(family, graphed, eager, settings, *shape) for shape in _SEVERAL)
 
 
 def _row(family: str, graphed: DistributedModel, eager: DistributedModel, settings: Settings) -> Row:
-    prompts = np.random.default_rng(0).integers(0, 49152, (_ANSWERS, _PROMPT_TOKENS)).tolist()
+    prompts = _prompts(_ANSWERS)
     same = sum(_greedy(graphed, prompt) == _greedy(eager, prompt) for prompt in prompts)
-    ours, floor = in_turns(_Step(graphed, prompts[0]), _Step(eager, prompts[0]), max(20, settings.samples // 3))
+    steps = _Step(graphed, prompts[:1]), _Step(eager, prompts[:1])
+    ours, floor = in_turns(*steps, max(20, settings.samples // 3))
     parameters = {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "torch": torch.__version__,
         "past_tokens": _PROMPT_TOKENS, "answers": _ANSWERS, "same_answers": same,
@@ -73,6 +78,22 @@ def _row(family: str, graphed: DistributedModel, eager: DistributedModel, settin
         f"{name}; {same} of {_ANSWERS} answers of {_TOKENS} tokens are the same",
         "eager modules", ours, floor, None, parameters,
     )  # fmt: skip
+
+
+def _several(
+    family: str, graphed: DistributedModel, eager: DistributedModel, settings: Settings, sequences: int, tokens: int
+) -> Row:
+    prompts = _prompts(sequences)
+    steps = _Step(graphed, prompts, tokens), _Step(eager, prompts, tokens)
+    found, expected = (torch.cat(step()) for step in steps)
+    apart = float((found - expected).norm() / expected.norm())
+    ours, floor = in_turns(*steps, max(10, settings.samples // 10))
+    parameters = {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "torch": torch.__version__,
+        "past_tokens": _PROMPT_TOKENS, "sequences": sequences, "tokens": tokens, "logits_apart": apart,
+    }  # fmt: skip
+    name = f"{family}, {sequences} sequences with {tokens} tokens each, fp32, captured graphs"
+    return Row(f"{name}; logits differ by {apart:.1e} of their norm", "eager modules", ours, floor, None, parameters)
 
 
 class _Experts:
@@ -92,15 +113,24 @@ class _Experts:
 
 
 class _Step:
-    """A step that always runs after the same past."""
+    """A step that always runs after the same past: some new tokens of each sequence."""
 
-    def __init__(self, model: DistributedModel, prompt: Sequence[int]) -> None:
-        self._model, self._cache = model, model.trunk.new_cache()
-        model.step([SequenceInput(list(prompt), self._cache)])
+    def __init__(self, model: DistributedModel, prompts: Sequence[Sequence[int]], tokens: int = 1) -> None:
+        self._model, self._ids = model, list(range(7, 7 + tokens))
+        self._caches = [model.trunk.new_cache() for _ in prompts]
+        for prompt, cache in zip(prompts, self._caches, strict=True):
+            model.step([SequenceInput(list(prompt), cache)])
 
-    def __call__(self) -> None:
-        self._model.step([SequenceInput([7], self._cache)])
-        self._model.trunk.truncate(self._cache, _PROMPT_TOKENS)
+    def __call__(self) -> list[torch.Tensor]:
+        logits, _ = self._model.step([SequenceInput(self._ids, cache) for cache in self._caches], all_logits=True)
+        for cache in self._caches:
+            self._model.trunk.truncate(cache, _PROMPT_TOKENS)
+        return logits
+
+
+def _prompts(count: int) -> list[list[int]]:
+    prompts: list[list[int]] = np.random.default_rng(0).integers(0, 49152, (count, _PROMPT_TOKENS)).tolist()
+    return prompts
 
 
 def _greedy(model: DistributedModel, prompt: Sequence[int]) -> list[int]:

@@ -5,6 +5,7 @@ SECTIONS: dict[str, str] = {
     "experts": "testbed.bench.sections.experts",
     "many-experts": "testbed.bench.sections.many_experts",
     "trunk": "testbed.bench.sections.trunk",
+    "trunk-precision": "testbed.bench.sections.trunk_precision",
     "graphs": "testbed.bench.sections.graphs",
     "generic-trunk": "testbed.bench.sections.generic_trunk",
     "decode": "testbed.bench.sections.decode",

@@ -1,6 +1,5 @@
 """One token through a trunk of Mixtral-8x7B's size on a GPU, instant experts, compared with reading its weights."""
 
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -9,21 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.selection import TopK
 from bs_coordinator.trunk.inputs import SequenceInput
 from bs_coordinator.trunk.llama import LlamaTrunk
 from testbed.bench.instant_experts import InstantExperts
+from testbed.bench.random_trunk import SIZE, write_random_trunk
 from testbed.bench.rows import Result, Row, Settings, Skipped, in_turns
 
-_CONFIG = {
-    "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "vocab_size": 32000, "hidden_size": 4096,
-    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
-    "rope_theta": 1e6, "sliding_window": None, "tie_word_embeddings": False,
-}  # fmt: skip
 _PAST_TOKENS = 512
 _PROFILED = 5
 
@@ -35,7 +28,7 @@ def measure(settings: Settings) -> Iterator[Result]:
         yield Skipped(name, "torch sees no CUDA GPU")
         return
     with tempfile.TemporaryDirectory(prefix="wdmoe-trunk-") as folder:
-        read_bytes = _random_trunk(Path(folder))
+        read_bytes = write_random_trunk(Path(folder))
         for graphs in (True, False):
             trunk = LlamaTrunk(Path(folder), device="cuda", dtype="bf16", graphs=graphs)
             yield _row(f"{name}, {'graphs' if graphs else 'eager'}", trunk, read_bytes, settings)
@@ -44,7 +37,7 @@ def measure(settings: Settings) -> Iterator[Result]:
 
 
 def _row(name: str, trunk: LlamaTrunk, read_bytes: int, settings: Settings) -> Row:
-    model = DistributedModel(trunk, InstantExperts(8, 4096), TopK(2))
+    model = DistributedModel(trunk, InstantExperts(8, SIZE), TopK(2))
     cache = trunk.new_cache()
     model.step([SequenceInput(list(range(_PAST_TOKENS)), cache)])
     # A copy reads and writes each byte, so copying half the bytes moves as many.
@@ -73,20 +66,20 @@ def _parts(trunk: LlamaTrunk, cache: Any, step: Callable[[], None], ours: list[f
     events = profile.key_averages()
     copies = sum(e.self_device_time_total for e in events if "Mem" in e.key) / _PROFILED / 1000
     whole = statistics.median(ours)
-    decoder = trunk.graphs([7], cache)
+    decoder = trunk.graphs([SequenceInput([7], cache)])
     if decoder is None:
         kernels = sum(e.self_device_time_total for e in events) / _PROFILED / 1000 - copies
         return {"kernels": kernels, "copies": copies, "launches, waiting and Python": whole - kernels - copies}
 
-    zeros = np.zeros((1, 4096), np.float32)
+    zeros = np.zeros((1, SIZE), np.float32)
 
     def gpu_alone() -> None:
         # Kernels overlap, so their times don't add up; an abandoned graph runs to its end without waiting for experts.
-        decoder.begin(7, cache)
+        decoder.begin([[7]], [cache])
         decoder.abandon()
 
     def loop() -> None:
-        decoder.begin(7, cache)
+        decoder.begin([[7]], [cache])
         for layer in range(trunk.layers):
             decoder.attend(layer)
             decoder.add(layer, zeros)
@@ -97,25 +90,3 @@ def _parts(trunk: LlamaTrunk, cache: Any, step: Callable[[], None], ours: list[f
         "kernels": gpu_ms - copies, "copies": copies, "waiting for each other": loop_ms - gpu_ms,
         "choosing and recording": whole - loop_ms,
     }  # fmt: skip
-
-
-def _random_trunk(folder: Path) -> int:
-    """Write a trunk with random weights; return the number of bytes that each token reads."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    size, kv, vocab = 4096, 1024, 32000
-
-    def random(*shape: int) -> torch.Tensor:
-        return (0.02 * torch.randn(shape, generator=generator, device="cuda")).to(torch.bfloat16).cpu()
-
-    tensors = {"model.embed_tokens.weight": random(vocab, size), "lm_head.weight": random(vocab, size)}
-    tensors["model.norm.weight"] = torch.ones(size, dtype=torch.bfloat16)
-    for i in range(int(str(_CONFIG["num_hidden_layers"]))):
-        at = f"model.layers.{i}"
-        for part, rows in (("q", size), ("k", kv), ("v", kv), ("o", size)):
-            tensors[f"{at}.self_attn.{part}_proj.weight"] = random(rows, size)
-        tensors[f"{at}.block_sparse_moe.gate.weight"] = random(8, size)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{at}.{norm}.weight"] = torch.ones(size, dtype=torch.bfloat16)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(_CONFIG))
-    return sum(t.nbytes for name, t in tensors.items() if name != "model.embed_tokens.weight")

@@ -152,6 +152,20 @@ def test_bf16(built: Callable[[str], Built], dtype: TrunkDtype, tolerance: float
     assert float(apart.median()) < tolerance
 
 
+def test_int8(built: Callable[[str], Built]) -> None:
+    """Shared experts are quantised too, and still computed while the others are awaited; what weighs them is not."""
+    folder, reference, experts = built("qwen2_moe")
+    trunk = GenericTrunk(folder, quantisation="int8")
+    kept = {name.rpartition(".")[2] for name, m in trunk._model.named_modules() if type(m) is torch.nn.Linear}
+    assert kept == {"shared_expert_gate"}
+    assert [len(layer) for layer in trunk.beside] == [1] * trunk.layers
+    model = DistributedModel(trunk, experts, TopK(2))
+    (logits,), _ = model.step([SequenceInput(IDS, trunk.new_cache())], all_logits=True)
+    # Where rounding decides between two experts of nearly the same score, a token's logits differ.
+    apart = (logits - _logits(reference)).norm(dim=1) / _logits(reference).norm(dim=1)
+    assert 1e-4 < float(apart.median()) < 0.05
+
+
 @pytest.mark.parametrize("family", ["gpt_oss", "lfm2_moe", "granitemoehybrid"])
 def test_a_failed_step_leaves_the_cache_as_it_was(built: Callable[[str], Built], family: str) -> None:
     folder, _, experts = built(family)

@@ -90,7 +90,7 @@ def test_graphs_are_the_eager_steps(tmp_path: Path, dtype: TrunkDtype, tolerance
         trunk = LlamaTrunk(tmp_path, device="cuda", dtype=dtype, graphs=graphs)
         model = DistributedModel(trunk, ReferenceExperts(reference), TopK(2))
         cache = trunk.new_cache()
-        assert (trunk.graphs(ids[:1], cache) is not None) is graphs
+        assert (trunk.graphs([SequenceInput(ids[:1], cache)]) is not None) is graphs
         model.step([SequenceInput(ids[:250], cache)])
         logits = [model.step([SequenceInput([i], cache)])[0][0] for i in ids[250:280]]
         trunk.truncate(cache, 260)
