@@ -67,7 +67,7 @@ head) by itself, the routed experts on nodes. `wdmoe-export bundle` accepts a fo
 Hugging Face hub. Other architectures are refused with the list of those that work; CONTRIBUTING.md says how to add one.
 
 **Which code runs the trunk.** *Own blocks* are this project's: on a CPU, tokens are independent of what is computed
-with them, and on a GPU single tokens run as captured graphs. *transformers* is the model's own code, stopped at each
+with them, and on a GPU few tokens run as captured graphs. *transformers* is the model's own code, stopped at each
 layer with experts: any attention, convolution or state-space layer that transformers has works. `wdmoe-bs` logs which
 one it took and why. A Qwen3-MoE some of whose layers have no experts runs as transformers' model.
 
