@@ -75,7 +75,7 @@ class Answer:
 
     Attributes:
         tokens: in their order.
-        stats: means over the answer (`bs_coordinator.engine.answer_stats.AnswerStats`): `first_token_ms`, `token_ms`
+        stats: means over the answer (`bs_coordinator.engine.answer_stats.AnswerStats`): `ttft_ms`, `tpot_ms`
             and its parts, `drafted` and `accepted`, bytes, and `tokens_by_node`.
     """
 
