@@ -118,13 +118,14 @@ def run_experiment(
     Args:
         plan: YAML file (docs/experiments.md).
         data: folder of the data sets; None for the plan's own folder.
-        out: the run's folder, which must not exist yet; None for `runs/NAME-TIME`.
+        out: the run's folder, which must be empty if it exists; None for `runs/NAME-TIME`.
         items: use at most this many items of each data set.
         jobs: processes for cells without nodes.
         device: `cuda` computes the experts of cells without nodes on the GPUs.
         on_progress: called with a line for each cell.
 
     Raises:
+        ConfigError: `items` or `jobs` is less than 1.
         PlanError: the plan is wrong, or a bundle or data set is missing.
         RunDirectoryError: `out` is not empty.
         FailedCellsError: some cells failed; `load_run(out)` has the others.
@@ -136,6 +137,9 @@ def run_experiment(
     from testbed.experiment.start import complete, create_run
     from testbed.plan.reading import at_most, read_plan
 
+    for name, value in (("items", items), ("jobs", jobs)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}: {value} is less than 1")
     check_device(device)
     read = read_plan(Path(plan), data=Path(data) if data is not None else None)
     if items is not None:

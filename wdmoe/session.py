@@ -91,12 +91,14 @@ class Session:
 
     def _abandon(self, request: Request) -> None:
         with self._changed:
-            self._abandoned.add(id(request))
+            # An ended request's id may already be another one's.
+            self._abandoned |= self._running & {id(request)}
         self._server.cancel(request)
 
     def _ended(self, request: Request) -> None:
         with self._changed:
             self._running.discard(id(request))
+            self._abandoned.discard(id(request))
             self._changed.notify_all()
 
     def _use_policy(self, text: str) -> None:
@@ -110,14 +112,13 @@ class Session:
                 check_scores(text, policy, top_k=manifest.dims.top_k)
         except ValueError as error:
             raise ConfigError(f"policy: {error}") from None
-        if self._running <= self._abandoned:
+        if self._running == self._abandoned:
             # The thread ends them after the step that is running.
             self._changed.wait_for(lambda: not self._running, 2 * self._config.layer_timeout_s)
         if self._running:
             raise ConfigError(
                 f"policy: an answer with '{self._policy}' is not finished: read or close it before one with '{text}'"
             )
-        self._abandoned.clear()
         station.model.policy = policy
         self._policy = text
 

@@ -79,6 +79,8 @@ def test_what_can_t_be_read_or_run_is_said(run: wdmoe.Run, tmp_path: Path) -> No
         wdmoe.load_run(tmp_path)
     with pytest.raises(PlanError, match=r"can't read the plan .*plan\.yaml"):
         wdmoe.run_experiment(tmp_path / "plan.yaml")
+    with pytest.raises(wdmoe.ConfigError, match="items: 0 is less than 1"):
+        wdmoe.run_experiment(tmp_path / "plan.yaml", items=0)
     with pytest.raises(RunDirectoryError, match="not empty"):
         wdmoe.run_experiment(
             run.folder.parents[1] / "plan.yaml", data=run.folder.parents[1] / "data", out=run.folder
