@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from wire import __version__
 log = logging.getLogger(__name__)
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_DEFAULT_ENDPOINT = "http://localhost:4318"
 _LAST_SPANS_S = 5.0
 """How long the end of the process waits for spans that are not sent yet."""
 
@@ -51,9 +53,8 @@ def answer_traces(*, asked_for: bool, model: str) -> Iterator[list[AnswerObserve
     # What the environment says of the service comes last, and so counts.
     resource = Resource({"service.name": "wdmoe-bs", "service.version": __version__})
     provider = TracerProvider(resource=resource.merge(OTELResourceDetector().detect()), shutdown_on_exit=False)
-    exporter = OTLPSpanExporter()
-    provider.add_span_processor(BatchSpanProcessor(exporter))
-    log.info("traces of answers go to %s", exporter._endpoint)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    log.info("traces of answers go to %s", _collector())
     try:
         yield [AnswerSpans(provider.get_tracer("wdmoe", __version__), model=model)]
     finally:
@@ -63,6 +64,12 @@ def answer_traces(*, asked_for: bool, model: str) -> Iterator[list[AnswerObserve
         ending.join(_LAST_SPANS_S)
         if ending.is_alive():
             log.warning("the last spans could not be sent within %.0f s", _LAST_SPANS_S)
+
+
+def _collector() -> str:
+    """The collector's URL without what may be secret in it: user name, password and query."""
+    url = next((url for name in _ENDPOINTS if (url := os.environ.get(name))), _DEFAULT_ENDPOINT)
+    return re.sub(r"//[^/]*@", "//", url.partition("?")[0])
 
 
 def _wanted(asked_for: bool) -> bool:

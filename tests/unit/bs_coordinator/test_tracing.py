@@ -212,6 +212,7 @@ def test_a_collector_receives_the_traces_of_http_requests(
     random_bundle: Path, collector: _Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OTEL_SERVICE_NAME", "kitchen")
+    monkeypatch.setattr("bs_coordinator.tracing.export._LAST_SPANS_S", PATIENCE_S)
     with answer_traces(asked_for=False, model="random") as traces:
         assert len(traces) == 1
         with server(random_bundle, traces) as (made, tokenizer):
@@ -268,6 +269,15 @@ def test_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
             with answer_traces(asked_for=True, model="m") as traces:
                 assert traces == []
     assert caplog.text.count("turns them off") == 2
+
+
+def test_the_log_names_the_collector_without_its_password(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://ada:sesame@127.0.0.1:9/v1/traces?token=sesame")
+    with caplog.at_level(logging.INFO), answer_traces(asked_for=False, model="m"):
+        assert "traces of answers go to http://127.0.0.1:9/v1/traces" in caplog.text
+    assert "sesame" not in caplog.text
 
 
 def test_without_the_extra_the_option_says_so_and_the_variable_warns(
