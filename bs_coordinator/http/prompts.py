@@ -11,7 +11,7 @@ from bs_coordinator.errors import ChatTemplateError
 from common.errors import one_line
 
 _LONG_CHARACTERS = 1 << 14
-"""Longer prompts are tokenised one at a time, so that they take no more than one core from the answers."""
+"""Longer prompts, and as many token ids, are processed one at a time: they take no more than one core from answers."""
 
 
 class PromptEncoder:
@@ -50,7 +50,10 @@ class PromptEncoder:
             HTTPException: 400, because the vocabulary has no such token.
         """
         self._check(ids, "tokens")
-        return await asyncio.to_thread(self._tokenizer.decode, ids, special=True)
+        if len(ids) <= _LONG_CHARACTERS:
+            return await asyncio.to_thread(self._tokenizer.decode, ids, special=True)
+        async with self._long:
+            return await asyncio.to_thread(self._tokenizer.decode, ids, special=True)
 
     def _check(self, ids: list[int], name: str) -> None:
         last = self._tokenizer.size - 1
