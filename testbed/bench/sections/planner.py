@@ -22,7 +22,7 @@ from bs_coordinator.placement.boards import BoardLink
 from bs_coordinator.placement.known_fleet import predict_known
 from bs_coordinator.placement.predict import Routing, Step
 from bs_coordinator.placement.row_curve import RowCurve
-from common.files import append_all
+from common.files import append_all, atomic_write
 from common.jsonl import drop_cut_line, read_json_lines
 from exporter.bundle.bundle import export_bundle
 from testbed.bench.alone import Parts
@@ -178,7 +178,8 @@ def _traffic(system: System, path: Path) -> Array:
     dims = system.station.manifest.dims
     traffic = np.ones((dims.layers, dims.experts), np.float32)
     _count(traffic, decode(system, PROMPTS[2], tokens=_COUNTED_TOKENS))
-    np.save(path, traffic)
+    with atomic_write(path) as file:
+        np.save(file, traffic)
     return traffic
 
 
