@@ -71,7 +71,7 @@ def test_a_layer_multiplies_by_the_matrix_of_its_codes(bits: int, bias: bool, de
     sizes = x.abs().double() @ matrix.abs().double().t() + 1e-3
     tolerance = 2 * BF16_STEP if device == "cpu" else 1e-5
     assert float(((found - expected).abs() / sizes).max()) <= tolerance
-    assert torch.equal(layer(x[None, :7])[0], found[:7]) or device != "cpu"
+    assert torch.equal(layer(x[None])[0], found)
     assert layer(x[:0]).shape == (0, 50)
     assert "weight" not in dict(layer.named_parameters())
 
@@ -97,18 +97,25 @@ def test_steps_are_nearly_those_of_the_whole_weights(
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_token_is_bitwise_the_same_alone_and_among_others(tmp_path: Path, scheme: TrunkQuantisation) -> None:
-    reference = _checkpoint(tmp_path)
+    _checkpoint(tmp_path)
     trunk = load_trunk(tmp_path, quantisation=scheme)
     if not trunk.batch_invariant:
         pytest.skip("this processor's kernels round several tokens otherwise than one")
-    model = DistributedModel(trunk, ReferenceExperts(reference), TopK(2))
     caches = [trunk.new_cache() for _ in range(3)]
+
+    def step(*inputs: SequenceInput) -> list[Tensor]:
+        with torch.inference_mode():
+            trunk_pass = trunk.start_pass(inputs)
+            for layer in range(trunk.layers):
+                hidden, _ = trunk_pass.attend(layer)
+                trunk_pass.add(0.5 * hidden)  # experts whose results do not depend on other rows
+            return trunk_pass.logits(all_logits=True)
+
     for cache in caches:
-        model.step([SequenceInput([5, 6, 7], cache)])
-    alone = [model.step([SequenceInput([i], caches[0])])[0][0] for i in (8, 9, 10)]
-    among = model.step([SequenceInput([1, 2], caches[1]), SequenceInput([8, 9, 10], caches[2])], all_logits=True)[0]
-    # The experts of this test are torch's, whose products depend on the batch; the trunk's part is what counts.
-    assert float((torch.cat(alone) - among[1]).abs().max()) <= 2 * BF16_STEP
+        step(SequenceInput([5, 6, 7], cache))
+    alone = [step(SequenceInput([i], caches[0]))[0] for i in (8, 9, 10)]
+    among = step(SequenceInput([1, 2], caches[1]), SequenceInput([8, 9, 10], caches[2]))[1]
+    assert torch.equal(torch.cat(alone), among)
 
 
 def test_small_and_decisive_weights_stay_whole(tmp_path: Path) -> None:
