@@ -47,6 +47,8 @@ def fits(config: Any, rope_type: str, device: torch.device) -> bool:
         and dim == power_of_2(dim) >= 16
         and config.num_attention_heads // config.num_key_value_heads <= 64
         and config.num_local_experts * power_of_2(config.hidden_size) <= 1 << 17
+        # The kernels index weights by 32-bit numbers.
+        and config.vocab_size * config.hidden_size < 1 << 31
     )
 
 
