@@ -127,7 +127,8 @@ def assemble_demo_model(
     if made is not None and _is_finished(made, record):
         waiting = "waiting for another assembly in this folder"
         with exclusive(target.parent, lambda: report(waiting, 0.0)), _storage_errors(target):
-            _copy(made, target, report)
+            if not _is_finished(target, record):
+                _copy(made, target, report)
         report("done", 1.0)
         return out
     dense = open_base(source or locate_base(None, report))
