@@ -20,6 +20,7 @@ from wire.telemetry import Clocks, Power, Rail, Telemetry, Thermal, Wifi
 
 NOT_LOGGED = {
     "LayerRecord.degraded",  # the tokens' numbers; the failures themselves are in the events and the nodes' status
+    "StepRecord.began_unix_ns",  # of spans; the log has the answer's wall clock, and durations
     "Telemetry.schema",  # of the message
     "Telemetry.boot_id",  # in the run's events, with the nodes' status
 }
