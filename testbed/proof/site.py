@@ -50,9 +50,13 @@ def build(folder: Path, *, root: Path = ROOT, timeout_s: float = 300) -> str:
     (documents / OPTIONS).write_text(options_markdown(), encoding="utf-8")
     shutil.copy(root / CONFIG, folder)
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
-    done = subprocess.run(
-        command, cwd=folder, timeout=timeout_s, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    try:
+        done = subprocess.run(
+            command, cwd=folder, timeout=timeout_s, check=False, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"zensical did not end within {timeout_s:g} s"
     if done.returncode == 0:
         return ""
     return click.unstyle(done.stdout).partition("Traceback")[0].strip() or f"zensical ended with {done.returncode}"
