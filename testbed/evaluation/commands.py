@@ -56,6 +56,11 @@ def register(group: click.Group) -> None:
     help="Do without this expert of every layer, as after the loss of its only node; repeatable.",
 )  # fmt: skip
 @click.option(
+    "--separately",
+    is_flag=True,
+    help="Compute each choice with its question in a step of its own, as a server does for lm-eval; slower.",
+)
+@click.option(
     "--threads", type=click.IntRange(1), default=os.cpu_count() or 1, show_default="all cores",
     help="Threads per expert.",
 )  # fmt: skip
@@ -63,8 +68,8 @@ def register(group: click.Group) -> None:
 @click.option("--out", type=_PATH, default=Path("runs/quality.json"), show_default=True, help="File for the results.")
 def quality(
     data: Path, items: int, texts: int, tokens: int, variants: tuple[str, ...], bundles: tuple[Path, ...], model: str,
-    policies: tuple[str, ...], rules: tuple[str, ...], tasks: tuple[str, ...], lost: tuple[int, ...], threads: int,
-    device: str | None, out: Path,
+    policies: tuple[str, ...], rules: tuple[str, ...], tasks: tuple[str, ...], lost: tuple[int, ...],
+    separately: bool, threads: int, device: str | None, out: Path,
 ) -> None:  # fmt: skip
     """Measure perplexity and accuracy of each quantisation and policy."""
     from rich.console import Console
@@ -81,12 +86,15 @@ def quality(
     for bundle in itertools.chain(bundles, made):
         found = measure_quality(
             bundle, data, items=items, texts_per_domain=texts, tokens=tokens, tasks=tasks, threads=threads,
-            policies=with_rules(policies, rules), lost=lost, device=device,
+            policies=with_rules(policies, rules), lost=lost, separately=separately, device=device,
         )  # fmt: skip
         try:
             for row in found:
                 rows.append(row)
-                write_quality(rows, out, {"items": items, "texts_per_domain": texts, "tokens": tokens})
+                write_quality(
+                    rows, out,
+                    {"items": items, "texts_per_domain": texts, "tokens": tokens, "separately": separately},
+                )  # fmt: skip
                 print_quality(rows[-1:], console)
         except ValueError as error:
             raise click.UsageError(f"--policy: {error}") from None

@@ -77,7 +77,7 @@ class Quality:
 def measure_quality(
     bundle: Path, data: Path, *, items: int, texts_per_domain: int, tokens: int, threads: int,
     tasks: Collection[str] = TASKS, policies: Sequence[str] = ("topk",), lost: Sequence[int] = (),
-    device: str | None = None,
+    separately: bool = False, device: str | None = None,
 ) -> Iterator[Quality]:  # fmt: skip
     """Evaluate one bundle under one policy after the other.
 
@@ -91,6 +91,7 @@ def measure_quality(
         tasks: which of `TASKS` and `MORE_TASKS`.
         policies: as `parse_policy` reads them.
         lost: indices of experts to leave out in every layer, as after the loss of nodes without replicas.
+        separately: compute each choice in a step of its own (`choose`).
         device: what computes the experts (`LocalExperts`).
 
     Raises:
@@ -118,7 +119,7 @@ def measure_quality(
         experts.pairs = experts.tokens = 0
         accuracy: dict[str, Accuracy] = {}
         for task, some in questions.items():
-            chosen = choose(model, tokenizer, some, form=_FORMS.get(task, "question"))
+            chosen = choose(model, tokenizer, some, form=_FORMS.get(task, "question"), separately=separately)
             right = sum(c == q.label for c, q in zip(chosen, some, strict=True))
             accuracy[task] = Accuracy(right, len(some), *wilson_interval(right, len(some)))
         by_domain = {domain: losses(model, tokenizer, t, tokens=tokens) for domain, t in sorted(texts.items())}
@@ -169,7 +170,7 @@ def print_quality(rows: Sequence[Quality], console: Console) -> None:
     console.print(table)
 
 
-def write_quality(rows: Sequence[Quality], path: Path, parameters: dict[str, int]) -> None:
+def write_quality(rows: Sequence[Quality], path: Path, parameters: dict[str, int | bool]) -> None:
     """Write all results and parameters as one JSON document."""
     with atomic_write(path) as file:
         document = {"parameters": parameters, "rows": [asdict(row) for row in rows]}

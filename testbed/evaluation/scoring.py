@@ -68,15 +68,17 @@ def choose(
     *,
     form: Form = "question",
     batch: int = _BATCH_ITEMS,
+    separately: bool = False,
 ) -> list[int]:
     """The index of the model's choice for each item: the alternative with the highest summed log-likelihood.
 
     Args:
         batch: items per forward step.
+        separately: compute each alternative with its context in a step of its own, as a server does.
     """
     chosen: list[int] = []
     for some in _batches(items, size=batch):
-        scores = _score(model, tokenizer, [alternatives(item, form) for item in some])
+        scores = _score(model, tokenizer, [alternatives(item, form) for item in some], separately=separately)
         chosen += [max(range(len(by)), key=[s.log_likelihood for s in by].__getitem__) for by in scores]
     return chosen
 
@@ -121,15 +123,29 @@ def _shared(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _score(model: DistributedModel, tokenizer: Tokenizer, items: Sequence[Sequence[Alternative]]) -> list[list[Scored]]:
-    """How well the model predicts each alternative of each item. Equal contexts of an item are computed once."""
+def _score(
+    model: DistributedModel,
+    tokenizer: Tokenizer,
+    items: Sequence[Sequence[Alternative]],
+    *,
+    separately: bool = False,
+) -> list[list[Scored]]:
+    """How well the model predicts each alternative of each item.
+
+    Equal contexts of an item are computed once, unless everything is computed separately.
+    """
     encoded = [
         [_encode(tokenizer, list(group)) for _, group in groupby(some, key=lambda alternative: alternative.context)]
         for some in items
     ]
     flat = [group for groups in encoded for group in groups]
     continuations = [(i, ids) for i, group in enumerate(flat) for ids in group.continuations]
-    scores = iter(_score_ids(model, [group.context for group in flat], continuations))
+    prompts = [group.context for group in flat]
+    if separately or not model.trunk.packs:
+        found = [_score_alone(model, prompts[i], ids) for i, ids in continuations]
+    else:
+        found = _score_ids(model, prompts, continuations)
+    scores = iter(found)
     return [list(islice(scores, sum(len(group.continuations) for group in groups))) for groups in encoded]
 
 
@@ -142,8 +158,6 @@ def _score_ids(
         prompts: token ids.
         choices: index of the prompt, and the token ids that follow it.
     """
-    if not model.trunk.packs:
-        return [_score_alone(model, prompts[i], ids) for i, ids in choices]
     cache = model.trunk.new_cache()
     owner = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor([len(p) for p in prompts]))
     ends = [sum(len(p) for p in prompts[: i + 1]) - 1 for i in range(len(prompts))]

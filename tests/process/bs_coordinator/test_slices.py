@@ -96,7 +96,11 @@ def _local(checkpoint: Path, folder: Path, scheme: Scheme, slices: int) -> Distr
 
 @pytest.mark.slow
 def test_whole_and_sliced_experts_agree(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Greedy tokens in fp32 are the same; logits in int4, for these tokens, differ by at most a thousandth."""
+    """Greedy tokens in fp32 are the same; logits in int4, for these tokens, differ by at most a thousandth.
+
+    int4 experts round activations to int8, so that a last bit grows with every layer: over 30 layers, logits differ by
+    as much as if a text is computed in two steps instead of one.
+    """
     monkeypatch.setattr("exporter.bundle.bundle.try_trunk", lambda *_: [])  # it is the same each time
     at_length = "WDMOE_AT_LENGTH" in os.environ
     checkpoint = demo_model() if at_length else tiny_model
@@ -114,15 +118,29 @@ def test_whole_and_sliced_experts_agree(tiny_model: Path, tmp_path: Path, monkey
     print(f"fp32: {sum(map(len, greedy[1]))} greedy tokens of {len(prompts)} prompts")
     assert greedy[2] == greedy[1]
     assert greedy[4] == greedy[1]
+    texts = [ids + answer for ids, answer in zip(chats, greedy[1], strict=True)]
     logits: dict[int, list[torch.Tensor]] = {}
+    in_two_steps: list[torch.Tensor] = []
     for slices in (1, 2, 4):
         model = _local(checkpoint, tmp_path / f"int4-{slices}", "int4", slices)
-        logits[slices] = [
-            model.step([SequenceInput(ids + answer, model.trunk.new_cache())], all_logits=True)[0][0]
-            for ids, answer in zip(chats, greedy[1], strict=True)
-        ]
+        logits[slices] = [_logits(model, [ids]) for ids in texts]
+        if slices == 1:
+            in_two_steps = [_logits(model, [ids[: len(ids) // 2], ids[len(ids) // 2 :]]) for ids in texts]
         del model
+    rounding = _furthest(in_two_steps, logits[1])
     for slices in (2, 4):
-        worst = max(float((a - b).norm() / b.norm()) for a, b in zip(logits[slices], logits[1], strict=True))
-        print(f"int4: {slices} slices, largest relative difference of a text's logits {worst:.1e}")
-        assert worst <= 1e-3
+        worst = _furthest(logits[slices], logits[1])
+        print(
+            f"int4: {slices} slices, largest relative difference of a text's logits {worst:.1e}, steps {rounding:.1e}"
+        )
+        assert worst <= (2 * rounding if at_length else 1e-3)
+
+
+def _logits(model: DistributedModel, parts: list[list[int]]) -> torch.Tensor:
+    """Of a text that is computed in one step for each part."""
+    cache = model.trunk.new_cache()
+    return torch.cat([model.step([SequenceInput(ids, cache)], all_logits=True)[0][0] for ids in parts])
+
+
+def _furthest(logits: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(logits, others, strict=True))

@@ -316,6 +316,7 @@ def test_choices_are_scored_as_they_follow_the_question(scripted: _Model) -> Non
     right = ["is Rome", "is Rome."]
     questions = [ChoiceItem("What?", ["is city", "is Oslo", text], 2) for text in right]
     assert choose(model, tokenizer, questions, batch=1) == [2, 2]
+    assert choose(model, tokenizer, questions, separately=True) == [2, 2]
     for item in questions:
         scores = [_likely(model, tokenizer, f"Question: {item.question}\nAnswer:", f" {c}") for c in item.choices]
         assert max(range(3), key=scores.__getitem__) == 2
