@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from common.clock import SYSTEM_CLOCK, Clock
 from wire.errors import FrameError, ResultContentError
 from wire.frame_auth import TAG_BYTES, FrameAuthenticator
-from wire.tensors import Array, WireDtype
+from wire.tensors import Array, WireDtype, all_finite
 
 MAGIC = b"WDMo"
 VERSION = 1
@@ -398,7 +398,7 @@ def _durations(body: memoryview, *, load_us: int = 0) -> NodeDurations:
 def _tensor(body: memoryview, tokens: int, hidden: int, dtype: WireDtype) -> Array:
     _check_body(body, tokens * dtype.codec.row_bytes(hidden))
     x = dtype.codec.decode(body, tokens, hidden)
-    if not np.isfinite(x).all():
+    if not all_finite(x):
         raise FrameError("not-finite", "the tensor holds NaN or infinity")
     return x
 

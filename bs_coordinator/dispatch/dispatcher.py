@@ -36,7 +36,7 @@ from common.clock import SYSTEM_CLOCK, Clock
 from wire.errors import BrokerError
 from wire.frame_auth import ClusterKey
 from wire.status import SocketFacts
-from wire.tensors import Array, WireDtype
+from wire.tensors import Array, WireDtype, all_below
 from wire.topics import Topics
 from wire.transport import Transport
 
@@ -203,9 +203,8 @@ class Dispatcher:
             AnswerError: the hidden states are not finite, or too large for the wire's dtype.
             BrokerError: the connection is lost and can't be restored in time.
         """
-        largest = float(np.abs(hidden).max(initial=0.0))
-        if not largest < self._dtype.codec.limit:
-            raise AnswerError(_describe_overflow(layer, largest, self._dtype))
+        if not all_below(hidden, self._dtype.codec.limit):
+            raise AnswerError(_describe_overflow(layer, float(np.abs(hidden).max()), self._dtype))
         if self.local is not None and gate.shape[1] == self.registry.dims.experts:
             self.local.observe(layer, gate)
         return self._begin(self._requests(layer, hidden, gate, self._limits))
@@ -378,7 +377,7 @@ class Dispatcher:
             default=None,
         )
         records = tuple(answer.record.of_experts(layer.slices) for _, answer in answers)
-        output = ExpertOutput(layer.output(), records, largest)
+        output = ExpertOutput(layer.output(answers), records, largest)
         if self.links.shared_air or {sub.node for sub in layer.sub_requests}.issuperset(self.registry.nodes):
             self._probe_meanwhile()
         return output
@@ -395,5 +394,6 @@ class Dispatcher:
 
     def _probe_meanwhile(self) -> None:
         """Probe beside other work. A lost connection is left to whatever sends or receives next."""
-        with contextlib.suppress(BrokerError):
-            self.probe()
+        if self._probe_gate.due(working=bool(self._loop.open)):
+            with contextlib.suppress(BrokerError):
+                self.probe()

@@ -5,7 +5,8 @@ sub-requests themselves, so that the whole is a forest. A row of a chosen expert
 the topmost one whose own answer counts.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -49,6 +50,7 @@ class Sent(NamedTuple):
         sent_ns: `Clock.perf_ns` just before it was handed to the network.
         sent_unix_ns: the same moment by the wall clock.
         down_bytes: length of its frame.
+        rows: hidden states, counted once for each expert that they go to.
         predicted_ns: round trip that was expected.
         ahead: requests that its node had not answered by then.
         overdue_s: time, in seconds by `Clock.perf_ns`, at which it is rerouted.
@@ -61,6 +63,7 @@ class Sent(NamedTuple):
     sent_ns: int
     sent_unix_ns: int
     down_bytes: int
+    rows: int
     predicted_ns: int
     ahead: int
     overdue_s: float
@@ -153,7 +156,7 @@ class SubRequest:
             round_trip_s=record.round_trip_ns / 1e9,
             node_s=record.durations.total_ns / 1e9,
             experts=len(record.experts),
-            rows=sum(len(s.tokens) for s in self.request.experts),
+            rows=self.sent.rows,
             load_s=record.durations.load_ns / 1e9,
             queued=self.sent.ahead > 0,
         )
@@ -215,7 +218,7 @@ class LayerRequests:
         self.sub_requests: list[SubRequest] = []
         self.suspects: list[SubRequest] = []
         self.planned_s = 0.0
-        self.deadline_s = float("inf")
+        self.deadline_s = math.inf
         self.error: DispatchError | BrokerError | AnswerError | None = None
         self.connection_losses = 0
         self._by_id: dict[RequestId, SubRequest] = {}
@@ -271,20 +274,24 @@ class LayerRequests:
     def next_due_s(self) -> float:
         """When time itself will be an event: the deadline or the next overdue sub-request, in seconds by
         `Clock.perf_ns`; inf if the layer is done or has failed."""
-        if self.error is not None or self.done:
-            return float("inf")
-        times = [sub.sent.overdue_s for sub in _open(self.sub_requests) if sub.state is State.SENT and sub.sent]
-        return min(self.deadline_s, *times) if times else self.deadline_s
+        if self.error is not None:
+            return math.inf
+        due_s, done = self.deadline_s, self.planned
+        for sub in _open(self.sub_requests):
+            done = False
+            if sub.state is State.SENT and sub.sent is not None and sub.sent.overdue_s < due_s:
+                due_s = sub.sent.overdue_s
+        return math.inf if done else due_s
 
     def answers(self) -> list[tuple[SubRequest, NodeAnswer]]:
         """The answers that count, in the order of sending."""
         return [found for sub in self.sub_requests for found in sub.answers()]
 
-    def output(self) -> Array:
-        """The sum of all answers, float32 [tokens, hidden]."""
+    def output(self, answers: Iterable[tuple[SubRequest, NodeAnswer]]) -> Array:
+        """The sum of the answers that count, float32 [tokens, hidden]."""
         output = np.zeros(self.hidden.shape, np.float32)
         # Added in the order of sending, not of arrival: floating-point sums depend on it.
-        for sub, answer in self.answers():
+        for sub, answer in answers:
             if len(answer.output) == len(output):
                 output += answer.output
             else:

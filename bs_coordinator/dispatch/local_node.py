@@ -121,7 +121,7 @@ class LocalNode:
         )
         now_ns = self._clock.perf_ns()
         sent = Sent(
-            id, now_ns, self._clock.unix_ns(), 0, int(1e9 * predicted_s), 0,
+            id, now_ns, self._clock.unix_ns(), 0, rows, int(1e9 * predicted_s), 0,
             overdue_s=_NEVER_S, waiting_since_s=now_ns / 1e9, give_up_s=_NEVER_S,
         )  # fmt: skip
         future = self._experts.submit(layer.layer, layer.hidden[request.rows], request.experts)

@@ -77,7 +77,7 @@ def probe_gains(manifest: Manifest) -> list[float]:
 def largest_gain(x: Array, y: Array) -> float:
     """The largest ‖y‖ / ‖x‖ of the rows of float32 [rows, hidden]; not finite if a square overflows float32."""
     if len(x) == 1:
-        return math.sqrt(float(np.dot(y[0], y[0])) / max(float(np.dot(x[0], x[0])), 1e-24))
+        return math.sqrt(float(np.vdot(y, y)) / max(float(np.vdot(x, x)), 1e-24))
     shrink = np.maximum(np.einsum("ij,ij->i", x, x), np.float32(1e-24))
     return math.sqrt(float((np.einsum("ij,ij->i", y, y) / shrink).max()))
 

@@ -38,7 +38,8 @@ class Request(NamedTuple):
 
 def chosen_experts(gate: Array) -> list[int]:
     """The experts with a non-zero gate weight, float32 [tokens, experts], for some token."""
-    chosen: list[int] = np.flatnonzero(gate.any(axis=0)).tolist()
+    used = gate[0] if len(gate) == 1 else gate.any(axis=0)
+    chosen: list[int] = np.nonzero(used)[0].tolist()
     return chosen
 
 
@@ -54,11 +55,12 @@ def plan_requests(gate: Array, holder: Mapping[int, str], *, max_tokens: int) ->
     for expert in sorted(holder):
         experts_of.setdefault(holder[expert], []).append(expert)
     if len(gate) == 1:  # one-token steps are most of decoding; this takes a third of the general path's time
-        return [
-            Request(node, _ROW, tuple(ExpertRows(e, _TOKEN, gate[0, e : e + 1]) for e in experts if gate[0, e]))
+        weights = gate[0]
+        parts_of = (
+            (node, tuple(ExpertRows(e, _TOKEN, weights[e : e + 1]) for e in experts if weights[e]))
             for node, experts in sorted(experts_of.items())
-            if any(gate[0, e] for e in experts)
-        ]
+        )
+        return [Request(node, _ROW, parts) for node, parts in parts_of if parts]
     requests = []
     for node, experts in sorted(experts_of.items()):
         columns = [gate[:, expert] for expert in experts]

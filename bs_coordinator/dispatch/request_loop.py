@@ -173,7 +173,7 @@ class RequestLoop:
         self._router.polled(polled_ns, message.arrived_ns if message else self._clock.perf_ns())
         self._notice_standstill(polled_ns / 1e9, timeout_s)
         if message is not None:
-            self._heard_s = self._now_s()
+            self._heard_s = self._polled_s
             self._take(message)
         return message is not None
 

@@ -142,23 +142,26 @@ class RequestSender:
                 rows=rows,
             )
             ahead = unanswered(request.node)
-            overdue_s = now_ns / 1e9 + self._patience_s(request.node, rows, (1 + ahead) * predicted_s)
-            overdue_s += self._links.worst_load_s(request.node, experts=len(request.experts))
-            sent_unix_ns = unix_minus_perf_ns + sent_ns
+            requests, most_rows = self._links.experience(request.node)
+            known = requests >= _KNOWN_REQUESTS
+            patience_s = self._patience_s((1 + ahead) * predicted_s, known=known, usual=rows <= most_rows)
+            patience_s += self._links.worst_load_s(request.node, experts=len(request.experts))
             sent = Sent(
-                id, sent_ns, sent_unix_ns, down_bytes, int(1e9 * predicted_s), ahead,
-                overdue_s=overdue_s, waiting_since_s=sent_ns / 1e9, give_up_s=self._give_up_s(layer, request.node),
+                id, sent_ns, unix_minus_perf_ns + sent_ns, down_bytes, rows, int(1e9 * predicted_s), ahead,
+                overdue_s=now_ns / 1e9 + patience_s,
+                waiting_since_s=sent_ns / 1e9,
+                give_up_s=layer.limits.last_holder_s if known else layer.limits.timeout_s,
             )  # fmt: skip
             layer.mark_sent(sub, sent)
 
-    def _patience_s(self, node: str, rows: int, predicted_s: float) -> float:
-        """How long to wait for an answer before other holders are asked."""
-        requests, most_rows = self._links.experience(node)
-        if requests < _KNOWN_REQUESTS:
-            return min(self._timeout_s, _FIRST_PATIENCE_S + _OVERDUE_FACTOR**2 * predicted_s)
-        return (_OVERDUE_FACTOR if rows <= most_rows else _OVERDUE_FACTOR**2) * predicted_s + _GRACE_S
+    def _patience_s(self, predicted_s: float, *, known: bool, usual: bool) -> float:
+        """How long to wait for an answer before other holders are asked.
 
-    def _give_up_s(self, layer: LayerRequests, node: str) -> float:
-        """How long to wait for an answer of `node` if no other node holds the experts."""
-        known = self._links.experience(node)[0] >= _KNOWN_REQUESTS
-        return layer.limits.last_holder_s if known else layer.limits.timeout_s
+        Args:
+            predicted_s: until the answer.
+            known: the node has answered enough requests for predictions.
+            usual: the node has answered a request with as many rows before.
+        """
+        if not known:
+            return min(self._timeout_s, _FIRST_PATIENCE_S + _OVERDUE_FACTOR**2 * predicted_s)
+        return (_OVERDUE_FACTOR if usual else _OVERDUE_FACTOR**2) * predicted_s + _GRACE_S

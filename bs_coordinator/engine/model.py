@@ -1,12 +1,12 @@
 """One forward step of the distributed model: the trunk runs here, the experts elsewhere."""
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from time import perf_counter_ns, time_ns
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from bs_coordinator.selection.degraded import gate_of_slices, select_available, 
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import SequenceInput, cut_inputs
 from bs_coordinator.trunk.interface import CacheMark, Trunk
+from wire.tensors import all_finite
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ class DistributedModel:
         # Made before the logits are fetched: a GPU is still busy with the head.
         layers = tuple(tally.record(layer) for layer, tally in enumerate(tallies))
         logits = _collect_logits(batches, len(inputs), all_logits)
-        if not all(bool(torch.isfinite(some).all()) for some in logits):
+        if not all(_finite(some) for some in logits):
             raise _NotFiniteError(_largest(tallies))
         end_ns = perf_counter_ns()
         record = StepRecord(
@@ -187,7 +188,7 @@ class DistributedModel:
         """Run a layer's first half, choose experts and send the request."""
         began_ns = perf_counter_ns()
         batch.attend(layer)
-        if not np.isfinite(batch.hidden).all():  # nodes would drop such a request
+        if not all_finite(batch.hidden):  # nodes would drop such a request
             raise _NotFiniteError
         batch.choice = self._choose(batch.routing, batch.forecast or self._experts.forecast(layer))
         chosen_ns = perf_counter_ns()
@@ -242,6 +243,11 @@ class DistributedModel:
 def _largest(tallies: Sequence[LayerTally]) -> LargestAnswer | None:
     found = [tally.largest for tally in tallies if tally.largest is not None]
     return max(found, key=lambda answer: answer.excess, default=None)
+
+
+def _finite(logits: Tensor) -> bool:
+    # A sum is finite only if all its terms are, and takes a tenth of the time of looking at each.
+    return math.isfinite(float(logits.sum())) or bool(torch.isfinite(logits).all())
 
 
 def _collect_logits(batches: Sequence[MicroBatch], sequences: int, all_logits: bool) -> list[Tensor]:

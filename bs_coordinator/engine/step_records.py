@@ -1,9 +1,11 @@
 """What one step of the model cost, by the base station's clock. All latency logs are made from these records."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from bs_coordinator.selection.demand import predicted_s
 from bs_coordinator.selection.forecast import LayerForecast
@@ -13,8 +15,7 @@ from wire.tensors import Array
 Phase = Literal["prefill", "decode"]
 
 
-@dataclass(frozen=True, slots=True)
-class DispatchRecord:
+class DispatchRecord(Struct, frozen=True):
     """One request to one node.
 
     Attributes:

@@ -48,12 +48,12 @@ class ComputeEstimator:
         if filter.count == 0:
             filter.noise = max(_FIRST_NOISE_MS, 1e2 * node_s)
         h = (1.0, float(experts), float(rows))
-        filter.update(h, 1e3 * node_s, extra_std=_MODEL_ERROR * filter.predict(h)[0])
+        filter.update(h, 1e3 * node_s, extra_std=_MODEL_ERROR * filter.predict(h))
         return True
 
     def predict_s(self, experts: int, rows: int) -> float:
         """Predicted compute time of a request with this many distinct experts and rows."""
-        return 1e-3 * self._filter.predict((1.0, float(experts), float(rows)))[0]
+        return 1e-3 * self._filter.predict((1.0, float(experts), float(rows)))
 
     @property
     def samples(self) -> int:

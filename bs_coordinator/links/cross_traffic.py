@@ -6,7 +6,8 @@ delay does not belong to the links and must not be attributed to them. Pure.
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from bs_coordinator.links.estimator import LinkSample
 

@@ -13,6 +13,8 @@ Pure: time comes with the samples, so recorded traces can be replayed.
 import math
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from bs_coordinator.links.kalman import RobustFilter
 from bs_coordinator.links.packet_train import RateWindow
 from wire.status import SocketFacts
@@ -44,8 +46,7 @@ _RATE_BOUND_SLACK = 1.3
 _LEAST_INFORMATIVE_MBPS = 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class LinkSample:
+class LinkSample(Struct, frozen=True):
     """One message to a node and its answer, or the part of a packet train between its first and last arrival.
 
     Attributes:
@@ -192,11 +193,9 @@ class LinkEstimator:
         else:
             filter.anchor(state, 8 / mbps, _RATE_ANCHOR_ERROR * 8 / mbps)
 
-    def predict_s(self, down_bytes: float, up_bytes: float) -> tuple[float, float]:
-        """Mean and standard deviation of a work request's round trip, in seconds, without the node's own time."""
-        h = _h(down_bytes, up_bytes, work=True)
-        mean, var = self._filter.predict(h)
-        return 1e-3 * mean, 1e-3 * math.sqrt(var + self._filter.noise**2 + self._model_std(h) ** 2)
+    def predict_s(self, down_bytes: float, up_bytes: float) -> float:
+        """Predicted round trip of a work request, in seconds, without the node's own time."""
+        return 1e-3 * self._filter.predict(_h(down_bytes, up_bytes, work=True))
 
     def advance(self, now_s: float) -> None:
         """Let time pass until `now_s`: silence makes the estimate less sure."""

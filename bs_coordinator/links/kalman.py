@@ -83,19 +83,16 @@ class RobustFilter:
         if seconds > 0:
             for i, x in enumerate(self.x):
                 row = self._p[i]
-                row[i] = min(row[i] + self._drift[i] * x * x * seconds, max(self._cap[i], x * x, row[i]))
+                most = max(self._cap[i], x * x)
+                if row[i] < most:
+                    row[i] = min(row[i] + self._drift[i] * x * x * seconds, most)
 
-    def predict(self, h: Sequence[float]) -> tuple[float, float]:
-        """Mean of a measurement h·x, and its variance due to the state's uncertainty alone."""
-        mean = var = 0.0
-        for hi, xi, row in zip(h, self.x, self._p, strict=True):
+    def predict(self, h: Sequence[float]) -> float:
+        """Mean of a measurement h·x."""
+        mean = 0.0
+        for hi, xi in zip(h, self.x, strict=True):
             mean += hi * xi
-            if hi:
-                s = 0.0
-                for hj, pij in zip(h, row, strict=True):
-                    s += hj * pij
-                var += hi * s
-        return mean, max(var, 0.0)
+        return mean
 
     def update(self, h: Sequence[float], z: float, *, extra_std: float = 0.0) -> float:
         """Take in a measurement.

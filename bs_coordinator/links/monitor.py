@@ -5,9 +5,10 @@ Pure: times come with the samples and the questions, so a recorded log can be re
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from bs_coordinator.links.budget import ProbeBudget
@@ -62,16 +63,44 @@ class Probing:
     refused: int = 0
 
 
-class _Node:
-    """The estimators of one node."""
+_Sizes = tuple[int, int, int, int]
 
-    __slots__ = ("compute", "link", "loads", "most_rows")
+
+class _Node:
+    """The estimators of one node.
+
+    Whoever changes one of them calls `changed`.
+    """
+
+    __slots__ = ("_costs", "_sizes", "compute", "link", "loads", "most_rows")
 
     def __init__(self, link: LinkEstimator) -> None:
         self.link = link
         self.compute = ComputeEstimator()
         self.loads = LoadEstimator()
         self.most_rows = 0
+        self._sizes: _Sizes | None = None
+        self._costs = (0.0, 0.0, 0.0, 0.0)
+
+    def changed(self) -> None:
+        """Take in that an estimate has changed."""
+        self._sizes = None
+
+    def costs(self, sizes: _Sizes) -> tuple[float, float, float, float]:
+        """Predicted seconds of an empty request, per distinct expert, and per row on the link and on the node.
+
+        Each layer's forecast asks this of all nodes, of which only a few have answered since the last layer's.
+
+        Args:
+            sizes: bytes of an empty request and of an empty answer, and what a row adds to each.
+        """
+        if sizes != self._sizes:
+            fixed_s, expert_s, row_s = self.compute.costs_s
+            link_s, down_s, up_s = self.link.costs_s
+            link_s += sizes[0] * down_s + sizes[1] * up_s
+            self._costs = link_s + fixed_s, expert_s + self.loads.expert_s, sizes[2] * down_s + sizes[3] * up_s, row_s
+            self._sizes = sizes
+        return self._costs
 
 
 class _NoLink(LinkEstimator):
@@ -83,9 +112,9 @@ class _NoLink(LinkEstimator):
         """Ignore the sample."""
         return True
 
-    def predict_s(self, down_bytes: float, up_bytes: float) -> tuple[float, float]:
+    def predict_s(self, down_bytes: float, up_bytes: float) -> float:
         """Zero."""
-        return 0.0, 0.0
+        return 0.0
 
     @property
     def costs_s(self) -> tuple[float, float, float]:
@@ -133,6 +162,7 @@ class LinkMonitor:
             if sample.node != LOCAL_NODE:
                 self._log(sample)
             node = self._node(sample.node)
+            node.changed()
             self._observe_link(node.link, sample)
             if sample.rows:
                 self._observe_work(node, sample)
@@ -172,7 +202,9 @@ class LinkMonitor:
             towards_node: whether it is the broker's socket (True) or the node's own (False).
             time_s: when they were read.
         """
-        self._node(node).link.anchor(facts, towards_node=towards_node, time_s=time_s)
+        known = self._node(node)
+        known.changed()
+        known.link.anchor(facts, towards_node=towards_node, time_s=time_s)
 
     def predict_s(self, node: str, *, down_bytes: int, up_bytes: int, experts: int, rows: int) -> float:
         """Predicted round trip of a request, as if no other node used the channel."""
@@ -186,7 +218,7 @@ class LinkMonitor:
 
     def link_s(self, node: str, *, down_bytes: int, up_bytes: int) -> float:
         """Predicted time of a request on the link, without the node's own time."""
-        return self._node(node).link.predict_s(down_bytes, up_bytes)[0]
+        return self._node(node).link.predict_s(down_bytes, up_bytes)
 
     def next_probe(self, nodes: Iterable[str], now_s: float) -> Probe | None:
         """The probe to send now to one of `nodes`, if any. It counts as sent."""
@@ -243,16 +275,10 @@ class LinkMonitor:
             frame_bytes: length of an empty request and of an empty answer.
             row_bytes: what one row adds to the request and to the answer.
         """
-        costs, stale = [], []
-        for name in nodes:
-            known = self._node(name)
-            fixed_s, expert_s, row_s = known.compute.costs_s
-            expert_s += known.loads.expert_s
-            link_s, down_s, up_s = known.link.costs_s
-            link_s += frame_bytes[0] * down_s + frame_bytes[1] * up_s
-            costs.append((link_s + fixed_s, expert_s, row_bytes[0] * down_s + row_bytes[1] * up_s, row_s))
-            stale.append(known.link.stale(now_s))
-        values = np.array(costs).T
+        sizes = (*frame_bytes, *row_bytes)
+        known = [self._node(name) for name in nodes]
+        values = np.array([node.costs(sizes) for node in known]).T
+        stale = [node.link.stale(now_s) for node in known]
         if any(stale):
             silent = np.array(stale)
             trusted = values if silent.all() else values[:, ~silent]
@@ -301,8 +327,7 @@ class LinkMonitor:
         links = [self._node(sample.node).link for sample in remote]
         if all(link.samples >= KNOWN_SAMPLES for link in links):
             predicted_s = [
-                link.predict_s(sample.down_bytes, sample.up_bytes)[0]
-                for link, sample in zip(links, remote, strict=True)
+                link.predict_s(sample.down_bytes, sample.up_bytes) for link, sample in zip(links, remote, strict=True)
             ]
             self._cross_traffic.learn(remote, predicted_s)
         return [*self._cross_traffic.subtract(remote), *(s for s in samples if s.node == LOCAL_NODE)]

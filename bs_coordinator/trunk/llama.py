@@ -105,6 +105,9 @@ class LlamaTrunk(Trunk):
         """
         self.config: Any = _load_config(folder)
         family = _FAMILIES[self.config.model_type]
+        # Every layer asks for these, and a configuration takes microseconds to look an attribute up.
+        self._top_k: int = self.config.num_experts_per_tok
+        self._renormalised = bool(getattr(self.config, "norm_topk_prob", True))
         self.device = torch.device(device)
         self.dtype = TORCH_DTYPE[dtype]
         with torch.device("meta"):
@@ -157,8 +160,7 @@ class LlamaTrunk(Trunk):
 
     def route(self, probabilities: Array) -> Routing:
         """The model's own choice of experts by the gate's probabilities, float32 [tokens, experts]."""
-        renormalised = bool(getattr(self.config, "norm_topk_prob", True))
-        return softmax_routing(probabilities, self.config.num_experts_per_tok, renormalised=renormalised)
+        return softmax_routing(probabilities, self._top_k, renormalised=self._renormalised)
 
     @property
     def weight_bytes(self) -> int:

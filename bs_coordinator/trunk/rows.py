@@ -66,6 +66,8 @@ class Rows:
             window: positions that a token attends to, its own included; None for all.
         """
         self._modules = modules
+        # Asked once per step: modules are slow to say what they don't have.
+        self._normed = hasattr(modules.layers[0].self_attn, "q_norm")
         self._caches = caches
         self._window = window
         self._counts = [len(sequence) for sequence in ids]
@@ -86,7 +88,7 @@ class Rows:
             product(normed, projection).view(shape)
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        if hasattr(attention, "q_norm"):
+        if self._normed:
             query, key = attention.q_norm(query), attention.k_norm(key)
         query, key = apply_rotary_pos_emb(query, key, *self._rotary, unsqueeze_dim=2)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))

@@ -1,8 +1,9 @@
 """Estimators against links whose truth is known, in simulated time."""
 
+import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -450,3 +451,31 @@ def test_trains_outrank_what_the_kernel_remembers() -> None:
     burst = SocketFacts(endpoint="h:1", min_rtt_us=4000, delivery_bytes_per_s=100_000_000, app_limited=True)
     world.monitor.anchor("a", burst, towards_node=True, time_s=world.now_s)
     assert world.estimate("a").link.down_mbps == pytest.approx(20, rel=0.15)
+
+
+def test_a_forecast_does_not_depend_on_when_others_were_made() -> None:
+    """Costs are kept between forecasts: each kind of news about a node has to renew its own."""
+
+    def forecast(monitor: LinkMonitor) -> list[list[float]]:
+        made = monitor.forecast(0, list(MIXED), np.arange(3), now_s=200.0, frame_bytes=(48, 80), row_bytes=(1160, 1152))
+        return [made.fixed_s.tolist(), made.expert_s.tolist(), made.row_air_s.tolist(), made.row_compute_s.tolist()]
+
+    def after(news: int, *, asked: bool) -> list[list[float]]:
+        monitor = LinkMonitor()
+        facts = SocketFacts(endpoint="a:1", min_rtt_us=9000, delivery_bytes_per_s=500_000, app_limited=False)
+        work = LinkSample(101.0, "a", *WORK, 0.02, 2e-3, experts=1, rows=1)
+        learn: list[Callable[[], object]] = [
+            lambda: monitor.anchor("a", facts, towards_node=True, time_s=100.0),
+            lambda: monitor.observe([work]),
+            lambda: monitor.observe([LinkSample(102.0, "a", *WORK, 0.05, 3e-2, experts=2, rows=1, load_s=2e-2)]),
+            lambda: monitor.observe([LinkSample(103.0, "a", 14_000, 0, 0.01, 0.0, train=True)]),
+        ]
+        for take in learn[:news]:
+            if asked:
+                forecast(monitor)
+            take()
+        return forecast(monitor)
+
+    forecasts = [after(news, asked=True) for news in range(5)]
+    assert forecasts == [after(news, asked=False) for news in range(5)]
+    assert all(before != now for before, now in itertools.pairwise(forecasts))

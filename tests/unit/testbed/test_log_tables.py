@@ -80,7 +80,7 @@ def _changed_tokens() -> Iterator[tuple[str, TokenRecord]]:
         return replace(TOKEN, steps=(step,))
 
     for name, durations in _variants(DURATIONS):
-        yield name, of_dispatch(replace(DISPATCH, durations=durations))
+        yield name, of_dispatch(msgspec.structs.replace(DISPATCH, durations=durations))
     for name, dispatch in _variants(DISPATCH, durations=NodeDurations(0, 0, 0, 0)):
         yield name, of_dispatch(dispatch)
     for name, layer in _variants(LAYER, asked=((GATE + 1, FORECAST),), degraded=(1,)):

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from bs_coordinator.commands.main import cli
 from testbed.plan.schema import WireName
-from wire.tensors import Array, WireDtype
+from wire.tensors import Array, WireDtype, all_below, all_finite
 
 DOCS = Path(__file__).parents[3] / "docs"
 NAMES = [dtype.name.lower() for dtype in WireDtype]
@@ -62,3 +62,14 @@ def test_the_documents_list_exactly_these() -> None:
     for document, row in (("glossary.md", "| wire dtype |"), ("experiments.md", "| `wire` |")):
         (line,) = (line for line in (DOCS / document).read_text().splitlines() if line.startswith(row))
         assert {f"`{name}`" for name in NAMES} <= set(re.findall(r"`\w+`", line)), document
+
+
+@given(
+    hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=8), elements=st.floats(width=32)),
+    st.sampled_from([1, 2000]),
+    st.sampled_from([1.0, 65520.0, float("inf")]),
+)
+def test_finite_and_small_enough_is_what_every_single_value_is(x: Array, repeated: int, limit: float) -> None:
+    x = np.tile(x, (repeated, 1))  # the largest have more values than are multiplied
+    assert all_finite(x) == np.isfinite(x).all()
+    assert all_below(x, limit) == (np.abs(x) < limit).all()
