@@ -30,18 +30,21 @@ def product(x: Tensor, layer: nn.Linear) -> Tensor:
         # Its kernel computes each row by itself (`quantised.rows_are_independent`).
         result: Tensor = layer(x)
         return result
-    weight = layer.weight
-    if not len(x):
+    weight, rows = layer.weight, x.shape[0]
+    if not rows:
         return x.new_empty(0, len(weight))
-    pieces = []
-    for start in range(0, len(x), _PRODUCT_ROWS):
-        piece = x[start : start + _PRODUCT_ROWS]
-        count = len(piece)
-        if count < _PRODUCT_ROWS:
-            piece = functional.pad(piece, (0, 0, 0, _PRODUCT_ROWS - count))
-        # In this order the weights are read along their rows: twice as fast as x @ weight.t() for a large head.
-        pieces.append((weight @ piece.t())[:, :count].t().contiguous())
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    if rows <= _PRODUCT_ROWS:
+        return _piece(x, weight)
+    return torch.cat([_piece(piece, weight) for piece in torch.split(x, _PRODUCT_ROWS)])
+
+
+def _piece(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.t() for at most `_PRODUCT_ROWS` rows, as if there were that many."""
+    rows = x.shape[0]
+    if rows < _PRODUCT_ROWS:
+        x = functional.pad(x, (0, 0, 0, _PRODUCT_ROWS - rows))
+    # In this order the weights are read along their rows: twice as fast as x @ weight.t() for a large head.
+    return (weight @ x.t())[:, :rows].t().contiguous()
 
 
 class Rows:
