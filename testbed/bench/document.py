@@ -7,12 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from common.files import atomic_write
 from testbed import facts
-from testbed.bench.rows import WARM_UP, Result, Row, Settings, Skipped
+from testbed.bench.rows import WARM_UP, Result, Row, Settings, Skipped, Throughput
 
 SCHEMA = 2
 
@@ -34,12 +35,24 @@ def print_results(results: Sequence[Result], console: Console) -> None:
             )
     if table.row_count:
         console.print(table)
+    rates = [row for row in results if isinstance(row, Throughput)]
+    if rates:
+        console.print(_rates(rates))
     for row in results:
         if isinstance(row, Row) and row.parts:
             parts = ", ".join(f"{cause} {ms:.2f}" for cause, ms in row.parts.items())
             console.print(f"{row.name}: ms {parts}", highlight=False)
         elif isinstance(row, Skipped):
             console.print(f"skipped: {row.name}: {row.why}", style="yellow", highlight=False)
+
+
+def _rates(rows: Sequence[Throughput]) -> Table:
+    """Tokens per second as llama-bench writes them."""
+    table = Table("model", "nodes", "test", "t/s", box=box.MARKDOWN)
+    for row in rows:
+        facts = (str(row.parameters.get(name, "")) for name in ("bundle", "nodes"))
+        table.add_row(*facts, row.name, f"{row.mean:.2f} ± {row.deviation:.2f}")
+    return table
 
 
 def write_document(results: dict[str, list[Result]], settings: Settings, out: Path) -> None:
@@ -53,12 +66,16 @@ def write_document(results: dict[str, list[Result]], settings: Settings, out: Pa
             "stays_awake": settings.stays_awake,
         },
         "rows": [],
+        "throughputs": [],
         "skipped": [],
     }
     for section, rows in results.items():
         for row in rows:
             if isinstance(row, Skipped):
                 document["skipped"].append({"section": section, **row._asdict()})
+            elif isinstance(row, Throughput):
+                rates = {"mean": row.mean, "standard_deviation": row.deviation}
+                document["throughputs"].append({"section": section, **asdict(row), **rates})
             else:
                 facts_of_row = {"ratio": row.ratio, "ratio_95": row.interval()}
                 document["rows"].append({"section": section, **asdict(row), **facts_of_row})

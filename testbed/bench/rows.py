@@ -74,6 +74,31 @@ class Row:
         return float(low), float(high)
 
 
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """Tokens per second, without a floor.
+
+    Attributes:
+        name: what was measured.
+        tokens_per_s: of each repetition, two at least.
+        parameters: parameters of the measurement.
+    """
+
+    name: str
+    tokens_per_s: Sequence[float]
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        """Mean of the repetitions."""
+        return statistics.mean(self.tokens_per_s)
+
+    @property
+    def deviation(self) -> float:
+        """Their sample standard deviation (n − 1)."""
+        return statistics.stdev(self.tokens_per_s)
+
+
 class Skipped(NamedTuple):
     """A row that can't be measured on this machine, and why."""
 
@@ -81,7 +106,7 @@ class Skipped(NamedTuple):
     why: str
 
 
-Result = Row | Skipped
+Result = Row | Throughput | Skipped
 
 
 def in_turns(

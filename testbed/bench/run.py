@@ -8,7 +8,7 @@ from pathlib import Path
 from common.cpu_idle import cpu_idle_disabled
 from common.errors import WdmoeError
 from testbed.bench.document import print_results, write_document
-from testbed.bench.rows import Result, Row, Settings, Skipped
+from testbed.bench.rows import Result, Settings, Skipped
 from testbed.bench.sections.registry import SECTIONS
 
 
@@ -41,5 +41,5 @@ def run_bench(settings: Settings, sections: Sequence[str], out: Path) -> None:
             print_results(rows, settings.console)
     write_document(results, settings, out)
     settings.console.print(f"raw samples: {out}", style="dim")
-    if not any(isinstance(row, Row) for rows in results.values() for row in rows):
+    if all(isinstance(row, Skipped) for rows in results.values() for row in rows):
         raise WdmoeError("nothing could be measured: the reasons are above")

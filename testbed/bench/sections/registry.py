@@ -10,6 +10,7 @@ SECTIONS: dict[str, str] = {
     "generic-trunk": "testbed.bench.sections.generic_trunk",
     "decode": "testbed.bench.sections.decode",
     "prefill": "testbed.bench.sections.prefill",
+    "llama-bench": "testbed.bench.sections.llama_bench",
     "scaling": "testbed.bench.sections.scaling",
     "speculation": "testbed.bench.sections.speculation",
     "batching": "testbed.bench.sections.batching",
