@@ -54,7 +54,7 @@ def chat(system: str | None, stats: bool, config: BaseStationConfig, sampling: S
             messages.append({"role": "user", "content": line})
             try:
                 ids = station.tokenizer.encode_chat(messages)
-                with _first_interrupt() as interrupted:
+                with _first_interrupt(station.dispatcher) as interrupted:
                     text = print_answer(sequence, ids, sampling, stats=stats, stopped=interrupted.is_set)
             except WdmoeError as error:
                 if isinstance(error, ChatTemplateError) and all(m["role"] != "assistant" for m in messages):
@@ -71,11 +71,16 @@ def chat(system: str | None, stats: bool, config: BaseStationConfig, sampling: S
 
 
 @contextmanager
-def _first_interrupt() -> Iterator[threading.Event]:
-    """Meanwhile the first SIGINT sets this event instead of raising KeyboardInterrupt in the middle of a layer."""
+def _first_interrupt(dispatcher: "Dispatcher") -> Iterator[threading.Event]:
+    """Meanwhile the first SIGINT sets this event instead of raising KeyboardInterrupt in the middle of a layer.
+
+    While the broker is away there is no layer to finish, and it may stay away for long: SIGINT then ends the command.
+    """
     interrupted = threading.Event()
 
     def on_interrupt(number: int, frame: Any) -> None:
+        if dispatcher.reconnecting:
+            raise KeyboardInterrupt
         signal.signal(signal.SIGINT, signal.default_int_handler)
         interrupted.set()
 

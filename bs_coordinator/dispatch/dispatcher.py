@@ -342,6 +342,15 @@ class Dispatcher:
         """
         self._reconnector.recover(lost)
 
+    @property
+    def reconnecting(self) -> bool:
+        """Whether a lost connection is being replaced."""
+        return self._reconnector.active
+
+    def no_reconnecting(self) -> contextlib.AbstractContextManager[None]:
+        """Entered from any thread: meanwhile a lost connection is an error, also one that is being replaced."""
+        return self._reconnector.given_up()
+
     def close(self) -> None:
         """Close the connection to the broker."""
         self._sender.transport.close()

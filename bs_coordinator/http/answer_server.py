@@ -88,7 +88,8 @@ class AnswerServer:
     def stop(self) -> None:
         """End all running requests with an error, and return when the model is no longer used."""
         self._stop.set()
-        self._thread.join()
+        with self._dispatcher.no_reconnecting():
+            self._thread.join()
 
     def accept(
         self, sampling: SamplingConfig, deliver: Callable[[StreamUpdate], None], *, same_text: bool = False,

@@ -5,16 +5,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from bs_coordinator.broker.processes import free_port
+from bs_coordinator.broker.processes import free_port, open_broker
 from testbed.local_nodes import LocalNodes
 from tests.http_site import Caller
 from tests.in_process import run_in_process
 from tests.waiting import PATIENCE_S, wait_until
+from wire.manifest import Scheme
 
 KEY = "open sesame"
 
@@ -107,6 +108,23 @@ def test_a_service_that_is_stopped_says_so_to_its_callers(server: Server) -> Non
     assert b"the server was stopped" in error
     assert done == b"data: [DONE]"
     assert server.process.wait(PATIENCE_S) == 0
+
+
+def test_a_signal_ends_the_wait_for_a_broker_that_is_away(
+    tiny_bundle: Callable[[Scheme], Path], tmp_path: Path
+) -> None:  # fmt: skip
+    with open_broker("embedded") as address:
+        fleet = LocalNodes(tiny_bundle("fp32"), address, tmp_path / "nodes")
+        fleet.start("all", "L*:E*")
+        server = Server(fleet, tmp_path)
+    try:
+        wait_until(lambda: "trying again for 60 s" in server.log.read_text(), "the loss to be noticed")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0  # about a second, and a minute when it waits for the broker
+        assert "Traceback" not in server.log.read_text()
+    finally:
+        server.process.kill()
+        fleet.stop()
 
 
 def test_what_can_not_be_served_is_said_at_once(fleet: LocalNodes, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import queue
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -50,6 +51,9 @@ class _Idle:
 
     def describe_lost(self) -> str:
         return ""
+
+    def no_reconnecting(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def answer(self, ids: list[int], config: SamplingConfig, *, same_text: bool, policy: object) -> object:
         return object()

@@ -25,6 +25,7 @@ class _Station:
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
         self.recovered = 0
+        self.reconnecting = False
         self.tokenizer = SimpleNamespace(has_chat_template=True, encode_chat=self._encode)
         self.dispatcher = self
 
@@ -83,6 +84,20 @@ def test_an_interrupt_ends_the_answer_and_not_the_chat(monkeypatch: pytest.Monke
     assert done.exit_code == 0, done.output
     assert station.asked == [["interrupt this"], ["interrupt this", "yes", "last"]]
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_an_interrupt_while_the_broker_is_away_ends_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    station = _Station()
+    station.reconnecting = True
+
+    @contextmanager
+    def open_station(config: object) -> Iterator[_Station]:
+        yield station
+
+    monkeypatch.setattr(command, "open_station", open_station)
+    done = CliRunner().invoke(command.chat, ["--bundle", "b", "--no-stats"], input="interrupt this\nlast\n")
+    assert done.exit_code != 0
+    assert station.asked == [["interrupt this"]]
 
 
 def test_a_conversation_that_the_template_refuses_later_does_not_end_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:

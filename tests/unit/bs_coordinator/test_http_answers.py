@@ -4,6 +4,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ class _Nodes:
 
     def describe_lost(self) -> str:
         return self.lost
+
+    def no_reconnecting(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 class _Site(HttpSite):

@@ -4,6 +4,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -155,6 +156,9 @@ class _Idle:
 
     def describe_lost(self) -> str:
         return ""
+
+    def no_reconnecting(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 class _Site(HttpSite):
