@@ -47,17 +47,22 @@ def up(spec: Path, profile: str | None) -> None:
 
 
 @net.command(example="wdmoe-testbed net down")
-@click.option("--name", help="Only this network.  [default: all]")
-def down(name: str | None) -> None:
-    """Take networks down and remove all their namespaces and files, also after a crash."""
+@_NAME
+@click.option("--all", "every", is_flag=True, help="Every network of this machine, those of others too.")
+def down(name: str | None, every: bool) -> None:
+    """Take a network down and remove all its namespaces and files, also after a crash."""
     from testbed.network.emulated import down as take_down
     from testbed.network.emulated import leftovers
     from testbed.network.namespaces import check_privileges
 
+    if every and name is not None:
+        raise click.UsageError("--name and --all exclude each other")
     check_privileges()
     found = leftovers()
     if name is not None and name not in found:
         raise NetworkError(f"there is no network '{name}'")
+    if len(found) > 1 and name is None and not every:
+        raise NetworkError(f"several networks are up, choose one with --name, or --all: {', '.join(found)}")
     for network in [name] if name is not None else found:
         take_down(network)
         click.echo(f"network '{network}' is down")

@@ -135,7 +135,9 @@ def up(spec_path: Path, *, owned: bool = False) -> EmulatedNetwork:
         raise NetworkError("emulated networks need setsid and nsenter: install util-linux")
     with state.locked(spec.name) as files:
         if files.relay() is not None:
-            raise NetworkError(f"the network '{spec.name}' is already up: 'wdmoe-testbed net down' first")
+            raise NetworkError(
+                f"the network '{spec.name}' is already up: 'wdmoe-testbed net down --name {spec.name}' first"
+            )
         _clean(spec.name, files)
         files.folder.mkdir(mode=0o700)
         files.spec.write_bytes(spec_path.read_bytes())
@@ -160,7 +162,7 @@ def attach(spec_path: Path) -> EmulatedNetwork:
     if network.status().spec_sha256 != hashlib.sha256(spec_path.read_bytes()).hexdigest():
         raise NetworkError(
             f"the network '{network.spec.name}' was brought up with another description than {spec_path}: "
-            "'wdmoe-testbed net down' first"
+            f"'wdmoe-testbed net down --name {network.spec.name}' first"
         )
     return network
 
@@ -238,7 +240,8 @@ def _check_up(name: str) -> None:
     files = State(name)
     if files.relay() is None:
         raise NetworkError(
-            f"the network '{name}' has crashed ({_last_log_line(files)}): 'wdmoe-testbed net down' cleans up"
+            f"the network '{name}' has crashed ({_last_log_line(files)}): "
+            f"'wdmoe-testbed net down --name {name}' cleans up"
         )
 
 

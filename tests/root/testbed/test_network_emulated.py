@@ -219,6 +219,25 @@ def test_kill_9_leaves_nothing_that_up_or_down_can_not_clean(run: Run, spec: Pat
 
 
 @needs_network
+def test_of_several_networks_down_takes_only_the_one_it_is_told(run: Run, spec: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second.yaml"
+    second.write_text(SPEC.replace(f"name: {NAME}", f"name: {NAME}b"))
+    try:
+        assert run("testbed", "net", "up", spec).returncode == 0
+        assert run("testbed", "net", "up", second).returncode == 0
+        refused = run("testbed", "net", "down")
+        assert refused.returncode == NetworkError.exit_code
+        assert "several networks are up, choose one with --name, or --all" in refused.stderr
+        assert all(name in refused.stderr for name in (NAME, f"{NAME}b"))
+        assert {NAME, f"{NAME}b"} <= {*existing()}
+    finally:
+        done = run("testbed", "net", "down", "--name", f"{NAME}b")
+    assert done.returncode == 0, done.stderr
+    assert NAME in existing()
+    assert f"{NAME}b" not in existing()
+
+
+@needs_network
 def test_a_recycled_process_number_is_not_killed(run: Run, spec: Path) -> None:
     assert run("testbed", "net", "up", spec).returncode == 0
     relay = State(NAME).relay()
@@ -319,6 +338,12 @@ def test_without_root_there_is_one_line_and_the_way_out(command: tuple[str, ...]
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("wdmoe-testbed: error: emulated networks need root, this process lacks CAP_NET_ADMIN")
     assert "'network: localhost'" in done.stderr
+
+
+def test_down_takes_one_network_or_all(run: Run) -> None:
+    done = run("testbed", "net", "down", "--name", NAME, "--all")
+    assert done.returncode == 2
+    assert "--name and --all exclude each other" in done.stderr
 
 
 def test_the_command_names_a_wrong_description(run: Run, tmp_path: Path) -> None:
