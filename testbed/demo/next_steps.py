@@ -48,6 +48,21 @@ curl:
 """
 
 
+def describe_broker(address: str, *, bundle: Path) -> str:
+    """Where the broker is, and how to start one more node with experts of the bundle.
+
+    Args:
+        address: URL of the broker.
+        bundle: folder that the nodes read.
+    """
+    files = f"--bundle {shlex.quote(str(bundle))} --broker {shlex.quote(address)}"
+    return f"""\
+The broker is at {address}; one more node, with expert 3 of every layer:
+
+    {program("wdmoe-node")} {files} --id more --experts 'L*:E3'
+"""
+
+
 def server_url(host: str, port: int) -> str:
     """The URL to reach a server on this machine that listens at `host`."""
     name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104

@@ -18,7 +18,7 @@ from bs_coordinator.config import PRIVATE_BROKERS, BaseStationConfig, ServeConfi
 from bs_coordinator.http.access import listening_sockets, read_keys
 from bs_coordinator.selection.registry import configured_policy
 from common.console import end_on_sigterm
-from testbed.demo.next_steps import describe_server, server_url
+from testbed.demo.next_steps import describe_broker, describe_server, server_url
 from testbed.demo_assets import demo_bundle
 from testbed.local_nodes import LocalNodes, local_nodes
 from wire.manifest import load_manifest
@@ -66,6 +66,7 @@ def run_fleet(config: BaseStationConfig, http: ServeConfig, *, demo: str | None,
             )  # fmt: skip
             if http.api_keys_file is not None and http.api_key_file is None:
                 click.echo(f"Callers need a key of {http.api_keys_file}: Authorization: Bearer KEY")
+            click.echo(describe_broker(str(started.address), bundle=config.bundle))
             pids = ", ".join(f"{node} {process.pid}" for node, process in started.processes.items())
             click.echo(f"Processes of the nodes: {pids}")
             click.echo("Answers go on without a node: try 'kill' on one. Ctrl-C ends everything.")

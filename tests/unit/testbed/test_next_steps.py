@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed.demo.next_steps import after_demo, describe_server, server_url
+from testbed.demo.next_steps import after_demo, describe_broker, describe_server, server_url
 from testbed.demo.up import spread_experts
 from tests.unit.test_docs import check_command, commands
 from wire.experts import ExpertId, parse_selector
@@ -43,6 +43,16 @@ def test_the_commands_after_the_demo_exist() -> None:
     assert [name for name, _ in ours] == ["wdmoe-testbed", "wdmoe-bs", "wdmoe-node"]
     for name, arguments in ours:
         check_command(name, arguments, name)
+
+
+def test_the_command_for_one_more_node_exists() -> None:
+    text = describe_broker("mqtt://127.0.0.1:40001", bundle=Path("/a b/bundle"))
+    assert "broker is at mqtt://127.0.0.1:40001;" in text
+    (line,) = (line.strip() for line in text.splitlines() if "--experts" in line)
+    program, *arguments = shlex.split(line)
+    assert Path(program).name == "wdmoe-node"
+    assert "/a b/bundle" in arguments
+    check_command("wdmoe-node", arguments, line)
 
 
 @pytest.mark.parametrize(("experts", "nodes"), [(8, 3), (8, 8), (4, 9), (5, 1)])
