@@ -133,18 +133,22 @@ def run_experiment(
     """
     from rich.console import Console
 
-    from testbed.evaluation.torch_runtime import check_device
-    from testbed.experiment.start import complete, create_run
     from testbed.plan.reading import at_most, read_plan
+    from testbed.run_directory.directory import RunDir
 
     for name, value in (("items", items), ("jobs", jobs)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}: {value} is less than 1")
-    check_device(device)
     read = read_plan(Path(plan), data=Path(data) if data is not None else None)
     if items is not None:
         read = at_most(read, items)
     folder = Path(out) if out is not None else Path("runs") / time.strftime(f"{read.name}-%Y%m%d-%H%M%S")
+    RunDir.check_new(folder)
+    # Later, because torch is slow to import.
+    from testbed.evaluation.torch_runtime import check_device
+    from testbed.experiment.start import complete, create_run
+
+    check_device(device)
     run = create_run(read, folder, console=Console(stderr=True))
     complete(run, jobs=jobs, device=device, on_progress=on_progress)
     return Run(folder)

@@ -39,15 +39,19 @@ def run(
     """Run an experiment."""
     from rich.console import Console
 
-    from testbed.evaluation.torch_runtime import check_device
-    from testbed.experiment.start import create_run
     from testbed.plan.reading import at_most, read_plan
+    from testbed.run_directory.directory import RunDir
 
-    check_device(device)
     plan = read_plan(plan_path, data=data)
     if items is not None:
         plan = at_most(plan, items)
     folder = out or Path("runs") / time.strftime(f"{plan.name}-%Y%m%d-%H%M%S")
+    RunDir.check_new(folder)
+    # Later, because torch is slow to import.
+    from testbed.evaluation.torch_runtime import check_device
+    from testbed.experiment.start import create_run
+
+    check_device(device)
     create_run(plan, folder, console=Console(stderr=True))
     click.echo(f"run folder: {folder}")
     if not prepare:

@@ -157,6 +157,16 @@ class RunDir:
         """Commit of the code that measured a cell, and whether the files differed from that commit."""
         return (marker.commit, marker.dirty) if marker.commit else (self.manifest.commit, self.manifest.dirty)
 
+    @staticmethod
+    def check_new(path: Path) -> None:
+        """Check that `create` can make the folder of a new run at `path`.
+
+        Raises:
+            RunDirectoryError: the folder exists and is not empty.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunDirectoryError(f"{path} is not empty: choose another --out, or 'resume' it if it is a run")
+
     @classmethod
     def create(cls, path: Path, manifest: RunManifest) -> "RunDir":
         """Make the folder of a new run.
@@ -164,8 +174,7 @@ class RunDir:
         Raises:
             RunDirectoryError: the folder exists and is not empty.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunDirectoryError(f"{path} is not empty: choose another --out, or 'resume' it if it is a run")
+        cls.check_new(path)
         (path / "cells").mkdir(parents=True, exist_ok=True)
         with atomic_write(path / MANIFEST) as file:
             file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=1))

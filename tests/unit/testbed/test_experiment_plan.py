@@ -1,5 +1,7 @@
 """Plans and statistics: what is decided before and after a run, without running anything."""
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.errors import PlanError
+from testbed.errors import PlanError, RunDirectoryError
 from testbed.experiment.start import named_demo_bundle
 from testbed.plan.cells import blocks, expand
 from testbed.plan.estimate import describe, estimate
@@ -182,6 +184,16 @@ def test_plan_as_a_command(tmp_path: Path) -> None:
     assert missing.returncode == 60
     assert "none.yaml" in missing.stderr
     assert "Traceback" not in missing.stderr
+
+
+def test_a_run_into_a_folder_that_is_not_empty_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text("\n".join(f"{key}: {value}" for key, value in GOOD.items()))
+    argv = ["run", str(path), "--out", str(tmp_path)]
+    code = f"import sys\nfrom testbed.cli import main\nsys.argv[1:] = {argv}\nsys.modules['torch'] = None\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == RunDirectoryError.exit_code
+    assert f"{tmp_path} is not empty: choose another --out" in done.stderr
 
 
 @pytest.mark.parametrize(
