@@ -20,7 +20,7 @@ from wire import __version__
 @click.group(cls=Group, example="wdmoe-bs chat --bundle bundle --broker mqtt://127.0.0.1")
 @click.version_option(__version__)
 def cli() -> None:
-    """The base station: runs the trunk of a Mixtral and asks edge nodes for its experts."""
+    """The base station: runs the trunk of a mixture of experts and asks edge nodes for its experts."""
     end_on_sigterm()
 
 

@@ -75,8 +75,8 @@ def openapi_document(models: Sequence[str], *, needs_key: bool) -> dict[str, Any
             "/v1/models": {"get": {"summary": "The served model.", "responses": {"200": _json("A list of it.")}}},
             "/health": {
                 "get": {
-                    "summary": "Whether requests can be answered.",
-                    "responses": {"200": _json("They can."), "503": _json("They can't, for a reason.")},
+                    "summary": "Whether all experts and the broker can be reached, and answers make progress.",
+                    "responses": {"200": _json("Yes."), "503": _json("No, with the reason.")},
                     "security": [],
                 },
             },
