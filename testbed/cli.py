@@ -16,7 +16,6 @@ from testbed.experiment import commands as experiment_commands
 from testbed.fleet import commands as fleet_commands
 from testbed.keys import commands as keys_commands
 from testbed.network import commands as network_commands
-from testbed.plan import commands as plan_commands
 from testbed.preflight import commands as preflight_commands
 from testbed.radio import commands as radio_commands
 from testbed.report import commands as report_commands
@@ -33,7 +32,6 @@ def cli() -> None:
 
 
 demo_commands.register(cli)
-plan_commands.register(cli)
 preflight_commands.register(cli)
 experiment_commands.register(cli)
 run_directory_commands.register(cli)

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from common.options import Command
-from testbed.plan.commands import DATA, PLAN
+from testbed.plan.options import DATA, PLAN
 from testbed.run_directory.commands import RUN
 
 JOBS = click.option(

@@ -104,11 +104,11 @@ class Emulated:
         return spec.first_profile if profile == DEFAULT_PROFILE and profile not in spec.profiles else profile
 
 
-def check_network(plan: Plan, experts: int) -> None:
-    """Check that an emulated network has the nodes and profiles of a plan; other networks always pass.
+def check_profiles(plan: Plan) -> None:
+    """Check that an emulated network has the profiles of a plan; other networks always pass.
 
     Raises:
-        PlanError: a node or profile is missing.
+        PlanError: a profile is missing.
         NetworkSpecError: the network's description is wrong.
     """
     if plan.emulated is None:
@@ -118,6 +118,21 @@ def check_network(plan: Plan, experts: int) -> None:
     spec = read_spec(Path(plan.emulated))
     if unknown := sorted(set(plan.profiles) - set(spec.profiles)):
         raise PlanError(f"profiles: {plan.emulated} has no profile '{unknown[0]}', only {', '.join(spec.profiles)}")
+
+
+def check_network(plan: Plan, experts: int) -> None:
+    """Check that an emulated network has the nodes and profiles of a plan; other networks always pass.
+
+    Raises:
+        PlanError: a node or profile is missing.
+        NetworkSpecError: the network's description is wrong.
+    """
+    if plan.emulated is None:
+        return
+    check_profiles(plan)
+    from testbed.network.spec import read_spec
+
+    spec = read_spec(Path(plan.emulated))
     if unknown := sorted(set(plan.node_experts(experts)) - set(spec.node_ids)):
         raise PlanError(f"nodes: {plan.emulated} has no node '{unknown[0]}', only {', '.join(spec.node_ids)}")
 

@@ -9,26 +9,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
 
 from rich.console import Console
 
-from exporter.demo_model.assembly import DEFAULT_MODEL, DEMO_MODELS
-from exporter.expert.presets import DEFAULT_BLOCK
 from testbed import facts
 from testbed.demo_assets import demo_bundle
-from testbed.errors import FailedCellsError, PlanError, RunDirectoryError
-from testbed.experiment.networks import check_network, open_network
+from testbed.errors import FailedCellsError, RunDirectoryError
+from testbed.experiment.networks import open_network
+from testbed.experiment.plan_files import check_bundle, check_data_sets, check_files, data_sets, named_demo_bundle
 from testbed.experiment.runner import OnProgress, Outcome, execute
 from testbed.experiment.system_under_test import broker_of
 from testbed.network.namespaces import check_privileges
 from testbed.plan.cells import expand
-from testbed.plan.reading import check_plan
-from testbed.plan.schema import Items, Perplexity, Plan
+from testbed.plan.schema import Plan
 from testbed.run_directory.directory import SCHEMA, BundleFacts, RunDir, RunManifest
-from wire.manifest import MANIFEST_NAME, Scheme, load_manifest, sha256_file
+from wire.manifest import MANIFEST_NAME, load_manifest, sha256_file
 
-SCHEMES: tuple[Scheme, ...] = ("int4", "int8", "int8-dynamic", "fp16", "fp32")
 _STOPPING = b"stopping: the cell in progress is abandoned; 'resume' measures it again\n"
 _AGAIN_S = 0.02
 
@@ -43,13 +39,11 @@ def create_run(plan: Plan, out: Path, *, console: Console) -> RunDir:
     """
     if plan.emulated:
         check_privileges()
+    check_files(plan)
+    check_data_sets(plan)
     bundles = [bundle_facts(name, console=console) for name in plan.bundles]
     for bundle in bundles:
-        check_policies(plan, bundle)
-        check_network(plan, bundle.experts)
-    datasets = {w.dataset for w in plan.workloads if isinstance(w, Items | Perplexity) and w.dataset is not None}
-    if missing := sorted(path for path in datasets if not Path(path).is_file()):
-        raise PlanError(f"data set {missing[0]} is missing: name its folder with --data (docs/experiments.md)")
+        check_bundle(plan, bundle.name, top_k=bundle.top_k, experts=bundle.experts)
     commit, dirty = facts.commit()
     manifest = RunManifest(
         schema=SCHEMA,
@@ -62,7 +56,7 @@ def create_run(plan: Plan, out: Path, *, console: Console) -> RunDir:
         cells=len(expand(plan)),
         broker=broker_of(plan),
         bundles=bundles,
-        datasets={path: sha256_file(Path(path)) for path in sorted(datasets)},
+        datasets={path: sha256_file(Path(path)) for path in data_sets(plan)},
         network=Path(plan.emulated).read_text(encoding="utf-8") if plan.emulated else "",
         versions=facts.versions(),
         machine=facts.machine(),
@@ -70,18 +64,6 @@ def create_run(plan: Plan, out: Path, *, console: Console) -> RunDir:
         wifi=facts.wifi(),
     )
     return RunDir.create(out, manifest)
-
-
-def check_policies(plan: Plan, bundle: BundleFacts) -> None:
-    """Check the policies of a plan against a bundle's model.
-
-    Raises:
-        PlanError: a policy doesn't fit the model.
-    """
-    try:
-        check_plan(plan, bundle=bundle.name, top_k=bundle.top_k)
-    except ValueError as error:
-        raise PlanError(f"{plan.name}: {error}") from None
 
 
 def bundle_facts(name: str, *, console: Console) -> BundleFacts:
@@ -111,36 +93,6 @@ def bundle_path(name: str, *, console: Console) -> Path:
         return Path(name)
     demo = named_demo_bundle(name)
     return demo_bundle(demo.scheme, model=demo.model, block=demo.block, console=console)
-
-
-class DemoBundle(NamedTuple):
-    """A bundle of a demo model.
-
-    Attributes:
-        model: one of `DEMO_MODELS`.
-    """
-
-    model: str
-    scheme: Scheme
-    block: int
-
-
-def named_demo_bundle(name: str) -> DemoBundle:
-    """The bundle of a demo model that a plan calls `name`: `int4-b128`, or with a model in front `qwen3-moe-int4`.
-
-    Raises:
-        PlanError: the name is not of that form.
-    """
-    model = next((model for model in DEMO_MODELS if name.startswith(f"{model}-")), DEFAULT_MODEL)
-    quantisation = name.removeprefix(f"{model}-")
-    scheme, _, block = quantisation.rpartition("-b") if "-b" in quantisation else (quantisation, "", "")
-    for known in SCHEMES:
-        if scheme == known and (not block or block.isdigit()):
-            return DemoBundle(model, known, int(block) if block else DEFAULT_BLOCK)
-    raise PlanError(
-        f"bundles: '{name}' is neither a folder (which contains a /) nor one of {', '.join(SCHEMES)}, …-b128, with "
-        f"{' or '.join(f'{model}-' for model in DEMO_MODELS)} in front of it for one of the demo models"
-    )
 
 
 def run_cells(run: RunDir, *, jobs: int = 1, device: str | None = None, on_progress: OnProgress) -> Outcome:

@@ -1,5 +1,6 @@
 """What a plan comes to before it runs: cells, tokens and a rough time."""
 
+import math
 from dataclasses import dataclass
 
 from testbed.plan.cells import Cell, expand
@@ -71,6 +72,7 @@ def _system_starts(plan: Plan, cells: list[Cell]) -> int:
 def describe(plan: Plan) -> list[str]:
     """What a plan comes to, in words."""
     e = estimate(plan)
+    minutes = max(1, math.ceil(e.seconds / 60))
     kind = "emulated" if plan.emulated else "external" if plan.external else "localhost"
     return [
         f"{plan.name}: {_count(e.cells, 'cell')} over {kind}: {_count(len(plan.every_policy), 'policy', 'policies')}, "
@@ -78,7 +80,7 @@ def describe(plan: Plan) -> list[str]:
         f"{_count(len(plan.workloads), 'workload')}, {_count(plan.repetitions, 'repetition')}",
         f"{_count(e.answers, 'answer')}, at most {_count(e.tokens, 'token')} in all, {_count(e.items, 'item')}, "
         f"{_count(e.texts, 'text')}",
-        f"roughly {e.seconds / 60:.0f} min with the demo model on a two-core machine, without slow links",
+        f"roughly {minutes} min with the demo model on a two-core machine, without slow links",
     ]
 
 

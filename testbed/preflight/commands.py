@@ -1,4 +1,4 @@
-"""`wdmoe-testbed preflight` and `doctor`. Heavy imports wait until the command needs them."""
+"""`wdmoe-testbed plan`, `preflight` and `doctor`. Heavy imports wait until the command needs them."""
 
 from pathlib import Path
 
@@ -8,7 +8,29 @@ from common.json_output import json_option, print_json
 from common.options import Command
 from common.progress import show_stages
 from testbed.errors import PreflightError
-from testbed.plan.commands import DATA, PLAN
+from testbed.plan.options import DATA, PLAN
+
+
+@click.command(cls=Command, example="wdmoe-testbed plan plan.yaml --dry-run")
+@PLAN
+@DATA
+@click.option("--dry-run", is_flag=True, help="List every cell.")
+def plan(plan_path: Path, data: Path | None, dry_run: bool) -> None:
+    """Check a plan and show what it comes to, without running anything."""
+    from testbed.experiment.plan_files import check_data_sets, check_files
+    from testbed.plan.cells import expand
+    from testbed.plan.estimate import describe
+    from testbed.plan.reading import read_plan
+
+    read = read_plan(plan_path, data=data)
+    check_files(read)
+    if data is not None:
+        check_data_sets(read)
+    if dry_run:
+        for cell in expand(read):
+            click.echo(f"{cell.id}  {cell}")
+    for line in describe(read):
+        click.echo(line)
 
 
 @click.command(cls=Command, example="wdmoe-testbed preflight plan.yaml --quick")
@@ -25,9 +47,9 @@ def preflight(plan_path: Path, data: Path | None, out: Path, keys: Path | None, 
     from testbed.plan.reading import read_plan
     from testbed.preflight.preflight import print_checks, run_preflight
 
-    plan = read_plan(plan_path, data=data)
+    read = read_plan(plan_path, data=data)
     with show_stages("preflight") as show:
-        checks = run_preflight(plan, out=out, keys=keys, quick=quick, on_progress=show)
+        checks = run_preflight(read, out=out, keys=keys, quick=quick, on_progress=show)
     if as_json:
         print_json(checks)
     else:
@@ -60,5 +82,6 @@ def doctor(as_json: bool) -> int:
 
 def register(group: click.Group) -> None:
     """Add the commands to `wdmoe-testbed`."""
+    group.add_command(plan)
     group.add_command(doctor)
     group.add_command(preflight)

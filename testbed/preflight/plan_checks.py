@@ -17,7 +17,7 @@ from testbed import facts
 from testbed.demo_assets import demo_bundle_path
 from testbed.evaluation.data_sets import DomainText, LastWordItem, item_kind, read_items
 from testbed.experiment.networks import check_network
-from testbed.experiment.start import named_demo_bundle
+from testbed.experiment.plan_files import named_demo_bundle
 from testbed.plan.estimate import estimate
 from testbed.plan.reading import check_plan
 from testbed.plan.schema import Choice, Items, Perplexity, Plan

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.errors import PlanError, RunDirectoryError
-from testbed.experiment.start import named_demo_bundle
+from testbed.experiment.plan_files import named_demo_bundle
 from testbed.plan.cells import blocks, expand
 from testbed.plan.estimate import describe, estimate
 from testbed.plan.reading import at_most, read_plan
@@ -180,6 +180,7 @@ def test_plan_as_a_command(tmp_path: Path) -> None:
     assert len([line for line in done.stdout.splitlines() if "generate topk" in line]) == 1
     assert "1 cell over localhost: 1 policy, 1 bundle, 1 link profile, 1 workload, 1 repetition\n" in done.stdout
     assert "4 answers, at most 128 tokens in all, 0 items, 0 texts" in done.stdout
+    assert "roughly 0 min" not in done.stdout
     missing = run_in_process("testbed", "plan", tmp_path / "none.yaml")
     assert missing.returncode == 60
     assert "none.yaml" in missing.stderr
@@ -194,6 +195,29 @@ def test_a_run_into_a_folder_that_is_not_empty_is_refused_before_torch_is_import
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == RunDirectoryError.exit_code
     assert f"{tmp_path} is not empty: choose another --out" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "options", "says"),
+    [
+        ({"bundles": "[int3]"}, (), "bundles: 'int3' is neither a folder"),
+        ({"bundles": "[./missing]"}, (), "missing"),
+        ({"network": "{emulated: wifl.yaml}"}, (), "wifl.yaml"),
+        ({"network": "{emulated: net.yaml}", "profiles": "[mixd]"}, (), "no profile 'mixd', only calm"),
+        ({"workloads": "[{kind: choice, dataset: d.jsonl}]"}, ("--data", "."), "d.jsonl is missing: name its folder"),
+    ],
+)  # fmt: skip
+def test_plan_names_what_is_missing(
+    changed: dict[str, str], options: tuple[str, ...], says: str, tmp_path: Path
+) -> None:  # fmt: skip
+    (tmp_path / "net.yaml").write_text("name: t\nnodes: 8\nprofiles: {calm: {default: {down_mbps: 9, up_mbps: 9}}}\n")
+    path = tmp_path / "plan.yaml"
+    path.write_text("\n".join(f"{key}: {value}" for key, value in {**GOOD, **changed}.items()))
+    done = run_in_process("testbed", "plan", path, *options)
+    assert done.returncode not in (0, 1)
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize(
