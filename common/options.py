@@ -78,6 +78,21 @@ class Group(_WithExample, click.Group):
 
     command_class = Command
 
+    def __init__(self, *args: Any, elsewhere: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+        """Args:
+        elsewhere: what to use instead, by names that users look for here and that are no commands.
+        """
+        super().__init__(*args, **kwargs)
+        self.elsewhere = elsewhere or {}
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that the arguments name."""
+        if args[0] in self.elsewhere and self.get_command(ctx, args[0]) is None:
+            raise click.UsageError(f"No such command '{args[0]}': use {self.elsewhere[args[0]]}.", ctx)
+        return super().resolve_command(ctx, args)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of the commands."""
         return list(self.commands)

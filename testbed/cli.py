@@ -25,7 +25,10 @@ from testbed.whole_shape import commands as whole_shape_commands
 from wire import __version__
 
 
-@click.group(cls=Group, example="wdmoe-testbed up")
+@click.group(
+    cls=Group, example="wdmoe-testbed up",
+    elsewhere={"serve": "'wdmoe-testbed up', or 'wdmoe-bs serve' with nodes that run already"},
+)  # fmt: skip
 @click.version_option(__version__)
 def cli() -> None:
     """Run whole systems and measure them."""

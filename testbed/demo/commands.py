@@ -1,6 +1,7 @@
 """`wdmoe-testbed demo` and `up`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,8 +16,17 @@ def register(group: click.Group) -> None:
     group.add_command(up)
 
 
+class _DemoModel(click.Choice[str]):
+    """One of the demo models."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """What is wrong, and how other models are served."""
+        message = super().get_invalid_choice_message(value, ctx).rstrip(".")
+        return f"{message}; 'wdmoe-testbed up --bundle FOLDER' serves a model from 'wdmoe-export bundle'."
+
+
 _MODEL = click.option(
-    "--model", type=click.Choice(list(DEMO_MODELS)), default=DEFAULT_MODEL, show_default=True,
+    "--model", type=_DemoModel(list(DEMO_MODELS)), default=DEFAULT_MODEL, show_default=True,
     help="Which of the demo models.",
 )  # fmt: skip
 _BROKER = click.option(

@@ -7,6 +7,7 @@ from importlib.machinery import ModuleSpec
 import pytest
 
 from testbed import cli
+from tests.in_process import run_in_process
 
 
 def test_a_wheel_lacks_only_the_commands_that_prove_the_software(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,3 +22,17 @@ def test_a_wheel_lacks_only_the_commands_that_prove_the_software(monkeypatch: py
         wheel = set(importlib.reload(cli).cli.commands)
     assert clone == set(importlib.reload(cli).cli.commands)
     assert clone - wheel == {"arm", "chaos", "link-accuracy", "machines", "soak"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("serve", "--port", "8000"), "No such command 'serve': use 'wdmoe-testbed up', or 'wdmoe-bs serve'"),
+        (("up", "--model", "mixtral-8x7b"), "'wdmoe-testbed up --bundle FOLDER' serves a model from"),
+    ],
+)
+def test_what_users_look_for_elsewhere_is_named(arguments: tuple[str, ...], says: str) -> None:
+    done = run_in_process("testbed", *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
