@@ -42,7 +42,8 @@ class Session:
         self._running: set[int] = set()
         self._abandoned: set[int] = set()
         self._changed = threading.Condition()
-        self._fleet = _FleetView(station, self._ended)
+        self._dropped: SimpleQueue[Request] = SimpleQueue()
+        self._fleet = _FleetView(station, self._ended, self._end_dropped)
         self._server = AnswerServer(
             Scheduler(station.model), self._new_sequence, max_waiting=_MOST_WAITING, dispatcher=station.dispatcher,
             observers=[self._fleet],
@@ -87,13 +88,20 @@ class Session:
             request = self._server.accept(sampling, updates.put, same_text=same_text)
             self._running.add(id(request))
         self._server.submit(request, ids)
-        return EventStream(updates, lambda: self._abandon(request))
+        return EventStream(updates, lambda: self._abandon(request), lambda: self._dropped.put(request))
 
     def _abandon(self, request: Request) -> None:
         with self._changed:
             # An ended request's id may already be another one's.
             self._abandoned |= self._running & {id(request)}
         self._server.cancel(request)
+
+    def _end_dropped(self) -> None:
+        while True:
+            try:
+                self._abandon(self._dropped.get_nowait())
+            except Empty:
+                return
 
     def _ended(self, request: Request) -> None:
         with self._changed:
@@ -112,6 +120,7 @@ class Session:
                 check_scores(text, policy, top_k=manifest.dims.top_k)
         except ValueError as error:
             raise ConfigError(f"policy: {error}") from None
+        self._end_dropped()
         if self._running == self._abandoned:
             # The thread ends them after the step that is running.
             self._changed.wait_for(lambda: not self._running, 2 * self._config.layer_timeout_s)
@@ -134,14 +143,19 @@ class Session:
 class EventStream:
     """The tokens of an answer as they come. An error, an interrupt, and dropping the stream end the answer."""
 
-    def __init__(self, updates: "SimpleQueue[StreamUpdate]", abandon: Callable[[], None]) -> None:
+    def __init__(
+        self, updates: "SimpleQueue[StreamUpdate]", abandon: Callable[[], None], dropped: Callable[[], None]
+    ) -> None:
         """The answer has begun.
 
         Args:
             abandon: called if the answer is not read to its end.
+            dropped: called instead if the stream is collected as garbage, which may happen in any thread, while that
+                holds any lock.
         """
         self._updates = updates
         self._abandon = abandon
+        self._dropped = dropped
         self._events: deque[TokenEvent] = deque()
         self._over = False
 
@@ -172,16 +186,18 @@ class EventStream:
             self._abandon()
 
     def __del__(self) -> None:
-        self.close()
+        if not self._over:
+            self._dropped()
 
 
 class _FleetView(AnswerObserver):
     """Reads nodes and links on the thread that owns them, whenever somebody wants to look."""
 
-    def __init__(self, station: BaseStation, on_end: Callable[[Request], None]) -> None:
+    def __init__(self, station: BaseStation, on_end: Callable[[Request], None], on_poll: Callable[[], None]) -> None:
         self.looks: SimpleQueue[Future[list[NodeView]]] = SimpleQueue()
         self._dispatcher = station.dispatcher
         self._on_end = on_end
+        self._on_poll = on_poll
         self._log = StepLog(station.manifest.dims.layers, station.manifest.dims.experts)
         self._seen = SeenNodes()
 
@@ -192,6 +208,7 @@ class _FleetView(AnswerObserver):
         self._on_end(request)
 
     def polled(self) -> None:
+        self._on_poll()
         self._log.close()
         registry = self._dispatcher.registry
         lost = self._seen.update(registry.nodes, registry.ignored)
