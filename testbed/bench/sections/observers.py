@@ -26,6 +26,7 @@ _TOKENS = 64
 _WARM_UP = 4
 """Steps of each answer that are not counted."""
 _ANSWER_S = 600.0
+_FLUSH_MS = 60_000
 _NONE, _METRICS, _TRACES = "no observers", "metrics", "metrics and traces"
 
 
@@ -40,12 +41,16 @@ def measure(settings: Settings) -> Iterator[Result]:
         metrics = StationMetrics(station.dispatcher, model="demo")
         arms: dict[str, Sequence[AnswerObserver]] = {_NONE: (), _METRICS: (metrics,)}
         encoded_s: list[float] = []
+        flush: Callable[[int], bool] | None = None
         try:
-            arms[_TRACES] = (metrics, _spans(encoded_s))
+            spans, flush = _spans(encoded_s)
+            arms[_TRACES] = (metrics, spans)
         except ModuleNotFoundError as error:
             yield Skipped(_TRACES, f"{error.name} is not installed: pip install 'wdmoe[tracing]'")
         turns = _Turns(arms)
         _decode(station, turns, settings.samples)
+        if flush is not None and not flush(_FLUSH_MS):
+            raise WdmoeError(f"spans were not encoded within {_FLUSH_MS / 1e3:.0f} s")
     steps = sum(len(samples) for samples in turns.step_ms.values())
     for name in list(arms)[1:]:
         parts = {"observers, processor time per step": turns.observed_ms[name] / len(turns.step_ms[name])}
@@ -144,8 +149,10 @@ def _decode(station: BaseStation, turns: _Turns, samples: int) -> None:
         server.stop()
 
 
-def _spans(encoded_s: list[float]) -> AnswerObserver:
+def _spans(encoded_s: list[float]) -> tuple[AnswerObserver, Callable[[int], bool]]:
     """An observer that makes spans, which are encoded in the background as if they were sent.
+
+    Also returns what encodes those that still wait, within so many milliseconds; False if that was too short.
 
     Args:
         encoded_s: the processor time of each batch is added to it.
@@ -165,4 +172,4 @@ def _spans(encoded_s: list[float]) -> AnswerObserver:
 
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(Encoder()))
-    return AnswerSpans(provider.get_tracer("bench"), model="demo")
+    return AnswerSpans(provider.get_tracer("bench"), model="demo"), provider.force_flush
