@@ -50,7 +50,7 @@ NO_CROWD = RowCurve((1,), (1.0,))
 """Devices that don't slow each other down."""
 LOCAL = -1
 """Stands for the base station where `Assignment` names a device."""
-_MESSAGE_BYTES = 100
+MESSAGE_BYTES = 100
 """Bytes of a message around its frame: MQTT's topic and header, TCP and IP."""
 _VALUE_BYTES = 2
 """Hidden states travel in fp16."""
@@ -168,8 +168,8 @@ class Costs:
     def message_bytes(self, rows: NDArray[np.integer], pairs: NDArray[np.integer]) -> tuple[Float, Float]:
         """float64 [..., nodes] each, bytes of requests and of answers; 0 where no row goes."""
         values = rows * (self.shape.hidden * _VALUE_BYTES)
-        down = _MESSAGE_BYTES + HEADER_BYTES + values + pairs * ROW_BYTES
-        up = _MESSAGE_BYTES + RESULT_BYTES + values
+        down = MESSAGE_BYTES + HEADER_BYTES + values + pairs * ROW_BYTES
+        up = MESSAGE_BYTES + RESULT_BYTES + values
         return np.where(rows > 0, down, 0.0), np.where(rows > 0, up, 0.0)
 
     def air_s(self, rows: NDArray[np.integer], pairs: NDArray[np.integer]) -> Float:

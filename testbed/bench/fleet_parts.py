@@ -14,7 +14,7 @@ from msgspec import Struct
 from bs_coordinator.dispatch.dispatcher import Dispatcher
 from bs_coordinator.engine.step_records import DispatchRecord
 from bs_coordinator.placement.boards import BoardLink
-from bs_coordinator.placement.predict import Station
+from bs_coordinator.placement.predict import MESSAGE_BYTES, Station
 from bs_coordinator.placement.row_curve import RowCurve
 from wire.manifest import Dims, probe_input
 from wire.tensors import Array
@@ -22,7 +22,6 @@ from wire.tensors import Array
 ROWS = (1, 2, 4, 8)
 _ROUNDS = 12
 _WARM_UP = 2
-_MESSAGE_BYTES = 100
 
 
 class LayerSamples(Struct, frozen=True):
@@ -140,5 +139,5 @@ def _gate(holders: Sequence[str | None], at_once: int, rows: int, turn: int) -> 
 
 def _link_ms(record: DispatchRecord, links: dict[str, BoardLink]) -> float:
     link = links[record.node]
-    down, up = record.down_bytes + _MESSAGE_BYTES, record.up_bytes + _MESSAGE_BYTES
+    down, up = record.down_bytes + MESSAGE_BYTES, record.up_bytes + MESSAGE_BYTES
     return 1e3 * link.rtt_s + 8e-3 * (down / link.down_mbps + up / link.up_mbps)

@@ -25,15 +25,22 @@ def check_files(plan: Plan) -> None:
     """
     check_profiles(plan)
     for name in plan.bundles:
-        if "/" in name:
-            folder = Path(name)
-        else:
-            demo = named_demo_bundle(name)
-            folder = demo_bundle_path(demo.scheme, model=demo.model, block=demo.block)
-            if not (folder / MANIFEST_NAME).exists():
-                continue
-        dims = load_manifest(folder).dims
-        check_bundle(plan, name, top_k=dims.top_k, experts=dims.experts)
+        if (folder := existing_bundle(name)) is not None:
+            dims = load_manifest(folder).dims
+            check_bundle(plan, name, top_k=dims.top_k, experts=dims.experts)
+
+
+def existing_bundle(name: str) -> Path | None:
+    """Folder of the bundle that a plan calls `name`; None for a demo model's that is not exported yet.
+
+    Raises:
+        PlanError: the name is neither a folder nor a demo model's bundle.
+    """
+    if "/" in name:
+        return Path(name)
+    demo = named_demo_bundle(name)
+    folder = demo_bundle_path(demo.scheme, model=demo.model, block=demo.block)
+    return folder if (folder / MANIFEST_NAME).exists() else None
 
 
 def check_bundle(plan: Plan, name: str, *, top_k: int, experts: int) -> None:

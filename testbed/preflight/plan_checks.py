@@ -14,10 +14,9 @@ from bs_coordinator.dispatch.readiness import measure_broker
 from bs_coordinator.selection.registry import policy_for_model
 from common.errors import WdmoeError
 from testbed import facts
-from testbed.demo_assets import demo_bundle_path
 from testbed.evaluation.data_sets import DomainText, LastWordItem, item_kind, read_items
 from testbed.experiment.networks import check_network
-from testbed.experiment.plan_files import named_demo_bundle
+from testbed.experiment.plan_files import existing_bundle
 from testbed.plan.estimate import estimate
 from testbed.plan.reading import check_plan
 from testbed.plan.schema import Choice, Items, Perplexity, Plan
@@ -25,7 +24,7 @@ from testbed.preflight.machine import clock, governor, load
 from testbed.preflight.verdicts import Check, Level
 from wire.broker_address import BrokerAddress
 from wire.experts import UnitId, format_selector, parse_selector
-from wire.manifest import MANIFEST_NAME, Manifest, load_manifest, sha256_file
+from wire.manifest import Manifest, load_manifest, sha256_file
 from wire.topics import Topics
 from wire.transports import connect
 
@@ -85,13 +84,9 @@ def bundle_checks(plan: Plan, checks: list[Check]) -> Iterator[tuple[str, Manife
 
 
 def _bundle(plan: Plan, name: str, found: list[Manifest]) -> tuple[Level, str]:
-    if "/" in name:
-        folder = Path(name)
-    else:
-        demo = named_demo_bundle(name)
-        folder = demo_bundle_path(demo.scheme, model=demo.model, block=demo.block)
-        if not (folder / MANIFEST_NAME).exists():
-            return "warn", "not exported yet: 'run' exports it, which takes minutes and may download about 100 MB"
+    folder = existing_bundle(name)
+    if folder is None:
+        return "warn", "not exported yet: 'run' exports it, which takes minutes and may download about 100 MB"
     manifest = load_manifest(folder)
     files = [*manifest.trunk]
     if plan.external is None:
