@@ -59,14 +59,15 @@ def _bytes(units: Units) -> Measure | None:
 
 
 def _probe_bytes(units: Units) -> Measure | None:
-    """As `_bytes`, of probes of links."""
-    probes, tokens = units.sum("probe_down_bytes") + units.sum("probe_up_bytes"), units.sum("step_tokens")
-    return Ratio(probes, tokens) if probes.any() and tokens.any() else None
+    """As `_bytes`, of probes of links; nothing for a run that did not count them."""
+    tokens = units.sum("probe_counted_tokens")
+    return Ratio(units.sum("probe_down_bytes") + units.sum("probe_up_bytes"), tokens) if tokens.any() else None
 
 
 def _probe_share(units: Units) -> Measure | None:
     probes = units.sum("probe_down_bytes") + units.sum("probe_up_bytes")
-    return Share(probes, probes + units.sum("down_bytes") + units.sum("up_bytes")) if probes.any() else None
+    total = probes + units.sum("down_bytes") + units.sum("up_bytes")
+    return Share(probes, total) if units.has("probe_counted_tokens") and total.any() else None
 
 
 def _prediction_error(units: Units) -> Measure | None:

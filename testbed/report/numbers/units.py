@@ -104,6 +104,8 @@ def step_units(rows: CellRows) -> list[tuple[Key, Unit]]:
     columns = {"tokens": add_up(tokens), "layers": add_up(layers), "requests": add_up(latency)}
     # Earlier runs lack some columns.
     columns |= {name: add_up(tokens, np.nan_to_num(numbers(tokens, name))) for name in TOKEN_SUMS}
+    counted = np.isfinite(numbers(tokens, "probe_down_bytes"))
+    columns["probe_counted_tokens"] = add_up(tokens, counted * np.nan_to_num(numbers(tokens, "step_tokens")))
     predicted = numbers(layers, "predicted_ns")
     columns |= {
         "dispatch_ns": add_up(layers, numbers(layers, "dispatch_ns")),

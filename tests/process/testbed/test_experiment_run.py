@@ -233,7 +233,8 @@ def test_one_runner_per_folder(run_process: Run, finished: RunDir) -> None:
 
 
 def _wait_for_cells(folder: Path, count: int) -> None:
-    wait_until(lambda: len(list(folder.glob("cells/*/cell.json"))) >= count, f"{count} cells", poll_s=0.02)
+    # A cell that is being written has a hidden folder.
+    wait_until(lambda: len(list(folder.glob("cells/[!.]*/cell.json"))) >= count, f"{count} cells", poll_s=0.02)
 
 
 def _digest(folder: Path) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import csv
 import json
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -91,8 +91,19 @@ def _result(run_dir: RunDir, policy: str, workload: str) -> dict[str, Any]:
 def test_each_links_probes_are_counted(reported: RunDir) -> None:
     links = _summary(reported)["probes"]
     assert [link["node"] for link in links] == sorted({r["node"] for r in _rows(reported, "latency")})
+    counted: Counter[str] = Counter()
+    for cell in reported.cells():
+        path = reported.cell_path(cell) / "link_samples.parquet"
+        values = defaultdict(list)
+        for row in pq.read_table(path).to_pylist() if path.exists() else []:
+            if row["quantity"] in ("probe_down_bytes", "probe_up_bytes"):
+                values[row["node"], row["quantity"]].append(row["value"])
+        for (node, _), rising in values.items():
+            counted[node] += int(max(rising) - min(rising))
     for link in links:
-        assert link["probe_bytes"] > 0 < link["frame_bytes"]
+        # A cell may be shorter than the time between two probes.
+        assert link["probe_bytes"] == counted[link["node"]]
+        assert link["frame_bytes"] > 0
         assert link["share"] == pytest.approx(link["probe_bytes"] / (link["probe_bytes"] + link["frame_bytes"]))
     assert "were probes of the links" in (reported.path / "report.md").read_text()
 

@@ -105,7 +105,7 @@ def test_a_killed_run_is_resumed_on_a_new_network(run: Run, plan: Path, tiny_bun
     folder = plan.parent / "run"
     argv = [sys.executable, "-m", "testbed", "run", str(plan), "--out", str(folder)]
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL) as process:
-        wait_until(lambda: list(folder.glob("cells/*/cell.json")), "a cell", poll_s=0.02)
+        wait_until(lambda: list(folder.glob("cells/[!.]*/cell.json")), "a cell", poll_s=0.02)
         process.send_signal(signal.SIGKILL)
     done = run("testbed", "resume", folder)
     assert done.returncode == 0, done.stderr
