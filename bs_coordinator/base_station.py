@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from bs_coordinator.broker.processes import configured_broker
@@ -40,6 +40,7 @@ from wire.transport import Transport
 from wire.transports import connect
 
 if TYPE_CHECKING:
+    from bs_coordinator.presets import Choice
     from bs_coordinator.resident import ResidentExperts
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,9 @@ class BaseStation:
         broker_ms: median round trip of a small message through the broker.
         nodes_ms: round trip of one token in ms, by node.
         speculation: how its sequences draft tokens.
+        config: as it was asked for, with the preset's choice in place of defaults.
         residents: experts kept on the base station itself; None without `BaseStationConfig.resident`.
+        choice: of the preset; None without one.
     """
 
     manifest: Manifest
@@ -78,11 +81,18 @@ class BaseStation:
     broker_ms: float
     nodes_ms: dict[str, float]
     speculation: Speculation
+    config: BaseStationConfig
     residents: "ResidentExperts | None" = None
+    choice: "Choice | None" = None
 
     def new_sequence(self) -> Sequence:
         """An empty sequence."""
         return Sequence(self.model, self.tokenizer, speculation=self.speculation)
+
+    @property
+    def levers(self) -> dict[str, str]:
+        """What the preset chose, by option, after its own name; empty without a preset."""
+        return self.choice.values if self.choice else {}
 
 
 @contextmanager
@@ -104,7 +114,7 @@ def open_base_station(
         TrunkError, MemoryBudgetError, KeyFileError, StorageError: as their names say.
     """
     manifest = load_trusted_manifest(config.bundle, config.bundle_key)
-    policy = configured_policy(config, manifest)
+    configured_policy(config, manifest)
     for file in manifest.trunk:
         verify_file(config.bundle, file)
     check_device(config.device)
@@ -120,8 +130,16 @@ def open_base_station(
         if config.stay_awake:
             stack.enter_context(cpu_idle_disabled())
         began_s = time.monotonic()
-        trunk, tokenizer, speculation = _load(config, manifest, policy)
+        trunk = _load(config, manifest)
         log.info("the trunk is loaded, after %.1f s; looking for nodes", time.monotonic() - began_s)
+        choice = _choice(config, manifest, client, trunk, on_progress)
+        if choice is not None:
+            config = choice.config
+        policy = configured_policy(config, manifest)
+        tokenizer = Tokenizer(config.bundle / "trunk")
+        if tokenizer.has_chat_template:
+            PROCESSES.start()  # it is ready by the time that nodes are
+        speculation = _speculation(config, manifest, tokenizer, trunk, policy)
         dispatcher, residents = stack.enter_context(_connect(config, manifest, client))
         nodes_ms = _prove(config, manifest, dispatcher, on_progress)
         if speculation.mode == "auto" and (nodes := dispatcher.registry.batch_variant()):
@@ -131,7 +149,9 @@ def open_base_station(
             trunk, dispatcher, policy, degrade=config.degrade,
             quarantine=dispatcher.quarantine, acquit=dispatcher.acquit,
         )  # fmt: skip
-        yield BaseStation(manifest, model, tokenizer, dispatcher, broker_ms, nodes_ms, speculation, residents)
+        yield BaseStation(
+            manifest, model, tokenizer, dispatcher, broker_ms, nodes_ms, speculation, config, residents, choice
+        )  # fmt: skip
 
 
 class _Client(NamedTuple):
@@ -146,10 +166,9 @@ class _Client(NamedTuple):
         return connect(self.address, self.id, timeout_s=timeout_s)
 
 
-def _load(config: BaseStationConfig, manifest: Manifest, policy: Policy) -> tuple[Trunk, Tokenizer, Speculation]:
-    folder = config.bundle / "trunk"
+def _load(config: BaseStationConfig, manifest: Manifest) -> Trunk:
     trunk = load_trunk(
-        folder, device=config.device, dtype=config.dtype, quantisation=config.trunk_quantisation
+        config.bundle / "trunk", device=config.device, dtype=config.dtype, quantisation=config.trunk_quantisation
     )  # fmt: skip
     if trunk.layers != manifest.dims.layers:
         raise BundleError(
@@ -160,13 +179,34 @@ def _load(config: BaseStationConfig, manifest: Manifest, policy: Policy) -> tupl
         raise ConfigError(f"--draft {config.draft}: this model's recurrent layers can't take tokens back; use none")
     if not trunk.scored:
         try:
-            check_scores(config.policy, policy, top_k=manifest.dims.top_k)
+            check_scores(config.policy, configured_policy(config, manifest), top_k=manifest.dims.top_k)
         except ValueError as error:
             raise ConfigError(f"--policy: {error}") from None
-    tokenizer = Tokenizer(folder)
-    if tokenizer.has_chat_template:
-        PROCESSES.start()  # it is ready by the time that nodes are
-    return trunk, tokenizer, _speculation(config, manifest, tokenizer, _why_no_drafts(config, trunk, manifest, policy))
+    return trunk
+
+
+def _choice(
+    config: BaseStationConfig, manifest: Manifest, client: _Client, trunk: Trunk,
+    on_progress: Callable[[str], None] | None,
+) -> "Choice | None":  # fmt: skip
+    """What the config's preset chooses with nodes and links as they are; None without a preset.
+
+    They are looked at on a connection of its own: the choice decides how messages are encoded.
+    """
+    if config.preset is None:
+        return None
+    from bs_coordinator.presets import choose
+    from bs_coordinator.presets.look import look
+
+    with _connect(replace(config, resident=None, link_log=None), manifest, client) as (dispatcher, _):
+        facts = look(
+            dispatcher, config, manifest, scored=trunk.scored, why_no_drafts=_why_no_drafts(config, trunk, manifest),
+            on_wait=on_progress,
+        )  # fmt: skip
+    choice = choose(config.preset, config, facts)
+    for line in choice.lines:
+        log.info("%s", line)
+    return choice
 
 
 @contextmanager
@@ -244,11 +284,11 @@ def _residents(config: BaseStationConfig, resident: ResidentConfig, manifest: Ma
         experts.close()
 
 
-def _why_no_drafts(config: BaseStationConfig, trunk: Trunk, manifest: Manifest, policy: Policy) -> str:
-    """Why drafts could change answers; empty if they can't.
+def _why_no_drafts(config: BaseStationConfig, trunk: Trunk, manifest: Manifest) -> str:
+    """Why drafts could change answers, whatever the policy; empty if they can't.
 
     A batch of tokens must give each of them what it gets alone. Elsewhere the difference is small, but it can decide
-    between two tokens of nearly equal probability; and some policies choose by what else is in a batch.
+    between two tokens of nearly equal probability.
     """
     if not trunk.can_truncate:
         return "the model has recurrent layers, which can't take tokens back"
@@ -260,12 +300,16 @@ def _why_no_drafts(config: BaseStationConfig, trunk: Trunk, manifest: Manifest, 
         return f"the trunk runs on {config.device} in {config.dtype}, not on cpu in fp32"
     if manifest.quantisation.scheme == "int8-dynamic":
         return "experts are int8-dynamic"
-    if not isinstance(policy, TopK):
-        return f"the policy {config.policy} looks at links and loads"
     return ""
 
 
-def _speculation(config: BaseStationConfig, manifest: Manifest, tokenizer: Tokenizer, why_not: str) -> Speculation:
+def _speculation(
+    config: BaseStationConfig, manifest: Manifest, tokenizer: Tokenizer, trunk: Trunk, policy: Policy
+) -> Speculation:  # fmt: skip
+    why_not = _why_no_drafts(config, trunk, manifest)
+    if not why_not and not isinstance(policy, TopK):
+        # Such policies choose by what else is in a batch.
+        why_not = f"the policy {config.policy} looks at links and loads"
     if config.draft == "auto" and why_not:
         log.info("no drafts, which could change answers: %s", why_not)
         return Speculation()

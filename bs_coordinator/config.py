@@ -21,6 +21,8 @@ TrunkQuantisation = Literal["none", "int8", "int4"]
 """How the trunk keeps the weights of its linear layers; none is its dtype."""
 DraftMode = Literal["none", "ngram", "dense", "auto"]
 """How tokens are drafted: not at all, by look-up in the text so far, by the draft model, or by whichever pays off."""
+PresetName = Literal["fast", "exact", "field"]
+"""A choice of the options that trade time for quality (`bs_coordinator.presets`)."""
 
 _MODEL, _CONNECTION, _EXPERTS, _LIMITS, _LOGS = "Model", "Connection", "Experts and policies", "Limits", "Logs"
 """Headings of `--help`."""
@@ -94,7 +96,22 @@ class ResidentConfig(Config):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseStationConfig(ClusterConfig):
-    """Model and base station."""
+    """Model and base station.
+
+    Attributes:
+        given: names of the fields that the user set, also to their defaults; a preset leaves them as they are. Fields
+            that differ from their defaults count as set in any case.
+    """
+
+    preset: Annotated[
+        PresetName | None,
+        Option(
+            "Choose drafts, wire, policy, local experts and logs by the measured links and free memory, and print the "
+            "choice: fast (some quality for time), exact (the model's own answers), field (reproducible, for "
+            "experiments). Options given beside it stay as they are.",
+            heading=_EXPERTS,
+        ),
+    ] = None
 
     device: Annotated[str, Option("Device of the trunk: cpu, cuda, cuda:1, …", heading=_MODEL)] = "cpu"
     dtype: Annotated[TrunkDtype, Option("Number format of the trunk.", heading=_MODEL)] = "fp32"
@@ -153,6 +170,7 @@ class BaseStationConfig(ClusterConfig):
         bool, Option("Disable this machine's CPU idle states: lower latency, more power.", heading=_MODEL)
     ] = False
     resident: ResidentConfig | None = None
+    given: frozenset[str] = frozenset()
 
 
 def check_seed(seed: int) -> None:

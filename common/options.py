@@ -14,6 +14,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import click
+from click.core import ParameterSource
 
 from common.config import ConfigError, ConfigField, Option, config_fields
 from common.sizes import format_bytes, parse_bytes
@@ -109,8 +110,9 @@ def config_options(**configs: type) -> Callable[[Callable[..., Any]], Callable[.
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
         def run(**values: Any) -> Any:
+            given = _given(click.get_current_context())
             try:
-                made = {name: make_config(config, values) for name, config in configs.items()}
+                made = {name: make_config(config, values, given) for name, config in configs.items()}
                 own = {name: value for name, value in values.items() if name not in taken}
                 return command(**made, **own)
             except ConfigError as error:
@@ -125,8 +127,12 @@ def config_options(**configs: type) -> Callable[[Callable[..., Any]], Callable[.
     return decorate
 
 
-def make_config(config: type, values: dict[str, Any]) -> Any:
+def make_config(config: type, values: dict[str, Any], given: frozenset[str] = frozenset()) -> Any:
     """A config from the values of a command's options, by field name.
+
+    Args:
+        given: names of the fields that the user set, also to their defaults; kept in the config's field `given`, if it
+            has one.
 
     Raises:
         ConfigError: a value is outside its limits.
@@ -134,10 +140,12 @@ def make_config(config: type, values: dict[str, Any]) -> Any:
     arguments: dict[str, Any] = {}
     for field in config_fields(config):
         nested = _nested(field)
-        if nested is not None:
+        if field.name == "given":
+            arguments["given"] = given
+        elif nested is not None:
             first = next(config_fields(nested))
             if not _is_optional(field.type) or values[first.name]:
-                arguments[field.name] = make_config(nested, values)
+                arguments[field.name] = make_config(nested, values, given)
         elif field.option is not None:
             value = values[field.name]
             enum = _plain(field.type)
@@ -159,6 +167,7 @@ def checked_config(config: type, given: Mapping[str, Any]) -> Any:
         near = get_close_matches(name, known, n=1)
         raise TypeError(f"unknown option '{name}'" + (f": did you mean '{near[0]}'?" if near else ""))
     values: dict[str, Any] = {}
+    set_on_purpose = frozenset(field.name for name, (field, _) in known.items() if given.get(name) is not None)
     for name, (field, option) in known.items():
         value = given.get(name)
         if value is None:
@@ -171,7 +180,13 @@ def checked_config(config: type, given: Mapping[str, Any]) -> Any:
             values[field.name] = kind.convert(value, None, None)
         except click.BadParameter as error:
             raise ConfigError(f"{name}: {error.message}") from None
-    return make_config(config, values)
+    return make_config(config, values, set_on_purpose)
+
+
+def _given(context: click.Context) -> frozenset[str]:
+    """Names of the parameters that the user set, on the command line or in the environment."""
+    defaults = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+    return frozenset(name for name in context.params if context.get_parameter_source(name) not in defaults)
 
 
 def _options(config: type) -> Iterator[tuple[ConfigField, Option]]:

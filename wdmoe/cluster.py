@@ -119,7 +119,7 @@ class Cluster:
                 station = stack.enter_context(self._opener())
                 from wdmoe.session import Session
 
-            session = Session(station, self._config)
+            session = Session(station)
             session.start()
             stack.callback(session.stop)
             self._stack, self._session = stack.pop_all(), session
@@ -191,6 +191,10 @@ class Cluster:
         `bs_coordinator.page.documents.NodeView` describes the fields.
         """
         return self._opened().nodes()
+
+    def levers(self) -> dict[str, str]:
+        """What the option `preset` chose, by option, after the preset's own name; empty without one."""
+        return self._opened().station.levers
 
     def _opened(self) -> "Session":
         if self._session is None:

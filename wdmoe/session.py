@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 
 from bs_coordinator.base_station import BaseStation
-from bs_coordinator.config import BaseStationConfig, SamplingConfig
+from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.scheduler import Progress, Scheduler
 from bs_coordinator.engine.sequence import Sequence, TokenEvent
 from bs_coordinator.engine.speculation import Speculation
@@ -34,11 +34,11 @@ _MOST_WAITING = 1000
 class Session:
     """Answers of one base station. `start` and `stop` belong to one thread, all else is for any."""
 
-    def __init__(self, station: BaseStation, config: BaseStationConfig) -> None:
+    def __init__(self, station: BaseStation) -> None:
         """Nothing runs before `start`."""
         self.station = station
-        self._config = config
-        self._policy = config.policy
+        self._config = station.config
+        self._policy = station.config.policy
         self._running: set[int] = set()
         self._abandoned: set[int] = set()
         self._changed = threading.Condition()

@@ -27,6 +27,6 @@ def serve(http: ServeConfig, config: BaseStationConfig) -> None:
         model = station.manifest.source.name
         with answer_traces(asked_for=http.trace, model=model) as traces:
             serve_station(
-                station, http, sockets, keys=keys, layer_timeout_s=config.layer_timeout_s, policy=config.policy,
-                metrics=StationMetrics(station.dispatcher, model=model), observers=traces,
+                station, http, sockets, keys=keys, layer_timeout_s=config.layer_timeout_s, policy=station.config.policy,
+                metrics=StationMetrics(station.dispatcher, model=model, preset=station.levers), observers=traces,
             )  # fmt: skip

@@ -36,6 +36,7 @@ def open_station(config: BaseStationConfig) -> Iterator["BaseStation"]:
     from common.user_folders import user_path
 
     manifest = _check_files(config)
+    config = with_field_log(config)
     if config.resident is not None:
         traffic = user_path("state") / "traffic" / f"{manifest.model_sha256[:16]}.json"
         config = replace(config, resident=replace(config.resident, traffic=traffic))
@@ -57,6 +58,19 @@ def open_station(config: BaseStationConfig) -> Iterator["BaseStation"]:
         if station.dispatcher.dropped:
             counts = ", ".join(f"{why} {n}" for why, n in sorted(station.dispatcher.dropped.items()))
             log.warning("dropped messages that answer no request: %s", counts)
+
+
+def with_field_log(config: BaseStationConfig) -> BaseStationConfig:
+    """With the preset `field`, every link sample is kept: in the user's state folder, unless a file is named."""
+    if config.preset != "field" or config.link_log is not None:
+        return config
+    from common.user_folders import user_folder
+
+    with user_folder("state") as folder:
+        (folder / "links").mkdir(exist_ok=True)
+    path = folder / "links" / f"{config.cluster}.jsonl"
+    log.info("preset field: link-log %s: every link sample, for 'wdmoe-bs replay'", path)
+    return replace(config, link_log=path)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def serve_station(
             server, station.tokenizer, model=station.manifest.source.name, keys=keys,
             stall_s=_STALLED_LAYERS * layer_timeout_s, max_positions=station.model.trunk.max_positions,
             hosts=allowed_hosts(config.host, keyed=bool(keys)), origin=config.cors_origin,
-            model_aliases=config.model_alias, about={"policy": policy, "draft": station.speculation.mode},
+            model_aliases=config.model_alias, about=_about(station, policy),
             log_request=log_request, live=live, metrics=metrics, policies=policies,
         )  # fmt: skip
         settings = uvicorn.Config(
@@ -84,6 +84,12 @@ def serve_station(
             log.info("stopped")
         finally:
             server.stop()
+
+
+def _about(station: "BaseStation", policy: str) -> dict[str, str]:
+    """How the base station is configured, for the field `wdmoe` of responses."""
+    chosen = {"preset": station.choice.preset} if station.choice else {}
+    return {"policy": policy, "draft": station.speculation.mode, **chosen}
 
 
 class _Uvicorn(uvicorn.Server):

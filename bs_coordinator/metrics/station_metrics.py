@@ -1,5 +1,7 @@
 """All metrics of a base station in one registry, and their exposition."""
 
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Info, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
 
@@ -30,12 +32,16 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 class StationMetrics(MetricsSource):
     """Observes the answers of a server and describes its nodes."""
 
-    def __init__(self, dispatcher: Dispatcher, *, model: str = "", clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, *, model: str = "", preset: Mapping[str, str] | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:  # fmt: skip
         """Nothing is counted yet.
 
         Args:
             dispatcher: read on the answers thread only.
             model: name of the model.
+            preset: what a preset chose, by option; None without one.
             clock: the answer server's.
         """
         self._dispatcher = dispatcher
@@ -47,6 +53,9 @@ class StationMetrics(MetricsSource):
         self._registry.register(self._nodes)
         ProcessCollector(registry=self._registry)
         Info("wdmoe", "The base station.", registry=self._registry).info({"version": __version__, "model": model})
+        if preset:
+            info = Info("wdmoe_preset", "What --preset chose.", registry=self._registry)
+            info.info({"name": preset["preset"], **{key: value for key, value in preset.items() if key != "preset"}})
         self._responses = Counter(
             "wdmoe_http_responses", "HTTP responses begun.", ["path", "code"], registry=self._registry
         )

@@ -1,11 +1,12 @@
 """`wdmoe-testbed demo` and `up`."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
-from bs_coordinator.config import BaseStationConfig, ServeConfig
+from bs_coordinator.config import BaseStationConfig, PresetName, ServeConfig
 from common.options import Command, config_options
 from exporter.demo_model.assembly import DEFAULT_MODEL, DEMO_MODELS
 
@@ -69,14 +70,16 @@ wdmoe-testbed up --bundle bundle --nodes 4 --port 8000""",
 @click.option("--bundle", type=click.Path(path_type=Path), help="Bundle to serve.  [default: the demo model's]")
 @_BROKER
 @click.option("--nodes", type=click.IntRange(1, 256), default=8, show_default=True, help="Number of node processes.")
-@click.option("--policy", default="topk", show_default=True, help="Policy that chooses experts (docs/policies.md).")
+@click.option("--policy", help="Policy that chooses experts (docs/policies.md).  [default: topk, or the preset's]")
+@click.option("--preset", type=click.Choice(get_args(PresetName)), help="As of 'wdmoe-bs serve'.")
 @click.option(
     "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True,
     help="Folder for the nodes' logs.",
 )  # fmt: skip
 @config_options(http=ServeConfig)
 def up(
-    model: str, bundle: Path | None, broker: str, nodes: int, policy: str, runs: Path, http: ServeConfig
+    model: str, bundle: Path | None, broker: str, nodes: int, policy: str | None, preset: PresetName | None,
+    runs: Path, http: ServeConfig,
 ) -> None:  # fmt: skip
     """Keep broker, nodes and HTTP server running on this machine until Ctrl-C.
 
@@ -85,5 +88,7 @@ def up(
     from testbed.demo.up import run_fleet
     from testbed.demo_assets import demo_bundle_path
 
-    config = BaseStationConfig(bundle=bundle or demo_bundle_path("int4", model=model), broker=broker, policy=policy)
+    config = BaseStationConfig(bundle=bundle or demo_bundle_path("int4", model=model), broker=broker, preset=preset)
+    if policy is not None:
+        config = replace(config, policy=policy, given=frozenset({"policy"}))
     run_fleet(config, http, demo=None if bundle else model, nodes=nodes, runs=runs)

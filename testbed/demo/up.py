@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 
 from bs_coordinator.broker.processes import open_broker
+from bs_coordinator.commands.station import with_field_log
 from bs_coordinator.config import PRIVATE_BROKERS, BaseStationConfig, ServeConfig
 from bs_coordinator.http.access import listening_sockets, read_keys
 from bs_coordinator.selection.registry import configured_policy
@@ -73,8 +74,9 @@ def run_fleet(config: BaseStationConfig, http: ServeConfig, *, demo: str | None,
 
         traces = stack.enter_context(answer_traces(asked_for=http.trace, model=model))
         serve_station(
-            station, http, sockets, keys=keys, layer_timeout_s=config.layer_timeout_s, policy=config.policy,
-            metrics=StationMetrics(station.dispatcher, model=model), observers=traces, on_ready=on_ready,
+            station, http, sockets, keys=keys, layer_timeout_s=config.layer_timeout_s, policy=station.config.policy,
+            metrics=StationMetrics(station.dispatcher, model=model, preset=station.levers), observers=traces,
+            on_ready=on_ready,
         )  # fmt: skip
 
 
@@ -101,6 +103,7 @@ def local_fleet(
             demo_bundle("int4", model=demo, console=Console(stderr=True))
         manifest = load_manifest(config.bundle)
         configured_policy(config, manifest)
+        config = with_field_log(config)
         experts = spread_experts(manifest.dims.experts, nodes)
         log.info("loading %s; %d nodes write their logs to %s", manifest.source.name, len(experts), logs)
         started = stack.enter_context(local_nodes(config.bundle, address, logs, experts))

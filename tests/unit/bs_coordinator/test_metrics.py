@@ -97,7 +97,7 @@ def served(bundle: Path) -> Iterator[tuple[HttpSite, _Records]]:
         node_thread(bundle, broker.address, "b", "L*:E2-3"),
         open_base_station(BaseStationConfig(bundle=bundle, wire=WireDtype.FP32), broker.address) as station,
     ):
-        source = StationMetrics(station.dispatcher, model="random")
+        source = StationMetrics(station.dispatcher, model="random", preset={"preset": "exact", "wire": "fp32"})
         server = AnswerServer(
             Scheduler(station.model, max_live=2), station.new_sequence, max_waiting=0,
             dispatcher=station.dispatcher, observers=(records, source),

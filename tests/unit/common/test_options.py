@@ -42,6 +42,7 @@ COMMANDS: list[tuple[click.Group, str, list[str], dict[Any, dict[str, Any]]]] = 
 ]  # fmt: skip
 WITHOUT_OPTION = {
     "traffic",  # which file depends on the bundle
+    "given",  # the options themselves
     "skip",  # follows from the --session file
     *("min_tokens", "ignore_eos", "logprobs", "prompt_logprobs"),  # asked for over HTTP only
 }

@@ -1,0 +1,241 @@
+"""What a preset chooses, from measured links, memory and the model, with a reason for each choice. Pure.
+
+`exact` uses only what leaves tokens as they are. `fast` also uses what costs quality, within limits, on models on which
+that cost was measured. `field` uses nothing that depends on what is measured, so that two runs do the same.
+"""
+
+import statistics
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from bs_coordinator.config import BaseStationConfig, DraftMode, PresetName, ResidentConfig
+from bs_coordinator.presets.facts import Facts
+from bs_coordinator.presets.scores import INT8_WIRE, MOST_LOST_POINTS, MOST_PERPLEXITY, POLICIES, PolicyScore
+from common.config import config_fields
+from common.sizes import parse_bytes, readable_bytes
+from wire.tensors import WireDtype
+
+MEMORY_SHARE = 0.5
+"""Share of the free memory that experts may take: caches of answers and other programs grow later."""
+LEAST_SAVED_AIR = 0.01
+"""Share of a round trip that a smaller number format must save to be worth its cost in quality."""
+UNEVEN = 1.5
+"""How many times as long as the median the slowest link must take for a policy to have something to avoid. The links on
+which policies were measured have 3."""
+_MIB = 1 << 20
+
+
+class Lever(NamedTuple):
+    """One choice.
+
+    Attributes:
+        name: the option's, without dashes.
+        value: as the option would be written.
+        why: the reason.
+        quality: what it costs in quality; empty if answers stay as they are.
+    """
+
+    name: str
+    value: str
+    why: str
+    quality: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.value}: {self.why}" + (f"; quality: {self.quality}" if self.quality else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a preset has chosen.
+
+    Attributes:
+        config: with the choice in place of the preset's defaults.
+        levers: all choices, with reasons.
+    """
+
+    preset: PresetName
+    config: BaseStationConfig
+    levers: tuple[Lever, ...]
+
+    @property
+    def lines(self) -> list[str]:
+        """One line per choice, for people."""
+        return [f"preset {self.preset}: {lever}" for lever in self.levers]
+
+    @property
+    def values(self) -> dict[str, str]:
+        """Value by name, for programs."""
+        return {"preset": self.preset} | {lever.name: lever.value for lever in self.levers}
+
+
+def choose(preset: PresetName, config: BaseStationConfig, facts: Facts) -> Choice:
+    """Choose for all options of `config` that were not given.
+
+    Args:
+        preset: whose rules count.
+        config: what the user asks for.
+        facts: what is known about links, machine and model.
+    """
+    given = _given(config)
+    own = _given_levers(config, given)
+    chosen: dict[str, Lever] = {}
+    if preset == "field":
+        chosen = _reproducible()
+    else:
+        chosen["draft"] = Lever("draft", "auto", "drafts only where answers stay the same")
+        chosen["wire"], chosen["policy"] = _AS_SENT, Lever("policy", "topk", "the experts that the model chooses")
+        if preset == "fast":
+            # Most policies choose by what else is in a step, so that `auto` does not draft beside them.
+            drafts = own.get("draft", chosen["draft"]).value != "none" and facts.draft_model and not facts.why_no_drafts
+            chosen["policy"] = _policy(facts, drafts=drafts)
+            chosen["wire"] = _wire(facts)
+        wire = own.get("wire", chosen["wire"]).value
+        chosen["resident"] = _resident(facts, exactly=preset == "exact", wire=wire)
+        chosen["degrade"] = (
+            Lever("degrade", "no", "an answer without one of its experts would be another one, so it ends in an error")
+            if preset == "exact"
+            else Lever("degrade", "yes", "an answer goes on without a lost expert, and is marked")
+        )
+    levers = chosen | own
+    return Choice(preset, _applied(config, levers, given), tuple(levers.values()))
+
+
+_AS_SENT = Lever("wire", "fp16", "as without a preset; its rounding costs no perplexity that we could measure")
+
+
+def _reproducible() -> dict[str, Lever]:
+    levers = (
+        Lever("draft", "none", "each step computes one token, whatever was guessed before"),
+        Lever("wire", "fp16", "as without a preset"),
+        Lever("policy", "topk", "the experts that the model chooses, whatever is measured"),
+        Lever("resident", "none", "local experts would be exchanged as traffic changes"),
+        Lever("degrade", "yes", "an answer goes on without a lost expert, and is marked"),
+    )
+    return {lever.name: lever for lever in levers}
+
+
+def _policy(facts: Facts, *, drafts: bool) -> Lever:
+    """The policy that saves most waiting within the limit of quality."""
+
+    def topk(why: str) -> Lever:
+        return Lever("policy", "topk", why)
+
+    scores = POLICIES.get(facts.model_sha256)
+    if drafts:
+        return topk("drafts save more, and are checked exactly with topk only")
+    if not facts.scored:
+        return topk("how this model scores its experts is not known")
+    if scores is None:
+        return topk("no other policy's cost was measured on this model")
+    within = [score for score in scores if min(score.points) >= -MOST_LOST_POINTS]
+    if not within:
+        best = max(scores, key=lambda score: min(score.points))
+        return topk(f"{best.policy} loses {-min(best.points):.1f} points of accuracy on this model")
+    if not facts.links:
+        return topk("no link was measured, so there is nothing to choose by")
+    if (uneven := facts.unevenness) < UNEVEN:
+        return topk(f"the links are alike: the slowest takes {uneven:.1f} times as long as the median")
+    air = int(facts.shared_air)
+    best = max(within, key=lambda score: score.waits_less[air])
+    return Lever(
+        "policy", best.policy,
+        f"the slowest link takes {uneven:.1f} times as long as the median; measured with links like that: "
+        f"{best.waits_less[air]:.0%} less waiting",
+        _quality(best, air),
+    )  # fmt: skip
+
+
+def _quality(score: PolicyScore, air: int) -> str:
+    return f"{score.points[air]:+.1f} points of accuracy, {score.perplexity:+.1%} perplexity on this model"
+
+
+def _wire(facts: Facts) -> Lever:
+    """The number format with least time on the air within the limit of quality."""
+
+    def fp16(why: str) -> Lever:
+        return Lever("wire", "fp16", why)
+
+    rise = INT8_WIRE.get(facts.model_sha256)
+    if rise is None:
+        return fp16("the cost of int8 was not measured on this model")
+    if rise > MOST_PERPLEXITY:
+        return fp16(f"int8 costs {rise:.1%} perplexity on this model")
+    if not facts.links:
+        return fp16("no link was measured, so it is not known what int8 would save")
+    saved = statistics.median(saved_share(facts))
+    if saved < LEAST_SAVED_AIR:
+        return fp16(f"int8 would save {saved:.1%} of a round trip")
+    return Lever("wire", "int8", f"saves {saved:.1%} of a round trip", f"{rise:+.2%} perplexity on this model")
+
+
+def saved_share(facts: Facts) -> list[float]:
+    """For each link, the share of a layer's round trip that int8 on the wire saves compared with fp16."""
+    rows = facts.top_k if facts.shared_air else 1
+    shares = []
+    for link in facts.links:
+        fp16_ms, int8_ms = (
+            rows * link.row_ms(dtype.codec.row_bytes(facts.hidden)) for dtype in (WireDtype.FP16, WireDtype.INT8)
+        )
+        shares.append((fp16_ms - int8_ms) / (link.rtt_ms + fp16_ms))
+    return shares
+
+
+def _resident(facts: Facts, *, exactly: bool, wire: str) -> Lever:
+    """How much memory local experts get."""
+
+    def none(why: str) -> Lever:
+        return Lever("resident", "none", why)
+
+    if exactly and facts.other_arch:
+        return none(f"{facts.other_arch} has another kind of processor, which may round otherwise than this machine's")
+    if exactly and wire != "fp32" and facts.sums_units:
+        return none(
+            f"{facts.sums_units} holds several experts of a layer and rounds their sum, which local experts would not: "
+            "--wire fp32 avoids that"
+        )
+    budget = min(int(MEMORY_SHARE * facts.free_bytes), facts.all_experts_bytes) // _MIB * _MIB
+    if budget < facts.one_expert_bytes:
+        return none(f"half of the free memory ({readable_bytes(facts.free_bytes)}) has no room for one expert")
+    if budget + _MIB > facts.all_experts_bytes:
+        budget = -(-facts.all_experts_bytes // _MIB) * _MIB
+        why = "all experts fit into half of the free memory: nodes are asked where they are faster"
+    else:
+        why = f"{budget / facts.all_experts_bytes:.0%} of the experts, which fit into half of the free memory"
+    return Lever("resident", f"{budget // _MIB}M", why)
+
+
+def _given(config: BaseStationConfig) -> frozenset[str]:
+    """Names of the fields that the user set."""
+    changed = {
+        field.name
+        for field in config_fields(BaseStationConfig)
+        if field.option is not None and getattr(config, field.name) != field.default
+    }
+    resident = {"resident"} if config.resident is not None or "budget_bytes" in config.given else set()
+    return frozenset(changed) | config.given | resident
+
+
+def _given_levers(config: BaseStationConfig, given: frozenset[str]) -> dict[str, Lever]:
+    resident = f"{config.resident.budget_bytes // _MIB}M" if config.resident else "none"
+    values = {
+        "draft": config.draft,
+        "wire": config.wire.name.lower(),
+        "policy": config.policy,
+        "resident": resident,
+        "degrade": "yes" if config.degrade else "no",
+    }
+    return {name: Lever(name, value, "as given") for name, value in values.items() if name in given}
+
+
+def _applied(config: BaseStationConfig, levers: dict[str, Lever], given: frozenset[str]) -> BaseStationConfig:
+    draft: DraftMode = "none" if levers["draft"].value == "none" else "auto"
+    room = levers["resident"].value
+    resident = None if room == "none" else ResidentConfig(parse_bytes(room))
+    return replace(
+        config,
+        draft=config.draft if "draft" in given else draft,
+        wire=WireDtype.named(levers["wire"].value),
+        policy=levers["policy"].value,
+        resident=config.resident if "resident" in given else resident,
+        degrade=levers["degrade"].value == "yes",
+    )
