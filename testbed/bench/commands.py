@@ -30,12 +30,18 @@ def register(group: click.Group) -> None:
     "--out", type=click.Path(path_type=Path), default=Path("runs/bench.json"), show_default=True,
     help="File for the raw samples; plots and logs go into a folder beside it.",
 )  # fmt: skip
-def bench(broker: str, sections: tuple[str, ...], samples: int, out: Path) -> None:
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="For the section export: folder of the checkpoint.  [default: 0.7 GB of random weights]",
+)  # fmt: skip
+def bench(broker: str, sections: tuple[str, ...], samples: int, out: Path, checkpoint: Path | None) -> None:
     """Measure speeds as ratios to what the hardware allows."""
     from rich.console import Console
 
     from testbed.bench.rows import Settings
     from testbed.bench.run import run_bench
 
-    settings = Settings(broker=broker, samples=samples, folder=out.with_suffix(""), console=Console())
+    settings = Settings(
+        broker=broker, samples=samples, folder=out.with_suffix(""), console=Console(), checkpoint=checkpoint
+    )
     run_bench(settings, sections, out)

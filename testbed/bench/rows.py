@@ -25,6 +25,7 @@ class Settings:
         folder: folder for plots and logs.
         console: where to print.
         stays_awake: whether CPU idle states are disabled (`common.cpu_idle`).
+        checkpoint: folder of the checkpoint that the section `export` exports; None for a small one of random weights.
     """
 
     broker: str
@@ -32,6 +33,7 @@ class Settings:
     folder: Path
     console: Console
     stays_awake: bool = False
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,10 +29,7 @@ _SPECIAL = ("<|start|>", "<|end|>")
 def write_twin(
     out: Path, name: TwinName, *, layers: int | None, seed: int, progress: Callable[[int, int], None]
 ) -> int:
-    """Write the checkpoint into the new folder `out`; returns its bytes.
-
-    Weights are normally distributed bf16, scaled such that every matrix keeps the size of what it multiplies; norms
-    are 1. A tensor depends on the seed and its place only.
+    """Write a twin's checkpoint into the new folder `out`; returns its bytes.
 
     Args:
         layers: number of layers; None for all.
@@ -42,7 +39,24 @@ def write_twin(
         StorageError: `out` exists, can't be written or is too small.
         ValueError: the model does not have so many layers.
     """
-    config = {**CONFIGS[name], "num_hidden_layers": kept_layers(name, layers), "torch_dtype": "bfloat16"}
+    config = {**CONFIGS[name], "num_hidden_layers": kept_layers(name, layers)}
+    return write_checkpoint(out, config, seed=seed, progress=progress)
+
+
+def write_checkpoint(out: Path, config: dict[str, Any], *, seed: int, progress: Callable[[int, int], None]) -> int:
+    """Write a checkpoint of random weights into the new folder `out`; returns its bytes.
+
+    Weights are normally distributed bf16, scaled such that every matrix keeps the size of what it multiplies; norms
+    are 1. A tensor depends on the seed and its place only.
+
+    Args:
+        config: as in `CONFIGS`.
+        progress: called with the bytes written so far and in all.
+
+    Raises:
+        StorageError: `out` exists, can't be written or is too small.
+    """
+    config = {**config, "torch_dtype": "bfloat16"}
     if out.exists():
         raise StorageError(f"{out} exists: name a new folder")
     tensors = checkpoint_tensors(config)

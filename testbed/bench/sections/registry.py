@@ -17,5 +17,6 @@ SECTIONS: dict[str, str] = {
     "resident": "testbed.bench.sections.resident",
     "planner": "testbed.bench.sections.planner",
     "observers": "testbed.bench.sections.observers",
+    "export": "testbed.bench.sections.export",
 }
 """Module of each section, imported when the section runs: some need torch, or Linux as root."""
