@@ -21,6 +21,7 @@ from testbed.radio import commands as radio_commands
 from testbed.report import commands as report_commands
 from testbed.run_directory import commands as run_directory_commands
 from testbed.twin import commands as twin_commands
+from testbed.versus import commands as versus_commands
 from testbed.whole_shape import commands as whole_shape_commands
 from wire import __version__
 
@@ -42,6 +43,7 @@ report_commands.register(cli)
 archive_commands.register(cli)
 evaluation_commands.register(cli)
 bench_commands.register(cli)
+versus_commands.register(cli)
 twin_commands.register(cli)
 whole_shape_commands.register(cli)
 network_commands.register(cli)

@@ -13,6 +13,33 @@ from common.errors import WdmoeError
 from wire.broker_address import BrokerAddress
 
 
+def node_argv(
+    bundle: Path,
+    address: BrokerAddress,
+    node: str,
+    experts: str,
+    *,
+    cluster: str = "default",
+    threads: int = 1,
+    options: Sequence[str] = (),
+    python: Sequence[str] = (sys.executable,),
+) -> list[str]:
+    """The command of a node on this machine; the arguments are those of `LocalNodes.start`."""
+    return [
+        *(*python, "-m", "edge_node", "--bundle", str(bundle)),
+        *("--broker", str(address), "--id", node, "--experts", experts),
+        *("--cluster", cluster, "--threads", str(threads)),
+        # A broker beyond loopback is on an emulated network of this machine.
+        *([] if address.tls or address.on_loopback else ["--allow-plaintext"]),
+        *options,
+    ]
+
+
+def blas_threads(threads: int) -> dict[str, str]:
+    """Environment of a process that shares this machine with others: BLAS must not take every core."""
+    return {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
+
+
 class LocalNodes:
     """Node processes by node id; each writes its log to `<folder>/<id>.log`."""
 
@@ -48,14 +75,10 @@ class LocalNodes:
             environment: further environment variables.
         """
         self._started[node] = experts, threads, prefix
-        argv = [
-            *(*python, "-m", "edge_node", "--bundle", str(self.bundle)),
-            *("--broker", str(self.address), "--id", node, "--experts", experts),
-            *("--cluster", self.cluster, "--threads", str(threads)),
-            # A broker beyond loopback is on an emulated network of this machine.
-            *([] if self.address.tls or self.address.on_loopback else ["--allow-plaintext"]),
-            *options,
-        ]
+        argv = node_argv(
+            self.bundle, self.address, node, experts, cluster=self.cluster, threads=threads, options=options,
+            python=python,
+        )  # fmt: skip
         with self.log_path(node).open("ab") as log:
             self.processes[node] = subprocess.Popen(
                 [*prefix, *die_with_parent(argv)],
@@ -63,13 +86,7 @@ class LocalNodes:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                # All nodes share this machine: BLAS in one node must not take every core.
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": str(threads),
-                    "OPENBLAS_NUM_THREADS": str(threads),
-                    **(environment or {}),
-                },
+                env={**os.environ, **blas_threads(threads), **(environment or {})},
             )
 
     def restart(self, node: str) -> None:

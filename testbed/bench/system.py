@@ -109,7 +109,7 @@ def running(
         bundle=bundle, degrade=False, draft=draft, draft_model=draft_model, shared_air=links[0].shared_air
     )
     with atomic_write(spec) as file:
-        file.write(_spec(list(nodes), links).encode())
+        file.write(network_spec(list(nodes), links).encode())
     with (
         emulated(spec) as network,
         namespaces.inside(namespaces.namespace(network.spec.name, BASE_STATION)),
@@ -129,7 +129,8 @@ def running(
         yield System(network, station, processes)
 
 
-def _spec(nodes: Sequence[str], links: Sequence[Links]) -> str:
+def network_spec(nodes: Sequence[str], links: Sequence[Links]) -> str:
+    """Description of an emulated network of this process, with a profile for each of the links."""
     lines = [f"name: bench{os.getpid()}", f"nodes: [{', '.join(nodes)}]", "profiles:"]
     for one in links:
         rates = f"{{down_mbps: {one.mbps:g}, up_mbps: {one.mbps:g}, delay_ms: {one.rtt_ms / 2:g}}}"

@@ -114,6 +114,26 @@ def inside(name: str) -> Iterator[None]:
         os.close(home)
 
 
+def forward_between_nodes() -> None:
+    """Let this thread's namespace, the base station's, pass packets from node to node, as an access point does.
+
+    Without this nodes reach the base station only. With it each packet takes both nodes' links.
+
+    Raises:
+        NetworkError: the kernel refuses.
+    """
+    ipv4 = Path("/proc/sys/net/ipv4")
+    # It answers ARP requests for nodes on behalf of them, on the interface on which they arrive.
+    settings = {"ip_forward": "1", f"conf/{INTERFACE}/proxy_arp": "1", f"conf/{INTERFACE}/proxy_arp_pvlan": "1"}
+    # Nodes must not be told of a shorter way, which they lack.
+    settings |= {"conf/all/send_redirects": "0", f"conf/{INTERFACE}/send_redirects": "0"}
+    try:
+        for name, value in settings.items():
+            (ipv4 / name).write_text(value)
+    except OSError as error:
+        raise NetworkError(f"can't let nodes reach each other: {error.strerror or error}") from None
+
+
 def open_tap(name: str, address: str, prefix_bits: int, mac: str, *, mtu_bytes: int) -> int:
     """Make a TAP in a namespace and bring it up; closing the descriptor removes it.
 

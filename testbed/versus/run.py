@@ -1,0 +1,255 @@
+"""A run: all arms at once on one emulated network, which take turns answering the same prompts on the same links.
+
+Starting arms takes longer than asking them, so each is started once per kind of channel. Arms at rest send no more than
+heartbeats. The results are rewritten after each answer.
+"""
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from bs_coordinator.broker.processes import open_broker
+from common.cpu_idle import cpu_idle_disabled
+from common.errors import WdmoeError
+from common.files import atomic_write
+from testbed.bench.chat_prompts import CHAT_PROMPTS
+from testbed.bench.system import Links, network_spec
+from testbed.network.emulated import EmulatedNetwork, emulated
+from testbed.versus.arms import Peers, Place, make_arm
+from testbed.versus.client import Account, AnswerEndedError, Piece, chat_request, stream_answer
+from testbed.versus.floors import Shape
+from testbed.versus.programs import RunningArm, running_arm
+from testbed.versus.results import Answer, Failure, Results, Traffic, tables, write_results
+
+_LOADING = Links(0.2, 1000)
+"""Links while arms start, because some send the whole model to their workers then."""
+_WARM_UP_TOKENS = 8
+_REST_S = 2.0
+_TOKENS_BEFORE_KILL = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What to run.
+
+    Attributes:
+        shape, experts: of the bundle's model.
+        arms: names that `check_arm` accepts.
+        links: the arms are started anew when `shared_air` changes.
+        devices: ids of the devices besides the base station.
+        prompts: how many prompts.
+        tokens: longest answer.
+        threads: of each program.
+        deadline_s: silence after which an answer counts as hung.
+        start_s: longest wait for an arm to be ready.
+        kill: whether to kill a device at the end.
+        folder: for results and logs.
+    """
+
+    bundle: Path
+    draft_model: Path | None
+    shape: Shape
+    experts: int
+    arms: Sequence[str]
+    links: Sequence[Links]
+    devices: Sequence[str]
+    prompts: int
+    tokens: int
+    threads: int
+    deadline_s: float
+    start_s: float
+    kill: bool
+    folder: Path
+    console: Console
+
+
+def run_versus(settings: Settings, peers: Peers) -> None:
+    """Measure, write results to the folder, and print the tables.
+
+    Raises:
+        WdmoeError: no arm made an answer; the message says why the first failed.
+    """
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    with cpu_idle_disabled() as stays_awake:
+        results = Results(_parameters(settings, stays_awake=stays_awake), list(settings.arms))
+        kill = settings.kill
+        for shared_air, links in itertools.groupby(settings.links, key=lambda one: one.shared_air):
+            _Channel(settings, peers, results, list(links), shared_air).measure(kill=kill)
+            kill = False
+    write_results(results, settings.folder)
+    settings.console.print(tables(results), highlight=False, markup=False, soft_wrap=True)
+    if not any(answer.complete for answer in results.answers):
+        raise WdmoeError(f"no arm made an answer: {results.failures[0].arm}: {results.failures[0].why}")
+
+
+def _parameters(settings: Settings, *, stays_awake: bool) -> dict[str, object]:
+    return {
+        "bundle": settings.bundle.name, "shape": settings.shape._asdict(), "experts": settings.experts,
+        "links": [{"profile": one.profile, **one._asdict()} for one in settings.links],
+        "devices": len(settings.devices), "prompts": list(CHAT_PROMPTS[: settings.prompts]), "tokens": settings.tokens,
+        "threads": settings.threads, "deadline_s": settings.deadline_s, "start_s": settings.start_s,
+        "stays_awake": stays_awake,
+    }  # fmt: skip
+
+
+class _Channel:
+    """All that is measured on one kind of channel."""
+
+    def __init__(
+        self, settings: Settings, peers: Peers, results: Results, links: Sequence[Links], shared_air: bool
+    ) -> None:
+        self._settings = settings
+        self._peers = peers
+        self._results = results
+        self._links = links
+        self._shared_air = shared_air
+
+    def measure(self, *, kill: bool) -> None:
+        """Start all arms, ask them in turns, measure their memory, and kill a device of each."""
+        with self._site() as (network, place), ExitStack() as stack:
+            self._network = network
+            running = self._start(place, stack)
+            network.set_profile(self._links[0].profile)
+            self._results.rest_bytes_per_s[self._links[0].profile] = self._at_rest()
+            for prompt in range(self._settings.prompts):
+                for turn, links in enumerate(self._links, prompt):
+                    network.set_profile(links.profile)
+                    names = list(running)
+                    # Another arm begins each time.
+                    for name in names[turn % max(1, len(names)) :] + names[: turn % max(1, len(names))]:
+                        if not self._ask(running[name], links, prompt):
+                            del running[name]
+            for name, arm in running.items():
+                self._results.memory.setdefault(name, arm.memory())
+            write_results(self._results, self._settings.folder)
+            if kill:
+                network.set_profile(self._links[0].profile)
+                for arm in running.values():
+                    if arm.arm.workers:
+                        self._ask(arm, self._links[0], 0, kill=arm.arm.workers[0].device)
+
+    @contextmanager
+    def _site(self) -> Iterator[tuple[EmulatedNetwork, Place]]:
+        """The network and a broker; this thread is on the base station meanwhile."""
+        # Imported here because it needs Linux and pyroute2.
+        from testbed.network import namespaces
+        from testbed.network.daemon import BASE_STATION
+
+        settings = self._settings
+        spec = settings.folder / "network.yaml"
+        with atomic_write(spec) as file:
+            file.write(network_spec(settings.devices, [_LOADING, *self._links]).encode())
+        with (
+            emulated(spec) as network,
+            namespaces.inside(namespaces.namespace(network.spec.name, BASE_STATION)),
+            open_broker("mosquitto", host=network.bs_address) as broker,
+        ):
+            # Workers of distributed-llama send to each other.
+            namespaces.forward_between_nodes()
+            yield network, Place(
+                bundle=settings.bundle, draft_model=settings.draft_model, shape=settings.shape,
+                experts=settings.experts, addresses={node: network.node_address(node) for node in settings.devices},
+                broker=broker, shared_air=self._shared_air, threads=settings.threads, start_s=settings.start_s,
+            )  # fmt: skip
+
+    def _start(self, place: Place, stack: ExitStack) -> dict[str, RunningArm]:
+        """Start all arms; those that fail are recorded."""
+        running: dict[str, RunningArm] = {}
+        for number, name in enumerate(self._settings.arms):
+            arm = make_arm(name, number, place, self._peers)
+            for links in self._links:
+                floor = None if arm.floor is None else arm.floor(links)
+                self._results.floors_ms.setdefault(links.profile, {})[name] = floor
+            self._say(f"starting {name}")
+            folder = self._settings.folder / "logs" / ("shared" if self._shared_air else "dedicated") / name
+            try:
+                one = stack.enter_context(
+                    running_arm(
+                        arm, self._prefix, folder, threads=self._settings.threads, start_s=self._settings.start_s
+                    )
+                )
+                list(self._stream(one, 0, _WARM_UP_TOKENS, Account()))
+            except AnswerEndedError as error:
+                self._give_up(name, self._links[0], f"{error.outcome}: {error}; {one.last_words()}")
+            except WdmoeError as error:
+                self._give_up(name, self._links[0], str(error))
+            else:
+                running[name] = one
+        return running
+
+    def _prefix(self, device: str) -> Sequence[str]:
+        """Words before a command; this thread is on the base station already."""
+        return self._network.prefix(device) if device in self._settings.devices else ()
+
+    def _ask(self, running: RunningArm, links: Links, prompt: int, *, kill: str = "") -> bool:
+        """Measure one answer; returns whether the arm can go on.
+
+        Args:
+            kill: device to kill during the answer; empty for none.
+        """
+        pieces: list[Piece] = []
+        account = Account()
+        first = last = Traffic()
+        outcome, why = "finished", ""
+        try:
+            for piece in self._stream(running, prompt, self._settings.tokens, account):
+                pieces.append(piece)
+                if len(pieces) == 1:
+                    first = self._traffic()
+                if kill and len(pieces) == _TOKENS_BEFORE_KILL:
+                    running.kill(kill)
+        except AnswerEndedError as error:
+            outcome, why = error.outcome, f"{error}; {running.last_words()}"
+        last = self._traffic()
+        if account.degraded_tokens:
+            outcome, why = (
+                ("degraded" if outcome == "finished" else outcome),
+                why or f"{account.degraded_tokens} tokens",
+            )
+        answer = Answer(
+            arm=running.arm.name, profile=links.profile, prompt=prompt, outcome=outcome, why=why,
+            pieces=[piece.text for piece in pieces], at_ms=[1e3 * piece.at_s for piece in pieces],
+            prompt_tokens=account.prompt_tokens, traffic=last.since(first) if pieces else Traffic(), killed=kill,
+        )  # fmt: skip
+        self._results.answers.append(answer)
+        self._say(
+            f"{links.profile}, prompt {prompt + 1}, {answer.arm}: {len(pieces)} tokens, "
+            + (f"{answer.tpot_ms:.1f} ms each, " if len(pieces) > 1 else "")
+            + (f"{kill} killed, " if kill else "")
+            + " ".join(filter(None, (outcome, why)))
+        )
+        fine = outcome in ("finished", "degraded")
+        if not fine and not kill:
+            self._give_up(answer.arm, links, f"{outcome}: {why}")
+        write_results(self._results, self._settings.folder)
+        return fine
+
+    def _stream(self, running: RunningArm, prompt: int, tokens: int, account: Account) -> Iterator[Piece]:
+        request = chat_request(CHAT_PROMPTS[prompt], tokens)
+        return stream_answer(running.arm.port, request, account, deadline_s=self._settings.deadline_s)
+
+    def _give_up(self, name: str, links: Links, why: str) -> None:
+        self._results.failures.append(Failure(name, links.profile, why))
+        self._say(f"{name} is given up: {why}")
+
+    def _at_rest(self) -> float:
+        before = self._traffic()
+        time.sleep(_REST_S)
+        passed = self._traffic().since(before)
+        return (passed.down_bytes + passed.up_bytes) / _REST_S
+
+    def _traffic(self) -> Traffic:
+        """What the relay has carried over all links so far."""
+        nodes = self._network.status().nodes
+        return Traffic(
+            sum(node.down.sent_bytes for node in nodes), sum(node.up.sent_bytes for node in nodes),
+            sum(node.down.sent_frames for node in nodes), sum(node.up.sent_frames for node in nodes),
+        )  # fmt: skip
+
+    def _say(self, line: str) -> None:
+        self._settings.console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
