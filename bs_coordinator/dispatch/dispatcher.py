@@ -137,7 +137,6 @@ class Dispatcher:
         self.links = links or LinkMonitor()
         self.health = Health()
         self.clock = clock
-        self._dtype = dtype
         self._sender = RequestSender(
             transport, topics, self.links,
             hidden=registry.dims.hidden, dtype=dtype, timeout_s=timeout_s, cluster_key=cluster_key,
@@ -181,7 +180,6 @@ class Dispatcher:
             recover=self._reconnector.recover,
             prober=self._prober,
             guard=OutputGuard(probe_gains or [0.0] * registry.dims.layers),
-            dtype=dtype,
             clock=clock,
         )
         self._done: list[_Done] = []
@@ -203,11 +201,16 @@ class Dispatcher:
             AnswerError: the hidden states are not finite, or too large for the wire's dtype.
             BrokerError: the connection is lost and can't be restored in time.
         """
-        if not all_below(hidden, self._dtype.codec.limit):
-            raise AnswerError(_describe_overflow(layer, float(np.abs(hidden).max()), self._dtype))
+        if not all_below(hidden, self._sender.dtype.codec.limit):
+            raise AnswerError(_describe_overflow(layer, float(np.abs(hidden).max()), self._sender.dtype))
         if self.local is not None and gate.shape[1] == self.registry.dims.experts:
             self.local.observe(layer, gate)
         return self._begin(self._requests(layer, hidden, gate, self._limits))
+
+    def use_wire(self, dtype: WireDtype) -> None:
+        """Encode hidden states so from the next layer on; no layer may be under way. Local experts round as before."""
+        self._sender.use(dtype)
+        self._limits = self._limits._replace(max_tokens=self._sender.max_tokens)
 
     def apply(self, layer: int, hidden: Array, gate: Array) -> ExpertOutput:
         """Send a layer's requests, wait for the answers and add them up.

@@ -90,7 +90,6 @@ class RequestLoop:
         recover: Callable[[BrokerError], None],
         prober: Prober,
         guard: OutputGuard,
-        dtype: WireDtype,
         clock: Clock,
     ) -> None:
         """No layer is under way yet.
@@ -100,7 +99,6 @@ class RequestLoop:
             recover: replaces a lost connection, or raises.
             prober: pings nodes that are left out or silent.
             guard: judges how large answers are.
-            dtype: of requests on the wire, and so of answers.
         """
         self.open: list[LayerRequests] = []
         self.resent: Counter[str] = Counter()
@@ -112,7 +110,6 @@ class RequestLoop:
         self._local = local
         self._recover = recover
         self._prober = prober
-        self._dtype = dtype
         self._clock = clock
         self._guard = guard
         self._polled_s = self._heard_s = self._now_s()
@@ -297,10 +294,10 @@ class RequestLoop:
 
     def _overflow(self, sub: SubRequest, why: str) -> NotFiniteReceived:
         """A result with infinities: a node refuses to send them, so they come from rounding to the wire's dtype."""
-        if self._dtype is WireDtype.FP32:
+        if self._sender.dtype is WireDtype.FP32:
             return NotFiniteReceived(sub, why)
         return NotFiniteReceived(
-            sub, f"an output is too large for {self._dtype.name.lower()} on the wire", on_wire=True
+            sub, f"an output is too large for {self._sender.dtype.name.lower()} on the wire", on_wire=True
         )
 
     def _find(self, node: str, id: RequestId) -> tuple[LayerRequests, SubRequest] | None:
@@ -326,8 +323,8 @@ class RequestLoop:
             tokens, hidden = frame.output.shape
             why = f"{tokens} × {hidden} values of layer {frame.layer} instead of {len(rows)} × {rows.shape[1]}"
             self._handle(layer, NonsenseReceived(sub, "wrong shape", why))
-        elif frame.dtype is not self._dtype:
-            why = f"values in {frame.dtype.name.lower()} instead of {self._dtype.name.lower()}"
+        elif frame.dtype is not self._sender.dtype:
+            why = f"values in {frame.dtype.name.lower()} instead of {self._sender.dtype.name.lower()}"
             self._handle(layer, NonsenseReceived(sub, "wrong dtype", why))
         else:
             gain = largest_gain(rows, frame.output)

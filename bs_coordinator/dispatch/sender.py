@@ -38,6 +38,7 @@ class RequestSender:
 
     Attributes:
         transport: the current connection.
+        dtype: of hidden states on the wire, of requests and so of answers.
         max_tokens: most rows of one request.
         frame_bytes: length of a request and of an answer without rows.
         row_bytes: what each row adds to a request and to an answer.
@@ -66,19 +67,24 @@ class RequestSender:
             boot_id: gives the boot id of a node's last status.
         """
         self.transport = transport
-        self.max_tokens = frames.max_tokens(hidden, dtype)
-        row_bytes = dtype.codec.row_bytes(hidden)
         self.frame_bytes = frames.HEADER_BYTES, frames.RESULT_BYTES
-        self.row_bytes = row_bytes + frames.ROW_BYTES, row_bytes
+        self._hidden = hidden
+        self.use(dtype)
         self._topics = topics
         self._links = links
-        self._dtype = dtype
         self._timeout_s = timeout_s
         self._cluster_key = cluster_key
         self._boot_id = boot_id
         self._clock = clock
         self._session = secrets.randbits(64)
         self._next_request = 0
+
+    def use(self, dtype: WireDtype) -> None:
+        """Encode hidden states so from the next request on."""
+        row_bytes = dtype.codec.row_bytes(self._hidden)
+        self.dtype = dtype
+        self.max_tokens = frames.max_tokens(self._hidden, dtype)
+        self.row_bytes = row_bytes + frames.ROW_BYTES, row_bytes
 
     def new_id(self) -> RequestId:
         """The id of a new request."""
@@ -116,7 +122,7 @@ class RequestSender:
                 deadline_ms=int(self._timeout_s * 1000),
                 experts=request.experts,
                 hidden=layer.rows(request),
-                dtype=self._dtype,
+                dtype=self.dtype,
             )
             payload = frames.encode(frame, authenticator=self.authenticator(request.node))
             published.append(Published(sub, frame.id, len(payload), self._clock.perf_ns()))

@@ -11,6 +11,7 @@ from bs_coordinator.selection.survivors import Survivors
 from common.options import Command
 from exporter.demo_model.assembly import DEFAULT_MODEL, DEMO_MODELS
 from testbed.evaluation.variants import VARIANTS
+from wire.tensors import WireDtype
 
 _PATH = click.Path(path_type=Path)
 
@@ -61,6 +62,10 @@ def register(group: click.Group) -> None:
     help="Compute each choice with its question in a step of its own, as a server does for lm-eval; slower.",
 )
 @click.option(
+    "--wire", type=click.Choice([dtype.name.lower() for dtype in WireDtype]), default="fp32", show_default=True,
+    help="Round hidden states as if they were sent to nodes and back in this format.",
+)  # fmt: skip
+@click.option(
     "--threads", type=click.IntRange(1), default=os.cpu_count() or 1, show_default="all cores",
     help="Threads per expert.",
 )  # fmt: skip
@@ -69,7 +74,7 @@ def register(group: click.Group) -> None:
 def quality(
     data: Path, items: int, texts: int, tokens: int, variants: tuple[str, ...], bundles: tuple[Path, ...], model: str,
     policies: tuple[str, ...], rules: tuple[str, ...], tasks: tuple[str, ...], lost: tuple[int, ...],
-    separately: bool, threads: int, device: str | None, out: Path,
+    separately: bool, wire: str, threads: int, device: str | None, out: Path,
 ) -> None:  # fmt: skip
     """Measure perplexity and accuracy of each quantisation and policy."""
     from rich.console import Console
@@ -87,13 +92,17 @@ def quality(
         found = measure_quality(
             bundle, data, items=items, texts_per_domain=texts, tokens=tokens, tasks=tasks, threads=threads,
             policies=with_rules(policies, rules), lost=lost, separately=separately, device=device,
+            wire=WireDtype.named(wire),
         )  # fmt: skip
         try:
             for row in found:
                 rows.append(row)
                 write_quality(
                     rows, out,
-                    {"items": items, "texts_per_domain": texts, "tokens": tokens, "separately": separately},
+                    {
+                        "items": items, "texts_per_domain": texts, "tokens": tokens, "separately": separately,
+                        "wire": wire,
+                    },
                 )  # fmt: skip
                 print_quality(rows[-1:], console)
         except ValueError as error:

@@ -28,6 +28,7 @@ from testbed.evaluation.scoring import EachAlone, choose, losses
 from testbed.plan.schema import Form
 from testbed.statistics import wilson_interval
 from wire.manifest import load_manifest
+from wire.tensors import WireDtype
 
 TASKS = {"ARC-Easy": "arc_easy_test.jsonl", "PIQA": "piqa_valid.jsonl"}
 MORE_TASKS = {"HellaSwag": "hellaswag_val.jsonl"}
@@ -77,7 +78,7 @@ class Quality:
 def measure_quality(
     bundle: Path, data: Path, *, items: int, texts_per_domain: int, tokens: int, threads: int,
     tasks: Collection[str] = TASKS, policies: Sequence[str] = ("topk",), lost: Sequence[int] = (),
-    separately: bool = False, device: str | None = None,
+    separately: bool = False, device: str | None = None, wire: WireDtype = WireDtype.FP32,
 ) -> Iterator[Quality]:  # fmt: skip
     """Evaluate one bundle under one policy after the other.
 
@@ -93,6 +94,7 @@ def measure_quality(
         lost: indices of experts to leave out in every layer, as after the loss of nodes without replicas.
         separately: compute each choice in a step of its own (`choose`).
         device: what computes the experts (`LocalExperts`).
+        wire: hidden states are rounded as if they were sent in this format.
 
     Raises:
         WdmoeError: the bundle or the data can't be used, or all experts are lost.
@@ -100,7 +102,7 @@ def measure_quality(
     """
     manifest = load_manifest(bundle)
     tokenizer = Tokenizer(bundle / "trunk")
-    experts = LocalExperts(bundle, threads=threads, device=device)
+    experts = LocalExperts(bundle, threads=threads, wire=wire, device=device)
     experts.lost = frozenset(lost)
     experts.forecasts = partial(uneven_links, experts=manifest.dims.experts)
     top_k = manifest.dims.top_k
@@ -170,7 +172,7 @@ def print_quality(rows: Sequence[Quality], console: Console) -> None:
     console.print(table)
 
 
-def write_quality(rows: Sequence[Quality], path: Path, parameters: dict[str, int | bool]) -> None:
+def write_quality(rows: Sequence[Quality], path: Path, parameters: dict[str, int | bool | str]) -> None:
     """Write all results and parameters as one JSON document."""
     with atomic_write(path) as file:
         document = {"parameters": parameters, "rows": [asdict(row) for row in rows]}

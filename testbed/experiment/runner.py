@@ -190,7 +190,7 @@ def _run_cell(run: RunDir, systems: "_Systems", cell: Cell, attempt: int) -> Mar
         system.base_station.dispatcher.measure_clocks(_CLOCKS_S)
         recorder.take_clocks("before")
         warm_up(system, plan.warm_up_tokens, recorder)
-    run_workload(system, workload, cell, recorder)
+    run_workload(system, plan, cell, recorder)
     recorder.sample()
     if system.base_station:
         system.base_station.dispatcher.measure_clocks(_CLOCKS_S)
@@ -345,6 +345,7 @@ class _Systems:
         if system.base_station:
             nodes = system.base_station.dispatcher.registry.nodes
             ready |= {
+                "levers": system.base_station.levers,
                 "broker_ms": system.base_station.broker_ms,
                 "nodes_ms": system.base_station.nodes_ms,
                 "machines": {node: msgspec.to_builtins(status.machine) for node, status in sorted(nodes.items())},

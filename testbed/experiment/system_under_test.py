@@ -31,7 +31,9 @@ from testbed.local_nodes import local_nodes
 from testbed.plan.schema import Plan
 from testbed.run_directory.directory import BundleFacts
 from wire.broker_address import BrokerAddress
-from wire.tensors import WireDtype
+
+_SET_BY_PLANS = frozenset({"policy", "degrade", "draft"})
+"""Fields that no preset changes: policies are the arms of a run, and a lost expert fails its cell."""
 
 
 class ObservedModel(DistributedModel):
@@ -116,7 +118,9 @@ def distributed_system(
     config = BaseStationConfig(
         bundle=Path(bundle.path),
         cluster=outside.cluster if outside else "default",
-        wire=WireDtype.named(plan.wire),
+        preset=plan.preset,
+        given=_SET_BY_PLANS | ({"wire"} if plan.wire else set()),
+        wire=plan.wire_dtype,
         nodes_timeout_s=plan.nodes_timeout_s,
         layer_timeout_s=plan.layer_timeout_s,
         degrade=False,
@@ -156,8 +160,7 @@ def in_process_system(plan: Plan, bundle: BundleFacts, device: str | None = None
     """
     folder = Path(bundle.path)
     trunk = load_trunk(folder / "trunk")
-    wire = WireDtype.named(plan.wire)
-    experts = LocalExperts(folder, threads=torch.get_num_threads(), wire=wire, device=device)
+    experts = LocalExperts(folder, threads=torch.get_num_threads(), wire=plan.wire_dtype, device=device)
     model = ObservedModel(trunk, experts, TopK(bundle.top_k))
     return SystemUnderTest(model, Tokenizer(folder / "trunk"), None, local=experts)
 

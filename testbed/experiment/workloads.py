@@ -19,7 +19,7 @@ from testbed.evaluation.scoring import EachAlone, choose, losses, score_last_wor
 from testbed.experiment.recorder import Recorder
 from testbed.experiment.system_under_test import SystemUnderTest
 from testbed.plan.cells import Cell
-from testbed.plan.schema import Choice, Generate, Items, LastWord, Perplexity, Workload
+from testbed.plan.schema import Choice, Generate, Items, LastWord, Perplexity, Plan
 from testbed.run_directory.result_tables import (
     ANSWERS,
     CHOICES,
@@ -42,15 +42,17 @@ def warm_up(system: SystemUnderTest, tokens: int, recorder: Recorder) -> None:
         _answer(system, -1, -1, _WARM_UP_PROMPT, SamplingConfig(max_tokens=tokens), None, recorder)
 
 
-def run_workload(system: SystemUnderTest, workload: Workload, cell: Cell, recorder: Recorder) -> None:
+def run_workload(system: SystemUnderTest, plan: Plan, cell: Cell, recorder: Recorder) -> None:
     """Run the whole workload of a cell.
 
     Raises:
         WdmoeError: the model failed, or the data can't be used.
     """
+    workload = plan.workload(cell.workload)
     if isinstance(workload, Generate):
         # What speculation learnt with one policy must not help the next.
-        speculation = system.base_station.speculation.restarted(workload.draft) if system.base_station else None
+        draft = plan.draft_of(workload)
+        speculation = system.base_station.speculation.restarted(draft) if system.base_station else None
         for answer, (number, prompt) in enumerate(workload.prompts_of(cell.repetition)):
             config = SamplingConfig(
                 max_tokens=workload.max_tokens,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from bs_coordinator.config import DraftMode
+from bs_coordinator.config import DraftMode, PresetName
 from testbed.plan.limits import RunLimits, Seconds
 from testbed.prompts import PROMPTS
 from wire.broker_url import Access
@@ -69,7 +69,8 @@ class Generate(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, ta
             prompts if not set.
         max_tokens: most tokens per answer.
         seed: seed of sampling; each repetition adds its number.
-        draft: how draft tokens are made (`bs_coordinator.engine.speculation`); answers don't depend on it.
+        draft: how draft tokens are made (`bs_coordinator.engine.speculation`); answers don't depend on it. If not set,
+            as the plan's preset says, and not at all without one.
         repetitions: overrides the plan's.
     """
 
@@ -80,7 +81,7 @@ class Generate(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, ta
     temperature: Annotated[float, Meta(ge=0, le=10)] = 0.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     seed: Seed = 0
-    draft: DraftMode = "none"
+    draft: DraftMode | None = None
     repetitions: Count | None = None
 
     @property
@@ -222,8 +223,10 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             says.
         baseline: policy that others are compared with; by default `topk` if the plan has it, else the first policy.
         broker: broker to start; `auto` is mosquitto if it is installed, else the embedded one.
-        wire: wire dtype of hidden states.
-        resident: RAM for local experts on the base station, such as `200M`.
+        preset: chooses `wire`, `resident` and drafts where they are not set (`bs_coordinator.presets`), each time that
+            the system starts; policies are always the plan's.
+        wire: wire dtype of hidden states; if not set, the preset's or fp16.
+        resident: RAM for local experts on the base station, such as `200M`; if not set, the preset's or none.
         attempts: attempts before a cell counts as failed.
         layer_timeout_s: deadline for the answers of one layer.
         nodes_timeout_s: deadline for the nodes to become ready.
@@ -252,7 +255,8 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     shared_air: bool | None = None
     baseline: str | None = None
     broker: Literal["auto", "mosquitto", "embedded"] = "auto"
-    wire: WireName = "fp16"
+    preset: PresetName | None = None
+    wire: WireName | None = None
     resident: str | None = None
     attempts: Count = 2
     layer_timeout_s: Seconds = 30.0
@@ -278,8 +282,17 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     @property
     def draft(self) -> DraftMode:
         """Draft mode of the base station: that of the most demanding workload."""
-        wanted = {w.draft for w in self.workloads if isinstance(w, Generate)}
+        wanted = {self.draft_of(w) for w in self.workloads if isinstance(w, Generate)}
         return next((mode for mode in ("dense", "auto", "ngram") if mode in wanted), "none")
+
+    def draft_of(self, workload: Generate) -> DraftMode:
+        """Draft mode of a workload."""
+        return workload.draft or ("auto" if self.preset in ("fast", "exact") else "none")
+
+    @property
+    def wire_dtype(self) -> WireDtype:
+        """Wire dtype that the plan asks for; a preset may choose another one if `wire` is not set."""
+        return WireDtype.named(self.wire or "fp16")
 
     @property
     def profile_names(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from testbed.plan.estimate import describe, estimate
 from testbed.plan.reading import at_most, read_plan
 from testbed.plan.schema import Generate, Items, Perplexity, Plan
 from tests.in_process import run_in_process
+from wire.tensors import WireDtype
 
 POLICIES = ("topk", "top1", "topk:k=3", "topk:k=4")
 
@@ -238,3 +239,19 @@ def test_bundles_of_the_demo_models_by_name(name: str, demo: tuple[str, str, int
 def test_other_names_of_bundles_are_refused(name: str) -> None:
     with pytest.raises(PlanError, match=r"is neither a folder .* qwen3-moe- in front of it"):
         named_demo_bundle(name)
+
+
+def test_a_preset_decides_what_the_plan_leaves_open(tmp_path: Path) -> None:
+    text = "name: p\npolicies: [topk]\nworkloads: [{kind: generate}, {kind: generate, name: plain, draft: none}]\n"
+    for preset, drafts in ((None, "none"), ("fast", "auto"), ("exact", "auto"), ("field", "none")):
+        path = tmp_path / "plan.yaml"
+        path.write_text(text + (f"preset: {preset}\n" if preset else ""))
+        plan = read_plan(path)
+        first, plain = (plan.workload(name) for name in ("generate", "plain"))
+        assert isinstance(first, Generate)
+        assert isinstance(plain, Generate)
+        assert (plan.draft_of(first), plan.draft_of(plain), plan.draft) == (drafts, "none", drafts)
+        assert (plan.wire, plan.wire_dtype) == (None, WireDtype.FP16)
+    path.write_text(f"{text}preset: quick\n")
+    with pytest.raises(PlanError, match=r"Invalid enum value 'quick'.*preset"):
+        read_plan(path)
