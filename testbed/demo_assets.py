@@ -10,6 +10,7 @@ from exporter.bundle.bundle import export_bundle
 from exporter.config import ExportConfig
 from exporter.demo_model.assembly import DEFAULT_MODEL, DEMO_MODELS, assemble_demo_model, demo_model_path
 from exporter.draft.draft import export_draft
+from exporter.draft.draft_graph import CHOICES
 from exporter.expert.presets import DEFAULT_BLOCK
 from wire.draft import DRAFT_NAME
 from wire.manifest import Quantisation, Scheme
@@ -43,7 +44,8 @@ def demo_bundle(
 
 def demo_draft(*, console: Console | None = None) -> Path:
     """Folder of the demo models' dense base as a draft model, which suits all their bundles; made if missing."""
-    folder = user_path("cache") / "drafts" / DEMO_MODELS[DEFAULT_MODEL].name
+    # Graphs of earlier versions, without choices, are in a folder without the number.
+    folder = user_path("cache") / "drafts" / f"{DEMO_MODELS[DEFAULT_MODEL].name}-{CHOICES}"
     if not (folder / DRAFT_NAME).is_file():
         with user_folder("cache"), show_progress("draft model", console or _quiet()) as progress:
             export_draft(folder, progress=progress)

@@ -13,6 +13,7 @@ from torch import Tensor
 from bs_coordinator.engine.experts import ExpertOutput, Experts, LargestAnswer, Pending, Ready
 from bs_coordinator.engine.micro_batch import Choice, LayerTally, MicroBatch
 from bs_coordinator.engine.step_records import StepRecord
+from bs_coordinator.engine.waiting import NoListener, WaitListener
 from bs_coordinator.errors import AnswerError, ExpertsLostError, PlacementError
 from bs_coordinator.selection import Policy, Routing
 from bs_coordinator.selection.degraded import gate_of_slices, select_available, select_wanted
@@ -70,15 +71,19 @@ class DistributedModel:
         self.degrade = degrade
         self._quarantine = quarantine
         self._acquit = acquit
+        self._waits: WaitListener = NoListener()
 
     @torch.inference_mode()
-    def step(self, inputs: Sequence[SequenceInput], *, all_logits: bool = False) -> tuple[list[Tensor], StepRecord]:
+    def step(
+        self, inputs: Sequence[SequenceInput], *, all_logits: bool = False, waits: WaitListener | None = None
+    ) -> tuple[list[Tensor], StepRecord]:
         """Advance several sequences by one step, with one expert request per layer for all of them together, or one
         per piece where inputs are longer than `piece_tokens`.
 
         Args:
             inputs: at least one sequence's new tokens.
             all_logits: return the logits of all tokens.
+            waits: told when nodes are awaited.
 
         Returns:
             For each input its logits, fp32 on the CPU: [1, vocab] for the last token, [tokens, vocab] with
@@ -90,6 +95,8 @@ class DistributedModel:
         """
         marks = [self.trunk.mark(sequence.cache) for sequence in inputs]
         accused: list[str] = []
+        if waits is not None:
+            self._waits = waits
         try:
             for _ in range(_MOST_REPEATS):
                 try:
@@ -107,6 +114,9 @@ class DistributedModel:
                 if self._acquit is not None:
                     self._acquit(node)
             raise
+        finally:
+            self._waits.step_ends()
+            self._waits = NoListener()
 
     def _restore(self, inputs: Sequence[SequenceInput], marks: Sequence[CacheMark]) -> None:
         # Layers before a failure have already changed the caches. The stack restores every cache, even if one of them
@@ -206,10 +216,13 @@ class DistributedModel:
         """Wait for a layer's experts and add their output to the residual stream."""
         began_ns = perf_counter_ns()
         assert batch.pending is not None  # noqa: S101 - set by _ask_experts
+        self._waits.wait_begins()
         try:
             combined = batch.pending.result()
         except _LOST as lost:
             combined = self._ask_remaining(layer, batch, lost)
+        finally:
+            self._waits.wait_ends()
         batch.pending = None
         batch.trunk_pass.add(combined.output)
         tally.dispatch_ns += perf_counter_ns() - began_ns

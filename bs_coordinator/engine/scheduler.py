@@ -11,7 +11,6 @@ from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.sequence import PREFILL_CHUNK_TOKENS, GeneratedAnswer, TokenEvent
 from bs_coordinator.engine.step_records import StepRecord
 from bs_coordinator.errors import AnswerError
-from bs_coordinator.selection import Policy
 from bs_coordinator.trunk.inputs import SequenceInput
 from common.errors import WdmoeError, one_line
 
@@ -124,11 +123,13 @@ class Scheduler:
         self._turns.append(turn)
         return [answer for answer in self._live if id(answer.policy) == turn]
 
-    def _step(self, inputs: Sequence[SequenceInput], policy: Policy | None) -> tuple[list[Tensor], StepRecord]:
+    def _step(
+        self, inputs: Sequence[SequenceInput], answers: Sequence[GeneratedAnswer]
+    ) -> tuple[list[Tensor], StepRecord]:
         own = self._model.policy
-        self._model.policy = policy or own
+        self._model.policy = answers[0].policy or own
         try:
-            return self._model.step(inputs)
+            return self._model.step(inputs, waits=answers[0].ahead if len(answers) == 1 else None)
         finally:
             self._model.policy = own
 
@@ -136,7 +137,7 @@ class Scheduler:
         """Step the chosen answers together, or each alone if that fails."""
         answers = [answer for answer, _ in chosen]
         try:
-            logits, record = self._step([inputs for _, inputs in chosen], answers[0].policy)
+            logits, record = self._step([inputs for _, inputs in chosen], answers)
         except Exception as error:  # noqa: BLE001 - libraries raise anything
             if len(answers) == 1:
                 return [Progress(answers[0], [], _as_answer_error(error))]
@@ -151,7 +152,7 @@ class Scheduler:
 
     def _run_alone(self, answer: GeneratedAnswer) -> Progress:
         try:
-            (logits,), record = self._step([answer.next_input(prefill_tokens=self.prefill_tokens)], answer.policy)
+            (logits,), record = self._step([answer.next_input(prefill_tokens=self.prefill_tokens)], [answer])
         except Exception as error:  # noqa: BLE001 - libraries raise anything
             return Progress(answer, [], _as_answer_error(error))
         return _accept(answer, logits, record, sequences=1)

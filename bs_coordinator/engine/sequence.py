@@ -13,7 +13,7 @@ from bs_coordinator.engine.logprobs import TokenLogprob, log_probabilities
 from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.sampling import TokenSampler
 from bs_coordinator.engine.speculation import Draft, DraftLength, Speculation
-from bs_coordinator.engine.speculation.drafts import DraftToken
+from bs_coordinator.engine.speculation.drafts import Ahead, DraftToken
 from bs_coordinator.engine.step_records import StepRecord
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.errors import ContextLengthError
@@ -129,7 +129,8 @@ class Sequence:
 
     def _generate(self, answer: "GeneratedAnswer") -> Iterator[TokenEvent]:
         while not answer.done:
-            (logits,), step = self.model.step([answer.next_input()])
+            inputs = answer.next_input()
+            (logits,), step = self.model.step([inputs], waits=answer.ahead)
             events = answer.accept(logits, step)
             self.speculation.observe(step, sequences=1, tokens=len(events))
             yield from events
@@ -177,6 +178,7 @@ class GeneratedAnswer:
         done: whether the last token has been generated.
         prompt_tokens: length of the prompt.
         policy: by which `Scheduler` has the experts of its tokens chosen; None for the model's own policy.
+        ahead: prepares drafts while the last input is run; None if that does not pay.
     """
 
     def __init__(
@@ -185,6 +187,7 @@ class GeneratedAnswer:
     ) -> None:  # fmt: skip
         self.done = False
         self.policy = policy
+        self.ahead: Ahead | None = None
         self._sequence = sequence
         self._ids = list(prompt)
         self.prompt_tokens = len(prompt)
@@ -222,7 +225,7 @@ class GeneratedAnswer:
         if scored:
             prefill_tokens = min(prefill_tokens, _SCORED_CHUNK_TOKENS)
         self._running = self._pending[:prefill_tokens] if trunk.continues else self._pending
-        self._draft = Draft()
+        self._draft, self.ahead = Draft(), None
         drafter = self._sequence.drafter
         # With several sequences in a step drafts are short or empty: not worth reading a prompt ahead of time.
         prompt_ends = len(self._running) == len(self._pending)
@@ -234,6 +237,9 @@ class GeneratedAnswer:
             room = min(self._config.max_tokens - generated - 1, self._sequence.max_positions - len(self._ids) - 1)
             proposed = _until_eos(drafter.propose(self._ids), self._sequence.tokenizer.eos_ids)
             self._draft = self._length.draft(proposed, room, sequences=sequences)
+            spare, share = self.speculation.spare, self.speculation.acceptance.share
+            if spare is not None and sequences == 1 and spare.uses_next():
+                self.ahead = drafter.read_ahead(self._ids, self._draft.tokens, share, spare)
         drafted = self._draft.ids
         count = len(self._running) if scored else len(drafted) + 1 if drafted else 0
         return SequenceInput(
@@ -264,7 +270,13 @@ class GeneratedAnswer:
         scores = [None] * len(chosen) if top is None else log_probabilities(logits, chosen, top)
         accepted = len(chosen) - 1
         if self.decoding:
-            self._length.observe(draft, accepted, step.total_ns / 1e9, rows=step.tokens, sequences=sequences)
+            if self.speculation.spare is not None and drafted and sequences == 1:
+                reads = self.ahead.reads if self.ahead else 0
+                expected_s = self.speculation.cost.seconds(step.tokens)
+                self.speculation.spare.observe_step(step.total_ns / 1e9, expected_s, reads)
+            self._length.observe(
+                draft, accepted, step.total_ns / 1e9, rows=step.tokens, sequences=sequences, instead=chosen[-1]
+            )
         if drafted or draft.seconds:
             draft_ns = int(1e9 * draft.seconds)
             step = replace(step, drafted=len(drafted), accepted=accepted, draft_ns=draft_ns)

@@ -5,7 +5,8 @@ past and as present; with a shorter length, the graph ignores later entries.
 
     inputs   ids int64 [1, tokens], length int32 [1] (tokens in all, less one), total int32 [] (tokens in all),
              keys.N and values.N float32 [1, key-value heads, capacity, head's size]
-    outputs  id int64 [1] (after the last token), probability float32 [1] (of that token), new_keys.N, new_values.N
+    outputs  id int64 [1] (after the last token), probability float32 [1] (of that token), new_keys.N, new_values.N,
+             next_ids int64 [1, CHOICES], next_probabilities float32 [1, CHOICES] (the most probable ones, best first)
 """
 
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from wire.manifest import Quantisation
 
 QUANTISATION = Quantisation(scheme="int4", block=32)
 """Drafts may be wrong but must be quick, and the time of a token is that of reading the weights."""
+
+CHOICES = 4
+"""Most probable next tokens that the graph names: what may come where a draft turns out to be wrong."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,10 @@ def build_draft(shape: DenseShape, layout: DraftLayout, weights_name: str) -> by
     build.node("Exp", ["below"], "odds")
     build.node("ReduceSum", ["odds", build.constant("axes", np.array([-1], np.int64))], "sum", keepdims=0)
     build.node("Reciprocal", ["sum"], "probability")
+    build.node("TopK", ["head.y", build.constant("choices", np.array([CHOICES], np.int64))], "best", "next_ids")
+    build.node("Sub", ["best", "highest"], "best.below")
+    build.node("Exp", ["best.below"], "best.odds")
+    build.node("Div", ["best.odds", "sum"], "next_probabilities")
     cache = ["1", shape.kv_heads, "capacity", shape.head_dim]
     names = [f"{kind}.{layer}" for layer in range(shape.layers) for kind in ("keys", "values")]
     graph = helper.make_graph(
@@ -124,6 +132,8 @@ def build_draft(shape: DenseShape, layout: DraftLayout, weights_name: str) -> by
         [
             value_info("id", TensorProto.INT64, [1]),
             value_info("probability", TensorProto.FLOAT, [1]),
+            value_info("next_ids", TensorProto.INT64, [1, CHOICES]),
+            value_info("next_probabilities", TensorProto.FLOAT, [1, CHOICES]),
             *(value_info(f"new_{name}", TensorProto.FLOAT, cache) for name in names),
         ],
         build.initializers,

@@ -17,6 +17,7 @@ from bs_coordinator.engine.experts import Experts
 from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.step_records import StepRecord
 from bs_coordinator.engine.tokenizer import Tokenizer
+from bs_coordinator.engine.waiting import WaitListener
 from bs_coordinator.selection import Policy, TopK
 from bs_coordinator.trunk.inputs import SequenceInput
 from bs_coordinator.trunk.interface import Trunk
@@ -51,7 +52,9 @@ class ObservedModel(DistributedModel):
         self.on_step: Callable[[], None] = lambda: None
         self.deadline = float("inf")
 
-    def step(self, feeds: Sequence[SequenceInput], *, all_logits: bool = False) -> tuple[list[Tensor], StepRecord]:
+    def step(
+        self, feeds: Sequence[SequenceInput], *, all_logits: bool = False, waits: WaitListener | None = None
+    ) -> tuple[list[Tensor], StepRecord]:
         """Run one forward step (`DistributedModel.step`) and report it.
 
         Raises:
@@ -59,7 +62,7 @@ class ObservedModel(DistributedModel):
         """
         if time.monotonic() > self.deadline:
             raise WdmoeError("the cell took longer than the plan's cell_timeout_s")
-        logits, record = super().step(feeds, all_logits=all_logits)
+        logits, record = super().step(feeds, all_logits=all_logits, waits=waits)
         self.observe(record)
         self.on_step()
         return logits, record

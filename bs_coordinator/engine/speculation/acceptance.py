@@ -22,11 +22,20 @@ class Acceptance:
         judged = self._judged.get(token.kind, 0.0)
         return (self._accepted.get(token.kind, 0.0) + _PRIOR_WEIGHT * token.prior) / (judged + _PRIOR_WEIGHT)
 
-    def observe(self, draft: Sequence[DraftToken], accepted: int) -> None:
+    def observe(self, draft: Sequence[DraftToken], accepted: int, *, instead: int | None = None) -> None:
         """Take in that the first `accepted` tokens of a draft were accepted.
 
         The first rejected token counts too. The tokens after it do not: they depend on it.
+
+        Args:
+            instead: the token that came instead of the first rejected one, if that is known.
         """
         for i, token in enumerate(draft[: accepted + 1]):
-            self._accepted[token.kind] = _MEMORY * self._accepted.get(token.kind, 0.0) + (i < accepted)
-            self._judged[token.kind] = _MEMORY * self._judged.get(token.kind, 0.0) + 1.0
+            self._judge(token, came=i < accepted)
+            if i < accepted or instead is not None:
+                for other in token.others:
+                    self._judge(other, came=i == accepted and other.id == instead)
+
+    def _judge(self, token: DraftToken, *, came: bool) -> None:
+        self._accepted[token.kind] = _MEMORY * self._accepted.get(token.kind, 0.0) + came
+        self._judged[token.kind] = _MEMORY * self._judged.get(token.kind, 0.0) + 1.0

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
-from bs_coordinator.engine.speculation.model_drafter import ModelDrafter
+from bs_coordinator.engine.speculation.model_drafter import Choice, ModelDrafter
 from wire.errors import BundleError
 
 _ROUNDING = 0.05
@@ -73,9 +73,10 @@ class _DenseReader:
         self._model = dense.model
         self._cache = DynamicCache()
 
-    def read(self, ids: Sequence[int], past: int) -> tuple[int, float]:
+    def read(self, ids: Sequence[int], past: int) -> list[Choice]:
+        # The others would be of use for reading ahead only, which this model does not do.
         probability, id = torch.softmax(self.logits(ids, past), dim=-1).max(dim=-1)
-        return int(id), float(probability)
+        return [Choice(int(id), float(probability))]
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int], past: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bs_coordinator.engine.speculation.model_drafter import ModelDrafter
+from bs_coordinator.engine.speculation.model_drafter import Choice, ModelDrafter
 from wire.draft import DraftManifest, load_draft
 from wire.errors import BundleError
 from wire.onnx_session import open_session, session_options
@@ -44,7 +44,7 @@ class DraftGraph:
         except Exception as error:  # noqa: BLE001
             # onnxruntime raises a dozen unrelated exception classes for a model that can't be loaded.
             raise BundleError(f"{path} can't be loaded: {str(error).partition(chr(10))[0]}") from None
-        # Reads one prompt at a time, while the base station waits for the nodes to compute the same prompt.
+        # Reads one text at a time, while the base station waits for the nodes.
         self._background = ThreadPoolExecutor(1, thread_name_prefix="draft")
 
     def drafter(self) -> ModelDrafter:
@@ -66,6 +66,10 @@ class _GraphReader:
         self._id, self._probability = np.zeros(1, np.int64), np.zeros(1, np.float32)
         inputs: dict[str, Any] = {"length": self._length, "total": self._total}
         outputs: dict[str, Any] = {"id": self._id, "probability": self._probability}
+        # Draft models made by earlier versions name the most probable token only.
+        if choices := {out.name: out.shape for out in graph.session.get_outputs()}.get("next_ids"):
+            self._id, self._probability = np.zeros(choices, np.int64), np.zeros(choices, np.float32)
+            outputs = {"next_ids": self._id, "next_probabilities": self._probability}
         for name, array in inputs.items():
             self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         for name, array in outputs.items():
@@ -73,14 +77,15 @@ class _GraphReader:
         shape = graph.manifest
         self._cache = np.zeros((2 * shape.layers, 1, shape.kv_heads, 0, shape.head_dim), np.float32)
 
-    def read(self, ids: Sequence[int], past: int) -> tuple[int, float]:
+    def read(self, ids: Sequence[int], past: int) -> list[Choice]:
         total = past + len(ids)
         self._reserve(total)
         pending = np.array([ids], np.int64)
         self._length[0], self._total[...] = total - 1, total
         self._binding.bind_input("ids", "cpu", 0, np.int64, pending.shape, pending.ctypes.data)
         self._session.run_with_iobinding(self._binding)
-        return int(self._id[0]), float(self._probability[0])
+        pairs = zip(self._id.ravel().tolist(), self._probability.ravel().tolist(), strict=True)
+        return [Choice(id, probability) for id, probability in pairs]
 
     def _reserve(self, tokens: int) -> None:
         held = self._cache.shape[3]

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+from bs_coordinator.engine.speculation.spare_time import SpareTime
+from bs_coordinator.engine.waiting import WaitListener
+
 
 class DraftToken(NamedTuple):
     """A token that may come next, provided that all draft tokens before it are accepted.
@@ -11,11 +14,27 @@ class DraftToken(NamedTuple):
         id: of the token.
         kind: tokens of one kind are accepted about equally often; how often is learnt (`Acceptance`).
         prior: the accepted share to assume before anything was learnt, from 0 to 1.
+        others: what the drafter holds likely in its place, best first.
     """
 
     id: int
     kind: str
     prior: float
+    others: "tuple[DraftToken, ...]" = ()
+
+
+Share = Callable[[DraftToken], float]
+"""Probability that a token comes if those before it do."""
+
+
+class Ahead(WaitListener, Protocol):
+    """Prepares proposals during the waits of one step.
+
+    Attributes:
+        reads: number of texts that the draft model has read.
+    """
+
+    reads: int
 
 
 class Drafter(Protocol):
@@ -29,6 +48,21 @@ class Drafter(Protocol):
 
     def propose(self, ids: Sequence[int]) -> Iterator[DraftToken]:
         """Tokens that may follow `ids`, each computed when it is requested; ends where there is no proposal."""
+
+    def read_ahead(
+        self, ids: Sequence[int], draft: Sequence[DraftToken], share: Share, spare: SpareTime
+    ) -> Ahead | None:
+        """Prepare the next proposals during a step whose result they depend on, while answers of nodes are awaited.
+
+        Args:
+            ids: before the step.
+            draft: what the step verifies.
+            share: probability that a token comes.
+            spare: when that pays.
+
+        Returns:
+            What has to be told about the waits of the step; None if nothing can be prepared.
+        """
 
 
 class NgramDrafter:
@@ -50,6 +84,9 @@ class NgramDrafter:
 
     def prepare(self, ids: Sequence[int]) -> None:
         """Nothing to prepare: a lookup takes microseconds."""
+
+    def read_ahead(self, ids: Sequence[int], draft: Sequence[DraftToken], share: Share, spare: SpareTime) -> None:
+        """Nothing to prepare either."""
 
     def propose(self, ids: Sequence[int]) -> Iterator[DraftToken]:
         """What followed the longest n-gram of `ids` that occurred before."""
@@ -84,7 +121,7 @@ class FirstOf:
     A lookup costs nothing and a draft model several milliseconds per token. Lookups are right where text is copied.
     """
 
-    def __init__(self, lookup: Drafter, other: Drafter, *, share: Callable[[DraftToken], float]) -> None:
+    def __init__(self, lookup: Drafter, other: Drafter, *, share: Share) -> None:
         """Combine two drafters of one sequence.
 
         Args:
@@ -98,6 +135,12 @@ class FirstOf:
         """Prepare both drafters."""
         self._lookup.prepare(ids)
         self._other.prepare(ids)
+
+    def read_ahead(
+        self, ids: Sequence[int], draft: Sequence[DraftToken], share: Share, spare: SpareTime
+    ) -> Ahead | None:
+        """Let the other drafter prepare: it is the one that takes time."""
+        return self._other.read_ahead(ids, draft, share, spare)
 
     def propose(self, ids: Sequence[int]) -> Iterator[DraftToken]:
         """The lookup's tokens while they are likely, then the other drafter's."""

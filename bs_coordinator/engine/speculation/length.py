@@ -131,7 +131,9 @@ class DraftLength:
             taken.append(token)
         return Draft(tuple(taken), self._clock() - began_s)
 
-    def observe(self, draft: Draft, accepted: int, step_s: float, *, rows: int, sequences: int = 1) -> None:
+    def observe(
+        self, draft: Draft, accepted: int, step_s: float, *, rows: int, sequences: int = 1, instead: int | None = None
+    ) -> None:
         """Take in the result of a draft, perhaps an empty one. Call this before `StepCost.observe` for the same step.
 
         Args:
@@ -140,8 +142,9 @@ class DraftLength:
             step_s: duration of the step, without the time spent drafting.
             rows: of the step, of all sequences.
             sequences: number of sequences that shared the step.
+            instead: the token that came after the accepted ones.
         """
-        self._acceptance.observe(draft.tokens, accepted)
+        self._acceptance.observe(draft.tokens, accepted, instead=instead)
         plain_s = self._cost.plain_s(sequences)
         self._taken_s += step_s / sequences + draft.seconds
         if draft.tokens:

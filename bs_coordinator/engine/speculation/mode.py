@@ -7,6 +7,7 @@ from bs_coordinator.config import DraftMode
 from bs_coordinator.engine.speculation.acceptance import Acceptance
 from bs_coordinator.engine.speculation.cost import StepCost
 from bs_coordinator.engine.speculation.drafts import Drafter, FirstOf, NgramDrafter
+from bs_coordinator.engine.speculation.spare_time import SpareTime
 from bs_coordinator.engine.step_records import StepRecord
 from wire.draft import DRAFT_FOLDER, DRAFT_NAME, tokens_sha256
 from wire.errors import BundleError
@@ -27,14 +28,16 @@ class Speculation:
         mode: of drafting.
         cost: of the model's steps.
         acceptance: of draft tokens.
+        spare: when draft models read while nodes are awaited; None if they never do.
     """
 
-    def __init__(self, mode: DraftMode = "none", model: DraftModel | None = None) -> None:
+    def __init__(self, mode: DraftMode = "none", model: DraftModel | None = None, *, read_ahead: bool = True) -> None:
         """A mode that has learnt nothing yet.
 
         Args:
             mode: of drafting.
             model: the draft model, if any.
+            read_ahead: whether the draft model may read while nodes are awaited.
 
         Raises:
             ValueError: `dense` without a draft model.
@@ -44,6 +47,7 @@ class Speculation:
         self.mode = mode
         self.cost = StepCost()
         self.acceptance = Acceptance()
+        self.spare = SpareTime() if read_ahead else None
         self._model = model
 
     def drafter(self) -> Drafter | None:
@@ -56,13 +60,13 @@ class Speculation:
             return self._model.drafter()
         return FirstOf(NgramDrafter(), self._model.drafter(), share=self.acceptance.share)
 
-    def restarted(self, mode: DraftMode) -> "Speculation":
+    def restarted(self, mode: DraftMode, *, read_ahead: bool = True) -> "Speculation":
         """A new `Speculation` with the same draft model, which has learnt nothing.
 
         Raises:
             ValueError: `dense` without a draft model.
         """
-        return Speculation(mode, self._model)
+        return Speculation(mode, self._model, read_ahead=read_ahead)
 
     def observe(self, step: StepRecord, *, sequences: int, tokens: int) -> None:
         """Learn from a step of any of the model's sequences.

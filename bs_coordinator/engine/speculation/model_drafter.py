@@ -1,18 +1,36 @@
 """What all drafters that ask a model share: finding the tokens that the model still has to read."""
 
 from bisect import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from typing import Protocol
+from time import perf_counter
+from typing import NamedTuple, Protocol
 
-from bs_coordinator.engine.speculation.drafts import DraftToken
+from bs_coordinator.engine.speculation.continuations import Continuations
+from bs_coordinator.engine.speculation.drafts import DraftToken, Share
+from bs_coordinator.engine.speculation.outlook import Outlook, Path
+from bs_coordinator.engine.speculation.read_ahead import ReadAhead
+from bs_coordinator.engine.speculation.spare_time import SpareTime
 
 MOST_READ = 256
 """Most tokens read at once. Only the end of a longer prompt is read: reading costs a few milliseconds per token that
 plain decoding would not spend, and lookups cover what lies further back."""
 
 _EDGES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.96, 0.99)
+_EDGES_OF_OTHERS = (0.02, 0.05, 0.1, 0.2, 0.3)
 """Bounds between kinds of draft tokens by the model's own probability. How far to trust it is learnt."""
+
+
+class Choice(NamedTuple):
+    """A token that may come next.
+
+    Attributes:
+        id: of the token.
+        probability: by the draft model.
+    """
+
+    id: int
+    probability: float
 
 
 class Reader(Protocol):
@@ -24,8 +42,8 @@ class Reader(Protocol):
 
     max_positions: int
 
-    def read(self, ids: Sequence[int], past: int) -> tuple[int, float]:
-        """Keep the first `past` tokens, read `ids` after them; the most probable next token and its probability."""
+    def read(self, ids: Sequence[int], past: int) -> list[Choice]:
+        """Keep the first `past` tokens, read `ids` after them; the most probable next tokens, best first."""
 
 
 class ModelDrafter:
@@ -36,11 +54,13 @@ class ModelDrafter:
 
         Args:
             reader: the model.
-            background: where prompts are read ahead of time; None if the model must not run beside other work.
+            background: where texts are read ahead of time; None if the model must not run beside other work.
         """
         self._reader = reader
         self._background = background
         self._reading: Future[object] | None = None
+        self._continuations = Continuations()
+        self._spare = SpareTime()
         self._first = 0
         self._read: list[int] = []
 
@@ -52,12 +72,41 @@ class ModelDrafter:
 
     def propose(self, ids: Sequence[int]) -> Iterator[DraftToken]:
         """The model's greedy continuation of `ids`; never ends."""
-        self._wait()
-        known = list(ids)
+        base, path = list(ids), Path()
+        self._continuations.rebase(base)
         while True:
-            id, probability = self._next(known)
-            yield DraftToken(id, f"model {bisect(_EDGES, probability)}", probability)
-            known.append(id)
+            if (choices := self._continuations.get(path)) is None:
+                self._wait()
+                # The background may just have read it.
+                choices = self._continuations.get(path) or self._read_text(base, path)
+            best, *others = choices
+            yield best._replace(others=tuple(others))
+            path += (best.id,)
+
+    def read_ahead(
+        self, ids: Sequence[int], draft: Sequence[DraftToken], share: Share, spare: SpareTime
+    ) -> ReadAhead | None:
+        """Read what may follow the step in the background during its waits; None if there is no background."""
+        if (background := self._background) is None:
+            return None
+        self._wait()
+        self._spare = spare
+        base, outlook = list(ids), Outlook(draft, share)
+        self._continuations.rebase(base)
+
+        def read() -> bool:
+            held = tuple(self._read[len(base) - self._first :])
+            while (path := outlook.best(held, spare.least_chance)) is not None:
+                if (known := self._continuations.get(path)) is None:
+                    outlook.read(path, self._read_text(base, path))
+                    return True
+                outlook.read(path, known)
+            return False
+
+        def start(run: Callable[[], None]) -> None:
+            self._reading = background.submit(run)
+
+        return ReadAhead(read, start, spare)
 
     def _wait(self) -> None:
         """Wait until only this thread uses the reader."""
@@ -65,7 +114,17 @@ class ModelDrafter:
             reading, self._reading = self._reading, None
             reading.result()
 
-    def _next(self, ids: list[int]) -> tuple[int, float]:
+    def _read_text(self, base: list[int], path: Path) -> tuple[DraftToken, ...]:
+        text = [*base, *path]
+        found = self._next(text)
+        choices = tuple(
+            DraftToken(id, f"other {bisect(_EDGES_OF_OTHERS, p)}" if rank else f"model {bisect(_EDGES, p)}", p)
+            for rank, (id, p) in enumerate(found)
+        )
+        self._continuations.put(text, choices)
+        return choices
+
+    def _next(self, ids: list[int]) -> list[Choice]:
         seen, shared = ids[self._first :], 0
         limit = min(len(self._read), len(seen) - 1)
         while shared < limit and self._read[shared] == seen[shared]:
@@ -73,5 +132,10 @@ class ModelDrafter:
         if len(seen) - shared > MOST_READ or len(seen) > self._reader.max_positions:
             self._first = max(0, len(ids) - MOST_READ)
             seen, shared = ids[self._first :], 0
+        began_s = perf_counter()
+        self._read = seen[:shared]
+        choices = self._reader.read(seen[shared:], shared)
         self._read = seen
-        return self._reader.read(seen[shared:], shared)
+        if len(seen) - shared == 1:
+            self._spare.observe_read(perf_counter() - began_s)
+        return choices

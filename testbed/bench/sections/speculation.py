@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from msgspec import Struct
@@ -29,7 +30,10 @@ from testbed.demo_assets import demo_bundle, demo_draft
 RTT_MS = 5.0
 EIGHT = {f"node{k}": f"L*:E{k}" for k in range(8)}
 _FOUR = {f"node{k}": f"L*:E{k},{k + 4}" for k in range(4)}
-_ARMS: tuple[DraftMode, ...] = ("none", "auto")
+
+Arm = Literal["none", "auto", "auto, not read ahead"]
+_MODES: dict[Arm, DraftMode] = {"none": "none", "auto": "auto", "auto, not read ahead": "auto"}
+_ARMS = tuple(_MODES)
 _MAX_TOKENS = 40
 _WARM_UP_TOKENS = 8
 
@@ -38,7 +42,7 @@ class _MeasuredAnswer(Struct, frozen=True, kw_only=True):
     """One measured answer.
 
     Attributes:
-        arm: kind of draft.
+        arm: kind of draft; with `not read ahead`, the draft model is idle while nodes are awaited.
         prompt: index in `CHAT_PROMPTS`.
         ids: token ids.
         tpot_ms: TPOT: wall-clock time per token after the first.
@@ -48,7 +52,7 @@ class _MeasuredAnswer(Struct, frozen=True, kw_only=True):
         draft_ms: drafting time per token.
     """
 
-    arm: DraftMode
+    arm: Arm
     prompt: int
     ids: list[int]
     tpot_ms: float
@@ -72,24 +76,27 @@ def measure(settings: Settings) -> Iterator[Result]:
             yield _row(f"{name}, {arm}", [(done[n, arm], done[n, "none"]) for n, a in sorted(done) if a == arm])
 
 
-def _answers(settings: Settings, nodes: Mapping[str, str]) -> dict[tuple[int, DraftMode], _MeasuredAnswer]:
+def _answers(settings: Settings, nodes: Mapping[str, str]) -> dict[tuple[int, Arm], _MeasuredAnswer]:
     log = settings.folder / f"answers-{len(nodes)}.jsonl"
     done = _read(log)
     with open_site(settings, nodes) as station, log.open("ab", buffering=0) as file:
-        shared = {arm: station.speculation.restarted(arm) for arm in _ARMS}
+        shared = {
+            arm: station.speculation.restarted(mode, read_ahead="not read ahead" not in arm)
+            for arm, mode in _MODES.items()
+        }
         for arm in _ARMS:
-            _answer(station, -1, "Say hello.", shared[arm], _WARM_UP_TOKENS)
+            _answer(station, arm, -1, "Say hello.", shared[arm], _WARM_UP_TOKENS)
         for number, prompt in enumerate(CHAT_PROMPTS[: settings.samples]):
             turn = number % len(_ARMS)
             for arm in _ARMS[turn:] + _ARMS[:turn]:
                 if (number, arm) not in done:
-                    answer = done[number, arm] = _answer(station, number, prompt, shared[arm], _MAX_TOKENS)
+                    answer = done[number, arm] = _answer(station, arm, number, prompt, shared[arm], _MAX_TOKENS)
                     append_all(file.fileno(), msgspec.json.encode(answer) + b"\n")
             settings.console.print(_line(prompt, [done[number, arm] for arm in _ARMS]), style="dim", highlight=False)
     return done
 
 
-def _read(log: Path) -> dict[tuple[int, DraftMode], _MeasuredAnswer]:
+def _read(log: Path) -> dict[tuple[int, Arm], _MeasuredAnswer]:
     log.parent.mkdir(parents=True, exist_ok=True)
     log.touch()
     answers = read_json_lines(log, msgspec.json.Decoder(_MeasuredAnswer).decode, skip_cut=True)
@@ -111,7 +118,7 @@ def open_site(settings: Settings, nodes: Mapping[str, str]) -> Iterator[BaseStat
 
 
 def _answer(
-    station: BaseStation, number: int, prompt: str, speculation: Speculation, max_tokens: int
+    station: BaseStation, arm: Arm, number: int, prompt: str, speculation: Speculation, max_tokens: int
 ) -> _MeasuredAnswer:
     ids = station.tokenizer.encode_chat([{"role": "user", "content": prompt}])
     sequence = Sequence(station.model, station.tokenizer, speculation=speculation)
@@ -124,7 +131,7 @@ def _answer(
     wall_s = time.perf_counter() - began
     stats = summarise(events)
     return _MeasuredAnswer(
-        arm=speculation.mode,
+        arm=arm,
         prompt=number,
         ids=[event.id for event in events],
         tpot_ms=1e3 * (wall_s - first_s) / max(1, len(events) - 1),
@@ -159,9 +166,10 @@ def _row(name: str, pairs: list[tuple[_MeasuredAnswer, _MeasuredAnswer]]) -> Row
         "speedup_whole_answer_least": min(whole),
         "identical": sum(ours.ids == plain.ids for ours, plain in pairs),
         "compared": len(pairs),
+        "draft_ms_per_token": statistics.mean(a.draft_ms for a, _ in decoded),
         "tokens_per_step": sum(len(a.ids) - 1 for a, _ in decoded) / sum(a.steps for a, _ in decoded),
         "speedups": speedups,
         "texts": [CHAT_PROMPTS[ours.prompt] for ours, _ in decoded],
     }
     ours_ms, plain_ms = [a.tpot_ms for a, _ in decoded], [b.tpot_ms for _, b in decoded]
-    return Row(name, "plain decoding", ours_ms, plain_ms, 1 / 3 if name.endswith("auto") else None, parameters)
+    return Row(name, "plain decoding", ours_ms, plain_ms, 1 / 3 if name.endswith(", auto") else None, parameters)

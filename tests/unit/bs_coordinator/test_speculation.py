@@ -20,8 +20,9 @@ from bs_coordinator.engine.sequence import Sequence as TokenSequence
 from bs_coordinator.engine.speculation import NgramDrafter, Speculation
 from bs_coordinator.engine.speculation.acceptance import Acceptance
 from bs_coordinator.engine.speculation.cost import StepCost
-from bs_coordinator.engine.speculation.drafts import DraftToken
+from bs_coordinator.engine.speculation.drafts import DraftToken, Share
 from bs_coordinator.engine.speculation.length import Draft, DraftLength
+from bs_coordinator.engine.speculation.spare_time import SpareTime
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import TopK
 from bs_coordinator.trunk.load import load_trunk
@@ -37,6 +38,9 @@ class _Hindsight:
         self._text, self._wrong = text, wrong
 
     def prepare(self, ids: Sequence[int]) -> None:
+        pass
+
+    def read_ahead(self, ids: Sequence[int], draft: Sequence[DraftToken], share: Share, spare: SpareTime) -> None:
         pass
 
     def propose(self, ids: Sequence[int]) -> Iterator[DraftToken]:

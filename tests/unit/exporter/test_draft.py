@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bs_coordinator.engine.speculation import load_draft_model
 from bs_coordinator.engine.speculation.drafts import Drafter
-from bs_coordinator.engine.speculation.model_drafter import MOST_READ
+from bs_coordinator.engine.speculation.model_drafter import MOST_READ, Choice
 from bs_coordinator.engine.tokenizer import Tokenizer
 from exporter.draft.draft import export_draft
 from exporter.draft.draft_graph import QUANTISATION
@@ -128,7 +128,7 @@ def test_a_prompt_is_read_beforehand_and_not_again(bundle: Path, monkeypatch: py
     reader = drafter._reader  # type: ignore[attr-defined]
     before = reader.read
 
-    def noted(some: list[int], past: int) -> tuple[int, float]:
+    def noted(some: list[int], past: int) -> list[Choice]:
         read.append((len(some), threading.current_thread().name))
         return before(some, past)  # type: ignore[no-any-return]
 

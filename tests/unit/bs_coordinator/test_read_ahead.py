@@ -1,0 +1,292 @@
+"""Reading ahead: what is read while nodes are awaited, when that pays, and that it never changes an answer."""
+
+import itertools
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bs_coordinator.config import SamplingConfig
+from bs_coordinator.engine.model import DistributedModel
+from bs_coordinator.engine.scheduler import Scheduler
+from bs_coordinator.engine.sequence import Sequence as TokenSequence
+from bs_coordinator.engine.speculation import Speculation
+from bs_coordinator.engine.speculation.continuations import Continuations
+from bs_coordinator.engine.speculation.drafts import DraftToken
+from bs_coordinator.engine.speculation.model_drafter import Choice, ModelDrafter
+from bs_coordinator.engine.speculation.outlook import Outlook
+from bs_coordinator.engine.speculation.spare_time import SpareTime
+from bs_coordinator.engine.tokenizer import Tokenizer
+from bs_coordinator.selection import TopK
+from bs_coordinator.trunk.load import load_trunk
+from testbed.evaluation.local_experts import LocalExperts
+from tests.checkpoints import VOCABULARY
+from wire.tensors import WireDtype
+
+
+def _share(token: DraftToken) -> float:
+    return token.prior
+
+
+def _tokens(rng: random.Random, count: int) -> tuple[DraftToken, ...]:
+    """Different tokens that may come next, most probable first, with probabilities whose sum is below 1."""
+    cuts = sorted(rng.random() for _ in range(count))
+    chances = sorted((b - a for a, b in itertools.pairwise([0.0, *cuts])), reverse=True)
+    return tuple(DraftToken(i, "any", chance) for i, chance in enumerate(chances))
+
+
+def _draft(rng: random.Random, length: int) -> list[DraftToken]:
+    choices = [_tokens(rng, 3) for _ in range(length)]
+    return [best._replace(others=others) for best, *rest in choices for others in [tuple(rest)]]
+
+
+@given(seed=st.integers(0, 2**32), length=st.integers(0, 6), reads=st.integers(0, 12))
+def test_texts_to_read_are_the_likeliest_that_may_follow_the_step(seed: int, length: int, reads: int) -> None:
+    rng = random.Random(seed)  # noqa: S311 (not a secret)
+    draft = _draft(rng, length)
+    outlook = Outlook(draft, _share)
+    # The reference: every text that may be read next, with its probability.
+    texts: dict[tuple[int, ...], float] = {}
+    chance, path = 1.0, tuple[int, ...]()
+    for token in draft:
+        texts |= {(*path, other.id): chance * other.prior for other in token.others}
+        chance, path = chance * token.prior, (*path, token.id)
+    texts[path] = chance
+    assert sum(texts.values()) <= 1.0 + 1e-9
+    done = set()
+    for _ in range(reads):
+        # With nothing read before, a longer text takes longer: it is chosen only if it is likelier.
+        found = outlook.best((), 0.0)
+        worthy = {text: chance for text, chance in texts.items() if chance >= 0.02}
+        if found is None:
+            assert not worthy
+            break
+        assert found not in done
+        assert all(texts[found] >= chance for text, chance in worthy.items() if len(text) <= len(found))
+        choices = _tokens(rng, 3)
+        outlook.read(found, choices)
+        done.add(found)
+        above = texts.pop(found)
+        texts |= {(*found, token.id): above * token.prior for token in choices}
+    likely = outlook.best((), 0.5)
+    assert likely is None or texts[likely] >= 0.5
+
+
+def test_of_equally_likely_texts_the_one_is_read_whose_beginning_is_known() -> None:
+    draft = [
+        DraftToken(1, "any", 0.5, (DraftToken(2, "any", 0.3),)),
+        DraftToken(3, "any", 0.5, (DraftToken(4, "any", 0.5),)),
+        DraftToken(5, "any", 0.1, (DraftToken(6, "any", 0.4),)),
+    ]
+    assert Outlook(draft, _share).best((1, 3, 5), 0.0) == (2,)
+    assert Outlook(draft[1:], _share).best((3, 5, 7), 0.0) == (4,)
+    both = [DraftToken(1, "any", 0.8, ()), DraftToken(2, "any", 0.5, (DraftToken(3, "any", 0.5),))]
+    assert Outlook(both, _share).best((1, 3), 0.0) in {(1, 2), (1, 3)}
+
+
+@given(st.data())
+def test_what_was_read_is_found_under_its_text(data: st.DataObject) -> None:
+    ids = st.lists(st.integers(0, 1), max_size=5)
+    known = Continuations()
+    reference: dict[tuple[int, ...], tuple[DraftToken, ...]] = {}
+    base: list[int] = []
+    for number in range(data.draw(st.integers(1, 12))):
+        text = data.draw(ids)
+        if data.draw(st.booleans()):
+            known.rebase(text)
+            # Of two texts, one continues the other, or what follows the first is forgotten.
+            common = min(len(base), len(text))
+            same = base[:common] == text[:common]
+            reference = {t: c for t, c in reference.items() if same and list(t[: len(text)]) == text}
+            base = text
+        else:
+            choices = (DraftToken(number, "any", 0.5),)
+            known.put(text, choices)
+            if text[: len(base)] == base:
+                reference[tuple(text)] = choices
+        for length in range(4):
+            for path in itertools.product((0, 1), repeat=length):
+                assert known.get(path) == reference.get((*base, *path))
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    share=st.floats(0.1, 3.0),
+    noise=st.floats(0.0, 0.1),
+    reads=st.integers(5, 30),
+)
+@settings(max_examples=30, deadline=None)
+def test_reading_that_delays_steps_ends_by_itself(seed: int, share: float, noise: float, reads: int) -> None:
+    """A read takes 5 ms; `share` of that is what it delays the step."""
+    rng = random.Random(seed)  # noqa: S311 (not a secret)
+    spare = SpareTime()
+    spare.observe_read(0.005)
+    step_s = 0.3
+    for phase_share in (share, 0.0, share):
+        used = []
+        for _ in range(300):
+            uses = spare.uses_next()
+            count = min(reads, spare.most_reads) if uses else 0
+            took_s = step_s * (1 + noise * (rng.random() - 0.5)) + phase_share * count * 0.005
+            spare.observe_step(took_s, step_s, count)
+            used.append(uses)
+        later = sum(used[150:]) / 150
+        # Nothing can be said where noise is as large as what reads cost.
+        uncertain_s = 2 * noise * step_s / min(reads, 6)
+        if phase_share * 0.005 > 0.005 + uncertain_s and phase_share * reads * 0.005 < 0.25 * step_s:
+            assert later < 0.2
+        if phase_share * 0.005 < 0.005 - uncertain_s:
+            assert later > 0.7
+
+
+def test_a_read_begins_only_where_the_wait_is_long_enough() -> None:
+    spare = SpareTime()
+    assert spare.least_chance == 0.0
+    for _ in range(40):
+        spare.observe_wait(0.006)
+        spare.observe_read(0.004)
+    assert spare.fits(0.0)
+    assert spare.fits(0.0019)
+    assert not spare.fits(0.0021)
+    for _ in range(40):
+        spare.observe_wait(0.001)
+    assert not spare.fits(0.0)
+
+
+class _Reader:
+    """A model whose next tokens depend on the last two; counts what it reads in the foreground."""
+
+    max_positions = 1000
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+        self.reads = 0
+
+    def read(self, ids: Sequence[int], past: int) -> list[Choice]:
+        assert past <= len(self.seen)
+        self.seen = [*self.seen[:past], *ids]
+        self.reads += 1
+        return _choices(self.seen)
+
+
+def _choices(text: Sequence[int]) -> list[Choice]:
+    rng = random.Random(str(list(text[-2:])))  # noqa: S311 (not a secret)
+    ids = rng.sample(range(VOCABULARY), 3)
+    return [Choice(id, p) for id, p in zip(ids, (0.6, 0.3, 0.05), strict=True)]
+
+
+@given(ends=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=5))
+@settings(max_examples=50, deadline=None)
+def test_proposals_are_the_same_and_need_no_more_reading(ends: list[tuple[int, int]]) -> None:
+    """Steps that accept some tokens, and add the drafter's next choice or another token."""
+    with ThreadPoolExecutor(1) as background:
+        reader = _Reader()
+        drafter = ModelDrafter(reader, background=background)
+        spare = SpareTime()
+        for count in (1, 0) * 4:
+            spare.observe_step(0.3, 0.3, count)
+        spare.wait_s = 1e9
+        text = [1, 2, 3]
+        for accepted, rank in ends:
+            draft = list(itertools.islice(drafter.propose(text), 4))
+            expected = list(itertools.islice(ModelDrafter(_Reader()).propose(text), 4))
+            assert draft == expected
+            ahead = drafter.read_ahead(text, draft, _share, spare)
+            assert ahead is not None
+            ahead.wait_begins()
+            background.submit(lambda: None).result()  # the only thread is done with everything worth reading
+            ahead.wait_ends()
+            ahead.step_ends()
+            spare.wait_s = 1e9
+            text = [*text, *(token.id for token in draft[: min(accepted, 4)])]
+            choices = [choice.id for choice in _choices(text)]
+            text.append(choices[rank] if rank < 3 else (sum(choices) + 1) % VOCABULARY)
+            before = reader.reads
+            first = next(drafter.propose(text))
+            if rank == 0 or (rank == 1 and accepted < 2):
+                assert reader.reads == before
+            assert first.id == _choices(text)[0].id
+
+
+class _Model:
+    """A draft model for `_Reader`s that read ahead."""
+
+    def __init__(self, background: ThreadPoolExecutor) -> None:
+        self._background = background
+        self.readers: list[_Reader] = []
+
+    def drafter(self) -> ModelDrafter:
+        self.readers.append(_HalfRight(self.text))
+        return ModelDrafter(self.readers[-1], background=self._background)
+
+    text: list[int] = []  # noqa: RUF012
+
+
+class _HalfRight(_Reader):
+    """Knows the text. Of three tokens, it names one first, one second, and one not at all."""
+
+    def __init__(self, text: list[int]) -> None:
+        super().__init__()
+        self._text = text
+
+    def read(self, ids: Sequence[int], past: int) -> list[Choice]:
+        wrong, *others = super().read(ids, past)
+        position = len(self.seen)
+        if self.seen != self._text[:position] or position >= len(self._text) or position % 3 == 2:
+            return [wrong, *others]
+        right = Choice(self._text[position], wrong.probability)
+        if position % 3:
+            return [right, *others]
+        return [wrong, right._replace(probability=0.3)]
+
+
+class _Waits:
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def wait_begins(self) -> None:
+        self.told.append("begins")
+
+    def wait_ends(self) -> None:
+        self.told.append("ends")
+
+    def step_ends(self) -> None:
+        self.told.append("step ends")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_answers_are_the_same_with_texts_read_ahead(random_bundle: Path, temperature: float) -> None:
+    experts = LocalExperts(random_bundle, threads=1, wire=WireDtype.FP16)
+    model = DistributedModel(load_trunk(random_bundle / "trunk"), experts, TopK(2))
+    tokenizer = Tokenizer(random_bundle / "trunk")
+    config = SamplingConfig(max_tokens=40, temperature=temperature, seed=3, ignore_eos=True)
+    prompt = [1, 5, 9, 13]
+    waits = _Waits()
+    model.step([TokenSequence(model, tokenizer).answer(prompt, config).next_input()], waits=waits)
+    assert waits.told == ["begins", "ends"] * model.trunk.layers + ["step ends"]
+    plain = [event.id for event in TokenSequence(model, tokenizer).generate(prompt, config)]
+    with ThreadPoolExecutor(1) as background:
+        drafts = _Model(background)
+        drafts.text = prompt + plain
+        speculation = Speculation("dense", drafts)
+        assert speculation.spare is not None
+        for _ in range(4):
+            speculation.spare.wait_s = 1e9  # experts in this process answer at once: no read would be begun
+            events = list(TokenSequence(model, tokenizer, speculation=speculation).generate(prompt, config))
+            assert [event.id for event in events] == plain
+        scheduler = Scheduler(model)
+        answers = [TokenSequence(model, tokenizer, speculation=speculation).answer(prompt, config) for _ in range(2)]
+        ids: dict[int, list[int]] = {id(answer): [] for answer in answers}
+        for answer in answers:
+            scheduler.add(answer)
+            for _ in range(5):  # alone, then both together
+                for progress in scheduler.step():
+                    ids[id(progress.answer)] += [event.id for event in progress.events]
+        while not scheduler.idle:
+            for progress in scheduler.step():
+                ids[id(progress.answer)] += [event.id for event in progress.events]
+        assert list(ids.values()) == [plain, plain]
