@@ -172,8 +172,8 @@ def _load(config: BaseStationConfig, manifest: Manifest) -> Trunk:
     )  # fmt: skip
     if trunk.layers != manifest.dims.layers:
         raise BundleError(
-            f"the model asks experts in {trunk.layers} layers, the manifest lists {manifest.dims.layers}: make the "
-            "bundle anew"
+            f"the model asks experts in {trunk.layers} layers, the manifest lists {manifest.dims.layers}: export "
+            "the bundle again"
         )
     if config.draft in ("ngram", "dense") and not trunk.can_truncate:
         raise ConfigError(f"--draft {config.draft}: this model's recurrent layers can't take tokens back; use none")

@@ -83,7 +83,7 @@ class ResidentConfig(Config):
     begin_with: Annotated[
         Path | None,
         Option(
-            "latency.csv of an earlier run: decides which experts to keep as long as no traffic has been counted.",
+            "latency.csv of an earlier run: decides which experts to keep until traffic has been counted here.",
             flag="--resident-from", exists=True, heading=_EXPERTS,
         ),
     ] = None  # fmt: skip
@@ -118,8 +118,8 @@ class BaseStationConfig(ClusterConfig):
     trunk_quantisation: Annotated[
         TrunkQuantisation,
         Option(
-            "Number format of the trunk's large weights, if it is another: attention's products, the head, shared "
-            "experts.",
+            "Number format of the trunk's large weights (attention's products, the head, shared experts); none keeps "
+            "--dtype.",
             heading=_MODEL,
         ),
     ] = "none"
@@ -152,8 +152,8 @@ class BaseStationConfig(ClusterConfig):
     draft: Annotated[
         DraftMode,
         Option(
-            "Draft tokens and check several per step: never, by look-up, with a draft model, or whenever it pays off "
-            "and leaves answers unchanged.",
+            "How to make draft tokens, of which a step checks several: not at all, by look-up, with a draft model, or "
+            "whichever pays off and leaves answers unchanged.",
             heading=_MODEL,
         ),
     ] = "auto"
@@ -254,7 +254,7 @@ class ServeConfig(Config):
     cors_origin: Annotated[
         str,
         Option(
-            "Origin of web pages that may call the server, such as https://chat.example; this machine's may.",
+            "Origin of web pages that may call the server, besides this machine's, such as https://chat.example.",
             check=lambda origin: check_origin(origin) if origin else None,
         ),
     ] = ""

@@ -37,7 +37,7 @@ def strict_json(line: bytes) -> Any:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("a text has half of a surrogate pair, which is no character") from None
+            raise ValueError("a text has half of a surrogate pair, which is not a character") from None
     return value
 
 

@@ -23,7 +23,7 @@ def user_path(kind: Kind) -> Path:
     path = paths.get(kind, platformdirs.user_state_path)("wdmoe")
     if not path.is_absolute():
         raise StorageError(
-            f"the user's {kind} folder {str(path)!r} is no absolute path: set HOME or XDG_{kind.upper()}_HOME"
+            f"the user's {kind} folder {str(path)!r} is not an absolute path: set HOME or XDG_{kind.upper()}_HOME"
         )
     return path
 

@@ -30,7 +30,7 @@ class HoldingConfig(Config):
     provider: Annotated[
         Literal["auto"] | Provider,
         Option(
-            "Execution provider of onnxruntime; a GPU that fails its proof is left for the CPU. 'auto' takes the "
+            "Execution provider of onnxruntime; if a GPU fails its probes, the CPU computes. 'auto' takes the "
             "profile's."
         ),
     ] = "auto"
@@ -45,7 +45,7 @@ class HoldingConfig(Config):
     ] = None
     residency: Annotated[
         Literal["all", "lru"],
-        Option("Keep all experts in memory, or as many as fit and load the others when they are asked for."),
+        Option("Keep all experts in memory, or (lru) as many as fit, and load others when they are asked for."),
     ] = "all"
     bundle_key: Annotated[Path | None, Option("Refuse bundles that this Ed25519 public key did not sign.")] = None
 
@@ -77,7 +77,7 @@ class NodeConfig(HoldingConfig):
     tuned: Annotated[
         Path | None,
         Option(
-            "Choose bundle and threads by this file; measure and write it first if it does not exist or fit.",
+            "Choose bundle and threads by this file; if it is missing or does not fit, measure and write it first.",
             heading=_EXPERTS,
         ),
     ] = None
@@ -131,10 +131,10 @@ class Rule(Config):
 
     prefer: Annotated[
         Literal["token", "batch"],
-        Option("Whose time counts: that of one token, or of a batch, as drafts and several callers make it."),
+        Option("Minimise the time of one token, or of a batch, as with drafts or several callers."),
     ] = "token"
     max_error: Annotated[float, Option("Largest relative error of outputs against fp32 to accept.", minimum=0)] = 0.25
-    exact: Annotated[bool, Option("Accept only what gives a token the same output in every batch.")] = False
+    exact: Annotated[bool, Option("Accept only bundles that give a token the same output in every batch.")] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,7 @@ def check_prefix(prefix: str) -> str:
         ValueError: it is empty, or contains characters with a meaning in MQTT.
     """
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)*", prefix, re.ASCII) is None:
-        raise ValueError(f"{prefix[:80]!r} is no prefix of topics: give a name such as '{DEFAULT_PREFIX}'")
+        raise ValueError(f"{prefix[:80]!r} is not a prefix of topics: give a name such as '{DEFAULT_PREFIX}'")
     return prefix
 
 

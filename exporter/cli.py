@@ -188,7 +188,7 @@ def inspect(bundle: Path) -> None:
 def verify(bundle: Path, selector: str, bundle_key: Path | None) -> None:
     """Check BUNDLE's hashes, and its experts on this machine.
 
-    Each chosen expert must compute on its probe input what it did where it was exported.
+    Each chosen expert must give the expected output for its probe input.
     """
     from exporter.expert.probe import check_probe
     from wire.manifest import load_manifest, verify_file

@@ -24,15 +24,13 @@ class ExportConfig(Config):
     ] = None
     w2_bits: Annotated[
         Literal[4, 8] | None,
-        Option(
-            "Bits of int4 experts' last matrix, w2: with 8, they err less and take a quarter more bytes.  [default: 4]"
-        ),
+        Option("Bits of int4 experts' last matrix, w2; 8 means less error and a quarter more bytes.  [default: 4]"),
     ] = None
     calibrate: Annotated[
         Path | None,
         Option(
-            "Text file (UTF-8, or .jsonl with 'text') on which int4 or int8 experts shall err least: same bytes, "
-            "better answers, but the whole model runs on it first.",
+            "Text file (UTF-8, or .jsonl with 'text') for which the error of int4 or int8 experts is minimised: same "
+            "size, better answers, but the whole model runs on it first.",
             exists=True, metavar="TEXT",
         ),
     ] = None  # fmt: skip
@@ -42,13 +40,13 @@ class ExportConfig(Config):
         Literal["direct", "optimum"],
         Option("Quantiser; optimum makes int8-dynamic and needs an environment of its own."),
     ] = "direct"
-    layers: Annotated[str, Option("Layers with experts to export, counted without the others, such as 0-3,7.")] = "*"
+    layers: Annotated[str, Option("Layers to export, such as 0-3,7; only layers with experts are counted.")] = "*"
     experts: Annotated[str, Option("Experts of each layer to export, such as 0,2.")] = "*"
     slices: Annotated[
         int,
-        Option("Models to cut each expert into, which different nodes can hold and compute at once.", minimum=1,
+        Option("Slices to cut each expert into, which different nodes can hold and compute at once.", minimum=1,
                maximum=64),
     ] = 1  # fmt: skip
-    jobs: Annotated[int, Option("Most processes to use; fewer where RAM is short.", minimum=1, maximum=64)] = field(
+    jobs: Annotated[int, Option("Processes to use, at most; fewer if RAM is short.", minimum=1, maximum=64)] = field(
         default_factory=lambda: min(_MOST_JOBS, os.cpu_count() or 1)
     )

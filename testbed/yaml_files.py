@@ -143,7 +143,7 @@ def _check_number(name: str, node: yaml.ScalarNode, *, own: bool) -> None:
 
 def _plain(text: str) -> str:
     value = yaml.safe_load(text)
-    return f"{value}, or '{text}' in quotes if it is no number"
+    return f"{value}, or '{text}' in quotes if it is not a number"
 
 
 def _place(root: Any, message: str) -> str:

@@ -40,7 +40,7 @@ wdmoe-bs chat --bundle bundle --resident 4G        # without nodes""",
 def chat(system: str | None, stats: bool, config: BaseStationConfig, sampling: SamplingConfig) -> None:
     """Talk with the model; an empty line or Ctrl-D ends.
 
-    Ctrl-C ends an answer, and at the prompt the chat. An answer that fails is reported, and the conversation goes on
+    Ctrl-C ends the answer in progress, or else the chat. An answer that fails is reported, and the conversation goes on
     without it.
     """
     system = decode_utf8("--system", os.fsencode(system)) if system else None

@@ -272,4 +272,4 @@ def _current(path: Path | None, manifest: "Manifest") -> "Mapping[str, tuple[Uni
             for name, text in selectors.items()
         }
     except (OSError, ValueError, msgspec.DecodeError) as error:
-        raise StorageError(f"{path} is no placement for this model: {error}") from None
+        raise StorageError(f"{path} is not a placement of this model: {error}") from None

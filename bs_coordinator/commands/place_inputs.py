@@ -79,7 +79,7 @@ def read_shape(model: str) -> "ModelShape":
     except ValueError as error:
         raise StorageError(f"{path}: {error}") from None
     except msgspec.DecodeError as error:
-        raise StorageError(f"{path} is no config.json: {error}") from None
+        raise StorageError(f"{path} is not a model's config.json: {error}") from None
 
 
 def stated_boards(kinds: Mapping[str, str]) -> "list[Board]":
@@ -216,7 +216,7 @@ def read_traffic(path: Path | None, layers: int, experts: int) -> "Array":
     except OSError as error:
         raise StorageError(f"can't read {path}: {error.strerror}") from None
     except ValueError as error:
-        raise StorageError(f"{path} is no latency.csv of this model: {error}") from None
+        raise StorageError(f"{path} is not a latency.csv of this model: {error}") from None
     return counts.astype(np.float32)
 
 

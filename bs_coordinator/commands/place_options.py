@@ -54,7 +54,7 @@ def parse_boards(ctx: click.Context, param: click.Parameter, values: tuple[str, 
         name, _, rest = value.rpartition("=")
         kind, star, count = rest.partition("*")
         if kind not in KINDS:
-            raise click.BadParameter(f"'{kind}' is no kind of board: choose from {', '.join(KINDS)}")
+            raise click.BadParameter(f"'{kind}' is not a kind of board: choose from {', '.join(KINDS)}")
         if star and (name or not count.isdecimal() or not 1 <= int(count) <= _MOST_BOARDS):
             raise click.BadParameter(f"'{value}': write {kind}*8 for eight boards, or NAME={kind} for one with a name")
         first = 1 + sum(other == kind for other in found.values())
@@ -111,7 +111,7 @@ def parse_quantisation(scheme: str, block: str) -> "Quantisation":
         if scheme == known and (not block or (blockwise and block in _BLOCKS)):
             return Quantisation(scheme=known, block=int(block or 32) if blockwise else 0)
     wrong = f"{scheme}:{block}" if block else scheme
-    raise ValueError(f"'{wrong}' is no quantisation: write int4, int4:128, int8, int8-dynamic, fp16 or fp32")
+    raise ValueError(f"'{wrong}' is not a quantisation: write int4, int4:128, int8, int8-dynamic, fp16 or fp32")
 
 
 def parse_draft(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, float] | None:

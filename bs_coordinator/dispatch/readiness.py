@@ -52,7 +52,7 @@ def measure_broker(transport: Transport, topic: str, *, timeout_s: float = 10.0,
     if extra_ms > _NAGLE_MS:
         raise BrokerDelayError(
             f"a burst through the broker takes {extra_ms:.0f} ms longer than one message: it runs "
-            "without TCP_NODELAY; in mosquitto.conf say 'set_tcp_nodelay true' and restart it"
+            "without TCP_NODELAY; write 'set_tcp_nodelay true' into mosquitto.conf and restart it"
         )
     return float(np.median(singles_ms))
 
@@ -69,7 +69,9 @@ def _echo_ms(transport: Transport, topic: str, count: int, timeout_s: float, clo
     while arrived < count:
         message = transport.receive(max(0.0, deadline - clock.monotonic_s()))
         if message is None:
-            raise BrokerError(f"a message on {topic} did not come back within {timeout_s:g} s: check the ACL")
+            raise BrokerError(
+                f"a message on {topic} did not come back within {timeout_s:g} s: check the broker's access list"
+            )
         arrived += message.topic == topic and message.payload[:8] == token
     return (clock.perf_ns() - began_ns) / 1e6
 

@@ -217,7 +217,7 @@ def _named_eos_ids(folder: Path) -> list[int]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, AttributeError) as error:
-            raise BundleError(f"{folder / name} is no configuration of a model: {error}") from None
+            raise BundleError(f"{folder / name} is not a model's configuration: {error}") from None
         several = named if isinstance(named, list) else [named]
         ids += [id for id in several if isinstance(id, int) and not isinstance(id, bool)]
     return ids

@@ -66,11 +66,11 @@ def read_traffic(path: Path, dims: Dims, model_sha256: str) -> Traffic:
     except FileNotFoundError:
         return traffic
     except (OSError, ValueError, msgspec.DecodeError) as error:
-        log.warning("counting experts' traffic anew: %s can't be read (%s)", path, error)
+        log.warning("%s can't be read (%s): counting experts' traffic from zero", path, error)
         return traffic
     right = document.schema == SCHEMA and document.model_sha256 == model_sha256 and pairs.shape == traffic.pairs.shape
     if not right or not (np.isfinite(pairs).all() and (pairs >= 0).all()):
-        log.warning("counting experts' traffic anew: %s is of another model or damaged", path)
+        log.warning("%s is of another model or damaged: counting experts' traffic from zero", path)
         return traffic
     traffic.pairs[:] = pairs
     return traffic
@@ -107,7 +107,7 @@ def traffic_of_log(path: Path, dims: Dims) -> Traffic:
     except OSError as error:
         raise StorageError(f"can't read {path}: {error.strerror}") from None
     except ValueError as error:
-        raise StorageError(f"{path} is no latency.csv of this model: {error}") from None
+        raise StorageError(f"{path} is not a latency.csv of this model: {error}") from None
     traffic = Traffic(dims)
     for (layer, *_), experts in chosen.items():
         _count(traffic.pairs[layer], experts)

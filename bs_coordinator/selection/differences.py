@@ -98,7 +98,7 @@ def read_differences(path: Path) -> DifferenceTable:
         if schema != SCHEMA:
             raise ValueError(
                 f"{path} has schema {schema}, this version reads {SCHEMA}: "
-                "make it anew with 'wdmoe-testbed differences'"
+                "make a new one with 'wdmoe-testbed differences'"
             )
         document = decode_json(data, DifferenceDocument)
     except OSError as error:
@@ -113,7 +113,9 @@ def read_differences(path: Path) -> DifferenceTable:
         raise ValueError(f"{path} is not a table of expert differences: it is not [layers][experts][experts]")
     values.flags.writeable = False
     if any(layer >= len(values) or expert >= values.shape[1] for layer, expert in document.super_experts):
-        raise ValueError(f"{path} is not a table of expert differences: it names a super expert that does not exist")
+        raise ValueError(
+            f"{path} is not a table of expert differences: it names an expert that the model does not have"
+        )
     return DifferenceTable(document.model_sha256, values, document.super_experts)
 
 

@@ -94,7 +94,7 @@ def _try_template(tokenizer: Any, vocab: int, report: Report) -> None:
         raise
     except Exception as error:  # noqa: BLE001 - a template is a program, which raises anything
         raise RefusedError(
-            f"its chat template fails for a user's message: {reason(error)}: mend chat_template.jinja or the "
+            f"its chat template fails for a user's message: {reason(error)}: repair chat_template.jinja or the "
             "chat_template in tokenizer_config.json, or remove it"
         ) from None
     for messages, what in (([_SYSTEM, _USER], "a system message"), ([_USER, _ANSWER, _USER], "a second turn")):

@@ -179,7 +179,7 @@ def _fetch(repository: str, revision: str | None, progress: Progress, room_for: 
     texts = needed_texts(files)
     if not any(file.name == "config.json" for file in texts):
         needed_weights(repository, files, [], base=_base_model(info))  # has more to say about GGUF and the like
-        raise CheckpointError(f"{repository} has no config.json: it is no model of the transformers library")
+        raise CheckpointError(f"{repository} has no config.json: it is not a model of the transformers library")
     folder = _download(repository, revision, texts, None)
     weights = needed_weights(repository, files, _shards(folder), base=_base_model(info))
     left = sum(file.bytes for file in weights if not (folder / file.name).exists())

@@ -74,7 +74,7 @@ def run_limited(work: Callable[..., T], *args: object, stage: str, checkpoint: P
         while True:
             if not pipe.poll(deadline_s):
                 raise CheckpointError(
-                    f"{checkpoint}: its {stage} does not end within {deadline_s:.0f} s: mend or remove it"
+                    f"{checkpoint}: its {stage} does not end within {deadline_s:.0f} s: repair or remove it"
                 )
             kind, content = pipe.recv()
             if kind == "stage":

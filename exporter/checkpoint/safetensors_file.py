@@ -112,7 +112,9 @@ def _read_raw_header(file: BinaryIO, path: Path, size: int) -> bytes:
     file.seek(0)
     prefix = file.read(8)
     if len(prefix) < 8:
-        raise CheckpointError(f"{path} is truncated: {size} bytes are no safetensors file, download it again")
+        raise CheckpointError(
+            f"{path} is truncated: {size} bytes are too few for a safetensors file, download it again"
+        )
     (length,) = struct.unpack("<Q", prefix)
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(f"{path} is not a safetensors file (header of {length} bytes)")

@@ -150,7 +150,9 @@ def _dims(config: Any, modules: list[Any]) -> Dims:
 def _expert_graph(module: Any) -> ExpertGraph:
     """The graph that computes what a module of experts does."""
     if not module.has_gate or module.has_post_expert_norm:
-        raise RefusedError(f"its experts ({type(module).__name__}) are no gated linear units, which can't be exported")
+        raise RefusedError(
+            f"its experts ({type(module).__name__}) are not gated linear units, and only those can be exported"
+        )
     candidates = [ExpertGraph(activation=name, biases=module.has_bias) for name in ("silu", "gelu", "gelu-tanh")]
     if getattr(module, "alpha", None) and getattr(module, "limit", None):
         constants = {"alpha": float(module.alpha), "limit": float(module.limit)}

@@ -346,7 +346,7 @@ class GgufBase:
             try:
                 return found.contents()
             except ValueError as error:
-                raise CheckpointError(f"the field {key} of {path} is no text: {error}") from None
+                raise CheckpointError(f"the field {key} of {path} is not text: {error}") from None
 
         architecture = field("general.architecture")
         if architecture != "llama":

@@ -54,7 +54,7 @@ def register(group: click.Group) -> None:
 )  # fmt: skip
 @click.option(
     "--lost", type=click.IntRange(0), multiple=True,
-    help="Do without this expert of every layer, as after the loss of its only node; repeatable.",
+    help="Leave out this expert of every layer, as if its only node were lost; repeatable.",
 )  # fmt: skip
 @click.option(
     "--separately",

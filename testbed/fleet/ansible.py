@@ -155,7 +155,7 @@ def read_inventory(path: Path) -> Inventory:
 
 def _text(name: str, value: object) -> str:
     if value is None or isinstance(value, bool):
-        raise ValueError(f"{name}: {value!r} is no text: write it in quotes")
+        raise ValueError(f"{name}: {value!r} is not text: write it in quotes")
     return str(value)
 
 

@@ -152,7 +152,7 @@ class KeyFolder:
                 raise KeyFileError(f"'{name}' is a reserved name")
         if twice := first_twice([*self.nodes, *names]):
             raise KeyFileError(
-                f"'{twice}' has keys already (upper and lower case are not told apart): 'keys rotate' renews them"
+                f"'{twice}' has keys already (upper and lower case count as equal): 'keys rotate' renews them"
             )
         with _writing(self.path):
             for name in names:

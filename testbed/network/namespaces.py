@@ -91,7 +91,7 @@ def remove(name: str) -> None:
         NetworkError: the kernel refuses.
     """
     if not name.startswith(f"{PREFIX}-"):
-        raise ValueError(f"{name} is no namespace of an emulated network: its name must begin with '{PREFIX}-'")
+        raise ValueError(f"{name} is not a namespace of an emulated network: its name must begin with '{PREFIX}-'")
     try:
         netns.remove(str(FOLDER / name))
     except FileNotFoundError:

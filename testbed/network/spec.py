@@ -214,7 +214,7 @@ def check_spec(spec: NetworkSpec) -> None:
         raise ValueError("nodes: 'bs' is the base station's name")
     for field, names in (("nodes", nodes), ("profiles", spec.profiles)):
         if twice := first_twice(names):
-            raise ValueError(f"{field}: '{twice}' is listed twice (upper and lower case are not told apart)")
+            raise ValueError(f"{field}: '{twice}' is listed twice (upper and lower case count as equal)")
     try:
         network = spec.network
     except ValueError as error:

@@ -121,7 +121,7 @@ def check_plan(plan: Plan, *, bundle: str | None = None, top_k: int = 2) -> None
         ("nodes", tuple(plan.nodes) if isinstance(plan.nodes, dict) else ()),
     ):  # fmt: skip
         if twice := first_twice(values):
-            raise ValueError(f"{field}: '{twice}' is listed twice (upper and lower case are not told apart)")
+            raise ValueError(f"{field}: '{twice}' is listed twice (upper and lower case count as equal)")
     if (cells := count_cells(plan)) > MAX_CELLS:
         raise ValueError(f"repetitions: the plan has {cells} cells, at most {MAX_CELLS} are possible")
     if plan.baseline is not None and plan.baseline not in plan.policies:

@@ -16,7 +16,7 @@ from testbed.plan.options import DATA, PLAN
 @DATA
 @click.option("--dry-run", is_flag=True, help="List every cell.")
 def plan(plan_path: Path, data: Path | None, dry_run: bool) -> None:
-    """Check a plan and show what it comes to, without running anything."""
+    """Check a plan and show its size, without running anything."""
     from testbed.experiment.plan_files import check_data_sets, check_files
     from testbed.plan.cells import expand
     from testbed.plan.estimate import describe

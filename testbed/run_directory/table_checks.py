@@ -81,7 +81,7 @@ def _check_column(name: str, column: str, values: pa.ChunkedArray) -> None:
         for found in _different(values):
             experts = found or ""
             if not _EXPERTS.fullmatch(experts) or max(map(int, experts.split())) >= _MOST_EXPERTS:
-                raise ValueError(f"{experts[:40]!r} is no list of experts")
+                raise ValueError(f"{experts[:40]!r} is not a list of experts")
 
 
 def _check_counts(name: str, column: str, values: pa.ChunkedArray) -> None:

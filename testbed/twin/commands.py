@@ -18,11 +18,11 @@ def register(group: click.Group) -> None:
 @click.argument("model", type=click.Choice(get_args(TwinName)))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--layers", type=click.IntRange(1), help="Number of layers.  [default: all]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random weights.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the random weights.")
 def twin(model: TwinName, out: Path, layers: int | None, seed: int) -> None:
     """Write a checkpoint with MODEL's exact shape and random weights to OUT.
 
-    For trying sizes and times without a download: it exports and runs like the real one, and answers nonsense.
+    To try sizes and times without a download: it exports and runs like the real model, but its answers are nonsense.
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -32,7 +32,7 @@ def register(cli: click.Group) -> None:
     help="File of apt sources with arm64, if this system's have none.",
 )  # fmt: skip
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/arm"), show_default=True, help="For results."
+    "--out", type=click.Path(path_type=Path), default=Path("runs/arm"), show_default=True, help="Folder for results."
 )
 def arm(
     variants: tuple[str, ...], boards: tuple[str, ...], experts: str, layers: int, rows: int, tokens: int,

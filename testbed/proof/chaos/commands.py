@@ -32,7 +32,7 @@ def register(cli: click.Group) -> None:
 def chaos(
     answers: int, seed: int, tokens: int, nodes: int, kinds: tuple[str, ...], layers: int, localhost: bool, out: Path
 ) -> None:
-    """Make answers while nodes, links, broker and base station fail; each must end, and report if it is degraded.
+    """Generate answers while nodes, links, broker and base station fail; each must end, and say if it is degraded.
 
     Tokens are compared with hidden states in fp32 on the wire: in fp16 they can depend on which node holds what.
     """

@@ -92,4 +92,4 @@ def test_a_prefix_that_is_no_topic_is_refused(fleet: LocalNodes, run_process: An
         "--home-assistant", "a/#",
     )  # fmt: skip
     assert done.returncode == 2
-    assert "--home-assistant: 'a/#' is no prefix of topics" in done.stderr
+    assert "--home-assistant: 'a/#' is not a prefix of topics" in done.stderr

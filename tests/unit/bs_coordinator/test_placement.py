@@ -91,4 +91,4 @@ def test_the_command(random_bundle: Path, tmp_path: Path) -> None:
     log.write_text("layer,tokens\n1,2\n")
     wrong = run(*command)
     assert wrong.returncode == 12
-    assert "is no latency.csv of this model" in wrong.stderr
+    assert "is not a latency.csv of this model" in wrong.stderr

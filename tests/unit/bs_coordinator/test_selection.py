@@ -207,7 +207,7 @@ def test_a_table_of_another_model_is_refused(table: Path, tmp_path: Path) -> Non
         ("no", "is not a table"),
         (
             table.read_text().replace('"schema":2', '"schema":1'),
-            "has schema 1, this version reads 2: make it anew with",
+            "has schema 1, this version reads 2: make a new one with",
         ),
         (table.read_text().replace('"differences":[[[', '"differences":[[[7],['), r"not \[layers\]"),
     ):

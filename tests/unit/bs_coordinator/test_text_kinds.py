@@ -379,7 +379,7 @@ def test_losses_count_the_tokens_of_the_text(scripted: _Model) -> None:
     [
         ("config.json", "[]", "no usable tokenizer"),
         ("config.json", "{", "config"),
-        ("generation_config.json", "\xff", "generation_config.json is no configuration"),
+        ("generation_config.json", "\xff", "generation_config.json is not a model's configuration"),
         ("tokenizer.json", "{}", "no usable tokenizer"),
     ],
 )

@@ -51,7 +51,7 @@ def _gguf(fields: list[bytes], tensors: list[bytes] | None = None, claimed: int 
         (_gguf([_field("x", ARRAY, struct.pack("<IQ", ARRAY, 1) * 2000)]), "an array of arrays"),
         (_gguf([_field("x", STRING, struct.pack("<Q", 2**62))]), "goes past its end"),
         (_gguf([_field("x", 99, b"1234")]), "unknown type 99"),
-        (_gguf([_field("general.architecture", STRING, _text(b"\xff\xfe")), *_fields()[1:]]), "is no text"),
+        (_gguf([_field("general.architecture", STRING, _text(b"\xff\xfe")), *_fields()[1:]]), "is not text"),
         (_gguf([_field("general.architecture", STRING, _text(b"gpt2")), *_fields()[1:]]), "must be a dense llama"),
         (_gguf(_fields(**{"attention.head_count": 0})), "impossible llama.attention.head_count: 0"),
         (_gguf(_fields(block_count=2**32 - 1)), "impossible llama.block_count"),

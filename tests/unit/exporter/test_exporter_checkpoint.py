@@ -135,10 +135,10 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "deep json": (deeper, "tokenizer_config.json is not valid JSON: it is nested too deeply"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json is not a JSON object"),
     "config is a folder": (folder_for_config, "config.json is not a plain file"),
-    "nan in config": (config(rms_norm_eps=float("nan")), "config.json is not valid JSON: NaN is no finite number"),
+    "nan in config": (config(rms_norm_eps=float("nan")), "config.json is not valid JSON: NaN is not a finite number"),
     "number beyond floats": (
         lambda f: replace_text(f / "config.json", '"attention_dropout": 0.0', '"attention_dropout": 1e999'),
-        "config.json is not valid JSON: 1e999 is no finite number",
+        "config.json is not valid JSON: 1e999 is not a finite number",
     ),
     "two values of a key": (
         lambda f: replace_text(f / "config.json", "{", '{"num_experts_per_tok": 1, '),

@@ -127,7 +127,7 @@ def test_a_template_may_not_take_all_time_or_memory(
     template(text)(source)
     monkeypatch.setattr(trial, "TEMPLATE_S", 1.0)
     with pytest.raises(
-        CheckpointError, match=r"does not end within 1 s: mend or remove it|MemoryError|ended the process"
+        CheckpointError, match=r"does not end within 1 s: repair or remove it|MemoryError|ended the process"
     ):
         try_trunk(source, VOCABULARY, source)
 
