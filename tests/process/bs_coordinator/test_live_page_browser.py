@@ -20,7 +20,7 @@ CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (its Debian package)")
 
 
-def test_a_chat_goes_on_while_a_node_dies_before_the_viewers_eyes(
+def test_the_page_shows_a_killed_node_and_its_chat_continues(
     tiny_bundle: Callable[[Scheme], Path], tmp_path: Path
 ) -> None:
     port = free_port()

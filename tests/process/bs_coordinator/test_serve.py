@@ -87,7 +87,7 @@ def test_answers_are_those_of_the_command_line(server: Server, fleet: LocalNodes
     assert json.loads(account)["usage"] == body["usage"]
 
 
-def test_health_is_not_well_while_experts_are_lost(server: Server, fleet: LocalNodes) -> None:
+def test_health_fails_while_experts_are_lost(server: Server, fleet: LocalNodes) -> None:
     assert server.healthy()
     fleet.processes["n1"].terminate()
     fleet.processes["n1"].wait(PATIENCE_S)
@@ -98,7 +98,7 @@ def test_health_is_not_well_while_experts_are_lost(server: Server, fleet: LocalN
     wait_until(server.healthy, "the node's return")
 
 
-def test_a_service_that_is_stopped_says_so_to_its_callers(server: Server) -> None:
+def test_callers_are_told_that_the_service_stops(server: Server) -> None:
     asked = {"prompt": "Hello", "max_tokens": 4000, "stream": True}
     connection, response = server.open("POST", "/v1/completions", asked)
     response.readline()
@@ -127,7 +127,7 @@ def test_a_signal_ends_the_wait_for_a_broker_that_is_away(
         fleet.stop()
 
 
-def test_what_can_not_be_served_is_said_at_once(fleet: LocalNodes, tmp_path: Path) -> None:
+def test_startup_errors_are_reported_before_the_model_is_loaded(fleet: LocalNodes, tmp_path: Path) -> None:
     argv = ("bs_coordinator", "serve", "--bundle", fleet.bundle, "--host", "192.0.2.1")
     done = run_in_process(*argv)
     assert done.returncode == 45

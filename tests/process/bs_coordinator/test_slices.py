@@ -58,7 +58,7 @@ def _ids(answers: list[list[TokenEvent]]) -> list[list[int]]:
     return [[event.id for event in events] for events in answers]
 
 
-def test_slices_on_nodes_give_the_same_tokens_and_a_killed_one_is_replaced_or_told(
+def test_slices_give_the_same_tokens_and_a_lost_one_is_replaced_or_flagged(
     nodes: LocalNodes, tiny_bundle: Callable[[Scheme], Path]
 ) -> None:
     whole = tiny_bundle("fp32")

@@ -14,7 +14,7 @@ from wire.transports import connect
 
 
 @pytest.mark.skipif(not unavailable("cuda"), reason="this onnxruntime has CUDA")
-def test_a_node_that_is_asked_for_cuda_serves_with_the_cpu_and_says_why(fleet: LocalNodes) -> None:
+def test_a_node_without_cuda_serves_with_the_cpu_and_gives_the_reason(fleet: LocalNodes) -> None:
     fleet.start("g", "L*:E0", options=["--profile", "jetson-orin", "--provider", "cuda"])
     status = _status(fleet, "g")
     assert status.device is not None

@@ -76,7 +76,7 @@ def test_a_node_appears_works_and_is_lost(fleet: LocalNodes, broker: BrokerAddre
     assert (found["rows"], found["reason"]) == ("unavailable", "connection lost")
 
 
-def test_nothing_is_announced_unless_asked_for(fleet: LocalNodes, home: _Home) -> None:
+def test_nothing_is_announced_without_the_option(fleet: LocalNodes, home: _Home) -> None:
     topics = Topics(fleet.cluster)
     fleet.start("n2", "L*:E0")
     # What would be announced comes between the first status and the third message of telemetry.
@@ -86,7 +86,7 @@ def test_nothing_is_announced_unless_asked_for(fleet: LocalNodes, home: _Home) -
     assert not [topic for topic in home.messages if topic.startswith("homeassistant")]
 
 
-def test_a_prefix_that_is_no_topic_is_refused(fleet: LocalNodes, run_process: Any) -> None:
+def test_an_invalid_topic_prefix_is_refused(fleet: LocalNodes, run_process: Any) -> None:
     done = run_process(
         "edge_node", "--bundle", fleet.bundle, "--broker", str(fleet.address), "--id", "n", "--experts", "L*:E0",
         "--home-assistant", "a/#",

@@ -20,7 +20,7 @@ from wire.transport import Transport
 from wire.transports import connect
 
 
-def test_it_must_cool_down_before_it_is_fit_again() -> None:
+def test_a_hot_device_takes_work_again_only_after_cooling_down() -> None:
     celsius: list[float | None] = [80.0]
     limits = DeviceLimits(max_celsius=85, read_celsius=lambda: celsius[0])
     for reading, fit in [(80, True), (86, False), (83, False), (80, True), (84, True), (None, True)]:
@@ -30,7 +30,7 @@ def test_it_must_cool_down_before_it_is_fit_again() -> None:
     assert "90 °C" in limits.unfit()
 
 
-def test_memory_must_be_there_with_a_margin() -> None:
+def test_free_memory_needs_a_margin_before_work_is_taken_again() -> None:
     available = [200 << 20]
     limits = DeviceLimits(min_available_bytes=100 << 20, read_available_bytes=lambda: available[0])
     for mebibytes, fit in [(200, True), (99, False), (110, False), (126, True), (101, True)]:
@@ -38,7 +38,7 @@ def test_memory_must_be_there_with_a_margin() -> None:
         assert (limits.unfit() == "") is fit, mebibytes
 
 
-def test_a_node_short_of_memory_leaves_the_fleet_and_says_why(fleet: LocalNodes) -> None:
+def test_a_node_short_of_memory_goes_offline_and_gives_the_reason(fleet: LocalNodes) -> None:
     argv = _argv(fleet, "--min-free-memory", "900T")
     with closing(connect(fleet.address, "t-watch")) as watch:
         watch.subscribe(Topics(fleet.cluster).status("n0"), qos=1)

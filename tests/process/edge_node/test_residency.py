@@ -48,7 +48,7 @@ print(json.dumps({"rss": rss, "loads": runtime.loads.count}))
 """
 
 
-def test_memory_stays_where_it_is(tiny_bundle: Bundle) -> None:
+def test_memory_does_not_grow_with_requests(tiny_bundle: Bundle) -> None:
     """Under a limit of the kernel that all experts at once break; every request is answered."""
     bundle = tiny_bundle("fp32")
     entries = load_manifest(bundle).experts
@@ -73,7 +73,7 @@ def test_memory_stays_where_it_is(tiny_bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("fleet", ["int4"], indirect=True)
-def test_a_node_says_what_it_keeps(fleet: LocalNodes) -> None:
+def test_the_status_lists_the_experts_in_memory(fleet: LocalNodes) -> None:
     entries = load_manifest(fleet.bundle).experts
     budget = needed_bytes(largest(entries, 5), "int4")
     options = ["--residency", "lru", "--memory-budget", str(budget)]

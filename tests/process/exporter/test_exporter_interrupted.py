@@ -150,7 +150,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_too_little_space_is_said_before(mixtral: Callable[..., Path], small_disk: Path, run: Run) -> None:
+def test_too_little_space_is_reported_before_writing(mixtral: Callable[..., Path], small_disk: Path, run: Run) -> None:
     result = run("exporter", "bundle", mixtral(), small_disk / "out", "--quant", "fp32")
     assert result.returncode == 12
     assert "0.2 MiB free, the bundle needs 0.7 MiB" in result.stderr

@@ -31,7 +31,7 @@ def optimum_python() -> Path:
     return python
 
 
-def test_without_optimum_one_line_says_what_to_do(mixtral: Callable[..., Path], tmp_path: Path, run: Run) -> None:
+def test_without_optimum_the_error_says_what_to_install(mixtral: Callable[..., Path], tmp_path: Path, run: Run) -> None:
     result = run("exporter", "bundle", mixtral(), tmp_path / "out", "--via", "optimum")
     assert result.returncode == 1
     assert "pip install -e .[optimum]" in result.stderr

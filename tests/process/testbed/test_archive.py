@@ -89,9 +89,7 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("ending", [".tar.zst", ".tar.gz"])
-def test_an_archive_tells_nothing_of_whose_network_it_was(
-    finished: RunDir, key: Path, tmp_path: Path, ending: str
-) -> None:
+def test_an_archive_contains_no_names_or_addresses(finished: RunDir, key: Path, tmp_path: Path, ending: str) -> None:
     made = export_run(finished, tmp_path / f"shelf{ending}", key_file=key, report=False)
     assert made.photos == 1
     folder = unpack(tmp_path / f"shelf{ending}", tmp_path / "there")
@@ -181,7 +179,9 @@ def _archive(path: Path, members: list[tuple[str, bytes | str]]) -> Path:
         [("run/" + "d/" * 300 + "x", b"x")],
     ],
 )
-def test_archives_that_are_none_leave_nothing(tmp_path: Path, members: list[tuple[str, bytes | str]]) -> None:
+def test_files_that_are_not_archives_leave_nothing_behind(
+    tmp_path: Path, members: list[tuple[str, bytes | str]]
+) -> None:
     archive = _archive(tmp_path / "x.tar.gz", members)
     with pytest.raises(ArchiveError):
         unpack(archive, tmp_path / "out" / "run")
@@ -213,7 +213,7 @@ def test_a_header_that_claims_to_be_huge_is_not_read(tmp_path: Path, ending: str
         tracemalloc.stop()
 
 
-def test_a_sparse_file_is_none_of_ours(tmp_path: Path) -> None:
+def test_a_sparse_file_is_refused(tmp_path: Path) -> None:
     info = tarfile.TarInfo("run/manifest.json")
     info.pax_headers = {"GNU.sparse.size": str(1 << 20), "GNU.sparse.map": "0,1"}
     with tarfile.open(tmp_path / "x.tar.gz", "w:gz", format=tarfile.PAX_FORMAT) as tar:

@@ -40,7 +40,7 @@ def test_without_qemu_one_line_says_what_to_install(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(("difference", "agrees"), [(0.001, True), (0.004, False), (float("nan"), False)])
-def test_a_difference_beyond_the_tolerance_or_no_number_is_shown(difference: float, agrees: bool) -> None:
+def test_differences_beyond_the_tolerance_and_nan_are_reported(difference: float, agrees: bool) -> None:
     result = BoardResult(
         board="pi5", variant="int4-b32", quantisation="int4 b32", tolerance=0.003, why="codes", experts=["L00:E0"],
         difference=[difference], error=[0.1], error_here=[0.1], together=[0.0], tokens=[1, 2, 3],

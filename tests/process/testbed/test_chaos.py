@@ -18,7 +18,9 @@ NODES = [f"node{k}" for k in range(8)]
 
 
 @given(st.integers(0, 99), st.integers(0, 999), st.sets(st.sampled_from(KINDS), min_size=1))
-def test_faults_are_drawn_from_those_allowed_and_again_the_same(seed: int, answer: int, kinds: set[Kind]) -> None:
+def test_faults_are_drawn_from_the_allowed_ones_and_repeat_with_the_seed(
+    seed: int, answer: int, kinds: set[Kind]
+) -> None:
     allowed = sorted(kinds)
     faults = draw(seed, answer, NODES, allowed, tokens=64)
     assert faults == draw(seed, answer, NODES, allowed, tokens=64)
@@ -27,7 +29,7 @@ def test_faults_are_drawn_from_those_allowed_and_again_the_same(seed: int, answe
     assert all(0 < fault.after_tokens < 32 for fault in faults)
 
 
-def test_every_fault_comes_up_equally_often_as_the_first() -> None:
+def test_every_kind_is_equally_often_the_first_fault() -> None:
     first = Counter(draw(3, answer, NODES, KINDS, tokens=64)[0].kind for answer in range(10 * len(KINDS)))
     assert set(first.values()) == {10}
 

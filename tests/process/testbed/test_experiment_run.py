@@ -282,7 +282,7 @@ def test_an_error_of_any_class_fails_its_cell_only(
 
 
 @pytest.mark.parametrize("error", [StorageError("disk full"), KeyboardInterrupt()])
-def test_what_must_end_a_run_ends_it(
+def test_interruptions_and_unwritable_folders_end_a_run(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     run_dir = _unstarted(_write_plan(tmp_path, tiny_bundle("int4"), repetitions=1), tmp_path / "run")
@@ -296,7 +296,9 @@ def test_what_must_end_a_run_ends_it(
     assert not _events(run_dir, "cell_failed")
 
 
-def test_a_run_goes_on_only_with_what_it_began_with(run_process: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_resume_refuses_changed_bundles_data_and_networks(
+    run_process: Run, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(tiny_bundle("int4"), bundle)
     plan = _write_plan(tmp_path, bundle, repetitions=1, more=CHOICE)
@@ -323,7 +325,7 @@ def test_a_run_goes_on_only_with_what_it_began_with(run_process: Run, tiny_bundl
     assert not run_dir.events()
 
 
-def test_a_complete_run_needs_nothing_any_more(run_process: Run, finished: RunDir, tmp_path: Path) -> None:
+def test_resuming_a_complete_run_changes_nothing(run_process: Run, finished: RunDir, tmp_path: Path) -> None:
     shutil.copytree(finished.path, tmp_path / "run")
     path = tmp_path / "run" / "manifest.json"
     path.write_text(path.read_text().replace("items.jsonl", "gone.jsonl"))

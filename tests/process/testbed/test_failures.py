@@ -66,7 +66,7 @@ def full_fleet(fleet: LocalNodes) -> LocalNodes:
     return fleet
 
 
-def test_text_comes_out(run_process: Run, full_fleet: LocalNodes) -> None:
+def test_generate_prints_the_answer(run_process: Run, full_fleet: LocalNodes) -> None:
     done = _generate(run_process, full_fleet)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
@@ -238,7 +238,7 @@ def test_a_device_that_trunks_can_not_run_on(run: Run, tiny_bundle: Bundle) -> N
     _one_line(done, 46, "--device banana")
 
 
-def test_a_prompt_that_is_no_text(run_process: Run, tiny_bundle: Bundle) -> None:
+def test_a_prompt_that_is_not_utf_8(run_process: Run, tiny_bundle: Bundle) -> None:
     prompt = os.fsdecode(b"caf\xe9")
     done = run_process("bs_coordinator", "generate", "--bundle", tiny_bundle("fp32"), "--prompt", prompt)
     _one_line(done, 2, "--prompt is not UTF-8: byte 4 is 0xe9")
@@ -250,7 +250,7 @@ def test_a_port_that_another_broker_has(run: Run, broker: BrokerAddress, kind: s
     _one_line(done, 30, "choose another port")
 
 
-def test_a_folder_that_is_no_bundle(run: Run, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_bundle(run: Run, tmp_path: Path) -> None:
     _one_line(run("bs_coordinator", "generate", "--bundle", tmp_path, "--prompt", "x"), 11, "wdmoe-export bundle")
 
 

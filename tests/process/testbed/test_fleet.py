@@ -176,7 +176,7 @@ class TestFiles:
         assert draft in needed_files(bundle, experts=None, trunk=True).files
         assert draft not in needed_files(bundle, experts="L*:E0", trunk=False).files
 
-    def test_wrong_experts_are_said(self, tiny_bundle: Bundle, run_process: Run) -> None:
+    def test_wrong_experts_are_reported(self, tiny_bundle: Bundle, run_process: Run) -> None:
         done = run_process("testbed", "fleet", "files", tiny_bundle("int4"), "--experts", "L*:E99")
         assert done.returncode == 2
         assert "99" in done.stderr
@@ -205,7 +205,7 @@ class TestOnTheDevice:
         (device / files[0]["path"]).unlink()
         assert wrong_files(device, files) == [files[0]["path"], files[1]["path"]]
 
-    def test_releases_change_and_are_taken_back_and_old_ones_go(self, tmp_path: Path) -> None:
+    def test_releases_are_switched_rolled_back_and_pruned(self, tmp_path: Path) -> None:
         release = module("wdmoe_release")
         root, history = tmp_path / "opt", tmp_path / "releases.log"
 
@@ -245,7 +245,7 @@ class TestOnTheDevice:
         with pytest.raises(release.ReleaseError, match="not installed"):
             release.switch(root, "d", history, check=False)
 
-    def test_a_service_is_stale_when_something_it_came_from_is_newer(self, tmp_path: Path) -> None:
+    def test_a_service_is_stale_if_a_file_it_uses_is_newer(self, tmp_path: Path) -> None:
         service = module("wdmoe_service")
         old = tmp_path / "old"
         old.write_text("")
@@ -313,7 +313,7 @@ class TestInventory:
         with pytest.raises(FleetError, match=re.escape(said)):
             read_inventory(path)
 
-    def test_what_the_inventory_says_counts_more_than_defaults_in_any_group(self, tmp_path: Path) -> None:
+    def test_the_inventory_overrides_defaults_of_every_group(self, tmp_path: Path) -> None:
         path = tmp_path / "fleet.yaml"
         path.write_text(
             "all: {vars: {wdmoe_clock: false}, children: {base_station: {hosts: {a: {}}},"
@@ -373,7 +373,7 @@ def test_a_prompt_is_data_and_never_a_template(prompt: str, run_process: Run, tm
 class TestPlaybooks:
     """On this machine, with a systemctl of the test's own."""
 
-    def test_check_tells_of_a_bare_device_and_makes_nothing(
+    def test_check_reports_a_bare_device_and_changes_nothing(
         self, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ) -> None:
         self.as_in(tmp_path, monkeypatch)
@@ -402,7 +402,7 @@ class TestPlaybooks:
         assert every | {"base_station : Install the command"} <= set(hosts["bs"].changed_tasks)
         assert capfd.readouterr().out.count("its kernel has no memory controller") == 1
 
-    def test_a_rollback_after_a_failed_update_does_not_come_to_what_failed(
+    def test_a_rollback_after_a_failed_update_skips_the_failed_release(
         self, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = local_inventory(tmp_path, tiny_bundle("int4"), "pi4", "pi5")
@@ -456,7 +456,7 @@ class TestPlaybooks:
         play("rollback", path, wdmoe_target="older")
         assert links() == {host: ["older", "old"] for host in ("bs", "pi4", "pi5")}
 
-    def test_the_clock_s_list_has_addresses_only(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_chrony_gets_addresses_only(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """chronyd ends at names that do not resolve."""
         self.as_in(tmp_path, monkeypatch)
         path = local_inventory(tmp_path, tmp_path, "by-name", "v4", "v6", "off", "mute")
@@ -510,7 +510,7 @@ class TestPrepare:
         with pytest.raises(FleetError, match=re.escape("is for 10.0.0.9")):
             prepare_keys(self.read(tmp_path, bundle, address="10.0.0.8", a="L*:E*"))
 
-    def test_home_assistant_gets_keys_where_the_inventory_says_so(self, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    def test_home_assistant_gets_keys_if_the_inventory_asks_for_them(self, tiny_bundle: Bundle, tmp_path: Path) -> None:
         read = self.read(tmp_path, tiny_bundle("int4"), a="L*:E*")
         prepare_keys(read)
         keys = KeyFolder(tmp_path / "keys")

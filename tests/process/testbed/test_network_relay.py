@@ -29,7 +29,7 @@ def ends() -> Iterator[list[tuple[socket.socket, socket.socket]]]:
 
 
 @pytest.mark.parametrize("own_core", [False, True])
-def test_frames_are_carried_and_a_relay_with_a_core_does_not_sleep(
+def test_frames_are_relayed_and_a_relay_with_a_core_does_not_sleep(
     ends: list[tuple[socket.socket, socket.socket]], own_core: bool
 ) -> None:
     model = AirModel(1, queue_s=0.1)

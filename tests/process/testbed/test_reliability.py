@@ -60,7 +60,7 @@ def pairs(fleet: LocalNodes) -> LocalNodes:
     return fleet
 
 
-def test_a_killed_node_with_replicas_costs_nothing_but_time(pairs: LocalNodes) -> None:
+def test_a_killed_node_with_replicas_does_not_change_the_answer(pairs: LocalNodes) -> None:
     expected = _undisturbed(pairs)
     code, out, err = _disturbed(pairs, pairs.processes["n1"].kill)
     assert code == 0, err
@@ -89,7 +89,7 @@ def test_a_stopped_node_is_left_out_and_comes_back(pairs: LocalNodes) -> None:
     assert _undisturbed(pairs) == expected
 
 
-def test_without_replicas_the_answer_goes_on_and_says_so(fleet: LocalNodes) -> None:
+def test_without_replicas_the_answer_continues_and_is_marked_as_degraded(fleet: LocalNodes) -> None:
     for k in range(4):
         fleet.start(f"n{k}", f"L*:E{2 * k},{2 * k + 1}")
     code, out, err = _disturbed(fleet, fleet.processes["n1"].kill)

@@ -379,7 +379,7 @@ def test_equal_cells_give_an_equal_report(copy: RunDir, reported: RunDir) -> Non
             assert (copy.path / path).read_bytes() == (reported.path / path).read_bytes(), path
 
 
-def test_a_run_that_is_not_complete_says_so_first(copy: RunDir) -> None:
+def test_the_report_of_an_incomplete_run_begins_with_that(copy: RunDir) -> None:
     lost = next(cell for cell in copy.cells() if (cell.workload, cell.policy) == ("generate", "top1"))
     shutil.rmtree(copy.cell_path(lost))
     copy.event("cell_failed", cell=lost.id, attempt=1, error="node 'node1' <left> | early", kind="DispatchError")
@@ -431,7 +431,7 @@ def test_cells_of_different_commits_are_distinguished(copy: RunDir) -> None:
     assert {row["commit"] for row in tokens if row["cell"] != again.id} == {"f" * 40}
 
 
-def test_what_cannot_be_reported_ends_in_one_line(copy: RunDir, tmp_path: Path) -> None:
+def test_report_errors_are_one_line(copy: RunDir, tmp_path: Path) -> None:
     cell = copy.cells()[0]
     page = (copy.path / "report.html").read_bytes()
     damaged = copy.cell_path(cell) / "tokens.parquet"
@@ -477,7 +477,7 @@ def test_compare_says_what_differed_and_pairs_equal_items(reported: RunDir, copy
     assert run_in_process("testbed", "compare", reported.path).returncode == 2
 
 
-def test_preflight_says_what_a_plan_lacks(plan_path: Path, tmp_path: Path) -> None:
+def test_preflight_reports_what_a_plan_lacks(plan_path: Path, tmp_path: Path) -> None:
     wide = {"COLUMNS": "300"}
     fine = run_in_process("testbed", "preflight", plan_path, "--out", tmp_path, env=wide)
     assert fine.returncode == 0, fine.stderr

@@ -110,7 +110,7 @@ def _received(transport: Transport, seconds: float = 1.0) -> list[tuple[str, byt
     return found
 
 
-def test_a_node_reads_its_own_work_only(site: Site) -> None:
+def test_a_node_reads_only_its_own_work(site: Site) -> None:
     with closing(site.connect("bs", "bs")) as bs, closing(site.connect("a", "a")) as a:
         a.subscribe(TOPICS.work("a"))
         for topic in (TOPICS.work("b"), TOPICS.work("+"), TOPICS.results("+"), TOPICS.telemetry("+"), "#"):
@@ -123,7 +123,7 @@ def test_a_node_reads_its_own_work_only(site: Site) -> None:
         assert _received(a) == [(TOPICS.work("a"), b"for a")]
 
 
-def test_a_node_speaks_for_itself_only(site: Site) -> None:
+def test_a_node_writes_only_its_own_topics(site: Site) -> None:
     with closing(site.connect("bs", "bs")) as bs, closing(site.connect("a", "a")) as a:
         bs.subscribe(TOPICS.results("+"))
         bs.subscribe(TOPICS.status("+"), qos=1)
@@ -170,7 +170,7 @@ def test_home_assistant_reads_and_nodes_announce_themselves_only(site: Site, run
 
 # paho leaves a socket whose handshake failed to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_strangers_and_certificates_that_are_no_longer_good_stay_outside(site: Site, tmp_path: Path) -> None:
+def test_strangers_and_invalid_certificates_are_refused(site: Site, tmp_path: Path) -> None:
     ca_file = site.keys.path / "ca.crt"
     own = Authority(ca_file.read_bytes(), (site.keys.path / "ca.key").read_bytes())
     other = Authority(*new_authority("elsewhere", days=1))
@@ -197,7 +197,7 @@ def test_strangers_and_certificates_that_are_no_longer_good_stay_outside(site: S
         connect(BrokerAddress(HOST, site.port), "t-plain")
 
 
-def test_a_revoked_node_is_out_at_once(site: Site) -> None:
+def test_a_revoked_node_is_disconnected_at_once(site: Site) -> None:
     access = site.access("a")
     kept = {path: path.read_bytes() for path in (access.tls_cert, access.tls_key, access.ca_file) if path}
     with closing(site.connect("bs", "bs")) as bs, closing(site.connect("a", "a")) as a:
@@ -261,7 +261,7 @@ def test_all_keys_are_private_and_nothing_is_overwritten(site: Site, run_process
         KeyFolder(site.keys.path)
 
 
-def test_plaintext_beyond_loopback_must_be_asked_for() -> None:
+def test_plaintext_beyond_loopback_needs_the_option() -> None:
     with pytest.raises(PlaintextError, match="mqtts://"):
         parse_broker_url("mqtt://192.0.2.1")
     assert parse_broker_url("mqtt://192.0.2.1", Access(allow_plaintext=True)).port == 1883
@@ -424,7 +424,7 @@ def test_an_unsigned_or_changed_bundle_is_refused(sealed: tuple[Path, list[objec
     assert "is not signed" in done.stderr
 
 
-def test_no_secret_gets_into_logs_or_arguments(
+def test_no_secret_appears_in_logs_or_arguments(
     site: Site, sealed: tuple[Path, list[object]], run_process: Run, tmp_path: Path
 ) -> None:
     _, generate = sealed

@@ -30,7 +30,7 @@ workloads:
 
 
 @pytest.mark.slow
-def test_a_run_survives_lost_nodes_and_tells_of_them(
+def test_a_run_survives_lost_nodes_and_reports_them(
     run_process: Run, tiny_bundle: Callable[[Scheme], Path], tmp_path: Path
 ) -> None:
     plan, folder = tmp_path / "plan.yaml", tmp_path / "run"

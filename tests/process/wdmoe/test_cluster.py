@@ -106,7 +106,7 @@ def test_the_nodes_are_listed_and_a_lost_one_degrades_answers(cluster: wdmoe.Clu
     assert answer.tokens[0].degraded
 
 
-def test_what_was_asked_wrongly_is_refused(cluster: wdmoe.Cluster) -> None:
+def test_wrong_arguments_are_refused(cluster: wdmoe.Cluster) -> None:
     for wrong, message in (
         (lambda: cluster.generate(" "), "the prompt is empty"),
         (lambda: cluster.chat([]), "the prompt is empty"),
@@ -122,7 +122,7 @@ def test_what_was_asked_wrongly_is_refused(cluster: wdmoe.Cluster) -> None:
     assert caught.value.exit_code == 42
 
 
-def test_what_is_missing_is_said_before_the_deadline(fleet: LocalNodes, tmp_path: Path) -> None:
+def test_missing_experts_are_reported_before_the_deadline(fleet: LocalNodes, tmp_path: Path) -> None:
     at = {"cluster": fleet.cluster, "nodes_timeout": 0.5}
     fleet.start("left", "L*:E0-3")
     with pytest.raises(PlacementError, match="no node holds"):

@@ -70,7 +70,7 @@ def test_columns_are_those_of_the_dictionary(run: wdmoe.Run) -> None:
             assert unit == "" or f"| {unit} |" in dictionary
 
 
-def test_what_can_t_be_read_or_run_is_said(run: wdmoe.Run, tmp_path: Path) -> None:
+def test_unreadable_runs_and_wrong_plans_are_reported(run: wdmoe.Run, tmp_path: Path) -> None:
     with pytest.raises(AttributeError, match="its tables are tokens, layers"):
         run.token  # noqa: B018
     with pytest.raises(wdmoe.ConfigError, match="no table is called 'token'"):

@@ -21,7 +21,7 @@ from tests.waiting import wait_until
 SLOW, FAST = "10.77.0.2", "10.77.0.3"
 
 
-def test_all_nodes_have_their_rows_at_the_same_time() -> None:
+def test_shares_deliver_all_nodes_rows_at_the_same_time() -> None:
     links = [ShapedLink(SLOW, 20, 3), ShapedLink(FAST, 100, 5), ShapedLink("fd00::1", 50, 2)]
     shares = time_shares(links)
     assert shares.sum() == pytest.approx(1)
@@ -29,7 +29,7 @@ def test_all_nodes_have_their_rows_at_the_same_time() -> None:
     assert times == pytest.approx([times[0]] * 3)
 
 
-def test_an_address_must_be_one() -> None:
+def test_invalid_addresses_are_refused() -> None:
     with pytest.raises(ShapingError, match="'pi1' is not an IP address"):
         shape_commands("eth0", [ShapedLink("pi1", 20, 1)])
 

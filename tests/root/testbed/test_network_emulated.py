@@ -189,7 +189,7 @@ def test_profiles_move_links_and_the_truth_is_written(spec: Path) -> None:
 
 
 @needs_network
-def test_kill_9_leaves_nothing_that_up_or_down_can_not_clean(run: Run, spec: Path) -> None:
+def test_up_and_down_clean_up_after_kill_9(run: Run, spec: Path) -> None:
     before = _interfaces()
     foreign = f"other-{NAME}"
     subprocess.run(["ip", "netns", "add", foreign], check=True)
@@ -219,7 +219,7 @@ def test_kill_9_leaves_nothing_that_up_or_down_can_not_clean(run: Run, spec: Pat
 
 
 @needs_network
-def test_of_several_networks_down_takes_only_the_one_it_is_told(run: Run, spec: Path, tmp_path: Path) -> None:
+def test_down_removes_only_the_named_network(run: Run, spec: Path, tmp_path: Path) -> None:
     second = tmp_path / "second.yaml"
     second.write_text(SPEC.replace(f"name: {NAME}", f"name: {NAME}b"))
     try:
@@ -285,7 +285,7 @@ def test_a_running_network_is_shared_by_processes_in_its_namespaces(run: Run, sp
 
 
 @needs_network
-def test_the_control_socket_bears_clients_that_misbehave(spec: Path) -> None:
+def test_the_control_socket_survives_misbehaving_clients(spec: Path) -> None:
     @contextlib.contextmanager
     def connected(path: Path) -> Iterator[socket.socket]:
         with socket.socket(socket.AF_UNIX) as client:
@@ -317,7 +317,7 @@ def test_the_control_socket_bears_clients_that_misbehave(spec: Path) -> None:
             wait_until(answers, "the relay")
 
 
-def test_asking_a_network_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+def test_a_network_that_is_not_up_is_one_error_line(tmp_path: Path) -> None:
     from testbed.network.control import GetStatus
 
     with pytest.raises(NetworkError, match="does not answer"):
@@ -325,7 +325,7 @@ def test_asking_a_network_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [("up", "testbed/network/specs/wifi.yaml"), ("down",)])
-def test_without_root_there_is_one_line_and_the_way_out(command: tuple[str, ...]) -> None:
+def test_without_root_the_error_names_an_alternative(command: tuple[str, ...]) -> None:
     nobody: list[str] = []
     if os.geteuid() == 0:
         skip_without("setpriv")

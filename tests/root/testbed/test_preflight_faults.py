@@ -137,7 +137,7 @@ def test_every_planted_fault_is_found(
     assert "iperf3" in measured
 
 
-def test_nagle_on_the_broker_and_a_full_disk_here(
+def test_a_broker_with_nagle_and_a_full_disk_are_found(
     network: EmulatedNetwork, tiny_bundle: Callable[[Scheme], Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"

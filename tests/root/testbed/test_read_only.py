@@ -32,7 +32,7 @@ if __name__ == "__main__":
 """
 
 
-def test_who_can_write_nowhere_is_told_so_in_one_line(
+def test_commands_without_a_writable_folder_end_with_one_line(
     finished: RunDir,  # noqa: F811
     tmp_path: Path,
 ) -> None:

@@ -8,7 +8,7 @@ from bs_coordinator.nodes.telemetry_inbox import TelemetryInbox
 from wire.transport import Message
 
 
-def test_a_node_may_send_a_burst_and_then_so_many_per_second() -> None:
+def test_a_node_may_send_a_burst_and_then_a_limited_rate() -> None:
     gate = Admission("statuses")
     taken = [not gate.refusal("a", 100.0 + i / 1000) for i in range(1000)]
     assert taken[:BURST] == [True] * BURST
@@ -26,7 +26,7 @@ def test_a_clock_that_stands_still_or_goes_back_gives_no_more_messages(moments: 
     assert sum(not gate.refusal("a", now_s) for now_s in moments) == BURST
 
 
-def test_many_names_get_no_more_than_so_many_places_and_keep_nobody_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_number_of_nodes_is_limited_and_known_nodes_keep_their_places(caplog: pytest.LogCaptureFixture) -> None:
     gate = Admission("statuses")
     assert gate.refusal("honest", 0.0) == ""
     refused = [gate.refusal(f"ghost{i}", 0.0) for i in range(3 * MOST_NODES)]

@@ -135,7 +135,7 @@ def test_layer_and_common_allocation_agree_on_a_single_layer(seed: int) -> None:
     assert instance.seconds(alone)[0] == pytest.approx(instance.seconds(common)[0], rel=1e-6)
 
 
-def test_no_allocation_at_random_is_better() -> None:
+def test_no_random_allocation_is_better() -> None:
     rng = np.random.default_rng(1)
     instance = random_instance(300)
     best_s = instance.seconds(allocate_common(*instance, TOTAL_HZ)).sum()
@@ -159,7 +159,7 @@ def test_many_problems_at_once_are_solved_like_each_alone() -> None:
         assert instance.seconds(each[i]) == pytest.approx(instance.seconds(alone))
 
 
-def test_nodes_alike_share_alike() -> None:
+def test_equal_nodes_get_equal_shares() -> None:
     same = np.full(4, 1e9)
     rows = np.array([[3.0, 3.0, 3.0, 0.0]])
     links = ShannonLinks(9216, same, same)

@@ -96,7 +96,7 @@ def test_load_and_the_time_to_retry() -> None:
     assert refused.value.retry_after_s == 30
 
 
-def test_what_fails_for_one_caller_is_that_callers_alone() -> None:
+def test_a_failure_ends_only_the_failing_callers_request() -> None:
     class Sequences(_Idle):
         def answer(self, ids: list[int], config: SamplingConfig, *, same_text: bool, policy: object) -> object:
             if ids == [13]:
@@ -133,7 +133,7 @@ def test_what_fails_for_one_caller_is_that_callers_alone() -> None:
         server.stop()
 
 
-def test_observers_see_each_request_and_can_do_no_harm(caplog: pytest.LogCaptureFixture) -> None:
+def test_observers_see_each_request_and_their_errors_are_harmless(caplog: pytest.LogCaptureFixture) -> None:
     class Answer:
         def __init__(self) -> None:
             self.done = False

@@ -64,7 +64,7 @@ def _run(scheduler: Scheduler, answers: list[GeneratedAnswer]) -> list[list[int]
     return ids
 
 
-def test_answers_are_what_they_are_alone(model: DistributedModel, tokenizer: Tokenizer) -> None:
+def test_batched_answers_equal_those_computed_alone(model: DistributedModel, tokenizer: Tokenizer) -> None:
     config = SamplingConfig(max_tokens=8)
     prompts = _prompts(8)
     alone = [[e.id for e in Sequence(model, tokenizer).generate(ids, config)] for ids in prompts]
@@ -86,7 +86,7 @@ def test_look_ups_change_nothing(model: DistributedModel, tokenizer: Tokenizer) 
         assert sum(len(e.steps) for e in drafted) <= len(plain)
 
 
-def test_a_long_prompt_does_not_starve_those_who_decode(model: DistributedModel, tokenizer: Tokenizer) -> None:
+def test_a_long_prompt_does_not_starve_decoding_answers(model: DistributedModel, tokenizer: Tokenizer) -> None:
     scheduler = Scheduler(model, prefill_tokens=20)
     short = Sequence(model, tokenizer).answer([5, 6, 7], SamplingConfig(max_tokens=20))
     scheduler.add(short)
@@ -224,7 +224,7 @@ def test_a_library_that_fails_for_one_answer_leaves_the_others_as_they_are(
     assert [made for made, _ in others] == [expected for _, expected in others]
 
 
-def test_answers_with_different_policies_take_turns_and_are_what_they_are_alone(
+def test_answers_with_different_policies_take_turns_and_equal_those_alone(
     model: DistributedModel, tokenizer: Tokenizer
 ) -> None:
     config = SamplingConfig(max_tokens=6)

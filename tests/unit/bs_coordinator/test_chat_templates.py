@@ -41,7 +41,7 @@ def tokenizer_of(tmp_path: Path) -> Callable[[str], Tokenizer]:
         ("{{ 1 // 0 }}", "zero"),
     ],
 )
-def test_a_refused_system_message_is_told_with_what_to_do(
+def test_a_refused_system_message_names_the_remedy(
     refusal: str, reason: str, tokenizer_of: Callable[[str], Tokenizer]
 ) -> None:
     condition = "{% if m['role'] not in ['user', 'assistant'] %}"

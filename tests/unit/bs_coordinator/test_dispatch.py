@@ -76,7 +76,7 @@ def test_a_plan_asks_for_every_chosen_expert_exactly_once(gate: Array, max_token
     np.testing.assert_array_equal(rebuilt, gate)
 
 
-def test_an_expert_that_nobody_holds_is_named() -> None:
+def test_an_expert_without_a_holder_is_named() -> None:
     with pytest.raises(PlacementError, match="L0-1:E3"):
         _Network(a="L*:E0-2").ask(np.eye(4, dtype=np.float32))
 
@@ -174,7 +174,7 @@ def test_answers_are_added_up() -> None:
     np.testing.assert_allclose(_Network(a="L*:E0-1", b="L*:E2-3").ask(GATE), EXPECTED)
 
 
-def test_strange_messages_are_counted_and_change_nothing() -> None:
+def test_invalid_messages_are_counted_and_change_nothing() -> None:
     network = _Network(a="L*:E0-1", b="L*:E2-3")
     ones = np.ones((3, 8), np.float32)
     stale = network.result(RequestId(1, 2), 0, ones)
@@ -234,7 +234,7 @@ def test_a_node_that_leaves_is_named_at_once() -> None:
         network.ask(GATE)
 
 
-def test_a_refusal_is_passed_on() -> None:
+def test_a_nodes_refusal_is_an_error_with_its_reason() -> None:
     network = _Network(a="L*:E*")
     network.ask(GATE)
     network.mute = {"a"}
@@ -258,7 +258,7 @@ def _experienced(**kwargs: Any) -> _Network:
     return network
 
 
-def test_silence_is_handed_on_to_another_holder() -> None:
+def test_a_silent_nodes_request_goes_to_another_holder() -> None:
     network = _experienced(a="L*:E0-1", b="L*:E2-3", c="L*:E0-3")
     network.mute = {"b"}
     began_s = network.clock.monotonic_s()
@@ -362,7 +362,7 @@ def test_absurd_answers_from_the_start_are_found_beside_honest_replicas(factor: 
 
 
 @pytest.mark.parametrize("last_holder_s", [None, 0.4])
-def test_an_absurd_answer_of_the_only_holder_is_an_error_and_no_answer(last_holder_s: float | None) -> None:
+def test_an_absurd_answer_of_the_only_holder_is_an_error(last_holder_s: float | None) -> None:
     network = _Network(timeout_s=30.0, last_holder_s=last_holder_s, probes=True, a="L*:E*")
     network.absurd = {"a"}
     with pytest.raises(ExpertsLostError, match="'a' answered L0:E0-3 with nonsense: absurdly large values"):
@@ -440,7 +440,7 @@ def test_a_broker_that_hangs_up_on_every_request_ends_the_layer() -> None:
     assert 2 <= joined <= 6
 
 
-def test_the_fleet_knows_who_gives_a_token_another_result_in_a_batch() -> None:
+def test_the_fleet_knows_which_nodes_results_depend_on_the_batch() -> None:
     fleet = NodeRegistry(DIMS, "m")
     for node, found in (("a", True), ("b", None), ("c", False)):
         device = DeviceFacts(profile="pi4", because="told", provider="cpu", batch_invariant=found)
@@ -622,7 +622,7 @@ def test_values_too_large_to_add_up_are_refused_from_the_first_answer_on() -> No
     assert network.dispatcher.dropped["absurd"] == 1
 
 
-def test_what_a_getter_gave_does_not_change_any_more() -> None:
+def test_values_returned_by_getters_do_not_change_later() -> None:
     network = _Network(a="L*:E*")
     registry, dropped = network.dispatcher.registry, network.dispatcher.dropped
     before, holders = registry.nodes, registry.holders(ExpertId(0, 0))
@@ -665,7 +665,7 @@ def test_a_pause_of_the_network_costs_its_time_and_nothing_else(
     np.testing.assert_allclose(network.ask(GATE), EXPECTED)
 
 
-def test_this_process_standing_still_is_no_node_s_fault() -> None:
+def test_a_pause_of_this_process_is_not_blamed_on_nodes() -> None:
     network = _experienced(a="L*:E0-1", b="L*:E2-3", last_holder_s=0.4)
     pending = network.dispatcher.begin(0, np.ones((3, 8), np.float32), GATE)
     network.clock.advance_ns(60 * 10**9)
@@ -673,7 +673,7 @@ def test_this_process_standing_still_is_no_node_s_fault() -> None:
     assert network.dispatcher.health.all_usable
 
 
-def test_a_layer_whose_nodes_are_all_left_out_is_asked_for_all_the_same() -> None:
+def test_a_layer_whose_nodes_are_all_left_out_is_still_asked() -> None:
     network = _experienced(a="L*:E0-1", b="L*:E2-3", last_holder_s=0.4)
     for node in ("a", "b"):
         network.dispatcher.health.failed(node, network.clock.monotonic_s(), "was late")

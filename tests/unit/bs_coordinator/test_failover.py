@@ -132,7 +132,7 @@ gates = st.lists(st.lists(st.floats(0.0, 1.0, width=32), min_size=8, max_size=8)
 
 
 @given(gates, st.lists(st.booleans(), min_size=8, max_size=8), st.sampled_from(["topk", "top1", "wdmoe", "subset"]))
-def test_what_is_lost_is_never_chosen_and_other_tokens_keep_their_choice(
+def test_lost_experts_are_never_chosen_and_other_tokens_keep_their_choice(
     rows: list[list[float]], there: list[bool], name: str
 ) -> None:
     probabilities: Array = np.array(rows, np.float32) + np.float32(1e-3)
@@ -166,7 +166,7 @@ def test_a_node_that_slows_things_down_is_named_once_with_numbers() -> None:
     assert _watch(watch, "abc", 20.0, "c") == []
 
 
-def test_a_node_that_helps_or_replaces_another_is_not_complained_about() -> None:
+def test_no_warning_for_a_node_that_helps_or_replaces_another() -> None:
     watch = JoinWatch()
     _watch(watch, "ab", 10.0, "a")
     assert _watch(watch, "abc", 9.0, "c") == []

@@ -153,7 +153,7 @@ def _plan(boards: list[Board], wanted: Wanted = WANTED) -> FleetPlan | None:
 
 
 @given(st.lists(st.integers(0, 40 << 20), min_size=1, max_size=4), st.integers(0, 40 << 20), st.integers(1, 3))
-def test_memory_is_never_exceeded_and_more_of_it_never_harms(rams: list[int], more: int, replicas: int) -> None:
+def test_memory_is_never_exceeded_and_more_memory_is_never_worse(rams: list[int], more: int, replicas: int) -> None:
     wanted = replace(WANTED, replicas=replicas)
     boards = [board(f"b{k}", ram=ram) for k, ram in enumerate(rams)]
     plan = _plan(boards, wanted)
@@ -165,7 +165,7 @@ def test_memory_is_never_exceeded_and_more_of_it_never_harms(rams: list[int], mo
         assert _plan([replace(boards[0], ram_bytes=rams[0] + more), *boards[1:]], wanted) is not None
 
 
-def test_the_shortfall_is_what_it_takes() -> None:
+def test_boards_with_the_reported_shortfall_hold_the_model() -> None:
     shape = shape_of_config("mixtral-8x7b", NAMED["mixtral-8x7b"])
     b128 = Quantisation(scheme="int4", block=128)
     kind = KINDS["pi5-8g"]
@@ -241,13 +241,13 @@ def test_measured_speeds_replace_assumptions() -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_sizes_are_the_exporters(quantisation: Quantisation) -> None:
+def test_planned_sizes_equal_exported_sizes(quantisation: Quantisation) -> None:
     dims = Dims(hidden=4096, intermediate=14336, layers=1, experts=1, top_k=1, vocab=1, max_positions=1)
     shape = SMALL._replace(hidden=4096, intermediate=14336)
     assert variant(shape, quantisation, 1).unit_bytes == pytest.approx(plan_layout(dims, quantisation).bytes, rel=2e-3)
 
 
-def test_memory_is_the_nodes_own_estimate() -> None:
+def test_planned_memory_equals_the_nodes_estimate() -> None:
     whole = variant(SMALL, INT4, 1)
     file = FileEntry(path="w", bytes=whole.unit_bytes, sha256="0" * 64)
     entry = ExpertEntry(layer=0, expert=0, files=(file,), probe_output="", error=0.0, source_sha256="0" * 64)
@@ -257,7 +257,7 @@ def test_memory_is_the_nodes_own_estimate() -> None:
     assert replace(one, ram_bytes=one.ram_bytes - 1).fits(whole) == 4
 
 
-def test_named_models_are_the_twins() -> None:
+def test_named_models_have_the_shapes_of_the_twins() -> None:
     for name, config in CONFIGS.items():
         assert shape_of_config(name, NAMED[name]) == shape_of_config(name, config)
     assert possible_slices(shape_of_config("q", NAMED["qwen3-30b-a3b"]), INT4) == [1, 2]

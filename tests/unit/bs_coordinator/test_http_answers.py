@@ -109,7 +109,7 @@ def site(model: DistributedModel, tokenizer: Tokenizer) -> Iterator[_Site]:
     site.close()
 
 
-def test_bad_requests_are_told_why(site: _Site) -> None:
+def test_bad_requests_get_the_reason(site: _Site) -> None:
     for code, word, (status, _, body) in [
         (400, "prompt", site.ask("POST", "/v1/completions", {})),
         (400, "max_tokens", site.complete("x", 0)),
@@ -163,7 +163,7 @@ def test_the_model_is_listed(site: _Site) -> None:
     assert site.ask("GET", "/v1/models/another")[0] == 404
 
 
-def test_more_than_can_be_served_wait_or_are_told_to_retry(site: _Site) -> None:
+def test_excess_requests_wait_or_get_retry_after(site: _Site) -> None:
     """Of 32 callers 8 are served together, 8 wait, 16 are refused and come back when there is room."""
     alone = site.complete("Once upon a time", 24)[2]["choices"][0]["text"]
     statuses: Counter[int] = Counter()
@@ -200,9 +200,7 @@ def test_more_than_can_be_served_wait_or_are_told_to_retry(site: _Site) -> None:
     assert site.requests == 0
 
 
-def test_without_a_place_nothing_is_tokenised(
-    site: _Site, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refused_requests_are_not_tokenised(site: _Site, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is a prompt that is longer than the context in any case."""
     encoded: list[str] = []
     encode = tokenizer.encode
@@ -230,7 +228,7 @@ def test_without_a_place_nothing_is_tokenised(
         caller.close()
 
 
-def test_while_a_prompt_is_tokenised_others_are_answered(
+def test_others_are_answered_while_a_prompt_is_tokenised(
     site: _Site, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, go_on = threading.Event(), threading.Event()
@@ -256,7 +254,7 @@ def test_while_a_prompt_is_tokenised_others_are_answered(
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), TypeError("no\nlength"), Exception("broken")])
-def test_a_prompt_that_breaks_the_tokenizer_is_told_so_in_one_line(
+def test_a_prompt_that_breaks_the_tokenizer_is_one_error_line(
     site: _Site, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     encode = tokenizer.encode
@@ -277,7 +275,7 @@ def test_a_prompt_that_breaks_the_tokenizer_is_told_so_in_one_line(
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_hangs_up_frees_the_place(site: _Site, stream: bool) -> None:
+def test_a_caller_that_hangs_up_frees_its_place(site: _Site, stream: bool) -> None:
     if not stream:
         site.scheduler.gate.clear()
     callers = [HTTPConnection("127.0.0.1", site.port) for _ in range(LIVE + WAITING)]
@@ -296,7 +294,7 @@ def test_who_hangs_up_frees_the_place(site: _Site, stream: bool) -> None:
     assert site.complete("Hello", 2)[0] == 200
 
 
-def test_health_is_not_well_while_experts_are_lost(site: _Site) -> None:
+def test_health_fails_while_experts_are_lost(site: _Site) -> None:
     assert site.ask("GET", "/health")[0] == 200
     site.nodes.lost = "no node holds L*:E1"
     wait_until(lambda: site.ask("GET", "/health")[0] == 503, "health to fail")

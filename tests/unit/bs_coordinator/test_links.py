@@ -147,7 +147,7 @@ def test_a_step_is_followed_within_64_messages(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_whole_fleet_is_followed_although_work_hardly_shows_it(seed: int) -> None:
+def test_a_change_of_all_links_is_followed_although_requests_hardly_show_it(seed: int) -> None:
     """A step of the rates adds 0.6 ms to a round trip of 4.4 ms with 0.4 ms of jitter."""
     names = [f"n{i}" for i in range(8)]
     world = World(dict.fromkeys(names, Link(4, 50, 50, jitter_ms=0.4)), seed)
@@ -168,7 +168,7 @@ def test_a_whole_fleet_is_followed_although_work_hardly_shows_it(seed: int) -> N
     ("disturbed", "most"),
     [({"jitter_ms": 2.0}, 0.10), ({"loss": 0.01}, 0.05), ({"jitter_ms": 1.0, "loss": 0.05}, 0.20)],
 )
-def test_disturbances_do_not_drag_the_estimate(disturbed: dict[str, float], most: float) -> None:
+def test_outliers_do_not_drag_the_estimate(disturbed: dict[str, float], most: float) -> None:
     world = World({n: replace(link, **disturbed) for n, link in MIXED.items()}, seed=1)
     world.idle(1.0)
     for _ in range(400):
@@ -176,7 +176,7 @@ def test_disturbances_do_not_drag_the_estimate(disturbed: dict[str, float], most
     assert _median_error(world.errors[-600:]) < most
 
 
-def test_silence_makes_unsure_and_the_silent_node_is_probed_first() -> None:
+def test_silence_raises_uncertainty_and_the_silent_node_is_probed_first() -> None:
     world = World(MIXED)
     world.idle(1.0)
     for _ in range(100):
@@ -235,7 +235,7 @@ def test_compute_time_is_learnt_from_sizes() -> None:
         assert whole_s - link_s == pytest.approx(1e-3 * (0.7 + 0.1 * rows), rel=0.05)
 
 
-def test_shared_air_is_not_taken_for_slow_links() -> None:
+def test_shared_air_is_not_mistaken_for_slow_links() -> None:
     """Three equal links on one channel: each answer waits for frames of the others, none of them is slow."""
     truth = Link(2, 20, 20, jitter_ms=0.05)
     world = World(dict.fromkeys("abc", truth), monitor=LinkMonitor(shared_air=True))
@@ -256,7 +256,7 @@ def test_shared_air_is_not_taken_for_slow_links() -> None:
 
 
 @pytest.mark.parametrize("host_ns_per_byte", [0.0, 10.0, 40.0])
-def test_a_crowd_is_not_taken_for_slow_links(host_ns_per_byte: float) -> None:
+def test_cross_traffic_is_not_mistaken_for_slow_links(host_ns_per_byte: float) -> None:
     """Prompts ask all nodes at once, through hosts that carry one message after the other."""
     names = [f"n{i}" for i in range(8)]
     world = World(dict.fromkeys(names, Link(5, 100, 100, jitter_ms=0.1)))
@@ -301,7 +301,7 @@ def test_the_forecast_is_the_sum_that_the_estimates_stand_for() -> None:
         assert forecast.layer_s(rows, (rows > 0).astype(np.int64)) == pytest.approx(alone_s, rel=1e-6)
 
 
-def test_facts_of_the_kernel_bound_and_seed_the_estimate() -> None:
+def test_tcp_info_bounds_and_seeds_the_estimate() -> None:
     monitor = LinkMonitor()
     facts = SocketFacts(endpoint="h:1", min_rtt_us=20_000, delivery_bytes_per_s=1_250_000, app_limited=False)
     for towards_node in (True, False):
@@ -325,7 +325,7 @@ def test_facts_of_the_kernel_bound_and_seed_the_estimate() -> None:
         max_size=60,
     )
 )
-def test_whatever_arrives_estimates_stay_possible(raw: list[tuple[str, int, int, float, float, int]]) -> None:
+def test_estimates_stay_plausible_for_any_samples(raw: list[tuple[str, int, int, float, float, int]]) -> None:
     monitor = LinkMonitor()
     for i, (node, down, up, round_trip_s, node_s, rows) in enumerate(raw):
         monitor.observe([LinkSample(float(i), node, down, up, round_trip_s, node_s, experts=min(rows, 2), rows=rows)])
@@ -388,7 +388,7 @@ def test_fields_of_ss_that_grow_lose_only_their_own_line() -> None:
 
 
 @given(st.floats(1e-9, 1.0), st.floats(1e-4, 10.0), st.floats(0, 10.0))
-def test_trains_stay_within_limits_whatever_is_believed(s_per_byte: float, rtt_s: float, noise_s: float) -> None:
+def test_trains_stay_within_limits_for_any_estimate(s_per_byte: float, rtt_s: float, noise_s: float) -> None:
     train = plan_train(s_per_byte, rtt_s, noise_s)
     assert 1000 < train.message_bytes <= 18 << 10
     assert train.lead + 5 == train.count <= 12
@@ -445,7 +445,7 @@ def test_a_jump_of_one_link_causes_probes_of_the_others() -> None:
     assert world.estimate("b").link.down_mbps == pytest.approx(10, rel=0.15)
 
 
-def test_trains_outrank_what_the_kernel_remembers() -> None:
+def test_trains_replace_the_kernels_delivery_rate() -> None:
     world = World({"a": Link(4, 20, 20)})
     world.idle(2.0)
     burst = SocketFacts(endpoint="h:1", min_rtt_us=4000, delivery_bytes_per_s=100_000_000, app_limited=True)

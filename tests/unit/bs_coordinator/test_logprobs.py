@@ -358,7 +358,7 @@ def test_keys_have_names_and_limits_and_requests_are_logged_under_them(site: _Si
     assert "w5" not in json.dumps(site.lines)
 
 
-def test_who_hangs_up_is_logged(site: _Site) -> None:
+def test_a_caller_that_hangs_up_is_logged(site: _Site) -> None:
     site.scheduler.gate.clear()
     with site.send("/v1/completions", {"prompt": "w5", "stream": True}) as caller:
         assert caller.recv(12) == b"HTTP/1.1 200"

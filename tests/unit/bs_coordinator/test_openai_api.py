@@ -182,7 +182,7 @@ def test_a_stop_string_ends_the_answer_and_frees_its_place(site: HttpSite, answe
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_hangs_up_is_noticed_while_tokens_come(site: HttpSite, answers: _Answers, stream: bool) -> None:
+def test_a_caller_that_hangs_up_is_noticed_between_tokens(site: HttpSite, answers: _Answers, stream: bool) -> None:
     answers.script = [_news("a")]
     caller = site.send("/v1/completions", {"prompt": "Hello", "stream": stream})
     wait_until(lambda: answers.deliver, "the request")
@@ -200,7 +200,7 @@ def test_who_hangs_up_is_noticed_while_tokens_come(site: HttpSite, answers: _Ans
     wait_until(cancelled, "the answer to be cancelled")
 
 
-def test_records_do_not_pile_up_for_who_reads_slowly(site: HttpSite, answers: _Answers) -> None:
+def test_records_do_not_pile_up_for_a_slow_reader(site: HttpSite, answers: _Answers) -> None:
     answers.script = [_news("a")]
     with site.send("/v1/completions", {"prompt": "Hello", "stream": True}):
         wait_until(lambda: answers.deliver)

@@ -166,7 +166,7 @@ def test_completions_have_no_tools() -> None:
         b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}",
     ],
 )
-def test_nonsense_is_refused_in_one_line(raw: bytes) -> None:
+def test_invalid_requests_are_refused_in_one_line(raw: bytes) -> None:
     with pytest.raises(ValueError, match=r"\w") as refused:
         parse_request(raw, Completion)
     assert str(refused.value).isprintable()
@@ -194,7 +194,7 @@ _letters = st.text("ab", min_size=1, max_size=4)
 
 
 @given(st.lists(_letters, max_size=8), st.lists(_letters, max_size=3))
-def test_a_text_ends_before_the_first_stop_in_whatever_pieces_it_comes(pieces: list[str], stops: list[str]) -> None:
+def test_a_text_ends_before_the_first_stop_however_it_is_chunked(pieces: list[str], stops: list[str]) -> None:
     text = StopText(stops)
     given = ""
     for piece in pieces:

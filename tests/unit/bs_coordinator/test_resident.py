@@ -35,7 +35,7 @@ HERE_S, AWAY_S = 0.001, 0.010
     hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2), elements=st.floats(width=32, allow_nan=False)),
     st.sampled_from(WireDtype),
 )
-def test_what_stays_here_is_rounded_as_on_the_wire(x: tensors.Array, dtype: WireDtype) -> None:
+def test_resident_experts_inputs_and_outputs_are_rounded_as_on_the_wire(x: tensors.Array, dtype: WireDtype) -> None:
     arrived = dtype.round_trip(x)
     np.testing.assert_array_equal(round_to_wire(x, dtype).view(np.uint32), arrived.view(np.uint32))
 
@@ -84,7 +84,7 @@ def test_slow_nodes_experts_are_worth_more() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 8))
-def test_a_choice_is_the_best_of_all(seed: int, slots: int) -> None:
+def test_the_choice_equals_exhaustive_search(seed: int, slots: int) -> None:
     rng = np.random.default_rng(seed)
     counts = {(layer, b, a): float(rng.integers(200)) for layer in (0, 1) for a in range(4) for b in range(a)}
     pairs = _pairs(counts)

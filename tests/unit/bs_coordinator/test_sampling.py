@@ -10,7 +10,7 @@ from bs_coordinator.engine.tokenizer import TextStream
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-40, 1e-9, 1e-3])
-def test_the_colder_the_likelier(temperature: float) -> None:
+def test_temperatures_that_underflow_take_the_likeliest_token(temperature: float) -> None:
     logits = torch.tensor([[-300.0, 200.0, 300.0, 299.0]])
     sampler = TokenSampler(SamplingConfig(temperature=temperature, top_p=0.9, seed=1))
     assert [sampler.choose(logits) for _ in range(20)] == [2] * 20
@@ -30,7 +30,7 @@ _IDS = {**_BYTES, "x": 5, "▁y": 6}
         ("x <0xC3> <0xC3> <0xA9> x <0xE2> <0x82> ▁y x", "x"),
     ],
 )
-def test_bytes_that_become_no_character_are_replaced(tokens: str, text: str) -> None:
+def test_incomplete_characters_are_replaced(tokens: str, text: str) -> None:
     """Mixtral's tokenizer falls back to bytes; a sampled answer may hold any sequence of them."""
     tokenizer = Tokenizer(models.WordLevel(_IDS, unk_token="x"))
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])

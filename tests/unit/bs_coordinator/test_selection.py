@@ -120,7 +120,7 @@ def test_topk_is_mixtrals_own_router() -> None:
 
 
 @given(logits, st.sampled_from(POLICY_NAMES), st.integers(1, 8), st.one_of(st.just(EVEN), forecasts()))
-def test_every_policy_keeps_its_promises(table: Path, x: Array, name: str, k: int, forecast: LayerForecast) -> None:
+def test_every_policy_keeps_its_invariants(table: Path, x: Array, name: str, k: int, forecast: LayerForecast) -> None:
     k = min(k, 3) if name == "similar" else k
     probabilities = _softmax(x)
     before = probabilities.copy()

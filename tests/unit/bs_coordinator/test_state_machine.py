@@ -130,7 +130,7 @@ happenings = [
 
 
 @given(gates, holder_lists, st.sampled_from([TIMEOUT_S, 2.5]), st.data())
-def test_whatever_happens_every_row_is_answered_once_or_there_is_an_error(
+def test_for_any_events_every_row_is_answered_once_or_there_is_an_error(
     gate: Array, holders: list[list[str]], last_holder_s: float, data: st.DataObject
 ) -> None:
     world = _World(gate, holders, last_holder_s=last_holder_s)
@@ -231,7 +231,7 @@ def test_without_another_holder_an_overdue_request_waits_for_as_long_as_the_last
     assert "'a' did not answer L3:E0 within 2.50 s" in str(world.layer.error)
 
 
-def test_if_no_node_is_heard_none_is_to_blame() -> None:
+def test_if_no_node_is_heard_none_is_left_out() -> None:
     world, first = _started()
     world.silent = True
     world.wait(OVERDUE_S)

@@ -77,7 +77,7 @@ def test_it_names_the_special_tokens(site: HttpSite, reference: Any) -> None:
         ("/detokenize", {"tokens": [1_000_000]}, 400, "1000000"),
     ],
 )
-def test_bad_requests_are_told_why(site: HttpSite, path: str, body: Any, status: int, word: str) -> None:
+def test_bad_requests_get_the_reason(site: HttpSite, path: str, body: Any, status: int, word: str) -> None:
     answer = site.ask("POST", path, body)
     assert answer[0] == status
     assert word in answer[2]["error"]["message"]

@@ -60,7 +60,7 @@ def test_hosts_have_the_form_that_certificates_have(text: str, host: str) -> Non
         ("\ud800", "characters"),
     ],
 )
-def test_other_texts_are_no_hosts(text: str, reason: str) -> None:
+def test_invalid_hosts_are_refused(text: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason) as caught:
         check_host(text)
     assert "\n" not in str(caught.value)
@@ -77,6 +77,6 @@ def test_a_host_is_ascii_or_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["9" * 400 + "G", "9" * 5000, "8E", "nanG", "infG", "-1M", "1e9"])
-def test_no_sizes(text: str) -> None:
+def test_texts_that_are_not_sizes_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="write 800M or 2G"):
         parse_bytes(text)

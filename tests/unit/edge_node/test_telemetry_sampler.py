@@ -120,7 +120,7 @@ def test_an_orin_nano(device: Device) -> None:
         sampler.close()
 
 
-def test_nothing_to_tell(device: Device) -> None:
+def test_without_tools_and_sensors_all_values_are_null(device: Device) -> None:
     sample = _valid(device.sampler().sample())
     assert sample.wifi is None
     assert sample.thermal.soc_celsius is None

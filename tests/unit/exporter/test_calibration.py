@@ -134,7 +134,7 @@ def test_an_interrupted_export_uses_the_captured_inputs_again(mixtral: Callable[
         ("text.jsonl", b'{"text": "w1"}\n{"title": "w2"}\n', "line 2: neither 'text' nor"),
     ],
 )
-def test_wrong_texts_are_one_line(
+def test_invalid_texts_are_one_error_line(
     name: str, content: bytes, said: str, mixtral: Callable[..., Path], tmp_path: Path, run: Run
 ) -> None:
     (tmp_path / name).write_bytes(content)

@@ -237,7 +237,7 @@ def test_interruption_leaves_nothing(
     only(out)
 
 
-def test_full_disk_is_said_before_writing(
+def test_a_full_disk_is_reported_before_writing(
     base: Path, deltas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Usage:
@@ -356,7 +356,7 @@ def test_a_base_with_a_link_to_another_file_of_this_machine_is_refused(base: Pat
         open_base(foreign)
 
 
-def test_base_that_is_nowhere(deltas: Path, tmp_path: Path) -> None:
+def test_a_missing_base_is_one_error_line(deltas: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"name a folder, a \.gguf file or a hub id"):
         assemble_demo_model(tmp_path / "m", base="/no/such/base", deltas=deltas)
 

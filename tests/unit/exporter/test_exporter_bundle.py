@@ -281,7 +281,7 @@ def test_unfinished_export_of_another_kind(mixtral: Callable[..., Path], tmp_pat
         (("--w2-bits", "8"), "int4 b32 w2-int8"),
     ],
 )
-def test_presets_say_what_they_chose(
+def test_presets_report_their_choice(
     options: tuple[str, ...], said: str, mixtral: Callable[..., Path], tmp_path: Path, run: Run
 ) -> None:
     result = run("exporter", "bundle", mixtral(), tmp_path / "out", "--layers", "0", *options)
@@ -312,7 +312,7 @@ def test_no_more_processes_than_fit_into_memory(available_mb: int, processes: in
     assert processes_that_fit(4, 113 * 10**6, available_mb << 20) == processes
 
 
-def test_a_machine_short_of_memory_exports_all_the_same(
+def test_a_machine_short_of_memory_still_exports(
     mixtral: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("exporter.bundle.bundle.available_bytes", lambda: 0)

@@ -52,7 +52,7 @@ def test_a_limit_ends_with_a_margin() -> None:
     assert _kinds(alerts, MachineState("n", disk_free_bytes=700 << 20)) == {"disk_low": False}
 
 
-def test_what_a_lost_node_said_before_is_old() -> None:
+def test_a_lost_nodes_other_alerts_end() -> None:
     alerts = Alerts(LIMITS)
     assert _kinds(alerts, MachineState("n", celsius=90, throttled="under-voltage")) == {"hot": True, "throttled": True}
     lost = _kinds(alerts, MachineState("n", silent_s=13, celsius=90, throttled="under-voltage"))

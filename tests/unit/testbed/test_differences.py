@@ -75,7 +75,7 @@ def test_only_extreme_experts_are_never_dropped() -> None:
     assert find_super_experts(np.zeros((2, 8))) == []
 
 
-def test_too_little_text_is_told(tiny_bundle: Callable[[Scheme], Path], tmp_path: Path) -> None:
+def test_too_little_text_is_reported(tiny_bundle: Callable[[Scheme], Path], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("Rain.")
     done = run_in_process(
         "testbed", "differences", tiny_bundle("fp32"), tmp_path / "text.txt", "--out", tmp_path / "table.json"

@@ -12,7 +12,7 @@ def test_fleets_and_pairs_are_counted() -> None:
     assert (found.all_pairs, found.all_right) == (6, 4)
 
 
-def test_the_limits() -> None:
+def test_scores_at_the_limits() -> None:
     assert score([(80.0, 100.0), (120.0, 100.0), (120.1, 100.0)]).within_20 == 2
     assert score([(1.0, 100.0), (2.0, 105.0)]).pairs == 1
     assert score([(5.0, 5.0)]).all_pairs == 0

@@ -208,7 +208,7 @@ def _facts(**changed: Any) -> np.ndarray:
         ({"tokens": np.array([4])}, "no array 'probabilities'"),
     ],
 )
-def test_what_is_no_trace_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray], reason: str) -> None:
+def test_files_that_are_not_traces_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray], reason: str) -> None:
     np.savez(tmp_path / "trace.npz", allow_pickle=True, **arrays)
     with pytest.raises(SimulationError, match=f"is not a routing trace: .*{reason}") as raised:
         read_trace(tmp_path / "trace.npz")
@@ -244,7 +244,7 @@ def _npz(path: Path, probabilities: bytes, compression: int = zipfile.ZIP_DEFLAT
         ("__import__('os')", "no valid header"),
     ],
 )
-def test_headers_of_arrays_are_not_believed(tmp_path: Path, header: str, reason: str) -> None:
+def test_array_headers_are_checked_before_memory_is_allocated(tmp_path: Path, header: str, reason: str) -> None:
     path = _npz(tmp_path / "trace.npz", _npy(header, bytes(256)))
     with pytest.raises(SimulationError, match=f"is not a routing trace: .*{reason}") as raised:
         read_trace(path)
@@ -284,7 +284,7 @@ def test_random_damage_to_traces_is_one_line(tmp_path: Path, compression: int) -
             read_trace(path)
 
 
-def test_a_file_of_something_else_is_no_trace(tmp_path: Path) -> None:
+def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
     (tmp_path / "trace.npz").write_text("no archive")
     with pytest.raises(SimulationError, match="is not a routing trace"):
         read_trace(tmp_path / "trace.npz")
@@ -340,7 +340,7 @@ def test_simulate_command(tmp_path: Path) -> None:
     assert len((tmp_path / "one" / "latency.csv").read_text().splitlines()) == 13
 
 
-def test_simulate_says_what_is_wrong(tmp_path: Path) -> None:
+def test_simulate_reports_what_is_wrong(tmp_path: Path) -> None:
     write_trace(some_trace(), tmp_path / "trace.npz")
     result = CliRunner().invoke(cli, ["simulate", str(tmp_path / "trace.npz"), "--policy", "wdmo"])
     assert isinstance(result.exception, SimulationError)

@@ -56,7 +56,7 @@ def test_an_interval_is_the_widened_percentile_bootstrap_of_whole_answers() -> N
     assert found.units == 30
 
 
-def test_intervals_hold_what_they_promise_though_tokens_depend_on_their_answer() -> None:
+def test_intervals_cover_although_tokens_of_an_answer_are_dependent() -> None:
     truth = np.exp(4 + 0.2**2)  # of two lognormal factors with σ = 0.2, each e^(σ²/2)
     held = token_held = 0
     for seed in range(400):
@@ -106,7 +106,7 @@ def test_accuracy_has_wilsons_interval(right: int, items: int) -> None:
 
 @pytest.mark.parametrize("items", [16, 50, 200])
 @pytest.mark.parametrize(("gained", "lost"), [(0.0, 0.0), (0.02, 0.05), (0.1, 0.15)])
-def test_differences_of_accuracy_hold_what_they_promise(items: int, gained: float, lost: float) -> None:
+def test_intervals_of_accuracy_differences_cover(items: int, gained: float, lost: float) -> None:
     rng = np.random.default_rng(items)
     ones = np.ones(items)
     held = apart = 0
@@ -128,7 +128,7 @@ def test_differences_of_accuracy_hold_what_they_promise(items: int, gained: floa
     assert same.low < 0 == same.value < same.high
 
 
-def test_no_interval_reaches_where_no_value_can_be() -> None:
+def test_intervals_stay_within_possible_values() -> None:
     parts = np.array([1.0, 1.0, 1.0, 1.0, 0.5, 0.1])
     share = measured(Share(parts, np.ones(6)), seed=0)
     assert share is not None

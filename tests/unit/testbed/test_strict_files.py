@@ -139,7 +139,7 @@ def test_mistakes_are_refused_with_file_and_line(
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_right_is_read(tmp_path: Path) -> None:
+def test_valid_files_are_read(tmp_path: Path) -> None:
     path = tmp_path / "items"
     path.write_text(_ITEM)
     assert _items(path) == [ChoiceItem("q", ["a", "b"], 1)]

@@ -102,7 +102,9 @@ def test_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, random
 
 
 @pytest.mark.parametrize("command", ["run", "quality"])
-def test_without_a_gpu_nothing_is_begun(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_the_command_ends_before_it_starts(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     plan = ["testbed/experiment/plans/robustness.yaml"] if command == "run" else []
     result = run_in_process("testbed", command, *plan, "--data", tmp_path, "--gpu", "--out", tmp_path / "out")

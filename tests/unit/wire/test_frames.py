@@ -128,7 +128,7 @@ def test_garbage_is_refused(garbage: bytes) -> None:
 
 
 @given(st.binary(min_size=frames.HEADER_BYTES, max_size=400), st.sampled_from([1, 2, 3, 4, 5]))
-def test_a_valid_checksum_over_lies_is_no_help(body: bytes, kind: int) -> None:
+def test_invalid_contents_with_a_valid_checksum_are_refused(body: bytes, kind: int) -> None:
     """A hostile sender can make the checksum right: whatever it claims, decode answers or refuses."""
     lie = bytearray(body)
     lie[:8] = struct.pack("<4sBBBx", frames.MAGIC, frames.VERSION, kind, lie[6] % 3)
@@ -163,7 +163,7 @@ def _work(**changes: object) -> WorkFrame:
         ({"hidden": np.full((2, 4), 1e6, np.float32), "dtype": WireDtype.FP16}, "not-finite"),
     ],
 )
-def test_work_that_makes_no_sense_is_refused(changes: dict[str, object], reason: str) -> None:
+def test_inconsistent_work_frames_are_refused(changes: dict[str, object], reason: str) -> None:
     encoded = frames.encode(_work(**changes))
     with pytest.raises(FrameError) as caught:
         frames.decode(encoded)

@@ -113,7 +113,7 @@ def test_handlers_stand_in_for_clients_and_their_errors_reach_the_publisher() ->
         assert [topic for topic, _, _ in _all(client)] == ["results/a", "results/b"]
 
 
-def test_a_broker_that_is_closed_is_gone() -> None:
+def test_a_closed_broker_can_not_be_reached() -> None:
     with MemoryBroker() as broker:
         client = transports.connect(broker.address, "c")
     with pytest.raises(BrokerError, match="lost the connection"):
@@ -122,7 +122,7 @@ def test_a_broker_that_is_closed_is_gone() -> None:
         transports.connect(broker.address, "c")
 
 
-def test_a_url_names_a_transport_by_its_scheme() -> None:
+def test_the_scheme_of_a_url_selects_the_transport() -> None:
     with MemoryBroker() as broker:
         address = parse_broker_url(str(broker.address))
         assert address == broker.address

@@ -33,7 +33,7 @@ SAMPLE = Telemetry(
 )
 
 
-def test_a_sample_survives_the_wire() -> None:
+def test_a_sample_decodes_to_what_was_encoded() -> None:
     assert decode_telemetry(encode_telemetry(SAMPLE), "pi1") == SAMPLE
 
 

@@ -35,7 +35,7 @@ def test_a_tensor_comes_back_within_the_stated_error_in_the_stated_bytes(dtype: 
 
 
 @pytest.mark.parametrize("dtype", WireDtype)
-def test_the_stated_error_is_no_excuse_for_values_like_hidden_states(dtype: WireDtype) -> None:
+def test_the_stated_error_is_small_for_values_like_hidden_states(dtype: WireDtype) -> None:
     x = np.random.default_rng(0).standard_normal((64, 512), np.float32)
     assert dtype.codec.max_error(x).max() <= 0.03
 
