@@ -248,7 +248,7 @@ def test_all_keys_are_private_and_nothing_is_overwritten(site: Site, run_process
         (["add", site.keys.path, "a"], "has keys already"),
         (["revoke", site.keys.path, "c"], "nodes with keys: a, b"),
         (["rotate", site.keys.path, "home-assistant"], "Home Assistant has no keys"),
-        (["home-assistant", site.keys.path, "--prefix", "a/+"], "is no prefix of topics"),
+        (["home-assistant", site.keys.path, "--prefix", "a/+"], "is not a prefix of topics"),
         (["list", tmp_path], "holds no keys"),
     ]:
         done = run_process("testbed", "keys", *arguments)

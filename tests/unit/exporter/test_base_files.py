@@ -93,7 +93,7 @@ CONFIG = {
         (b"[1]", "not a JSON object"),
         (b"[" * 100_000, "nested too deeply"),
         (b"\xef\xbb\xbf{}", "byte order mark"),
-        ({"rms_norm_eps": float("inf")}, "no finite number"),
+        ({"rms_norm_eps": float("inf")}, "not a finite number"),
         ({"num_attention_heads": 0}, "division"),
         ({"num_attention_heads": "2"}, "another type"),
         ({"rope_parameters": [1]}, "another type"),

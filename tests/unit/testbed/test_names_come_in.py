@@ -92,7 +92,7 @@ def test_plans_have_no_password_in_a_url(tmp_path: Path) -> None:
         ("wdmoe_broker_port: 02000", "line 3: wdmoe_broker_port: 02000 means 1024"),
         ("wdmoe_broker_port: '８８８３'", "not a port"),
         ("wdmoe_cluster: no", "wdmoe_cluster: False is not text"),
-        ("wdmoe_home_assistant: 'a/#'", "'a/#' is no prefix of topics"),
+        ("wdmoe_home_assistant: 'a/#'", "'a/#' is not a prefix of topics"),
     ],
 )
 def test_inventories_name_their_broker(tmp_path: Path, variable: str, reason: str) -> None:
