@@ -17,7 +17,7 @@ from wire.tensors import Array
 FACTOR = 20.0
 """A gain this many times the largest one that is known to be right is suspicious."""
 ABSURD_FACTOR = 1e5
-"""A gain this many times that of the manifest's probes is no answer, even if no other node can be asked."""
+"""An answer whose gain is this many times that of the manifest's probes never counts, even without other holders."""
 AGREEMENT = 0.3
 """Relative difference up to which two answers count as the same: int4 and int8 of one expert differ by 0.15."""
 
@@ -44,7 +44,7 @@ class OutputGuard:
         return gain > FACTOR * self._largest[layer] > 0
 
     def absurd(self, layer: int, gain: float) -> bool:
-        """Whether an answer's largest gain is so large that it is no answer."""
+        """Whether an answer's largest gain is so large that the answer must not count."""
         return gain > ABSURD_FACTOR * self._probes[layer] > 0
 
     def excess(self, layer: int, gain: float) -> float:

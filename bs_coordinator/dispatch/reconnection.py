@@ -1,4 +1,4 @@
-"""After the connection to the broker is lost: connect again, and learn anew which nodes are online."""
+"""After the connection to the broker is lost: connect again, and find out which nodes are online."""
 
 import logging
 import threading

@@ -1,4 +1,4 @@
-"""Where the time of a step went, in the parts that people are shown. Pure."""
+"""The parts of a step's time, as the live page and timed answers show them. Pure."""
 
 from typing import TypedDict
 

@@ -42,8 +42,8 @@ class Choice(NamedTuple):
 class Choices:
     """The choices of one HTTP request, of which at most as many are generated at once as the server steps together.
 
-    The first takes a place of the server, and others take those that nobody waits for; each that ends passes its place
-    on to the next one. A caller with many prompts thereby finds room whenever a caller with one does.
+    The first choice takes a place of the server; others take places for which no caller waits. A choice that ends
+    passes its place on to the next one. So a caller with many prompts finds room whenever a caller with one does.
 
     The first choice of a prompt computes it. Its others begin once that one has had a token, from a copy of its KV
     cache.

@@ -38,8 +38,8 @@ _OVERHEAD_BYTES = 256
 _ACK_SHARE = 0.03
 """Acknowledgements of a train, relative to its bytes, in the other direction: one of 66 bytes for two segments."""
 _HURRIES, _HURRY_EVERY_S = 8.0, 8.0
-"""Trains that a link may get in a hurry, because others were odd or requests took longer, and the time until it may
-have one more. Once trains agree that the link has changed, it has all of them again; on a busy host they don't."""
+"""Urgent trains that a link may get because others were odd or requests took longer, and the time until it may have one
+more. Once trains agree that the link has changed, it may have all of them again; on a busy host they don't agree."""
 _CHECK_EVERY_S = 3.0
 """When one link has jumped, all others are checked, because they may share the cause; at most this often."""
 _LOST_S = 2.0

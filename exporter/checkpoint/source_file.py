@@ -1,4 +1,4 @@
-"""Reading a checkpoint's files: where they may lie, and what is no such file although it has its name."""
+"""Reading a checkpoint's files: which links are followed, and which files are not what their names say."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A fleet at one's desk: broker, node processes and HTTP server on this machine, until a signal ends them.
+"""A whole system on this machine: broker, node processes and HTTP server, until a signal ends them.
 
 What can be wrong is checked before torch is imported, which takes seconds.
 """
