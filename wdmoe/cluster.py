@@ -149,8 +149,8 @@ class Cluster:
         Args:
             system: system prompt of a chat model.
             raw: continue the prompt as plain text, without the model's chat template.
-            policy: chooses the experts (docs/policies.md); None for the cluster's own. Answers that run at the same
-                time must have the same.
+            policy: chooses the experts (docs/policies.md); None for the cluster's own. Answers with different ones
+                take turns, and there are no drafts with another than the cluster's.
             sampling: `max_tokens` (256), `temperature` (0: always the most probable token), `top_p` (1), `seed` (0).
 
         Raises:

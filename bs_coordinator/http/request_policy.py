@@ -18,17 +18,24 @@ class NamedPolicy(NamedTuple):
 class RequestPolicies:
     """Finds policies by their texts. Equal texts give the same object, by which the scheduler knows equal policies."""
 
-    def __init__(self, served: NamedPolicy, *, top_k: int, scored: bool) -> None:
+    def __init__(
+        self, served: NamedPolicy, *, top_k: int, scored: bool, model_sha256: str | None = None, files: bool = False
+    ) -> None:
         """Nothing was asked for yet.
 
         Args:
             served: the base station's own, which requests may name as well.
             top_k: the model's experts per token.
             scored: whether the model's scores of all experts are known, which most policies compare.
+            model_sha256: `Manifest.model_sha256` of the model, of which a policy's table must be; None if there are no
+                tables.
+            files: whether options may name files of this machine; not if requests come from another one.
         """
         self._found = {served.name: served}
         self._top_k = top_k
         self._scored = scored
+        self._model_sha256 = model_sha256
+        self._files = files
         self.offered = [served.name]
         """Names of policies with their default options, the base station's own first."""
         for name in POLICY_NAMES:
@@ -41,13 +48,13 @@ class RequestPolicies:
         """The policy that a request names.
 
         Raises:
-            ValueError: it is unknown, its options are wrong or name a file, or the model can't be used with it.
+            ValueError: it is unknown, its options are wrong or name a file where none may be named, or the model can't
+                be used with it.
         """
         if found := self._found.get(text):
             return found
-        policy = parse_policy(text, top_k=self._top_k, files=False)
+        policy = parse_policy(text, top_k=self._top_k, model_sha256=self._model_sha256, files=self._files)
         if not self._scored:
             check_scores(text, policy, top_k=self._top_k)
-        if len(self._found) < _MOST_KEPT:
-            self._found[text] = NamedPolicy(text, policy)
-        return self._found.get(text, NamedPolicy(text, policy))
+        named = NamedPolicy(text, policy)
+        return self._found.setdefault(text, named) if len(self._found) < _MOST_KEPT else named
