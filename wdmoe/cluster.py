@@ -15,6 +15,7 @@ from common.config import ConfigError, config_fields
 from common.errors import WdmoeError
 from common.extras import needs_extra
 from common.options import checked_config
+from wdmoe.main_guard import check_main_guard, end_if_importing
 
 if TYPE_CHECKING:
     from bs_coordinator.base_station import BaseStation
@@ -90,11 +91,17 @@ class Cluster:
 
         @contextmanager
         def station() -> "Iterator[BaseStation]":
+            end_if_importing()
             with ExitStack() as stack:
                 folder = logs or stack.enter_context(tempfile.TemporaryDirectory(prefix="wdmoe-nodes-"))
-                started, _ = stack.enter_context(
-                    local_fleet(cluster._config, demo=demo, nodes=nodes, logs=Path(folder))
-                )
+                try:
+                    started, _ = stack.enter_context(
+                        local_fleet(cluster._config, demo=demo, nodes=nodes, logs=Path(folder))
+                    )
+                except WdmoeError:
+                    if demo is not None:
+                        check_main_guard()  # without a guard, the error is that of a process that could not start
+                    raise
                 yield started
 
         cluster = cls(demo_bundle_path("int4", model=model) if bundle is None else bundle, broker, **options)

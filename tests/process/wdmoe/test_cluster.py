@@ -1,7 +1,9 @@
 """The public interface on a real broker and node processes."""
 
+import os
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import wdmoe
 from bs_coordinator.errors import PlacementError
 from testbed.local_nodes import LocalNodes
+from tests.checkpoints import save_mixtral
 from tests.waiting import PATIENCE_S, wait_until
 from wire.errors import BrokerError, BundleError
 
@@ -71,10 +74,10 @@ def test_a_stream_can_be_left_and_policies_take_turns(cluster: wdmoe.Cluster) ->
     one = cluster.generate(PROMPT, policy="top1", raw=True, max_tokens=2)
     both = cluster.generate(PROMPT, raw=True, max_tokens=2)
     assert sum(one.stats.tokens_by_node.values()) < sum(both.stats.tokens_by_node.values())
+    assert (between.token_ids, between.stats.tokens_by_node) == (one.token_ids, one.stats.tokens_by_node)
     with pytest.raises(wdmoe.ConfigError, match="policy 'top3' is unknown"):
         cluster.generate(PROMPT, policy="top3")
 
-    assert (between.token_ids, between.stats.tokens_by_node) == (one.token_ids, one.stats.tokens_by_node)
 
 def test_threads_share_a_cluster(cluster: wdmoe.Cluster) -> None:
     answers: dict[int, list[int]] = {}
@@ -165,3 +168,30 @@ def test_a_program_that_does_not_close_its_cluster_ends(random_bundle: Path, tmp
         timeout=PATIENCE_S,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+def test_a_script_without_a_guard_is_told_what_to_write(tmp_path: Path) -> None:
+    save_mixtral(tmp_path / "model", "float32", positions=512)
+    head = (
+        "import pathlib, sys, wdmoe, testbed.demo_assets\n"
+        "testbed.demo_assets.demo_model = lambda **_: pathlib.Path(sys.argv[1])  # small, instead of the demo model\n"
+    )
+    body = (
+        "with wdmoe.Cluster.local(nodes=1) as cluster:\n    print(len(cluster.generate('w1', max_tokens=1).tokens))\n"
+    )
+    done = {}
+    for name, lines in (
+        ("plain", body), ("guarded", 'if __name__ == "__main__":\n' + textwrap.indent(body, "    ")),
+    ):  # fmt: skip
+        script = tmp_path / f"{name}.py"
+        script.write_text(head + lines)
+        done[name] = subprocess.run(
+            [sys.executable, script, tmp_path / "model"], capture_output=True, text=True, check=False,
+            timeout=PATIENCE_S, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        )  # fmt: skip
+    plain, guarded = done["plain"], done["guarded"]
+    assert plain.returncode == 1
+    assert plain.stderr.splitlines()[-1].startswith("common.config.ConfigError: ")
+    assert plain.stderr.count("""write 'if __name__ == "__main__":' above""") == 1
+    assert plain.stderr.count("Traceback") == 1
+    assert (guarded.returncode, guarded.stdout) == (0, "1\n"), guarded.stderr
