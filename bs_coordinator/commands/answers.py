@@ -74,5 +74,5 @@ def print_answer(
             click.echo(one_line(summarise(events)), err=True)
         degraded = sum(any(step.degraded for step in event.steps) for event in events)
         if degraded:
-            log.warning("degraded: %d of %d tokens had to do without an expert", degraded, len(events))
+            log.warning("degraded: %d of %d tokens were computed without some expert", degraded, len(events))
     return "".join(event.text for event in events)

@@ -354,7 +354,7 @@ class RequestLoop:
             case CountDropped(reason):
                 self._router.dropped[reason] += 1
             case StopLocal(why):
-                log.error("the base station computes no experts any more: %s", why)
+                log.error("the base station no longer computes experts: %s", why)
                 self._registry.hold_locally(frozenset())
 
     def _send(self, layer: LayerRequests, sub_requests: Sequence[SubRequest]) -> None:

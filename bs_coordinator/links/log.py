@@ -46,7 +46,7 @@ def link_log(path: Path) -> Iterator[Callable[[LinkSample], None]]:
             append_all(file.fileno(), encoder.encode(sample) + _NEWLINE)
         except OSError as error:
             full = True
-            log.warning("can't write %s: %s; no more link samples are logged", path, error.strerror)
+            log.warning("can't write %s: %s; link samples are no longer logged", path, error.strerror)
 
     with file:
         yield write

@@ -111,7 +111,7 @@ def find_beside(
         for beside in every:
             beside.poisoned = False
         return found
-    log.info("modules beside the experts can't be computed while those are awaited")
+    log.info("shared experts are not computed while the others are awaited: the result would differ")
     for beside in every:
         beside.remove()
     return [[] for _ in found]

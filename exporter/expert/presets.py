@@ -23,7 +23,7 @@ def choose_quantisation(
     chosen = scheme or (preset.scheme if preset else "int4")
     blockwise = chosen in ("int4", "int8")
     if not blockwise and (block or symmetric):
-        raise ValueError(f"--block and --symmetric have no meaning with --quant {chosen}")
+        raise ValueError(f"--block and --symmetric don't apply to --quant {chosen}")
     if w2_bits and chosen != "int4":
         raise ValueError(f"--w2-bits is for --quant int4, not {chosen}")
     if w2_bits == 8 and preset and preset.scheme == "int8-dynamic":

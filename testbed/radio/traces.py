@@ -269,7 +269,7 @@ def _check_values(probabilities: Array, tokens: NDArray[np.int64], facts: TraceF
     if not all(1 <= size <= _MAX_DIMENSION for size in (facts.hidden, facts.intermediate)):
         raise ValueError(f"its facts name impossible dimensions: {facts.hidden} and {facts.intermediate}")
     if not np.isfinite(probabilities).all() or probabilities.min() < 0 or probabilities.max() > _MAX_SCORE:
-        raise ValueError("it has a probability that is negative, absurdly large or no number")
+        raise ValueError("it has a probability that is negative, absurdly large or not a number")
     if not (probabilities.max(axis=2) > 0).all():
         raise ValueError("it has a token whose probabilities are all zero")
 
@@ -278,4 +278,4 @@ def _check_order(order: Array, shape: tuple[int, ...]) -> None:
     if order.shape != shape:
         raise ValueError(f"'order' is {list(order.shape)}, but 'probabilities' {list(shape)}")
     if not np.isfinite(order).all() or np.abs(order).max() > _MAX_SCORE:
-        raise ValueError("'order' has a value that is absurdly large or no number")
+        raise ValueError("'order' has a value that is absurdly large or not a number")

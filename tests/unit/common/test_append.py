@@ -71,7 +71,7 @@ def test_link_log_ends_with_a_whole_line(tmp_path: Path, caplog: pytest.LogCaptu
         with room_for(path, 30):
             write(SAMPLE)
         write(SAMPLE)  # logging has stopped
-    assert "no more link samples are logged" in caplog.text
+    assert "link samples are no longer logged" in caplog.text
     assert path.read_bytes().endswith(b"}\n")
     assert list(read_link_log(path)) == [SAMPLE]
 

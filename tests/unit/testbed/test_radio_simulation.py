@@ -192,7 +192,7 @@ def _facts(**changed: Any) -> np.ndarray:
         (_arrays(probabilities=np.ones((4, 2, 8), ">f4")), "is >f4"),
         (_arrays(probabilities=np.ones((4, 0, 8), np.float32)), "4 rows of 0 layers"),
         (_arrays(probabilities=np.ones((4, 2, 0), np.float32)), "2 experts per token, of 0"),
-        (_arrays(probabilities=np.full((4, 2, 8), np.nan, np.float32)), "negative, absurdly large or no number"),
+        (_arrays(probabilities=np.full((4, 2, 8), np.nan, np.float32)), "negative, absurdly large or not a number"),
         (_arrays(probabilities=np.full((4, 2, 8), -0.1, np.float32)), "negative, absurdly large"),
         (_arrays(probabilities=np.full((4, 2, 8), 3e38, np.float32)), "negative, absurdly large"),
         (_arrays(probabilities=np.zeros((4, 2, 8), np.float32)), "all zero"),
