@@ -25,6 +25,7 @@ from wire.tensors import WireDtype
 OURS: Mapping[str, tuple[str, ...]] = {
     "ours": ("--draft", "none"),
     "ours-drafts": ("--draft", "auto"),
+    "ours-fast": ("--preset", "fast"),
 }
 """Options of `wdmoe-bs serve`, by arm."""
 

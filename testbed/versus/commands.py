@@ -50,8 +50,8 @@ wdmoe-testbed versus --arm ours --arm ours-drafts --rtt-ms 5 --channel dedicated
 @_model("--dllama-tokenizer", "Its tokenizer for distributed-llama.")
 @click.option(
     "--arm", "arms", multiple=True,
-    help="ours, ours-drafts, llama (one device), llama-N (layers on N workers) or dllama-N (N nodes); repeatable.  "
-    "[default: all whose files are named]",
+    help="ours, ours-drafts, ours-fast, llama (one device), llama-N (layers on N workers) or dllama-N (N nodes); "
+    "repeatable.  [default: all whose files are named]",
 )  # fmt: skip
 @click.option(
     "--rtt-ms", "rtts_ms", type=click.FloatRange(0), multiple=True, default=(2.0, 5.0, 10.0), show_default=True,

@@ -110,6 +110,11 @@ class Results(Struct):
         chosen = (a for a in self.answers if (a.profile, a.arm) == (profile, arm))
         return [answer for answer in chosen if answer.complete and not answer.killed]
 
+    def tpot_ms(self, profile: str, arm: str) -> float | None:
+        """Median TPOT of an arm; None if it made no answer."""
+        answers = self.of(profile, arm)
+        return statistics.median(answer.tpot_ms for answer in answers) if answers else None
+
 
 def write_results(results: Results, folder: Path) -> None:
     """Write `versus.json` with every sample and `versus.md` with the tables."""

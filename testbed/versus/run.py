@@ -20,14 +20,15 @@ from common.files import atomic_write
 from testbed.bench.chat_prompts import CHAT_PROMPTS
 from testbed.bench.system import Links, network_spec
 from testbed.network.emulated import EmulatedNetwork, emulated
-from testbed.versus.arms import Peers, Place, make_arm
+from testbed.versus.arms import OURS, Peers, Place, make_arm
 from testbed.versus.client import Account, AnswerEndedError, Piece, chat_request, stream_answer
 from testbed.versus.floors import Shape
+from testbed.versus.plot import draw_tpot
 from testbed.versus.programs import RunningArm, running_arm
 from testbed.versus.results import Answer, Failure, Results, Traffic, tables, write_results
 
 _LOADING = Links(0.2, 1000)
-"""Links while arms start, because some send the whole model to their workers then."""
+"""Links while other programs start, because they send the whole model to their workers then."""
 _WARM_UP_TOKENS = 8
 _REST_S = 2.0
 _TOKENS_BEFORE_KILL = 8
@@ -82,6 +83,7 @@ def run_versus(settings: Settings, peers: Peers) -> None:
             _Channel(settings, peers, results, list(links), shared_air).measure(kill=kill)
             kill = False
     write_results(results, settings.folder)
+    draw_tpot(results, settings.links, settings.folder / "tpot.svg")
     settings.console.print(tables(results), highlight=False, markup=False, soft_wrap=True)
     if not any(answer.complete for answer in results.answers):
         raise WdmoeError(f"no arm made an answer: {results.failures[0].arm}: {results.failures[0].why}")
@@ -166,6 +168,8 @@ class _Channel:
                 floor = None if arm.floor is None else arm.floor(links)
                 self._results.floors_ms.setdefault(links.profile, {})[name] = floor
             self._say(f"starting {name}")
+            # A preset chooses by the links that it finds, and no weights cross them for arms of ours.
+            self._network.set_profile(self._links[0].profile if name in OURS else _LOADING.profile)
             folder = self._settings.folder / "logs" / ("shared" if self._shared_air else "dedicated") / name
             try:
                 one = stack.enter_context(

@@ -9,6 +9,7 @@ from testbed.network.daemon import BASE_STATION
 from testbed.versus import floors
 from testbed.versus.arms import Peers, Place, check_arm, default_arms, make_arm
 from testbed.versus.floors import Shape
+from testbed.versus.plot import draw_tpot
 from testbed.versus.programs import Memory
 from testbed.versus.results import Answer, Failure, Results, Traffic, common_tokens, tables
 from tests.in_process import run_in_process
@@ -72,10 +73,10 @@ def test_distributed_llama_counts_its_root_among_the_nodes() -> None:
 
 
 def test_arms_follow_from_the_files_that_are_named() -> None:
-    assert default_arms(Peers(), DEMO, 8) == ["ours", "ours-drafts"]
-    assert default_arms(LLAMA, DEMO, 4) == ["ours", "ours-drafts", "llama", "llama-2", "llama-4"]
-    assert default_arms(DLLAMA, DEMO, 8)[2:] == ["dllama-3"]
-    assert default_arms(DLLAMA, DEMO, 1)[2:] == ["dllama-2"]
+    assert default_arms(Peers(), DEMO, 8) == ["ours", "ours-drafts", "ours-fast"]
+    assert default_arms(LLAMA, DEMO, 4) == ["ours", "ours-drafts", "ours-fast", "llama", "llama-2", "llama-4"]
+    assert default_arms(DLLAMA, DEMO, 8)[3:] == ["dllama-3"]
+    assert default_arms(DLLAMA, DEMO, 1)[3:] == ["dllama-2"]
 
 
 @pytest.mark.parametrize("rtt_ms", [2.0, 5.0, 10.0])
@@ -138,6 +139,18 @@ def test_arms_that_fail_or_lose_a_device_are_rows_that_say_so() -> None:
     assert "failed: bs: ended with exit code 1; last line: a \\| b |" in text
     # The answer during which a device was killed counts for no time.
     assert "| ours | 1 | 1.0 |" in text
+
+
+def test_the_plot_has_a_panel_for_each_channel_and_only_arms_that_answered(tmp_path: Path) -> None:
+    links = [Links(10), Links(2), Links(2, shared_air=True)]
+    answers = [answer("ours", ["a", "b"], [1, 9], profile=one.profile) for one in links[:2]]
+    floors_ms = {one.profile: {"ours": 7.0, "llama-2": None} for one in links}
+    draw_tpot(Results({}, ["ours", "llama-2"], floors_ms, answers), links, tmp_path / "plot.svg")
+    svg = (tmp_path / "plot.svg").read_text()
+    assert "<!-- a link for each device -->" in svg
+    assert "<!-- one channel for all -->" in svg
+    assert "<!-- ours -->" in svg
+    assert "<!-- llama-2 -->" not in svg
 
 
 @pytest.mark.parametrize(
