@@ -33,6 +33,8 @@ _OTHERS = re.compile(r"(llama|dllama)-([1-9]\d?)|llama")
 _CONTEXT_TOKENS = 2048
 _HEAD_PORT, _WORKER_PORT = 20000, 20100
 _LOOPBACK = "127.0.0.1"
+_BY_LINE = ("stdbuf", "-oL")
+"""Lets a program that would write its log in blocks write it line by line, so that its last words are not lost."""
 _ZEROED: Mapping[str, str] = MappingProxyType({"MALLOC_PERTURB_": "255"})
 """Makes glibc fill new memory with zeros: dllama-api takes the token behind the prompt's last for the first to decode,
 which is whatever lay there before, and ends with a segmentation fault if that is no token."""
@@ -227,13 +229,20 @@ def _dllama(
     workers = tuple(
         Program(
             device,
-            (str(peers.dllama), "worker", "--host", place.addresses[device], "--port", str(port), *threads),
+            (*_BY_LINE, str(peers.dllama), "worker", "--host", place.addresses[device], "--port", str(port), *threads),
             port,
         )
         for device in devices
     )
     head = (
-        *(str(peers.dllama_api), "--model", str(peers.dllama_model), "--tokenizer", str(peers.dllama_tokenizer)),
+        *(
+            *_BY_LINE,
+            str(peers.dllama_api),
+            "--model",
+            str(peers.dllama_model),
+            "--tokenizer",
+            str(peers.dllama_tokenizer),
+        ),
         *("--host", _LOOPBACK, "--port", str(head_port), "--max-seq-len", str(_CONTEXT_TOKENS), *threads),
         # The only format in which it exchanges sums of 4-bit weights.
         *("--buffer-float-type", "q80"),
