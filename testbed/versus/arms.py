@@ -35,6 +35,9 @@ _HEAD_PORT, _WORKER_PORT = 20000, 20100
 _LOOPBACK = "127.0.0.1"
 _BY_LINE = ("stdbuf", "-oL")
 """Lets a program that would write its log in blocks write it line by line, so that its last words are not lost."""
+_HEAD_HERE = "^(output|token_embd)=CPU"
+_NO_BACKTRACE: Mapping[str, str] = MappingProxyType({"GGML_NO_BACKTRACE": "1"})
+"""Leaves the reason why llama.cpp aborts as the last line of its log."""
 _ZEROED: Mapping[str, str] = MappingProxyType({"MALLOC_PERTURB_": "255"})
 """Makes glibc fill new memory with zeros: dllama-api takes the token behind the prompt's last for the first to decode,
 which is whatever lay there before, and ends with a segmentation fault if that is no token."""
@@ -214,12 +217,13 @@ def _llama(
     head = (
         *(str(peers.llama_server), "--model", str(peers.gguf), "--host", _LOOPBACK, "--port", str(head_port)),
         *("--ctx-size", str(_CONTEXT_TOKENS), "--parallel", "1", "--threads", threads, "--threads-batch", threads),
-        # Every layer on the workers, in equal shares.
-        *(("--n-gpu-layers", "999", "--rpc", ",".join(reached)) if workers else ()),
+        # Every layer on the workers, in equal shares; the head stays, as its result is far larger than a hidden state.
+        *(("--n-gpu-layers", "999", "--rpc", ",".join(reached), "--override-tensor", _HEAD_HERE) if workers else ()),
         *(("--tensor-split", ",".join("1" for _ in workers)) if workers else ()),
     )
     floor = floors.pipeline(place.shape, len(workers)) if workers else floors.no_network
-    return Arm(name, workers, Program(BASE_STATION, head), head_port, "/health", floor)
+    program = Program(BASE_STATION, head, environment=_NO_BACKTRACE)
+    return Arm(name, workers, program, head_port, "/health", floor)
 
 
 def _dllama(
