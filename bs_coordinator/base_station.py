@@ -28,6 +28,7 @@ from bs_coordinator.selection.registry import check_scores, configured_policy
 from bs_coordinator.trunk.generic import GenericTrunk
 from bs_coordinator.trunk.interface import Trunk
 from bs_coordinator.trunk.load import check_device, load_trunk
+from common import real_time
 from common.config import ConfigError
 from common.cpu_idle import cpu_idle_disabled
 from wire.broker_address import BrokerAddress
@@ -149,6 +150,10 @@ def open_base_station(
             trunk, dispatcher, policy, degrade=config.degrade,
             quarantine=dispatcher.quarantine, acquit=dispatcher.acquit,
         )  # fmt: skip
+        if config.priority == "auto":
+            if refusal := real_time.why_not():
+                log.info("no real-time priority: %s", refusal)
+            model.raises_priority = not refusal
         yield BaseStation(
             manifest, model, tokenizer, dispatcher, broker_ms, nodes_ms, speculation, config, residents, choice
         )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from common.config import Config, Option
 from common.names import check_host, check_origin
+from common.real_time import Priority
 from wire.broker_url import Access, check_broker_url
 from wire.tensors import WireDtype
 from wire.topics import check_name
@@ -62,6 +63,14 @@ class ClusterConfig(Config):
     bundle_key: Annotated[
         Path | None, Option("Refuse bundles that this Ed25519 public key did not sign.", heading=_MODEL)
     ] = None
+    priority: Annotated[
+        Priority,
+        Option(
+            "Real-time priority for the thread that generates and for a private broker, where permitted: a busy "
+            "machine answers as fast as a quiet one. 'normal': never.",
+            heading=_CONNECTION,
+        ),
+    ] = "auto"
     access: Access = field(default_factory=Access)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from common.config import Config, Option
+from common.real_time import Priority
 from edge_node.home_assistant import DEFAULT_PREFIX, check_prefix
 from wire.broker_url import Access, check_broker_url
 from wire.device_profiles import DeviceName, Provider
@@ -118,6 +119,14 @@ class NodeConfig(HoldingConfig):
     stay_awake: Annotated[
         bool, Option("Disable this device's CPU idle states: lower latency, more power.", heading=_POWER)
     ] = False
+    priority: Annotated[
+        Priority,
+        Option(
+            "Real-time priority for the thread that answers, where permitted: a busy device answers as fast as a quiet "
+            "one. 'normal': never.",
+            heading=_POWER,
+        ),
+    ] = "auto"
     frame_key: Annotated[
         Path | None,
         Option("Key that authenticates frames between base station and node; a file of mode 600.", heading=_CONNECTION),

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from common import real_time
 from common.config import ConfigError
 from common.cpu_idle import cpu_idle_disabled
 from edge_node import devices
@@ -36,13 +37,18 @@ log = logging.getLogger("wdmoe-node")
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node that has proven its experts and is not connected yet."""
+    """A node that has proven its experts and is not connected yet.
+
+    Attributes:
+        real_time: whether the thread that runs it gets real-time priority.
+    """
 
     config: NodeConfig
     address: BrokerAddress
     worker: Worker
     agent: NodeAgent
     selector: str
+    real_time: bool
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop` is set.
@@ -52,7 +58,10 @@ class Node:
             DuplicateNodeError: another live process has this node's id.
         """
         name = self.config.node
-        with cpu_idle_disabled() if self.config.stay_awake else nullcontext():
+        with (
+            cpu_idle_disabled() if self.config.stay_awake else nullcontext(),
+            real_time.raised() if self.real_time else nullcontext(),
+        ):
             self.agent.run(stop, on_ready=lambda: log.info("'%s' serves %s at %s", name, self.selector, self.address))
         counts = ", ".join(f"{what} {n}" for what, n in self.worker.counts.items())
         log.info("'%s' stopped; %s", name, counts or "no work came")
@@ -129,6 +138,7 @@ def build_node(config: NodeConfig) -> Node:
     with failure_published(address, topics, config.node):
         runtime, chosen = _load(config, manifest, held, threads, _providers(config, device))
     worker = Worker(runtime, node_key=node_key)
+    raises = _raises_priority(config)
     agent = NodeAgent(
         node=config.node,
         topics=topics,
@@ -143,6 +153,7 @@ def build_node(config: NodeConfig) -> Node:
             provider=chosen.provider,
             provider_reason=chosen.reason,
             batch_invariant=runtime.same_in_batch,
+            real_time=raises,
         ),
         folder=bundle,
         limits=DeviceLimits(max_celsius=config.max_celsius, min_available_bytes=config.min_free_bytes),
@@ -155,7 +166,15 @@ def build_node(config: NodeConfig) -> Node:
         ),
         residency=lambda: residency_status(runtime),
     )
-    return Node(config, address, worker, agent, held.selector)
+    return Node(config, address, worker, agent, held.selector, raises)
+
+
+def _raises_priority(config: NodeConfig) -> bool:
+    if config.priority == "normal":
+        return False
+    if refusal := real_time.why_not():
+        log.info("no real-time priority: %s", refusal)
+    return not refusal
 
 
 class _Held(NamedTuple):

@@ -3,9 +3,11 @@
 import logging
 import secrets
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 
+from common import real_time
 from common.clock import SYSTEM_CLOCK, Clock
 from common.errors import WdmoeError
 from edge_node.experts.runtime import ExpertRuntime
@@ -97,10 +99,11 @@ class Worker:
         load_ns = -self._runtime.loads.ns
         output = np.zeros(frame.hidden.shape, np.float32)
         try:
-            for part in frame.experts:
-                x = frame.hidden[part.tokens]
-                y = self._runtime.run(UnitId(frame.layer, part.expert), x)
-                output[part.tokens] += y * part.weights[:, None]
+            with real_time.lowered() if len(frame.hidden) > real_time.MOST_TOKENS else nullcontext():
+                for part in frame.experts:
+                    x = frame.hidden[part.tokens]
+                    y = self._runtime.run(UnitId(frame.layer, part.expert), x)
+                    output[part.tokens] += y * part.weights[:, None]
         except WdmoeError as error:  # an expert's files were changed or removed since the start
             log.error("%s", error)
             return self._refuse(frame, Status.INTERNAL, "an expert can't be loaded any more: see the node's log")

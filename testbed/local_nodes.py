@@ -49,7 +49,7 @@ class LocalNodes:
         self.cluster = cluster
         self._folder = folder
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._started: dict[str, tuple[str, int, Sequence[str]]] = {}
+        self._started: dict[str, tuple[str, int, Sequence[str], Sequence[str]]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(
@@ -74,7 +74,7 @@ class LocalNodes:
             python: command that runs Python, for example for another processor.
             environment: further environment variables.
         """
-        self._started[node] = experts, threads, prefix
+        self._started[node] = experts, threads, prefix, options
         argv = node_argv(
             self.bundle, self.address, node, experts, cluster=self.cluster, threads=threads, options=options,
             python=python,
@@ -90,9 +90,9 @@ class LocalNodes:
             )
 
     def restart(self, node: str) -> None:
-        """Start a node again with the same experts, threads and prefix; its log is continued."""
-        experts, threads, prefix = self._started[node]
-        self.start(node, experts, threads=threads, prefix=prefix)
+        """Start a node again with the same experts, threads, prefix and options; its log is continued."""
+        experts, threads, prefix, options = self._started[node]
+        self.start(node, experts, threads=threads, prefix=prefix, options=options)
 
     def log_path(self, node: str) -> Path:
         """Path of a node's log."""
@@ -126,6 +126,7 @@ def local_nodes(
     *,
     threads: int = 1,
     prefixes: Mapping[str, Sequence[str]] | None = None,
+    options: Sequence[str] = (),
 ) -> Iterator[LocalNodes]:
     """Run nodes for the duration of the context.
 
@@ -136,6 +137,7 @@ def local_nodes(
         experts_by_node: selector of experts by node id.
         threads: threads per node.
         prefixes: by node, the words to put before its command.
+        options: further options of `wdmoe-node`.
     """
     # Imported here because it is slow, and `LocalNodes` alone does not need it.
     import torch
@@ -145,7 +147,7 @@ def local_nodes(
     torch.set_num_threads(max(1, before - threads * len(experts_by_node)))
     try:
         for node, experts in experts_by_node.items():
-            nodes.start(node, experts, threads=threads, prefix=(prefixes or {}).get(node, ()))
+            nodes.start(node, experts, threads=threads, prefix=(prefixes or {}).get(node, ()), options=options)
         # Most wrong settings end a node at once: report that now rather than after a timeout.
         time.sleep(0.2)
         nodes.check()

@@ -94,6 +94,7 @@ class DeviceFacts(Struct, frozen=True, kw_only=True):
         provider_reason: why it is not the one that was asked for; empty if it is.
         batch_invariant: a hidden state's output is the same to the last bit alone and in a batch, as tried at the
             start; None if it was not tried.
+        real_time: the thread that answers has real-time priority where it computes few tokens; None if that is unknown.
     """
 
     profile: str
@@ -101,6 +102,7 @@ class DeviceFacts(Struct, frozen=True, kw_only=True):
     provider: str
     provider_reason: str = ""
     batch_invariant: bool | None = None
+    real_time: bool | None = None
 
 
 class SocketFacts(Struct, frozen=True, kw_only=True):

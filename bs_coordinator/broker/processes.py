@@ -20,6 +20,7 @@ from pathlib import Path
 from bs_coordinator.config import PRIVATE_BROKERS, ClusterConfig
 from common.child_output import c_locale
 from common.config import ConfigError
+from common.real_time import Priority, raise_thread, why_not
 from wire.broker_address import BrokerAddress
 from wire.broker_url import Access, parse_broker_url
 from wire.errors import BrokerError
@@ -34,7 +35,7 @@ _NO_ACCESS = Access()
 
 @contextmanager
 def open_broker(
-    spec: str, *, host: str = LOOPBACK, port: int = 0, access: Access = _NO_ACCESS
+    spec: str, *, host: str = LOOPBACK, port: int = 0, access: Access = _NO_ACCESS, priority: Priority = "auto"
 ) -> Iterator[BrokerAddress]:
     """The address to connect to; a child broker lives as long as the context.
 
@@ -43,6 +44,7 @@ def open_broker(
         host: address that a child broker listens on.
         port: of a child broker; 0 for any free one.
         access: credentials and certificates, for a URL.
+        priority: whether a child broker gets real-time priority where that is permitted.
 
     Raises:
         ValueError: `spec` is none of these.
@@ -55,7 +57,7 @@ def open_broker(
         port = _check_free(host, port) if port else free_port(host)
         make_argv = _embedded_argv if spec == "embedded" else _mosquitto_argv
         argv = make_argv(Path(folder), host, port)
-        with broker_process(argv, (host, port), spec, Path(folder) / "broker.log"):
+        with broker_process(argv, (host, port), spec, Path(folder) / "broker.log", priority=priority):
             yield BrokerAddress(host, port)
 
 
@@ -69,7 +71,8 @@ def configured_broker(config: ClusterConfig) -> Iterator[BrokerAddress]:
     """
     with ExitStack() as stack:
         try:
-            address = stack.enter_context(open_broker(config.broker, port=config.broker_port, access=config.access))
+            broker = open_broker(config.broker, port=config.broker_port, access=config.access, priority=config.priority)
+            address = stack.enter_context(broker)
         except ValueError as error:
             raise ConfigError(f"--broker: {error}") from None
         if config.broker in PRIVATE_BROKERS:
@@ -78,7 +81,9 @@ def configured_broker(config: ClusterConfig) -> Iterator[BrokerAddress]:
 
 
 @contextmanager
-def broker_process(argv: list[str], address: tuple[str, int], name: str, log_path: Path) -> Iterator[None]:
+def broker_process(
+    argv: list[str], address: tuple[str, int], name: str, log_path: Path, *, priority: Priority = "auto"
+) -> Iterator[None]:
     """Run a broker as a child process while the context lasts.
 
     Args:
@@ -86,6 +91,7 @@ def broker_process(argv: list[str], address: tuple[str, int], name: str, log_pat
         address: host and port that it listens on.
         name: for messages.
         log_path: file for its output.
+        priority: whether it gets real-time priority where that is permitted.
 
     Raises:
         BrokerError: it does not start within 20 s.
@@ -100,6 +106,8 @@ def broker_process(argv: list[str], address: tuple[str, int], name: str, log_pat
             start_new_session=True,
             env=c_locale(),
         )
+    if priority == "auto" and not why_not():
+        raise_thread(child.pid)
     try:
         _wait_until_up(child, address, name, log_path)
         yield

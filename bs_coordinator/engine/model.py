@@ -4,7 +4,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from time import perf_counter_ns, time_ns
 
 import torch
@@ -20,6 +20,7 @@ from bs_coordinator.selection.degraded import gate_of_slices, select_available, 
 from bs_coordinator.selection.forecast import LayerForecast
 from bs_coordinator.trunk.inputs import SequenceInput, cut_inputs
 from bs_coordinator.trunk.interface import CacheMark, Trunk
+from common import real_time
 from wire.tensors import all_finite
 
 log = logging.getLogger(__name__)
@@ -51,9 +52,11 @@ class DistributedModel:
             named in the step's record.
         piece_tokens: longer inputs are cut into pieces of at most this many tokens. While the nodes compute for one
             piece, the trunk works on the next.
+        raises_priority: steps of few tokens have real-time priority (`common.real_time`).
     """
 
     piece_tokens = 128
+    raises_priority = False
 
     def __init__(
         self, trunk: Trunk, experts: Experts, policy: Policy, *, degrade: bool = False,
@@ -93,10 +96,21 @@ class DistributedModel:
             WdmoeError: an expert is unavailable or failed, or the logits are not finite, which no node is to blame
                 for. The caches hold what they held before.
         """
-        marks = [self.trunk.mark(sequence.cache) for sequence in inputs]
-        accused: list[str] = []
+        tokens = sum(len(sequence.ids) for sequence in inputs)
+        urgent = self.raises_priority and tokens <= real_time.MOST_TOKENS
         if waits is not None:
             self._waits = waits
+        try:
+            with real_time.raised() if urgent else nullcontext():
+                return self._repeat_step(inputs, all_logits)
+        finally:
+            self._waits.step_ends()
+            self._waits = NoListener()
+
+    def _repeat_step(self, inputs: Sequence[SequenceInput], all_logits: bool) -> tuple[list[Tensor], StepRecord]:
+        """Run a step, again without the nodes that are at fault if its logits are not finite."""
+        marks = [self.trunk.mark(sequence.cache) for sequence in inputs]
+        accused: list[str] = []
         try:
             for _ in range(_MOST_REPEATS):
                 try:
@@ -114,9 +128,6 @@ class DistributedModel:
                 if self._acquit is not None:
                     self._acquit(node)
             raise
-        finally:
-            self._waits.step_ends()
-            self._waits = NoListener()
 
     def _restore(self, inputs: Sequence[SequenceInput], marks: Sequence[CacheMark]) -> None:
         # Layers before a failure have already changed the caches. The stack restores every cache, even if one of them

@@ -27,6 +27,10 @@ def register(group: click.Group) -> None:
     help="Samples per row; rows whose samples take long take fewer.",
 )  # fmt: skip
 @click.option(
+    "--busy", type=click.IntRange(1, 256), default=8, show_default=True,
+    help="Busy processes beside which the section load decodes.",
+)  # fmt: skip
+@click.option(
     "--out", type=click.Path(path_type=Path), default=Path("runs/bench.json"), show_default=True,
     help="File for the raw samples; plots and logs go into a folder beside it.",
 )  # fmt: skip
@@ -34,7 +38,7 @@ def register(group: click.Group) -> None:
     "--checkpoint", type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="For the section export: folder of the checkpoint.  [default: 0.7 GB of random weights]",
 )  # fmt: skip
-def bench(broker: str, sections: tuple[str, ...], samples: int, out: Path, checkpoint: Path | None) -> None:
+def bench(broker: str, sections: tuple[str, ...], samples: int, busy: int, out: Path, checkpoint: Path | None) -> None:
     """Measure speeds as ratios to what the hardware allows."""
     from rich.console import Console
 
@@ -42,6 +46,6 @@ def bench(broker: str, sections: tuple[str, ...], samples: int, out: Path, check
     from testbed.bench.run import run_bench
 
     settings = Settings(
-        broker=broker, samples=samples, folder=out.with_suffix(""), console=Console(), checkpoint=checkpoint
+        broker=broker, samples=samples, busy=busy, folder=out.with_suffix(""), console=Console(), checkpoint=checkpoint
     )
     run_bench(settings, sections, out)

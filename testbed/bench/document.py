@@ -62,6 +62,7 @@ def write_document(results: dict[str, list[Result]], settings: Settings, out: Pa
         "parameters": {
             "broker": settings.broker,
             "samples": settings.samples,
+            "busy": settings.busy,
             "warm_up": WARM_UP,
             "stays_awake": settings.stays_awake,
         },

@@ -24,6 +24,7 @@ class Settings:
         samples: samples per row if a sample takes a few milliseconds; slower rows take fewer.
         folder: folder for plots and logs.
         console: where to print.
+        busy: busy processes beside which the section `load` decodes.
         stays_awake: whether CPU idle states are disabled (`common.cpu_idle`).
         checkpoint: folder of the checkpoint that the section `export` exports; None for a small one of random weights.
     """
@@ -32,6 +33,7 @@ class Settings:
     samples: int
     folder: Path
     console: Console
+    busy: int = 8
     stays_awake: bool = False
     checkpoint: Path | None = None
 

@@ -15,6 +15,7 @@ from bs_coordinator.base_station import BaseStation, open_base_station
 from bs_coordinator.broker.processes import mosquitto_path, open_broker
 from bs_coordinator.config import BaseStationConfig, DraftMode
 from common.files import atomic_write
+from common.real_time import Priority
 from testbed.bench.rows import Settings
 from testbed.errors import PrivilegeError
 from testbed.local_nodes import local_nodes
@@ -88,7 +89,7 @@ def why_not() -> str:
 @contextmanager
 def running(
     settings: Settings, bundle: Path, *, nodes: Mapping[str, str], links: Sequence[Links],
-    draft: DraftMode = "none", draft_model: Path | None = None,
+    draft: DraftMode = "none", draft_model: Path | None = None, priority: Priority = "auto",
 ) -> Iterator[System]:  # fmt: skip
     """Run a system for the duration of the context, on the first of the links.
 
@@ -100,22 +101,29 @@ def running(
         nodes: experts by node.
         links: that the system can be switched to.
         draft, draft_model: as in `BaseStationConfig`.
+        priority: of base station, nodes and broker.
     """
     from testbed.network import namespaces
     from testbed.network.daemon import BASE_STATION
 
     spec = settings.folder / "network.yaml"
     config = BaseStationConfig(
-        bundle=bundle, degrade=False, draft=draft, draft_model=draft_model, shared_air=links[0].shared_air
-    )
+        bundle=bundle, degrade=False, draft=draft, draft_model=draft_model, shared_air=links[0].shared_air,
+        priority=priority,
+    )  # fmt: skip
     with atomic_write(spec) as file:
         file.write(network_spec(list(nodes), links).encode())
     with (
         emulated(spec) as network,
         namespaces.inside(namespaces.namespace(network.spec.name, BASE_STATION)),
-        open_broker("mosquitto", host=network.bs_address) as address,
+        open_broker("mosquitto", host=network.bs_address, priority=priority) as address,
         local_nodes(
-            bundle, address, settings.folder / "nodes", nodes, prefixes={node: network.prefix(node) for node in nodes}
+            bundle,
+            address,
+            settings.folder / "nodes",
+            nodes,
+            prefixes={node: network.prefix(node) for node in nodes},
+            options=["--priority", priority],
         ) as local,
         open_base_station(config, address) as station,
     ):

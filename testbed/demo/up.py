@@ -96,7 +96,7 @@ def local_fleet(
         WdmoeError: a node ended at once, or another part can't be started.
     """
     with ExitStack() as stack:
-        address = stack.enter_context(open_broker(config.broker))
+        address = stack.enter_context(open_broker(config.broker, priority=config.priority))
         if config.broker not in PRIVATE_BROKERS:
             connect(address, f"wdmoe-up-{time.time_ns():x}").close()
         if demo is not None:
@@ -106,7 +106,8 @@ def local_fleet(
         config = with_field_log(config)
         experts = spread_experts(manifest.dims.experts, nodes)
         log.info("loading %s; %d nodes write their logs to %s", manifest.source.name, len(experts), logs)
-        started = stack.enter_context(local_nodes(config.bundle, address, logs, experts))
+        priority = ["--priority", config.priority]
+        started = stack.enter_context(local_nodes(config.bundle, address, logs, experts, options=priority))
 
         from bs_coordinator.base_station import open_base_station
 

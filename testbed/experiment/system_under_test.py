@@ -131,23 +131,28 @@ def distributed_system(
         resident=ResidentConfig(parse_bytes(plan.resident)) if plan.resident else None,
         draft=plan.draft,
         stay_awake=plan.stay_awake,
+        priority=plan.priority,
         draft_model=demo_draft() if plan.draft in ("dense", "auto") and "/" not in bundle.name else None,
     )
     with ExitStack() as stack:
         if outside:
             address = stack.enter_context(open_broker(outside.broker, access=outside.access))
         else:
-            address = stack.enter_context(open_broker(broker, host=network.address))
+            address = stack.enter_context(open_broker(broker, host=network.address, priority=plan.priority))
             nodes = plan.node_experts(bundle.experts)
             prefixes = {node: network.prefix(node) for node in nodes}
             local = stack.enter_context(
-                local_nodes(config.bundle, address, folder, nodes, prefixes=prefixes, threads=plan.node_threads)
-            )
+                local_nodes(
+                    config.bundle, address, folder, nodes, prefixes=prefixes, threads=plan.node_threads,
+                    options=["--priority", plan.priority],
+                )
+            )  # fmt: skip
             on_progress("waiting for the nodes")
         # Which experts are still missing only concerns users who start the nodes themselves; a timeout names them.
         on_missing = on_progress if outside else None
         base_station = stack.enter_context(open_base_station(config, address, on_progress=on_missing))
         model = ObservedModel(base_station.model.trunk, base_station.dispatcher, base_station.model.policy)
+        model.raises_priority = base_station.model.raises_priority
         if plan.churn and emit_event:
             # Not before the base station is ready: it waits for all nodes.
             seed = f"{plan.seed} {folder.name}"

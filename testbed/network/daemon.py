@@ -17,6 +17,7 @@ from types import FrameType
 
 import msgspec
 
+from common import real_time
 from common.errors import WdmoeError
 from common.files import append_all
 from testbed.network import namespaces
@@ -147,13 +148,14 @@ def _raise_priority(*, own_core: bool) -> None:
 
     Without the permission to do so, the relay keeps its priority.
     """
+    own = os.sched_getparam(0).sched_priority
     with suppress(PermissionError):
         if own_core:
             # The kernel pauses real-time processes that never sleep for 50 ms of each second.
             os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
             os.setpriority(os.PRIO_PROCESS, 0, -20)
         else:
-            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(os.sched_getparam(0).sched_priority + 1))
+            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(max(own, real_time.LEVEL) + 1))
     # Without real-time priority, the kernel delays timers by up to 50 µs to save power: reduce that to 1 ns.
     ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
     # Nothing below makes reference cycles; a collection would only delay frames.

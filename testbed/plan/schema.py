@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 from bs_coordinator.config import DraftMode, PresetName
+from common.real_time import Priority
 from testbed.plan.limits import RunLimits, Seconds
 from testbed.prompts import PROMPTS
 from wire.broker_url import Access
@@ -237,6 +238,8 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         baselines: baselines to measure; None for none.
         limits: limits for alerts and preflight.
         stay_awake: keep the base station's cores from entering idle states (`common.cpu_idle`).
+        priority: real-time priority of base station, broker and local nodes where permitted, or none
+            (`common.real_time`).
     """
 
     name: Name
@@ -268,6 +271,7 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     baselines: Baselines | None = None
     limits: RunLimits = RunLimits()
     stay_awake: bool = False
+    priority: Priority = "auto"
 
     @property
     def emulated(self) -> str | None:

@@ -45,9 +45,10 @@ def examine() -> list[Check]:
     checks = [_python(), *_extras(), *_tools()]
     if any(check.level == "fail" for check in checks):
         return [*checks, Check("machine", "unknown", "is examined once the packages are installed")]
-    from testbed.preflight.machine import clock, governor, load
+    from testbed.preflight.machine import clock, governor, load, priority
 
-    return [*checks, _namespaces(), _cores(), _ram(), _disk(), clock(several_machines=True), governor(), load()]
+    machine = [clock(several_machines=True), governor(), load(), priority()]
+    return [*checks, _namespaces(), _cores(), _ram(), _disk(), *machine]
 
 
 def _python() -> Check:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 
+from common import real_time
 from common.child_output import run_parsed
 from testbed import facts
 from testbed.preflight.verdicts import Check, Level
@@ -37,6 +38,13 @@ def governor() -> Check:
         return Check("CPU", "pass", "governor performance")
     hint = "'cpupower frequency-set -g performance' makes times more stable"
     return Check("CPU", "warn", f"governor {', '.join(governors)}: {hint}")
+
+
+def priority() -> Check:
+    """Whether base station and broker get real-time priority, so that a token need not wait for other work."""
+    if reason := real_time.why_not():
+        return Check("priority", "warn", f"no real-time priority, so other work delays tokens: {reason}")
+    return Check("priority", "pass", "real-time priority is permitted")
 
 
 def load() -> Check:

@@ -20,7 +20,7 @@ from testbed.experiment.plan_files import existing_bundle
 from testbed.plan.estimate import estimate
 from testbed.plan.reading import check_plan
 from testbed.plan.schema import Choice, Items, Perplexity, Plan
-from testbed.preflight.machine import clock, governor, load
+from testbed.preflight.machine import clock, governor, load, priority
 from testbed.preflight.verdicts import Check, Level
 from wire.broker_address import BrokerAddress
 from wire.experts import UnitId, format_selector, parse_selector
@@ -63,7 +63,10 @@ def machine_checks(plan: Plan, *, out: Path) -> list[Check]:
     Args:
         out: where the run's folder would be made.
     """
-    return [_disk(plan, out), clock(several_machines=plan.external is not None), governor(), load(), _survey(), _code()]
+    machine = [clock(several_machines=plan.external is not None), governor(), load()]
+    if plan.priority == "auto":
+        machine.append(priority())
+    return [_disk(plan, out), *machine, _survey(), _code()]
 
 
 def checked(name: str, question: Callable[..., tuple[Level, str]], *about: object) -> Check:

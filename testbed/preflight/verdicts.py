@@ -12,7 +12,7 @@ from typing import Literal
 from bs_coordinator.nodes.clock_offsets import Offset
 from testbed.keys.validity import RENEWAL_DAYS
 from testbed.plan.limits import RunLimits
-from wire.status import NodeStatus
+from wire.status import DeviceFacts, NodeStatus
 from wire.telemetry import Telemetry, Wifi
 
 Level = Literal["pass", "warn", "fail", "unknown"]
@@ -118,6 +118,7 @@ def _node(facts: NodeFacts, limits: RunLimits, typical_mbps: float) -> Iterator[
     yield "certificate", *certificate(facts.until, facts.now)
     machine = status.machine
     yield "RAM", *_memory(machine.available_bytes if machine else None)
+    yield "priority", *_priority(status.device)
     yield "disk", *_disk(machine.disk_free_bytes if machine else None, limits)
     yield "clock", *_clock(facts.clock, limits)
     yield "throttling", *_throttling(facts.telemetry)
@@ -185,6 +186,15 @@ def _memory(available_bytes: int | None) -> tuple[Level, str]:
         "fail" if available_bytes < _SPARE_RAM_BYTES else "warn" if available_bytes < 2 * _SPARE_RAM_BYTES else "pass"
     )
     return level, f"{available_bytes >> 20} MiB available"
+
+
+def _priority(device: DeviceFacts | None) -> tuple[Level, str]:
+    if device is None or device.real_time is None:
+        return "unknown", "the node does not say"
+    if device.real_time:
+        return "pass", "real-time"
+    # No fault of the node, and harmless on a device without other work.
+    return "pass", "normal, so other work on the device delays answers; its log says why"
 
 
 def _disk(free_bytes: int | None, limits: RunLimits) -> tuple[Level, str]:

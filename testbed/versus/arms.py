@@ -167,16 +167,19 @@ def _workers(name: str) -> int:
     return int(number) - (kind == "dllama")
 
 
+_PRIORITY = ("--priority", "normal")
+"""That of the other programs: none is to have an advantage beside other work."""
+
+
 def _ours(name: str, head_port: int, place: Place) -> Arm:
     holds = spread_experts(place.experts, len(place.addresses))
-    workers = tuple(
-        Program(
-            node,
-            tuple(node_argv(place.bundle, place.broker, node, holds[expert], cluster=name, threads=place.threads)),
-            None,
+    argvs = (
+        node_argv(
+            place.bundle, place.broker, node, holds[expert], cluster=name, threads=place.threads, options=_PRIORITY
         )
         for node, expert in zip(place.addresses, holds, strict=False)
     )
+    workers = tuple(Program(node, tuple(argv), None) for node, argv in zip(place.addresses, argvs, strict=False))
     head = (
         *(sys.executable, "-m", "bs_coordinator", "serve", "--bundle", str(place.bundle)),
         *(
@@ -188,6 +191,7 @@ def _ours(name: str, head_port: int, place: Place) -> Arm:
             "--nodes-timeout",
             f"{place.start_s:g}",
         ),
+        *_PRIORITY,
         *("--host", _LOOPBACK, "--port", str(head_port)),
         *(["--shared-air"] if place.shared_air else []),
         *(["--draft-model", str(place.draft_model)] if place.draft_model and "none" not in OURS[name] else []),

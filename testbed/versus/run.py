@@ -149,7 +149,7 @@ class _Channel:
         with (
             emulated(spec) as network,
             namespaces.inside(namespaces.namespace(network.spec.name, BASE_STATION)),
-            open_broker("mosquitto", host=network.bs_address) as broker,
+            open_broker("mosquitto", host=network.bs_address, priority="normal") as broker,
         ):
             # Workers of distributed-llama send to each other.
             namespaces.forward_between_nodes()

@@ -18,5 +18,6 @@ SECTIONS: dict[str, str] = {
     "planner": "testbed.bench.sections.planner",
     "observers": "testbed.bench.sections.observers",
     "export": "testbed.bench.sections.export",
+    "load": "testbed.bench.sections.load",
 }
 """Module of each section, imported when the section runs: some need torch, or Linux as root."""

@@ -1,12 +1,15 @@
 """The worker: frames in, weighted sums out, computed by real onnxruntime sessions."""
 
+import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from common import real_time
 from edge_node.errors import MemoryBudgetError
 from edge_node.experts import memory
 from edge_node.experts.memory import check_memory, needed_bytes
@@ -29,9 +32,10 @@ from wire.frames import (
     WorkFrame,
 )
 from wire.manifest import Scheme, load_manifest, probe_input
-from wire.tensors import WireDtype
+from wire.tensors import Array, WireDtype
 
 Bundle = Callable[[Scheme], Path]
+REFUSED = real_time.why_not()
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +175,25 @@ def test_a_runtime_finds_out_whether_results_depend_on_the_batch(
     bundle = tiny_bundle(scheme)
     id = ExpertId(1, 2)
     assert ExpertRuntime(bundle, load_manifest(bundle), [id]).batch_invariant(id) is same
+
+
+@pytest.mark.skipif(bool(REFUSED), reason=f"no real-time priority here: {REFUSED}")
+def test_many_tokens_are_computed_with_normal_priority(runtime: ExpertRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    policies: list[int] = []
+    run = runtime.run
+
+    def noting(unit: ExpertId, x: Array) -> Array:
+        policies.append(os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK)
+        return run(unit, x)
+
+    monkeypatch.setattr(runtime, "run", noting)
+
+    def answer() -> None:
+        with real_time.raised():
+            for tokens in (1, 16, 17, 1):
+                answered = _answer(Worker(runtime), _work([_rows(2, [0], [1])], tokens=tokens))
+                assert isinstance(answered, ResultFrame)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(answer).result(60)
+    assert policies == [os.SCHED_RR, os.SCHED_RR, os.SCHED_OTHER, os.SCHED_RR]
