@@ -81,13 +81,16 @@ class RunningArm:
                 process.kill()
                 process.wait()
 
-    def last_words(self) -> str:
-        """Last line that the head wrote, and how it ended if it did."""
-        process = self._processes[-1][1]
-        # A head that aborts has closed its connections a moment before it has ended.
+    def last_words(self, *, wait_s: float = 0.0) -> str:
+        """Last line that the head wrote, and how it ended if it did.
+
+        Args:
+            wait_s: how long to wait for its end: a head that aborts closes its connections before it has ended.
+        """
+        head, process = self._processes[-1]
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(1.0)
-        return self._describe(self._processes[-1][0], process)
+            process.wait(wait_s)
+        return self._describe(head, process)
 
     def memory(self) -> list[Memory]:
         """Memory by device, the base station first."""

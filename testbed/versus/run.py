@@ -32,6 +32,8 @@ _LOADING = Links(0.2, 1000)
 _WARM_UP_TOKENS = 8
 _REST_S = 2.0
 _TOKENS_BEFORE_KILL = 8
+_END_S = 5.0
+"""How long a head that broke an answer off may take to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,10 @@ def _parameters(settings: Settings, *, stays_awake: bool) -> dict[str, object]:
         "threads": settings.threads, "deadline_s": settings.deadline_s, "start_s": settings.start_s,
         "stays_awake": stays_awake,
     }  # fmt: skip
+
+
+def _why(error: AnswerEndedError, running: RunningArm) -> str:
+    return f"{error}; {running.last_words(wait_s=_END_S if error.outcome == 'aborted' else 0.0)}"
 
 
 class _Channel:
@@ -179,7 +185,7 @@ class _Channel:
                 )
                 list(self._stream(one, 0, _WARM_UP_TOKENS, Account()))
             except AnswerEndedError as error:
-                self._give_up(name, self._links[0], f"{error.outcome}: {error}; {one.last_words()}")
+                self._give_up(name, self._links[0], f"{error.outcome}: {_why(error, one)}")
             except WdmoeError as error:
                 self._give_up(name, self._links[0], str(error))
             else:
@@ -208,7 +214,7 @@ class _Channel:
                 if kill and len(pieces) == _TOKENS_BEFORE_KILL:
                     running.kill(kill)
         except AnswerEndedError as error:
-            outcome, why = error.outcome, f"{error}; {running.last_words()}"
+            outcome, why = error.outcome, _why(error, running)
         last = self._traffic()
         if account.degraded_tokens:
             outcome, why = (

@@ -57,7 +57,7 @@ def test_a_head_that_aborts_is_told_from_one_that_is_silent_and_leaves_its_last_
     with pytest.raises(AnswerEndedError) as ended:
         _ask(running, Account())
     assert ended.value.outcome == "aborted"
-    assert running.last_words() == "ended with exit code -6; last line: GGML_ASSERT(status) failed"
+    assert running.last_words(wait_s=PATIENCE_S) == "ended with exit code -6; last line: GGML_ASSERT(status) failed"
 
 
 def test_a_silent_head_counts_as_hung_after_the_deadline(start: Start) -> None:
