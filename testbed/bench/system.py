@@ -7,40 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 
 from bs_coordinator.base_station import BaseStation, open_base_station
 from bs_coordinator.broker.processes import mosquitto_path, open_broker
 from bs_coordinator.config import BaseStationConfig, DraftMode
-from common.files import atomic_write
 from common.real_time import Priority
 from testbed.bench.rows import Settings
 from testbed.errors import PrivilegeError
 from testbed.local_nodes import local_nodes
 from testbed.network.emulated import EmulatedNetwork, emulated
-
-DEDICATED_MBPS = 100
-
-
-class Links(NamedTuple):
-    """Links that are all alike.
-
-    Attributes:
-        rtt_ms: round trip of each.
-        mbps: rate of each, in both directions, or of the channel.
-        shared_air: whether all share one channel.
-    """
-
-    rtt_ms: float
-    mbps: float = DEDICATED_MBPS
-    shared_air: bool = False
-
-    @property
-    def profile(self) -> str:
-        """Name of the network's profile."""
-        return f"{'shared' if self.shared_air else 'dedicated'}-{self.mbps:g}-{self.rtt_ms:g}"
+from testbed.network.uniform import Links, write_network
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +89,7 @@ def running(
         bundle=bundle, degrade=False, draft=draft, draft_model=draft_model, shared_air=links[0].shared_air,
         priority=priority,
     )  # fmt: skip
-    with atomic_write(spec) as file:
-        file.write(network_spec(list(nodes), links).encode())
+    write_network(spec, f"bench{os.getpid()}", list(nodes), links)
     with (
         emulated(spec) as network,
         namespaces.inside(namespaces.namespace(network.spec.name, BASE_STATION)),
@@ -135,15 +112,6 @@ def running(
             "relay": [network.status().pid],
         }
         yield System(network, station, processes)
-
-
-def network_spec(nodes: Sequence[str], links: Sequence[Links]) -> str:
-    """Description of an emulated network of this process, with a profile for each of the links."""
-    lines = [f"name: bench{os.getpid()}", f"nodes: [{', '.join(nodes)}]", "profiles:"]
-    for one in links:
-        rates = f"{{down_mbps: {one.mbps:g}, up_mbps: {one.mbps:g}, delay_ms: {one.rtt_ms / 2:g}}}"
-        lines.append(f"  {one.profile}: {{shared_air: {str(one.shared_air).lower()}, default: {rates}}}")
-    return "\n".join(lines) + "\n"
 
 
 def _schedstat_ms(pid: int) -> tuple[float, float]:

@@ -91,9 +91,10 @@ def versus(
     """
     from rich.console import Console
 
-    from testbed.bench.system import Links, why_not
+    from testbed.bench.system import why_not
     from testbed.demo_assets import demo_bundle, demo_draft
     from testbed.errors import PrivilegeError
+    from testbed.network.uniform import Links
     from testbed.versus.arms import Peers, check_arm, default_arms
     from testbed.versus.floors import Shape
     from testbed.versus.run import Settings, run_versus

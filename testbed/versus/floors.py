@@ -6,7 +6,7 @@ The formulas follow from who sends what to whom: hidden states, without what a p
 from collections.abc import Callable
 from typing import NamedTuple
 
-from testbed.bench.system import Links
+from testbed.network.uniform import Links
 
 Floor = Callable[[Links], float]
 

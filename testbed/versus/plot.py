@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 from common.files import atomic_write
-from testbed.bench.system import Links
+from testbed.network.uniform import Links
 from testbed.report.page.drawing import COLOURS, MARKERS, STYLE, grid, legend
 from testbed.versus.results import Results
 

@@ -5,6 +5,7 @@ heartbeats. The results are rewritten after each answer.
 """
 
 import itertools
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,10 +17,9 @@ from rich.console import Console
 from bs_coordinator.broker.processes import open_broker
 from common.cpu_idle import cpu_idle_disabled
 from common.errors import WdmoeError
-from common.files import atomic_write
 from testbed.bench.chat_prompts import CHAT_PROMPTS
-from testbed.bench.system import Links, network_spec
 from testbed.network.emulated import EmulatedNetwork, emulated
+from testbed.network.uniform import Links, write_network
 from testbed.versus.arms import OURS, Peers, Place, make_arm
 from testbed.versus.client import Account, AnswerEndedError, Piece, chat_request, stream_answer
 from testbed.versus.floors import Shape
@@ -150,8 +150,7 @@ class _Channel:
 
         settings = self._settings
         spec = settings.folder / "network.yaml"
-        with atomic_write(spec) as file:
-            file.write(network_spec(settings.devices, [_LOADING, *self._links]).encode())
+        write_network(spec, f"bench{os.getpid()}", settings.devices, [_LOADING, *self._links])
         with (
             emulated(spec) as network,
             namespaces.inside(namespaces.namespace(network.spec.name, BASE_STATION)),

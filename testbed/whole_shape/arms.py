@@ -16,12 +16,15 @@ from bs_coordinator.placement.row_curve import RowCurve
 from bs_coordinator.selection.forecast import Index
 from common.jsonl import read_json_lines
 from testbed.bench.fleet_parts import FleetParts
+from testbed.network.uniform import Links
 from wire.experts import UnitId, format_selector
 from wire.manifest import Manifest
 
 BATCHES = (1, 4, 8)
 LINKS = ((100.0, 2.0), (100.0, 5.0), (50.0, 2.0), (50.0, 5.0))
 """Mbit/s per direction, and ms of a round trip."""
+PROFILES = tuple(Links(rtt_ms, mbps, shared) for shared, (mbps, rtt_ms) in itertools.product((False, True), LINKS))
+"""Of the emulated network: dedicated links, and one shared channel."""
 ACCEPTANCE: tuple[tuple[int, int], ...] = ((5, 3), (4, 2), (5, 2), (4, 2), (5, 3))
 """Draft tokens of a step, and how many of them count as right. On average as many, 4.6 and 2.4, as in 51 answers
 of the demo model on eight nodes at 5 ms with 16 cores (docs/performance.md): a draft model of
@@ -56,7 +59,7 @@ class Arm(Struct, frozen=True):
     @property
     def profile(self) -> str:
         """Name of the link profile."""
-        return f"{'shared' if self.shared_air else 'dedicated'}-{self.mbps:g}-{self.rtt_ms:g}"
+        return Links(self.rtt_ms, self.mbps, self.shared_air).profile
 
     def __str__(self) -> str:
         mode = "drafts" if self.drafts else f"{self.sequences} at once"

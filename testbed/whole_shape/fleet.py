@@ -14,12 +14,12 @@ from bs_coordinator.base_station import BaseStation, open_base_station
 from bs_coordinator.broker.processes import open_broker
 from bs_coordinator.config import BaseStationConfig, TrunkDtype
 from bs_coordinator.placement.boards import BoardLink
-from common.files import atomic_write
 from testbed.local_nodes import local_nodes
 from testbed.network import namespaces
 from testbed.network.daemon import BASE_STATION
 from testbed.network.emulated import EmulatedNetwork, emulated
-from testbed.whole_shape.arms import LINKS, Arm, selectors_of
+from testbed.network.uniform import write_network
+from testbed.whole_shape.arms import PROFILES, Arm, selectors_of
 from wire.manifest import Manifest
 
 NODES_TIMEOUT_S = 300.0
@@ -94,8 +94,7 @@ def running(bundle: Path, manifest: Manifest, folder: Path, cores: Cores, device
     """
     selectors = selectors_of(manifest, len(cores.nodes))
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / "network.yaml") as file:
-        file.write(network_spec(list(selectors)).encode())
+    write_network(folder / "network.yaml", f"shape{os.getpid()}", list(selectors), PROFILES)
     dtype: TrunkDtype = "fp32" if device == "cpu" else "bf16"
     config = BaseStationConfig(
         bundle=bundle, degrade=False, device=device, dtype=dtype, nodes_timeout_s=NODES_TIMEOUT_S,
@@ -123,13 +122,3 @@ def running(bundle: Path, manifest: Manifest, folder: Path, cores: Cores, device
     finally:
         os.sched_setaffinity(0, before)
         torch.set_num_threads(threads)
-
-
-def network_spec(nodes: Sequence[str]) -> str:
-    """The description of the emulated network, with a profile for each kind of links."""
-    lines = [f"name: shape{os.getpid()}", f"nodes: [{', '.join(nodes)}]", "profiles:"]
-    for shared, (mbps, rtt_ms) in itertools.product((False, True), LINKS):
-        profile = Arm("", 0, 0, 0, mbps, rtt_ms, shared, 1, drafts=False).profile
-        link = f"{{down_mbps: {mbps:g}, up_mbps: {mbps:g}, delay_ms: {rtt_ms / 2:g}}}"
-        lines.append(f"  {profile}: {{shared_air: {str(shared).lower()}, default: {link}}}")
-    return "\n".join(lines) + "\n"

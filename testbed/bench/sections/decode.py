@@ -8,8 +8,9 @@ from bs_coordinator.engine.step_records import StepRecord
 from testbed.bench.alone import Parts
 from testbed.bench.floor import FloorLink, causes_ms, floor_ms
 from testbed.bench.rows import Result, Row, Settings, Skipped
-from testbed.bench.system import DEDICATED_MBPS, Links, System, running, why_not
+from testbed.bench.system import System, running, why_not
 from testbed.demo_assets import demo_bundle
+from testbed.network.uniform import DEDICATED_MBPS, Links
 from testbed.prompts import PROMPTS
 
 RTTS_MS = (2.0, 5.0, 10.0)

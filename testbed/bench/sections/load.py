@@ -9,8 +9,9 @@ from bs_coordinator.broker.processes import die_with_parent
 from common import real_time
 from testbed.bench.rows import Result, Row, Settings, Skipped
 from testbed.bench.sections.decode import NODES, decode
-from testbed.bench.system import DEDICATED_MBPS, Links, System, running, why_not
+from testbed.bench.system import System, running, why_not
 from testbed.demo_assets import demo_bundle
+from testbed.network.uniform import DEDICATED_MBPS, Links
 from testbed.prompts import PROMPTS
 
 TARGET = 2.0

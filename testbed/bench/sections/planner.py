@@ -30,8 +30,9 @@ from testbed.bench.fleet_parts import FleetParts, measure_parts
 from testbed.bench.plan_score import score
 from testbed.bench.rows import Result, Row, Settings, Skipped
 from testbed.bench.sections.decode import NODES, decode
-from testbed.bench.system import Links, System, running, why_not
+from testbed.bench.system import System, running, why_not
 from testbed.demo_assets import demo_bundle, demo_model, demo_quantisation
+from testbed.network.uniform import Links
 from testbed.prompts import PROMPTS
 from wire.manifest import load_manifest
 from wire.tensors import Array

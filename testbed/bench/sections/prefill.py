@@ -8,8 +8,9 @@ from bs_coordinator.engine.sequence import PREFILL_CHUNK_TOKENS
 from bs_coordinator.trunk.inputs import SequenceInput
 from testbed.bench.rows import Result, Row, Settings, Skipped, in_turns
 from testbed.bench.sections.decode import NODES
-from testbed.bench.system import DEDICATED_MBPS, Links, System, running, why_not
+from testbed.bench.system import System, running, why_not
 from testbed.demo_assets import demo_bundle
+from testbed.network.uniform import DEDICATED_MBPS, Links
 
 TOKENS = (32, 64, 128, 256, 512, 1024)
 _RTT_MS = 5.0

@@ -15,12 +15,12 @@ from bs_coordinator.engine.sequence import TokenEvent
 from bs_coordinator.nodes.registry import LOCAL_NODE
 from bs_coordinator.resident.choice import choose_resident
 from common.errors import WdmoeError
-from common.files import atomic_write
 from edge_node.experts import needed_bytes
 from testbed.bench.rows import Row, Settings, Skipped
 from testbed.demo_assets import demo_bundle
 from testbed.errors import PrivilegeError
 from testbed.local_nodes import local_nodes
+from testbed.network.uniform import Links, write_network
 from testbed.prompts import PROMPTS
 from wire.experts import ExpertId
 from wire.manifest import load_manifest
@@ -128,11 +128,8 @@ def _station(settings: Settings, bundle: Path) -> Iterator[BaseStation]:
 
     manifest = load_manifest(bundle)
     nodes = {f"node{k}": f"L*:E{k}" for k in range(NODES)}
-    link = f"down_mbps: {MBPS}, up_mbps: {MBPS}, delay_ms: {RTT_MS / 2}"
     spec = settings.folder / "network-resident.yaml"
-    with atomic_write(spec) as file:
-        lines = f"name: bench{os.getpid()}\nnodes: [{', '.join(nodes)}]\nprofiles:\n  links: {{default: {{{link}}}}}\n"
-        file.write(lines.encode())
+    write_network(spec, f"bench{os.getpid()}", list(nodes), [Links(RTT_MS, MBPS)])
     resident = ResidentConfig(needed_bytes(manifest.experts, manifest.quantisation.scheme))
     config = BaseStationConfig(bundle=bundle, degrade=False, draft="none", resident=resident)
     with (

@@ -18,8 +18,9 @@ from testbed.bench.rows import Result, Row, Settings, Skipped, plot
 from testbed.bench.sections.decode import decode
 from testbed.bench.sections.prefill import prefill
 from testbed.bench.sections.transport import compare, echoes, link
-from testbed.bench.system import DEDICATED_MBPS, Links, running, why_not
+from testbed.bench.system import running, why_not
 from testbed.demo_assets import demo_bundle
+from testbed.network.uniform import DEDICATED_MBPS, Links
 from testbed.prompts import PROMPTS
 from wire.transport import Transport
 

@@ -24,8 +24,9 @@ from common.files import append_all
 from common.jsonl import read_json_lines
 from testbed.bench.chat_prompts import CHAT_PROMPTS
 from testbed.bench.rows import Result, Row, Settings, Skipped
-from testbed.bench.system import Links, running, why_not
+from testbed.bench.system import running, why_not
 from testbed.demo_assets import demo_bundle, demo_draft
+from testbed.network.uniform import Links
 
 RTT_MS = 5.0
 EIGHT = {f"node{k}": f"L*:E{k}" for k in range(8)}

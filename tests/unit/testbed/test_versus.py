@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from testbed.bench.system import Links
 from testbed.network.daemon import BASE_STATION
+from testbed.network.uniform import Links
 from testbed.versus import floors
 from testbed.versus.arms import Peers, Place, check_arm, default_arms, make_arm
 from testbed.versus.floors import Shape

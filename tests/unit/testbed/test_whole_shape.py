@@ -16,11 +16,13 @@ from bs_coordinator.trunk.load import load_trunk
 from common.jsonl import drop_cut_line
 from testbed.bench.fleet_parts import FleetParts
 from testbed.evaluation.local_experts import LocalExperts
+from testbed.network.uniform import write_network
 from testbed.twin import shapes
 from testbed.twin.bundle import write_twin_bundle
 from testbed.twin.shapes import CONFIGS
 from testbed.whole_shape import arms
 from testbed.whole_shape.arms import (
+    PROFILES,
     Alone,
     Arm,
     ArmResult,
@@ -32,7 +34,7 @@ from testbed.whole_shape.arms import (
     selectors_of,
     table,
 )
-from testbed.whole_shape.fleet import choose_cores, network_spec
+from testbed.whole_shape.fleet import choose_cores
 from testbed.whole_shape.measure import Decoder
 from tests.conftest import Run
 from tests.unit.testbed.test_twin import SMALL
@@ -165,7 +167,7 @@ def test_nodes_get_physical_cores_first() -> None:
 def test_every_arm_has_its_links(tmp_path: Path) -> None:
     from testbed.network.spec import read_spec
 
-    (tmp_path / "network.yaml").write_text(network_spec(["node0", "node1"]))
+    write_network(tmp_path / "network.yaml", "shape", ["node0", "node1"], PROFILES)
     profiles = read_spec(tmp_path / "network.yaml").profiles
     for arm in arms_of("mixtral-8x7b", 2, 8, 4):
         profile = profiles[arm.profile]
