@@ -5,50 +5,38 @@ Source of the dimensions: config.json of mistralai/Mixtral-8x7B-Instruct-v0.1 an
 
 from typing import Any, Literal, NamedTuple
 
+from bs_coordinator.placement.shapes import NAMED
+
 TwinName = Literal["mixtral-8x7b", "qwen3-30b-a3b"]
 
-_MIXTRAL: dict[str, Any] = {
-    "architectures": ["MixtralForCausalLM"],
-    "model_type": "mixtral",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "vocab_size": 32000,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 1000000.0,
-    "sliding_window": None,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
+_MORE: dict[TwinName, dict[str, Any]] = {
+    "mixtral-8x7b": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    },
+    "qwen3-30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "intermediate_size": 6144,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "use_sliding_window": False,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    },
 }
-_QWEN3: dict[str, Any] = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0,
-    "use_sliding_window": False,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
-CONFIGS: dict[TwinName, dict[str, Any]] = {"mixtral-8x7b": _MIXTRAL, "qwen3-30b-a3b": _QWEN3}
+"""What config.json says beyond the sizes in `NAMED`."""
+CONFIGS: dict[TwinName, dict[str, Any]] = {name: {**NAMED[name], **more} for name, more in _MORE.items()}
 
 
 class Tensor(NamedTuple):
