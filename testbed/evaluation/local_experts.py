@@ -6,6 +6,7 @@ For long evaluations of the quality of answers, where time doesn't matter.
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -14,9 +15,15 @@ from bs_coordinator.resident.wire_rounding import round_to_wire
 from bs_coordinator.selection.forecast import LayerForecast
 from edge_node.experts import ExpertRuntime
 from testbed.evaluation.torch_runtime import TorchRuntime
-from wire.experts import ExpertId, units_of
+from wire.experts import ExpertId, UnitId, units_of
 from wire.manifest import load_manifest
 from wire.tensors import Array, WireDtype
+
+
+class _Runtime(Protocol):
+    def run(self, id: UnitId, x: Array) -> Array:
+        """The output of an expert, or slice, float32 [tokens, hidden], which the next call may overwrite."""
+        ...
 
 
 class LocalExperts:
@@ -49,11 +56,11 @@ class LocalExperts:
         self.pairs = self.tokens = 0
         self._experts, self._slices = manifest.dims.experts, manifest.dims.slices
         self._wire = wire
-        if device is None:
-            ids = [entry.id for entry in manifest.experts]
-            self._runtime: ExpertRuntime | TorchRuntime = ExpertRuntime(bundle, manifest, ids, threads=threads)
-        else:
-            self._runtime = TorchRuntime(bundle, manifest, device)
+        self._runtime: _Runtime = (
+            ExpertRuntime(bundle, manifest, [entry.id for entry in manifest.experts], threads=threads)
+            if device is None
+            else TorchRuntime(bundle, manifest, device)
+        )
 
     def begin(self, layer: int, hidden: Array, gate: Array) -> Ready:
         """Run the chosen experts of a layer and combine their outputs (`Experts.begin`)."""
