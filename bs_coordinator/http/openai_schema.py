@@ -6,7 +6,7 @@ the default is greedy decoding (temperature 0) of at most 256 tokens.
 """
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -15,83 +15,10 @@ from msgspec import Meta, Struct
 
 from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.tokenizer import ChatMessage
-
-WITHOUT_EFFECT = frozenset(
-    {
-        "cache_prompt",
-        "include_reasoning",
-        "metadata",
-        "parallel_tool_calls",
-        "prediction",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "user",
-    }
-)
-"""Options that never change an answer."""
-
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "add_generation_prompt": (True,),
-    "add_special_tokens": (True,),
-    "audio": ({},),
-    "bad_words": ([],),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "detokenize": (True,),
-    "documents": ([],),
-    "dry_multiplier": (0,),
-    "dynatemp_range": (0,),
-    "early_stopping": (False,),
-    "extra_body": ({},),
-    "frequency_penalty": (0,),
-    "grammar": ("",),
-    "guided_choice": ([],),
-    "guided_grammar": ("",),
-    "guided_json": ({},),
-    "guided_regex": ("",),
-    "id_slot": (-1,),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1,),
-    "logit_bias": ({},),
-    "min_p": (0,),
-    "mirostat": (0,),
-    "modalities": (["text"],),
-    "n_probs": (0,),
-    "presence_penalty": (0,),
-    "priority": (0,),
-    "reasoning": ({}, {"effort": "none"}),
-    "reasoning_effort": ("none",),
-    "repeat_penalty": (1,),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "return_tokens_as_token_ids": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "stop_token_ids": ([],),
-    "stop_sequences": ([],),
-    "suffix": ("",),
-    "tfs_z": (1,),
-    "thinking": ({"type": "disabled"},),
-    "top_a": (0,),
-    "top_k": (0, -1),
-    "typ_p": (1,),
-    "typical_p": (1,),
-    "use_beam_search": (False,),
-    "verbosity": ("medium",),
-    "xtc_probability": (0,),
-}
-"""Options of OpenAI, vLLM and llama.cpp that are not implemented, with the values that ask for nothing."""
+from bs_coordinator.http.neutral_options import NEUTRAL, NO_TOOLS, WITHOUT_EFFECT, asks_for_no_bias, drop_neutral
 
 _MAPPINGS = ("audio", "chat_template_kwargs", "extra_body", "logit_bias", "reasoning", "stream_options", "wdmoe")
 """Options of which PHP writes the empty mapping as an empty list."""
-
-_NO_TOOLS: dict[str, tuple[object, ...]] = {
-    "function_call": ("none", "auto"), "functions": ([],), "tool_choice": ("none", "auto"), "tools": ([],),
-}  # fmt: skip
-"""Options of chats about tools, which completions don't have, with the values that ask for nothing."""
 
 _OWN_FIELDS = {"role", "content", "type", "text"}
 """Fields of messages and of parts of their contents of which an empty value is one, not the absence of one."""
@@ -350,8 +277,8 @@ class Chat(Options, kw_only=True):
 
 
 NEUTRAL_OPTIONS: dict[type[Options], dict[str, tuple[object, ...]]] = {
-    Completion: {**_NEUTRAL, **_NO_TOOLS, "top_logprobs": (0,)},
-    Chat: {**_NEUTRAL, "best_of": (1,), "echo": (False,)},
+    Completion: {**NEUTRAL, **NO_TOOLS, "top_logprobs": (0,)},
+    Chat: {**NEUTRAL, "best_of": (1,), "echo": (False,)},
 }
 """Each endpoint's options that are not implemented there, with the values that ask for nothing."""
 
@@ -397,9 +324,9 @@ def _wanted(text: str, kind: type[_Options]) -> _Options:
     sent = msgspec.json.decode(text, type=dict[str, Any])
     wanted = _normalised({name: value for name, value in sent.items() if name not in WITHOUT_EFFECT})
     wanted |= {name: {} for name in _MAPPINGS if wanted.get(name) == []}
-    if _asks_for_no_bias(wanted.get("logit_bias")):
+    if asks_for_no_bias(wanted.get("logit_bias")):
         del wanted["logit_bias"]
-    _drop_neutral(wanted, NEUTRAL_OPTIONS[kind])
+    drop_neutral(wanted, NEUTRAL_OPTIONS[kind])
     if kind is Completion and wanted.get("logprobs") is False:
         del wanted["logprobs"]  # as chat writes that none are wanted
     if isinstance(wanted.get("stop"), list):
@@ -430,18 +357,3 @@ def _without_empty_fields(message: Any) -> Any:
     if isinstance(kept.get("content"), list):
         kept["content"] = [_without_empty_fields(part) for part in kept["content"]]
     return {"content": "", **kept} if kept.get("role") == "assistant" else kept
-
-
-def _asks_for_no_bias(bias: object) -> bool:
-    return isinstance(bias, dict) and all(value == 0 for value in bias.values())
-
-
-def _drop_neutral(fields: dict[str, Any], neutral: Mapping[str, tuple[object, ...]]) -> None:
-    for name in neutral.keys() & fields.keys():
-        if not _is_one_of(fields.pop(name), neutral[name]):
-            raise ValueError(f"`{name}` is not implemented: leave it out")
-
-
-def _is_one_of(value: object, neutral: tuple[object, ...]) -> bool:
-    # To Python 0 is False, but `logprobs: 0` asks for something.
-    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral)
