@@ -15,7 +15,7 @@ from common.options import Command
 
 if TYPE_CHECKING:
     from bs_coordinator.placement.boards import Board
-    from bs_coordinator.placement.plan import Wanted
+    from bs_coordinator.placement.fleet_plan import Wanted
     from bs_coordinator.placement.shapes import ModelShape, Variant
     from wire.experts import UnitId
     from wire.manifest import Manifest, Quantisation
@@ -177,7 +177,7 @@ def _wanted(
     replicas: int, resident: int, trunk_ms: float | None, draft: tuple[int, float] | None, prompt: int, *,
     shared_air: bool,
 ) -> "Wanted":  # fmt: skip
-    from bs_coordinator.placement.plan import Wanted
+    from bs_coordinator.placement.fleet_plan import Wanted
     from bs_coordinator.placement.predict import TRUNK_BYTES_PER_S, TRUNK_ROW_SHARE, Station
     from bs_coordinator.placement.row_curve import RowCurve
     from wire.manifest import Quantisation

@@ -8,7 +8,7 @@ import click
 from bs_coordinator.commands.tables import compact_table, print_table
 
 if TYPE_CHECKING:
-    from bs_coordinator.placement.plan import FleetPlan, OneMore, SliceOption
+    from bs_coordinator.placement.fleet_plan import FleetPlan, OneMore, SliceOption
 
 _WORTH_MS = 0.05
 

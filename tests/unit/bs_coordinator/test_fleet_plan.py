@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from bs_coordinator.errors import FleetTooSmallError
 from bs_coordinator.placement.boards import KINDS, Board, BoardKind, BoardLink
+from bs_coordinator.placement.fleet_plan import FleetPlan, Wanted
 from bs_coordinator.placement.known_fleet import predict_known
-from bs_coordinator.placement.plan import FleetPlan, Wanted, plan_fleet
+from bs_coordinator.placement.plan import plan_fleet
 from bs_coordinator.placement.predict import (
     BYTE_S,
     LAYER_S,
