@@ -4,7 +4,6 @@ A bundle folder holds `manifest.json`, `trunk/` (safetensors, Hugging Face confi
 `experts/L00/E0.onnx` with its weights beside it in `E0.weights`. A node may hold any part of the experts.
 """
 
-import base64
 import hashlib
 import math
 from collections.abc import Iterable
@@ -13,13 +12,11 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import msgspec
-import numpy as np
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from common.jsonl import decode_json
 from wire.errors import BundleError
 from wire.experts import UnitId, unit_name
-from wire.tensors import Array
 
 SCHEMA = 2
 READABLE_SCHEMAS = (1, 2)
@@ -31,9 +28,6 @@ MAX_MANIFEST_BYTES = 64 << 20
 MOST_EXPERTS = 1 << 16
 """Largest number of experts in all layers together, three times that of the largest known models; with slices, of
 slices."""
-
-PROBE_VALUES = 256
-"""Values of a probe output that a manifest keeps at most."""
 
 EXACT_SUMS = ("session.x64quantprecision", "1")
 """Setting of every onnxruntime session of an expert, so that int8-dynamic gives the same outputs on all processors.
@@ -234,8 +228,8 @@ class ExpertEntry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True,
     Attributes:
         slice, slices: which of how many slices, from 0. Written only if there are several.
         files: the `.onnx` graph first, then its weights.
-        probe_output: base64 of the output for `probe_input(hidden)`, in fp16 and folded (`encode_probe_output`), as
-            computed by onnxruntime on the exporting machine.
+        probe_output: base64 of the output for `wire.probe.probe_input(hidden)`, in fp16 and folded
+            (`wire.probe.encode_probe_output`), as computed by onnxruntime on the exporting machine.
         error: ‖exported − fp32‖ / ‖fp32‖ of outputs for Gaussian inputs.
         source_sha256: SHA-256 of the source's raw bytes of w1, w3 and w2, in this order, each followed by its bias. Of
             a slice, its rows of w1 and w3, and all of w2.
@@ -342,72 +336,6 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 "export it or choose others"
             )
         return [by_id[i] for i in ids]
-
-
-def probe_input(hidden: int, rows: int = 1) -> Array:
-    """The input, float32 [rows, hidden], with which exported experts are proven.
-
-    It has about unit variance and needs no library's random numbers, so it is the same on every device and in every
-    version.
-    """
-    index = np.arange(rows * hidden, dtype=np.uint64)
-    # SplitMix64 from seed 0 (Steele et al. 2014): integer arithmetic modulo 2⁶⁴, exact everywhere.
-    z = (index + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    uniform = (z >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
-    return ((uniform - np.float32(0.5)) * np.float32(12**0.5)).reshape(rows, hidden)
-
-
-def encode_probe_output(output: Array) -> str:
-    """`ExpertEntry.probe_output` of a float32 [hidden] output.
-
-    An output of more than `PROBE_VALUES` values is folded to as many: value i is added to sum i mod `PROBE_VALUES` with
-    the sign of value i of the second row of `probe_input`. Distances between folded outputs are those between the
-    outputs to about 5 % (AMS sketch, Alon et al. 1996; Charikar et al. 2002). All outputs together would make a
-    manifest of 6,144 experts of hidden size 2,048 five times as large.
-    """
-    return base64.b64encode(_fold(output).astype("<f2").tobytes()).decode()
-
-
-def probe_error(probe_output: str, output: Array) -> float:
-    """‖output − expected‖ / ‖expected‖ of a float32 [hidden] output, by what `ExpertEntry.probe_output` keeps of the
-    expected one; ‖output‖ if zeros are expected.
-
-    Raises:
-        BundleError: `probe_output` is damaged.
-    """
-    expected = decode_probe_output(probe_output, len(output))
-    found = output if len(expected) == len(output) else _fold(output)
-    size = float(np.linalg.norm(expected))
-    return float(np.linalg.norm(found - expected)) / (size or 1.0)
-
-
-def decode_probe_output(text: str, hidden: int) -> Array:
-    """The float32 values in `ExpertEntry.probe_output`: all of [hidden], or the folded [`PROBE_VALUES`].
-
-    Manifests of schema 1 have all.
-
-    Raises:
-        BundleError: not base64, or of another length.
-    """
-    try:
-        raw = base64.b64decode(text, validate=True)
-    except ValueError as error:
-        raise BundleError(f"manifest: probe output is not base64 ({error})") from None
-    if len(raw) not in (2 * hidden, 2 * min(hidden, PROBE_VALUES)):
-        raise BundleError(f"manifest: probe output has {len(raw)} bytes, {2 * min(hidden, PROBE_VALUES)} expected")
-    return np.frombuffer(raw, "<f2").astype(np.float32)
-
-
-def _fold(output: Array) -> Array:
-    """An output of at most `PROBE_VALUES` values: as it is, or folded."""
-    if len(output) <= PROBE_VALUES:
-        return output
-    folded = np.zeros((-(-len(output) // PROBE_VALUES), PROBE_VALUES), np.float32)
-    folded.reshape(-1)[: len(output)] = np.copysign(1, probe_input(len(output), rows=2)[1]) * output
-    return np.asarray(folded.sum(axis=0), np.float32)
 
 
 def load_manifest(bundle: Path) -> Manifest:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from wire.experts import ExpertId
-from wire.manifest import Manifest, decode_probe_output, probe_input
+from wire.manifest import Manifest
+from wire.probe import decode_probe_output, probe_input
 from wire.tensors import Array
 
 FACTOR = 20.0

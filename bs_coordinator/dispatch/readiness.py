@@ -13,7 +13,8 @@ from bs_coordinator.errors import BrokerDelayError, DispatchError, PlacementErro
 from bs_coordinator.nodes.registry import LOCAL_NODE
 from common.clock import SYSTEM_CLOCK, Clock
 from wire.errors import BrokerError
-from wire.manifest import ExpertEntry, Manifest, probe_error, probe_input
+from wire.manifest import ExpertEntry, Manifest
+from wire.probe import probe_error, probe_input
 from wire.transport import Transport
 
 log = logging.getLogger(__name__)

@@ -19,8 +19,9 @@ from edge_node.experts.session import ExpertSession
 from wire.device_profiles import Provider
 from wire.errors import BundleError, ProbeError
 from wire.experts import UnitId
-from wire.manifest import ExpertEntry, Manifest, probe_error, probe_input, verify_file
+from wire.manifest import ExpertEntry, Manifest, verify_file
 from wire.onnx_session import share_thread_pool
+from wire.probe import probe_error, probe_input
 from wire.tensors import Array
 
 log = logging.getLogger(__name__)

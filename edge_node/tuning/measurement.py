@@ -21,7 +21,8 @@ from edge_node.experts.runtime import BATCH_ROWS, ExpertRuntime
 from edge_node.tuning.tuning_file import TuningMeasurement
 from wire.device_profiles import Provider
 from wire.experts import UnitId, format_selector, parse_selector
-from wire.manifest import ExpertEntry, Manifest, load_manifest, probe_error, probe_input
+from wire.manifest import ExpertEntry, Manifest, load_manifest
+from wire.probe import probe_error, probe_input
 from wire.tensors import Array
 
 _SPREAD_BYTES = 64 << 20

@@ -28,7 +28,8 @@ from exporter.expert.graph import SILU, Layout, build_graph, matrix_shape, plan_
 from exporter.expert.layer_inputs import expert_rows, load_layer
 from exporter.expert.probe import PROBE_ROWS, relative_error, run_rows
 from wire.experts import ExpertId
-from wire.manifest import Dims, ExpertEntry, ExpertGraph, FileEntry, Quantisation, encode_probe_output, probe_input
+from wire.manifest import Dims, ExpertEntry, ExpertGraph, FileEntry, Quantisation
+from wire.probe import encode_probe_output, probe_input
 from wire.tensors import Array
 
 

@@ -18,7 +18,8 @@ from exporter.checkpoint.slabs import SLAB_WEIGHTS
 from exporter.expert.expert import ExpertJob, expert_paths, export_expert, open_writer
 from exporter.expert.probe import PROBE_ROWS, relative_error, run_rows
 from wire.device_profiles import DeviceName
-from wire.manifest import ExpertEntry, Quantisation, encode_probe_output, probe_input
+from wire.manifest import ExpertEntry, Quantisation
+from wire.probe import encode_probe_output, probe_input
 
 _SETUP = (
     "--via optimum needs an environment of its own: run 'python3 -m venv .venvs/optimum', "

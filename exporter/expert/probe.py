@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from wire.errors import BundleError, ProbeError
-from wire.manifest import ExpertEntry, Quantisation, probe_error, probe_input
+from wire.manifest import ExpertEntry, Quantisation
 from wire.onnx_session import expert_options, open_session
+from wire.probe import probe_error, probe_input
 from wire.tensors import Array
 
 # Rows with which the output error of an expert is measured; the manifest entry stores the output of row 0.

@@ -13,7 +13,8 @@ from bs_coordinator.trunk.interface import Trunk
 from edge_node.experts import ExpertRuntime
 from testbed.bench.floor import Alone
 from wire.experts import ExpertId
-from wire.manifest import load_manifest, probe_input
+from wire.manifest import load_manifest
+from wire.probe import probe_input
 
 _ROUNDS = 12
 

@@ -16,7 +16,8 @@ from bs_coordinator.engine.step_records import DispatchRecord
 from bs_coordinator.placement.boards import BoardLink
 from bs_coordinator.placement.predict import MESSAGE_BYTES, Station
 from bs_coordinator.placement.row_curve import RowCurve
-from wire.manifest import Dims, probe_input
+from wire.manifest import Dims
+from wire.probe import probe_input
 from wire.tensors import Array
 
 ROWS = (1, 2, 4, 8)

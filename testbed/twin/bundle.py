@@ -44,11 +44,10 @@ from wire.manifest import (
     Manifest,
     Quantisation,
     Source,
-    encode_probe_output,
     load_manifest,
-    probe_input,
     sha256_file,
 )
+from wire.probe import encode_probe_output, probe_input
 from wire.tensors import Array
 
 INT4 = Quantisation(scheme="int4", block=32)

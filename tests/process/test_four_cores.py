@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from edge_node.experts.runtime import ExpertRuntime
-from wire.manifest import load_manifest, probe_input
+from wire.manifest import load_manifest
+from wire.probe import probe_input
 
 _FOUR_CORES = "import os; os.cpu_count = lambda: 4; os.sched_getaffinity = lambda pid: {0, 1, 2, 3}\n"
 _RUNTIME = (
@@ -25,7 +26,8 @@ import numpy as np
 from edge_node.devices import DetectedDevice, threads_for
 from edge_node.experts.runtime import ExpertRuntime
 from exporter.expert.probe import check_probe, probe_tolerance
-from wire.manifest import load_manifest, probe_input
+from wire.manifest import load_manifest
+from wire.probe import probe_input
 
 bundle, prepacked, out, threads = sys.argv[1:]
 bundle, manifest = Path(bundle), load_manifest(Path(bundle))

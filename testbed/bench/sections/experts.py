@@ -18,8 +18,9 @@ from testbed.bench.random_experts import MIXTRAL, manifest_of, random_weights
 from testbed.bench.rows import Row, Settings, in_turns
 from testbed.demo_assets import demo_bundle
 from wire.experts import ExpertId
-from wire.manifest import Manifest, Quantisation, Scheme, load_manifest, probe_input
+from wire.manifest import Manifest, Quantisation, Scheme, load_manifest
 from wire.onnx_session import expert_options, open_session
+from wire.probe import probe_input
 
 TARGET = 1.5
 """Target ratio of the preset for machines with dot-product instructions."""

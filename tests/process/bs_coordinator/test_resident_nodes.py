@@ -15,7 +15,8 @@ from edge_node.experts.memory import largest, needed_bytes
 from testbed.local_nodes import LocalNodes
 from tests.waiting import wait_until
 from wire.experts import ExpertId
-from wire.manifest import Scheme, load_manifest, probe_input
+from wire.manifest import Scheme, load_manifest
+from wire.probe import probe_input
 
 Bundle = Callable[[Scheme], Path]
 

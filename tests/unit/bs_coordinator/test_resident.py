@@ -22,7 +22,8 @@ from tests.waiting import wait_until
 from wire import tensors
 from wire.experts import ExpertId
 from wire.frames import ExpertRows
-from wire.manifest import Dims, Scheme, load_manifest, probe_input
+from wire.manifest import Dims, Scheme, load_manifest
+from wire.probe import probe_input
 from wire.tensors import WireDtype
 
 Bundle = Callable[[Scheme], Path]

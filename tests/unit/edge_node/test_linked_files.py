@@ -10,7 +10,8 @@ import pytest
 
 from edge_node.experts.runtime import ExpertRuntime
 from exporter.expert.probe import check_probe, probe_tolerance
-from wire.manifest import load_manifest, probe_input
+from wire.manifest import load_manifest
+from wire.probe import probe_input
 
 Layout = Callable[[Path, str], Path]
 

@@ -12,7 +12,8 @@ import pytest
 from common.errors import StorageError
 from edge_node.experts.runtime import ExpertRuntime
 from wire.errors import ProbeError
-from wire.manifest import Scheme, load_manifest, probe_input
+from wire.manifest import Scheme, load_manifest
+from wire.probe import probe_input
 
 Bundle = Callable[[Scheme], Path]
 

@@ -17,7 +17,8 @@ from wire import frames
 from wire.errors import BundleError
 from wire.experts import ExpertId
 from wire.frames import ErrorFrame, ExpertRows, RequestId, ResultFrame, Status, WorkFrame
-from wire.manifest import Scheme, load_manifest, probe_input
+from wire.manifest import Scheme, load_manifest
+from wire.probe import probe_input
 from wire.tensors import WireDtype
 
 Bundle = Callable[[Scheme], Path]

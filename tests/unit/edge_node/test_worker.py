@@ -31,7 +31,8 @@ from wire.frames import (
     Status,
     WorkFrame,
 )
-from wire.manifest import Scheme, load_manifest, probe_input
+from wire.manifest import Scheme, load_manifest
+from wire.probe import probe_input
 from wire.tensors import Array, WireDtype
 
 Bundle = Callable[[Scheme], Path]

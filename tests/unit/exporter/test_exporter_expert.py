@@ -19,7 +19,8 @@ from exporter.expert.probe import check_probe, relative_error, run_rows
 from tests.checkpoints import EXPERTS, HIDDEN, save_mixtral
 from wire.errors import ProbeError
 from wire.experts import ExpertId
-from wire.manifest import Dims, ExpertEntry, Quantisation, Scheme, probe_input
+from wire.manifest import Dims, ExpertEntry, Quantisation, Scheme
+from wire.probe import probe_input
 from wire.tensors import Array
 
 FP32 = Quantisation(scheme="fp32")

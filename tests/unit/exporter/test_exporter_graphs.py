@@ -18,7 +18,8 @@ from exporter.expert.expert import ExpertJob, export_expert, slice_bounds, slice
 from exporter.expert.graph import build_graph, plan_layout
 from exporter.expert.probe import check_probe, relative_error, run_rows
 from wire.experts import ExpertId
-from wire.manifest import Dims, ExpertGraph, Quantisation, Scheme, probe_input
+from wire.manifest import Dims, ExpertGraph, Quantisation, Scheme
+from wire.probe import probe_input
 
 DIMS = Dims(hidden=96, intermediate=160, layers=1, experts=2, top_k=1, vocab=1, max_positions=1)
 GPT_OSS = ExpertGraph(activation="clamped", biases=True, alpha=1.702, limit=1.5)  # a limit that many values exceed

@@ -17,7 +17,8 @@ from exporter.checkpoint.checkpoint import open_checkpoint
 from exporter.checkpoint.families import FAMILIES
 from exporter.errors import CheckpointError
 from tests.checkpoints import HIDDEN, TINY_FAMILIES, edit_config, tiny_moe
-from wire.manifest import ExpertEntry, Quantisation, probe_input
+from wire.manifest import ExpertEntry, Quantisation
+from wire.probe import probe_input
 from wire.tensors import Array
 
 FP32 = Quantisation(scheme="fp32")

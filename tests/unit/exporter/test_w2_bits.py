@@ -18,7 +18,8 @@ from exporter.expert.probe import check_probe, relative_error, run_rows
 from tests.checkpoints import HIDDEN
 from tests.unit.exporter.test_calibration import write_words
 from wire.experts import ExpertId
-from wire.manifest import Dims, ExpertEntry, Manifest, Quantisation, probe_input
+from wire.manifest import Dims, ExpertEntry, Manifest, Quantisation
+from wire.probe import probe_input
 from wire.tensors import Array
 
 ID = ExpertId(1, 2)

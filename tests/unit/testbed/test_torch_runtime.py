@@ -15,7 +15,8 @@ from testbed.evaluation.local_experts import LocalExperts
 from testbed.evaluation.torch_runtime import TorchRuntime
 from tests.checkpoints import tiny_moe
 from tests.in_process import run_in_process
-from wire.manifest import ExpertEntry, Quantisation, load_manifest, probe_input
+from wire.manifest import ExpertEntry, Quantisation, load_manifest
+from wire.probe import probe_input
 from wire.tensors import Array
 
 _FP32_ACTIVATIONS = 1

@@ -17,19 +17,8 @@ from wire import status
 from wire.broker_url import Access, parse_broker_url, read_secret
 from wire.errors import BrokerAuthError, BundleError, FrameError
 from wire.experts import ExpertId, UnitId, check_selector, format_selector, parse_selector, unit_name
-from wire.manifest import (
-    PROBE_VALUES,
-    ExpertGraph,
-    FileEntry,
-    Manifest,
-    decode_manifest,
-    decode_probe_output,
-    encode_probe_output,
-    load_manifest,
-    mixtral_architecture,
-    probe_error,
-    probe_input,
-)
+from wire.manifest import ExpertGraph, FileEntry, Manifest, decode_manifest, load_manifest, mixtral_architecture
+from wire.probe import PROBE_VALUES, decode_probe_output, encode_probe_output, probe_error, probe_input
 from wire.status import NodeStatus
 from wire.topics import Topics, check_name
 
