@@ -16,6 +16,7 @@ from types import ModuleType
 import msgspec
 import pytest
 
+from common import real_time
 from testbed.errors import FleetError
 from testbed.fleet.ansible import PLAYBOOKS, HostRecap, Inventory, read_inventory, run_playbook
 from testbed.fleet.files import Needed, needed_files
@@ -271,6 +272,26 @@ class TestOnTheDevice:
     )
     def test_clock_offsets_have_a_sign(self, line: str, offset_ms: float | None) -> None:
         assert module("wdmoe_status").clock_offset_ms(f"Stratum : 3\n{line}\n") == offset_ms
+
+    def test_the_node_s_service_may_have_the_level_that_the_node_asks_for(self) -> None:
+        text = (PLAYBOOKS / "roles/node/templates/wdmoe-node.service.j2").read_text()
+        settings = dict(re.findall(r"(?m)^([A-Z]\w+)=(.*)$", text))
+        assert settings["LimitRTPRIO"] == str(real_time.LEVEL)
+        assert settings.get("RestrictRealtime", "no") == "no"
+
+    @pytest.mark.skipif(bool(real_time.why_not()), reason=f"no real-time priority here: {real_time.why_not()}")
+    def test_the_broker_s_service_gives_it_the_same_priority_as_we_do(self) -> None:
+        tasks = msgspec.yaml.decode((PLAYBOOKS / "roles/broker/tasks/main.yml").read_bytes())
+        (content,) = (task["ansible.builtin.copy"]["content"] for task in tasks if "real-time" in task["name"])
+        (command,) = re.findall(r"(?m)^ExecStartPost=-\+(.*)$", content)
+        with subprocess.Popen(["sleep", "60"]) as process:
+            try:
+                # Its path is Debian's; other systems keep chrt elsewhere.
+                argv = command.replace("/usr/bin/", "").replace("$MAINPID", str(process.pid)).split()
+                subprocess.run(argv, check=True, timeout=60)
+                assert real_time.lower_thread(process.pid)  # only if the priority is just as `raise_thread` gives it
+            finally:
+                process.kill()
 
 
 @has_ansible
