@@ -15,6 +15,7 @@ SECTIONS: dict[str, str] = {
     "speculation": "testbed.bench.sections.speculation",
     "batching": "testbed.bench.sections.batching",
     "resident": "testbed.bench.sections.resident",
+    "levers": "testbed.bench.sections.levers",
     "planner": "testbed.bench.sections.planner",
     "observers": "testbed.bench.sections.observers",
     "export": "testbed.bench.sections.export",

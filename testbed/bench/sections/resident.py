@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from bs_coordinator.broker.processes import mosquitto_path, open_broker
 from bs_coordinator.config import BaseStationConfig, ResidentConfig, SamplingConfig
 from bs_coordinator.engine.sequence import TokenEvent
 from bs_coordinator.nodes.registry import LOCAL_NODE
-from bs_coordinator.resident.choice import choose_resident
+from bs_coordinator.resident.choice import Float, choose_resident
 from common.errors import WdmoeError
 from edge_node.experts import needed_bytes
 from testbed.bench.rows import Row, Settings, Skipped
@@ -80,11 +81,34 @@ def measure(settings: Settings) -> Iterator[Row | Skipped]:
 
 def _arms(station: BaseStation) -> dict[str, frozenset[ExpertId]]:
     """Local experts by arm: chosen as the base station does, and by the traffic of each expert alone."""
+    every = station.dispatcher.registry.local_experts
+    pairs, away_s, here_s = learn(station, PROMPTS[:LEARNT_FROM])
+    by_traffic = sorted(every, key=lambda id: (-pairs[id.layer, id.expert, id.expert], id))
+    arms: dict[str, frozenset[ExpertId]] = {"none": frozenset()}
+    for share in SHARES:
+        slots = round(share * len(every))
+        arms[f"{share:.0%} of experts here"] = choose_resident(pairs, away_s, here_s, slots)
+        arms[f"{share:.0%} here, each by its own traffic"] = frozenset(by_traffic[:slots])
+    return arms
+
+
+class Learnt(NamedTuple):
+    """What a choice of local experts is made from: the arguments of `choose_resident`."""
+
+    pairs: Float
+    away_s: Float
+    here_s: float
+
+
+def learn(station: BaseStation, prompts: Sequence[str]) -> Learnt:
+    """Answer prompts, the first one also with all experts here, on a station that has memory for all.
+
+    No expert is here afterwards.
+    """
     registry, residents = station.dispatcher.registry, station.residents
-    assert residents is not None  # noqa: S101 - configured below
-    every = registry.local_experts
+    assert residents is not None  # noqa: S101 - of the caller
     here_s = []
-    for event in _answer(station, PROMPTS[0]):
+    for event in _answer(station, prompts[0]):
         for step in event.steps:
             here_s += [
                 d.durations.compute_ns / 1e9 / len(d.experts)
@@ -93,18 +117,10 @@ def _arms(station: BaseStation) -> dict[str, frozenset[ExpertId]]:
                 if d.node == LOCAL_NODE and d.tokens == 1
             ]
     registry.hold_locally(frozenset())
-    for prompt in PROMPTS[:LEARNT_FROM]:
+    for prompt in prompts:
         _answer(station, prompt)
-    layers = range(registry.dims.layers)
-    away_s = np.array([station.dispatcher.forecast(layer).one_row_s for layer in layers])
-    pairs = residents.traffic.pairs
-    by_traffic = sorted(every, key=lambda id: (-pairs[id.layer, id.expert, id.expert], id))
-    arms: dict[str, frozenset[ExpertId]] = {"none": frozenset()}
-    for share in SHARES:
-        slots = round(share * len(every))
-        arms[f"{share:.0%} of experts here"] = choose_resident(pairs, away_s, statistics.median(here_s), slots)
-        arms[f"{share:.0%} here, each by its own traffic"] = frozenset(by_traffic[:slots])
-    return arms
+    away_s = np.array([station.dispatcher.forecast(layer).one_row_s for layer in range(registry.dims.layers)])
+    return Learnt(residents.traffic.pairs, away_s, statistics.median(here_s))
 
 
 def _answer(station: BaseStation, prompt: str) -> list[TokenEvent]:
