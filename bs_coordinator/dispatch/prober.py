@@ -32,6 +32,7 @@ class _Ping:
     Attributes:
         proves: its answer proves that the node can be used again.
         for_clock: only the node's clock is of interest.
+        first_sent_ns, sent_ns: when its first and its last message were sent.
         down_bytes: length of the frame.
         arrivals: of a train's answers so far, in seconds by `Clock.perf_ns`, and whether each is exact.
     """
@@ -40,6 +41,7 @@ class _Ping:
     expires_s: float
     proves: bool
     for_clock: bool
+    first_sent_ns: int = 0
     sent_ns: int = 0
     sent_unix_ns: int = 0
     down_bytes: int = 0
@@ -151,6 +153,7 @@ class Prober:
             id = self._new_id()
             frame = PingFrame(id, bytes(probe.down_bytes), probe.up_bytes)
             ping.down_bytes, ping.sent_ns = self._send(probe.node, frame)
+            ping.first_sent_ns = ping.first_sent_ns or ping.sent_ns
             self._links.count_probe(probe.node, down_bytes=ping.down_bytes)
             self._pings[id] = ping
         ping.sent_unix_ns = self._clock.unix_ns() - (self._clock.perf_ns() - ping.sent_ns)
@@ -179,4 +182,6 @@ def _sample(ping: _Ping, frame: PongFrame, message: Message) -> LinkSample | Non
         round_trip_s=total_s,
         node_s=0.0,
         train=True,
+        train_bytes=probe.count * (ping.down_bytes if probe.down_bytes else len(message.payload)),
+        train_s=(message.arrived_ns - ping.first_sent_ns) / 1e9,
     )

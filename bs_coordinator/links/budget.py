@@ -1,9 +1,13 @@
 """How much of the links probes may take: exact accounting over a sliding window. Pure.
 
-A probe's air time is its bytes, headers included, times the estimated time per byte of its link and direction when it
-is sent. In any window of `WINDOW_S`, the air times of a link's probes add up to at most a share of the window, in each
+A probe's air time is its bytes, headers included, times the time per byte of its link and direction when it is sent.
+In any window of `WINDOW_S`, the air times of a link's probes add up to at most a share of the window, in each
 direction; on a shared channel, those of all links and both directions together do. Shares of air time and of bytes are
 the same: in a window, a link carries window / time per byte.
+
+On a busy host, an estimated rate may be too fast by any factor. So no rate counts that was not seen: the budget takes
+the slower one of the estimate and of what has passed. That is never faster than the link, however late messages are.
+While tokens flow, bytes are limited as well, because noise makes the chooser of probes want more of them.
 """
 
 import math
@@ -14,14 +18,20 @@ from typing import NamedTuple
 WINDOW_S = 10.0
 IDLE_SHARE, WORKING_SHARE = 0.05, 0.02
 """Of the window, while no work is done, and from the first answer to a request until a window after the last one."""
+WORKING_BYTES = 400_000
+"""Sent while tokens flow, in each direction of a link and window, in addition to `WORKING_SHARE` of the requests'
+bytes. Nine packet trains at 50 Mbit/s, or five where jitter makes them longer: three of them must agree before a jump
+is believed."""
 FIRST_BYTES = 64 << 10
 """Bytes in each direction of a new link that don't count: without a rate their air time is not known."""
 UNMEASURED_S_PER_BYTE = 8e-6
-"""What is assumed of a direction once these are used up and its rate is still unknown: 1 Mbit/s."""
+"""What a direction is assumed to carry unless its estimate is slower: 1 Mbit/s. Without it, a link through which only
+pings have passed would never get a train."""
 
 _NS = 1_000_000_000
 _WINDOW_NS = int(WINDOW_S * _NS)
-_SHARED = ("", "")
+_Channel = tuple[str, str]
+_SHARED: _Channel = ("", "")
 """The channel of all links together; no node has an empty name."""
 
 
@@ -32,32 +42,41 @@ class Use(NamedTuple):
         link: name of the node, and of the direction.
         n_bytes: on the way, headers included.
         s_per_byte: estimated time per byte; None if the direction was never measured.
+        passed_s_per_byte: of the quickest recent message, its round trip included; infinite if there is none.
     """
 
-    link: tuple[str, str]
+    link: _Channel
     n_bytes: int
     s_per_byte: float | None
+    passed_s_per_byte: float = math.inf
+
+    @property
+    def air_ns(self) -> int:
+        """Time on the air by the slower one of the estimate and of what has passed."""
+        s_per_byte = max(self.s_per_byte or 0.0, min(self.passed_s_per_byte, UNMEASURED_S_PER_BYTE))
+        return math.ceil(self.n_bytes * s_per_byte * _NS)
 
 
 class _Window:
-    """Air time on one channel in the last window, in whole ns: sums of floats would drift."""
+    """Sum of what was sent in the last window, in whole numbers: sums of floats would drift."""
 
-    __slots__ = ("_sent", "_sum_ns")
+    __slots__ = ("_sent", "_sum")
 
     def __init__(self) -> None:
         self._sent: deque[tuple[int, int]] = deque()
-        self._sum_ns = 0
+        self._sum = 0
 
-    def air_ns(self, now_ns: int) -> int:
+    def sum(self, now_ns: int) -> int:
         """Of everything sent in the window that ends now, both ends included."""
         while self._sent and now_ns - self._sent[0][0] > _WINDOW_NS:
-            self._sum_ns -= self._sent.popleft()[1]
-        return self._sum_ns
+            self._sum -= self._sent.popleft()[1]
+        return self._sum
 
-    def add(self, now_ns: int, air_ns: int) -> None:
+    def add(self, now_ns: int, amount: int) -> None:
         """Take in what is sent now."""
-        self._sent.append((now_ns, air_ns))
-        self._sum_ns += air_ns
+        self.sum(now_ns)  # drops what is too old, also where it is not asked for
+        self._sent.append((now_ns, amount))
+        self._sum += amount
 
 
 class ProbeBudget:
@@ -65,8 +84,10 @@ class ProbeBudget:
 
     def __init__(self) -> None:
         """Nothing was sent yet, and no link was measured."""
-        self._windows: dict[tuple[str, str], _Window] = {}
-        self._first_bytes: dict[tuple[str, str], int] = {}
+        self._air_ns: dict[_Channel, _Window] = {}
+        self._probe_bytes: dict[_Channel, _Window] = {}
+        self._request_bytes: dict[_Channel, _Window] = {}
+        self._first_bytes: dict[_Channel, int] = {}
         self._now_ns = 0
         self._worked_ns = -_WINDOW_NS
 
@@ -74,9 +95,11 @@ class ProbeBudget:
         """Take in that all estimates were dropped, so that every link is new again. What was sent still counts."""
         self._first_bytes.clear()
 
-    def worked(self, time_s: float) -> None:
+    def worked(self, node: str, down_bytes: int, up_bytes: int, time_s: float) -> None:
         """Take in that a node answered a request."""
         self._worked_ns = max(self._worked_ns, int(time_s * _NS))
+        for way, n_bytes in (("down", down_bytes), ("up", up_bytes)):
+            _window(self._request_bytes, (node, way)).add(self._worked_ns, n_bytes)
 
     def spend(
         self, uses: Sequence[Use], now_s: float, *, shared_air: bool, part: float = 1.0, anyway: bool = False
@@ -91,33 +114,43 @@ class ProbeBudget:
             anyway: count it even if it does not fit.
         """
         self._now_ns = now_ns = max(self._now_ns, int(now_s * _NS))
-        air_ns: Counter[tuple[str, str]] = Counter()
-        first_bytes: Counter[tuple[str, str]] = Counter()
-        for link, n_bytes, s_per_byte in uses:
-            if s_per_byte is None and first_bytes[link] + n_bytes <= self._first_bytes.get(link, FIRST_BYTES):
-                first_bytes[link] += n_bytes
+        air_ns: Counter[_Channel] = Counter()
+        n_bytes: Counter[_Channel] = Counter()
+        first_bytes: Counter[_Channel] = Counter()
+        for use in uses:
+            link = use.link
+            if use.s_per_byte is None and first_bytes[link] + use.n_bytes <= self._first_bytes.get(link, FIRST_BYTES):
+                first_bytes[link] += use.n_bytes
             else:
-                ns = math.ceil(n_bytes * (UNMEASURED_S_PER_BYTE if s_per_byte is None else s_per_byte) * _NS)
-                air_ns[link] += ns
-                air_ns[_SHARED] += ns
-        most_ns = int(part * self.share(now_ns / _NS) * _WINDOW_NS)
+                n_bytes[link] += use.n_bytes
+                air_ns[link] += use.air_ns
+                air_ns[_SHARED] += use.air_ns
+        working = now_ns - self._worked_ns < _WINDOW_NS
+        most_ns = part * (WORKING_SHARE if working else IDLE_SHARE) * _WINDOW_NS
         fits = all(
-            self._window(channel).air_ns(now_ns) + ns <= most_ns
+            _window(self._air_ns, channel).sum(now_ns) + ns <= most_ns
             for channel, ns in air_ns.items()
             if shared_air or channel != _SHARED
         )
+        if working:
+            fits = fits and all(
+                _window(self._probe_bytes, link).sum(now_ns) + n <= part * self._working_bytes(link)
+                for link, n in n_bytes.items()
+            )
         if fits or anyway:
-            for link, n_bytes in first_bytes.items():
-                self._first_bytes[link] = self._first_bytes.get(link, FIRST_BYTES) - n_bytes
+            for link, n in first_bytes.items():
+                self._first_bytes[link] = self._first_bytes.get(link, FIRST_BYTES) - n
             for channel, ns in air_ns.items():
-                window = self._window(channel)
-                window.air_ns(now_ns)  # drops what is too old, also where it is not asked for
-                window.add(now_ns, ns)
+                _window(self._air_ns, channel).add(now_ns, ns)
+            if working:
+                for link, n in n_bytes.items():
+                    _window(self._probe_bytes, link).add(now_ns, n)
         return fits
 
-    def share(self, now_s: float) -> float:
-        """Share of the window that probes may take now."""
-        return WORKING_SHARE if int(now_s * _NS) - self._worked_ns < _WINDOW_NS else IDLE_SHARE
+    def _working_bytes(self, link: _Channel) -> float:
+        """What probes of a direction of a link may take while tokens flow, in the window that ends now."""
+        return WORKING_BYTES + WORKING_SHARE * _window(self._request_bytes, link).sum(self._now_ns)
 
-    def _window(self, channel: tuple[str, str]) -> _Window:
-        return self._windows.setdefault(channel, _Window())
+
+def _window(windows: dict[_Channel, _Window], channel: _Channel) -> _Window:
+    return windows.setdefault(channel, _Window())

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from msgspec import Struct
 
 from bs_coordinator.links.kalman import RobustFilter
-from bs_coordinator.links.packet_train import RateWindow
+from bs_coordinator.links.packet_train import RateWindow, held_up
+from bs_coordinator.links.recent import RecentLeast
 from wire.status import SocketFacts
 
 _Vector = tuple[float, float, float, float]
@@ -62,6 +63,8 @@ class LinkSample(Struct, frozen=True):
         load_s: the part of `node_s` spent on loading experts into memory.
         queued: the node had to answer other requests first, so the round trip says little about the link.
         train: the sample is of a packet train (`links.packet_train`): `round_trip_s` contains no round trip.
+        train_bytes: of all messages of a train; 0 if not known.
+        train_s: from sending its first message to the arrival of the last.
     """
 
     time_s: float
@@ -76,6 +79,8 @@ class LinkSample(Struct, frozen=True):
     load_s: float = 0.0
     queued: bool = False
     train: bool = False
+    train_bytes: int = 0
+    train_s: float = 0.0
 
     @property
     def network_s(self) -> float:
@@ -116,10 +121,21 @@ class LinkEstimator:
         down_trains, up_trains: results of packet trains, by direction.
     """
 
-    __slots__ = ("_filter", "_sampled_s", "_time_s", "down_trains", "rejected", "up_trains")
+    __slots__ = (
+        "_filter",
+        "_least_rtt",
+        "_passed",
+        "_sampled_s",
+        "_time_s",
+        "down_trains",
+        "rejected",
+        "up_trains",
+    )
 
     def __init__(self) -> None:
         self.rejected = 0
+        self._least_rtt = RecentLeast()
+        self._passed = RecentLeast(), RecentLeast()
         self.down_trains, self.up_trains = RateWindow(), RateWindow()
         self._time_s = self._sampled_s = -math.inf
         self._filter = RobustFilter(
@@ -140,8 +156,10 @@ class LinkEstimator:
             return False
         self.advance(sample.time_s)
         self._sampled_s = max(self._sampled_s, sample.time_s)
+        self._observe_passed(sample)
         if sample.train:
             return self._observe_train(sample)
+        self._least_rtt.observe(sample.time_s, sample.round_trip_s - sample.node_s)
         h = _h(sample.down_bytes, sample.up_bytes, work=sample.rows > 0)
         z = 1e3 * network_s
         filter = self._filter
@@ -158,11 +176,27 @@ class LinkEstimator:
             self.rejected += 1
             return False
         rate = self.down_trains if down else self.up_trains
+        least_rtt_s = self._least_rtt.least(sample.time_s)
+        if sample.train_bytes and held_up(sample.train_s, sample.train_bytes, sample.network_s / n_bytes, least_rtt_s):
+            rate.held_up += 1
+            return False
         if rate.observe(sample.time_s, sample.network_s, n_bytes):
             self._filter.alarm()
         ms = 1e6 * rate.s_per_byte
         self._filter.replace(1 if down else 2, ms, rate.std * ms)
         return True
+
+    def _observe_passed(self, sample: LinkSample) -> None:
+        """Take in how many bytes passed in what time, the round trip included."""
+        if sample.train:
+            took_s = sample.train_s
+            down, up = (sample.train_bytes, 0) if sample.down_bytes else (0, sample.train_bytes)
+        else:
+            took_s = sample.round_trip_s - sample.node_s
+            down, up = sample.down_bytes, sample.up_bytes
+        for passed, n_bytes in zip(self._passed, (down, up), strict=True):
+            if n_bytes:
+                passed.observe(sample.time_s, took_s / n_bytes)
 
     def anchor(self, facts: SocketFacts, *, towards_node: bool, time_s: float) -> None:
         """Take in the kernel's statistics of the socket that sends in one direction.
@@ -264,6 +298,13 @@ class LinkEstimator:
         if self._filter.std(i) > self._filter.x[i] and not (self.down_trains if down else self.up_trains).s_per_byte:
             return None
         return 1e-6 * self._filter.x[i]
+
+    def passed_s_per_byte(self, *, down: bool) -> float:
+        """Seconds per byte of the quickest recent message or train in one direction, round trip included.
+
+        The link needs no more than that: delays on the way and on hosts only add to it. Infinite if there is none.
+        """
+        return self._passed[0 if down else 1].least(self._time_s)
 
     def unsure_of_rates(self) -> bool:
         """Whether a rate is known too poorly, so that packet trains are worth sending."""

@@ -183,7 +183,7 @@ class LinkMonitor:
         """Update the node's own times from a request."""
         self._probes.worked(sample.node, sample.time_s)
         if sample.node != LOCAL_NODE:
-            self._budget.worked(sample.time_s)
+            self._budget.worked(sample.node, sample.down_bytes, sample.up_bytes, sample.time_s)
         node.most_rows = max(node.most_rows, sample.rows)
         computing_s = sample.node_s - sample.load_s
         node.compute.observe(sample.time_s, experts=sample.experts, rows=sample.rows, node_s=computing_s)

@@ -17,16 +17,21 @@ from typing import NamedTuple
 
 GAPS = 4
 """Gaps between the messages that count."""
-_MIN_AIR_S, _MAX_AIR_S = 0.005, 0.012
-_JITTERS = 6.0
+_MIN_AIR_S, _MAX_AIR_S = 0.004, 0.012
+_JITTERS = 4.0
 """The messages that count take this many times the jitter of one message, within the limits above."""
 _SEGMENT_BYTES, _HEADER_BYTES = 1448, 128
 """Payload of a TCP segment, and our frame's and MQTT's headers, so that messages fill their segments."""
 _MIN_SEGMENTS, _MAX_SEGMENTS = 2, 12
 """With smaller messages, hosts take longer per message than a fast link does."""
 _MAX_MESSAGES = 12
-_FIRST_WINDOW_BYTES = 14_000
-"""Initial window of an idle TCP connection, ten segments (RFC 6928): more bytes must wait for acknowledgements."""
+_FIRST_WINDOW_BYTES = 10 * _SEGMENT_BYTES
+"""Initial window of an idle TCP connection (RFC 6928): more bytes must wait for acknowledgements."""
+_TWO_WINDOWS_BYTES = 3 * _FIRST_WINDOW_BYTES
+"""This window and the next, which is twice as large."""
+_HELD_UP, _HANDLING_S = 8.0, 5e-4
+"""A train was held up if it took longer than its round trips, this many times its bytes at the rate that its spacing
+shows, and this long for hosts to handle its messages."""
 _WINDOW_TRAINS, _WINDOW_S, _MIN_TRAINS = 15, 8.0, 2
 """A rate is the median of this many trains, not older than this unless fewer than the last number would remain."""
 _ODD, _ODD_STDS = 0.15, 1.5
@@ -64,12 +69,15 @@ def plan_train(s_per_byte: float, rtt_s: float, noise_s: float) -> PacketTrain:
     """
     air_s = min(max(_JITTERS * noise_s, _MIN_AIR_S), _MAX_AIR_S)
     segments = min(max(round(air_s / GAPS / s_per_byte / _SEGMENT_BYTES), _MIN_SEGMENTS), _MAX_SEGMENTS)
-    message_bytes = segments * _SEGMENT_BYTES - _HEADER_BYTES
-    if (GAPS + 1) * message_bytes <= _FIRST_WINDOW_BYTES:
+    size, message_bytes = segments * _SEGMENT_BYTES, segments * _SEGMENT_BYTES - _HEADER_BYTES
+    if (GAPS + 1) * size <= _FIRST_WINDOW_BYTES:
         return PacketTrain(message_bytes, GAPS + 1, 0)
-    # Lead with as many bytes as the link holds in flight: from then on acknowledgements arrive at the link's rate.
-    window_bytes = max(_FIRST_WINDOW_BYTES, rtt_s / s_per_byte)
-    lead = min(math.ceil(window_bytes / message_bytes), _MAX_MESSAGES - GAPS - 1)
+    # The lead fills the first window. The next one comes in a single burst.
+    lead = _FIRST_WINDOW_BYTES // size
+    if (lead + GAPS + 1) * size > _TWO_WINDOWS_BYTES:
+        # Lead with as many bytes as the link holds in flight: from then on acknowledgements arrive at the link's rate.
+        lead = math.ceil(max(_FIRST_WINDOW_BYTES, rtt_s / s_per_byte) / message_bytes)
+    lead = min(lead, _MAX_MESSAGES - GAPS - 1)
     return PacketTrain(message_bytes, lead + GAPS + 1, lead)
 
 
@@ -93,6 +101,19 @@ def dispersion_s(arrivals: Sequence[tuple[float, bool]], lead: int) -> tuple[int
     return (last - first, last_s - first_s) if last - first >= GAPS // 2 and last_s > first_s else None
 
 
+def held_up(train_s: float, n_bytes: int, s_per_byte: float, least_rtt_s: float) -> bool:
+    """Whether a host held a train up on its way, so that its messages arrived together and their spacing says nothing.
+
+    Args:
+        train_s: from the sending of its first message to the arrival of the last.
+        n_bytes: of all its messages.
+        s_per_byte: by its spacing.
+        least_rtt_s: the quickest recent round trip.
+    """
+    round_trips = math.ceil(math.log2(1 + n_bytes / _FIRST_WINDOW_BYTES))
+    return train_s > round_trips * least_rtt_s + _HELD_UP * n_bytes * s_per_byte + _HANDLING_S
+
+
 class _TrainRate(NamedTuple):
     time_s: float
     s_per_byte: float
@@ -108,15 +129,17 @@ class RateWindow:
         s_per_byte: 1 / goodput; 0 before the first train.
         std: relative standard deviation of that.
         noise_s: jitter of one train, between its ends.
+        held_up: trains since the last usable one that hosts held up.
     """
 
-    __slots__ = ("_odd_ones", "_trains", "noise_s", "s_per_byte", "std")
+    __slots__ = ("_odd_ones", "_trains", "held_up", "noise_s", "s_per_byte", "std")
 
     def __init__(self) -> None:
         self._trains: deque[_TrainRate] = deque(maxlen=_WINDOW_TRAINS)
         self._odd_ones: list[_TrainRate] = []
         self.s_per_byte = self.noise_s = 0.0
         self.std = 1.0
+        self.held_up = 0
 
     @property
     def odd(self) -> bool:
@@ -136,6 +159,7 @@ class RateWindow:
             took_s: time between its ends.
             n_bytes: that arrived in this time.
         """
+        self.held_up = 0
         train, trains = _TrainRate(time_s, took_s / n_bytes), self._trains
         while trains and time_s - trains[0].time_s > _WINDOW_S and len(trains) > _MIN_TRAINS:
             trains.popleft()

@@ -8,7 +8,7 @@ from enum import Enum
 
 from bs_coordinator.links.budget import ProbeBudget, Use
 from bs_coordinator.links.estimator import LinkEstimator, LinkSample
-from bs_coordinator.links.packet_train import plan_train
+from bs_coordinator.links.packet_train import RateWindow, plan_train
 
 PROBE_EVERY_S = 0.1
 """Between two probes of any nodes, in normal operation."""
@@ -27,8 +27,10 @@ _TRAIN_SHARE, _HURRIED_SHARE = 0.02, 0.25
 time for answers."""
 _FLEET_SHARE = 0.05
 """The same on separate links in normal operation: all probes pass the base station's own connection."""
-_REGULAR_PART, _TRAIN_PART = 0.7, 0.9
+_REGULAR_PART, _TRAIN_PART = 0.55, 0.95
 """Of the budget: trains on links that are only in use leave some to urgent trains, and these some to pings."""
+_HELD_UP_TRAINS, _HELD_UP_EVERY_S = 2, 5.0
+"""Between two trains on a link, after so many in a row that hosts held up: more of them would be held up as well."""
 _AGAIN_S = 0.1
 """After a probe did not fit into the budget, until the next attempt at the same link."""
 _FIRST_S_PER_BYTE = 3.2e-7
@@ -37,10 +39,10 @@ _OVERHEAD_BYTES = 256
 """Of a message without payload: our frame, MQTT's topic, headers of TCP, IP and link, and its acknowledgement."""
 _ACK_SHARE = 0.03
 """Acknowledgements of a train, relative to its bytes, in the other direction: one of 66 bytes for two segments."""
-_HURRIES, _HURRY_EVERY_S = 8.0, 8.0
+_HURRIES, _HURRY_EVERY_S = 12.0, 8.0
 """Urgent trains that a link may get because others were odd or requests took longer, and the time until it may have one
 more. Once trains agree that the link has changed, it may have all of them again; on a busy host they don't agree."""
-_CHECK_EVERY_S = 3.0
+_CHECK_EVERY_S = 1.0
 """When one link has jumped, all others are checked, because they may share the cause; at most this often."""
 _LOST_S = 2.0
 """A probe without an answer for this long counts as lost, and another may be sent."""
@@ -127,11 +129,11 @@ class _NodeProbes:
         self._hurries = _HURRIES
 
     def kinds(self, link: LinkEstimator, now_s: float) -> Iterator[_Kind]:
-        """The kind of probe to send now, then what to send if that is too much."""
+        """The kind of probe to send now, then what to send instead if that is too much."""
         stale = link.stale(now_s)
         rtt, down, up = link.relative_std()
         if self.wanted:
-            yield self.wanted[0]
+            yield from dict.fromkeys(self.wanted)
             if stale:
                 yield _Kind.PING
         elif stale or (rtt > _UNSURE_RTT and not link.unsure_of_rates()):
@@ -213,8 +215,7 @@ class ProbeChooser:
             if self._budget.spend(uses(probe, link), now_s, shared_air=shared_air, part=part):
                 self._last_air_s = air_s
                 # The directions alternate, so each has twice that time.
-                every_s = _SURE_EVERY_S if _known_enough(link) else _TRAIN_EVERY_S
-                node.sent(kind, now_s, now_s + max(every_s, 0.5 * air_s / _TRAIN_SHARE))
+                node.sent(kind, now_s, now_s + max(_every_s(link), 0.5 * air_s / _TRAIN_SHARE))
                 return probe
             if not node.refused:
                 node.refused = True
@@ -234,9 +235,11 @@ class ProbeChooser:
         """Take in that this sample showed a jump of its link."""
         # A train has measured its own direction already: the other one may have jumped as well, and other links too.
         # A request, on the other hand, may only have been delayed once.
-        self._node(sample.node).wanted = list(_CHECK if sample.train else _AFTER_JUMP)
+        node = self._node(sample.node)
+        node.wanted = list(_AFTER_JUMP)
         if sample.train:
-            self._node(sample.node).changed()
+            node.wanted = [_Kind.UP if sample.down_bytes else _Kind.DOWN]
+            node.changed()
         if sample.train and sample.time_s - self._checked_s > _CHECK_EVERY_S:
             self._checked_s = sample.time_s
             for other in self._nodes.values():
@@ -260,10 +263,22 @@ def uses(probe: Probe, link: LinkEstimator) -> tuple[Use, Use]:
     """What a probe needs of both directions of its link."""
     down, up = probe.count * probe.down_bytes, probe.count * probe.up_bytes
     messages = probe.count * _OVERHEAD_BYTES
+    down, up = messages + down + int(_ACK_SHARE * up), messages + up + int(_ACK_SHARE * down)
     return (
-        Use((probe.node, "down"), messages + down + int(_ACK_SHARE * up), link.measured_s_per_byte(down=True)),
-        Use((probe.node, "up"), messages + up + int(_ACK_SHARE * down), link.measured_s_per_byte(down=False)),
+        Use((probe.node, "down"), down, link.measured_s_per_byte(down=True), link.passed_s_per_byte(down=True)),
+        Use((probe.node, "up"), up, link.measured_s_per_byte(down=False), link.passed_s_per_byte(down=False)),
     )
+
+
+def _every_s(link: LinkEstimator) -> float:
+    """Time between two trains on a link in use."""
+    if max(link.down_trains.held_up, link.up_trains.held_up) >= _HELD_UP_TRAINS:
+        return _HELD_UP_EVERY_S
+    return _SURE_EVERY_S if _known_enough(link) else _TRAIN_EVERY_S
+
+
+def _trains(link: LinkEstimator, kind: _Kind) -> RateWindow:
+    return link.down_trains if kind is _Kind.DOWN else link.up_trains
 
 
 def _known_enough(link: LinkEstimator) -> bool:
@@ -283,6 +298,6 @@ def _make_probe(name: str, link: LinkEstimator, kind: _Kind) -> tuple[Probe, flo
     )
     if link.measured_s_per_byte(down=down) is None:
         s_per_byte = max(s_per_byte, _FIRST_S_PER_BYTE)
-    train = plan_train(s_per_byte, link.rtt_s, (link.down_trains if down else link.up_trains).noise_s)
+    train = plan_train(s_per_byte, link.rtt_s, _trains(link, kind).noise_s)
     sizes = (train.message_bytes, 0) if down else (0, train.message_bytes)
     return Probe(name, *sizes, train.count, train.lead), train.count * train.message_bytes * s_per_byte

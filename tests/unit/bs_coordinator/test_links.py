@@ -57,6 +57,14 @@ class Link:
         )
 
 
+def train_sample(probe: Probe, sent_s: float, last_s: float, down: int, up: int, took_s: float) -> LinkSample:
+    """What the prober makes of a train's answers: the bytes and the time between those that count, and of all."""
+    n_bytes = probe.count * (48 + probe.down_bytes if probe.down_bytes else 80 + probe.up_bytes)
+    return LinkSample(
+        last_s, probe.node, down, up, took_s, 0.0, train=True, train_bytes=n_bytes, train_s=last_s - sent_s
+    )
+
+
 class World:
     """One base station that asks its nodes layer after layer and probes in between, in simulated time."""
 
@@ -98,7 +106,7 @@ class World:
                 return
             gaps, total_s = found
             down, up = (gaps * (48 + probe.down_bytes), 0) if probe.down_bytes else (0, gaps * (80 + probe.up_bytes))
-            self.monitor.observe([LinkSample(arrivals[-1][0], probe.node, down, up, total_s, 0.0, train=True)])
+            self.monitor.observe([train_sample(probe, self.now_s, arrivals[-1][0], down, up, total_s)])
 
     def idle(self, seconds: float) -> None:
         end_s = self.now_s + seconds
@@ -389,9 +397,12 @@ def test_fields_of_ss_that_grow_lose_only_their_own_line() -> None:
 
 @given(st.floats(1e-9, 1.0), st.floats(1e-4, 10.0), st.floats(0, 10.0))
 def test_trains_stay_within_limits_for_any_estimate(s_per_byte: float, rtt_s: float, noise_s: float) -> None:
+    """The first message that counts ends in TCP's second window, unless the whole train fits into the first."""
     train = plan_train(s_per_byte, rtt_s, noise_s)
+    window, framed = 10 * 1448, train.message_bytes + 128
     assert 1000 < train.message_bytes <= 18 << 10
     assert train.lead + 5 == train.count <= 12
+    assert train.count * framed <= window if train.lead == 0 else (train.lead + 1) * framed > window
 
 
 @given(st.floats(1e-4, 0.1), st.lists(st.floats(1e-5, 1.0), max_size=6), st.integers(0, 3))

@@ -1,5 +1,6 @@
 """The budget of probes against plain sums over every window, and fleets that would like to send more."""
 
+import math
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from bs_coordinator.links.budget import (
     IDLE_SHARE,
     UNMEASURED_S_PER_BYTE,
     WINDOW_S,
+    WORKING_BYTES,
     WORKING_SHARE,
     ProbeBudget,
     Use,
@@ -73,7 +75,7 @@ def test_no_window_exceeds_the_share(
         now_s += wait_s
         latest_s = max(latest_s, now_s)
         if worked:
-            budget.worked(latest_s)
+            budget.worked("a", 0, 0, latest_s)
             worked_s = latest_s
         uses = [Use((node, "down"), down, s_per_byte), Use((node, "up"), up, s_per_byte)]
         if budget.spend(uses, now_s, shared_air=shared_air, part=part):
@@ -90,6 +92,53 @@ def test_no_window_exceeds_the_share(
         ledger.busiest_s(time_s, shared_air=shared_air) <= IDLE_SHARE * WINDOW_S + ROUNDING_S
         for time_s, _, _ in ledger.sent
     )
+
+
+events = st.lists(
+    st.tuples(
+        st.floats(0.0, 4.0),  # time since the last event
+        st.sampled_from(NODES),
+        st.booleans(),  # a request rather than a probe
+        st.integers(1, 150_000),  # bytes each way
+        st.floats(0.0, 0.3),  # how late hosts make it
+        st.floats(1e-10, 1e-4),  # seconds per byte as estimated, right or wrong
+    ),
+    max_size=50,
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(events, st.floats(1e-9, UNMEASURED_S_PER_BYTE), st.booleans())
+def test_however_wrong_the_estimates_no_window_exceeds_the_share_of_what_the_link_carries(
+    happened: list[tuple[float, str, bool, int, float, float]], true_s_per_byte: float, shared_air: bool
+) -> None:
+    budget, now_s, worked_s = ProbeBudget(), 100.0, -100.0
+    passed = dict.fromkeys(NODES, math.inf)
+    probes: list[tuple[float, str, int, bool]] = []
+    requests: list[tuple[float, str, int]] = []
+    for wait_s, node, request, n_bytes, late_s, estimate in happened:
+        now_s += wait_s
+        if request:
+            budget.worked(node, n_bytes, n_bytes, now_s)
+            requests.append((now_s, node, n_bytes))
+            worked_s = now_s
+        else:
+            uses = [Use((node, way), n_bytes, estimate, passed[node]) for way in ("down", "up")]
+            if not budget.spend(uses, now_s, shared_air=shared_air):
+                continue
+            probes.append((now_s, node, n_bytes, now_s - worked_s < WINDOW_S - ROUNDING_S))
+        passed[node] = min(passed[node], true_s_per_byte + late_s / n_bytes)
+    for end_s, node, _, working in probes:
+        window = [p for p in probes if end_s - WINDOW_S + ROUNDING_S <= p[0] <= end_s]
+        if shared_air:
+            air_s = 2 * sum(n * true_s_per_byte for _, _, n, _ in window)
+        else:
+            air_s = sum(n * true_s_per_byte for _, other, n, _ in window if other == node)
+        assert air_s <= (WORKING_SHARE if working else IDLE_SHARE) * WINDOW_S + ROUNDING_S
+        if working:
+            carried = sum(n for at_s, other, n in requests if other == node and end_s - WINDOW_S <= at_s <= end_s)
+            taken = sum(n for _, other, n, at_work in window if other == node and at_work)
+            assert taken <= WORKING_BYTES + WORKING_SHARE * carried
 
 
 def test_what_fits_is_accepted_and_room_comes_back_after_a_window() -> None:
@@ -123,14 +172,16 @@ def test_what_was_sent_counts_after_the_estimates_were_dropped() -> None:
 class NoisyFleet:
     """Equal links whose messages are held up by busy hosts, asked layer after layer in simulated time."""
 
-    def __init__(self, mbps: float, *, noise_s: float, shared_air: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self, mbps: float, *, noise_s: float, bunched: bool = False, shared_air: bool = False, seed: int = 0
+    ) -> None:
         self.monitor = LinkMonitor()
         self.monitor.shared_air = shared_air  # as experiments do, for each profile
         self.names = [f"n{i}" for i in range(4)]
         self.rng = np.random.default_rng(seed)
-        self.now_s, self.mbps, self.noise_s = 100.0, mbps, noise_s
+        self.now_s, self.mbps, self.noise_s, self.bunched = 100.0, mbps, noise_s, bunched
         self.sent: list[tuple[float, str, int, float]] = []
-        """When, node and direction, bytes, and the air time by the estimate of that moment."""
+        """When, node and direction, bytes, and the time on the air."""
 
     def work(self, seconds: float) -> None:
         until_s = self.now_s + seconds
@@ -148,11 +199,10 @@ class NoisyFleet:
         return float(self.rng.exponential(self.noise_s)) if self.noise_s and self.rng.random() < 0.4 else 0.0
 
     def _send(self, probe: Probe) -> None:
-        link = next(e.link for e in self.monitor.estimates(self.now_s) if e.node == probe.node)
-        for way, size, mbps in (("down", probe.down_bytes, link.down_mbps), ("up", probe.up_bytes, link.up_mbps)):
+        for way, size in (("down", probe.down_bytes), ("up", probe.up_bytes)):
             if size:
                 n_bytes = probe.count * size
-                self.sent.append((self.now_s, f"{probe.node} {way}", n_bytes, n_bytes * 8e-6 / mbps))
+                self.sent.append((self.now_s, f"{probe.node} {way}", n_bytes, n_bytes * 8e-6 / self.mbps))
         if probe.count == 1:
             took_s = 5e-3 + self._held_s()
             self.monitor.observe([LinkSample(self.now_s + took_s, probe.node, 48, 80, took_s, 1e-3)])
@@ -161,6 +211,10 @@ class NoisyFleet:
         for _ in range(probe.count):
             due_s += 8e-6 * (100 + probe.down_bytes + probe.up_bytes) / self.mbps
             arrivals.append((max(arrivals[-1][0] + 2e-5, due_s + self._held_s()), True))
+        if self.bunched and self.rng.random() < 0.9:
+            # A host comes to read them when all are there.
+            read_s = arrivals[-1][0] + float(self.rng.exponential(0.04))
+            arrivals = [(read_s + 2e-5 * i, True) for i in range(len(arrivals))]
         found = dispersion_s(arrivals[1:], probe.lead)
         if found is None:
             self.monitor.answered(probe.node)
@@ -168,7 +222,16 @@ class NoisyFleet:
         gaps, took_s = found
         down, up = gaps * (48 + probe.down_bytes), gaps * (80 + probe.up_bytes)
         down, up = (down, 0) if probe.down_bytes else (0, up)
-        self.monitor.observe([LinkSample(arrivals[-1][0], probe.node, down, up, took_s, 0.0, train=True)])
+        total = probe.count * (48 + probe.down_bytes if probe.down_bytes else 80 + probe.up_bytes)
+        last_s = arrivals[-1][0]
+        self.monitor.observe(
+            [
+                LinkSample(
+                    last_s, probe.node, down, up, took_s, 0.0,
+                    train=True, train_bytes=total, train_s=last_s - self.now_s,
+                )
+            ]
+        )  # fmt: skip
 
     def busiest_share(self, *, shared_air: bool, since_s: float) -> float:
         """Of any window after `since_s` that ends with a probe, on the busiest channel."""
@@ -182,15 +245,27 @@ class NoisyFleet:
         return max(shares)
 
 
+@pytest.mark.parametrize("bunched", [False, True])
 @pytest.mark.parametrize("shared_air", [False, True])
 @pytest.mark.parametrize("mbps", [2.0, 50.0])
-def test_whatever_the_noise_trains_stay_within_the_budget(mbps: float, shared_air: bool) -> None:
-    fleet = NoisyFleet(mbps, noise_s=8e-3, shared_air=shared_air)
-    fleet.work(2.0)  # the first trains of links without estimates
+def test_whatever_the_noise_trains_stay_within_the_budget(mbps: float, shared_air: bool, bunched: bool) -> None:
+    fleet = NoisyFleet(mbps, noise_s=8e-3, bunched=bunched, shared_air=shared_air)
+    fleet.work(15.0)  # the first trains of links without estimates, which don't count
     began_s = fleet.now_s
     fleet.work(30.0)
     assert 0 < fleet.busiest_share(shared_air=shared_air, since_s=began_s) <= WORKING_SHARE
     assert fleet.monitor.probing().refused > 0 or not shared_air
+
+
+def test_trains_read_in_a_bunch_neither_speed_the_estimate_up_nor_cause_more_trains() -> None:
+    quiet, busy = NoisyFleet(50.0, noise_s=0.0), NoisyFleet(50.0, noise_s=8e-3, bunched=True)
+    for fleet in (quiet, busy):
+        fleet.work(15.0)
+        fleet.sent.clear()
+        fleet.work(30.0)
+    assert sum(n_bytes for _, _, n_bytes, _ in busy.sent) < 1.5 * sum(n_bytes for _, _, n_bytes, _ in quiet.sent)
+    for estimate in busy.monitor.estimates(busy.now_s):
+        assert max(estimate.link.down_mbps, estimate.link.up_mbps) < 10 * 50
 
 
 def test_noise_does_not_multiply_the_bytes() -> None:
