@@ -15,9 +15,10 @@ from rich.console import Console
 from testbed import facts
 from testbed.demo_assets import demo_bundle
 from testbed.errors import FailedCellsError, RunDirectoryError
+from testbed.experiment.baselines import OnProgress
 from testbed.experiment.networks import open_network
 from testbed.experiment.plan_files import check_bundle, check_data_sets, check_files, data_sets, named_demo_bundle
-from testbed.experiment.runner import OnProgress, Outcome, execute
+from testbed.experiment.runner import Outcome, execute
 from testbed.experiment.system_under_test import broker_of
 from testbed.network.namespaces import check_privileges
 from testbed.plan.cells import expand
