@@ -7,7 +7,7 @@ from common.config import ConfigError
 
 _UNGUARDED = 86
 """Exit code of a process that was to open a cluster while it was still importing the script."""
-_IMPORT_S = 60.0
+_IMPORT_S = 300.0
 
 
 def end_if_importing() -> None:
