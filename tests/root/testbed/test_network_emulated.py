@@ -19,8 +19,9 @@ import pytest
 
 from testbed.errors import NetworkError, PrivilegeError
 from testbed.network.control import ask
+from testbed.network.daemon import BASE_STATION
 from testbed.network.emulated import EmulatedNetwork, attach, emulated
-from testbed.network.namespaces import existing
+from testbed.network.namespaces import existing, forward_between_nodes, inside, namespace
 from testbed.network.state import State
 from tests.conftest import Run
 from tests.needs import needs, skip_without
@@ -139,7 +140,7 @@ def test_air_times_add_up_on_shared_air_only(spec: Path) -> None:
 
 
 @needs_network
-def test_nodes_reach_only_the_base_station(spec: Path) -> None:
+def test_nodes_reach_only_the_base_station_unless_it_forwards(spec: Path) -> None:
     def pings(prefix: list[str], address: str) -> bool:
         argv = ["ping", "-n", "-q", "-c", "2", "-i", "0.1", "-W", "1", address]
         return subprocess.run([*prefix, *argv], capture_output=True, check=False).returncode == 0
@@ -152,6 +153,10 @@ def test_nodes_reach_only_the_base_station(spec: Path) -> None:
         assert subprocess.run(full, capture_output=True, check=False).returncode == 0
         arp = subprocess.run([*network.bs_prefix(), "ip", "neigh"], capture_output=True, text=True, check=True).stdout
         assert re.search(r"10\.77\.0\.2 dev wifi0 lladdr 02:57:44:4d:00:01", arp)
+        with inside(namespace(NAME, BASE_STATION)):
+            forward_between_nodes()
+        # The first answer to a node's search for its peer comes after up to a second.
+        wait_until(lambda: pings(network.prefix("node0"), network.node_address("node1")), "a node to reach its peer")
 
 
 @needs_network
