@@ -137,9 +137,14 @@ class _Channel:
             write_results(self._results, self._settings.folder)
             if kill:
                 network.set_profile(self._links[0].profile)
-                for arm in running.values():
-                    if arm.arm.workers:
-                        self._ask(arm, self._links[0], 0, kill=arm.arm.workers[0].device)
+                for name, arm in running.items():
+                    # In the longest answer that this arm gave, well before its end.
+                    longest = max(
+                        self._results.of(self._links[0].profile, name), key=lambda one: len(one.pieces), default=None
+                    )
+                    if arm.arm.workers and longest is not None:
+                        after = min(_TOKENS_BEFORE_KILL, len(longest.pieces) // 2)
+                        self._ask(arm, self._links[0], longest.prompt, kill=arm.arm.workers[0].device, after=after)
 
     @contextmanager
     def _site(self) -> Iterator[tuple[EmulatedNetwork, Place]]:
@@ -195,11 +200,12 @@ class _Channel:
         """Words before a command; this thread is on the base station already."""
         return self._network.prefix(device) if device in self._settings.devices else ()
 
-    def _ask(self, running: RunningArm, links: Links, prompt: int, *, kill: str = "") -> bool:
+    def _ask(self, running: RunningArm, links: Links, prompt: int, *, kill: str = "", after: int = 0) -> bool:
         """Measure one answer; returns whether the arm can go on.
 
         Args:
             kill: device to kill during the answer; empty for none.
+            after: number of tokens before that.
         """
         pieces: list[Piece] = []
         account = Account()
@@ -210,7 +216,7 @@ class _Channel:
                 pieces.append(piece)
                 if len(pieces) == 1:
                     first = self._traffic()
-                if kill and len(pieces) == _TOKENS_BEFORE_KILL:
+                if kill and len(pieces) == after:
                     running.kill(kill)
         except AnswerEndedError as error:
             outcome, why = error.outcome, _why(error, running)

@@ -32,6 +32,7 @@ def test_arms_take_turns_and_a_killed_device_degrades_the_answer(
         assert one["traffic"]["down_bytes"] > layers * 576 * 2 * later
         assert one["traffic"]["up_bytes"] > layers * 576 * 2 * later
     assert killed["killed"] == "node0"
+    assert killed["prompt"] == near["prompt"]
     assert killed["outcome"] == "degraded"
     assert {one["device"] for one in document["memory"]["ours"]} == {"bs", "node0", "node1"}
     assert "| ours |" in (out / "versus.md").read_text()
