@@ -194,7 +194,8 @@ class MqttTransport(Transport):
         try:
             yield
         finally:
-            sock.setsockopt(socket.IPPROTO_TCP, cork, 0)
+            with contextlib.suppress(OSError):  # the connection was lost, and paho has closed the socket
+                sock.setsockopt(socket.IPPROTO_TCP, cork, 0)
 
     def receive(self, timeout_s: float) -> Message | None:
         """The next message, or None if none arrives within `timeout_s`."""
