@@ -1,6 +1,7 @@
 """From logits to a token."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from bs_coordinator.config import SamplingConfig
 
 _MIN_TEMPERATURE = 1e-4
 """Below this, logits would overflow, and the most probable token is drawn anyway."""
+
+
+_NO_OTHERS: Mapping[tuple[int, int], int] = MappingProxyType({})
 
 
 class TokenSampler:
@@ -31,7 +35,9 @@ class TokenSampler:
             return int(logits.argmax(dim=-1))
         return self._draw(self._probabilities(logits))
 
-    def verify(self, logits: Tensor, draft: Sequence[int]) -> list[int]:
+    def verify(
+        self, logits: Tensor, draft: Sequence[int], others: Mapping[tuple[int, int], int] = _NO_OTHERS
+    ) -> list[int]:
         """The next tokens, given logits after each token of a draft: the accepted draft tokens, then one more.
 
         Each token is drawn as it would be without a draft, with the same random numbers, and the draft is followed
@@ -40,14 +46,16 @@ class TokenSampler:
         their probability on one token. The result also equals, token by token, what the seed gives without drafts.
 
         Args:
-            logits: [drafted + 1, vocab] on the CPU, row i given the first i draft tokens.
+            logits: [drafted + 1, vocab] on the CPU, row i given the first i draft tokens; then rows for `others`.
             draft: the draft's token ids.
+            others: rows of logits given another token in place of a draft token, by that one's index and the other id.
         """
         chosen: list[int] = []
-        for row, drafted in zip(logits, draft, strict=False):
-            chosen.append(self.choose(row[None]))
+        for i, drafted in enumerate(draft):
+            chosen.append(self.choose(logits[i][None]))
             if chosen[-1] != drafted:
-                return chosen
+                row = others.get((i, chosen[-1]))
+                return chosen if row is None else [*chosen, self.choose(logits[row][None])]
         return [*chosen, self.choose(logits[len(draft)][None])]
 
     def _probabilities(self, logits: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.errors import ContextLengthError
 from bs_coordinator.selection import Policy
 from bs_coordinator.trunk.inputs import SequenceInput
+from bs_coordinator.trunk.kv_cache import keep_branch
 
 PREFILL_CHUNK_TOKENS = 512
 """Longer prompts go through the model in chunks of this size, which keeps activations small."""
@@ -236,7 +237,8 @@ class GeneratedAnswer:
             generated = len(self._ids) - self.prompt_tokens
             room = min(self._config.max_tokens - generated - 1, self._sequence.max_positions - len(self._ids) - 1)
             proposed = _until_eos(drafter.propose(self._ids), self._sequence.tokenizer.eos_ids)
-            self._draft = self._length.draft(proposed, room, sequences=sequences)
+            branching = self.speculation.branching and trunk.batch_invariant
+            self._draft = self._length.draft(proposed, room, sequences=sequences, branching=branching)
             spare, share = self.speculation.spare, self.speculation.acceptance.share
             if spare is not None and sequences == 1 and spare.uses_next():
                 self.ahead = drafter.read_ahead(self._ids, self._draft.tokens, share, spare)
@@ -244,7 +246,7 @@ class GeneratedAnswer:
         count = len(self._running) if scored else len(drafted) + 1 if drafted else 0
         return SequenceInput(
             self._running + drafted, self._sequence.cache, rows=list(range(count)) or None, length=len(self._ids),
-            prompt=scored,
+            prompt=scored, parents=self._draft.parents,
         )  # fmt: skip
 
     def accept(self, logits: Tensor, step: StepRecord, *, sequences: int = 1) -> list[TokenEvent]:
@@ -257,6 +259,7 @@ class GeneratedAnswer:
         """
         sequence, draft = self._sequence, self._draft
         drafted = draft.ids
+        past = len(sequence.cached_ids)
         sequence.cached_ids += self._running + drafted
         self._pending = self._pending[len(self._running) :]
         if self._config.prompt_logprobs and not self.decoding:
@@ -265,17 +268,25 @@ class GeneratedAnswer:
             self._steps.append(step)
             return []
         choices = self._without_eos(logits)
-        chosen = self._sampler.verify(choices, drafted) if drafted else [self._sampler.choose(choices)]
+        main = [token.id for token in draft.tokens]
+        chosen = self._sampler.verify(choices, main, draft.rows) if drafted else [self._sampler.choose(choices)]
+        accepted = len(chosen) - 1
+        # The first of the chosen tokens that the draft does not begin with, and where it is one of the draft's others.
+        differs = next((i for i, id in enumerate(chosen) if i == len(main) or id != main[i]), 0)
+        if (other := draft.rows.get((differs, chosen[differs]))) is not None:
+            kept = [*range(accepted), other]
+            logits = logits[kept]
+            keep_branch(sequence.cache, past, kept)
+            sequence.cached_ids[past:] = [*self._running, *chosen[:accepted]]
         top = self._config.logprobs
         scores = [None] * len(chosen) if top is None else log_probabilities(logits, chosen, top)
-        accepted = len(chosen) - 1
         if self.decoding:
             if self.speculation.spare is not None and drafted and sequences == 1:
                 reads = self.ahead.reads if self.ahead else 0
                 expected_s = self.speculation.cost.seconds(step.tokens)
                 self.speculation.spare.observe_step(step.total_ns / 1e9, expected_s, reads)
             self._length.observe(
-                draft, accepted, step.total_ns / 1e9, rows=step.tokens, sequences=sequences, instead=chosen[-1]
+                draft, differs, step.total_ns / 1e9, rows=step.tokens, sequences=sequences, instead=chosen[differs]
             )
         if drafted or draft.seconds:
             draft_ns = int(1e9 * draft.seconds)
@@ -305,11 +316,13 @@ class GeneratedAnswer:
 
     def _without_eos(self, logits: Tensor) -> Tensor:
         """The logits with end tokens made impossible in the rows before `min_tokens`; row 0 is the next token's."""
-        rows = self._config.min_tokens - (len(self._ids) - self.prompt_tokens)
-        if rows <= 0:
+        least = self._config.min_tokens - (len(self._ids) - self.prompt_tokens)
+        if least <= 0:
             return logits
         logits = logits.clone()
-        logits[:rows, list(self._sequence.tokenizer.eos_ids)] = -torch.inf
+        after = [*range(len(logits) - len(self._draft.others)), *(index + 1 for index, _ in self._draft.others)]
+        rows = torch.tensor([[row] for row, tokens in enumerate(after) if tokens < least])
+        logits[rows, list(self._sequence.tokenizer.eos_ids)] = -torch.inf
         return logits
 
     def _stop_reason(self, id: int) -> StopReason | None:

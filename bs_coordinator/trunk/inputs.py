@@ -33,6 +33,9 @@ class SequenceInput(NamedTuple):
         length: of the sequence, if more of its tokens are known than these. With some kinds of rotary embedding, tokens
             depend on it.
         prompt: the tokens belong to a prompt, although `rows` names some of them.
+        parents: for each token the index of the one that it follows, -1 for the last one in the cache; None if each
+            follows the one before it. Only a `batch_invariant` trunk takes these, for at most `rows.MAX_ROWS` tokens;
+            `kv_cache.keep_branch` then makes the cache hold a single sequence again.
     """
 
     ids: list[int]
@@ -41,6 +44,7 @@ class SequenceInput(NamedTuple):
     rows: list[int] | None = None
     length: int = 0
     prompt: bool = False
+    parents: list[int] | None = None
 
     @property
     def wanted(self) -> list[int]:

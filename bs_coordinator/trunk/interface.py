@@ -58,7 +58,8 @@ class Trunk(Protocol):
         config: of the model, as transformers reads it.
         layers: number of layers with experts.
         max_positions: the model's context length in tokens.
-        batch_invariant: whether a token's results are bitwise independent of the tokens computed with it.
+        batch_invariant: whether a token's results are bitwise independent of the tokens computed with it. If so, a
+            sequence's tokens may also branch (`SequenceInput.parents`).
         packs: whether several sequences can be packed into one.
         rope_by_length: whether the rotary embedding of a token depends on how long its sequence is.
         can_truncate: whether positions can be removed from a cache. If not, a sequence can only grow: no drafts.

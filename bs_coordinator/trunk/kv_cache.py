@@ -1,5 +1,6 @@
 """A KV cache at a fixed address on a GPU, which captured graphs can append to."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,6 +8,24 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 FIRST_CAPACITY = 256
+
+
+@torch.inference_mode()
+def keep_branch(cache: DynamicCache, past: int, rows: Sequence[int]) -> None:
+    """Of the positions after the first `past`, keep some, so that the cache holds a single sequence.
+
+    Args:
+        cache: without a slab.
+        past: number of positions before the last step.
+        rows: of the step's tokens, those to keep, in ascending order.
+    """
+    for layer in cache.layers:
+        for number, row in enumerate(rows):
+            if row != number:
+                for part in (layer.keys, layer.values):
+                    part[:, :, past + number] = part[:, :, past + row]
+        if (excess := layer.get_seq_length() - past - len(rows)) > 0:
+            layer.crop(-excess)
 
 
 class SlabCache(DynamicCache):  # type: ignore[misc] # transformers is untyped here

@@ -235,13 +235,13 @@ class LlamaTrunk(Trunk):
     def start_pass(self, inputs: Sequence[SequenceInput]) -> TrunkPass:
         """Begin to take sequences through the trunk, in the order of `inputs`."""
         # All or none: while a graph waits for its experts, nothing else runs on its stream.
-        if all(s.packing is None for s in inputs) and (graphs := self.graphs(inputs)):
+        if all(s.packing is None and s.parents is None for s in inputs) and (graphs := self.graphs(inputs)):
             return GraphsPass(graphs, inputs, self.route)
         passes: list[TrunkPass] = []
         # Neighbours with few tokens share one pass, where this trunk runs them as rows.
         for few, group in itertools.groupby(inputs, lambda s: len(s.ids) <= MAX_ROWS and s.packing is None):
             some = list(group)
-            rows = self.rows([s.ids for s in some], [s.cache for s in some], [s.length for s in some]) if few else None
+            rows = self.rows(some) if few else None
             passes.append(RowsPass(rows, some, self.route) if rows else BlocksPass(self, some))
         return passes[0] if len(passes) == 1 else JointPass(passes)
 
@@ -305,17 +305,14 @@ class LlamaTrunk(Trunk):
         probabilities = torch.softmax(block.gate(expert_input).float(), dim=-1)
         return residual, expert_input, probabilities
 
-    def rows(self, ids: Sequence[Sequence[int]], caches: Sequence[DynamicCache], lengths: Sequence[int]) -> Rows | None:
-        """Begin a step of sequences with few new tokens each; None if this trunk is not `batch_invariant`.
-
-        Args:
-            ids: new token ids of each sequence.
-            caches: of the sequences.
-            lengths: of the sequences, as for `embed`.
-        """
+    def rows(self, inputs: Sequence[SequenceInput]) -> Rows | None:
+        """Begin a step of sequences with few new tokens each; None if this trunk is not `batch_invariant`."""
         if not self.batch_invariant:
             return None
-        return Rows(self._modules, self._rotary, ids, caches, lengths, window=self._window)
+        return Rows(
+            self._modules, self._rotary, [s.ids for s in inputs], [s.cache for s in inputs],
+            [s.length for s in inputs], window=self._window, parents=[s.parents for s in inputs],
+        )  # fmt: skip
 
     def graphs(self, inputs: Sequence[SequenceInput]) -> "GraphedDecoder | None":
         """The captured graphs, if they can run these tokens; None if they must run eagerly."""

@@ -56,7 +56,7 @@ class Rows:
 
     def __init__(
         self, modules: Any, rotary: nn.Module, ids: Sequence[Sequence[int]], caches: Sequence[DynamicCache],
-        lengths: Sequence[int], *, window: int | None,
+        lengths: Sequence[int], *, window: int | None, parents: Sequence[Sequence[int] | None] = (),
     ) -> None:  # fmt: skip
         """Begin a step.
 
@@ -67,6 +67,7 @@ class Rows:
             caches: of the sequences; they hold the tokens before these.
             lengths: of the sequences, where they are longer than what the caches will then hold.
             window: positions that a token attends to, its own included; None for all.
+            parents: of the sequences' tokens, as in `SequenceInput`; may be left out if each follows the one before.
         """
         self._modules = modules
         # Asked once per step: modules are slow to say what they don't have.
@@ -75,7 +76,16 @@ class Rows:
         self._window = window
         self._counts = [len(sequence) for sequence in ids]
         past = [cache.get_seq_length() for cache in caches]
-        positions = [p + i for p, count in zip(past, self._counts, strict=True) for i in range(count)]
+        trees = [_branches(p, count) for p, count in zip(parents or [None] * len(ids), self._counts, strict=True)]
+        positions = [p + len(branch) - 1 for p, branches in zip(past, trees, strict=True) for branch in branches]
+        # What a token attends to, where that is not just all before it.
+        self._seen = [
+            [
+                torch.tensor([*range(p), *(p + row for row in branch)]) if len(branch) <= i else None
+                for i, branch in enumerate(branches)
+            ]
+            for p, branches in zip(past, trees, strict=True)
+        ]
         self.hidden: Tensor = modules.embed_tokens(torch.tensor([id for sequence in ids for id in sequence]))
         by_token = [length for length, count in zip(lengths, self._counts, strict=True) for _ in range(count)]
         self._rotary = rotate(rotary, self.hidden, positions, by_token)
@@ -96,17 +106,19 @@ class Rows:
         query, key = apply_rotary_pos_emb(query, key, *self._rotary, unsqueeze_dim=2)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         mixed, start = [], 0
-        for cache, count in zip(self._caches, self._counts, strict=True):
+        for cache, count, some_seen in zip(self._caches, self._counts, self._seen, strict=True):
             end = start + count
             keys, values = cache.update(key[:, :, start:end], value[:, :, start:end], layer)
             first = keys.shape[2] - count
             for i in range(count):
-                seen = first + i + 1
+                own_keys, own_values, seen = keys, values, first + i + 1
+                if (index := some_seen[i]) is not None:
+                    own_keys, own_values, seen = keys.index_select(2, index), values.index_select(2, index), len(index)
                 begin = max(0, seen - self._window) if self._window else 0
                 mixed.append(
                     functional.scaled_dot_product_attention(
-                        query[:, :, start + i : start + i + 1], keys[:, :, begin:seen], values[:, :, begin:seen],
-                        scale=attention.scaling, enable_gqa=True,
+                        query[:, :, start + i : start + i + 1], own_keys[:, :, begin:seen],
+                        own_values[:, :, begin:seen], scale=attention.scaling, enable_gqa=True,
                     )
                 )  # fmt: skip
             start = end
@@ -122,3 +134,11 @@ class Rows:
     def head(self, rows: Sequence[int]) -> Tensor:
         """Logits [len(rows), vocab] of some rows, by index."""
         return product(self._modules.norm(self.hidden[list(rows)]), self._modules.lm_head)
+
+
+def _branches(parents: Sequence[int] | None, count: int) -> list[list[int]]:
+    """For each of `count` new tokens those that it attends to, itself last."""
+    branches: list[list[int]] = []
+    for row, parent in enumerate(range(-1, count - 1) if parents is None else parents):
+        branches.append([*(branches[parent] if parent >= 0 else []), row])
+    return branches

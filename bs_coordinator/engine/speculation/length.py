@@ -12,7 +12,7 @@ All these estimates can be wrong. Each sequence therefore keeps an account of th
 cost it, and may owe only a small share of the time it has taken.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 from typing import NamedTuple
 
@@ -45,15 +45,30 @@ class Draft(NamedTuple):
     Attributes:
         tokens: in the order of the sequence.
         seconds: time spent drafting.
+        others: further tokens, each in place of the one with that index in `tokens`.
     """
 
     tokens: tuple[DraftToken, ...] = ()
     seconds: float = 0.0
+    others: tuple[tuple[int, DraftToken], ...] = ()
 
     @property
     def ids(self) -> list[int]:
-        """The draft tokens' ids."""
-        return [token.id for token in self.tokens]
+        """Ids of all draft tokens, the others last."""
+        return [token.id for token in self.tokens] + [token.id for _, token in self.others]
+
+    @property
+    def parents(self) -> list[int] | None:
+        """Parents of the token before the draft and of the draft's, as in `SequenceInput`; None without others."""
+        if not self.others:
+            return None
+        return [*range(-1, len(self.tokens)), *(index for index, _ in self.others)]
+
+    @property
+    def rows(self) -> dict[tuple[int, int], int]:
+        """For each of `others`, by index and id, its row in the step, where the token before the draft is row 0."""
+        first = 1 + len(self.tokens)
+        return {(index, token.id): first + i for i, (index, token) in enumerate(self.others)}
 
 
 class StoppingRule(NamedTuple):
@@ -84,6 +99,21 @@ class StoppingRule(NamedTuple):
         return chance > self.price * self.row_s
 
 
+def likely_others(
+    draft: Sequence[DraftToken], share: Callable[[DraftToken], float], rule: StoppingRule
+) -> tuple[tuple[int, DraftToken], ...]:
+    """Tokens that are worth a row in place of a draft token, each with that one's index, the likeliest first.
+
+    If such a token comes, the step yields it and the token after it, as if it had been drafted.
+    """
+    found, chance = [], 1.0
+    for index, token in enumerate(draft):
+        found += [(chance * share(other), index, other) for other in token.others]
+        chance *= share(token)
+    found.sort(key=lambda each: -each[0])
+    return tuple((index, other) for chance, index, other in found[: rule.most - len(draft)] if rule.takes(chance))
+
+
 class DraftLength:
     """Decides the length of one sequence's drafts."""
 
@@ -100,13 +130,14 @@ class DraftLength:
         self._saved_s = 0.0
         self._taken_s = 0.0
 
-    def draft(self, proposed: Iterator[DraftToken], most: int, *, sequences: int = 1) -> Draft:
+    def draft(self, proposed: Iterator[DraftToken], most: int, *, sequences: int = 1, branching: bool = False) -> Draft:
         """Take proposed tokens while they are worth their cost.
 
         Args:
             proposed: by the drafter, each computed when it is requested.
             most: limit of the draft's length.
             sequences: number of sequences that will share the step.
+            branching: whether the step may also try other tokens in place of draft tokens.
         """
         if most < 1 or not self._cost.known:
             return Draft()
@@ -129,7 +160,8 @@ class DraftLength:
             if not rule.takes(chance):
                 break
             taken.append(token)
-        return Draft(tuple(taken), self._clock() - began_s)
+        others = likely_others(taken, self._acceptance.share, rule) if branching else ()
+        return Draft(tuple(taken), self._clock() - began_s, others)
 
     def observe(
         self, draft: Draft, accepted: int, step_s: float, *, rows: int, sequences: int = 1, instead: int | None = None
@@ -138,18 +170,20 @@ class DraftLength:
 
         Args:
             draft: as `draft` returned it.
-            accepted: number of its tokens that were accepted.
+            accepted: number of its tokens that were accepted, without `others`.
             step_s: duration of the step, without the time spent drafting.
             rows: of the step, of all sequences.
             sequences: number of sequences that shared the step.
             instead: the token that came after the accepted ones.
         """
         self._acceptance.observe(draft.tokens, accepted, instead=instead)
+        if instead is not None and (accepted, instead) in draft.rows:
+            accepted += 1
         plain_s = self._cost.plain_s(sequences)
         self._taken_s += step_s / sequences + draft.seconds
         if draft.tokens:
             # Measured, not expected: an account of expectations could not show that they are wrong.
-            self._saved_s -= len(draft.tokens) * (step_s - self._cost.seconds(sequences)) / (rows - sequences)
+            self._saved_s -= len(draft.ids) * (step_s - self._cost.seconds(sequences)) / (rows - sequences)
         self._saved_s += accepted * plain_s - draft.seconds
         self._saved_s = min(self._saved_s, _MAX_SAVED_STEPS * plain_s)
 

@@ -29,15 +29,24 @@ class Speculation:
         cost: of the model's steps.
         acceptance: of draft tokens.
         spare: when draft models read while nodes are awaited; None if they never do.
+        branching: whether steps may try several tokens for one position.
     """
 
-    def __init__(self, mode: DraftMode = "none", model: DraftModel | None = None, *, read_ahead: bool = True) -> None:
+    def __init__(
+        self,
+        mode: DraftMode = "none",
+        model: DraftModel | None = None,
+        *,
+        read_ahead: bool = True,
+        branching: bool = True,
+    ) -> None:
         """A mode that has learnt nothing yet.
 
         Args:
             mode: of drafting.
             model: the draft model, if any.
             read_ahead: whether the draft model may read while nodes are awaited.
+            branching: whether steps may try several tokens for one position.
 
         Raises:
             ValueError: `dense` without a draft model.
@@ -48,6 +57,7 @@ class Speculation:
         self.cost = StepCost()
         self.acceptance = Acceptance()
         self.spare = SpareTime() if read_ahead else None
+        self.branching = branching
         self._model = model
 
     def drafter(self) -> Drafter | None:
@@ -60,13 +70,13 @@ class Speculation:
             return self._model.drafter()
         return FirstOf(NgramDrafter(), self._model.drafter(), share=self.acceptance.share)
 
-    def restarted(self, mode: DraftMode, *, read_ahead: bool = True) -> "Speculation":
+    def restarted(self, mode: DraftMode, *, read_ahead: bool = True, branching: bool = True) -> "Speculation":
         """A new `Speculation` with the same draft model, which has learnt nothing.
 
         Raises:
             ValueError: `dense` without a draft model.
         """
-        return Speculation(mode, self._model, read_ahead=read_ahead)
+        return Speculation(mode, self._model, read_ahead=read_ahead, branching=branching)
 
     def observe(self, step: StepRecord, *, sequences: int, tokens: int) -> None:
         """Learn from a step of any of the model's sequences.

@@ -32,8 +32,10 @@ RTT_MS = 5.0
 EIGHT = {f"node{k}": f"L*:E{k}" for k in range(8)}
 _FOUR = {f"node{k}": f"L*:E{k},{k + 4}" for k in range(4)}
 
-Arm = Literal["none", "auto", "auto, not read ahead"]
-_MODES: dict[Arm, DraftMode] = {"none": "none", "auto": "auto", "auto, not read ahead": "auto"}
+Arm = Literal["none", "auto", "auto, one choice", "auto, one choice, not read ahead"]
+_MODES: dict[Arm, DraftMode] = {
+    "none": "none", "auto": "auto", "auto, one choice": "auto", "auto, one choice, not read ahead": "auto"
+}  # fmt: skip
 _ARMS = tuple(_MODES)
 _MAX_TOKENS = 40
 _WARM_UP_TOKENS = 8
@@ -43,7 +45,8 @@ class _MeasuredAnswer(Struct, frozen=True, kw_only=True):
     """One measured answer.
 
     Attributes:
-        arm: kind of draft; with `not read ahead`, the draft model is idle while nodes are awaited.
+        arm: kind of draft; with `one choice`, no other tokens are tried in place of draft tokens; with
+            `not read ahead`, the draft model is idle while nodes are awaited.
         prompt: index in `CHAT_PROMPTS`.
         ids: token ids.
         tpot_ms: TPOT: wall-clock time per token after the first.
@@ -82,7 +85,9 @@ def _answers(settings: Settings, nodes: Mapping[str, str]) -> dict[tuple[int, Ar
     done = _read(log)
     with open_site(settings, nodes) as station, log.open("ab", buffering=0) as file:
         shared = {
-            arm: station.speculation.restarted(mode, read_ahead="not read ahead" not in arm)
+            arm: station.speculation.restarted(
+                mode, read_ahead="not read ahead" not in arm, branching="one choice" not in arm
+            )
             for arm, mode in _MODES.items()
         }
         for arm in _ARMS:

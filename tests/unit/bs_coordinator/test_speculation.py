@@ -21,10 +21,12 @@ from bs_coordinator.engine.speculation import NgramDrafter, Speculation
 from bs_coordinator.engine.speculation.acceptance import Acceptance
 from bs_coordinator.engine.speculation.cost import StepCost
 from bs_coordinator.engine.speculation.drafts import DraftToken, Share
-from bs_coordinator.engine.speculation.length import Draft, DraftLength
+from bs_coordinator.engine.speculation.length import Draft, DraftLength, StoppingRule, likely_others
 from bs_coordinator.engine.speculation.spare_time import SpareTime
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import TopK
+from bs_coordinator.trunk.inputs import SequenceInput
+from bs_coordinator.trunk.kv_cache import keep_branch
 from bs_coordinator.trunk.load import load_trunk
 from testbed.evaluation.local_experts import LocalExperts
 from tests.checkpoints import VOCABULARY
@@ -46,7 +48,15 @@ class _Hindsight:
     def propose(self, ids: Sequence[int]) -> Iterator[DraftToken]:
         for position in range(len(ids), len(self._text)):
             right = self._text[position]
-            yield DraftToken(right if position % self._wrong else (right + 1) % VOCABULARY, "hindsight", 0.8)
+            drafted = [right, *((right + i) % VOCABULARY for i in range(1, 3))]
+            if position % self._wrong == 0:
+                # The right one is the second, the third, or not among them.
+                turn = position // self._wrong % 3
+                drafted[0], drafted[1 + turn % 2] = drafted[1 + turn % 2], right if turn < 2 else VOCABULARY - 1
+            best, *others = (
+                DraftToken(id, f"rank {rank}", 0.8 if rank == 0 else 0.1) for rank, id in enumerate(drafted)
+            )
+            yield best._replace(others=tuple(others))
 
 
 class _Model:
@@ -63,8 +73,10 @@ class _Model:
 class _Eager(DraftLength):
     """Always drafts, whether it pays or not, so that results do not depend on how long steps take."""
 
-    def draft(self, proposed: Iterator[DraftToken], most: int, *, sequences: int = 1) -> Draft:
-        return Draft(tuple(itertools.islice(proposed, min(most, 5))))
+    def draft(self, proposed: Iterator[DraftToken], most: int, *, sequences: int = 1, branching: bool = False) -> Draft:
+        tokens = tuple(itertools.islice(proposed, min(most, 5)))
+        others = ((i, other) for i, token in enumerate(tokens) for other in token.others) if branching else ()
+        return Draft(tokens, others=tuple(itertools.islice(others, 10)))
 
 
 @pytest.fixture
@@ -90,15 +102,15 @@ PROMPTS = [
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("wrong", [3, 10**9])
+@pytest.mark.parametrize(("wrong", "branching"), [(3, False), (3, True), (10**9, False), (10**9, True)])
 def test_right_and_wrong_drafts_change_nothing_alone_and_in_a_batch(
-    model: DistributedModel, tokenizer: Tokenizer, wrong: int
+    model: DistributedModel, tokenizer: Tokenizer, wrong: int, branching: bool
 ) -> None:
     config = SamplingConfig(max_tokens=24)
     prompts = PROMPTS
     plain = [[e.id for e in TokenSequence(model, tokenizer).generate(ids, config)] for ids in prompts]
     oracle = _Model(wrong)
-    speculation = Speculation("dense", oracle)
+    speculation = Speculation("dense", oracle, branching=branching)
     answers = []
     for ids, answer in zip(prompts, plain, strict=True):
         oracle.text = ids + answer
@@ -108,10 +120,68 @@ def test_right_and_wrong_drafts_change_nothing_alone_and_in_a_batch(
         assert sum(s.accepted for s in steps) + len(steps) == len(answer)
         assert all(s.phase == "decode" for s in steps[1:])
         if wrong > len(oracle.text):
-            assert all(s.accepted == s.drafted for s in steps)
+            assert branching or all(s.accepted == s.drafted for s in steps)
             assert len(steps) < len(answer) / 2
         answers.append(TokenSequence(model, tokenizer, speculation=speculation).answer(ids, config))
     assert _run_all(Scheduler(model), answers) == plain
+
+
+@pytest.mark.usefixtures("eager")
+def test_the_right_token_in_place_of_a_wrong_one_saves_steps(model: DistributedModel, tokenizer: Tokenizer) -> None:
+    config = SamplingConfig(max_tokens=30, logprobs=2, min_tokens=20)
+    plain = list(TokenSequence(model, tokenizer).generate(PROMPTS[0], config))
+    counts = {}
+    for branching in (False, True):
+        oracle = _Model(wrong=1)
+        oracle.text = PROMPTS[0] + [event.id for event in plain]
+        sequence = TokenSequence(model, tokenizer, speculation=Speculation("dense", oracle, branching=branching))
+        events = list(sequence.generate(PROMPTS[0], config))
+        assert [(e.id, e.logprob) for e in events] == [(e.id, e.logprob) for e in plain]
+        # What was rejected is not in the cache, and what was accepted is: another answer continues it.
+        assert sequence.cached_ids == oracle.text[:-1]
+        assert sequence.cache.get_seq_length() == len(sequence.cached_ids)
+        counts[branching] = sum(len(event.steps) for event in events)
+    assert counts[True] < 0.8 * counts[False]
+
+
+def test_tokens_that_branch_give_what_each_branch_gives_alone(model: DistributedModel) -> None:
+    trunk, begin = model.trunk, [3, 7, 11, 2, 9]
+    ids, parents = [5, 6, 8, 13, 14, 15, 16], [-1, 0, 1, 0, 3, 1, 4]
+    chains = [[5], [5, 6], [5, 6, 8], [5, 13], [5, 13, 14], [5, 6, 15], [5, 13, 14, 16]]
+    cache = trunk.new_cache()
+    model.step([SequenceInput(begin, cache)])
+    other = trunk.new_cache()
+    model.step([SequenceInput(begin[:2], other)])
+    tree = SequenceInput(ids, cache, rows=list(range(len(ids))), parents=parents)
+    (logits, beside), _ = model.step([tree, SequenceInput([4, 4], other)])
+    for row, chain in enumerate(chains):
+        alone = trunk.new_cache()
+        model.step([SequenceInput(begin, alone)])
+        (expected,), _ = model.step([SequenceInput(chain, alone, rows=[-1])])
+        assert torch.equal(logits[row], expected[0])
+    keep_branch(cache, len(begin), [0, 3, 4, 6])
+    (continued,), _ = model.step([SequenceInput([1], cache)])
+    (expected,), _ = model.step([SequenceInput([1], alone)])
+    assert torch.equal(continued, expected)
+    plain = trunk.new_cache()
+    model.step([SequenceInput(begin[:2], plain)])
+    assert torch.equal(beside, model.step([SequenceInput([4, 4], plain)])[0][0])
+
+
+def test_second_choices_are_rows_where_they_are_worth_them() -> None:
+    rule = StoppingRule(price=10.0, row_s=0.02, most=5)
+    draft = [
+        DraftToken(1, "any", 0.5, (DraftToken(2, "any", 0.4), DraftToken(3, "any", 0.1))),
+        DraftToken(4, "any", 0.5, (DraftToken(5, "any", 0.5), DraftToken(6, "any", 0.45), DraftToken(7, "any", 0.3))),
+    ]
+
+    def found(rule: StoppingRule) -> list[tuple[int, int]]:
+        return [(index, token.id) for index, token in likely_others(draft, lambda token: token.prior, rule)]
+
+    assert found(rule) == [(0, 2), (1, 5), (1, 6)]
+    assert found(rule._replace(most=4)) == [(0, 2), (1, 5)]
+    assert found(rule._replace(row_s=0.05)) == []
+    assert found(rule._replace(most=2)) == []
 
 
 @pytest.mark.usefixtures("eager")
