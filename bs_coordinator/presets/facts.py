@@ -10,7 +10,7 @@ class Link:
 
     Attributes:
         rtt_ms: round trip of an empty message.
-        down_mbps, up_mbps: goodput to and from the node, 10⁶ bit/s.
+        down_mbps, up_mbps: goodput to and from the node, 10⁶ bit/s; inf if it is not known.
     """
 
     rtt_ms: float

@@ -1,5 +1,6 @@
 """Measures what a preset decides by, before the first prompt: links by probes, memory, and what the nodes say."""
 
+import math
 import platform
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +18,12 @@ from wire.manifest import Manifest
 _STATUSES_S = 0.3
 """Time for the retained statuses of running nodes to arrive."""
 _PROBED_S = 1.0
-"""How long idle links are probed; by then each node has had several sizes."""
+"""How long idle links are probed at least."""
+_LONGEST_S = 5.0
+"""And at most, if some link is not known by then."""
+_MORE_S = 0.25
+_MOST_RATE_ERROR = 0.5
+"""Standard deviation of a rate, as a share of it, beyond which the rate is not known."""
 
 
 def look(
@@ -40,16 +46,10 @@ def look(
         wait_for_experts(dispatcher, timeout_s=config.nodes_timeout_s, on_wait=on_wait)
     else:
         dispatcher.pump(_STATUSES_S)
-    dispatcher.measure_links(_PROBED_S)
-    links = tuple(
-        Link(1e3 * estimate.link.rtt_s, estimate.link.down_mbps, estimate.link.up_mbps)
-        for estimate in dispatcher.links.estimates(dispatcher.clock.perf_ns() / 1e9)
-        if estimate.link.samples >= KNOWN_SAMPLES
-    )
     nodes, here = dispatcher.registry.nodes, platform.machine()
     room = needed_room(manifest)
     return Facts(
-        links=links,
+        links=_measured_links(dispatcher),
         shared_air=config.shared_air,
         free_bytes=available_bytes(),
         all_experts_bytes=room.all_bytes,
@@ -63,6 +63,30 @@ def look(
         draft_model=bool(manifest.draft) or config.draft_model is not None,
         why_no_drafts=why_no_drafts or _batch_variant(dispatcher),
     )
+
+
+def _measured_links(dispatcher: Dispatcher) -> tuple[Link, ...]:
+    """The links of all nodes that have answered often enough; a rate that is not known yet counts as unlimited."""
+    until_s = dispatcher.clock.monotonic_s() + _LONGEST_S
+    dispatcher.measure_links(_PROBED_S)
+    while len(known := _known_links(dispatcher)) < len(dispatcher.registry.nodes):
+        if dispatcher.clock.monotonic_s() >= until_s:
+            break
+        dispatcher.measure_links(_MORE_S)
+    return known
+
+
+def _known_links(dispatcher: Dispatcher) -> tuple[Link, ...]:
+    estimates = [estimate.link for estimate in dispatcher.links.estimates(dispatcher.clock.perf_ns() / 1e9)]
+    return tuple(
+        Link(1e3 * link.rtt_s, _rate(link.down_mbps, link.down_std_mbps), _rate(link.up_mbps, link.up_std_mbps))
+        for link in estimates
+        if link.samples >= KNOWN_SAMPLES
+    )
+
+
+def _rate(mbps: float, std_mbps: float) -> float:
+    return mbps if std_mbps <= _MOST_RATE_ERROR * mbps else math.inf
 
 
 def _several(units: tuple[UnitId, ...]) -> bool:

@@ -1,6 +1,7 @@
 """Presets: what they choose from which facts, that given options stay, and that `exact` leaves answers as they are."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,7 +34,7 @@ FIRST = MODELS["smol-mixtral-8x135m"]
 ASKED = BaseStationConfig(bundle=Path("b"))
 PRESETS: tuple[PresetName, ...] = ("fast", "exact", "field")
 
-_mbps = st.floats(0.1, 1e4)
+_mbps = st.floats(0.1, 1e4) | st.just(math.inf)
 _links = st.lists(st.builds(Link, st.floats(0.01, 1e3), _mbps, _mbps), max_size=9).map(tuple)
 _node = st.sampled_from(("", "pi1"))
 facts_of_all_kinds = st.builds(
