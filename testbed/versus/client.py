@@ -39,7 +39,12 @@ class Piece(Struct, frozen=True):
 
 
 class Account(Struct):
-    """What a head says about an answer at its end; fields that it leaves out stay None or 0."""
+    """What a head says about an answer at its end; fields that it leaves out stay None or 0.
+
+    Attributes:
+        tokens: of the answer.
+        degraded_tokens: tokens for which experts were missing.
+    """
 
     tokens: int | None = None
     prompt_tokens: int | None = None

@@ -120,7 +120,11 @@ def versus(
     settings = Settings(
         bundle=bundle, draft_model=draft_model, shape=shape, experts=dims.experts,
         arms=list(dict.fromkeys(arms)) or default_arms(peers, shape, devices),
-        links=[Links(rtt, mbps, channel == "shared") for channel in channels for rtt in rtts_ms],
+        links=[
+            Links(rtt, mbps, channel == "shared")
+            for channel in dict.fromkeys(channels)
+            for rtt in dict.fromkeys(rtts_ms)
+        ],
         devices=[f"node{k}" for k in range(devices)], prompts=prompts, tokens=tokens, threads=threads,
         deadline_s=deadline_s, start_s=start_s, kill=kill, folder=out, console=console,
     )  # fmt: skip

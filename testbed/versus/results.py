@@ -41,9 +41,10 @@ class Answer(Struct, frozen=True, kw_only=True):
         prompt: index of the prompt.
         outcome: `finished`, `degraded`, `refused`, `aborted` or `hung`.
         why: what the head said, if it did not finish.
-        pieces: text as it arrived, a token each.
+        pieces: text as it arrived, usually a token each.
         at_ms: when each piece arrived, after the request was sent.
-        prompt_tokens: as the head counts them; None if it does not say.
+        said_tokens: tokens of the answer, as the head counts them; None if it does not say.
+        prompt_tokens: the same of the prompt.
         traffic: between the first piece and the last.
         killed: device whose programs were killed during the answer; empty for none.
     """
@@ -55,6 +56,7 @@ class Answer(Struct, frozen=True, kw_only=True):
     why: str
     pieces: list[str]
     at_ms: list[float]
+    said_tokens: int | None
     prompt_tokens: int | None
     traffic: Traffic
     killed: str = ""
@@ -65,9 +67,14 @@ class Answer(Struct, frozen=True, kw_only=True):
         return "".join(self.pieces)
 
     @property
+    def tokens(self) -> int:
+        """Tokens of the answer, which need not be as many as pieces; without the head's count, each piece is one."""
+        return self.said_tokens or len(self.pieces)
+
+    @property
     def complete(self) -> bool:
         """Whether it reached its end, with at least two tokens to measure."""
-        return self.outcome in ("finished", "degraded") and len(self.pieces) > 1
+        return self.outcome in ("finished", "degraded") and min(self.tokens, len(self.pieces)) > 1
 
     @property
     def gaps_ms(self) -> list[float]:
@@ -76,8 +83,8 @@ class Answer(Struct, frozen=True, kw_only=True):
 
     @property
     def tpot_ms(self) -> float:
-        """TPOT: mean time per token after the first."""
-        return (self.at_ms[-1] - self.at_ms[0]) / (len(self.at_ms) - 1)
+        """TPOT: mean time per token after the first, of a complete answer."""
+        return (self.at_ms[-1] - self.at_ms[0]) / (self.tokens - 1)
 
 
 class Failure(Struct, frozen=True):
@@ -95,6 +102,7 @@ class Results(Struct):
         floors_ms: by profile, then arm; None where an arm has no floor.
         memory: by arm.
         rest_bytes_per_s: traffic of all arms together at rest, by profile.
+        local_experts: how many experts the base station keeps, of how many, by arm of ours; zeros if none.
     """
 
     parameters: dict[str, Any]
@@ -104,6 +112,7 @@ class Results(Struct):
     failures: list[Failure] = []
     memory: dict[str, list[Memory]] = {}
     rest_bytes_per_s: dict[str, float] = {}
+    local_experts: dict[str, tuple[int, int]] = {}
 
     def of(self, profile: str, arm: str) -> list[Answer]:
         """Complete answers of an arm, without those during which a device was killed."""
@@ -129,6 +138,10 @@ def tables(results: Results) -> str:
     """All tables: one per profile, and one of memory and of killed devices."""
     parts = [f"{profile}:\n\n{_speeds(results, profile)}" for profile in results.floors_ms]
     parts.append(_devices(results))
+    parts += [
+        f"{profile}: all arms together send {bytes_per_s / 1e3:.1f} kB/s at rest, which is part of every arm's traffic."
+        for profile, bytes_per_s in results.rest_bytes_per_s.items()
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -149,7 +162,7 @@ def _cells(answers: Sequence[Answer], floor_ms: float | None) -> list[str]:
     floor = "" if floor_ms is None else f"{floor_ms:.0f}"
     if not answers:
         return ["", "", floor, *[""] * 6]
-    later = sum(len(answer.pieces) - 1 for answer in answers)
+    later = sum(answer.tokens - 1 for answer in answers)
     traffic = [sum(getattr(answer.traffic, field) for answer in answers) / later for field in Traffic.__struct_fields__]
     gaps = [gap for answer in answers for gap in answer.gaps_ms]
     return [
@@ -157,22 +170,22 @@ def _cells(answers: Sequence[Answer], floor_ms: float | None) -> list[str]:
         f"{statistics.median(answer.tpot_ms for answer in answers):.1f}",
         floor,
         f"{np.quantile(gaps, 0.95):.1f}",
-        f"{1e3 * sum(len(a.pieces) for a in answers) / sum(a.at_ms[-1] for a in answers):.1f}",
+        f"{1e3 * sum(a.tokens for a in answers) / sum(a.at_ms[-1] for a in answers):.1f}",
         f"{traffic[0] / 1e3:.2f}", f"{traffic[1] / 1e3:.2f}", f"{traffic[2]:.0f}", f"{traffic[3]:.0f}",
     ]  # fmt: skip
 
 
 def _same(results: Results, profile: str, arm: str) -> str:
-    """Tokens that begin all answers of an arm as those of the first arm do, of all tokens."""
+    """Pieces that begin all answers of an arm as those of the first arm do, of all pieces."""
     if arm == results.arms[0]:
         return ""
     first = {answer.prompt: answer for answer in results.of(profile, results.arms[0])}
     pairs = [(first[a.prompt], a) for a in results.of(profile, arm) if a.prompt in first]
-    return f"{sum(common_tokens(*pair) for pair in pairs)} of {sum(len(a.pieces) for a, _ in pairs)}" if pairs else ""
+    return f"{sum(common_pieces(*pair) for pair in pairs)} of {sum(len(a.pieces) for a, _ in pairs)}" if pairs else ""
 
 
-def common_tokens(one: Answer, other: Answer) -> int:
-    """Tokens of `one` that lie within the beginning that both texts have in common."""
+def common_pieces(one: Answer, other: Answer) -> int:
+    """Pieces of `one` that lie within the beginning that both texts have in common."""
     common = next((i for i, (a, b) in enumerate(zip(one.text, other.text, strict=False)) if a != b), None)
     length = min(len(one.text), len(other.text)) if common is None else common
     ends = np.cumsum([len(piece) for piece in one.pieces])
@@ -181,7 +194,8 @@ def common_tokens(one: Answer, other: Answer) -> int:
 
 def _devices(results: Results) -> str:
     header = (
-        "arm", "base station: peak RSS, MB", "PSS", "largest device: peak RSS, MB", "PSS", "when a device is killed",
+        "arm", "base station: peak RSS, MB", "PSS", "largest device: peak RSS, MB", "PSS",
+        "experts on the base station", "when a device is killed",
     )  # fmt: skip
     killed = {answer.arm: answer for answer in results.answers if answer.killed}
     failed = {failure.arm: failure.why for failure in results.failures}
@@ -190,8 +204,16 @@ def _devices(results: Results) -> str:
         memory = results.memory.get(arm, [])
         largest = sorted(memory[1:], key=lambda one: one.peak_rss_bytes)[-1:]
         outcome = _outcome(killed[arm]) if arm in killed else f"failed: {failed[arm]}" if arm in failed else ""
-        rows.append((arm, *_megabytes(memory[:1]), *_megabytes(largest), outcome))
+        rows.append((arm, *_megabytes(memory[:1]), *_megabytes(largest), _local(results, arm), outcome))
     return markdown(header, rows)
+
+
+def _local(results: Results, arm: str) -> str:
+    """Experts of an arm of ours that need no network; empty for other programs."""
+    if arm not in results.local_experts:
+        return ""
+    here, every = results.local_experts[arm]
+    return "none" if not here else f"all {every}: not distributed" if here == every else f"{here} of {every}"
 
 
 def _megabytes(memory: Iterable[Memory]) -> list[str]:
@@ -199,7 +221,7 @@ def _megabytes(memory: Iterable[Memory]) -> list[str]:
 
 
 def _outcome(answer: Answer) -> str:
-    return f"{answer.outcome} after {len(answer.pieces)} tokens" + (f": {answer.why}" if answer.why else "")
+    return f"{answer.outcome} after {answer.tokens} tokens" + (f": {answer.why}" if answer.why else "")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

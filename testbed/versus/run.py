@@ -20,7 +20,7 @@ from common.errors import WdmoeError
 from testbed.bench.chat_prompts import CHAT_PROMPTS
 from testbed.network.emulated import EmulatedNetwork, emulated
 from testbed.network.uniform import Links, write_network
-from testbed.versus.arms import OURS, Peers, Place, make_arm
+from testbed.versus.arms import OURS, Peers, Place, local_experts, make_arm
 from testbed.versus.client import Account, AnswerEndedError, Piece, chat_request, stream_answer
 from testbed.versus.floors import Shape
 from testbed.versus.plot import draw_tpot
@@ -75,7 +75,7 @@ def run_versus(settings: Settings, peers: Peers) -> None:
     """Measure, write results to the folder, and print the tables.
 
     Raises:
-        WdmoeError: no arm made an answer; the message says why the first failed.
+        WdmoeError: no arm made an answer that can be measured; the message says why the first failed.
     """
     settings.folder.mkdir(parents=True, exist_ok=True)
     with cpu_idle_disabled() as stays_awake:
@@ -88,7 +88,9 @@ def run_versus(settings: Settings, peers: Peers) -> None:
     draw_tpot(results, settings.links, settings.folder / "tpot.svg")
     settings.console.print(tables(results), highlight=False, markup=False, soft_wrap=True)
     if not any(answer.complete for answer in results.answers):
-        raise WdmoeError(f"no arm made an answer: {results.failures[0].arm}: {results.failures[0].why}")
+        first = next(iter(results.failures), None)
+        why = f"{first.arm}: {first.why}" if first else "each ended before its second token"
+        raise WdmoeError(f"no arm made an answer that can be measured: {why}")
 
 
 def _parameters(settings: Settings, *, stays_awake: bool) -> dict[str, object]:
@@ -131,7 +133,8 @@ class _Channel:
                     # Another arm begins each time.
                     for name in names[turn % max(1, len(names)) :] + names[: turn % max(1, len(names))]:
                         if not self._ask(running[name], links, prompt):
-                            del running[name]
+                            # A head that hangs may still compute and send, beside the arms that go on.
+                            running.pop(name).stop()
             for name, arm in running.items():
                 self._results.memory.setdefault(name, arm.memory())
             write_results(self._results, self._settings.folder)
@@ -190,10 +193,13 @@ class _Channel:
                 list(self._stream(one, 0, _WARM_UP_TOKENS, Account()))
             except AnswerEndedError as error:
                 self._give_up(name, self._links[0], f"{error.outcome}: {_why(error, one)}")
+                one.stop()
             except WdmoeError as error:
                 self._give_up(name, self._links[0], str(error))
             else:
                 running[name] = one
+                if name in OURS:
+                    self._results.local_experts.setdefault(name, local_experts(one.head_log()))
         return running
 
     def _prefix(self, device: str) -> Sequence[str]:
@@ -229,12 +235,13 @@ class _Channel:
         answer = Answer(
             arm=running.arm.name, profile=links.profile, prompt=prompt, outcome=outcome, why=why,
             pieces=[piece.text for piece in pieces], at_ms=[1e3 * piece.at_s for piece in pieces],
-            prompt_tokens=account.prompt_tokens, traffic=last.since(first) if pieces else Traffic(), killed=kill,
+            said_tokens=account.tokens, prompt_tokens=account.prompt_tokens,
+            traffic=last.since(first) if pieces else Traffic(), killed=kill,
         )  # fmt: skip
         self._results.answers.append(answer)
         self._say(
-            f"{links.profile}, prompt {prompt + 1}, {answer.arm}: {len(pieces)} tokens, "
-            + (f"{answer.tpot_ms:.1f} ms each, " if len(pieces) > 1 else "")
+            f"{links.profile}, prompt {prompt + 1}, {answer.arm}: {answer.tokens} tokens, "
+            + (f"{answer.tpot_ms:.1f} ms each, " if answer.complete else "")
             + (f"{kill} killed, " if kill else "")
             + " ".join(filter(None, (outcome, why)))
         )

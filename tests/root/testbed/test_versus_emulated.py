@@ -1,6 +1,7 @@
 """A small run of `versus` with our arms only, on emulated links with real processes."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,24 +17,62 @@ def test_arms_take_turns_and_a_killed_device_degrades_the_answer(
 ) -> None:
     out = tmp_path / "out"
     done = run(
-        "testbed", "versus", "--bundle", tiny_bundle("int4"), "--arm", "ours", "--rtt-ms", "2", "--rtt-ms", "10",
-        "--channel", "dedicated", "--devices", "2", "--prompts", "1", "--tokens", "12", "--out", out,
+        "testbed", "versus", "--bundle", tiny_bundle("int4"), "--arm", "ours", "--rtt-ms", "10", "--rtt-ms", "30",
+        "--channel", "dedicated", "--devices", "2", "--prompts", "1", "--tokens", "24", "--out", out,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     document = json.loads((out / "versus.json").read_text())
     near, far, killed = document["answers"]
-    assert [one["profile"] for one in (near, far)] == ["dedicated-100-2", "dedicated-100-10"]
+    assert [one["profile"] for one in (near, far)] == ["dedicated-100-10", "dedicated-100-30"]
     assert near["pieces"] == far["pieces"]
     layers, later = 2, len(near["pieces"]) - 1
-    for one, rtt_ms in ((near, 2), (far, 10)):
+    for one, rtt_ms in ((near, 10), (far, 30)):
         assert one["outcome"] == "finished"
         # No token is faster than the round trips of its layers, and each brought two messages of a hidden state.
         assert one["at_ms"][-1] - one["at_ms"][0] > layers * rtt_ms * later
-        assert one["traffic"]["down_bytes"] > layers * 576 * 2 * later
-        assert one["traffic"]["up_bytes"] > layers * 576 * 2 * later
+        # Half of it, because the first tokens may have been sent before the counters were read.
+        assert one["traffic"]["down_bytes"] > layers * 576 * later
+        assert one["traffic"]["up_bytes"] > layers * 576 * later
     assert killed["killed"] == "node0"
     assert killed["prompt"] == near["prompt"]
     assert killed["outcome"] == "degraded"
     assert {one["device"] for one in document["memory"]["ours"]} == {"bs", "node0", "node1"}
+    assert document["local_experts"] == {"ours": [0, 0]}
     assert "| ours |" in (out / "versus.md").read_text()
     assert "a link for each device" in (out / "tpot.svg").read_text()
+
+
+def test_a_preset_that_keeps_all_experts_is_shown_as_not_distributed(
+    run: Run, tiny_bundle: Callable[[Scheme], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = run(
+        "testbed", "versus", "--bundle", tiny_bundle("int4"), "--arm", "ours-fast", "--rtt-ms", "10", "--channel",
+        "dedicated", "--devices", "1", "--prompts", "1", "--tokens", "4", "--no-kill", "--out", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    here, every = json.loads((out / "versus.json").read_text())["local_experts"]["ours-fast"]
+    assert here == every == 16
+    assert "| all 16: not distributed |" in (out / "versus.md").read_text()
+
+
+def test_answers_too_short_to_measure_are_one_line(
+    run: Run, tiny_bundle: Callable[[Scheme], Path], tmp_path: Path
+) -> None:
+    head = Path(__file__).parents[2] / "stand_in_head.py"
+    server, model = tmp_path / "server", tmp_path / "model.gguf"
+    # llama-server's arguments, of which the port follows on `--port`.
+    server.write_text(
+        '#!/bin/sh\nwhile [ "$1" != --port ]; do shift; done\n' + f'exec {sys.executable} {head} "$2" finish 1\n'
+    )
+    server.chmod(0o755)
+    model.write_bytes(b"GGUF")
+    done = run(
+        "testbed", "versus", "--bundle", tiny_bundle("int4"), "--arm", "llama", "--llama-server", server,
+        "--gguf", model, "--channel", "dedicated", "--rtt-ms", "10", "--devices", "1", "--prompts", "1",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith(
+        "no arm made an answer that can be measured: each ended before its second token"
+    )

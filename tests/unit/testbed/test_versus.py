@@ -11,7 +11,7 @@ from testbed.versus.arms import Peers, Place, check_arm, default_arms, make_arm
 from testbed.versus.floors import Shape
 from testbed.versus.plot import draw_tpot
 from testbed.versus.programs import Memory
-from testbed.versus.results import Answer, Failure, Results, Traffic, common_tokens, tables
+from testbed.versus.results import Answer, Failure, Results, Traffic, common_pieces, tables
 from tests.in_process import run_in_process
 from wire.broker_address import BrokerAddress
 
@@ -103,7 +103,10 @@ def test_on_a_shared_channel_messages_take_turns_and_a_pipeline_waits_no_longer(
 
 
 def answer(arm: str, pieces: list[str], at_ms: list[float], **fields: object) -> Answer:
-    defaults = {"profile": "p", "prompt": 0, "outcome": "finished", "why": "", "prompt_tokens": 9, "traffic": Traffic()}
+    defaults = {
+        "profile": "p", "prompt": 0, "outcome": "finished", "why": "", "said_tokens": None, "prompt_tokens": 9,
+        "traffic": Traffic(),
+    }  # fmt: skip
     return Answer(arm=arm, pieces=pieces, at_ms=at_ms, **{**defaults, **fields})  # type: ignore[arg-type]
 
 
@@ -117,12 +120,30 @@ def test_times_and_traffic_per_token_are_of_the_tokens_after_the_first() -> None
     assert row == "| ours | 100 | 30.0 | 25 | 39.0 | 18.8 | 3.00 | 1.00 | 15 | 5 |  | 1 |"
 
 
+def test_tokens_are_counted_as_the_head_counts_them_where_it_does() -> None:
+    traffic = Traffic(6000, 2000, 30, 10)
+    # Pieces that hold several tokens each: 5 in all, 4 after the first.
+    said = answer("ours", ["a b", "c d", "e"], [100, 120, 160], said_tokens=5, traffic=traffic)
+    row = tables(Results({}, ["ours"], {"p": {}}, [said])).splitlines()[4]
+    assert row == "| ours | 100 | 15.0 |  | 39.0 | 31.2 | 1.50 | 0.50 | 8 | 2 |  | 1 |"
+    assert not answer("ours", ["a", "b"], [1, 2], said_tokens=1).complete
+    assert not answer("ours", ["a b"], [1], said_tokens=2).complete
+
+
+def test_an_arm_that_needs_no_network_is_not_taken_for_a_distributed_one() -> None:
+    arms = ["ours", "ours-fast", "some", "llama-2"]
+    local = {"ours": (0, 0), "ours-fast": (240, 240), "some": (60, 240)}
+    rows = tables(Results({}, arms, local_experts=local, rest_bytes_per_s={"p": 1500})).splitlines()
+    assert [row.split(" | ")[5] for row in rows[2:6]] == ["none", "all 240: not distributed", "60 of 240", ""]
+    assert rows[-1] == "p: all arms together send 1.5 kB/s at rest, which is part of every arm's traffic."
+
+
 def test_texts_are_compared_by_what_they_begin_with_however_they_are_cut() -> None:
     one = answer("x", ["The ", "cap", "ital", " is"], [1, 2, 3, 4])
-    assert common_tokens(one, answer("y", ["The", " capital", " of"], [1, 2, 3])) == 3
-    assert common_tokens(one, answer("y", ["The ", "cat"], [1, 2])) == 1
-    assert common_tokens(one, one) == 4
-    assert common_tokens(one, answer("y", [], [])) == 0
+    assert common_pieces(one, answer("y", ["The", " capital", " of"], [1, 2, 3])) == 3
+    assert common_pieces(one, answer("y", ["The ", "cat"], [1, 2])) == 1
+    assert common_pieces(one, one) == 4
+    assert common_pieces(one, answer("y", [], [])) == 0
 
 
 def test_arms_that_fail_or_lose_a_device_are_rows_that_say_so() -> None:
@@ -135,8 +156,8 @@ def test_arms_that_fail_or_lose_a_device_are_rows_that_say_so() -> None:
     failures = [Failure("llama-8", "p", "bs: ended with exit code 1; last line: a | b")]
     arms = ["ours", "llama-2", "llama-8"]
     text = tables(Results({}, arms, {"p": dict.fromkeys(arms)}, answers, failures, memory))
-    assert "| ours | 3 | 2 | 4 | 0 | degraded after 2 tokens: 1 tokens |" in text
-    assert "| llama-2 |  |  |  |  | aborted after 1 tokens: connection lost |" in text
+    assert "| ours | 3 | 2 | 4 | 0 |  | degraded after 2 tokens: 1 tokens |" in text
+    assert "| llama-2 |  |  |  |  |  | aborted after 1 tokens: connection lost |" in text
     assert "failed: bs: ended with exit code 1; last line: a \\| b |" in text
     # The answer during which a device was killed counts for no time.
     assert "| ours | 1 | 1.0 |" in text
