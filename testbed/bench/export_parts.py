@@ -4,10 +4,9 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.pool import Pool
 from pathlib import Path
 
 import numpy as np
@@ -89,13 +88,14 @@ def forget_cached(files: Iterable[Path]) -> None:
 class Quantiser:
     """Processes that quantise weights in RAM, with nothing to read, check or write."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
         self._pool = pool
 
     def run_s(self, experts: int) -> float:
         """Seconds for this many experts."""
         began_s = time.perf_counter()
-        self._pool.map(_quantise, range(experts), chunksize=1)
+        for _ in self._pool.map(_quantise, range(experts)):
+            pass
         return time.perf_counter() - began_s
 
 
@@ -103,7 +103,8 @@ class Quantiser:
 def open_quantiser(dims: Dims, quantisation: Quantisation, processes: int) -> Iterator[Quantiser]:
     """Start the processes, each with the weights of one matrix as float32, and let each quantise."""
     spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(processes, _prepare, (dims, quantisation)) as pool:
+    # Not `multiprocessing.Pool`, which waits for ever for the result of a process that the kernel killed for memory.
+    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_prepare, initargs=(dims, quantisation)) as pool:
         quantiser = Quantiser(pool)
         quantiser.run_s(processes)
         yield quantiser

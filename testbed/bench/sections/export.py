@@ -161,7 +161,8 @@ def _stamps(checkpoint: Path, out: Path, jobs: int) -> tuple[float, float]:
 def _memory_bytes(process: psutil.Process) -> int:
     """Memory of a process and its children; what several of them share counts once (proportional set size)."""
     found = 0
-    for one in (process, *process.children(recursive=True)):
-        with suppress(psutil.Error):  # it has ended
-            found += one.memory_full_info().pss
+    with suppress(psutil.Error):  # it has ended
+        for one in (process, *process.children(recursive=True)):
+            with suppress(psutil.Error):
+                found += one.memory_full_info().pss
     return found
