@@ -39,7 +39,7 @@ class SpareTime:
     @property
     def most_reads(self) -> int:
         """Most reads in the next step."""
-        return _FEW_READS if self._steps_with < _FIRST_STEPS or self.least_chance >= 1.0 else sys.maxsize
+        return _FEW_READS if self._steps_with < _FIRST_STEPS or not self._pays else sys.maxsize
 
     @property
     def delay_s(self) -> float:
@@ -51,14 +51,18 @@ class SpareTime:
 
     @property
     def least_chance(self) -> float:
-        """Probability that a text comes from which reading it is expected to save more time than it costs."""
-        return self.delay_s / self.read_s if self.read_s else 0.0
+        """Probability that a text comes from which it is read.
+
+        From there, reading is expected to save more time than it costs. While it never does, the likeliest texts are
+        read in a few steps all the same: they show whether that is still so.
+        """
+        return self._breakeven if self._pays else 0.0
 
     def uses_next(self) -> bool:
         """Whether to read during the next step."""
         if self._steps_with < _FIRST_STEPS:
             return self._steps_with <= self._steps_without
-        pays = self.least_chance < 1.0
+        pays = self._pays
         return pays if self._since_other < (_WITHOUT_EVERY if pays else _WITH_EVERY) - 1 else not pays
 
     def fits(self, since_s: float) -> bool:
@@ -87,7 +91,7 @@ class SpareTime:
         """
         most = _LARGEST_EXCESS * expected_s
         excess_s = max(-most, min(seconds - expected_s, most))
-        usual = (self.least_chance < 1.0) == (reads > 0)
+        usual = self._pays == (reads > 0)
         self._since_other = self._since_other + 1 if usual else 0
         if reads:
             self._steps_with += 1
@@ -96,6 +100,15 @@ class SpareTime:
         else:
             self._steps_without += 1
             _add(self._excess_without, excess_s, first=self._steps_without == 1)
+
+    @property
+    def _breakeven(self) -> float:
+        """Probability from which reading a text saves as much time as it costs; above 1 if it never does."""
+        return self.delay_s / self.read_s if self.read_s else 0.0
+
+    @property
+    def _pays(self) -> bool:
+        return self._breakeven < 1.0
 
 
 def _add(average: MovingAverage, value: float, *, first: bool) -> None:

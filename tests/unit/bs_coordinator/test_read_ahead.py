@@ -135,8 +135,8 @@ def test_reading_that_delays_steps_ends_by_itself(seed: int, share: float, noise
             spare.observe_step(took_s, step_s, count)
             used.append(uses)
         later = sum(used[150:]) / 150
-        # Nothing can be said where noise is as large as what reads cost.
-        uncertain_s = 2 * noise * step_s / min(reads, 6)
+        # Nothing can be said where noise, or rounding, is as large as what reads cost.
+        uncertain_s = 1e-9 + 2 * noise * step_s / min(reads, 6)
         if phase_share * 0.005 > 0.005 + uncertain_s and phase_share * reads * 0.005 < 0.25 * step_s:
             assert later < 0.2
         if phase_share * 0.005 < 0.005 - uncertain_s:
@@ -210,6 +210,30 @@ def test_proposals_are_the_same_and_need_no_more_reading(ends: list[tuple[int, i
             if rank == 0 or (rank == 1 and accepted < 2):
                 assert reader.reads == before
             assert first.id == _choices(text)[0].id
+
+
+def test_reading_that_does_not_pay_is_tried_now_and_then() -> None:
+    spare = SpareTime()
+    counts: list[int] = []
+    with ThreadPoolExecutor(1) as background:
+        drafter = ModelDrafter(_Reader(), background=background)
+        for number in range(80):
+            text, reads = [number, number + 1], 0
+            if spare.uses_next():
+                ahead = drafter.read_ahead(text, list(itertools.islice(drafter.propose(text), 2)), _share, spare)
+                assert ahead is not None
+                spare.wait_s = 1e9
+                ahead.wait_begins()
+                background.submit(lambda: None).result()
+                ahead.wait_ends()
+                ahead.step_ends()
+                reads = ahead.reads
+            counts.append(reads)
+            # Each read delays the step by 10 s, far more than it takes on any machine.
+            spare.observe_step(300.0 + 10.0 * reads, 300.0, reads)
+    # At first with reading and without in turns, then with it in one step of 16.
+    assert counts[:8] == [6, 0] * 4
+    assert [count for count in counts[8:] if count] == [6] * 4
 
 
 class _Model:
