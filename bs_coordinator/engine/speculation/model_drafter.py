@@ -112,7 +112,9 @@ class ModelDrafter:
         """Wait until only this thread uses the reader."""
         if self._reading is not None:
             reading, self._reading = self._reading, None
-            reading.result()
+            # What has not begun yet may be behind another sequence's prompt, which takes a second.
+            if not reading.cancel():
+                reading.result()
 
     def _read_text(self, base: list[int], path: Path) -> tuple[DraftToken, ...]:
         text = [*base, *path]
@@ -125,6 +127,8 @@ class ModelDrafter:
         return choices
 
     def _next(self, ids: list[int]) -> list[Choice]:
+        if len(ids) <= self._first:  # another text, shorter than what was left out of the last one
+            self._first = 0
         seen, shared = ids[self._first :], 0
         limit = min(len(self._read), len(seen) - 1)
         while shared < limit and self._read[shared] == seen[shared]:

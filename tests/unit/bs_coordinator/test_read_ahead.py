@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -167,6 +168,7 @@ class _Reader:
         self.reads = 0
 
     def read(self, ids: Sequence[int], past: int) -> list[Choice]:
+        assert ids
         assert past <= len(self.seen)
         self.seen = [*self.seen[:past], *ids]
         self.reads += 1
@@ -234,6 +236,23 @@ def test_reading_that_does_not_pay_is_tried_now_and_then() -> None:
     # At first with reading and without in turns, then with it in one step of 16.
     assert counts[:8] == [6, 0] * 4
     assert [count for count in counts[8:] if count] == [6] * 4
+
+
+def test_a_proposal_does_not_wait_for_the_prompt_of_another_sequence() -> None:
+    with ThreadPoolExecutor(1) as background:
+        over = threading.Event()
+        other = background.submit(over.wait, 60)
+        drafter = ModelDrafter(_Reader(), background=background)
+        drafter.prepare([1, 2, 3])
+        assert next(drafter.propose([1, 2, 3])).id == _choices([1, 2, 3])[0].id
+        assert not other.done()
+        over.set()
+
+
+def test_a_long_text_may_be_followed_by_a_short_one() -> None:
+    drafter = ModelDrafter(_Reader())
+    for text in (list(range(900)), [3, 4, 5], list(range(300))):
+        assert next(drafter.propose(text)).id == _choices(text)[0].id
 
 
 class _Model:
