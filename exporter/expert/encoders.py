@@ -183,10 +183,13 @@ class BlockEncoder:
 
     def _ranges(self, blocks: Array) -> tuple[Array, Array]:
         """Scales and zero points, both float32 [blocks], of [blocks, block] weights."""
-        # numpy reduces short rows one by one, which takes ten times as long as with the transpose.
-        turned = self._turned[: blocks.size].reshape(self._block, len(blocks))
-        np.copyto(turned, blocks.T)
-        low, high = turned.min(axis=0), turned.max(axis=0)
+        # numpy reduces short rows one by one, which takes ten times as long as with the transpose. Neighbours are moved
+        # in pairs, because copying takes as long for 8 bytes as for 4.
+        pairs = self._turned[: blocks.size].view(np.uint64).reshape(self._block // 2, len(blocks))
+        np.copyto(pairs, blocks.view(np.uint64).T)
+        turned = pairs.view(np.float32)
+        lows, highs = turned.min(axis=0), turned.max(axis=0)
+        low, high = np.minimum(lows[::2], lows[1::2]), np.maximum(highs[::2], highs[1::2])
         top, middle = np.float32(2**self._bits - 1), np.float32(2 ** (self._bits - 1))
         if self._symmetric:
             # The larger end maps to code 0, which is one step farther from the middle than the highest code.

@@ -116,7 +116,9 @@ def export_expert(job: ExpertJob) -> ExpertEntry:
     graph = build_graph(job.dims, job.quantisation, layout, Path(weights_path).name, job.graph)
     with open_writer(job.out, graph_path) as file:
         file.write(graph)
-    outputs = run_rows(job.out / graph_path, probe_input(job.dims.hidden, PROBE_ROWS), job.threads)
+    probe = probe_input(job.dims.hidden, PROBE_ROWS)
+    together = job.quantisation.scheme != "int8-dynamic"
+    outputs = run_rows(job.out / graph_path, probe, job.threads, together=together)
     return ExpertEntry(
         layer=job.id.layer,
         expert=job.id.expert,
@@ -237,9 +239,11 @@ def _encode_matrix(
     """Write one matrix's parts and its bias; returns x · matrixᵀ + bias in fp32."""
     first_part, *other_parts = layout.parts[matrix]
     product = np.empty((len(x), values.shape[0]), np.float32)
+    # With the few rows as columns of contiguous memory, BLAS does not rearrange the slab: half the time.
+    inputs = np.ascontiguousarray(x.T)
     weights.pad_to(first_part.offset)
     for first, slab in stream_rows(reader, values, source):
-        part = _checked_product(values, x, slab)
+        part = _checked_product(values, slab, inputs).T
         product[:, first : first + len(slab)] = part
         try:
             weights.write(encoder.encode(slab))
@@ -267,11 +271,11 @@ def _read_bias(reader: TensorReader, bias: MatrixRef, source: Any) -> Array:
     return values
 
 
-def _checked_product(tensor: MatrixRef, x: Array, slab: Array) -> Array:
-    """x · slabᵀ, with a check that all weights are finite."""
+def _checked_product(tensor: MatrixRef, slab: Array, inputs: Array) -> Array:
+    """slab · inputs, with a check that all weights are finite."""
     with np.errstate(all="ignore"):
-        product: Array = x @ slab.T
-    # Any NaN or infinity among the weights makes a whole column non-finite, so nothing else is scanned.
+        product: Array = slab @ inputs
+    # Any NaN or infinity among the weights makes a whole row non-finite, so nothing else is scanned.
     if not np.isfinite(product).all():
         if not np.isfinite(slab).all():
             raise CheckpointError(f"tensor '{tensor.name}' holds NaN or infinite values: it is damaged")

@@ -32,10 +32,15 @@ def probe_tolerance(quantisation: Quantisation) -> float:
             return 0.03
 
 
-def run_rows(graph: Path, inputs: Array, threads: int = 1) -> Array:
-    """Outputs [rows, hidden] of an expert's graph file for inputs [rows, hidden], one row per call.
+def run_rows(graph: Path, inputs: Array, threads: int = 1, *, together: bool = False) -> Array:
+    """Outputs [rows, hidden] of an expert's graph file for inputs [rows, hidden].
 
-    One by one, because int8-dynamic gives a row another output in another batch.
+    The first row always has a call of its own, because it proves the expert on devices, and a row's output may depend
+    on those beside it.
+
+    Args:
+        together: whether the other rows share one call, which reads the weights once; otherwise each has its own.
+            Not for int8-dynamic, where all rows of a call share the scale of the activations.
 
     Raises:
         BundleError: onnxruntime can't load or run the graph.
@@ -44,10 +49,11 @@ def run_rows(graph: Path, inputs: Array, threads: int = 1) -> Array:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = open_session(graph, options)
-        outputs: list[Array] = [session.run(["y"], {"x": row[None]})[0][0] for row in inputs]
+        batches = [inputs[:1], inputs[1:]] if together and len(inputs) > 1 else np.split(inputs, len(inputs))
+        outputs: list[Array] = [session.run(["y"], {"x": batch})[0] for batch in batches]
     except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen unrelated types
         raise BundleError(f"onnxruntime can't run {graph}: {error}") from None
-    return np.stack(outputs)
+    return np.concatenate(outputs)
 
 
 def relative_error(found: Array, expected: Array) -> float:
