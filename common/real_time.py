@@ -24,13 +24,16 @@ MOST_TOKENS = 16
 
 def why_not() -> str:
     """Why this process can't raise its threads; empty if it can, or if its policy was chosen outside (`chrt`)."""
-    if not hasattr(os, "sched_setscheduler"):
+    # Some C libraries have the functions, but only to refuse them (musl).
+    if not hasattr(os, "sched_setscheduler") or (policy := _scheduler(0)) is None:
         return "this system has no real-time priorities"
     if len(os.sched_getaffinity(0)) < 2:
         return "a single core would have no time for anything else"
     if (niceness := os.getpriority(os.PRIO_PROCESS, 0)) > 0:
         return f"started with niceness {niceness}, so that others come first"
-    if _policy(0) != os.SCHED_OTHER:
+    if (policy := policy & ~os.SCHED_RESET_ON_FORK) in (os.SCHED_BATCH, os.SCHED_IDLE):
+        return f"started with {'SCHED_BATCH' if policy == os.SCHED_BATCH else 'SCHED_IDLE'}, so that others come first"
+    if policy != os.SCHED_OTHER:
         return ""
     if not raise_thread():
         return "not permitted: it needs a limit RTPRIO of 1 or more ('ulimit -r'), or the capability CAP_SYS_NICE"
@@ -44,8 +47,9 @@ def raise_thread(thread: int = 0) -> bool:
     Args:
         thread: its native id, which for a main thread is the process' id; 0 is the calling thread.
     """
-    with suppress(PermissionError):
-        if _policy(thread) == os.SCHED_OTHER:
+    if _scheduler(thread) in (os.SCHED_OTHER, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK):
+        # Sandboxes that know no such policy refuse it as an invalid argument.
+        with suppress(OSError):
             os.sched_setscheduler(thread, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(LEVEL))
             return True
     return False
@@ -53,7 +57,7 @@ def raise_thread(thread: int = 0) -> bool:
 
 def lower_thread(thread: int = 0) -> bool:
     """Take back what `raise_thread` gave; False if a thread has its policy from elsewhere."""
-    if os.sched_getscheduler(thread) != os.SCHED_RR | os.SCHED_RESET_ON_FORK:
+    if _scheduler(thread) != os.SCHED_RR | os.SCHED_RESET_ON_FORK:
         return False
     if os.sched_getparam(thread).sched_priority != LEVEL:
         return False
@@ -84,5 +88,9 @@ def lowered() -> Iterator[None]:
             raise_thread()
 
 
-def _policy(thread: int) -> int:
-    return os.sched_getscheduler(thread) & ~os.SCHED_RESET_ON_FORK
+def _scheduler(thread: int) -> int | None:
+    """A thread's policy and flags; None if the system does not tell, or the thread has ended."""
+    try:
+        return os.sched_getscheduler(thread)
+    except OSError:
+        return None

@@ -106,9 +106,9 @@ def broker_process(
             start_new_session=True,
             env=c_locale(),
         )
-    if priority == "auto" and not why_not():
-        raise_thread(child.pid)
     try:
+        if priority == "auto" and not why_not():
+            raise_thread(child.pid)
         _wait_until_up(child, address, name, log_path)
         yield
     finally:

@@ -1,5 +1,6 @@
 """Which threads of a running system have real-time priority: one of each node, the broker, the one that generates."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -19,8 +20,12 @@ pytestmark = pytest.mark.skipif(bool(REFUSED), reason=f"no real-time priority he
 
 def _raised(process: int) -> list[int]:
     """Ids of a process' threads with real-time priority."""
-    threads = [int(task.name) for task in Path(f"/proc/{process}/task").iterdir()]
-    return [t for t in threads if os.sched_getscheduler(t) & ~os.SCHED_RESET_ON_FORK == os.SCHED_RR]
+    found = []
+    for task in Path(f"/proc/{process}/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            if os.sched_getscheduler(int(task.name)) & ~os.SCHED_RESET_ON_FORK == os.SCHED_RR:
+                found.append(int(task.name))
+    return found
 
 
 @pytest.mark.parametrize("priority", ["auto", "normal"])

@@ -1,5 +1,6 @@
 """Real-time priority: one thread gets it, its children do not; a refusal is said in words."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -69,13 +70,44 @@ def test_a_thread_gets_the_lowest_real_time_priority_and_its_children_do_not() -
 def test_a_policy_from_outside_stays() -> None:
     def work() -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        assert real_time.why_not() == ""
+        assert "started with SCHED_BATCH" in real_time.why_not()
         with real_time.raised():
             assert _policy() == os.SCHED_BATCH
         with real_time.lowered():
             assert _policy() == os.SCHED_BATCH
 
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+        assert real_time.why_not() == ""
+        with real_time.raised(), real_time.lowered():
+            assert _policy() == os.SCHED_FIFO
+
     _in_thread(work)
+
+
+@pytest.mark.parametrize(
+    ("refused", "error", "why"),
+    [
+        ("sched_getscheduler", errno.ENOSYS, "no real-time priorities"),
+        ("sched_setscheduler", errno.EINVAL, "not permitted"),
+    ],
+)
+def test_a_system_that_refuses_has_none(monkeypatch: pytest.MonkeyPatch, refused: str, error: int, why: str) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr(os, "getpriority", lambda which, process: 0)
+    monkeypatch.setattr(os, refused, refuse)
+    assert why in real_time.why_not()
+    with real_time.raised(), real_time.lowered():
+        assert not real_time.raise_thread()
+
+
+def test_a_thread_that_has_ended_gets_none() -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait(60)
+    assert not real_time.raise_thread(child.pid)
+    assert not real_time.lower_thread(child.pid)
 
 
 @pytest.mark.skipif(
