@@ -60,7 +60,7 @@ class Ledger:
         """Air time on the busiest channel, of those with one of `links`, in the window that ends now."""
         sums: defaultdict[object, float] = defaultdict(float)
         for time_s, link, air_s in self.sent:
-            if now_s - WINDOW_S <= time_s <= now_s and (shared_air or link in links):
+            if now_s - WINDOW_S + ROUNDING_S <= time_s <= now_s and (shared_air or link in links):
                 sums["all" if shared_air else link] += air_s
         return max(sums.values(), default=0.0)
 
@@ -136,7 +136,9 @@ def test_however_wrong_the_estimates_no_window_exceeds_the_share_of_what_the_lin
             air_s = sum(n * true_s_per_byte for _, other, n, _ in window if other == node)
         assert air_s <= (WORKING_SHARE if working else IDLE_SHARE) * WINDOW_S + ROUNDING_S
         if working:
-            carried = sum(n for at_s, other, n in requests if other == node and end_s - WINDOW_S <= at_s <= end_s)
+            carried = sum(
+                n for at_s, other, n in requests if other == node and end_s - WINDOW_S - ROUNDING_S <= at_s <= end_s
+            )
             taken = sum(n for _, other, n, at_work in window if other == node and at_work)
             assert taken <= WORKING_BYTES + WORKING_SHARE * carried
 
