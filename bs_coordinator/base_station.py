@@ -298,10 +298,10 @@ def _why_no_drafts(config: BaseStationConfig, trunk: Trunk, manifest: Manifest) 
     if not trunk.can_truncate:
         return "the model has recurrent layers, which can't take tokens back"
     if isinstance(trunk, GenericTrunk):
-        return "transformers' own model rounds several tokens otherwise than one"
+        return "transformers' own model rounds several tokens differently from one"
     if not trunk.batch_invariant:
         if config.device == "cpu" and config.dtype == "fp32":
-            return f"products in {config.trunk_quantisation} round several tokens otherwise than one on this processor"
+            return f"products in {config.trunk_quantisation} round several tokens differently from one here"
         return f"the trunk runs on {config.device} in {config.dtype}, not on cpu in fp32"
     if manifest.quantisation.scheme == "int8-dynamic":
         return "experts are int8-dynamic"

@@ -187,7 +187,7 @@ def _resident(facts: Facts, *, exactly: bool, wire: str) -> Lever:
         return Lever("resident", "none", why)
 
     if exactly and facts.other_arch:
-        return none(f"{facts.other_arch} has another kind of processor, which may round otherwise than this machine's")
+        return none(f"{facts.other_arch} has another kind of processor, which may round differently")
     if exactly and wire != "fp32" and facts.sums_units:
         return none(
             f"{facts.sums_units} holds several experts of a layer and rounds their sum, which local experts would not: "

@@ -90,7 +90,7 @@ class GenericTrunk(Trunk):
 
     @property
     def batch_invariant(self) -> bool:
-        """Never promised: products of several tokens may round otherwise than those of one."""
+        """Never promised: products of several tokens may round differently from those of one."""
         return False
 
     @property

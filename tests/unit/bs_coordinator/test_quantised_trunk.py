@@ -100,7 +100,7 @@ def test_a_token_is_bitwise_the_same_alone_and_among_others(tmp_path: Path, sche
     _checkpoint(tmp_path)
     trunk = load_trunk(tmp_path, quantisation=scheme)
     if not trunk.batch_invariant:
-        pytest.skip("this processor's kernels round several tokens otherwise than one")
+        pytest.skip("this processor's kernels round several tokens differently from one")
     caches = [trunk.new_cache() for _ in range(3)]
 
     def step(*inputs: SequenceInput) -> list[Tensor]:
