@@ -25,9 +25,8 @@ def draw_tpot(results: Results, links: Sequence[Links], path: Path) -> None:
                 points = [(one.rtt_ms, answer.tpot_ms) for one in lines for answer in results.of(one.profile, arm)]
                 if points:
                     axis.plot(*zip(*points, strict=True), ".", color=colour, alpha=0.4)
-                    axis.plot(
-                        *zip(*medians, strict=True), marker=MARKERS[number % len(MARKERS)], color=colour, label=arm
-                    )
+                    marker = MARKERS[number % len(MARKERS)]
+                    axis.plot(*zip(*medians, strict=True), marker=marker, color=colour, label=results.title(arm))
                 floors = [(one.rtt_ms, ms) for one in lines if (ms := results.floors_ms[one.profile][arm]) is not None]
                 if floors:
                     axis.plot(*zip(*floors, strict=True), ":", color=colour)

@@ -114,6 +114,11 @@ class Results(Struct):
     rest_bytes_per_s: dict[str, float] = {}
     local_experts: dict[str, tuple[int, int]] = {}
 
+    def title(self, arm: str) -> str:
+        """An arm's name, which says so if it needs no network because all experts are on the base station."""
+        here, every = self.local_experts.get(arm, (0, 0))
+        return f"{arm} (all experts local)" if here and here == every else arm
+
     def of(self, profile: str, arm: str) -> list[Answer]:
         """Complete answers of an arm, without those during which a device was killed."""
         chosen = (a for a in self.answers if (a.profile, a.arm) == (profile, arm))
@@ -154,7 +159,7 @@ def _speeds(results: Results, profile: str) -> str:
     for arm in results.arms:
         answers = results.of(profile, arm)
         floor = results.floors_ms[profile].get(arm)
-        rows.append((arm, *_cells(answers, floor), _same(results, profile, arm), str(len(answers))))
+        rows.append((results.title(arm), *_cells(answers, floor), _same(results, profile, arm), str(len(answers))))
     return markdown(header, rows)
 
 
@@ -204,7 +209,7 @@ def _devices(results: Results) -> str:
         memory = results.memory.get(arm, [])
         largest = sorted(memory[1:], key=lambda one: one.peak_rss_bytes)[-1:]
         outcome = _outcome(killed[arm]) if arm in killed else f"failed: {failed[arm]}" if arm in failed else ""
-        rows.append((arm, *_megabytes(memory[:1]), *_megabytes(largest), _local(results, arm), outcome))
+        rows.append((results.title(arm), *_megabytes(memory[:1]), *_megabytes(largest), _local(results, arm), outcome))
     return markdown(header, rows)
 
 
@@ -213,7 +218,7 @@ def _local(results: Results, arm: str) -> str:
     if arm not in results.local_experts:
         return ""
     here, every = results.local_experts[arm]
-    return "none" if not here else f"all {every}: not distributed" if here == every else f"{here} of {every}"
+    return f"{here} of {every}" if here else "none"
 
 
 def _megabytes(memory: Iterable[Memory]) -> list[str]:

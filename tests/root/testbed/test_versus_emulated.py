@@ -53,7 +53,8 @@ def test_a_preset_that_keeps_all_experts_is_shown_as_not_distributed(
     assert done.returncode == 0, done.stderr
     here, every = json.loads((out / "versus.json").read_text())["local_experts"]["ours-fast"]
     assert here == every == 16
-    assert "| all 16: not distributed |" in (out / "versus.md").read_text()
+    assert (out / "versus.md").read_text().count("| ours-fast (all experts local) |") == 2
+    assert "ours-fast (all experts local)" in (out / "tpot.svg").read_text()
 
 
 def test_answers_too_short_to_measure_are_one_line(

@@ -133,8 +133,12 @@ def test_tokens_are_counted_as_the_head_counts_them_where_it_does() -> None:
 def test_an_arm_that_needs_no_network_is_not_taken_for_a_distributed_one() -> None:
     arms = ["ours", "ours-fast", "some", "llama-2"]
     local = {"ours": (0, 0), "ours-fast": (240, 240), "some": (60, 240)}
-    rows = tables(Results({}, arms, local_experts=local, rest_bytes_per_s={"p": 1500})).splitlines()
-    assert [row.split(" | ")[5] for row in rows[2:6]] == ["none", "all 240: not distributed", "60 of 240", ""]
+    results = Results({}, arms, {"p": {}}, local_experts=local, rest_bytes_per_s={"p": 1500})
+    rows = tables(results).splitlines()
+    titles = ["| ours", "| ours-fast (all experts local)", "| some", "| llama-2"]
+    assert [row.split(" | ")[0] for row in rows[4:8]] == titles
+    assert [row.split(" | ")[0] for row in rows[11:15]] == titles
+    assert [row.split(" | ")[5] for row in rows[11:15]] == ["none", "240 of 240", "60 of 240", ""]
     assert rows[-1] == "p: all arms together send 1.5 kB/s at rest, which is part of every arm's traffic."
 
 
