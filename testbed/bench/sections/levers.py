@@ -1,7 +1,7 @@
 """Everything that saves time, alone and together: drafts, local experts, a policy, int8 on the wire, slices.
 
 Each answer is given with every arm in turns, on one emulated network, so that machine and links are the same for all.
-Answers take seconds each; they are appended to a file, and an interrupted run continues.
+Answers take seconds each; they are kept in a `sample_log`, and an interrupted benchmark continues.
 """
 
 import os
@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
-import msgspec
 from msgspec import Struct
 
 from bs_coordinator.config import BaseStationConfig, DraftMode, PresetName, ResidentConfig, SamplingConfig
@@ -22,11 +21,10 @@ from bs_coordinator.presets.look import look
 from bs_coordinator.resident.choice import choose_resident
 from bs_coordinator.resident.room import needed_room
 from bs_coordinator.selection import parse_policy
-from common.files import append_all
-from common.jsonl import read_json_lines
 from exporter.bundle.bundle import export_bundle
 from testbed.bench.chat_prompts import CHAT_PROMPTS
 from testbed.bench.rows import Result, Row, Settings, Skipped
+from testbed.bench.sample_log import sample_log
 from testbed.bench.sections.resident import learn
 from testbed.bench.system import why_not
 from testbed.bench.two_fleets import Holding, TwoFleets, two_fleets
@@ -105,13 +103,9 @@ def measure(settings: Settings) -> Iterator[Result]:
     if why := why_not():
         yield Skipped("levers on an emulated network", why)
         return
-    log = settings.folder / "levers.jsonl"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.touch()
-    lines = read_json_lines(log, msgspec.json.Decoder(Measured).decode, skip_cut=True)
-    done = {(one.channel, one.arm, one.prompt): one for one in lines}
     prompts = range(max(2, min(len(CHAT_PROMPTS), settings.samples // 5)))
-    with _fleets(settings) as fleets, log.open("ab", buffering=0) as file:
+    with sample_log(settings.folder, "levers", Measured) as log, _fleets(settings) as fleets:
+        done = {(one.channel, one.arm, one.prompt): one for one in log.samples}
         bench = _Bench(fleets)
         for number, channel in enumerate(CHANNELS):
             arms = bench.begin(channel, number)
@@ -122,11 +116,15 @@ def measure(settings: Settings) -> Iterator[Result]:
                 for arm in (*list(arms)[turn:], *list(arms)[:turn]):
                     if (channel, arm, prompt) not in done:
                         one = done[channel, arm, prompt] = bench.answer(channel, arm, arms[arm], prompt)
-                        append_all(file.fileno(), msgspec.json.encode(one) + b"\n")
+                        log.add(one)
             for arm in arms:
                 if arm != _PLAIN:
                     pairs = [(done[channel, arm, prompt], done[channel, _PLAIN, prompt]) for prompt in prompts]
-                    yield compared(f"{arm}, {channel}", pairs, arms[arm])
+                    name = f"{arm}, {channel}"
+                    if any(_decoded(*pair) for pair in pairs):
+                        yield compared(name, pairs, arms[arm])
+                    else:
+                        yield Skipped(name, "no answer has a second token, so none has a time per token")
 
 
 class _Bench:
@@ -217,9 +215,8 @@ def network_spec(name: str) -> str:
 
 
 def compared(name: str, pairs: Sequence[tuple[Measured, Measured]], arm: Arm) -> Row:
-    """A row from pairs of the same answer with an arm and plainly."""
-    # An answer of a single token has no decode steps.
-    decoded = [(ours, plain) for ours, plain in pairs if min(len(ours.ids), len(plain.ids)) > 1]
+    """A row from pairs of the same answer with an arm and plainly, at least one of which has decode steps."""
+    decoded = [pair for pair in pairs if _decoded(*pair)]
     parameters = {
         "draft": arm.draft,
         "resident_share": RESIDENT_SHARE if arm.resident else 0,
@@ -235,3 +232,8 @@ def compared(name: str, pairs: Sequence[tuple[Measured, Measured]], arm: Arm) ->
     }
     ours_ms, plain_ms = [ours.tpot_ms for ours, _ in decoded], [plain.tpot_ms for _, plain in decoded]
     return Row(name, _PLAIN, ours_ms, plain_ms, None, parameters)
+
+
+def _decoded(ours: Measured, plain: Measured) -> bool:
+    """Whether both answers have decode steps: one of a single token has none."""
+    return min(len(ours.ids), len(plain.ids)) > 1

@@ -3,7 +3,7 @@
 What a prediction is made from is measured before, in each fleet: the trunk alone, parts of layers while the fleet
 rests, round trips of idle links; and once, how often experts are asked, in an answer that is not compared.
 
-Every finished measurement is a line of `planner.jsonl` with all samples. The same command continues with what is
+Every finished measurement is a line of a `sample_log` with all samples; an interrupted benchmark continues with what is
 missing there.
 """
 
@@ -22,13 +22,13 @@ from bs_coordinator.placement.boards import BoardLink
 from bs_coordinator.placement.known_fleet import predict_known
 from bs_coordinator.placement.predict import Routing, Step
 from bs_coordinator.placement.row_curve import RowCurve
-from common.files import append_all, atomic_write
-from common.jsonl import drop_cut_line, read_json_lines
+from common.files import atomic_write
 from exporter.bundle.bundle import export_bundle
 from testbed.bench.alone import Parts
 from testbed.bench.fleet_parts import FleetParts, measure_parts
 from testbed.bench.plan_score import score
 from testbed.bench.rows import Result, Row, Settings, Skipped
+from testbed.bench.sample_log import sample_log
 from testbed.bench.sections.decode import NODES, decode
 from testbed.bench.system import System, running, why_not
 from testbed.demo_assets import demo_bundle, demo_model, demo_quantisation
@@ -112,21 +112,18 @@ def measure(settings: Settings) -> Iterator[Result]:
     sliced = settings.folder / f"sliced-{SLICES}"
     jobs = min(_MOST_JOBS, len(os.sched_getaffinity(0)))
     export_bundle(demo_model(console=settings.console), sliced, demo_quantisation("int4"), jobs=jobs, slices=SLICES)
-    log, counts = settings.folder / "planner.jsonl", settings.folder / "planner-traffic.npy"
-    log.touch()
-    drop_cut_line(log)
-    done = {one.name: one for one in read_json_lines(log, msgspec.json.Decoder(Compared).decode)}
-    for nodes in FLEETS:
-        missing = [links for links in nodes.links if _name(nodes, links) not in done]
-        if missing:
-            bundle = whole if nodes.slices == 1 else sliced
-            for one in _compare(settings, nodes, bundle, missing, counts):
-                with log.open("rb+") as file:
-                    file.seek(0, os.SEEK_END)
-                    append_all(file.fileno(), msgspec.json.encode(one) + b"\n")
-                done[one.name] = one
-        for links in nodes.links:
-            yield _row(done[_name(nodes, links)])
+    counts = settings.folder / "planner-traffic.npy"
+    with sample_log(settings.folder, "planner", Compared) as log:
+        done = {one.name: one for one in log.samples}
+        for nodes in FLEETS:
+            missing = [links for links in nodes.links if _name(nodes, links) not in done]
+            if missing:
+                bundle = whole if nodes.slices == 1 else sliced
+                for one in _compare(settings, nodes, bundle, missing, counts):
+                    log.add(one)
+                    done[one.name] = one
+            for links in nodes.links:
+                yield _row(done[_name(nodes, links)])
     settings.console.print(_summary([*done.values()]), highlight=False)
 
 

@@ -1,18 +1,16 @@
 """Chat answers with drafts compared with the same answers without, on an emulated network with round trips of 5 ms.
 
 On eight nodes with one expert per layer, and on four with two: draft tokens need more experts, which means more
-messages on eight nodes than on four. Answers take seconds each; they are appended to a file, and an interrupted run
-continues.
+messages on eight nodes than on four. Answers take seconds each; they are kept in a `sample_log`, and an interrupted
+benchmark continues.
 """
 
 import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal
 
-import msgspec
 from msgspec import Struct
 
 from bs_coordinator.base_station import BaseStation
@@ -20,10 +18,9 @@ from bs_coordinator.config import DraftMode, SamplingConfig
 from bs_coordinator.engine.answer_stats import summarise
 from bs_coordinator.engine.sequence import Sequence
 from bs_coordinator.engine.speculation import Speculation
-from common.files import append_all
-from common.jsonl import read_json_lines
 from testbed.bench.chat_prompts import CHAT_PROMPTS
 from testbed.bench.rows import Result, Row, Settings, Skipped
+from testbed.bench.sample_log import sample_log
 from testbed.bench.system import running, why_not
 from testbed.demo_assets import demo_bundle, demo_draft
 from testbed.network.uniform import Links
@@ -81,9 +78,11 @@ def measure(settings: Settings) -> Iterator[Result]:
 
 
 def _answers(settings: Settings, nodes: Mapping[str, str]) -> dict[tuple[int, Arm], _MeasuredAnswer]:
-    log = settings.folder / f"answers-{len(nodes)}.jsonl"
-    done = _read(log)
-    with open_site(settings, nodes) as station, log.open("ab", buffering=0) as file:
+    with (
+        sample_log(settings.folder, f"answers-{len(nodes)}", _MeasuredAnswer) as log,
+        open_site(settings, nodes) as station,
+    ):
+        done = {(answer.prompt, answer.arm): answer for answer in log.samples}
         shared = {
             arm: station.speculation.restarted(
                 mode, read_ahead="not read ahead" not in arm, branching="one choice" not in arm
@@ -97,16 +96,9 @@ def _answers(settings: Settings, nodes: Mapping[str, str]) -> dict[tuple[int, Ar
             for arm in _ARMS[turn:] + _ARMS[:turn]:
                 if (number, arm) not in done:
                     answer = done[number, arm] = _answer(station, arm, number, prompt, shared[arm], _MAX_TOKENS)
-                    append_all(file.fileno(), msgspec.json.encode(answer) + b"\n")
+                    log.add(answer)
             settings.console.print(_line(prompt, [done[number, arm] for arm in _ARMS]), style="dim", highlight=False)
     return done
-
-
-def _read(log: Path) -> dict[tuple[int, Arm], _MeasuredAnswer]:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.touch()
-    answers = read_json_lines(log, msgspec.json.Decoder(_MeasuredAnswer).decode, skip_cut=True)
-    return {(answer.prompt, answer.arm): answer for answer in answers}
 
 
 @contextmanager
