@@ -134,6 +134,11 @@ class AnswerServer:
         return max(0, earlier + 1 - self._scheduler.max_live)
 
     @property
+    def most_at_once(self) -> int:
+        """How many requests are answered at once."""
+        return self._scheduler.max_live
+
+    @property
     def free_places(self) -> int:
         """How many requests could begin to be answered at once, from any thread; others may take the places first."""
         with self._lock:

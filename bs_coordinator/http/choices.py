@@ -183,8 +183,13 @@ class Choices:
         return next((i for i, prompt in prompts if self._first[prompt] == i or prompt in self._computed), None)
 
     def _take_free_places(self) -> None:
+        # Choices of ours that have just ended pass their places on when their last tokens are taken.
         with contextlib.suppress(BusyError):  # another caller was faster
-            while (following := self._next()) is not None and self._server.free_places:
+            while (
+                (following := self._next()) is not None
+                and len(self._live) < self._server.most_at_once
+                and self._server.free_places
+            ):
                 self._accept(following)
                 self._submit(following)
 

@@ -21,6 +21,7 @@ from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.http.access import ApiKey
 from bs_coordinator.http.answer_server import AnswerServer
 from bs_coordinator.http.openai_api import http_app
+from bs_coordinator.http.requests import Request
 from bs_coordinator.selection import TopK
 from bs_coordinator.trunk.load import load_trunk
 from testbed.demo_assets import export_demo_bundle
@@ -161,6 +162,17 @@ class _Idle:
         return nullcontext()
 
 
+class _Counting(AnswerServer):
+    """Knows the largest number of requests that it had at once."""
+
+    most = 0
+
+    def accept(self, *args: Any, **more: Any) -> Request:
+        request = super().accept(*args, **more)
+        self.most = max(self.most, self.load().requests)
+        return request
+
+
 class _Site(HttpSite):
     """The whole HTTP interface, with two answers at a time."""
 
@@ -168,7 +180,7 @@ class _Site(HttpSite):
         dispatcher: Any = _Idle()
         self.scheduler = _Gated(exact.model)
         self.lines: list[dict[str, Any]] = []
-        self.server = AnswerServer(
+        self.server = _Counting(
             self.scheduler, lambda: Sequence(exact.model, exact.tokenizer), max_waiting=1, dispatcher=dispatcher
         )
         self.server.start()
@@ -303,7 +315,9 @@ def test_many_prompts_leave_places_to_others(site: _Site) -> None:
         assert many.recv(12) == b"HTTP/1.1 200"
         assert len(site.complete("w5")["choices"]) == 1
     wait_until(lambda: site.server.load().requests == 0, "the answers of a caller that has hung up to end")
+    site.server.most = 0
     assert [len(choice["text"].split()) for choice in site.complete(prompts, max_tokens=3)["choices"]] == [3] * 20
+    assert site.server.most == 2  # also when two answers end in one step
 
 
 def test_a_stream_stays_alive_while_its_caller_waits(site: _Site) -> None:

@@ -49,7 +49,7 @@ KEY = "open sesame"
 DASHBOARD = Path(metrics.__file__).with_name("grafana.json")
 DOCUMENT = Path(__file__).parents[3] / "docs" / "metrics.md"
 OUR_LABELS = {"node", "kind", "phase", "stage", "reason", "path", "code", "le"}
-INFO_LABELS = {"quantisation", "arch", "version", "profile", "provider", "model"}
+INFO_LABELS = {"quantisation", "arch", "version", "profile", "provider", "model", "name", "wire"}
 
 Labels = frozenset[tuple[str, str]]
 Samples = dict[tuple[str, Labels], float]

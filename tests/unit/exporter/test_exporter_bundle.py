@@ -290,7 +290,7 @@ def test_presets_report_their_choice(
 
 
 def test_options_that_do_not_go_together(mixtral: Callable[..., Path], tmp_path: Path, run: Run) -> None:
-    with pytest.raises(ValueError, match="no meaning with --quant fp16"):
+    with pytest.raises(ValueError, match="don't apply to --quant fp16"):
         choose_quantisation(None, "fp16", 32, False)
     with pytest.raises(ValueError, match="--w2-bits is for --quant int4, not int8-dynamic"):
         choose_quantisation("pi4", None, None, False, 8)
