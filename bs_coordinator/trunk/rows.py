@@ -78,13 +78,10 @@ class Rows:
         past = [cache.get_seq_length() for cache in caches]
         trees = [_branches(p, count) for p, count in zip(parents or [None] * len(ids), self._counts, strict=True)]
         positions = [p + len(branch) - 1 for p, branches in zip(past, trees, strict=True) for branch in branches]
-        # What a token attends to, where that is not just all before it.
-        self._seen = [
-            [
-                torch.tensor([*range(p), *(p + row for row in branch)]) if len(branch) <= i else None
-                for i, branch in enumerate(branches)
-            ]
-            for p, branches in zip(past, trees, strict=True)
+        # Of the new tokens those that one attends to, where these are not all before it.
+        self._branches = [
+            [torch.tensor(branch) if len(branch) <= i else None for i, branch in enumerate(branches)]
+            for branches in trees
         ]
         self.hidden: Tensor = modules.embed_tokens(torch.tensor([id for sequence in ids for id in sequence]))
         by_token = [length for length, count in zip(lengths, self._counts, strict=True) for _ in range(count)]
@@ -106,21 +103,25 @@ class Rows:
         query, key = apply_rotary_pos_emb(query, key, *self._rotary, unsqueeze_dim=2)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         mixed, start = [], 0
-        for cache, count, some_seen in zip(self._caches, self._counts, self._seen, strict=True):
+        for cache, count, branches in zip(self._caches, self._counts, self._branches, strict=True):
             end = start + count
-            keys, values = cache.update(key[:, :, start:end], value[:, :, start:end], layer)
+            new_keys, new_values = key[:, :, start:end], value[:, :, start:end]
+            keys, values = cache.update(new_keys, new_values, layer)
             first = keys.shape[2] - count
-            for i in range(count):
-                own_keys, own_values, seen = keys, values, first + i + 1
-                if (index := some_seen[i]) is not None:
-                    own_keys, own_values, seen = keys.index_select(2, index), values.index_select(2, index), len(index)
+            for i, branch in enumerate(branches):
+                seen = first + (i + 1 if branch is None else len(branch))
+                if branch is not None:
+                    # For a moment only its branch follows the past, of which no copy is needed then.
+                    keys[:, :, first:seen], values[:, :, first:seen] = new_keys[:, :, branch], new_values[:, :, branch]
                 begin = max(0, seen - self._window) if self._window else 0
                 mixed.append(
                     functional.scaled_dot_product_attention(
-                        query[:, :, start + i : start + i + 1], own_keys[:, :, begin:seen],
-                        own_values[:, :, begin:seen], scale=attention.scaling, enable_gqa=True,
+                        query[:, :, start + i : start + i + 1], keys[:, :, begin:seen], values[:, :, begin:seen],
+                        scale=attention.scaling, enable_gqa=True,
                     )
                 )  # fmt: skip
+                if branch is not None:
+                    keys[:, :, first:], values[:, :, first:] = new_keys, new_values
             start = end
         attended = product(torch.cat(mixed).view(len(normed), -1), attention.o_proj)
         self._residual = self.hidden + attended
