@@ -13,6 +13,7 @@ from bs_coordinator.engine.scheduler import Scheduler
 from bs_coordinator.engine.sequence import Sequence
 from bs_coordinator.selection import TopK
 from bs_coordinator.trunk.generic import GenericTrunk
+from bs_coordinator.trunk.inputs import SequenceInput
 from bs_coordinator.trunk.llama import LlamaTrunk
 from testbed.demo_assets import export_demo_bundle
 from testbed.evaluation.local_experts import LocalExperts
@@ -110,3 +111,20 @@ def test_a_second_turn_is_what_it_is_from_the_start(made: tuple[Any, Distributed
     first = _ids(sequence, SHORT)
     for second in ([*SHORT, *first[:6], 9, 10, 11], SHORT, [*SHORT, 30]):
         assert _ids(sequence, second) == _ids(_sequence(model, _NoText()), second)
+
+
+def test_tokens_that_branch_give_what_each_branch_gives_alone(made: tuple[Any, DistributedModel]) -> None:
+    _, model = made
+    if not model.trunk.batch_invariant:
+        pytest.skip("this trunk takes no branches")
+    begin = LONG[:10]
+
+    def logits_of(ids: list[int], parents: list[int] | None = None) -> torch.Tensor:
+        cache = model.trunk.new_cache()
+        model.step([SequenceInput(begin, cache)])
+        (logits,), _ = model.step([SequenceInput(ids, cache, rows=list(range(len(ids))), parents=parents)])
+        return logits
+
+    tree = logits_of([5, 6, 8, 13, 14], [-1, 0, 1, 0, 3])
+    for row, chain in enumerate(([5], [5, 6], [5, 6, 8], [5, 13], [5, 13, 14])):
+        assert torch.equal(tree[row], logits_of(chain)[-1])
