@@ -25,7 +25,7 @@ from testbed.network.control import ControlServer, Counters, Hold, NetworkStatus
 from testbed.network.model import MTU_BYTES, AirModel
 from testbed.network.relay import Relay, mac
 from testbed.network.spec import NetworkSpec, read_spec
-from testbed.network.state import State
+from testbed.network.state import State, locked
 from testbed.network.timeline import Timeline
 
 BASE_STATION = "bs"
@@ -168,6 +168,14 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise SystemExit(0)
 
 
+def _remove(name: str) -> None:
+    """Remove the network of an owner that has ended: its name may never come again, and nobody would clean up."""
+    with locked(name) as files:
+        for namespace in namespaces.existing().get(name, []):
+            namespaces.remove(namespace)
+        files.remove()
+
+
 def main() -> None:
     """Entry point of the relay process."""
     name, ready_fd, *owner = sys.argv[1:]
@@ -185,6 +193,7 @@ def main() -> None:
         _raise_priority(own_core=daemon.own_core)
         ready.write(READY)
     daemon.run()
+    _remove(name)
 
 
 if __name__ == "__main__":

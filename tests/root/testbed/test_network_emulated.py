@@ -224,6 +224,27 @@ def test_up_and_down_clean_up_after_kill_9(run: Run, spec: Path) -> None:
 
 
 @needs_network
+def test_a_network_ends_with_a_process_that_is_killed(spec: Path) -> None:
+    code = (
+        "import sys, time, pathlib\n"
+        "from testbed.network.emulated import emulated\n"
+        "with emulated(pathlib.Path(sys.argv[1])):\n    print('up', flush=True)\n    time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, spec], stdout=subprocess.PIPE, text=True) as owner:
+        try:
+            assert owner.stdout is not None
+            assert owner.stdout.readline() == "up\n"
+            relay = State(NAME).relay()
+            assert relay is not None
+            assert NAME in existing()
+        finally:
+            owner.kill()
+    assert not psutil.wait_procs([relay], timeout=PATIENCE_S)[1]
+    assert NAME not in existing()
+    assert not State(NAME).folder.exists()
+
+
+@needs_network
 def test_down_removes_only_the_named_network(run: Run, spec: Path, tmp_path: Path) -> None:
     second = tmp_path / "second.yaml"
     second.write_text(SPEC.replace(f"name: {NAME}", f"name: {NAME}b"))
