@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from bs_coordinator.config import DraftMode, PresetName
 from common.real_time import Priority
@@ -297,6 +298,14 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def wire_dtype(self) -> WireDtype:
         """Wire dtype that the plan asks for; a preset may choose another one if `wire` is not set."""
         return WireDtype.named(self.wire or "fp16")
+
+    @property
+    def resolved(self) -> "Plan":
+        """The plan with what it leaves open, as far as no preset chooses that."""
+        if self.preset:
+            return self
+        workloads = [replace(w, draft=self.draft_of(w)) if isinstance(w, Generate) else w for w in self.workloads]
+        return replace(self, wire=self.wire_dtype.name.lower(), workloads=tuple(workloads))
 
     @property
     def profile_names(self) -> tuple[str, ...]:

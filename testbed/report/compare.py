@@ -70,7 +70,7 @@ def _bundles(manifest: RunManifest) -> dict[str, Any]:
 
 _ASPECTS: dict[str, Callable[[RunManifest], dict[str, Any]]] = {
     "code": _code,
-    "plan": lambda manifest: msgspec.to_builtins(manifest.plan),
+    "plan": lambda manifest: msgspec.to_builtins(manifest.plan.resolved),
     "network": lambda manifest: {"description": manifest.network},
     "bundle": _bundles,
     "data": lambda manifest: {Path(path).name: sha[:12] for path, sha in manifest.datasets.items()},

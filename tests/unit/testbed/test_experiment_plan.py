@@ -255,3 +255,15 @@ def test_a_preset_decides_what_the_plan_leaves_open(tmp_path: Path) -> None:
     path.write_text(f"{text}preset: quick\n")
     with pytest.raises(PlanError, match=r"Invalid enum value 'quick'.*preset"):
         read_plan(path)
+
+
+def test_two_plans_that_ask_for_the_same_are_the_same_once_resolved(tmp_path: Path) -> None:
+    text = "name: p\npolicies: [topk]\nworkloads: [{kind: generate}, {kind: perplexity, dataset: d.jsonl}]\n"
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    short = read_plan(path)
+    path.write_text(text.replace("generate}", "generate, draft: none}") + "wire: fp16\n")
+    full = read_plan(path)
+    assert short.resolved == full.resolved == full != short
+    path.write_text(f"{text}preset: fast\n")
+    assert read_plan(path).resolved == read_plan(path)
