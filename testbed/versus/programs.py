@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import psutil
 from msgspec import Struct
 
 from bs_coordinator.broker.processes import die_with_parent, stop_child
 from common.errors import WdmoeError
 from testbed.local_nodes import blas_threads
+from testbed.process_memory import memory_bytes
 from testbed.versus.arms import Arm, Program
 from testbed.versus.client import is_ready
 
@@ -166,21 +166,6 @@ def last_line(log: Path) -> str:
         file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
         lines = file.read().decode("utf-8", errors="replace").strip().splitlines()
     return lines[-1].strip() if lines else "no output"
-
-
-def memory_bytes(pid: int) -> tuple[int, int]:
-    """Largest resident set so far and proportional share now of a process and its children; 0 of those that ended."""
-    peak = pss = 0
-    with contextlib.suppress(psutil.Error, OSError):
-        process = psutil.Process(pid)
-        for one in (process, *process.children(recursive=True)):
-            with contextlib.suppress(psutil.Error, OSError):
-                status = Path(f"/proc/{one.pid}/status").read_text(encoding="utf-8")
-                peak += next(
-                    (int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM")), 0
-                )
-                pss += one.memory_full_info().pss
-    return peak, pss
 
 
 def _listens(pid: int, port: int) -> bool:

@@ -215,7 +215,7 @@ class _Channel:
         """
         pieces: list[Piece] = []
         account = Account()
-        first = last = Traffic()
+        first = Traffic()
         outcome, why = "finished", ""
         try:
             for piece in self._stream(running, prompt, self._settings.tokens, account):

@@ -13,11 +13,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import psutil
 
 from common.parent_death import end_with_parent
 from common.sizes import readable_bytes
@@ -26,6 +23,7 @@ from exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import ExportConfig
 from testbed.bench.export_parts import Quantiser, copies, copy_all, forget_cached, open_quantiser
 from testbed.bench.rows import Row, Settings
+from testbed.process_memory import memory_bytes
 from testbed.twin.shapes import CONFIGS
 from testbed.twin.write import write_checkpoint
 from wire.manifest import Quantisation
@@ -140,15 +138,15 @@ def _export(checkpoint: Path, out: Path, jobs: int) -> _Export:
     """Export in a process of its own, and watch the memory of it and of its children."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=end_with_parent) as pool:
-        process = psutil.Process(pool.submit(os.getpid).result())
+        pid = pool.submit(os.getpid).result()
         began_s = time.monotonic()
         future: Future[tuple[float, float]] = pool.submit(_stamps, checkpoint, out, jobs)
-        memory_bytes = 0
+        pss_bytes = 0
         while wait([future], _LOOK_S).not_done:
-            memory_bytes = max(memory_bytes, _memory_bytes(process))
+            pss_bytes = max(pss_bytes, memory_bytes(pid)[1])
         first_s, last_s = future.result()
         ended_s = time.monotonic()
-    return _Export(first_s - began_s, last_s - first_s, ended_s - last_s, memory_bytes)
+    return _Export(first_s - began_s, last_s - first_s, ended_s - last_s, pss_bytes)
 
 
 def _stamps(checkpoint: Path, out: Path, jobs: int) -> tuple[float, float]:
@@ -156,13 +154,3 @@ def _stamps(checkpoint: Path, out: Path, jobs: int) -> tuple[float, float]:
     stamps_s: list[float] = []
     export_bundle(checkpoint, out, _INT4, jobs=jobs, progress=lambda _done, _all: stamps_s.append(time.monotonic()))
     return stamps_s[0], stamps_s[-1]
-
-
-def _memory_bytes(process: psutil.Process) -> int:
-    """Memory of a process and its children; what several of them share counts once (proportional set size)."""
-    found = 0
-    with suppress(psutil.Error):  # it has ended
-        for one in (process, *process.children(recursive=True)):
-            with suppress(psutil.Error):
-                found += one.memory_full_info().pss
-    return found
