@@ -38,7 +38,13 @@ def register(group: click.Group) -> None:
     "--checkpoint", type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="For the section export: folder of the checkpoint.  [default: 0.7 GB of random weights]",
 )  # fmt: skip
-def bench(broker: str, sections: tuple[str, ...], samples: int, busy: int, out: Path, checkpoint: Path | None) -> None:
+@click.option(
+    "--device", default="cpu", show_default=True,
+    help="Device of the trunk, as wdmoe-bs takes it, for sections that decode on an emulated network.",
+)  # fmt: skip
+def bench(
+    broker: str, sections: tuple[str, ...], samples: int, busy: int, out: Path, checkpoint: Path | None, device: str
+) -> None:
     """Measure speeds as ratios to what the hardware allows."""
     from rich.console import Console
 
@@ -46,6 +52,7 @@ def bench(broker: str, sections: tuple[str, ...], samples: int, busy: int, out: 
     from testbed.bench.run import run_bench
 
     settings = Settings(
-        broker=broker, samples=samples, busy=busy, folder=out.with_suffix(""), console=Console(), checkpoint=checkpoint
-    )
+        broker=broker, samples=samples, busy=busy, folder=out.with_suffix(""), console=Console(), checkpoint=checkpoint,
+        device=device,
+    )  # fmt: skip
     run_bench(settings, sections, out)

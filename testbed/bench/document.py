@@ -63,6 +63,7 @@ def write_document(results: dict[str, list[Result]], settings: Settings, out: Pa
             "broker": settings.broker,
             "samples": settings.samples,
             "busy": settings.busy,
+            "device": settings.device,
             "warm_up": WARM_UP,
             "stays_awake": settings.stays_awake,
         },

@@ -27,6 +27,7 @@ class Settings:
         busy: busy processes beside which the section `load` decodes.
         stays_awake: whether CPU idle states are disabled (`common.cpu_idle`).
         checkpoint: folder of the checkpoint that the section `export` exports; None for a small one of random weights.
+        device: of the trunk, in sections that decode on an emulated network.
     """
 
     broker: str
@@ -36,6 +37,7 @@ class Settings:
     busy: int = 8
     stays_awake: bool = False
     checkpoint: Path | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)

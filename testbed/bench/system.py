@@ -87,7 +87,7 @@ def running(
     spec = settings.folder / "network.yaml"
     config = BaseStationConfig(
         bundle=bundle, degrade=False, draft=draft, draft_model=draft_model, shared_air=links[0].shared_air,
-        priority=priority,
+        priority=priority, device=settings.device,
     )  # fmt: skip
     write_network(spec, f"bench{os.getpid()}", list(nodes), links)
     with (

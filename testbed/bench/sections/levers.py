@@ -104,7 +104,7 @@ def measure(settings: Settings) -> Iterator[Result]:
         yield Skipped("levers on an emulated network", why)
         return
     prompts = range(max(2, min(len(CHAT_PROMPTS), settings.samples // 5)))
-    with sample_log(settings.folder, "levers", Measured) as log, _fleets(settings) as fleets:
+    with sample_log(settings.folder, f"levers-{settings.device}", Measured) as log, _fleets(settings) as fleets:
         done = {(one.channel, one.arm, one.prompt): one for one in log.samples}
         bench = _Bench(fleets)
         for number, channel in enumerate(CHANNELS):

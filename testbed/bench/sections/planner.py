@@ -113,7 +113,7 @@ def measure(settings: Settings) -> Iterator[Result]:
     jobs = min(_MOST_JOBS, len(os.sched_getaffinity(0)))
     export_bundle(demo_model(console=settings.console), sliced, demo_quantisation("int4"), jobs=jobs, slices=SLICES)
     counts = settings.folder / "planner-traffic.npy"
-    with sample_log(settings.folder, "planner", Compared) as log:
+    with sample_log(settings.folder, f"planner-{settings.device}", Compared) as log:
         done = {one.name: one for one in log.samples}
         for nodes in FLEETS:
             missing = [links for links in nodes.links if _name(nodes, links) not in done]

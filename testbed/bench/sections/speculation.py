@@ -79,7 +79,7 @@ def measure(settings: Settings) -> Iterator[Result]:
 
 def _answers(settings: Settings, nodes: Mapping[str, str]) -> dict[tuple[int, Arm], _MeasuredAnswer]:
     with (
-        sample_log(settings.folder, f"answers-{len(nodes)}", _MeasuredAnswer) as log,
+        sample_log(settings.folder, f"answers-{len(nodes)}-{settings.device}", _MeasuredAnswer) as log,
         open_site(settings, nodes) as station,
     ):
         done = {(answer.prompt, answer.arm): answer for answer in log.samples}
