@@ -8,7 +8,6 @@ import errno
 import io
 import logging
 import os
-import signal
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import click
 
 from common.errors import MissingPackageError, StorageError, WdmoeError
 from common.extras import describe_missing, missing_package
+from common.interruption import end_on_signals
 
 DEFECT = 70
 """Exit code of an unexpected error (sysexits.h: EX_SOFTWARE)."""
@@ -33,7 +33,11 @@ class LogFormatter(logging.Formatter):
 
 
 def run(command: click.Command, prog_name: str, *, extra: str) -> None:
-    """Run `command` on `sys.argv` and end the process with its exit code; `extra` as for `exit_code`."""
+    """Run `command` on `sys.argv` and end the process with its exit code; `extra` as for `exit_code`.
+
+    SIGTERM ends a command as Ctrl-C does, unless it handles the signal.
+    """
+    end_on_signals()
     level = logging.DEBUG if _debug() else logging.INFO
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogFormatter(LOG_FORMAT))
@@ -96,11 +100,6 @@ def exit_code(
         what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return _fail(prog_name, f"a defect of ours, {what} (WDMOE_DEBUG=1 shows where)", DEFECT)
     return result if isinstance(result, int) else 0
-
-
-def end_on_sigterm() -> None:
-    """From now on SIGTERM ends this process as Ctrl-C does: contexts are left in order."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _debug() -> bool:

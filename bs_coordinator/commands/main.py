@@ -11,7 +11,6 @@ from bs_coordinator.commands.place import place
 from bs_coordinator.commands.replay import replay
 from bs_coordinator.commands.serve import serve
 from bs_coordinator.commands.shape import shape
-from common.console import end_on_sigterm
 from common.console import run as run_console
 from common.options import Group
 from wire import __version__
@@ -21,7 +20,6 @@ from wire import __version__
 @click.version_option(__version__)
 def cli() -> None:
     """The base station: runs the trunk of a mixture of experts and asks edge nodes for its experts."""
-    end_on_sigterm()
 
 
 for command in (generate, chat, serve, nodes, links, replay, place, shape, broker):

@@ -18,7 +18,6 @@ from bs_coordinator.commands.station import with_field_log
 from bs_coordinator.config import PRIVATE_BROKERS, BaseStationConfig, ServeConfig
 from bs_coordinator.http.access import listening_sockets, read_keys
 from bs_coordinator.selection.registry import configured_policy
-from common.console import end_on_sigterm
 from testbed.demo.next_steps import describe_broker, describe_server, server_url
 from testbed.demo_assets import demo_bundle
 from testbed.local_nodes import LocalNodes, local_nodes
@@ -45,7 +44,6 @@ def run_fleet(config: BaseStationConfig, http: ServeConfig, *, demo: str | None,
         WdmoeError: a node ended at once, or another part can't be started.
     """
     keys = read_keys(http)
-    end_on_sigterm()
     with ExitStack() as stack:
         sockets = stack.enter_context(listening_sockets(http.host, http.port))
         logs = runs / time.strftime("up-%Y%m%d-%H%M%S")

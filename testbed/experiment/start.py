@@ -12,6 +12,7 @@ from types import FrameType
 
 from rich.console import Console
 
+from common.interruption import interrupt
 from testbed import facts
 from testbed.demo_assets import demo_bundle
 from testbed.errors import FailedCellsError, RunDirectoryError
@@ -27,7 +28,6 @@ from testbed.run_directory.directory import SCHEMA, BundleFacts, RunDir, RunMani
 from wire.manifest import MANIFEST_NAME, load_manifest, sha256_file
 
 _STOPPING = b"stopping: the cell in progress is abandoned; 'resume' measures it again\n"
-_AGAIN_S = 0.02
 
 
 def create_run(plan: Plan, out: Path, *, console: Console) -> RunDir:
@@ -164,27 +164,18 @@ def signals_interrupt() -> Iterator[None]:
         yield
         return
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def say_and_interrupt(number: int, frame: FrameType | None) -> None:
         if number != signal.SIGALRM:
             # Not print: the signal may have interrupted one, and its buffer is not re-entrant.
             with suppress(OSError):
                 os.write(sys.stderr.fileno(), _STOPPING)
-        if _in_finaliser(frame):
-            signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
-            return
-        raise KeyboardInterrupt
+        interrupt(number, frame)
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    before = {number: signal.signal(number, say_and_interrupt) for number in handled}
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _in_finaliser(frame: FrameType | None) -> bool:
-    """Whether the frame is in a finaliser, which swallows exceptions, so that the run would just go on."""
-    while frame is not None and frame.f_code.co_name != "__del__":
-        frame = frame.f_back
-    return frame is not None

@@ -8,6 +8,7 @@ import itertools
 import multiprocessing
 import os
 import shutil
+import signal
 import statistics
 import tempfile
 import time
@@ -142,8 +143,12 @@ def _export(checkpoint: Path, out: Path, jobs: int) -> _Export:
         began_s = time.monotonic()
         future: Future[tuple[float, float]] = pool.submit(_stamps, checkpoint, out, jobs)
         pss_bytes = 0
-        while wait([future], _LOOK_S).not_done:
-            pss_bytes = max(pss_bytes, memory_bytes(pid)[1])
+        try:
+            while wait([future], _LOOK_S).not_done:
+                pss_bytes = max(pss_bytes, memory_bytes(pid)[1])
+        except BaseException:
+            os.kill(pid, signal.SIGTERM)  # the pool would wait for the end of the export
+            raise
         first_s, last_s = future.result()
         ended_s = time.monotonic()
     return _Export(first_s - began_s, last_s - first_s, ended_s - last_s, pss_bytes)

@@ -100,11 +100,16 @@ def test_resume_after_kill(
     assert_bundle_is_whole(out, mixtral(layers=40), tmp_path / "scratch")
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_interrupt_ends_promptly(jobs: int, running: Callable[[int], subprocess.Popen[str]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "jobs"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 2)])
+def test_interrupt_ends_promptly(
+    number: signal.Signals, jobs: int, running: Callable[[int], subprocess.Popen[str]], tmp_path: Path
+) -> None:
     process = running(jobs)
     children = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGINT)
+    if number == signal.SIGINT:  # a terminal sends it to the whole group
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     _, stderr = process.communicate()
     assert process.returncode == 130
     assert stderr.splitlines()[-1] == "wdmoe-export: error: interrupted"
