@@ -129,8 +129,8 @@ class SubRequest:
             for replacement in self.replacements:
                 yield from replacement.answers()
 
-    def record(self, frame: ResultFrame, message: Message) -> DispatchRecord:
-        """The log's record of this request, given its answer."""
+    def record(self, frame: ResultFrame, message: Message, *, begun_ns: int) -> DispatchRecord:
+        """The log's record of this request, given its answer and when its layer was begun (`LayerRequests`)."""
         request, sent = self.request, self.sent
         assert sent is not None  # noqa: S101 - an answer has come
         return DispatchRecord(
@@ -143,6 +143,7 @@ class SubRequest:
             down_bytes=sent.down_bytes,
             up_bytes=len(message.payload),
             predicted_ns=sent.predicted_ns,
+            planned_ns=sent.sent_ns - begun_ns,
         )
 
     def sample(self, record: DispatchRecord) -> LinkSample:

@@ -328,7 +328,9 @@ class RequestLoop:
             self._handle(layer, NonsenseReceived(sub, "wrong dtype", why))
         else:
             gain = largest_gain(rows, frame.output)
-            answer = NodeAnswer(frame.output, sub.record(frame, message), self._guard.excess(layer.layer, gain))
+            answer = NodeAnswer(
+                frame.output, sub.record(frame, message, begun_ns=layer.began_ns), self._guard.excess(layer.layer, gain)
+            )
             suspicious, absurd = self._guard.suspects(layer.layer, gain), self._guard.absurd(layer.layer, gain)
             self._handle(layer, AnswerReceived(sub, answer, gain, suspicious, absurd))
 

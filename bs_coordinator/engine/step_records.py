@@ -28,6 +28,7 @@ class DispatchRecord(Struct, frozen=True):
         down_bytes: length of the frame to the node.
         up_bytes: length of the frame from the node.
         predicted_ns: the round trip predicted at sending, as if no other node used the channel.
+        planned_ns: from the chosen experts to handing the request to the network: choosing holders and encoding.
     """
 
     node: str
@@ -39,6 +40,7 @@ class DispatchRecord(Struct, frozen=True):
     down_bytes: int
     up_bytes: int
     predicted_ns: int
+    planned_ns: int = 0
 
     @property
     def network_ns(self) -> int:

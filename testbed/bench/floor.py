@@ -18,7 +18,11 @@ class FloorLink(NamedTuple):
 
     def ms(self, dispatch: DispatchRecord) -> float:
         """Time in ms of a request and its answer on this link."""
-        return self.rtt_ms + (dispatch.down_bytes + dispatch.up_bytes) * 8e-3 / self.mbps
+        return self.one_way_ms(dispatch.down_bytes) + self.one_way_ms(dispatch.up_bytes)
+
+    def one_way_ms(self, frame_bytes: int) -> float:
+        """Time in ms of a frame in one direction."""
+        return self.rtt_ms / 2 + frame_bytes * 8e-3 / self.mbps
 
 
 class Alone(NamedTuple):

@@ -9,6 +9,7 @@ SECTIONS: dict[str, str] = {
     "graphs": "testbed.bench.sections.graphs",
     "generic-trunk": "testbed.bench.sections.generic_trunk",
     "decode": "testbed.bench.sections.decode",
+    "hops": "testbed.bench.sections.hops",
     "prefill": "testbed.bench.sections.prefill",
     "llama-bench": "testbed.bench.sections.llama_bench",
     "scaling": "testbed.bench.sections.scaling",
