@@ -57,7 +57,7 @@ class Token:
             id=event.id,
             text=event.text,
             stop=event.stop,
-            degraded=any(layer.degraded for layer in layers),
+            degraded=event.degraded,
             total_ns=sum(step.total_ns for step in steps) + draft_ns,
             trunk_ns=sum(split.trunk for split in splits),
             network_ns=sum(split.network for split in splits),
@@ -104,7 +104,7 @@ class Answer:
 
     @property
     def degraded(self) -> bool:
-        """Whether a token had to do without a preferred expert."""
+        """Whether a token was computed without some preferred expert."""
         return any(token.degraded for token in self.tokens)
 
     def __str__(self) -> str:

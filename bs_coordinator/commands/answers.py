@@ -72,7 +72,7 @@ def print_answer(
         click.echo()
         if events and stats:
             click.echo(one_line(summarise(events)), err=True)
-        degraded = sum(any(step.degraded for step in event.steps) for event in events)
+        degraded = sum(event.degraded for event in events)
         if degraded:
             log.warning("degraded: %d of %d tokens were computed without some expert", degraded, len(events))
     return "".join(event.text for event in events)

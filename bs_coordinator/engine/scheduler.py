@@ -1,5 +1,6 @@
 """Many answers at once: every step carries the tokens of all live sequences, with one dispatch per layer for all."""
 
+import itertools
 import logging
 from collections import deque
 from collections.abc import Sequence
@@ -142,8 +143,10 @@ class Scheduler:
             if len(answers) == 1:
                 return [Progress(answers[0], [], _as_answer_error(error))]
             return [self._run_alone(answer) for answer in answers]
+        first_rows = itertools.accumulate((len(inputs.ids) for _, inputs in chosen), initial=0)
         progress = [
-            _accept(answer, some, record, sequences=len(answers)) for answer, some in zip(answers, logits, strict=True)
+            _accept(answer, some, record, sequences=len(answers), first_row=first_row)
+            for answer, some, first_row in zip(answers, logits, first_rows, strict=False)
         ]
         if answers[0].policy is None:  # drafts are for the model's own policy
             tokens = sum(len(p.events) for p in progress)
@@ -163,9 +166,12 @@ class Scheduler:
         self._live = [answer for answer in self._live if answer not in over]
 
 
-def _accept(answer: GeneratedAnswer, logits: Tensor, record: StepRecord, *, sequences: int) -> Progress:
+def _accept(
+    answer: GeneratedAnswer, logits: Tensor, record: StepRecord, *, sequences: int, first_row: int = 0
+) -> Progress:
     try:
-        return Progress(answer, answer.accept(logits, record, sequences=sequences), step=record)
+        events = answer.accept(logits, record, sequences=sequences, first_row=first_row)
+        return Progress(answer, events, step=record)
     except Exception as error:  # noqa: BLE001 - libraries raise anything
         return Progress(answer, [], _as_answer_error(error))
 

@@ -43,6 +43,8 @@ class TokenEvent:
         logprob: of the token, if `SamplingConfig.logprobs` asks for it.
         prompt: with the first token, the log-probabilities of all tokens of the prompt but the first, if
             `SamplingConfig.prompt_logprobs` asks for them.
+        degraded: some layer lacked a preferred expert for the token before it, of which it was computed; for the first
+            token, for a token of the prompt.
     """
 
     id: int
@@ -51,6 +53,7 @@ class TokenEvent:
     stop: StopReason | None
     logprob: TokenLogprob | None = None
     prompt: tuple[TokenLogprob, ...] = ()
+    degraded: bool = False
 
 
 class Sequence:
@@ -203,6 +206,7 @@ class GeneratedAnswer:
         self._length = DraftLength(sequence.speculation.cost, sequence.speculation.acceptance)
         self._draft = Draft()
         self._steps: list[StepRecord] = []
+        self._prompt_degraded = False
 
     @property
     def decoding(self) -> bool:
@@ -249,17 +253,23 @@ class GeneratedAnswer:
             prompt=scored, parents=self._draft.parents,
         )  # fmt: skip
 
-    def accept(self, logits: Tensor, step: StepRecord, *, sequences: int = 1) -> list[TokenEvent]:
+    def accept(
+        self, logits: Tensor, step: StepRecord, *, sequences: int = 1, first_row: int = 0
+    ) -> list[TokenEvent]:  # fmt: skip
         """Take in the result of the last input; returns the new tokens, none while the prompt is not finished.
 
         Args:
             logits: of the last input, as `DistributedModel.step` returns them.
             step: its record.
             sequences: number of sequences that shared the step.
+            first_row: of the last input among all tokens of the step.
         """
         sequence, draft = self._sequence, self._draft
         drafted = draft.ids
         past = len(sequence.cached_ids)
+        degraded = {row - first_row for row in step.degraded}.intersection(range(len(self._running) + len(drafted)))
+        if not self.decoding:
+            self._prompt_degraded |= bool(degraded)
         sequence.cached_ids += self._running + drafted
         self._pending = self._pending[len(self._running) :]
         if self._config.prompt_logprobs and not self.decoding:
@@ -273,13 +283,15 @@ class GeneratedAnswer:
         accepted = len(chosen) - 1
         # The first of the chosen tokens that the draft does not begin with, and where it is one of the draft's others.
         differs = next((i for i, id in enumerate(chosen) if i == len(main) or id != main[i]), 0)
+        kept = [*range(accepted + 1)]
         if (other := draft.rows.get((differs, chosen[differs]))) is not None:
-            kept = [*range(accepted), other]
+            kept[-1] = other
             logits = logits[kept]
             keep_branch(sequence.cache, past, kept)
             sequence.cached_ids[past:] = [*self._running, *chosen[:accepted]]
         top = self._config.logprobs
         scores = [None] * len(chosen) if top is None else log_probabilities(logits, chosen, top)
+        lacking = [row in degraded for row in kept] if self.decoding else [self._prompt_degraded]
         if self.decoding:
             if self.speculation.spare is not None and drafted and sequences == 1:
                 reads = self.ahead.reads if self.ahead else 0
@@ -293,11 +305,11 @@ class GeneratedAnswer:
             step = replace(step, drafted=len(drafted), accepted=accepted, draft_ns=draft_ns)
         self._steps.append(step)
         events = []
-        for id, score in zip(chosen, scores, strict=True):
+        for id, score, lacks in zip(chosen, scores, lacking, strict=True):
             stop = self._stop_reason(id)
             text = "" if stop == "eos" else self._stream.push(id)
             self._ids.append(id)
-            events.append(TokenEvent(id, text, tuple(self._steps), stop, score, tuple(self._prompt_logprobs)))
+            events.append(TokenEvent(id, text, tuple(self._steps), stop, score, tuple(self._prompt_logprobs), lacks))
             self._steps, self._prompt_logprobs = [], []
             if stop:
                 self.done = True

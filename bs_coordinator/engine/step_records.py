@@ -123,7 +123,7 @@ class StepRecord:
 
     @property
     def degraded(self) -> frozenset[int]:
-        """Tokens of the step for which some layer lacked a preferred expert."""
+        """Tokens of the step, drafts included, for which some layer lacked a preferred expert."""
         return frozenset(token for layer in self.layers for token in layer.degraded)
 
     def split_ns(self) -> "TimeSplit":

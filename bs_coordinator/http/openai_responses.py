@@ -29,7 +29,7 @@ class Token(NamedTuple):
 
     Attributes:
         finish: why the answer ends with this token; None if it does not.
-        degraded: an expert was missing when it was computed.
+        degraded: as of `TokenEvent`.
         id: of the token; None for text that belongs to several.
         logprob: of the token, if it was asked for.
         prompt: with the first token, those of the prompt's tokens but the first, if they were asked for.
@@ -62,7 +62,7 @@ class Token(NamedTuple):
         return cls(
             event.text,
             _FINISH[event.stop] if event.stop else None,
-            any(layer.degraded for layer in layers),
+            event.degraded,
             event.id,
             event.logprob,
             event.prompt,

@@ -13,7 +13,7 @@ class Tally:
     Attributes:
         prompt_tokens: of all prompts together.
         new_tokens: of all choices together.
-        degraded: new tokens that had to do without an expert.
+        degraded: new tokens that were computed without some expert.
         first_token_s: from the request's arrival to the first token; None before.
     """
 

@@ -85,6 +85,11 @@ class RequestMetrics(AnswerObserver):
         )
         self._prompt_tokens = Counter("wdmoe_prompt_tokens", "Tokens of prompts that were computed.", registry=registry)
         self._generated = Counter("wdmoe_generated_tokens", "Tokens of answers.", registry=registry)
+        self._degraded = Counter(
+            "wdmoe_degraded_tokens",
+            "Tokens of answers that were computed without some expert, because no node could provide it.",
+            registry=registry,
+        )
         self._drafts_offered = Counter(
             "wdmoe_draft_tokens_offered", "Draft tokens that were checked by a step.", registry=registry
         )
@@ -150,6 +155,7 @@ class RequestMetrics(AnswerObserver):
         for _ in range(later):
             self._inter_token.observe((now_s - live.last_s) / later)
         self._generated.inc(tokens)
+        self._degraded.inc(sum(event.degraded for event in progress.events))
         live.tokens += tokens
         live.last_s = now_s
         live.stop = progress.events[-1].stop

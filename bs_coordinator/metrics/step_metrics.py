@@ -59,11 +59,6 @@ class StepMetrics:
                 registry=registry,
             )
         )
-        self._degraded = Counter(
-            "wdmoe_degraded_tokens",
-            "Tokens of steps (of prompts, answers and drafts) for which others were asked instead of lost experts.",
-            registry=registry,
-        )
         self._families: tuple[MetricWrapperBase, ...] = (
             Histogram(
                 "wdmoe_node_round_trip_duration_seconds",
@@ -122,8 +117,6 @@ class StepMetrics:
                 self._layer[phase].observe(layer.dispatch_ns / 1e9)
             for dispatch in layer.dispatches:
                 by_node[dispatch.node].append(dispatch)
-        if degraded := len(step.degraded):
-            self._degraded.inc(degraded)
         for node, dispatches in by_node.items():
             self._observe_node(self._nodes.get(node) or self._add(node), dispatches)
 

@@ -76,7 +76,7 @@ class StepView(Struct, frozen=True, kw_only=True, omit_defaults=True):
         answers: that got tokens from this step.
         tokens: new tokens of these answers together.
         drafted, accepted: draft tokens, and how many of them were accepted.
-        degraded: tokens, those of prompts included, for which some layer lacked a preferred expert.
+        degraded: new tokens that were computed without some preferred expert.
         trunk_ms: attention, norms, gate and selection.
         network_ms: links and broker, for the slowest node of each layer.
         queue_ms: that node's queue, and loading experts into its memory.

@@ -50,6 +50,7 @@ class _Step:
     tokens: int = 0
     drafted: int = 0
     accepted: int = 0
+    degraded: int = 0
     draft_ns: int = 0
 
 
@@ -82,6 +83,7 @@ class StepLog:
             if not event.steps:  # an accepted draft token, which came with the token before it
                 if self._open:
                     self._open[-1].tokens += 1
+                    self._open[-1].degraded += event.degraded
                 continue
             for record in event.steps:
                 step = self._find(record)
@@ -92,6 +94,7 @@ class StepLog:
             if (step := self._find(event.steps[-1])) is not None:
                 step.answers += 1
                 step.tokens += 1
+                step.degraded += event.degraded
 
     def close(self) -> bool:
         """Turn what was added since the last call into entries; whether there are any."""
@@ -160,6 +163,6 @@ class StepLog:
             tokens=step.tokens,
             drafted=step.drafted,
             accepted=step.accepted,
-            degraded=len(record.degraded),
+            degraded=step.degraded,
             **(parts_ms(record) | {"draft_ms": as_ms(step.draft_ns)}),
         )

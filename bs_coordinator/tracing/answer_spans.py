@@ -79,7 +79,7 @@ class AnswerSpans(AnswerObserver):
         if progress.events and (stop := progress.events[-1].stop):
             live.span.set_attribute("gen_ai.response.finish_reasons", [stop])
         if progress.step is not None:
-            live.degraded += len(progress.step.degraded)
+            live.degraded += sum(event.degraded for event in progress.events)
             own = progress.events[0].steps[-1] if progress.events else progress.step
             self._add_step(live.span, progress.step, own)
 

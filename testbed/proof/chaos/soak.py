@@ -141,7 +141,7 @@ def run_soak(
             for count, event in enumerate(station.new_sequence().generate(ids, sampling)):
                 log.append(answers, count, event)
                 layers_logged += sum(len(step.layers) for step in event.steps)
-                degraded += any(layer.degraded for step in event.steps for layer in step.layers)
+                degraded += event.degraded
                 sampler.tokens += 1
             answers += 1
             console.print(f"{sampler.tokens}/{tokens} tokens, {churn.kills} nodes lost", end="\r")

@@ -203,15 +203,16 @@ def test_an_idle_feed_sends_heartbeats_and_begins_with_a_whole_snapshot() -> Non
     assert all(beat.startswith(b":") and beat.endswith(b"\n\n") for beat in beats)
 
 
-def _step(total_ms: int, *, phase: Any = "decode", accepted: int = 0, degraded: tuple[int, ...] = ()) -> StepRecord:
+def _step(total_ms: int, *, phase: Any = "decode", accepted: int = 0) -> StepRecord:
     durations = NodeDurations(queue_ns=1_000_000, compute_ns=4_000_000)
     request = DispatchRecord("a", (1,), 1, 0, 12_000_000, durations, 10, 10, 9_000_000)
-    layer = LayerRecord(0, 5_000_000, 12_000_000, (), (request,), degraded)
+    layer = LayerRecord(0, 5_000_000, 12_000_000, (), (request,))
     return StepRecord(phase, 0, 1, total_ms * 1_000_000, 2_000_000, (layer,), drafted=2 * accepted, accepted=accepted)
 
 
-def _progress(*events: tuple[StepRecord, ...]) -> Progress:
-    return Progress(NONE, [TokenEvent(1, "x", steps, None) for steps in events])
+def _progress(*events: tuple[StepRecord, ...], degraded: tuple[int, ...] = ()) -> Progress:
+    made = [TokenEvent(1, "x", steps, None, degraded=number in degraded) for number, steps in enumerate(events)]
+    return Progress(NONE, made)
 
 
 def test_answers_share_the_entry_of_their_step() -> None:
@@ -238,14 +239,15 @@ def test_drafts_and_degraded_tokens_are_counted_and_prompts_shown_once() -> None
     log.add(_progress((_step(21),)))
     log.add(_progress((chunk,)))  # another answer's token, in the step that began this answer's prompt
     log.close()
-    log.add(_progress((chunk, _step(30, phase="prefill", degraded=(0,)))))
+    log.add(_progress((chunk, _step(30, phase="prefill")), degraded=(0,)))
     log.close()
-    log.add(_progress((_step(22, accepted=2),), (), ()))
+    log.add(_progress((_step(22, accepted=2),), (), (), degraded=(0, 2)))
     log.close()
     assert [(step.serial, step.prefill, step.tokens, step.accepted) for step in log.steps] == [
         (1, False, 1, 0), (2, True, 1, 0), (3, True, 1, 0), (4, False, 3, 2),
     ]  # fmt: skip
-    assert (log.tokens, log.drafted, log.accepted, log.degraded) == (6, 4, 2, 1)
+    assert (log.tokens, log.drafted, log.accepted, log.degraded) == (6, 4, 2, 3)
+    assert [step.degraded for step in log.steps] == [0, 0, 1, 2]
     assert [step.serial for step in log.since(2)] == [3, 4]
     for _ in range(KEPT_STEPS + 5):
         log.add(_progress((_step(100 + log.last_serial),)))

@@ -265,18 +265,23 @@ class _Station:
 
     def progress(
         self, request: Request, seconds: float, tokens: int, *, stop: StopReason | None = None,
-        step: StepRecord | None = None, error: WdmoeError | None = None,
+        step: StepRecord | None = None, error: WdmoeError | None = None, degraded: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
         self.clock.advance_ns(int(1e9 * seconds))
         steps = (step,) if step else ()
-        events = [TokenEvent(1, "x", steps if i == 0 else (), stop if i == tokens - 1 else None) for i in range(tokens)]
+        events = [
+            TokenEvent(
+                1, "x", steps if i == 0 else (), stop if i == tokens - 1 else None, degraded=i in degraded
+            )
+            for i in range(tokens)
+        ]  # fmt: skip
         answer: Any = _Answer()
         self.metrics.progressed(request, Progress(answer, events, error, step))
 
 
-def _step(*, drafted: int = 0, accepted: int = 0, degraded: tuple[int, ...] = (), node: str = "a") -> StepRecord:
+def _step(*, drafted: int = 0, accepted: int = 0, node: str = "a") -> StepRecord:
     dispatch = DispatchRecord(node, (0,), 1, 0, 3_000_000, NodeDurations(compute_ns=1_000_000), 100, 50, 2_000_000)
-    layers = tuple(LayerRecord(i, 1_000_000, 4_000_000, (), (dispatch,), degraded) for i in range(2))
+    layers = tuple(LayerRecord(i, 1_000_000, 4_000_000, (), (dispatch,)) for i in range(2))
     return StepRecord("decode", 0, 1, 12_000_000, 1_000_000, layers, drafted, accepted)
 
 
@@ -288,7 +293,7 @@ def test_latencies_are_those_of_the_callers_tokens() -> None:
     assert value(exposed(station.metrics), "wdmoe_requests_running") == 1
     station.progress(request, 1.0, 1)
     step = _step(drafted=4, accepted=2)
-    station.progress(request, 0.6, 3, step=step)
+    station.progress(request, 0.6, 3, step=step, degraded=(0, 2))
     station.progress(request, 0.2, 1, stop="eos")
     station.metrics.ended(request, None)
     samples = exposed(station.metrics)
@@ -308,6 +313,7 @@ def test_latencies_are_those_of_the_callers_tokens() -> None:
     assert value(samples, "wdmoe_draft_tokens_accepted_total") == 2
     assert value(samples, "wdmoe_prompt_tokens_total") == 7
     assert value(samples, "wdmoe_generated_tokens_total") == 5
+    assert value(samples, "wdmoe_degraded_tokens_total") == 2
     assert value(samples, "wdmoe_requests_running") == 0
 
 
@@ -338,13 +344,12 @@ def test_requests_end_for_a_reason(error: WdmoeError | None, name: str, reason: 
 def test_a_step_that_several_answers_share_counts_once() -> None:
     station = _Station()
     first, second = station.accept(), station.accept()
-    shared, alone = _step(degraded=(0, 1)), _step()
+    shared, alone = _step(), _step()
     for request, step in [(first, shared), (second, shared), (first, alone)]:
         station.progress(request, 0.1, 1, step=step)
     samples = exposed(station.metrics)
     assert value(samples, "wdmoe_step_duration_seconds_count", phase="decode") == 2
     assert value(samples, "wdmoe_node_round_trip_duration_seconds_count", node="a") == 4
-    assert value(samples, "wdmoe_degraded_tokens_total") == 2
     assert value(samples, "wdmoe_node_round_trip_prediction_error_seconds_total", node="a") == pytest.approx(0.004)
 
 

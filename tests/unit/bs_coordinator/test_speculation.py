@@ -127,6 +127,37 @@ def test_right_and_wrong_drafts_change_nothing_alone_and_in_a_batch(
 
 
 @pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("branching", [False, True])
+def test_rows_that_became_no_token_of_an_answer_do_not_degrade_it(
+    random_bundle: Path, tokenizer: Tokenizer, branching: bool
+) -> None:
+    experts = LocalExperts(random_bundle, threads=1, wire=WireDtype.FP16)
+    experts.lost = frozenset({1})
+    model = DistributedModel(load_trunk(random_bundle / "trunk"), experts, TopK(2), degrade=True)
+    config = SamplingConfig(max_tokens=24)
+    oracle = _Model(wrong=2)
+    speculation = Speculation("dense", oracle, branching=branching)
+    answers, expected = [], []
+    for ids in PROMPTS:
+        # Alone and without drafts, a step has no other rows than those of the prompt or the last token.
+        plain = list(TokenSequence(model, tokenizer).generate(ids, config))
+        expected.append([(event.id, any(step.degraded for step in event.steps)) for event in plain])
+        oracle.text = ids + [event.id for event in plain]
+        events = list(TokenSequence(model, tokenizer, speculation=speculation).generate(ids, config))
+        assert [(event.id, event.degraded) for event in events] == expected[-1]
+        answers.append(TokenSequence(model, tokenizer, speculation=speculation).answer(ids, config))
+    assert {degraded for answer in expected for _, degraded in answer} == {True, False}
+    found: dict[int, list[tuple[int, bool]]] = {id(answer): [] for answer in answers}
+    scheduler = Scheduler(model, prefill_tokens=12)
+    for answer in answers:
+        scheduler.add(answer)
+    while not scheduler.idle:
+        for progress in scheduler.step():
+            found[id(progress.answer)] += [(event.id, event.degraded) for event in progress.events]
+    assert list(found.values()) == expected
+
+
+@pytest.mark.usefixtures("eager")
 def test_the_right_token_in_place_of_a_wrong_one_saves_steps(model: DistributedModel, tokenizer: Tokenizer) -> None:
     config = SamplingConfig(max_tokens=30, logprobs=2, min_tokens=20)
     plain = list(TokenSequence(model, tokenizer).generate(PROMPTS[0], config))
