@@ -169,6 +169,7 @@ def _event(
         down_bytes=0,
         up_bytes=0,
         predicted_ns=sent.predicted_ns,
+        planned_ns=sent.sent_ns - layer.began_ns,
     )
     gain = largest_gain(layer.rows(request), computed.output)
     return AnswerReceived(sub, NodeAnswer(computed.output, record), gain, suspicious=False)

@@ -218,5 +218,9 @@ LATENCY = Table[RequestRow](
         Column("up_bytes", INT, "node to base station, whole frame", lambda r: r.dispatch.up_bytes),
         Column("predicted_ns", INT, "round trip as predicted before sending", lambda r: r.dispatch.predicted_ns),
         Column("node_load_ns", INT, "reading experts from disk, node's clock", lambda r: r.dispatch.durations.load_ns),
+        Column(
+            "planned_ns", INT, "from the chosen experts to publishing: choosing holders and packing",
+            lambda r: r.dispatch.planned_ns,
+        ),
     ),
 )  # fmt: skip
