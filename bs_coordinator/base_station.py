@@ -71,7 +71,7 @@ class BaseStation:
         nodes_ms: round trip of one token in ms, by node.
         speculation: how its sequences draft tokens.
         config: as it was asked for, with the preset's choice in place of defaults.
-        residents: experts kept on the base station itself; None without `BaseStationConfig.resident`.
+        residents: experts kept on the base station itself; None if there are none.
         choice: of the preset; None without one.
     """
 
@@ -203,7 +203,7 @@ def _choice(
     from bs_coordinator.presets import choose
     from bs_coordinator.presets.look import look
 
-    with _connect(replace(config, resident=None, link_log=None), manifest, client) as (dispatcher, _):
+    with _connect(replace(config, resident=ResidentConfig(0), link_log=None), manifest, client) as (dispatcher, _):
         facts = look(
             dispatcher, config, manifest, scored=trunk.scored, why_no_drafts=_why_no_drafts(config, trunk, manifest),
             on_wait=on_progress,
@@ -226,8 +226,8 @@ def _connect(
             stack.enter_context(sockets.watching(client.address.port))
         links = LinkMonitor(shared_air=config.shared_air, log=sample_log)
         residents = None
-        if config.resident is not None:
-            residents = stack.enter_context(_residents(config, config.resident, manifest))
+        if budget_bytes := config.resident.budget_bytes:
+            residents = stack.enter_context(_residents(config, budget_bytes, manifest))
         dispatcher = Dispatcher(
             client.connect(),
             client.topics,
@@ -261,8 +261,9 @@ def _prove(
 
 
 @contextmanager
-def _residents(config: BaseStationConfig, resident: ResidentConfig, manifest: Manifest) -> "Iterator[ResidentExperts]":
+def _residents(config: BaseStationConfig, budget_bytes: int, manifest: Manifest) -> "Iterator[ResidentExperts]":
     """Room for experts; nothing is loaded yet."""
+    resident = config.resident
     # onnxruntime is imported only where experts are kept.
     from bs_coordinator.resident import ResidentExperts, Traffic, read_traffic, traffic_of_log
 
@@ -275,7 +276,7 @@ def _residents(config: BaseStationConfig, resident: ResidentConfig, manifest: Ma
     experts = ResidentExperts(
         config.bundle,
         manifest,
-        budget_bytes=resident.budget_bytes,
+        budget_bytes=budget_bytes,
         wire=config.wire,
         threads=max(1, min(_MOST_RESIDENT_THREADS, (os.cpu_count() or 1) // 2)),
         traffic=traffic,

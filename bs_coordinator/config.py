@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from common.config import Config, Option
+from common.config import Config, ConfigError, Option
 from common.names import check_host, check_origin
 from common.real_time import Priority
 from wire.broker_url import Access, check_broker_url
@@ -79,16 +79,17 @@ class ResidentConfig(Config):
     """Experts kept on the base station.
 
     Attributes:
+        budget_bytes: 0 for none; None as well, unless a preset chooses.
         traffic: file that counts how often experts are asked for, for the next start; not kept if None.
     """
 
     budget_bytes: Annotated[
-        int,
+        int | None,
         Option(
             "RAM for experts that the base station computes itself, such as 2G.  [default: none]",
             flag="--resident", size=True, minimum=0, heading=_EXPERTS,
         ),
-    ]  # fmt: skip
+    ] = None  # fmt: skip
     begin_with: Annotated[
         Path | None,
         Option(
@@ -178,8 +179,17 @@ class BaseStationConfig(ClusterConfig):
     stay_awake: Annotated[
         bool, Option("Disable this machine's CPU idle states: lower latency, more power.", heading=_MODEL)
     ] = False
-    resident: ResidentConfig | None = None
+    resident: ResidentConfig = field(default_factory=ResidentConfig)
     given: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        Config.__post_init__(self)
+        chosen_later = self.resident.budget_bytes is None and self.preset in ("exact", "fast")
+        if self.resident.budget_bytes or chosen_later:
+            return
+        for flag, path in (("--resident-from", self.resident.begin_with), ("--prepacked", self.resident.prepacked)):
+            if path is not None:
+                raise ConfigError(f"{flag}: no experts are kept here: give --resident as well, or --preset fast")
 
 
 def check_seed(seed: int) -> None:

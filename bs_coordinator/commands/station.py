@@ -37,9 +37,8 @@ def open_station(config: BaseStationConfig) -> Iterator["BaseStation"]:
 
     manifest = _check_files(config)
     config = with_field_log(config)
-    if config.resident is not None:
-        traffic = user_path("state") / "traffic" / f"{manifest.model_sha256[:16]}.json"
-        config = replace(config, resident=replace(config.resident, traffic=traffic))
+    traffic = user_path("state") / "traffic" / f"{manifest.model_sha256[:16]}.json"
+    config = replace(config, resident=replace(config.resident, traffic=traffic))
     with ExitStack() as stack:
         address = stack.enter_context(_reachable_broker(config))
         log.info("loading %s", manifest.source.name)

@@ -8,7 +8,7 @@ import statistics
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from bs_coordinator.config import BaseStationConfig, DraftMode, PresetName, ResidentConfig
+from bs_coordinator.config import BaseStationConfig, DraftMode, PresetName
 from bs_coordinator.presets.facts import Facts
 from bs_coordinator.presets.scores import INT8_WIRE, MOST_LOST_POINTS, MOST_PERPLEXITY, POLICIES, PolicyScore
 from common.config import config_fields
@@ -211,17 +211,17 @@ def _given(config: BaseStationConfig) -> frozenset[str]:
         for field in config_fields(BaseStationConfig)
         if field.option is not None and getattr(config, field.name) != field.default
     }
-    resident = {"resident"} if config.resident is not None or "budget_bytes" in config.given else set()
+    resident = set() if config.resident.budget_bytes is None else {"resident"}
     return frozenset(changed) | config.given | resident
 
 
 def _given_levers(config: BaseStationConfig, given: frozenset[str]) -> dict[str, Lever]:
-    resident = f"{config.resident.budget_bytes // _MIB}M" if config.resident else "none"
+    room = config.resident.budget_bytes
     values = {
         "draft": config.draft,
         "wire": config.wire.name.lower(),
         "policy": config.policy,
-        "resident": resident,
+        "resident": f"{room // _MIB}M" if room else "none",
         "degrade": "yes" if config.degrade else "no",
     }
     return {name: Lever(name, value, "as given") for name, value in values.items() if name in given}
@@ -230,7 +230,7 @@ def _given_levers(config: BaseStationConfig, given: frozenset[str]) -> dict[str,
 def _applied(config: BaseStationConfig, levers: dict[str, Lever], given: frozenset[str]) -> BaseStationConfig:
     draft: DraftMode = "none" if levers["draft"].value == "none" else "auto"
     room = levers["resident"].value
-    resident = None if room == "none" else ResidentConfig(parse_bytes(room))
+    resident = replace(config.resident, budget_bytes=None if room == "none" else parse_bytes(room))
     return replace(
         config,
         draft=config.draft if "draft" in given else draft,

@@ -42,7 +42,7 @@ def look(
     Raises:
         PlacementError: some expert has no node after `config.nodes_timeout_s`.
     """
-    if config.resident is None:
+    if not config.resident.budget_bytes:
         wait_for_experts(dispatcher, timeout_s=config.nodes_timeout_s, on_wait=on_wait)
     else:
         dispatcher.pump(_STATUSES_S)

@@ -128,7 +128,7 @@ def distributed_system(
         layer_timeout_s=plan.layer_timeout_s,
         degrade=False,
         cluster_key=Path(outside.cluster_key) if outside and outside.cluster_key else None,
-        resident=ResidentConfig(parse_bytes(plan.resident)) if plan.resident else None,
+        resident=ResidentConfig(parse_bytes(plan.resident) if plan.resident else None),
         draft=plan.draft,
         stay_awake=plan.stay_awake,
         priority=plan.priority,

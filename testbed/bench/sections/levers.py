@@ -188,7 +188,7 @@ class _Bench:
         found: dict[Arm, list[str]] = {}
         for preset in _PRESETS:
             chosen = choose(preset, config, facts).config
-            arm = Arm(chosen.draft, chosen.resident is not None, chosen.policy, chosen.wire)
+            arm = Arm(chosen.draft, bool(chosen.resident.budget_bytes), chosen.policy, chosen.wire)
             found.setdefault(arm, []).append(preset)
         return {f"preset {' and '.join(names)}": arm for arm, names in found.items()}
 

@@ -26,7 +26,7 @@ def _room(bundle: Path, experts: int) -> int:
     return needed_bytes(largest(manifest.experts, experts), manifest.quantisation.scheme)
 
 
-def _config(fleet: LocalNodes, resident: ResidentConfig | None) -> BaseStationConfig:
+def _config(fleet: LocalNodes, resident: ResidentConfig) -> BaseStationConfig:
     return BaseStationConfig(
         bundle=fleet.bundle, cluster=fleet.cluster, resident=resident, degrade=False, draft="none"
     )  # fmt: skip

@@ -60,7 +60,7 @@ configs = st.builds(
     st.sampled_from(("none", "ngram", "dense", "auto")),
     st.sampled_from(list(WireDtype)),
     st.sampled_from(("topk", "top1", "wdmoe:gain=1.3")),
-    st.none() | st.integers(1, 2**40).map(ResidentConfig),
+    (st.none() | st.integers(0, 2**40)).map(ResidentConfig),
     st.booleans(),
     st.frozensets(st.sampled_from(("draft", "wire", "policy", "degrade"))),
 )
@@ -99,7 +99,7 @@ def test_exact_leaves_answers_as_they_are_whatever_is_measured(known: Facts) -> 
     config = choice.config
     assert (config.policy, config.wire, config.draft, config.degrade) == ("topk", WireDtype.FP16, "auto", False)
     if known.sums_units or known.other_arch:
-        assert config.resident is None
+        assert not config.resident.budget_bytes
     assert not any(lever.quality for lever in choice.levers)
 
 
@@ -108,7 +108,7 @@ def test_exact_leaves_answers_as_they_are_whatever_is_measured(known: Facts) -> 
 def test_field_chooses_the_same_whatever_is_measured(one: Facts, other: Facts) -> None:
     assert choose("field", ASKED, one) == choose("field", ASKED, other)
     config = choose("field", ASKED, one).config
-    assert (config.policy, config.draft, config.resident, config.degrade) == ("topk", "none", None, True)
+    assert (config.policy, config.draft, config.resident, config.degrade) == ("topk", "none", ResidentConfig(), True)
 
 
 @settings(max_examples=60)
@@ -124,8 +124,7 @@ def test_fast_stays_within_its_limits_of_quality_and_memory(known: Facts) -> Non
     if config.wire != WireDtype.FP16:
         assert config.wire == WireDtype.INT8
         assert INT8_WIRE[known.model_sha256] <= MOST_PERPLEXITY
-    if config.resident is not None:
-        room = config.resident.budget_bytes
+    if room := config.resident.budget_bytes:
         assert known.one_expert_bytes <= room <= MEMORY_SHARE * known.free_bytes + 2**20
     differs = {"policy": config.policy != "topk", "wire": config.wire != WireDtype.FP16}
     for lever in choice.levers:
@@ -165,9 +164,17 @@ def test_local_experts_take_half_of_the_memory_or_what_all_need() -> None:
     for free, room in ((500, 250), (1000, 500), (2000, 500)):
         config = choose("fast", ASKED, facts(free_bytes=free << 20)).config
         assert config.resident == ResidentConfig(room << 20)
-    assert choose("fast", ASKED, facts(free_bytes=7 << 20)).config.resident is None
-    assert choose("exact", ASKED, facts(sums_units="pi1")).config.resident is None
-    assert choose("exact", replace(ASKED, wire=WireDtype.FP32), facts(sums_units="pi1")).config.resident is not None
+    assert not choose("fast", ASKED, facts(free_bytes=7 << 20)).config.resident.budget_bytes
+    assert not choose("exact", ASKED, facts(sums_units="pi1")).config.resident.budget_bytes
+    assert choose("exact", replace(ASKED, wire=WireDtype.FP32), facts(sums_units="pi1")).config.resident.budget_bytes
+
+
+def test_where_local_experts_begin_and_lie_counts_whoever_chose_them() -> None:
+    wishes = ResidentConfig(begin_with=Path("latency.csv"), prepacked=Path("p"), traffic=Path("t.json"))
+    for free, room in ((500, 250 << 20), (7, None)):
+        asked = replace(ASKED, preset="fast", resident=wishes)
+        chosen = choose("fast", asked, facts(free_bytes=free << 20)).config.resident
+        assert chosen == replace(wishes, budget_bytes=room)
 
 
 def test_scores_are_those_of_the_documents() -> None:
@@ -204,7 +211,7 @@ def test_the_command_and_python_tell_what_was_given() -> None:
     for made in (*seen, config):
         choice = choose("fast", made, facts(model_sha256="0" * 64))
         assert [lever.name for lever in choice.levers if lever.why == "as given"] == ["wire", "resident", "degrade"]
-        assert choice.config.resident is None
+        assert not choice.config.resident.budget_bytes
 
 
 @contextmanager
@@ -216,9 +223,12 @@ def _station(bundle: Path, **options: object) -> Iterator[BaseStation]:
         yield stack.enter_context(open_base_station(config, broker.address))
 
 
-def test_exact_answers_as_without_a_preset_with_local_experts(random_bundle: Path) -> None:
+def test_exact_answers_as_without_a_preset_with_local_experts(random_bundle: Path, tmp_path: Path) -> None:
     answers = []
-    for options in ({"draft": "none"}, {"preset": "exact"}):
+    all_options: list[dict[str, object]] = [
+        {"draft": "none"}, {"preset": "exact", "resident": ResidentConfig(prepacked=tmp_path)}
+    ]  # fmt: skip
+    for options in all_options:
         with _station(random_bundle, **options) as station:
             events = station.new_sequence().generate([1, 2, 3, 4, 5], SamplingConfig(max_tokens=12))
             answers.append([event.id for event in events])
@@ -229,10 +239,11 @@ def test_exact_answers_as_without_a_preset_with_local_experts(random_bundle: Pat
     assert levers["preset"] == "exact"
     assert station.residents is not None
     assert station.residents.ids
+    assert list(tmp_path.iterdir())  # copies of them
 
 
 def test_without_a_preset_nothing_is_chosen(random_bundle: Path) -> None:
     with _station(random_bundle) as station:
         assert station.choice is None
         assert station.levers == {}
-        assert station.config.resident is None
+        assert station.residents is None

@@ -59,10 +59,8 @@ def _parse(group: click.Group, name: str, arguments: list[str]) -> click.Context
 def _fields(config: type) -> Iterator[ConfigField]:
     """All fields, those of nested configs instead of the field that holds them."""
     for field in config_fields(config):
-        nested = next((t for t in (field.type, ResidentConfig) if hasattr(t, "__dataclass_fields__")), None)
         if field.option is None and field.name in ("access", "resident", "rule"):
-            assert nested is not None
-            yield from _fields(nested)
+            yield from _fields(field.type)
         else:
             yield field
 
@@ -100,8 +98,8 @@ def test_options_reach_the_config() -> None:
     assert made("--wire", "int8").wire is WireDtype.INT8
     assert made("--password-file", "p", "--allow-plaintext").access.password_file == Path("p")
     assert made("--resident", "2G").resident == ResidentConfig(2 << 30)
-    assert made("--prepacked", "p").resident is None
-    assert made("--resident", "0").resident is None
+    assert made("--resident", "0").resident == ResidentConfig(0)
+    assert made("--preset", "exact", "--prepacked", "p").resident == ResidentConfig(prepacked=Path("p"))
     assert not made("--no-degrade").degrade
 
 
@@ -111,6 +109,9 @@ def test_options_reach_the_config() -> None:
         (["--resident", "two"], "'--resident': 'two' is not a size: write 800M or 2G"),
         (["--cluster", "a/b"], "--cluster: cluster 'a/b' is not valid"),
         (["--layer-timeout", "0"], "'--layer-timeout': 0.0 is not in the range x>=0.1"),
+        (["--prepacked", "p"], "--prepacked: no experts are kept here: give --resident as well, or --preset fast"),
+        (["--resident-from", __file__, "--preset", "field"], "--resident-from: no experts are kept here"),
+        (["--prepacked", "p", "--resident", "0", "--preset", "fast"], "--prepacked: no experts are kept here"),
         (["--seed", str(2**64)], "--seed: 18446744073709551616 does not fit into 64 bits"),
     ],
 )
