@@ -305,9 +305,14 @@ class Dispatcher:
             self._probe_gate.probe(self._loop.open)
 
     def measure_links(self, seconds: float) -> None:
-        """Probe idle links for this long."""
+        """Probe idle links for this long.
+
+        Also links that were known well are pinged all the time: they may have changed while they were idle, and the
+        budget of probes may be spent.
+        """
         until_s = self._now_s() + seconds
         while (remaining_s := until_s - self._now_s()) > 0:
+            self._prober.ping(self.registry.nodes, self._now_s())
             self.probe()
             self.pump(min(remaining_s, 0.01))
 

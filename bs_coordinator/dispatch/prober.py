@@ -18,6 +18,8 @@ from wire.frames import PingFrame, PongFrame, RequestId
 from wire.pong_stamps import STAMP_BYTES, read_stamps
 from wire.transport import Message
 
+_PING_EVERY_S = 0.1
+"""Between two pings of a node while links are measured on purpose."""
 _PING_TIMEOUT_S = 10.0
 _PROOF_BYTES = 64
 _CHECK_EVERY_S = 0.2
@@ -73,7 +75,7 @@ class Prober:
         self._clock = clock
         self._pings: dict[RequestId, _Ping] = {}
         self._clocks: deque[ClockSample] = deque(maxlen=_MOST_CLOCK_SAMPLES)
-        self._next_check_s = 0.0
+        self._next_check_s = self._next_ping_s = 0.0
 
     def probe(self, nodes: Collection[str], now_s: float) -> None:
         """Send the pings that are due to `nodes`. Cheap when none is."""
@@ -81,6 +83,17 @@ class Prober:
         probe = self._links.next_probe([node for node in nodes if self._health.usable(node)], now_s)
         if probe is not None:
             self._ping(probe, now_s)
+
+    def ping(self, nodes: Iterable[str], now_s: float) -> None:
+        """Ping all `nodes` that are usable, whatever the budget says. Cheap if just done."""
+        if now_s < self._next_ping_s:
+            return
+        self._next_ping_s = now_s + _PING_EVERY_S
+        for node in nodes:
+            if self._health.usable(node):
+                probe = Probe(node, 0, 0)
+                self._links.spend(probe, now_s, anyway=True)
+                self._ping(probe, now_s)
 
     def prove(self, nodes: Collection[str], now_s: float) -> None:
         """Ping those of `nodes` that are left out and whose pause is over. Cheap when there are none."""

@@ -24,7 +24,7 @@ from wire.manifest import Manifest
 
 NODES_TIMEOUT_S = 300.0
 LAYER_TIMEOUT_S = 60.0
-_SETTLE_S = 0.5
+_SETTLE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -339,6 +339,15 @@ def test_a_node_that_recovers_is_proven_by_a_ping_and_used_again() -> None:
     np.testing.assert_allclose(network.ask(GATE), EXPECTED)
 
 
+def test_measuring_finds_a_round_trip_that_changed_while_the_links_were_idle() -> None:
+    network = _Network(a="L*:E0-1", b="L*:E2-3")
+    for latency_s in (0.001, 0.01, 0.002):
+        network.broker.latency_s = latency_s  # of requests; answers take no time
+        network.dispatcher.measure_links(1.0)
+        known = network.dispatcher.links.estimates(network.clock.monotonic_s())
+        assert [one.link.rtt_s for one in known] == pytest.approx([latency_s] * 2, rel=0.25)
+
+
 @pytest.mark.parametrize("copies", [1, 2])
 def test_absurd_answers_put_a_node_into_quarantine(copies: int) -> None:
     network = _experienced(a="L*:E0-3", b="L*:E0-3")
