@@ -20,6 +20,8 @@ _CLAUSE = re.compile(r"L(?P<layers>[\d,*-]+):E(?P<experts>[\d,*-]+)(?:/(?P<slice
 _ITEM = re.compile(r"(\d+)(?:-(\d+))?")
 
 
+_MOST = 1 << 16
+"""More layers, experts of a layer, or slices than models have."""
 _MOST_REPEATS = 4
 """How often a selector may name everything there is. It bounds the work of reading a selector from a node's status."""
 
@@ -101,6 +103,15 @@ def check_selector(text: str, *, layers: int, experts: int, slices: int = 1) -> 
     """
     for _ in _clauses(text, layers, experts, slices):
         pass
+
+
+def check_selector_syntax(text: str) -> None:
+    """Check a selector for a model that is not known yet.
+
+    Raises:
+        ValueError: the text is a selector for no model.
+    """
+    check_selector(text, layers=_MOST, experts=_MOST, slices=_MOST)
 
 
 def _clauses(text: str, layers: int, experts: int, slices: int) -> Iterator[tuple[tuple[int, ...], ...]]:

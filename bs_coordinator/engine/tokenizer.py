@@ -58,6 +58,9 @@ class Tokenizer:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # noqa: BLE001 - tokenizers raises bare Exception
             raise BundleError(f"{folder} has no usable tokenizer: {str(error).partition(chr(10))[0]}") from None
+        # tokenizer.json may ask to cut texts, or to fill them up, as in the training that it comes from.
+        self._tokenizer.backend_tokenizer.no_truncation()
+        self._tokenizer.backend_tokenizer.no_padding()
         named = [self._tokenizer.eos_token_id, *_named_eos_ids(folder)]
         self.eos_ids = frozenset(id for id in named if id is not None)
         added = self._tokenizer.backend_tokenizer.get_added_tokens_decoder()

@@ -59,7 +59,8 @@ def _try_tokenizer(folder: Path, vocab: int) -> Any:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         backend = tokenizer.backend_tokenizer
-        largest = max(tokenizer.get_vocab().values())
+        vocabulary = tokenizer.get_vocab()
+        largest = max(vocabulary.values())
         ids = tokenizer(PROBE)["input_ids"]
     except BaseException as error:  # noqa: BLE001 - a panic of tokenizers is no Exception
         raise RefusedError(f"its tokenizer can't be used: {reason(error)}") from None
@@ -68,6 +69,7 @@ def _try_tokenizer(folder: Path, vocab: int) -> Any:
             f"its tokenizer has ids up to {largest}, but vocab_size is {vocab}: they are of different models, or "
             "tokens were added without resizing the embeddings"
         )
+    _check_unique(vocabulary)
     _check_ids(ids, vocab, "a text")
     try:
         stream = DecodeStream(skip_special_tokens=True)
@@ -77,6 +79,16 @@ def _try_tokenizer(folder: Path, vocab: int) -> Any:
     except BaseException as error:  # noqa: BLE001 - as above
         raise RefusedError(f"its tokenizer can't decode what it encodes: {reason(error)}") from None
     return tokenizer
+
+
+def _check_unique(vocabulary: dict[str, int]) -> None:
+    """Refuse two tokens of one id: only one of them could be decoded."""
+    if len(set(vocabulary.values())) == len(vocabulary):
+        return
+    names: dict[int, str] = {}
+    for name, id in vocabulary.items():
+        if names.setdefault(id, name) != name:
+            raise RefusedError(f"its tokenizer has the id {id} for two tokens, {names[id][:40]!r} and {name[:40]!r}")
 
 
 def _check_ids(ids: list[int], vocab: int, of: str) -> None:

@@ -24,6 +24,16 @@ _OPTIONAL_COUNTS = (
     "moe_k",
     "moe_topk",
 )
+_POSITIVE_IN_ROPE = (
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "short_factor",
+    "long_factor",
+    "attention_factor",
+    "original_max_position_embeddings",
+)
 _MAX_COUNT = 2**31 - 1
 _MAX_LAYERS = 1000
 _MAX_FLOAT = 3.4e38
@@ -78,12 +88,27 @@ def _check_numbers(path: Path, config: dict[str, Any]) -> None:
     if config.get("sliding_window") is not None and config.get("use_sliding_window", True):
         _check_count(path, "sliding_window", config["sliding_window"])
     for key in ("rms_norm_eps", "rope_theta"):
-        value = config.get(key)
-        # Not isfinite alone: it fails on integers beyond the range of a float.
-        if key in config and (
-            isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_FLOAT
-        ):
-            raise CheckpointError(f"{path}: {key} is {_shown(value)}, a positive number expected")
+        if key in config:
+            _check_positive(path, key, config[key])
+    for where in ("rope_parameters", "rope_scaling"):
+        _check_rope(path, where, config.get(where))
+
+
+def _check_rope(path: Path, where: str, rope: object) -> None:
+    """Check the parameters of a rotary embedding, or of one for each kind of layer: transformers only warns."""
+    if not isinstance(rope, dict):
+        return
+    for parameters in (rope, *(inner for inner in rope.values() if isinstance(inner, dict))):
+        for key in _POSITIVE_IN_ROPE:
+            value = parameters.get(key)
+            for one in value if isinstance(value, list) else () if value is None else (value,):
+                _check_positive(path, f"{where}.{key}", one)
+
+
+def _check_positive(path: Path, key: str, value: object) -> None:
+    # Not isfinite alone: it fails on integers beyond the range of a float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_FLOAT:
+        raise CheckpointError(f"{path}: {key} is {_shown(value)}, a positive number expected")
 
 
 def _check_token_ids(path: Path, config: dict[str, Any], vocab: int) -> None:

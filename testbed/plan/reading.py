@@ -28,6 +28,7 @@ from testbed.plan.schema import (
 )
 from testbed.yaml_files import decode_yaml
 from wire.broker_url import check_broker_url
+from wire.experts import check_selector_syntax
 from wire.topics import check_name
 
 
@@ -133,8 +134,12 @@ def check_plan(plan: Plan, *, bundle: str | None = None, top_k: int = 2) -> None
             raise ValueError(f"network.external.broker: {error}") from None
         check_name("cluster", plan.external.cluster)
     if isinstance(plan.nodes, dict):
-        for node in plan.nodes:
+        for node, selector in plan.nodes.items():
             check_name("node", node)
+            try:
+                check_selector_syntax(selector)
+            except ValueError as error:
+                raise ValueError(f"nodes.{node}: {error}") from None
     for i, workload in enumerate(plan.workloads):
         if isinstance(workload, Items) and isinstance(workload.items, tuple) and workload.items[0] >= workload.items[1]:
             raise ValueError(f"workloads[{i}].items: the range {list(workload.span)} is empty")

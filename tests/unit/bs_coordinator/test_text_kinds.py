@@ -240,6 +240,23 @@ def test_tokens_that_only_the_template_names_are_control_tokens_too(kind: Kind, 
     assert found.count(ids["<|turn|>"]) == 2
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_saved_for_training_cuts_no_prompt_and_fills_none_up(kind: Kind, tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "plain", kind)
+    save_tokenizer(tmp_path / "trained", kind)
+    backend = Backend.from_file(str(tmp_path / "trained" / "tokenizer.json"))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64)
+    backend.save(str(tmp_path / "trained" / "tokenizer.json"))
+    # Control tokens in messages take another way to ids than plain text, here before any other text.
+    chats = [[{"role": "user", "content": text}] for text in ("The capital </s> city", "The capital city is Rome")]
+    found, expected = (
+        [one.encode_chat(chat) for chat in chats] + [one.encode("The capital city is Rome")]
+        for one in (Tokenizer(tmp_path / "trained"), Tokenizer(tmp_path / "plain"))
+    )
+    assert found == expected
+
+
 def _unigram_definition(names: list[str], letters: list[str]) -> models.Model:
     # Converted SentencePiece models keep control tokens among the pieces, with the best score of all.
     return models.Unigram([(name, 0.0) for name in names] + [(letter, -3.0) for letter in letters], unk_id=0)

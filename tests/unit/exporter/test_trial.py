@@ -95,6 +95,10 @@ REFUSED: dict[str, tuple[Break, str]] = {
     "begin beyond the embeddings": (foreign_begin, "its tokenizer makes token 70000 of a text"),
     "negative id": (tokenizer(lambda t: t["model"]["vocab"].update(w1=-1)), "its tokenizer can't be used"),
     "id as text": (tokenizer(lambda t: t["model"]["vocab"].update(w1="1")), "its tokenizer can't be used"),
+    "two tokens of one id": (
+        tokenizer(lambda t: t["model"]["vocab"].update(w1=t["model"]["vocab"]["w2"])),
+        "its tokenizer has the id",
+    ),
     "huge id": (tokenizer(lambda t: t["model"]["vocab"].update(w1=2**31)), "has ids up to 2147483648, but vocab_size"),
     "unknown kind": (tokenizer(lambda t: t["model"].update(type="Runes")), "its tokenizer can't be used"),
     "no unknown token": (no_unknown_token, "its tokenizer can't be used"),
@@ -102,6 +106,18 @@ REFUSED: dict[str, tuple[Break, str]] = {
     "tokenizer.model alone": (sentencepiece_only, "tokenizer.model needs a library here and on the base station"),
     "rope of an unknown kind": (rope(rope_type="spiral"), "transformers can't use its config.json"),
     "rope without its factor": (rope(rope_type="yarn"), "transformers can't use its config.json"),
+    "rope with a negative factor": (
+        rope(rope_type="linear", factor=-2.0),
+        "rope_parameters.factor is -2.0, a positive number expected",
+    ),
+    "rope with a list of factors that holds none": (
+        rope(rope_type="longrope", factor=2.0, short_factor=[1.0] * 8, long_factor=[1.0] * 7 + [0]),
+        "rope_parameters.long_factor is 0, a positive number expected",
+    ),
+    "rope by kind of layer": (
+        rope(full_attention={"rope_type": "linear", "factor": "2"}),
+        "rope_parameters.factor is '2', a positive number expected",
+    ),
     "activation of a number": (lambda f: edit_config(f, attention_dropout="much"), "transformers can't use its config"),
 }
 

@@ -116,6 +116,9 @@ GOOD = {"name": "x", "policies": "[topk]", "workloads": "[{kind: generate}]"}
         ({"workloads": "[{kind: last-word, dataset: x, choosing: alone}]"}, ("workloads[0].choosing", "in-process")),
         ({"workloads": "[{kind: last-word, items: 3}]"}, ("$.workloads[0]", "dataset")),
         ({"nodes": "{a/b: 'L*:E*'}"}, ("node",)),
+        ({"nodes": "{pi1: 'L*:E0-1', pi2: 'E2-3'}"}, ("nodes.pi2: 'E2-3' is not an expert selector: write",)),
+        ({"nodes": "{pi1: 'L*:E3-1'}"}, ("nodes.pi1: range '3-1' runs backwards",)),
+        ({"nodes": "{pi1: ''}"}, ("nodes.pi1: no expert selected",)),
         ({"workloads": "[{kind: choice}]"}, ("$.workloads[0]", "dataset")),
         ({"workloads": "[{kind: choice, dataset: x, items: [5, 5]}]"}, ("workloads[0].items", "empty")),
         ({"workloads": "[{kind: choice, dataset: x, choosing: alone}]"}, ("workloads[0].choosing", "in-process")),
@@ -132,6 +135,13 @@ def test_a_wrong_plan_is_refused_with_its_field(change: dict[str, str], words: t
         read_plan(path)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_selectors_of_any_model_are_selectors_of_a_plan(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    nodes = {"pi1": "L0-47:E0-127/0", "pi2": "L*:E*/1;L5:E3"}
+    path.write_text("".join(f"{key}: {value}\n" for key, value in {**GOOD, "nodes": nodes}.items()))
+    assert read_plan(path).nodes == nodes
 
 
 def test_paths_are_found_beside_the_plan_and_data(tmp_path: Path) -> None:
