@@ -11,6 +11,7 @@ import math
 import os
 import struct
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +23,7 @@ from exporter.errors import CheckpointError
 # The limit of the reference implementation: a longer header is not a safetensors file.
 MAX_HEADER_BYTES = 100_000_000
 COPY_BYTES = 1 << 20
+_FORGET_BYTES = 4 << 20
 _MAX_OFFSET = 1 << 63
 
 ITEM_BYTES = {
@@ -158,12 +160,16 @@ def _check_extents(path: Path, tensors: Iterable[TensorRef], data_start: int, si
 class TensorReader:
     """Reads byte ranges of tensors into given buffers; keeps one file open.
 
+    What is read once is dropped from the page cache: a checkpoint can be larger than RAM, and would displace all else.
+    Its pages are used again for what is read next, which costs less than new ones.
+
     Use as a context manager.
     """
 
     def __init__(self) -> None:
         self._path: Path | None = None
         self._fd = -1
+        self._read_once = range(0)  # bytes of the file that are still to be dropped
 
     def __enter__(self) -> "TensorReader":
         return self
@@ -173,11 +179,15 @@ class TensorReader:
 
     def _close(self) -> None:
         if self._fd >= 0:
+            self._forget()
             os.close(self._fd)
         self._fd, self._path = -1, None
 
-    def read_into(self, tensor: TensorRef, begin: int, buffer: memoryview) -> None:
+    def read_into(self, tensor: TensorRef, begin: int, buffer: memoryview, *, once: bool = False) -> None:
         """Fill `buffer` with the bytes of `tensor` from its byte `begin` on.
+
+        Args:
+            once: the bytes will not be read again.
 
         Raises:
             CheckpointError: the file ends too early, or can't be read.
@@ -195,6 +205,23 @@ class TensorReader:
                 done += got
         except OSError as error:
             raise CheckpointError(f"can't read {tensor.file}: {error.strerror}") from None
+        if once:
+            self._note_once(tensor.offset + begin, len(buffer))
+
+    def _note_once(self, begin: int, length: int) -> None:
+        if begin != self._read_once.stop:
+            self._forget()
+            self._read_once = range(begin, begin)
+        self._read_once = range(self._read_once.start, begin + length)
+        if len(self._read_once) >= _FORGET_BYTES:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drop from the page cache what was read once."""
+        if self._read_once:
+            with suppress(OSError):  # advice, which some file systems do not take
+                os.posix_fadvise(self._fd, self._read_once.start, len(self._read_once), os.POSIX_FADV_DONTNEED)
+        self._read_once = range(self._read_once.stop, self._read_once.stop)
 
     def chunks(self, tensor: TensorRef) -> Iterator[memoryview]:
         """The tensor's bytes in order, in one reused buffer of at most `COPY_BYTES`.
@@ -205,7 +232,7 @@ class TensorReader:
         buffer = memoryview(bytearray(min(COPY_BYTES, tensor.bytes)))
         for begin in range(0, tensor.bytes, COPY_BYTES):
             chunk = buffer[: min(COPY_BYTES, tensor.bytes - begin)]
-            self.read_into(tensor, begin, chunk)
+            self.read_into(tensor, begin, chunk, once=True)
             yield chunk
 
 

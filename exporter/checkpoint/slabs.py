@@ -79,7 +79,9 @@ def _read_rows(reader: TensorReader, tensor: TensorRef, matrix: MatrixRef, first
     begin = experts_before + (matrix.first + first * matrix.step) * buffer.shape[1]
     # Nothing behind the last row is read: it may be the end of the tensor.
     wanted = buffer[: len(buffer) - matrix.step + 1]
-    reader.read_into(tensor, begin, wanted.reshape(-1).data)
+    # Other slices read the same rows for other columns, and another matrix the rows between these.
+    once = matrix.columns is None and matrix.step == 1
+    reader.read_into(tensor, begin, wanted.reshape(-1).data, once=once)
     return np.ascontiguousarray(wanted[:: matrix.step])
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -172,3 +173,26 @@ def test_what_can_not_be_read_is_refused(tmp_path: Path) -> None:
     refused("fp8", "tensor 'fp8' is F8_E4M3: only BF16, F16, F32, MXFP4 and FP8 with block scales can be exported")
     refused("fp8", "tensor 'whole' has shape [8, 32], config.json asks for [1, 1]", scales=refs["whole"])
     refused("fp8", "tensor 'fp8' is F8_E4M3 with scales in U8", scales=refs["scales"])
+
+
+@pytest.mark.usefixtures("slab_size")
+@pytest.mark.parametrize("half", ["all", "second", "odd"])
+def test_only_what_is_read_once_is_dropped_from_the_page_cache(
+    half: Half, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped: list[int] = []
+
+    def drop(_fd: int, begin: int, length: int, _advice: int) -> None:
+        dropped.extend(range(begin, begin + length))
+
+    monkeypatch.setattr("os.posix_fadvise", drop)
+    outputs = ROWS if half == "all" else 2 * ROWS
+    refs = saved(tmp_path, fused=torch.randn(EXPERTS, outputs, COLUMNS))
+    matrix = matrix_ref(refs["fused"], (ROWS, COLUMNS), expert=1, half=half)
+    read(matrix)
+    first = refs["fused"].offset + matrix.offset + (ROWS * COLUMNS * 4 if half == "second" else 0)
+    # Another matrix has the rows between those of "odd".
+    assert dropped == ([] if half == "odd" else [*range(first, first + matrix.bytes)])
+    dropped.clear()
+    read(replace(matrix, columns=(32, 64)))
+    assert dropped == []
