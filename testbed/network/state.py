@@ -1,13 +1,15 @@
 """Files of running networks: one folder per network, accessible to root only."""
 
 import contextlib
+import fcntl
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 import psutil
-from filelock import FileLock, Timeout
 from msgspec import Struct
 
 from common.jsonl import decode_json
@@ -15,6 +17,7 @@ from testbed.errors import NetworkError, PrivilegeError
 
 ROOT = Path("/run/wdmoe-net")
 _LOCK_S = 30.0
+_POLL_S = 0.01
 
 
 class _Pid(Struct, frozen=True):
@@ -90,12 +93,28 @@ def locked(name: str) -> Iterator[State]:
         NetworkError: another process holds the lock for too long.
     """
     ROOT.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = FileLock(ROOT / f"{name}.lock", mode=0o600)
+    files, path = State(name), ROOT / f"{name}.lock"
+    fd = _lock(path, name)
     try:
-        lock.acquire(timeout=_LOCK_S)
-    except Timeout:
-        raise NetworkError(f"another process is bringing the network '{name}' up or down") from None
-    try:
-        yield State(name)
+        yield files
     finally:
-        lock.release()
+        if not files.folder.exists():
+            path.unlink(missing_ok=True)
+        os.close(fd)
+
+
+def _lock(path: Path, name: str) -> int:
+    """Open and lock a file: the one that has this path then, because the last holder of the lock may have removed it.
+
+    Not filelock's, which does not look whether its file is still there.
+    """
+    until_s = time.monotonic() + _LOCK_S
+    while time.monotonic() < until_s:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), path.stat()):
+                return fd
+        os.close(fd)
+        time.sleep(_POLL_S)
+    raise NetworkError(f"another process is bringing the network '{name}' up or down")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from testbed.network.emulated import leftovers
+from testbed.network.state import ROOT
 from tests.interrupted import assert_clean_end, children_of, running_command
 from tests.needs import needs
 from tests.waiting import wait_until
@@ -25,3 +26,4 @@ def test_versus_leaves_no_network_and_no_processes(tiny_bundle: Callable[[Scheme
         process.terminate()
         assert_clean_end(process, children, tmp_path)
     assert network not in leftovers()
+    assert not (ROOT / f"{network}.lock").exists()
