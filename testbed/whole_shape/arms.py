@@ -17,7 +17,7 @@ from bs_coordinator.selection.forecast import Index
 from common.jsonl import read_json_lines
 from testbed.bench.fleet_parts import FleetParts
 from testbed.network.uniform import Links
-from wire.experts import UnitId, format_selector
+from testbed.node_shares import selectors_of
 from wire.manifest import Manifest
 
 BATCHES = (1, 4, 8)
@@ -155,33 +155,6 @@ def read_results(path: Path) -> dict[Arm, ArmResult]:
     return {result.arm: result for result in read_json_lines(path, decode)}
 
 
-def holders_of(experts: int, slices: int, nodes: int) -> list[int]:
-    """Index of the node that holds each unit of a layer.
-
-    An expert's slices are on different nodes, and experts spread over as many disjoint groups of nodes as there are:
-    two experts of one token then meet on a node as rarely as possible.
-    """
-    groups = max(1, nodes // slices)
-    return [
-        (expert % groups * slices + slice_) % nodes
-        for expert, slice_ in itertools.product(range(experts), range(slices))
-    ]
-
-
-def selectors_of(manifest: Manifest, nodes: int) -> dict[str, str]:
-    """What each node holds of a bundle, in every layer the same."""
-    dims = manifest.dims
-    holders = holders_of(dims.experts, dims.slices, nodes)
-    return {
-        f"node{node}": format_selector(
-            [UnitId(layer, unit) for layer in range(dims.layers) for unit, at in enumerate(holders) if at == node],
-            dims.slices,
-        )
-        for node in range(nodes)
-        if node in holders
-    }
-
-
 def predicted_ms(arm: Arm, manifest: Manifest, alone: Alone, idle_ms: Mapping[str, float], routing: Routing) -> float:
     """The planner's prediction per token, from the configured rates and the parts measured alone.
 
@@ -190,7 +163,7 @@ def predicted_ms(arm: Arm, manifest: Manifest, alone: Alone, idle_ms: Mapping[st
         routing: which experts steps ask.
     """
     fleet = alone.fleet
-    experts = selectors_of(manifest, arm.nodes)
+    experts = selectors_of(manifest.dims, arm.nodes)
     links = {node: BoardLink(idle_ms[node] / 1e3, arm.mbps, arm.mbps) for node in experts}
     trunk_ms = alone.draft_trunk_ms if arm.drafts else alone.trunk_ms
 

@@ -1,9 +1,8 @@
 """Node processes with a core each and a base station with the others, on an emulated network."""
 
-import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,25 +18,13 @@ from testbed.network import namespaces
 from testbed.network.daemon import BASE_STATION
 from testbed.network.emulated import EmulatedNetwork, emulated
 from testbed.network.uniform import write_network
-from testbed.whole_shape.arms import PROFILES, Arm, selectors_of
+from testbed.node_shares import Cores, selectors_of
+from testbed.whole_shape.arms import PROFILES, Arm
 from wire.manifest import Manifest
 
 NODES_TIMEOUT_S = 300.0
 LAYER_TIMEOUT_S = 60.0
 _SETTLE_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Cores:
-    """Which cores run what.
-
-    Attributes:
-        station: base station, broker and the network's relay.
-        nodes: one core for each node.
-    """
-
-    station: Sequence[int]
-    nodes: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,31 +46,6 @@ class ShapeFleet:
         return {one.node: BoardLink(one.link.rtt_s, mbps, mbps) for one in estimates}
 
 
-def choose_cores(siblings: Sequence[Sequence[int]], nodes: int) -> Cores:
-    """A core for each node, and the others for the base station. Pure.
-
-    Nodes get physical cores of their own as far as there are enough, because two threads of one core share its
-    arithmetic. Where there are too few even with threads, nodes share cores, and the base station may use all.
-
-    Args:
-        siblings: the threads of each physical core.
-    """
-    in_turn = [cpu for some in itertools.zip_longest(*siblings) for cpu in some if cpu is not None]
-    if len(in_turn) <= nodes:
-        return Cores(sorted(in_turn), [in_turn[node % len(in_turn)] for node in range(nodes)])
-    return Cores(sorted(in_turn[nodes:]), in_turn[:nodes])
-
-
-def read_siblings() -> list[list[int]]:
-    """The threads of each physical core that this process may use."""
-    found: dict[str, list[int]] = {}
-    for cpu in sorted(os.sched_getaffinity(0)):
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        key = path.read_text().strip() if path.exists() else str(cpu)
-        found.setdefault(key, []).append(cpu)
-    return list(found.values())
-
-
 @contextmanager
 def running(bundle: Path, manifest: Manifest, folder: Path, cores: Cores, device: str) -> Iterator[ShapeFleet]:
     """Run a fleet for the duration of the context; this thread is in the base station's network namespace meanwhile.
@@ -92,7 +54,7 @@ def running(bundle: Path, manifest: Manifest, folder: Path, cores: Cores, device
         folder: for logs and the network's description.
         device: of the trunk, which is in bf16 on a GPU.
     """
-    selectors = selectors_of(manifest, len(cores.nodes))
+    selectors = selectors_of(manifest.dims, len(cores.nodes))
     folder.mkdir(parents=True, exist_ok=True)
     write_network(folder / "network.yaml", f"shape{os.getpid()}", list(selectors), PROFILES)
     dtype: TrunkDtype = "fp32" if device == "cpu" else "bf16"

@@ -14,6 +14,7 @@ from common.files import append_all, atomic_write
 from common.jsonl import drop_cut_line
 from testbed import facts
 from testbed.bench.fleet_parts import measure_parts
+from testbed.node_shares import choose_cores, read_siblings
 from testbed.twin.bundle import write_twin_bundle
 from testbed.twin.shapes import TwinName, kept_layers
 from testbed.whole_shape.alone import trunk_by_drafts, trunk_by_sequences
@@ -28,7 +29,7 @@ from testbed.whole_shape.arms import (
     read_results,
     table,
 )
-from testbed.whole_shape.fleet import choose_cores, read_siblings, running
+from testbed.whole_shape.fleet import running
 from testbed.whole_shape.measure import Decoder
 
 RESULTS = "samples.jsonl"

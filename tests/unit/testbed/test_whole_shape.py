@@ -17,6 +17,7 @@ from common.jsonl import drop_cut_line
 from testbed.bench.fleet_parts import FleetParts
 from testbed.evaluation.local_experts import LocalExperts
 from testbed.network.uniform import write_network
+from testbed.node_shares import choose_cores, holders_of, selectors_of
 from testbed.twin import shapes
 from testbed.twin.bundle import write_twin_bundle
 from testbed.twin.shapes import CONFIGS
@@ -28,13 +29,10 @@ from testbed.whole_shape.arms import (
     ArmResult,
     arms_of,
     even_routing,
-    holders_of,
     predicted_ms,
     read_results,
-    selectors_of,
     table,
 )
-from testbed.whole_shape.fleet import choose_cores
 from testbed.whole_shape.measure import Decoder
 from tests.conftest import Run
 from tests.unit.testbed.test_twin import SMALL
@@ -151,7 +149,7 @@ def test_nodes_hold_everything_once_and_slices_meet_rarely(bundle: Path) -> None
         for expert in range(experts):
             assert len(set(holders[expert * slices : (expert + 1) * slices])) == slices
     manifest = load_manifest(bundle)
-    selectors = selectors_of(manifest, 8)
+    selectors = selectors_of(manifest.dims, 8)
     held = [unit for text in selectors.values() for unit in parse_selector(text, layers=2, experts=8)]
     assert sorted(held) == sorted(entry.id for entry in manifest.experts)
 
