@@ -19,7 +19,7 @@ SHARD_BYTES = 5 * 10**9
 _BF16_BYTES = 2
 _PIECE = 1 << 22
 """Values drawn at once."""
-_TEMPLATE = (
+TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
@@ -128,13 +128,24 @@ def tensor_values(tensor: Tensor, seed: int, place: int) -> Iterator[bytes]:
         yield (values.view(np.uint32) >> 16).astype("<u2").tobytes()
 
 
+def vocabulary_of(config: dict[str, Any]) -> dict[str, bool]:
+    """The tokens of a model with this configuration, by id: bytes, the two special ones, and unused ones.
+
+    Returns:
+        Whether each token is special; the last special one ends answers.
+    """
+    from tokenizers import pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    unused = (f"<|unused_{i}|>" for i in range(config["vocab_size"] - len(letters) - len(_SPECIAL)))
+    return {piece: piece in _SPECIAL for piece in (*letters, *_SPECIAL, *unused)}
+
+
 def write_texts(folder: Path, config: dict[str, Any]) -> None:
     """Write config.json and a tokenizer of bytes for a model with this configuration."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    unused = (f"<|unused_{i}|>" for i in range(config["vocab_size"] - len(letters) - len(_SPECIAL)))
-    vocabulary = {piece: id for id, piece in enumerate((*letters, *_SPECIAL, *unused))}
+    vocabulary = {piece: id for id, piece in enumerate(vocabulary_of(config))}
     tokenizer: Any = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -143,7 +154,7 @@ def write_texts(folder: Path, config: dict[str, Any]) -> None:
     end = _SPECIAL[1]
     _write_json(
         folder / "tokenizer_config.json",
-        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "chat_template": _TEMPLATE},
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "chat_template": TEMPLATE},
     )
     _write_json(folder / "config.json", {**config, "eos_token_id": vocabulary[end]})
 
