@@ -13,13 +13,14 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from bs_coordinator.placement.predict import MESSAGE_BYTES
-from testbed.demo.up import spread_experts
-from testbed.local_nodes import node_argv
+from testbed.local_nodes import blas_threads, node_argv
 from testbed.network.daemon import BASE_STATION
+from testbed.node_shares import selectors_of
 from testbed.versus import floors
 from testbed.versus.floors import Floor, Shape
 from wire.broker_address import BrokerAddress
 from wire.frames import HEADER_BYTES, RESULT_BYTES, ROW_BYTES
+from wire.manifest import Dims
 from wire.tensors import WireDtype
 
 OURS: Mapping[str, tuple[str, ...]] = {
@@ -98,20 +99,24 @@ class Place:
     Attributes:
         addresses: of the devices, by node id.
         draft_model: for drafts; None for the bundle's own.
-        experts: routed experts per layer of the bundle.
-        threads: of each program.
+        dims: of the bundle.
+        threads: of each program on a device.
+        head_threads: of each program on the base station.
+        trunk: options of `wdmoe-bs serve` for where the trunk is computed.
         start_s: how long a head may take to be ready.
     """
 
     bundle: Path
     draft_model: Path | None
     shape: Shape
-    experts: int
+    dims: Dims
     addresses: Mapping[str, str]
     broker: BrokerAddress
     shared_air: bool
     threads: int
+    head_threads: int
     start_s: float
+    trunk: tuple[str, ...] = ()
 
 
 def default_arms(peers: Peers, shape: Shape, devices: int) -> list[str]:
@@ -180,14 +185,18 @@ _PRIORITY = ("--priority", "normal")
 
 
 def _ours(name: str, head_port: int, place: Place) -> Arm:
-    holds = spread_experts(place.experts, len(place.addresses))
-    argvs = (
-        node_argv(
-            place.bundle, place.broker, node, holds[expert], cluster=name, threads=place.threads, options=_PRIORITY
+    holds = selectors_of(place.dims, len(place.addresses))
+    workers = tuple(
+        Program(
+            node,
+            tuple(
+                node_argv(
+                    place.bundle, place.broker, node, experts, cluster=name, threads=place.threads, options=_PRIORITY
+                )
+            ),
         )
-        for node, expert in zip(place.addresses, holds, strict=False)
+        for node, experts in zip(place.addresses, holds.values(), strict=False)
     )
-    workers = tuple(Program(node, tuple(argv), None) for node, argv in zip(place.addresses, argvs, strict=False))
     head = (
         *(sys.executable, "-m", "bs_coordinator", "serve", "--bundle", str(place.bundle)),
         *(
@@ -200,6 +209,7 @@ def _ours(name: str, head_port: int, place: Place) -> Arm:
             f"{place.start_s:g}",
         ),
         *_PRIORITY,
+        *place.trunk,
         *("--host", _LOOPBACK, "--port", str(head_port)),
         *(["--shared-air"] if place.shared_air else []),
         *(["--draft-model", str(place.draft_model)] if place.draft_model and "none" not in OURS[name] else []),
@@ -211,7 +221,8 @@ def _ours(name: str, head_port: int, place: Place) -> Arm:
         MESSAGE_BYTES + RESULT_BYTES + values_bytes,
     )  # fmt: skip
     # With drafts, a step makes several tokens.
-    return Arm(name, workers, Program(BASE_STATION, head), head_port, "/health", floor if name == "ours" else None)
+    program = Program(BASE_STATION, head, environment=blas_threads(place.head_threads))
+    return Arm(name, workers, program, head_port, "/health", floor if name == "ours" else None)
 
 
 def _llama(
@@ -228,13 +239,14 @@ def _llama(
     )
     head = (
         *(str(peers.llama_server), "--model", str(peers.gguf), "--host", _LOOPBACK, "--port", str(head_port)),
-        *("--ctx-size", str(_CONTEXT_TOKENS), "--parallel", "1", "--threads", threads, "--threads-batch", threads),
+        *("--ctx-size", str(_CONTEXT_TOKENS), "--parallel", "1"),
+        *("--threads", str(place.head_threads), "--threads-batch", str(place.head_threads)),
         # Every layer on the workers, in equal shares; the head stays, as its result is far larger than a hidden state.
         *(("--n-gpu-layers", "999", "--rpc", ",".join(reached), "--override-tensor", _HEAD_HERE) if workers else ()),
         *(("--tensor-split", ",".join("1" for _ in workers)) if workers else ()),
     )
     floor = floors.pipeline(place.shape, len(workers)) if workers else floors.no_network
-    program = Program(BASE_STATION, head, environment=_NO_BACKTRACE)
+    program = Program(BASE_STATION, head, environment={**_NO_BACKTRACE, **blas_threads(place.head_threads)})
     return Arm(name, workers, program, head_port, "/health", floor)
 
 

@@ -63,11 +63,16 @@ def is_ready(port: int, path: str) -> bool:
         connection.close()
 
 
-def chat_request(prompt: str, tokens: int) -> dict[str, Any]:
-    """A greedy answer to one message. Caches of prompts are off, because the same prompt comes again on other links."""
+def chat_request(prompt: str, tokens: int, *, ignore_eos: bool = False) -> dict[str, Any]:
+    """A greedy answer to one message. Caches of prompts are off, because the same prompt comes again on other links.
+
+    Args:
+        ignore_eos: the answer has exactly `tokens` tokens; distributed-llama does not know this option.
+    """
     return {
         "messages": [{"role": "user", "content": prompt}], "max_tokens": tokens, "temperature": 0, "stream": True,
         "stream_options": {"include_usage": True}, "cache_prompt": False,
+        **({"ignore_eos": True} if ignore_eos else {}),
     }  # fmt: skip
 
 

@@ -3,10 +3,11 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
+from bs_coordinator.config import TrunkDtype
 from common.options import Command
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -64,8 +65,26 @@ wdmoe-testbed versus --arm ours --arm ours-drafts --rtt-ms 5 --channel dedicated
 @click.option("--mbps", type=click.FloatRange(0, min_open=True), default=100, show_default=True, help="Rate of a link.")
 @click.option("--devices", type=click.IntRange(1, 64), default=8, show_default=True, help="Besides the base station.")
 @click.option("--prompts", type=click.IntRange(1, 52), default=4, show_default=True, help="Number of prompts.")
+@click.option("--prompt", "texts", multiple=True, help="A prompt of your own instead; repeatable.")
 @click.option("--tokens", type=click.IntRange(2), default=48, show_default=True, help="Longest answer.")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of each program.")
+@click.option(
+    "--ignore-eos", is_flag=True, help="Answers do not end before --tokens; for weights whose answers mean nothing."
+)
+@click.option("--device", default="cpu", show_default=True, help="Device of our arms' trunk, as wdmoe-bs takes it.")
+@click.option(
+    "--dtype", type=click.Choice(get_args(TrunkDtype)), default="fp32", show_default=True,
+    help="Number format of our arms' trunk.",
+)  # fmt: skip
+@click.option(
+    "--cores", is_flag=True,
+    help="Run all programs of a device on one core of its own, everything else on the remaining cores.",
+)  # fmt: skip
+@click.option(
+    "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of each program on a device."
+)
+@click.option(
+    "--head-threads", type=click.IntRange(1), help="Of each program on the base station.  [default: as --threads]"
+)
 @click.option(
     "--deadline", "deadline_s", type=click.FloatRange(0, min_open=True), default=60, show_default=True,
     help="Seconds of silence after which an answer counts as hung.",
@@ -81,7 +100,8 @@ wdmoe-testbed versus --arm ours --arm ours-drafts --rtt-ms 5 --channel dedicated
 )  # fmt: skip
 def versus(
     bundle: Path | None, draft_model: Path | None, arms: tuple[str, ...], rtts_ms: tuple[float, ...],
-    channels: tuple[str, ...], mbps: float, devices: int, prompts: int, tokens: int, threads: int, deadline_s: float,
+    channels: tuple[str, ...], mbps: float, devices: int, prompts: int, texts: tuple[str, ...], tokens: int,
+    ignore_eos: bool, device: str, dtype: str, cores: bool, threads: int, head_threads: int | None, deadline_s: float,
     start_s: float, kill: bool, out: Path, **files: Path | None,
 ) -> None:  # fmt: skip
     """Compare with llama.cpp and distributed-llama on the same emulated links, as root.
@@ -91,10 +111,12 @@ def versus(
     """
     from rich.console import Console
 
+    from testbed.bench.chat_prompts import CHAT_PROMPTS
     from testbed.bench.system import why_not
     from testbed.demo_assets import demo_bundle, demo_draft
     from testbed.errors import PrivilegeError
     from testbed.network.uniform import Links
+    from testbed.node_shares import choose_cores, read_siblings
     from testbed.versus.arms import Peers, check_arm, default_arms
     from testbed.versus.floors import Shape
     from testbed.versus.run import Settings, run_versus
@@ -107,6 +129,10 @@ def versus(
             check_arm(name, peers, devices)
         except ValueError as error:
             raise click.UsageError(str(error)) from None
+    own = choose_cores(read_siblings(), devices) if cores else None
+    if own is not None and len(set(own.station) | set(own.nodes)) <= devices:
+        here = len(own.station)
+        raise click.UsageError(f"--cores needs a core for each of {devices} devices and one more, there are {here}")
     if why := why_not():
         raise PrivilegeError(why)
     console = Console()
@@ -116,17 +142,19 @@ def versus(
     manifest = load_manifest(bundle)
     config = json.loads((bundle / "trunk" / "config.json").read_text(encoding="utf-8"))
     dims = manifest.dims
-    shape = Shape(dims.hidden, dims.layers, dims.top_k, config.get("num_key_value_heads", 1))
+    shape = Shape(dims.hidden, dims.layers, dims.top_k, config.get("num_key_value_heads", 1), dims.slices)
     settings = Settings(
-        bundle=bundle, draft_model=draft_model, shape=shape, experts=dims.experts,
+        bundle=bundle, draft_model=draft_model, shape=shape, dims=dims,
         arms=list(dict.fromkeys(arms)) or default_arms(peers, shape, devices),
         links=[
             Links(rtt, mbps, channel == "shared")
             for channel in dict.fromkeys(channels)
             for rtt in dict.fromkeys(rtts_ms)
         ],
-        devices=[f"node{k}" for k in range(devices)], prompts=prompts, tokens=tokens, threads=threads,
-        deadline_s=deadline_s, start_s=start_s, kill=kill, folder=out, console=console,
+        devices=[f"node{k}" for k in range(devices)], prompts=texts or CHAT_PROMPTS[:prompts], tokens=tokens,
+        ignore_eos=ignore_eos, threads=threads, head_threads=head_threads or threads,
+        trunk={"--device": device, "--dtype": dtype}, cores=own, deadline_s=deadline_s, start_s=start_s, kill=kill,
+        folder=out, console=console,
     )  # fmt: skip
     run_versus(settings, peers)
 

@@ -23,6 +23,7 @@ class Shape(NamedTuple):
         hidden: values of a hidden state.
         layers: layers with experts.
         top_k: experts that a token asks in each of them.
+        slices: into which our bundle cuts each expert.
         kv_heads: key-value heads, the most nodes of distributed-llama.
     """
 
@@ -30,6 +31,7 @@ class Shape(NamedTuple):
     layers: int
     top_k: int
     kv_heads: int
+    slices: int = 1
 
 
 def no_network(links: Links) -> float:
@@ -41,7 +43,7 @@ def experts(shape: Shape, devices: int, request_bytes: float, answer_bytes: floa
     """Every layer asks experts on devices at once: L (R + request + answer); on a shared channel, they take turns."""
 
     def floor_ms(links: Links) -> float:
-        at_once = min(shape.top_k, devices) if links.shared_air else 1
+        at_once = min(shape.top_k * shape.slices, devices) if links.shared_air else 1
         return shape.layers * (links.rtt_ms + at_once * _ms(request_bytes + answer_bytes, links))
 
     return floor_ms

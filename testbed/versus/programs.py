@@ -4,8 +4,7 @@ import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -106,10 +105,9 @@ class RunningArm:
         return list(found.values())
 
     def stop(self) -> None:
-        """End all programs, the head first."""
+        """End all programs, the head first; another thread that starts them then fails."""
         for _, process in reversed(self._processes):
             stop_child(process)
-        self._processes.clear()
 
     def _start(self, program: Program) -> None:
         with self._log(program).open("wb") as log:
@@ -125,7 +123,7 @@ class RunningArm:
 
     def _wait(self, program: Program, ready: Callable[[], bool], until_s: float, deadline_s: float) -> None:
         while not ready():
-            for other, process in self._processes:
+            for other, process in list(self._processes):
                 if process.poll() is not None:
                     raise WdmoeError(f"{other.device}: {self._describe(other, process)}")
             if time.monotonic() > until_s:
@@ -141,23 +139,6 @@ class RunningArm:
 
     def _log(self, program: Program) -> Path:
         return self._folder / f"{program.device}.log"
-
-
-@contextmanager
-def running_arm(
-    arm: Arm, prefix: Callable[[str], Sequence[str]], folder: Path, *, threads: int, start_s: float
-) -> Iterator[RunningArm]:
-    """Run an arm for the duration of the context; the arguments are those of `RunningArm`.
-
-    Raises:
-        WdmoeError: it is not ready after `start_s`.
-    """
-    running = RunningArm(arm, prefix, folder, threads)
-    try:
-        running.start(start_s)
-        yield running
-    finally:
-        running.stop()
 
 
 def last_line(log: Path) -> str:

@@ -1,13 +1,14 @@
 """A run: all arms at once on one emulated network, which take turns answering the same prompts on the same links.
 
-Starting arms takes longer than asking them, so each is started once per kind of channel. Arms at rest send no more than
-heartbeats. The results are rewritten after each answer.
+Starting arms takes longer than asking them, so each is started once per kind of channel, other programs' all at once.
+Arms at rest send no more than heartbeats. The results are rewritten after each answer.
 """
 
 import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +18,19 @@ from rich.console import Console
 from bs_coordinator.broker.processes import open_broker
 from common.cpu_idle import cpu_idle_disabled
 from common.errors import WdmoeError
-from testbed.bench.chat_prompts import CHAT_PROMPTS
+from testbed.network.bypass import bypass
 from testbed.network.emulated import EmulatedNetwork, emulated
 from testbed.network.uniform import Links, write_network
-from testbed.versus.arms import OURS, Peers, Place, local_experts, make_arm
+from testbed.node_shares import Cores
+from testbed.versus.arms import OURS, Arm, Peers, Place, local_experts, make_arm
 from testbed.versus.client import Account, AnswerEndedError, Piece, chat_request, stream_answer
 from testbed.versus.floors import Shape
 from testbed.versus.plot import draw_tpot
-from testbed.versus.programs import RunningArm, running_arm
+from testbed.versus.programs import RunningArm
 from testbed.versus.results import Answer, Failure, Results, Traffic, tables, write_results
+from wire.manifest import Dims
 
-_LOADING = Links(0.2, 1000)
-"""Links while other programs start, because they send the whole model to their workers then."""
-_WARM_UP_TOKENS = 8
+_WARM_UP_TOKENS = 4
 _REST_S = 2.0
 _TOKENS_BEFORE_KILL = 8
 _END_S = 5.0
@@ -41,13 +42,17 @@ class Settings:
     """What to run.
 
     Attributes:
-        shape, experts: of the bundle's model.
+        shape, dims: of the bundle.
         arms: names that `check_arm` accepts.
         links: the arms are started anew when `shared_air` changes.
         devices: ids of the devices besides the base station.
-        prompts: how many prompts.
+        prompts: texts to answer.
         tokens: longest answer.
-        threads: of each program.
+        ignore_eos: end tokens do not end answers, so each has `tokens` tokens.
+        threads: of each program on a device.
+        head_threads: of each program on the base station.
+        trunk: options of `wdmoe-bs serve` for where the trunk is computed.
+        cores: a core for all programs of a device, and those of the base station; None for no such limits.
         deadline_s: silence after which an answer counts as hung.
         start_s: longest wait for an arm to be ready.
         kill: whether to kill a device at the end.
@@ -57,13 +62,17 @@ class Settings:
     bundle: Path
     draft_model: Path | None
     shape: Shape
-    experts: int
+    dims: Dims
     arms: Sequence[str]
     links: Sequence[Links]
     devices: Sequence[str]
-    prompts: int
+    prompts: Sequence[str]
     tokens: int
+    ignore_eos: bool
     threads: int
+    head_threads: int
+    trunk: Mapping[str, str]
+    cores: Cores | None
     deadline_s: float
     start_s: float
     kill: bool
@@ -78,7 +87,7 @@ def run_versus(settings: Settings, peers: Peers) -> None:
         WdmoeError: no arm made an answer that can be measured; the message says why the first failed.
     """
     settings.folder.mkdir(parents=True, exist_ok=True)
-    with cpu_idle_disabled() as stays_awake:
+    with cpu_idle_disabled() as stays_awake, _on_cores(settings.cores):
         results = Results(_parameters(settings, stays_awake=stays_awake), list(settings.arms))
         kill = settings.kill
         for shared_air, links in itertools.groupby(settings.links, key=lambda one: one.shared_air):
@@ -93,13 +102,27 @@ def run_versus(settings: Settings, peers: Peers) -> None:
         raise WdmoeError(f"no arm made an answer that can be measured: {why}")
 
 
+@contextmanager
+def _on_cores(cores: Cores | None) -> Iterator[None]:
+    """This process, the relay and the broker are on the base station's cores; so is what they start, if not moved."""
+    before = os.sched_getaffinity(0)
+    if cores is not None:
+        os.sched_setaffinity(0, cores.station)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def _parameters(settings: Settings, *, stays_awake: bool) -> dict[str, object]:
     return {
-        "bundle": settings.bundle.name, "shape": settings.shape._asdict(), "experts": settings.experts,
+        "bundle": settings.bundle.name, "shape": settings.shape._asdict(), "experts": settings.dims.experts,
         "links": [{"profile": one.profile, **one._asdict()} for one in settings.links],
-        "devices": len(settings.devices), "prompts": list(CHAT_PROMPTS[: settings.prompts]), "tokens": settings.tokens,
-        "threads": settings.threads, "deadline_s": settings.deadline_s, "start_s": settings.start_s,
-        "stays_awake": stays_awake,
+        "devices": len(settings.devices), "prompts": list(settings.prompts), "tokens": settings.tokens,
+        "ignore_eos": settings.ignore_eos, "threads": settings.threads, "head_threads": settings.head_threads,
+        "trunk": dict(settings.trunk),
+        "cores": settings.cores and {"station": list(settings.cores.station), "devices": list(settings.cores.nodes)},
+        "deadline_s": settings.deadline_s, "start_s": settings.start_s, "stays_awake": stays_awake,
     }  # fmt: skip
 
 
@@ -126,7 +149,7 @@ class _Channel:
             running = self._start(place, stack)
             network.set_profile(self._links[0].profile)
             self._results.rest_bytes_per_s[self._links[0].profile] = self._at_rest()
-            for prompt in range(self._settings.prompts):
+            for prompt in range(len(self._settings.prompts)):
                 for turn, links in enumerate(self._links, prompt):
                     network.set_profile(links.profile)
                     names = list(running)
@@ -158,7 +181,7 @@ class _Channel:
 
         settings = self._settings
         spec = settings.folder / "network.yaml"
-        write_network(spec, f"bench{os.getpid()}", settings.devices, [_LOADING, *self._links])
+        write_network(spec, f"bench{os.getpid()}", settings.devices, self._links)
         with (
             emulated(spec) as network,
             namespaces.inside(namespaces.namespace(network.spec.name, BASE_STATION)),
@@ -168,43 +191,74 @@ class _Channel:
             namespaces.forward_between_nodes()
             yield network, Place(
                 bundle=settings.bundle, draft_model=settings.draft_model, shape=settings.shape,
-                experts=settings.experts, addresses={node: network.node_address(node) for node in settings.devices},
-                broker=broker, shared_air=self._shared_air, threads=settings.threads, start_s=settings.start_s,
+                dims=settings.dims, addresses={node: network.node_address(node) for node in settings.devices},
+                broker=broker, shared_air=self._shared_air, threads=settings.threads,
+                head_threads=settings.head_threads, start_s=settings.start_s,
+                trunk=tuple(word for pair in settings.trunk.items() for word in pair),
             )  # fmt: skip
 
     def _start(self, place: Place, stack: ExitStack) -> dict[str, RunningArm]:
         """Start all arms; those that fail are recorded."""
-        running: dict[str, RunningArm] = {}
-        for number, name in enumerate(self._settings.arms):
-            arm = make_arm(name, number, place, self._peers)
-            for links in self._links:
-                floor = None if arm.floor is None else arm.floor(links)
-                self._results.floors_ms.setdefault(links.profile, {})[name] = floor
-            self._say(f"starting {name}")
-            # A preset chooses by the links that it finds, and no weights cross them for arms of ours.
-            self._network.set_profile(self._links[0].profile if name in OURS else _LOADING.profile)
-            folder = self._settings.folder / "logs" / ("shared" if self._shared_air else "dedicated") / name
-            try:
-                one = stack.enter_context(
-                    running_arm(
-                        arm, self._prefix, folder, threads=self._settings.threads, start_s=self._settings.start_s
-                    )
-                )
-                list(self._stream(one, 0, _WARM_UP_TOKENS, Account()))
-            except AnswerEndedError as error:
-                self._give_up(name, self._links[0], f"{error.outcome}: {_why(error, one)}")
-                one.stop()
-            except WdmoeError as error:
-                self._give_up(name, self._links[0], str(error))
-            else:
+        arms = [make_arm(name, number, place, self._peers) for number, name in enumerate(self._settings.arms)]
+        for arm, links in itertools.product(arms, self._links):
+            floor = None if arm.floor is None else arm.floor(links)
+            self._results.floors_ms.setdefault(links.profile, {})[arm.name] = floor
+        # A preset chooses by the links that it finds.
+        self._network.set_profile(self._links[0].profile)
+        ours, others = ([arm for arm in arms if (arm.name in OURS) == of_ours] for of_ours in (True, False))
+        started = {arm.name: self._start_one(self._made(arm, stack)) for arm in ours}
+        if others:
+            # Processes end with the thread that started them, so the threads stay until all arms have ended. They
+            # inherit this thread's network and cores.
+            pool = stack.enter_context(ThreadPoolExecutor(len(others)))
+            made = [self._made(arm, stack) for arm in others]
+            # They send the whole model to their workers, which would take hours over the links.
+            with bypass(self._network.spec):
+                started |= zip((arm.name for arm in others), pool.map(self._start_one, made), strict=True)
+        running = {}
+        for name in self._settings.arms:
+            one = started[name]
+            if isinstance(one, RunningArm):
                 running[name] = one
                 if name in OURS:
                     self._results.local_experts.setdefault(name, local_experts(one.head_log()))
+            else:
+                self._give_up(name, self._links[0], one)
         return running
+
+    def _made(self, arm: Arm, stack: ExitStack) -> RunningArm:
+        """An arm that is not started yet, and ends with `stack`."""
+        folder = self._settings.folder / "logs" / ("shared" if self._shared_air else "dedicated") / arm.name
+        made = RunningArm(arm, self._prefix, folder, self._settings.threads)
+        stack.callback(made.stop)
+        return made
+
+    def _start_one(self, one: RunningArm) -> RunningArm | str:
+        """Start an arm, and ask for a first answer; returns why there is none otherwise."""
+        name = one.arm.name
+        self._say(f"starting {name}")
+        began_s = time.monotonic()
+        try:
+            one.start(self._settings.start_s)
+            ready_s = time.monotonic() - began_s
+            list(self._stream(one, 0, min(_WARM_UP_TOKENS, self._settings.tokens), Account()))
+        except AnswerEndedError as error:
+            why = f"{error.outcome}: {_why(error, one)}"
+            one.stop()
+            return why
+        except WdmoeError as error:
+            one.stop()
+            return str(error)
+        self._say(f"{name} was ready after {ready_s:.1f} s and warm after {time.monotonic() - began_s:.1f} s")
+        return one
 
     def _prefix(self, device: str) -> Sequence[str]:
         """Words before a command; this thread is on the base station already."""
-        return self._network.prefix(device) if device in self._settings.devices else ()
+        settings = self._settings
+        if device not in settings.devices:
+            return ()
+        core = settings.cores and settings.cores.nodes[settings.devices.index(device)]
+        return [*self._network.prefix(device), *(() if core is None else ("taskset", "-c", str(core)))]
 
     def _ask(self, running: RunningArm, links: Links, prompt: int, *, kill: str = "", after: int = 0) -> bool:
         """Measure one answer; returns whether the arm can go on.
@@ -252,8 +306,9 @@ class _Channel:
         return fine
 
     def _stream(self, running: RunningArm, prompt: int, tokens: int, account: Account) -> Iterator[Piece]:
-        request = chat_request(CHAT_PROMPTS[prompt], tokens)
-        return stream_answer(running.arm.port, request, account, deadline_s=self._settings.deadline_s)
+        settings = self._settings
+        request = chat_request(settings.prompts[prompt], tokens, ignore_eos=settings.ignore_eos)
+        return stream_answer(running.arm.port, request, account, deadline_s=settings.deadline_s)
 
     def _give_up(self, name: str, links: Links, why: str) -> None:
         self._results.failures.append(Failure(name, links.profile, why))

@@ -11,7 +11,7 @@ from bs_coordinator.broker.processes import free_port
 from common.errors import WdmoeError
 from testbed.versus.arms import Arm, Program
 from testbed.versus.client import Account, AnswerEndedError, Piece, chat_request, stream_answer
-from testbed.versus.programs import RunningArm, last_line, running_arm
+from testbed.versus.programs import RunningArm, last_line
 from tests.waiting import PATIENCE_S
 
 Start = Callable[..., RunningArm]
@@ -31,9 +31,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
             port, worker_port = free_port("127.0.0.1"), free_port("127.0.0.1")
             worker = _head(worker_port, "finish", 1)._replace(device="node0", port=worker_port)
             arm = Arm("stand-in", (worker,), _head(port, behaviour, tokens), port, "/health", None)
-            return stack.enter_context(
-                running_arm(arm, lambda device: (), tmp_path / "logs", threads=1, start_s=PATIENCE_S)
-            )
+            running = RunningArm(arm, lambda device: (), tmp_path / "logs", 1)
+            stack.callback(running.stop)
+            running.start(PATIENCE_S)
+            return running
 
         yield start
 
@@ -96,11 +97,10 @@ def test_a_head_that_is_never_ready_is_one_line_with_its_last_words(tmp_path: Pa
     port = free_port("127.0.0.1")
     arm = Arm("broken", (), Program("bs", (sys.executable, "-c", code)), port, "/health", None)
     start_s = 2 if "sleep" in code else PATIENCE_S
-    with (
-        pytest.raises(WdmoeError) as failed,
-        running_arm(arm, lambda device: (), tmp_path, threads=1, start_s=start_s),
-    ):
-        pass
+    running = RunningArm(arm, lambda device: (), tmp_path, 1)
+    with pytest.raises(WdmoeError) as failed:
+        running.start(start_s)
+    running.stop()
     assert str(failed.value).startswith(says)
 
 
@@ -109,8 +109,8 @@ def test_a_program_of_another_machine_is_one_line(tmp_path: Path) -> None:
     program.write_bytes(b"\x7fELF of another machine")
     program.chmod(0o755)
     arm = Arm("foreign", (), Program("bs", (str(program),)), free_port("127.0.0.1"), "/health", None)
-    with pytest.raises(WdmoeError), running_arm(arm, lambda device: (), tmp_path, threads=1, start_s=PATIENCE_S):
-        pass
+    with pytest.raises(WdmoeError):
+        RunningArm(arm, lambda device: (), tmp_path, 1).start(PATIENCE_S)
 
 
 def test_the_last_line_is_the_last_that_is_not_empty(tmp_path: Path) -> None:

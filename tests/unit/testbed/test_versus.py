@@ -1,29 +1,37 @@
 """Arms and their arguments, floors, what follows from answers, and what the command refuses."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from testbed.network.daemon import BASE_STATION
 from testbed.network.uniform import Links
 from testbed.versus import floors
 from testbed.versus.arms import Peers, Place, check_arm, default_arms, make_arm
+from testbed.versus.client import chat_request
 from testbed.versus.floors import Shape
 from testbed.versus.plot import draw_tpot
 from testbed.versus.programs import Memory
 from testbed.versus.results import Answer, Failure, Results, Traffic, common_pieces, tables
 from tests.in_process import run_in_process
 from wire.broker_address import BrokerAddress
+from wire.experts import parse_selector
+from wire.manifest import Dims
 
+DIMS = Dims(hidden=576, intermediate=1536, layers=30, experts=8, top_k=2, vocab=49152, max_positions=8192)
 DEMO = Shape(hidden=576, layers=30, top_k=2, kv_heads=3)
 LLAMA = Peers(llama_server=Path("/l/server"), llama_rpc=Path("/l/rpc"), gguf=Path("/m.gguf"))
 DLLAMA = Peers(
     dllama=Path("/d/dllama"), dllama_api=Path("/d/api"), dllama_model=Path("/m.m"), dllama_tokenizer=Path("/m.t")
 )
+CORES = len(os.sched_getaffinity(0))
 ADDRESSES = {f"node{k}": f"10.77.0.{k + 2}" for k in range(8)}
 PLACE = Place(
-    bundle=Path("/bundle"), draft_model=Path("/draft"), shape=DEMO, experts=8, addresses=ADDRESSES,
-    broker=BrokerAddress("10.77.0.1", 1883), shared_air=False, threads=2, start_s=60,
+    bundle=Path("/bundle"), draft_model=Path("/draft"), shape=DEMO, dims=DIMS, addresses=ADDRESSES,
+    broker=BrokerAddress("10.77.0.1", 1883), shared_air=False, threads=2, head_threads=3, start_s=60,
 )  # fmt: skip
 
 
@@ -34,7 +42,7 @@ def after(argv: tuple[str, ...], option: str) -> str:
 def test_our_nodes_share_the_experts_and_each_arm_has_a_cluster_of_its_own() -> None:
     plain, drafts = (make_arm(name, k, PLACE, Peers()) for k, name in enumerate(("ours", "ours-drafts")))
     assert [worker.device for worker in plain.workers] == list(ADDRESSES)
-    assert [after(worker.argv, "--experts") for worker in plain.workers] == [f"L*:E{k}" for k in range(8)]
+    assert [after(worker.argv, "--experts") for worker in plain.workers] == [f"L0-29:E{k}" for k in range(8)]
     for arm, draft in ((plain, "none"), (drafts, "auto")):
         assert {after(one.argv, "--cluster") for one in (arm.head, *arm.workers)} == {arm.name}
         assert after(arm.head.argv, "--draft") == draft
@@ -42,6 +50,32 @@ def test_our_nodes_share_the_experts_and_each_arm_has_a_cluster_of_its_own() -> 
         assert "--shared-air" not in arm.head.argv
     assert after(drafts.head.argv, "--draft-model") == "/draft"
     assert plain.port != drafts.port
+
+
+def test_slices_of_an_expert_are_on_nodes_of_their_own() -> None:
+    dims = msgspec.structs.replace(DIMS, slices=4)
+    workers = make_arm("ours", 0, replace(PLACE, dims=dims), Peers()).workers
+    held = [parse_selector(after(worker.argv, "--experts"), layers=30, experts=8, slices=4) for worker in workers]
+    assert len(held) == 8
+    assert {unit for some in held for unit in some} == {(layer, unit) for layer in range(30) for unit in range(32)}
+    for some in held:
+        assert len(some) == 30 * 4
+        assert len({unit // 4 for _, unit in some}) == 4, "never two slices of one expert"
+
+
+def test_the_trunk_of_our_arms_is_computed_where_the_options_say() -> None:
+    place = replace(PLACE, trunk=("--device", "cuda", "--dtype", "bf16"))
+    arm = make_arm("ours", 0, place, Peers())
+    assert (after(arm.head.argv, "--device"), after(arm.head.argv, "--dtype")) == ("cuda", "bf16")
+    assert arm.head.environment["OMP_NUM_THREADS"] == "3"
+    assert {after(worker.argv, "--threads") for worker in arm.workers} == {"2"}
+    assert "--device" not in make_arm("llama-2", 0, place, LLAMA).head.argv
+
+
+def test_answers_of_a_fixed_length_are_asked_for_only_where_wanted() -> None:
+    assert "ignore_eos" not in chat_request("hello", 5)
+    wanted = chat_request("hello", 5, ignore_eos=True)
+    assert (wanted["ignore_eos"], wanted["max_tokens"]) == (True, 5)
 
 
 def test_llama_cpp_has_its_layers_on_as_many_workers_as_the_arm_says() -> None:
@@ -53,7 +87,8 @@ def test_llama_cpp_has_its_layers_on_as_many_workers_as_the_arm_says() -> None:
         assert after(worker.argv, "--port") == str(worker.port)
     assert after(arm.head.argv, "--rpc") == ",".join(f"{ADDRESSES[w.device]}:{w.port}" for w in arm.workers)
     assert after(arm.head.argv, "--tensor-split") == "1,1,1,1"
-    assert after(arm.head.argv, "--threads") == "2"
+    assert after(arm.head.argv, "--threads") == after(arm.head.argv, "--threads-batch") == "3"
+    assert {after(worker.argv, "--threads") for worker in arm.workers} == {"2"}
 
 
 def test_one_device_alone_has_neither_workers_nor_a_network() -> None:
@@ -97,6 +132,9 @@ def test_on_a_shared_channel_messages_take_turns_and_a_pipeline_waits_no_longer(
     assert floors.experts(DEMO, 8, 1000, 250)(own) == pytest.approx(30 * (5 + 0.1))
     assert floors.experts(DEMO, 8, 1000, 250)(shared) == pytest.approx(30 * (5 + 0.2))
     assert floors.experts(DEMO, 1, 1000, 250)(shared) == pytest.approx(30 * (5 + 0.1))
+    slices = DEMO._replace(slices=4)
+    assert floors.experts(slices, 8, 1000, 250)(own) == pytest.approx(30 * (5 + 0.1))
+    assert floors.experts(slices, 8, 1000, 250)(shared) == pytest.approx(30 * (5 + 0.8))
     assert floors.pipeline(DEMO, 4)(own) == floors.pipeline(DEMO, 4)(shared)
     # Root and two workers: two messages down, two up, and one each way between the workers on two links each.
     assert floors.tensor_parallel(DEMO, 3)(shared) == pytest.approx(60 * (5 + 8 * 0.04896) + 5)
@@ -188,6 +226,8 @@ def test_the_plot_has_a_panel_for_each_channel_and_only_arms_that_answered(tmp_p
         (("--gguf", __file__), "is not a GGUF file"),
         (("--arm", "llama-2"), "the arm 'llama-2' needs --llama-server and --gguf and --llama-rpc"),
         (("--arm", "dllama-3"), "the arm 'dllama-3' needs --dllama and --dllama-api"),
+        (("--cores", "--devices", str(CORES)), f"a core for each of {CORES} devices and one more, there are {CORES}"),
+        (("--dtype", "fp64"), "'fp64' is not one of 'fp32', 'bf16', 'fp16'"),
         (("--arm", "exo"), "'exo' is no arm: use ours, ours-drafts"),
         (("--arm", "llama-0"), "'llama-0' is no arm"),
     ],
