@@ -10,7 +10,7 @@ from exporter.bundle.bundle import export_bundle
 from exporter.config import ExportConfig
 from exporter.demo_model.assembly import DEFAULT_MODEL, DEMO_MODELS, assemble_demo_model, demo_model_path
 from exporter.draft.draft import export_draft
-from exporter.draft.draft_graph import CHOICES
+from exporter.draft.draft_graph import CHOICES, QUANTISATION
 from exporter.expert.presets import DEFAULT_BLOCK
 from wire.draft import DRAFT_NAME
 from wire.manifest import Quantisation, Scheme
@@ -44,8 +44,8 @@ def demo_bundle(
 
 def demo_draft(*, console: Console | None = None) -> Path:
     """Folder of the demo models' dense base as a draft model, which suits all their bundles; made if missing."""
-    # Graphs of earlier versions, without choices, are in a folder without the number.
-    folder = user_path("cache") / "drafts" / f"{DEMO_MODELS[DEFAULT_MODEL].name}-{CHOICES}"
+    # Graphs of earlier versions, of other weights or without choices, are in other folders.
+    folder = user_path("cache") / "drafts" / f"{DEMO_MODELS[DEFAULT_MODEL].name}-{QUANTISATION.scheme}-{CHOICES}"
     if not (folder / DRAFT_NAME).is_file():
         with user_folder("cache"), show_progress("draft model", console or _quiet()) as progress:
             export_draft(folder, progress=progress)

@@ -1,7 +1,6 @@
 """From logits to a token."""
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -11,9 +10,6 @@ from bs_coordinator.config import SamplingConfig
 
 _MIN_TEMPERATURE = 1e-4
 """Below this, logits would overflow, and the most probable token is drawn anyway."""
-
-
-_NO_OTHERS: Mapping[tuple[int, int], int] = MappingProxyType({})
 
 
 class TokenSampler:
@@ -35,28 +31,23 @@ class TokenSampler:
             return int(logits.argmax(dim=-1))
         return self._draw(self._probabilities(logits))
 
-    def verify(
-        self, logits: Tensor, draft: Sequence[int], others: Mapping[tuple[int, int], int] = _NO_OTHERS
-    ) -> list[int]:
+    def verify(self, logits: Tensor, rows: Mapping[tuple[int, ...], int]) -> list[int]:
         """The next tokens, given logits after each token of a draft: the accepted draft tokens, then one more.
 
-        Each token is drawn as it would be without a draft, with the same random numbers, and the draft is followed
-        for as long as it agrees. A draft token d is thereby accepted with probability p(d), and its replacement is
-        distributed as p without d: the rejection rule of Leviathan et al. (arXiv 2211.17192) for drafts that put all
-        their probability on one token. The result also equals, token by token, what the seed gives without drafts.
+        Each token is drawn as it would be without a draft, with the same random numbers, and a branch of the draft is
+        followed for as long as it agrees. A draft token d is thereby accepted with probability p(d), and its
+        replacement is distributed as p without d: the rejection rule of Leviathan et al. (arXiv 2211.17192) for drafts
+        that put all their probability on one token. The result also equals, token by token, what the seed gives without
+        drafts.
 
         Args:
-            logits: [drafted + 1, vocab] on the CPU, row i given the first i draft tokens; then rows for `others`.
-            draft: the draft's token ids.
-            others: rows of logits given another token in place of a draft token, by that one's index and the other id.
+            logits: [rows, vocab] on the CPU.
+            rows: the row of logits after each branch of the draft, and after none of its tokens.
         """
         chosen: list[int] = []
-        for i, drafted in enumerate(draft):
-            chosen.append(self.choose(logits[i][None]))
-            if chosen[-1] != drafted:
-                row = others.get((i, chosen[-1]))
-                return chosen if row is None else [*chosen, self.choose(logits[row][None])]
-        return [*chosen, self.choose(logits[len(draft)][None])]
+        while (row := rows.get(tuple(chosen))) is not None:
+            chosen.append(self.choose(logits[row][None]))
+        return chosen
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         for _ in range(self._skip):

@@ -1,7 +1,7 @@
 """Token sequences as state machines: what to run next, and what its logits mean. No waiting, no experts."""
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,8 +12,8 @@ from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.logprobs import TokenLogprob, log_probabilities
 from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.sampling import TokenSampler
-from bs_coordinator.engine.speculation import Draft, DraftLength, Speculation
-from bs_coordinator.engine.speculation.drafts import Ahead, DraftToken
+from bs_coordinator.engine.speculation import Draft, Drafter, DraftLength, Proposals, Speculation
+from bs_coordinator.engine.speculation.drafts import Ahead
 from bs_coordinator.engine.step_records import StepRecord
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.errors import ContextLengthError
@@ -240,12 +240,11 @@ class GeneratedAnswer:
             # One token less than may still be generated: the step itself yields one more than its draft.
             generated = len(self._ids) - self.prompt_tokens
             room = min(self._config.max_tokens - generated - 1, self._sequence.max_positions - len(self._ids) - 1)
-            proposed = _until_eos(drafter.propose(self._ids), self._sequence.tokenizer.eos_ids)
             branching = self.speculation.branching and trunk.batch_invariant
-            self._draft = self._length.draft(proposed, room, sequences=sequences, branching=branching)
+            self._draft = self._length.draft(self._proposals(drafter), room, sequences=sequences, branching=branching)
             spare, share = self.speculation.spare, self.speculation.acceptance.share
             if spare is not None and sequences == 1 and spare.uses_next():
-                self.ahead = drafter.read_ahead(self._ids, self._draft.tokens, share, spare)
+                self.ahead = drafter.read_ahead(self._ids, self._draft, share, spare)
         drafted = self._draft.ids
         count = len(self._running) if scored else len(drafted) + 1 if drafted else 0
         return SequenceInput(
@@ -278,14 +277,11 @@ class GeneratedAnswer:
             self._steps.append(step)
             return []
         choices = self._without_eos(logits)
-        main = [token.id for token in draft.tokens]
-        chosen = self._sampler.verify(choices, main, draft.rows) if drafted else [self._sampler.choose(choices)]
+        rows = draft.rows
+        chosen = self._sampler.verify(choices, rows) if drafted else [self._sampler.choose(choices)]
         accepted = len(chosen) - 1
-        # The first of the chosen tokens that the draft does not begin with, and where it is one of the draft's others.
-        differs = next((i for i, id in enumerate(chosen) if i == len(main) or id != main[i]), 0)
-        kept = [*range(accepted + 1)]
-        if (other := draft.rows.get((differs, chosen[differs]))) is not None:
-            kept[-1] = other
+        kept = [rows[tuple(chosen[:i])] for i in range(len(chosen))]
+        if kept != list(range(len(chosen))):
             logits = logits[kept]
             keep_branch(sequence.cache, past, kept)
             sequence.cached_ids[past:] = [*self._running, *chosen[:accepted]]
@@ -297,9 +293,7 @@ class GeneratedAnswer:
                 reads = self.ahead.reads if self.ahead else 0
                 expected_s = self.speculation.cost.seconds(step.tokens)
                 self.speculation.spare.observe_step(step.total_ns / 1e9, expected_s, reads)
-            self._length.observe(
-                draft, differs, step.total_ns / 1e9, rows=step.tokens, sequences=sequences, instead=chosen[differs]
-            )
+            self._length.observe(draft, chosen, step.total_ns / 1e9, rows=step.tokens, sequences=sequences)
         if drafted or draft.seconds:
             draft_ns = int(1e9 * draft.seconds)
             step = replace(step, drafted=len(drafted), accepted=accepted, draft_ns=draft_ns)
@@ -319,6 +313,14 @@ class GeneratedAnswer:
         self._pending = self._ids[-1:]
         return events
 
+    def _proposals(self, drafter: Drafter) -> Proposals:
+        """What the drafter proposes after the text so far; nothing after the end of the sequence."""
+        eos_ids = self._sequence.tokenizer.eos_ids
+        return Proposals(
+            lambda path: () if path and path[-1] in eos_ids else drafter.choices(self._ids, path),
+            lambda path: drafter.knows(self._ids, path),
+        )
+
     def _score_prompt(self, logits: Tensor) -> Tensor:
         """Keep the log-probabilities of the prompt's tokens that follow the ones just run; returns the last row."""
         done = len(self._sequence.cached_ids)
@@ -332,8 +334,7 @@ class GeneratedAnswer:
         if least <= 0:
             return logits
         logits = logits.clone()
-        after = [*range(len(logits) - len(self._draft.others)), *(index + 1 for index, _ in self._draft.others)]
-        rows = torch.tensor([[row] for row, tokens in enumerate(after) if tokens < least])
+        rows = torch.tensor([[row] for branch, row in self._draft.rows.items() if len(branch) < least])
         logits[rows, list(self._sequence.tokenizer.eos_ids)] = -torch.inf
         return logits
 
@@ -343,11 +344,3 @@ class GeneratedAnswer:
         if len(self._ids) + 1 >= self._sequence.max_positions:
             return "context"
         return "max-tokens" if len(self._ids) + 1 - self.prompt_tokens == self._config.max_tokens else None
-
-
-def _until_eos(proposed: Iterator[DraftToken], eos_ids: Collection[int]) -> Iterator[DraftToken]:
-    """Draft tokens up to the end of the sequence: what follows it would be discarded."""
-    for token in proposed:
-        yield token
-        if token.id in eos_ids:
-            return

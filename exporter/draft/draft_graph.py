@@ -17,12 +17,12 @@ from onnx import TensorProto, helper
 from onnx.helper import make_tensor_value_info as value_info
 
 from exporter.demo_model.base import DenseShape
-from exporter.expert.encoders import StoredPart, matrix_parts
+from exporter.expert.encoders import BITS, StoredPart, matrix_parts
 from exporter.expert.graph import ACCURACY_LEVEL, ALIGNMENT, Placed, external, model_bytes
 from wire.manifest import Quantisation
 
-QUANTISATION = Quantisation(scheme="int4", block=32)
-"""Drafts may be wrong but must be quick, and the time of a token is that of reading the weights."""
+QUANTISATION = Quantisation(scheme="int8", block=32)
+"""Of the next tokens of the demo model, its base names 87 % with these codes, 87 % in fp32, and 78 % as int4."""
 
 CHOICES = 4
 """Most probable next tokens that the graph names: what may come where a draft turns out to be wrong."""
@@ -175,7 +175,7 @@ class _Builder:
         matrix = self._layout.matrices[name]
         inputs = [x, *(f"{name}.{p.part.suffix}" for p in matrix.parts)]
         self.ours(
-            "MatMulNBits", inputs, f"{name}.y", K=matrix.columns, N=matrix.rows, bits=4,
+            "MatMulNBits", inputs, f"{name}.y", K=matrix.columns, N=matrix.rows, bits=BITS[QUANTISATION.scheme],
             block_size=QUANTISATION.block, accuracy_level=ACCURACY_LEVEL,
         )  # fmt: skip
 

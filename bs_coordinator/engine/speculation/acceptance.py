@@ -1,8 +1,8 @@
 """How often draft tokens of each kind are accepted, learnt from all sequences together. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from bs_coordinator.engine.speculation.drafts import DraftToken
+from bs_coordinator.engine.speculation.drafts import Choices, DraftToken, Path
 
 _PRIOR_WEIGHT = 8.0
 """Observations that the prior counts as."""
@@ -22,19 +22,18 @@ class Acceptance:
         judged = self._judged.get(token.kind, 0.0)
         return (self._accepted.get(token.kind, 0.0) + _PRIOR_WEIGHT * token.prior) / (judged + _PRIOR_WEIGHT)
 
-    def observe(self, draft: Sequence[DraftToken], accepted: int, *, instead: int | None = None) -> None:
-        """Take in that the first `accepted` tokens of a draft were accepted.
+    def observe(self, choices: Mapping[Path, Choices], chosen: Sequence[int]) -> None:
+        """Take in which of the tokens came that were held likely.
 
-        The first rejected token counts too. The tokens after it do not: they depend on it.
+        What was held likely after a branch that did not come says nothing: it depends on the branch.
 
         Args:
-            instead: the token that came instead of the first rejected one, if that is known.
+            choices: what was held likely, by branch.
+            chosen: the tokens that came.
         """
-        for i, token in enumerate(draft[: accepted + 1]):
-            self._judge(token, came=i < accepted)
-            if i < accepted or instead is not None:
-                for other in token.others:
-                    self._judge(other, came=i == accepted and other.id == instead)
+        for i, came in enumerate(chosen):
+            for token in choices.get(tuple(chosen[:i]), ()):
+                self._judge(token, came=token.id == came)
 
     def _judge(self, token: DraftToken, *, came: bool) -> None:
         self._accepted[token.kind] = _MEMORY * self._accepted.get(token.kind, 0.0) + came

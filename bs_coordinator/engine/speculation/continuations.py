@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from threading import Lock
 
-from bs_coordinator.engine.speculation.drafts import DraftToken
-from bs_coordinator.engine.speculation.outlook import Path
+from bs_coordinator.engine.speculation.drafts import Choices, Path
 
 
 class Continuations:
@@ -13,14 +12,16 @@ class Continuations:
     def __init__(self) -> None:
         self._lock = Lock()
         self._base: list[int] = []
-        self._choices: dict[Path, tuple[DraftToken, ...]] = {}
+        self._choices: dict[Path, Choices] = {}
 
     def rebase(self, ids: Sequence[int]) -> None:
         """Make `ids` the base. What continues another text is forgotten."""
         with self._lock:
             old, new = self._base, list(ids)
+            if new == old:
+                return
             common = min(len(old), len(new))
-            kept: dict[Path, tuple[DraftToken, ...]] = {}
+            kept: dict[Path, Choices] = {}
             if old[:common] == new[:common]:
                 added, removed = tuple(old[common:]), tuple(new[common:])
                 kept = {
@@ -30,12 +31,12 @@ class Continuations:
                 }
             self._base, self._choices = new, kept
 
-    def get(self, path: Path) -> tuple[DraftToken, ...] | None:
+    def get(self, path: Path) -> Choices | None:
         """What may follow the base and `path`, best first; None if that was not read."""
         with self._lock:
             return self._choices.get(path)
 
-    def put(self, ids: list[int], choices: tuple[DraftToken, ...]) -> None:
+    def put(self, ids: list[int], choices: Choices) -> None:
         """Remember what may follow `ids`, if they continue the base."""
         with self._lock:
             # The other thread may have changed the base while `ids` were read.

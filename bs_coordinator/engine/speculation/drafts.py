@@ -1,10 +1,13 @@
 """Draft tokens: proposals for the next tokens, made on the base station without the experts."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 from bs_coordinator.engine.speculation.spare_time import SpareTime
 from bs_coordinator.engine.waiting import WaitListener
+
+_NOTHING: Mapping[tuple[int, ...], Any] = MappingProxyType({})
 
 
 class DraftToken(NamedTuple):
@@ -14,17 +17,51 @@ class DraftToken(NamedTuple):
         id: of the token.
         kind: tokens of one kind are accepted about equally often; how often is learnt (`Acceptance`).
         prior: the accepted share to assume before anything was learnt, from 0 to 1.
-        others: what the drafter holds likely in its place, best first.
     """
 
     id: int
     kind: str
     prior: float
-    others: "tuple[DraftToken, ...]" = ()
 
 
+Path = tuple[int, ...]
+"""Token ids after the text before a step."""
+Choices = tuple[DraftToken, ...]
+"""Tokens that may follow a text, best first."""
 Share = Callable[[DraftToken], float]
 """Probability that a token comes if those before it do."""
+
+
+class Draft(NamedTuple):
+    """What a step tries.
+
+    Attributes:
+        chances: draft tokens by the branch that ends with them, with the probability that it comes. Each follows the
+            token before it in its branch, and the likeliest branch is first.
+        choices: what was held likely after the branches that the drafter was asked about.
+        seconds: time spent drafting.
+    """
+
+    chances: Mapping[Path, float] = _NOTHING
+    choices: Mapping[Path, Choices] = _NOTHING
+    seconds: float = 0.0
+
+    @property
+    def ids(self) -> list[int]:
+        """Ids of all draft tokens."""
+        return [branch[-1] for branch in self.chances]
+
+    @property
+    def rows(self) -> dict[Path, int]:
+        """The row of each branch's last token, where the token before the draft is row 0."""
+        return {branch: row for row, branch in enumerate([Path(), *self.chances])}
+
+    @property
+    def parents(self) -> list[int] | None:
+        """Parents of the token before the draft and of the draft's, as in `SequenceInput`; None for a single branch."""
+        rows = self.rows
+        parents = [-1, *(rows[branch[:-1]] for branch in self.chances)]
+        return None if parents == list(range(-1, len(self.chances))) else parents
 
 
 class Ahead(WaitListener, Protocol):
@@ -46,12 +83,13 @@ class Drafter(Protocol):
         Slow preparations begin in the background.
         """
 
-    def propose(self, ids: Sequence[int]) -> Iterator[DraftToken]:
-        """Tokens that may follow `ids`, each computed when it is requested; ends where there is no proposal."""
+    def choices(self, ids: Sequence[int], path: Path) -> Choices:
+        """What may follow `ids` and `path`; empty if there is no proposal."""
 
-    def read_ahead(
-        self, ids: Sequence[int], draft: Sequence[DraftToken], share: Share, spare: SpareTime
-    ) -> Ahead | None:
+    def knows(self, ids: Sequence[int], path: Path) -> bool:
+        """Whether `choices` takes no time."""
+
+    def read_ahead(self, ids: Sequence[int], draft: Draft, share: Share, spare: SpareTime) -> Ahead | None:
         """Prepare the next proposals during a step whose result they depend on, while answers of nodes are awaited.
 
         Args:
@@ -85,20 +123,22 @@ class NgramDrafter:
     def prepare(self, ids: Sequence[int]) -> None:
         """Nothing to prepare: a lookup takes microseconds."""
 
-    def read_ahead(self, ids: Sequence[int], draft: Sequence[DraftToken], share: Share, spare: SpareTime) -> None:
+    def read_ahead(self, ids: Sequence[int], draft: Draft, share: Share, spare: SpareTime) -> None:
         """Nothing to prepare either."""
 
-    def propose(self, ids: Sequence[int]) -> Iterator[DraftToken]:
-        """What followed the longest n-gram of `ids` that occurred before."""
+    def choices(self, ids: Sequence[int], path: Path) -> Choices:
+        """What followed the longest n-gram at the end of the text that occurred before; empty if none did."""
         self._learn(ids)
+        end = (*ids[-self._lengths[0] :], *path)
         for length in self._lengths:
-            start = self._after.get(tuple(ids[-length:])) if len(ids) >= length else None
-            if start is not None:
-                for position in range(start, len(ids)):
-                    # Each accepted token makes the match one token longer.
-                    matched = min(length + position - start, self._lengths[0])
-                    yield DraftToken(ids[position], f"{matched}-gram", matched / (matched + 1))
-                return
+            position = self._after.get(end[-length:]) if len(end) >= length else None
+            if position is not None:
+                return (DraftToken(ids[position], f"{length}-gram", length / (length + 1)),)
+        return ()
+
+    def knows(self, ids: Sequence[int], path: Path) -> bool:
+        """Always."""
+        return True
 
     def _learn(self, ids: Sequence[int]) -> None:
         if list(ids[: len(self._known)]) != self._known:
@@ -136,18 +176,18 @@ class FirstOf:
         self._lookup.prepare(ids)
         self._other.prepare(ids)
 
-    def read_ahead(
-        self, ids: Sequence[int], draft: Sequence[DraftToken], share: Share, spare: SpareTime
-    ) -> Ahead | None:
+    def read_ahead(self, ids: Sequence[int], draft: Draft, share: Share, spare: SpareTime) -> Ahead | None:
         """Let the other drafter prepare: it is the one that takes time."""
         return self._other.read_ahead(ids, draft, share, spare)
 
-    def propose(self, ids: Sequence[int]) -> Iterator[DraftToken]:
-        """The lookup's tokens while they are likely, then the other drafter's."""
-        known = list(ids)
-        for token in self._lookup.propose(ids):
-            if self._share(token) < _LIKELY:
-                break
-            yield token
-            known.append(token.id)
-        yield from self._other.propose(known)
+    def choices(self, ids: Sequence[int], path: Path) -> Choices:
+        """The lookup's token if it is likely, otherwise the other drafter's."""
+        return self._likely(ids, path) or self._other.choices(ids, path)
+
+    def knows(self, ids: Sequence[int], path: Path) -> bool:
+        """Whether the lookup has a likely token, or the other drafter knows its own."""
+        return bool(self._likely(ids, path)) or self._other.knows(ids, path)
+
+    def _likely(self, ids: Sequence[int], path: Path) -> Choices:
+        found = self._lookup.choices(ids, path)
+        return found if found and self._share(found[0]) >= _LIKELY else ()

@@ -1,14 +1,14 @@
 """What all drafters that ask a model share: finding the tokens that the model still has to read."""
 
 from bisect import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from time import perf_counter
 from typing import NamedTuple, Protocol
 
 from bs_coordinator.engine.speculation.continuations import Continuations
-from bs_coordinator.engine.speculation.drafts import DraftToken, Share
-from bs_coordinator.engine.speculation.outlook import Outlook, Path
+from bs_coordinator.engine.speculation.drafts import Choices, Draft, DraftToken, Path, Share
+from bs_coordinator.engine.speculation.outlook import Outlook
 from bs_coordinator.engine.speculation.read_ahead import ReadAhead
 from bs_coordinator.engine.speculation.spare_time import SpareTime
 
@@ -47,7 +47,7 @@ class Reader(Protocol):
 
 
 class ModelDrafter:
-    """Proposes a model's greedy continuation. Tokens that were read once are not read again."""
+    """Proposes what a model finds likely. Tokens that were read once are not read again."""
 
     def __init__(self, reader: Reader, *, background: Executor | None = None) -> None:
         """A drafter that has read nothing.
@@ -70,22 +70,22 @@ class ModelDrafter:
             self._wait()
             self._reading = self._background.submit(self._next, list(ids))
 
-    def propose(self, ids: Sequence[int]) -> Iterator[DraftToken]:
-        """The model's greedy continuation of `ids`; never ends."""
-        base, path = list(ids), Path()
+    def choices(self, ids: Sequence[int], path: Path) -> Choices:
+        """What the model finds likely after `ids` and `path`."""
+        base = list(ids)
         self._continuations.rebase(base)
-        while True:
-            if (choices := self._continuations.get(path)) is None:
-                self._wait()
-                # The background may just have read it.
-                choices = self._continuations.get(path) or self._read_text(base, path)
-            best, *others = choices
-            yield best._replace(others=tuple(others))
-            path += (best.id,)
+        if (choices := self._continuations.get(path)) is None:
+            self._wait()
+            # The background may just have read it.
+            choices = self._continuations.get(path) or self._read_text(base, path)
+        return choices
 
-    def read_ahead(
-        self, ids: Sequence[int], draft: Sequence[DraftToken], share: Share, spare: SpareTime
-    ) -> ReadAhead | None:
+    def knows(self, ids: Sequence[int], path: Path) -> bool:
+        """Whether that was read."""
+        self._continuations.rebase(ids)
+        return self._continuations.get(path) is not None
+
+    def read_ahead(self, ids: Sequence[int], draft: Draft, share: Share, spare: SpareTime) -> ReadAhead | None:
         """Read what may follow the step in the background during its waits; None if there is no background."""
         if (background := self._background) is None:
             return None
@@ -116,7 +116,7 @@ class ModelDrafter:
             if not reading.cancel():
                 reading.result()
 
-    def _read_text(self, base: list[int], path: Path) -> tuple[DraftToken, ...]:
+    def _read_text(self, base: list[int], path: Path) -> Choices:
         text = [*base, *path]
         found = self._next(text)
         choices = tuple(

@@ -1,16 +1,13 @@
 """Which texts a draft model should read before it is known how a step ends. Pure.
 
-A step accepts a draft up to some token and adds one token of its own. The text after it is therefore the whole draft,
-or a part of it with another token at the end. Each such text, and each continuation of it, has a probability: the
-product of the probabilities that its tokens come. Reading a text tells which tokens may follow it.
+A step accepts a branch of its draft up to some token and adds one token of its own. The text after it therefore begins
+with a whole branch, or is a part of one with another token at the end. Each such text, and each continuation of it, has
+a probability: the product of the probabilities that its tokens come. Reading a text tells which tokens may follow it.
 """
 
 from collections.abc import Sequence
 
-from bs_coordinator.engine.speculation.drafts import DraftToken, Share
-
-Path = tuple[int, ...]
-"""Token ids after the text before the step."""
+from bs_coordinator.engine.speculation.drafts import Draft, DraftToken, Path, Share
 
 _FURTHER_TOKEN = 0.15
 """Time for each further token that is read at once, as a share of the time for one: weights are read once for all."""
@@ -20,7 +17,7 @@ _LEAST_CHANCE = 0.02
 class Outlook:
     """Texts that are worth reading, as a tree that grows with what is read."""
 
-    def __init__(self, draft: Sequence[DraftToken], share: Share) -> None:
+    def __init__(self, draft: Draft, share: Share) -> None:
         """The ends that a step with this draft may have.
 
         Args:
@@ -29,12 +26,11 @@ class Outlook:
         """
         self._share = share
         self._chances: dict[Path, float] = {}
-        chance, path = 1.0, Path()
-        for token in draft:
-            self._add(path, token.others, chance)
-            chance *= share(token)
-            path += (token.id,)
-        self._chances[path] = chance
+        for branch, chance in {Path(): 1.0, **draft.chances}.items():
+            if (choices := draft.choices.get(branch)) is None:
+                self._chances[branch] = chance
+            else:
+                self._add(branch, [t for t in choices if (*branch, t.id) not in draft.chances], chance)
 
     def best(self, held: Path, least: float) -> Path | None:
         """The text whose reading is worth the most for its time; None if there is none.

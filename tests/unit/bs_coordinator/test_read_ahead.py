@@ -1,11 +1,11 @@
 """Reading ahead: what is read while nodes are awaited, when that pays, and that it never changes an answer."""
 
 import itertools
+import pathlib
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -15,9 +15,10 @@ from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.engine.scheduler import Scheduler
 from bs_coordinator.engine.sequence import Sequence as TokenSequence
-from bs_coordinator.engine.speculation import Speculation
+from bs_coordinator.engine.speculation import Draft, Proposals, Speculation
 from bs_coordinator.engine.speculation.continuations import Continuations
-from bs_coordinator.engine.speculation.drafts import DraftToken
+from bs_coordinator.engine.speculation.draft_tree import StoppingRule, grow
+from bs_coordinator.engine.speculation.drafts import Choices, DraftToken, Path
 from bs_coordinator.engine.speculation.model_drafter import Choice, ModelDrafter
 from bs_coordinator.engine.speculation.outlook import Outlook
 from bs_coordinator.engine.speculation.spare_time import SpareTime
@@ -26,6 +27,7 @@ from bs_coordinator.selection import TopK
 from bs_coordinator.trunk.load import load_trunk
 from testbed.evaluation.local_experts import LocalExperts
 from tests.checkpoints import VOCABULARY
+from tests.drafts import greedy
 from wire.tensors import WireDtype
 
 
@@ -40,23 +42,30 @@ def _tokens(rng: random.Random, count: int) -> tuple[DraftToken, ...]:
     return tuple(DraftToken(i, "any", chance) for i, chance in enumerate(chances))
 
 
-def _draft(rng: random.Random, length: int) -> list[DraftToken]:
-    choices = [_tokens(rng, 3) for _ in range(length)]
-    return [best._replace(others=others) for best, *rest in choices for others in [tuple(rest)]]
+def _tree(rng: random.Random, most: int) -> tuple[Draft, Callable[[Path], Choices]]:
+    """A draft, and what is likely after any branch."""
+    seed = rng.random()
+
+    def choices(path: Path) -> Choices:
+        return _tokens(random.Random(f"{seed} {path}"), 3)  # noqa: S311 (not a secret)
+
+    # Some branches of the draft are known to the drafter, and what follows others was not asked.
+    rule = StoppingRule(price=1.0, row_s=0.05, making_s=0.3, most=most, longest=6)
+    known = Proposals(choices, lambda path: hash((seed, path)) % 2 == 0)
+    return grow(known, _share, rule, branching=True), choices
 
 
-@given(seed=st.integers(0, 2**32), length=st.integers(0, 6), reads=st.integers(0, 12))
-def test_texts_to_read_are_the_likeliest_that_may_follow_the_step(seed: int, length: int, reads: int) -> None:
+@given(seed=st.integers(0, 2**32), most=st.integers(0, 12), reads=st.integers(0, 12))
+def test_texts_to_read_are_the_likeliest_that_may_follow_the_step(seed: int, most: int, reads: int) -> None:
     rng = random.Random(seed)  # noqa: S311 (not a secret)
-    draft = _draft(rng, length)
+    draft, choices = _tree(rng, most)
     outlook = Outlook(draft, _share)
     # The reference: every text that may be read next, with its probability.
-    texts: dict[tuple[int, ...], float] = {}
-    chance, path = 1.0, tuple[int, ...]()
-    for token in draft:
-        texts |= {(*path, other.id): chance * other.prior for other in token.others}
-        chance, path = chance * token.prior, (*path, token.id)
-    texts[path] = chance
+    texts: dict[Path, float] = {(): 1.0}
+    while grown := [path for path in texts if path in draft.choices and (path == () or path in draft.chances)]:
+        for path in grown:
+            above = texts.pop(path)
+            texts |= {(*path, token.id): above * token.prior for token in draft.choices[path]}
     assert sum(texts.values()) <= 1.0 + 1e-9
     done = set()
     for _ in range(reads):
@@ -68,24 +77,34 @@ def test_texts_to_read_are_the_likeliest_that_may_follow_the_step(seed: int, len
             break
         assert found not in done
         assert all(texts[found] >= chance for text, chance in worthy.items() if len(text) <= len(found))
-        choices = _tokens(rng, 3)
-        outlook.read(found, choices)
+        outlook.read(found, choices(found))
         done.add(found)
         above = texts.pop(found)
-        texts |= {(*found, token.id): above * token.prior for token in choices}
+        texts |= {(*found, token.id): above * token.prior for token in choices(found)}
     likely = outlook.best((), 0.5)
     assert likely is None or texts[likely] >= 0.5
 
 
+def _chain(*tokens: tuple[DraftToken, ...]) -> Draft:
+    """A draft of the first of each of these."""
+    path, chance = Path(), 1.0
+    chances, choices = {}, {}
+    for best, *others in tokens:
+        choices[path] = (best, *others)
+        path, chance = (*path, best.id), chance * best.prior
+        chances[path] = chance
+    return Draft(chances, choices)
+
+
 def test_of_equally_likely_texts_the_one_is_read_whose_beginning_is_known() -> None:
     draft = [
-        DraftToken(1, "any", 0.5, (DraftToken(2, "any", 0.3),)),
-        DraftToken(3, "any", 0.5, (DraftToken(4, "any", 0.5),)),
-        DraftToken(5, "any", 0.1, (DraftToken(6, "any", 0.4),)),
+        (DraftToken(1, "any", 0.5), DraftToken(2, "any", 0.3)),
+        (DraftToken(3, "any", 0.5), DraftToken(4, "any", 0.5)),
+        (DraftToken(5, "any", 0.1), DraftToken(6, "any", 0.4)),
     ]
-    assert Outlook(draft, _share).best((1, 3, 5), 0.0) == (2,)
-    assert Outlook(draft[1:], _share).best((3, 5, 7), 0.0) == (4,)
-    both = [DraftToken(1, "any", 0.8, ()), DraftToken(2, "any", 0.5, (DraftToken(3, "any", 0.5),))]
+    assert Outlook(_chain(*draft), _share).best((1, 3, 5), 0.0) == (2,)
+    assert Outlook(_chain(*draft[1:]), _share).best((3, 5, 7), 0.0) == (4,)
+    both = _chain((DraftToken(1, "any", 0.8),), (DraftToken(2, "any", 0.5), DraftToken(3, "any", 0.5)))
     assert Outlook(both, _share).best((1, 3), 0.0) in {(1, 2), (1, 3)}
 
 
@@ -194,10 +213,11 @@ def test_proposals_are_the_same_and_need_no_more_reading(ends: list[tuple[int, i
         spare.wait_s = 1e9
         text = [1, 2, 3]
         for accepted, rank in ends:
-            draft = list(itertools.islice(drafter.propose(text), 4))
-            expected = list(itertools.islice(ModelDrafter(_Reader()).propose(text), 4))
-            assert draft == expected
-            ahead = drafter.read_ahead(text, draft, _share, spare)
+            draft = greedy(drafter, text, 4)
+            assert draft == greedy(ModelDrafter(_Reader()), text, 4)
+            tried = _chain(*(drafter.choices(text, tuple(t.id for t in draft[:i])) for i in range(4)))
+            assert tried.ids == [token.id for token in draft]
+            ahead = drafter.read_ahead(text, tried, _share, spare)
             assert ahead is not None
             ahead.wait_begins()
             background.submit(lambda: None).result()  # the only thread is done with everything worth reading
@@ -208,7 +228,7 @@ def test_proposals_are_the_same_and_need_no_more_reading(ends: list[tuple[int, i
             choices = [choice.id for choice in _choices(text)]
             text.append(choices[rank] if rank < 3 else (sum(choices) + 1) % VOCABULARY)
             before = reader.reads
-            first = next(drafter.propose(text))
+            (first,) = greedy(drafter, text, 1)
             if rank == 0 or (rank == 1 and accepted < 2):
                 assert reader.reads == before
             assert first.id == _choices(text)[0].id
@@ -222,7 +242,8 @@ def test_reading_that_does_not_pay_is_tried_now_and_then() -> None:
         for number in range(80):
             text, reads = [number, number + 1], 0
             if spare.uses_next():
-                ahead = drafter.read_ahead(text, list(itertools.islice(drafter.propose(text), 2)), _share, spare)
+                draft = _chain(drafter.choices(text, ()))
+                ahead = drafter.read_ahead(text, draft, _share, spare)
                 assert ahead is not None
                 spare.wait_s = 1e9
                 ahead.wait_begins()
@@ -244,7 +265,7 @@ def test_a_proposal_does_not_wait_for_the_prompt_of_another_sequence() -> None:
         other = background.submit(over.wait, 60)
         drafter = ModelDrafter(_Reader(), background=background)
         drafter.prepare([1, 2, 3])
-        assert next(drafter.propose([1, 2, 3])).id == _choices([1, 2, 3])[0].id
+        assert greedy(drafter, [1, 2, 3], 1)[0].id == _choices([1, 2, 3])[0].id
         assert not other.done()
         over.set()
 
@@ -252,7 +273,7 @@ def test_a_proposal_does_not_wait_for_the_prompt_of_another_sequence() -> None:
 def test_a_long_text_may_be_followed_by_a_short_one() -> None:
     drafter = ModelDrafter(_Reader())
     for text in (list(range(900)), [3, 4, 5], list(range(300))):
-        assert next(drafter.propose(text)).id == _choices(text)[0].id
+        assert greedy(drafter, text, 1)[0].id == _choices(text)[0].id
 
 
 class _Model:
@@ -302,7 +323,7 @@ class _Waits:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_answers_are_the_same_with_texts_read_ahead(random_bundle: Path, temperature: float) -> None:
+def test_answers_are_the_same_with_texts_read_ahead(random_bundle: pathlib.Path, temperature: float) -> None:
     experts = LocalExperts(random_bundle, threads=1, wire=WireDtype.FP16)
     model = DistributedModel(load_trunk(random_bundle / "trunk"), experts, TopK(2))
     tokenizer = Tokenizer(random_bundle / "trunk")

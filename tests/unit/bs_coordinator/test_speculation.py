@@ -1,10 +1,9 @@
 """Drafting: draft tokens never change an answer, and drafting that does not pay ends by itself."""
 
-import itertools
+import pathlib
 import random
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -17,11 +16,11 @@ from bs_coordinator.engine.sampling import TokenSampler
 from bs_coordinator.engine.scheduler import Scheduler
 from bs_coordinator.engine.sequence import GeneratedAnswer
 from bs_coordinator.engine.sequence import Sequence as TokenSequence
-from bs_coordinator.engine.speculation import NgramDrafter, Speculation
+from bs_coordinator.engine.speculation import Draft, DraftLength, NgramDrafter, Proposals, Speculation
 from bs_coordinator.engine.speculation.acceptance import Acceptance
 from bs_coordinator.engine.speculation.cost import StepCost
-from bs_coordinator.engine.speculation.drafts import DraftToken, Share
-from bs_coordinator.engine.speculation.length import Draft, DraftLength, StoppingRule, likely_others
+from bs_coordinator.engine.speculation.draft_tree import StoppingRule, grow
+from bs_coordinator.engine.speculation.drafts import Choices, DraftToken, Path, Share
 from bs_coordinator.engine.speculation.spare_time import SpareTime
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import TopK
@@ -30,6 +29,7 @@ from bs_coordinator.trunk.kv_cache import keep_branch
 from bs_coordinator.trunk.load import load_trunk
 from testbed.evaluation.local_experts import LocalExperts
 from tests.checkpoints import VOCABULARY
+from tests.drafts import greedy
 from wire.tensors import WireDtype
 
 
@@ -42,21 +42,23 @@ class _Hindsight:
     def prepare(self, ids: Sequence[int]) -> None:
         pass
 
-    def read_ahead(self, ids: Sequence[int], draft: Sequence[DraftToken], share: Share, spare: SpareTime) -> None:
+    def read_ahead(self, ids: Sequence[int], draft: Draft, share: Share, spare: SpareTime) -> None:
         pass
 
-    def propose(self, ids: Sequence[int]) -> Iterator[DraftToken]:
-        for position in range(len(ids), len(self._text)):
-            right = self._text[position]
-            drafted = [right, *((right + i) % VOCABULARY for i in range(1, 3))]
-            if position % self._wrong == 0:
-                # The right one is the second, the third, or not among them.
-                turn = position // self._wrong % 3
-                drafted[0], drafted[1 + turn % 2] = drafted[1 + turn % 2], right if turn < 2 else VOCABULARY - 1
-            best, *others = (
-                DraftToken(id, f"rank {rank}", 0.8 if rank == 0 else 0.1) for rank, id in enumerate(drafted)
-            )
-            yield best._replace(others=tuple(others))
+    def knows(self, ids: Sequence[int], path: Path) -> bool:
+        return True
+
+    def choices(self, ids: Sequence[int], path: Path) -> Choices:
+        position = len(ids) + len(path)
+        if position >= len(self._text):
+            return ()
+        right = self._text[position]
+        drafted = [right, *((right + i) % VOCABULARY for i in range(1, 3))]
+        if position % self._wrong == 0:
+            # The right one is the second, the third, or not among them.
+            turn = position // self._wrong % 3
+            drafted[0], drafted[1 + turn % 2] = drafted[1 + turn % 2], right if turn < 2 else VOCABULARY - 1
+        return tuple(DraftToken(id, f"rank {rank}", 0.8 if rank == 0 else 0.1) for rank, id in enumerate(drafted))
 
 
 class _Model:
@@ -73,10 +75,9 @@ class _Model:
 class _Eager(DraftLength):
     """Always drafts, whether it pays or not, so that results do not depend on how long steps take."""
 
-    def draft(self, proposed: Iterator[DraftToken], most: int, *, sequences: int = 1, branching: bool = False) -> Draft:
-        tokens = tuple(itertools.islice(proposed, min(most, 5)))
-        others = ((i, other) for i, token in enumerate(tokens) for other in token.others) if branching else ()
-        return Draft(tokens, others=tuple(itertools.islice(others, 10)))
+    def draft(self, proposals: Proposals, longest: int, *, sequences: int = 1, branching: bool = False) -> Draft:
+        rule = StoppingRule(price=0.0, row_s=0.0, making_s=0.0, most=15, longest=min(longest, 5))
+        return grow(proposals, lambda token: token.prior, rule, branching=branching)
 
 
 @pytest.fixture
@@ -85,12 +86,12 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(random_bundle: Path) -> Tokenizer:
+def tokenizer(random_bundle: pathlib.Path) -> Tokenizer:
     return Tokenizer(random_bundle / "trunk")
 
 
 @pytest.fixture(scope="module")
-def model(random_bundle: Path) -> DistributedModel:
+def model(random_bundle: pathlib.Path) -> DistributedModel:
     experts = LocalExperts(random_bundle, threads=1, wire=WireDtype.FP16)
     return DistributedModel(load_trunk(random_bundle / "trunk"), experts, TopK(2))
 
@@ -129,7 +130,7 @@ def test_right_and_wrong_drafts_change_nothing_alone_and_in_a_batch(
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("branching", [False, True])
 def test_rows_that_became_no_token_of_an_answer_do_not_degrade_it(
-    random_bundle: Path, tokenizer: Tokenizer, branching: bool
+    random_bundle: pathlib.Path, tokenizer: Tokenizer, branching: bool
 ) -> None:
     experts = LocalExperts(random_bundle, threads=1, wire=WireDtype.FP16)
     experts.lost = frozenset({1})
@@ -199,20 +200,86 @@ def test_tokens_that_branch_give_what_each_branch_gives_alone(model: Distributed
     assert torch.equal(beside, model.step([SequenceInput([4, 4], plain)])[0][0])
 
 
-def test_second_choices_are_rows_where_they_are_worth_them() -> None:
-    rule = StoppingRule(price=10.0, row_s=0.02, most=5)
-    draft = [
-        DraftToken(1, "any", 0.5, (DraftToken(2, "any", 0.4), DraftToken(3, "any", 0.1))),
-        DraftToken(4, "any", 0.5, (DraftToken(5, "any", 0.5), DraftToken(6, "any", 0.45), DraftToken(7, "any", 0.3))),
-    ]
+_TREES = SamplingConfig(max_tokens=12)
 
-    def found(rule: StoppingRule) -> list[tuple[int, int]]:
-        return [(index, token.id) for index, token in likely_others(draft, lambda token: token.prior, rule)]
 
-    assert found(rule) == [(0, 2), (1, 5), (1, 6)]
-    assert found(rule._replace(most=4)) == [(0, 2), (1, 5)]
-    assert found(rule._replace(row_s=0.05)) == []
-    assert found(rule._replace(most=2)) == []
+@pytest.fixture(scope="module")
+def texts(model: DistributedModel, tokenizer: Tokenizer) -> list[list[int]]:
+    """Prompts with their answers by plain decoding."""
+    return [ids + [e.id for e in TokenSequence(model, tokenizer).generate(ids, _TREES)] for ids in PROMPTS]
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=30, deadline=None)
+def test_any_tree_of_guesses_gives_the_same_tokens(
+    model: DistributedModel, tokenizer: Tokenizer, texts: list[list[int]], seed: int
+) -> None:
+    """Right tokens at any place in the tree, wrong ones, branches that end early, and answers beside each other."""
+    luck = random.Random(seed)  # noqa: S311 (not a secret)
+
+    class Guesses(_Hindsight):
+        def __init__(self, text: Sequence[int]) -> None:
+            self._text = text
+
+        def choices(self, ids: Sequence[int], path: Path) -> Choices:
+            position = len(ids) + len(path)
+            found = luck.sample(range(VOCABULARY), luck.randrange(5))
+            if position < len(self._text) and luck.random() < 0.7:
+                found.insert(luck.randrange(len(found) + 1), self._text[position])
+            return tuple(DraftToken(id, "any", luck.random()) for id in dict.fromkeys(found))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bs_coordinator.engine.sequence.DraftLength", _Eager)
+        answers = []
+        for ids, text in zip(PROMPTS, texts, strict=True):
+            sequence = TokenSequence(model, tokenizer, speculation=Speculation("dense", _Model(1)))
+            sequence.drafter = Guesses(text)
+            answers.append(sequence.answer(ids, _TREES))
+        found = _run_all(Scheduler(model), answers)
+    assert [ids + answer for ids, answer in zip(PROMPTS, found, strict=True)] == texts
+
+
+@given(seed=st.integers(0, 2**32), most=st.integers(0, 12), longest=st.integers(1, 6), row=st.floats(0.0, 0.3))
+def test_a_draft_has_the_likeliest_tokens_that_are_worth_their_rows(
+    seed: int, most: int, longest: int, row: float
+) -> None:
+    """The reference looks at every token of the whole tree."""
+
+    def choices(path: Path) -> Choices:
+        rng = random.Random(f"{seed} {path}")  # noqa: S311 (not a secret)
+        return tuple(DraftToken(i, "any", rng.random() / 2) for i in range(rng.randrange(4)))
+
+    rule = StoppingRule(price=1.0, row_s=row, making_s=0.0, most=most, longest=longest)
+    draft = grow(Proposals(choices, lambda path: True), lambda token: token.prior, rule, branching=True)
+    every: dict[Path, float] = {}
+    last: dict[Path, float] = {(): 1.0}
+    for _ in range(longest):
+        last = {(*path, t.id): chance * t.prior for path, chance in last.items() for t in choices(path)}
+        every |= last
+    worthy = sorted((chance for chance in every.values() if chance > row), reverse=True)
+    assert sorted(draft.chances.values(), reverse=True) == worthy[:most]
+    assert all(every[path] == chance for path, chance in draft.chances.items())
+    # Each follows the token before it, and the first branch has no token of another in between.
+    assert all(draft.rows[path[:-1]] < draft.rows[path] for path in draft.chances)
+    assert draft.ids == [path[-1] for path in draft.chances]
+
+
+def test_a_drafter_is_not_asked_where_that_costs_more_than_it_can_bring() -> None:
+    asked = []
+
+    def choices(path: Path) -> Choices:
+        asked.append(path)
+        return (DraftToken(1, "any", 0.6), DraftToken(2, "any", 0.3))
+
+    rule = StoppingRule(price=1.0, row_s=0.2, making_s=0.3, most=15, longest=15)
+    slow = grow(Proposals(choices, lambda path: False), lambda token: token.prior, rule, branching=True)
+    assert asked == [(), (1,)]
+    assert list(slow.chances) == [(1,), (1, 1), (2,)]
+    quick = grow(Proposals(choices, lambda path: True), lambda token: token.prior, rule, branching=True)
+    assert list(quick.chances) == [(1,), (1, 1), (1, 1, 1), (2,)]
+    alone = grow(Proposals(choices, lambda path: True), lambda token: token.prior, rule, branching=False)
+    assert list(alone.chances) == [(1,), (1, 1), (1, 1, 1)]
+    assert alone.parents is None
 
 
 @pytest.mark.usefixtures("eager")
@@ -287,23 +354,23 @@ def _answer_in_virtual_time(
     length = DraftLength(cost, shares, clock=lambda: now)
     draws = 0
 
-    def proposals() -> Iterator[DraftToken]:
+    def choices(path: Path) -> Choices:
         nonlocal now
-        for number in itertools.count():
-            now += making_s
-            yield DraftToken(number, "any", prior)
+        now += making_s
+        return (DraftToken(len(path), "any", prior),)
 
     made = 0
     while made < tokens:
-        draft = length.draft(proposals(), tokens - made - 1)
-        draws += bool(draft.tokens)
-        took_s = step_s + row_s * len(draft.tokens)
+        draft = length.draft(Proposals(choices, lambda path: False), tokens - made - 1)
+        drafted = draft.ids
+        draws += bool(drafted)
+        took_s = step_s + row_s * len(drafted)
         now += took_s
         accepted = 0
-        while accepted < len(draft.tokens) and right(made + accepted):
+        while accepted < len(drafted) and right(made + accepted):
             accepted += 1
-        length.observe(draft, accepted, took_s, rows=1 + len(draft.tokens))
-        cost.observe(1 + len(draft.tokens), took_s, tokens=1 + accepted)
+        length.observe(draft, [*drafted[:accepted], -1], took_s, rows=1 + len(drafted))
+        cost.observe(1 + len(drafted), took_s, tokens=1 + accepted)
         made += 1 + accepted
     return now, draws
 
@@ -322,10 +389,9 @@ def test_drafts_get_shorter_where_more_sequences_share_a_step() -> None:
     cost, shares = StepCost(), Acceptance()
     for i in range(40):
         cost.observe(1 + i % 8, 0.2 + 0.01 * (i % 8))
-    certain = [DraftToken(i, "any", 0.7) for i in range(20)]
+    certain = Proposals(lambda path: (DraftToken(1, "any", 0.7),), lambda path: False)
     lengths = [
-        len(DraftLength(cost, shares, clock=lambda: 0.0).draft(iter(certain), 15, sequences=n).tokens)
-        for n in (1, 4, 16)
+        len(DraftLength(cost, shares, clock=lambda: 0.0).draft(certain, 15, sequences=n).ids) for n in (1, 4, 16)
     ]
     assert lengths[0] > lengths[1] > lengths[2]
 
@@ -333,9 +399,9 @@ def test_drafts_get_shorter_where_more_sequences_share_a_step() -> None:
 def test_a_look_up_finds_what_followed_the_longest_match_last() -> None:
     drafter = NgramDrafter()
     text = [1, 2, 3, 4, 9, 9, 2, 3, 5, 6, 7, 1, 2, 3]
-    assert [g.id for g in itertools.islice(drafter.propose(text), 3)] == [4, 9, 9]
-    assert [g.id for g in itertools.islice(drafter.propose([*text[:-3], 2, 3]), 2)] == [5, 6]
-    assert list(drafter.propose([1, 2, 3])) == []
+    assert [g.id for g in greedy(drafter, text, 3)] == [4, 9, 9]
+    assert [g.id for g in greedy(drafter, [*text[:-3], 2, 3], 2)] == [5, 6]
+    assert drafter.choices([1, 2, 3], ()) == ()
 
 
 def test_sampled_tokens_are_distributed_as_without_drafts() -> None:
@@ -348,7 +414,7 @@ def test_sampled_tokens_are_distributed_as_without_drafts() -> None:
         counts = torch.zeros(5)
         after = torch.zeros(5)
         for _ in range(draws):
-            chosen = sampler.verify(logits, [drafted])
+            chosen = sampler.verify(logits, {(): 0, (drafted,): 1})
             counts[chosen[0]] += 1
             if len(chosen) > 1:
                 after[chosen[1]] += 1

@@ -3,7 +3,6 @@
 import shutil
 import threading
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from exporter.draft.draft import export_draft
 from exporter.draft.draft_graph import QUANTISATION
 from exporter.errors import CheckpointError
 from exporter.expert.encoders import make_encoder
+from tests.drafts import greedy
 from wire.errors import BundleError
 from wire.manifest import Scheme, load_manifest
 
@@ -65,11 +65,9 @@ def _dequantised(base: Path) -> Any:
         step = 64
         packed = [encoder.encode(module.weight[i : i + step].detach().numpy()).copy() for i in range(0, rows, step)]
         scales, zeros = encoder.finish()
-        codes = np.concatenate([p.reshape(-1) for p in packed]).reshape(rows, columns // 2)
-        wide = np.stack([codes & 15, codes >> 4], axis=-1).reshape(rows, -1, 32).astype(np.float32)
-        blocks = columns // 32
-        zero = np.stack([zeros & 15, zeros >> 4], axis=-1).reshape(rows, -1)[:, :blocks].astype(np.float32)
-        weight = (wide - zero[..., None]) * scales.reshape(rows, blocks)[..., None]
+        codes = np.concatenate(packed).reshape(rows, -1, QUANTISATION.block).astype(np.float32)
+        zero = zeros.reshape(rows, -1, 1).astype(np.float32)
+        weight = (codes - zero) * scales.reshape(rows, -1, 1)
         # The head shares its weights with the embedding, which is not quantised.
         module.weight = torch.nn.Parameter(torch.from_numpy(weight.reshape(rows, columns)))
         assert name
@@ -86,7 +84,7 @@ def test_the_graph_is_the_model(base: Path, bundle: Path) -> None:
     same = 0
     for seed in range(8):
         ids = torch.randint(0, 49152, (30,), generator=torch.Generator().manual_seed(seed)).tolist()
-        guesses = list(islice(model.drafter().propose(ids), 4))
+        guesses = greedy(model.drafter(), ids, 4)
         with torch.inference_mode():
             for i, guess in enumerate(guesses):
                 before = ids + [g.id for g in guesses[:i]]
@@ -106,15 +104,15 @@ def test_what_was_refused_is_forgotten(bundle: Path) -> None:
     )  # fmt: skip
     assert model is not None
     drafter = model.drafter()
-    first = [g.id for g in islice(drafter.propose(ids), 6)]
+    first = [g.id for g in greedy(drafter, ids, 6)]
     other = [*ids, first[0], 7, 8]
-    went_on = [g.id for g in islice(drafter.propose(other), 4)]
-    assert went_on == [g.id for g in islice(model.drafter().propose(other), 4)]
-    assert [g.id for g in islice(drafter.propose(ids), 6)] == first
+    went_on = [g.id for g in greedy(drafter, other, 4)]
+    assert went_on == [g.id for g in greedy(model.drafter(), other, 4)]
+    assert [g.id for g in greedy(drafter, ids, 6)] == first
 
 
 def _ids(drafter: Drafter, ids: list[int]) -> list[int]:
-    return [guess.id for guess in islice(drafter.propose(ids), 4)]
+    return [guess.id for guess in greedy(drafter, ids, 4)]
 
 
 def test_a_prompt_is_read_beforehand_and_not_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,11 +149,11 @@ def test_of_a_long_prompt_the_end_is_read(bundle: Path) -> None:
     assert model is not None
     ids = list(range(1000, 3000))
     long, short = model.drafter(), model.drafter()
-    assert next(long.propose(ids)) == next(short.propose(ids[-MOST_READ:]))
+    assert greedy(long, ids, 1) == greedy(short, ids[-MOST_READ:], 1)
     # More tokens than the model has positions.
     for start in range(2000, 2600, 100):
         ids += range(start, start + 100)
-        next(long.propose(ids))
+        greedy(long, ids, 1)
 
 
 def test_only_a_model_with_the_same_tokens_drafts(base: Path, bundle: Path, tmp_path: Path) -> None:
@@ -189,9 +187,9 @@ def test_transformers_runs_any_other_model(base: Path, bundle: Path) -> None:
     assert model is not None
     drafter = model.drafter()
     prompt = list(range(500, 530))
-    guesses = [g.id for g in islice(drafter.propose(prompt), 3)]
+    guesses = [g.id for g in greedy(drafter, prompt, 3)]
     reference: Any = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     with torch.inference_mode():
         expected = int(reference(torch.tensor([prompt])).logits[0, -1].argmax())
     assert guesses[0] == expected
-    assert [g.id for g in islice(drafter.propose([*prompt, guesses[0]]), 2)] == guesses[1:]
+    assert [g.id for g in greedy(drafter, [*prompt, guesses[0]], 2)] == guesses[1:]
