@@ -27,18 +27,33 @@ def strict_json(line: bytes) -> Any:
         ValueError: not JSON, too deep, a key is given twice, a number is infinite, none or has too many digits, or a
             text is not Unicode because half of a surrogate pair is missing.
     """
-    try:
-        value = json.loads(
-            line, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_integer
-        )
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    value = finite_json(line, _unique, integer=_integer)
     if _SURROGATE.search(line):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ValueError("a text has half of a surrogate pair, which is not a character") from None
     return value
+
+
+def finite_json(
+    document: bytes | str, pairs: Callable[[list[tuple[str, Any]]], Any], *, integer: Callable[[str], int] = int
+) -> Any:  # fmt: skip
+    """A JSON value of finite numbers, as `json.loads`.
+
+    Args:
+        pairs: makes an object of its keys and values.
+        integer: makes an integer of its digits.
+
+    Raises:
+        ValueError: not JSON, too deep, a number is infinite or none, or an object or integer is refused.
+    """
+    try:
+        return json.loads(
+            document, object_pairs_hook=pairs, parse_constant=_refuse_constant, parse_float=_finite, parse_int=integer
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def decode_json(document: bytes, kind: type[T]) -> T:
@@ -74,12 +89,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not a number in JSON")
+    raise ValueError(f"{text} is not a finite number")
 
 
 def _finite(text: str) -> float:
     if not math.isfinite(number := float(text)):
-        raise ValueError(f"the number {text[:80]} is out of range")
+        raise ValueError(f"{text[:80]} is not a finite number")
     return number
 
 

@@ -4,8 +4,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from bs_coordinator.broker.processes import die_with_parent, stop_child
@@ -49,7 +50,7 @@ class LocalNodes:
         self.cluster = cluster
         self._folder = folder
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._started: dict[str, tuple[str, int, Sequence[str], Sequence[str]]] = {}
+        self._starts: dict[str, Callable[[], None]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(
@@ -74,7 +75,10 @@ class LocalNodes:
             python: command that runs Python, for example for another processor.
             environment: further environment variables.
         """
-        self._started[node] = experts, threads, prefix, options
+        self._starts[node] = partial(
+            self.start, node, experts, threads=threads, prefix=prefix, options=options, python=python,
+            environment=environment,
+        )  # fmt: skip
         argv = node_argv(
             self.bundle, self.address, node, experts, cluster=self.cluster, threads=threads, options=options,
             python=python,
@@ -90,9 +94,8 @@ class LocalNodes:
             )
 
     def restart(self, node: str) -> None:
-        """Start a node again with the same experts, threads, prefix and options; its log is continued."""
-        experts, threads, prefix, options = self._started[node]
-        self.start(node, experts, threads=threads, prefix=prefix, options=options)
+        """Start a node again as it was started; its log is continued."""
+        self._starts[node]()
 
     def log_path(self, node: str) -> Path:
         """Path of a node's log."""

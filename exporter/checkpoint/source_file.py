@@ -1,12 +1,11 @@
 """Reading a checkpoint's files: which links are followed, and which files are not what their names say."""
 
-import json
-import math
 import re
 import stat
 from pathlib import Path
 from typing import Any
 
+from common.jsonl import finite_json
 from exporter.errors import CheckpointError
 
 MAX_TEXT_BYTES = 256 << 20
@@ -133,11 +132,7 @@ def parse_json(path: Path, data: bytes) -> dict[str, Any]:
         CheckpointError: it is not a JSON object of finite numbers, or gives a key twice with different values.
     """
     try:
-        document = json.loads(
-            data.decode(), object_pairs_hook=_unambiguous, parse_constant=_refuse_constant, parse_float=_finite
-        )
-    except RecursionError:
-        raise CheckpointError(f"{path} is not valid JSON: it is nested too deeply") from None
+        document = finite_json(data.decode(), _unambiguous)
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(document, dict):
@@ -151,16 +146,6 @@ def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if found.setdefault(key, value) != value:
             raise ValueError(f"{key[:80]!r} is given twice, with different values")
     return found
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text[:80]} is not a finite number")
-    return number
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a finite number")
 
 
 def _check_utf8(path: Path, data: bytes) -> None:

@@ -16,6 +16,7 @@ from typing import IO
 
 import torch
 
+from testbed.local_nodes import blas_threads
 from testbed.plan.cells import Cell
 from testbed.run_directory.directory import RunDir
 
@@ -112,7 +113,7 @@ def _start(run: RunDir, cell: Cell, attempt: int, threads: int, device: str | No
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=errors,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        env={**os.environ, **blas_threads(threads)},
     )
     now = time.monotonic()
     return _Child(cell, attempt, process, errors, now, now + run.plan.cell_timeout_s + _START_S)

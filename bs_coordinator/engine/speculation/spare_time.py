@@ -24,17 +24,25 @@ _LARGEST_EXCESS = 0.25
 class SpareTime:
     """Learns how long waits and reads take, and by how much reading delays a step.
 
-    Attributes:
-        read_s: duration of reading one token, in seconds; 0 before any was read.
-        wait_s: duration of a layer's wait, in seconds.
+    Durations and excesses begin with the first that is seen.
     """
 
     def __init__(self) -> None:
-        self.read_s = self.wait_s = 0.0
-        self._reads = MovingAverage(_STEPS_MEMORY)
-        self._excess_with, self._excess_without = MovingAverage(_STEPS_MEMORY), MovingAverage(_STEPS_MEMORY)
+        self._read_s, self._wait_s = MovingAverage(_MEMORY, None), MovingAverage(_MEMORY, None)
+        self._reads = MovingAverage(_STEPS_MEMORY, None)
+        self._excess_with, self._excess_without = MovingAverage(_STEPS_MEMORY, None), MovingAverage(_STEPS_MEMORY, None)
         self._steps_with = self._steps_without = 0
         self._since_other = 0
+
+    @property
+    def read_s(self) -> float:
+        """Duration of reading one token, in seconds; 0 before any was read."""
+        return self._read_s.value
+
+    @property
+    def wait_s(self) -> float:
+        """Duration of a layer's wait, in seconds; 0 before the first."""
+        return self._wait_s.value
 
     @property
     def most_reads(self) -> int:
@@ -75,11 +83,11 @@ class SpareTime:
 
     def observe_wait(self, seconds: float) -> None:
         """Take in how long a layer's answers were awaited."""
-        self.wait_s += (1 - _MEMORY) * (seconds - self.wait_s) if self.wait_s else seconds
+        self._wait_s.add(seconds)
 
     def observe_read(self, seconds: float) -> None:
         """Take in how long one read took."""
-        self.read_s += (1 - _MEMORY) * (seconds - self.read_s) if self.read_s else seconds
+        self._read_s.add(seconds)
 
     def observe_step(self, seconds: float, expected_s: float, reads: int) -> None:
         """Take in a step.
@@ -95,11 +103,11 @@ class SpareTime:
         self._since_other = self._since_other + 1 if usual else 0
         if reads:
             self._steps_with += 1
-            _add(self._excess_with, excess_s, first=self._steps_with == 1)
-            _add(self._reads, reads, first=self._steps_with == 1)
+            self._excess_with.add(excess_s)
+            self._reads.add(reads)
         else:
             self._steps_without += 1
-            _add(self._excess_without, excess_s, first=self._steps_without == 1)
+            self._excess_without.add(excess_s)
 
     @property
     def _breakeven(self) -> float:
@@ -109,10 +117,3 @@ class SpareTime:
     @property
     def _pays(self) -> bool:
         return self._breakeven < 1.0
-
-
-def _add(average: MovingAverage, value: float, *, first: bool) -> None:
-    if first:
-        average.value = value
-    else:
-        average.add(value)

@@ -210,7 +210,7 @@ def test_proposals_are_the_same_and_need_no_more_reading(ends: list[tuple[int, i
         spare = SpareTime()
         for count in (1, 0) * 4:
             spare.observe_step(0.3, 0.3, count)
-        spare.wait_s = 1e9
+        spare.observe_wait(1e9)
         text = [1, 2, 3]
         for accepted, rank in ends:
             draft = greedy(drafter, text, 4)
@@ -223,7 +223,7 @@ def test_proposals_are_the_same_and_need_no_more_reading(ends: list[tuple[int, i
             background.submit(lambda: None).result()  # the only thread is done with everything worth reading
             ahead.wait_ends()
             ahead.step_ends()
-            spare.wait_s = 1e9
+            spare.observe_wait(1e9)
             text = [*text, *(token.id for token in draft[: min(accepted, 4)])]
             choices = [choice.id for choice in _choices(text)]
             text.append(choices[rank] if rank < 3 else (sum(choices) + 1) % VOCABULARY)
@@ -245,7 +245,7 @@ def test_reading_that_does_not_pay_is_tried_now_and_then() -> None:
                 draft = _chain(drafter.choices(text, ()))
                 ahead = drafter.read_ahead(text, draft, _share, spare)
                 assert ahead is not None
-                spare.wait_s = 1e9
+                spare.observe_wait(1e9)
                 ahead.wait_begins()
                 background.submit(lambda: None).result()
                 ahead.wait_ends()
@@ -339,7 +339,7 @@ def test_answers_are_the_same_with_texts_read_ahead(random_bundle: pathlib.Path,
         speculation = Speculation("dense", drafts)
         assert speculation.spare is not None
         for _ in range(4):
-            speculation.spare.wait_s = 1e9  # experts in this process answer at once: no read would be begun
+            speculation.spare.observe_wait(1e9)  # experts in this process answer at once: no read would be begun
             events = list(TokenSequence(model, tokenizer, speculation=speculation).generate(prompt, config))
             assert [event.id for event in events] == plain
         scheduler = Scheduler(model)

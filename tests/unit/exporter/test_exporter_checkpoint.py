@@ -132,7 +132,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "utf-16": (encoded("tokenizer.json", "utf-16"), "tokenizer.json starts with a byte order mark (UTF-16)"),
     "utf-16 without mark": (encoded("config.json", "utf-16-le"), "config.json is not valid JSON"),
     "latin-1": (lambda f: (f / "merges.txt").write_bytes(b"caf\xe9"), "merges.txt is not UTF-8: byte 4 is 0xe9"),
-    "deep json": (deeper, "tokenizer_config.json is not valid JSON: it is nested too deeply"),
+    "deep json": (deeper, "tokenizer_config.json is not valid JSON: nested too deeply"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json is not a JSON object"),
     "config is a folder": (folder_for_config, "config.json is not a plain file"),
     "nan in config": (config(rms_norm_eps=float("nan")), "config.json is not valid JSON: NaN is not a finite number"),
