@@ -1,12 +1,16 @@
 """A small run of `versus` with our arms only, on emulated links with real processes."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import Run
 from tests.needs import needs
+from wire.experts import format_ranges
 from wire.manifest import Scheme
 
 pytestmark = needs("mosquitto", network=True)
@@ -18,13 +22,17 @@ def test_arms_take_turns_and_a_killed_device_degrades_the_answer(
     out = tmp_path / "out"
     done = run(
         "testbed", "versus", "--bundle", tiny_bundle("int4"), "--arm", "ours", "--rtt-ms", "10", "--rtt-ms", "30",
-        "--channel", "dedicated", "--devices", "2", "--prompts", "1", "--tokens", "24", "--out", out,
+        "--channel", "dedicated", "--devices", "2", "--prompt", "Say it again.", "--tokens", "24", "--ignore-eos",
+        "--out", out,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     document = json.loads((out / "versus.json").read_text())
     near, far, killed = document["answers"]
     assert [one["profile"] for one in (near, far)] == ["dedicated-100-10", "dedicated-100-30"]
     assert near["pieces"] == far["pieces"]
+    assert near["said_tokens"] == far["said_tokens"] == 24
+    assert document["parameters"]["prompts"] == ["Say it again."]
+    assert document["parameters"]["trunk"] == {"--device": "cpu", "--dtype": "fp32"}
     layers, later = 2, len(near["pieces"]) - 1
     for one, rtt_ms in ((near, 10), (far, 30)):
         assert one["outcome"] == "finished"
@@ -57,16 +65,42 @@ def test_a_preset_that_keeps_all_experts_is_shown_as_not_distributed(
     assert "ours-fast (all experts local)" in (out / "tpot.svg").read_text()
 
 
+def _stand_in(path: Path, tokens: int) -> Path:
+    """A program that answers like llama-server at the port of its `--port`, and logs on which cores it may run."""
+    head = Path(__file__).parents[2] / "stand_in_head.py"
+    path.write_text(
+        f'#!/bin/sh\ngrep Cpus_allowed_list /proc/self/status\nwhile [ "$1" != --port ]; do shift; done\n'
+        f'exec {sys.executable} {head} "$2" finish {tokens}\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a core for the device and one more")
+def test_a_device_has_a_core_of_its_own(run: Run, tiny_bundle: Callable[[Scheme], Path], tmp_path: Path) -> None:
+    server, rpc = (_stand_in(tmp_path / name, 4) for name in ("server", "rpc"))
+    model, out = tmp_path / "model.gguf", tmp_path / "out"
+    model.write_bytes(b"GGUF")
+    before = os.sched_getaffinity(0)
+    done = run(
+        "testbed", "versus", "--bundle", tiny_bundle("int4"), "--arm", "llama-1", "--llama-server", server,
+        "--llama-rpc", rpc, "--gguf", model, "--channel", "dedicated", "--rtt-ms", "10", "--devices", "1",
+        "--prompts", "1", "--no-kill", "--cores", "--out", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    cores = json.loads((out / "versus.json").read_text())["parameters"]["cores"]
+    (own,) = cores["devices"]
+    assert {*cores["station"], own} == before
+    assert own not in cores["station"]
+    for device, expected in (("bs", cores["station"]), ("node0", [own])):
+        log = (out / "logs" / "dedicated" / "llama-1" / f"{device}.log").read_text()
+        assert log.split("Cpus_allowed_list:")[1].split()[0] == format_ranges(expected)
+
+
 def test_answers_too_short_to_measure_are_one_line(
     run: Run, tiny_bundle: Callable[[Scheme], Path], tmp_path: Path
 ) -> None:
-    head = Path(__file__).parents[2] / "stand_in_head.py"
-    server, model = tmp_path / "server", tmp_path / "model.gguf"
-    # llama-server's arguments, of which the port follows on `--port`.
-    server.write_text(
-        '#!/bin/sh\nwhile [ "$1" != --port ]; do shift; done\n' + f'exec {sys.executable} {head} "$2" finish 1\n'
-    )
-    server.chmod(0o755)
+    server, model = _stand_in(tmp_path / "server", 1), tmp_path / "model.gguf"
     model.write_bytes(b"GGUF")
     done = run(
         "testbed", "versus", "--bundle", tiny_bundle("int4"), "--arm", "llama", "--llama-server", server,
