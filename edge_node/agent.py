@@ -5,35 +5,27 @@ for its own id before it announces itself, and keeps looking: of two processes, 
 """
 
 import logging
-import os
-import platform
 import random
-import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 import msgspec
-import onnxruntime
-import psutil
 
 from common.clock import SYSTEM_CLOCK, Clock
 from common.systemd import notify
 from edge_node.errors import DuplicateNodeError
-from edge_node.experts.runtime import ExpertRuntime
 from edge_node.home_assistant import Announcement
 from edge_node.limits import DeviceLimits
+from edge_node.node_status import StatusSource
 from edge_node.telemetry.process import EVERY_S as TELEMETRY_S
 from edge_node.telemetry.process import TelemetryProcess
 from edge_node.worker import Worker
-from wire import __version__, status, transports
+from wire import status, transports
 from wire.broker_address import BrokerAddress
 from wire.errors import BrokerAuthError, BrokerError, FrameError
-from wire.experts import format_selector
-from wire.status import DeviceFacts, Holding, Machine, NodeStatus, Residency, SocketFacts, Work
+from wire.status import NodeStatus
 from wire.topics import Topics
 from wire.transport import WILL_DELAY_S, Connect, LastWill, Message, Transport
 
@@ -56,61 +48,45 @@ class NodeAgent:
     def __init__(
         self,
         *,
-        node: str,
+        about: StatusSource,
         topics: Topics,
         address: BrokerAddress,
         worker: Worker,
-        holding: Holding,
-        threads: int,
         limits: DeviceLimits | None = None,
-        residency: Callable[[], Residency | None] = lambda: None,
         telemetry: bool = False,
         home_assistant: str | None = None,
-        device: DeviceFacts | None = None,
-        folder: Path = Path(),
         connect: Connect = transports.connect,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         """Prepare to run; `run` connects.
 
         Args:
-            node: id of this node, unique in its cluster.
+            about: makes the statuses; its node's id is unique in the cluster.
             address: of the broker.
             worker: answers frames.
-            holding: the experts that the status announces.
-            threads: computing threads, for the status.
             limits: outside of which the node announces that it is offline; it takes work again once it is within.
-            residency: returns which experts are in memory now; None if all are.
             telemetry: publish radio, temperatures and power every second.
             home_assistant: prefix of Home Assistant's discovery topics; the node is not announced there if None.
-            device: what the node takes its device for, for the status.
-            folder: of the bundle; the status has the free space of its disk.
             connect: opens a connection to the broker.
             clock: for heartbeats, deadlines and waiting.
         """
-        self._device = device
-        self._residency = residency
-        self._node = node
+        self._about = about
+        self._node = node = about.node
         self._topics = topics
         self._address = address
         self._worker = worker
-        self._holding = holding
-        self._threads = threads
         self._limits = limits or DeviceLimits()
-        self._folder = folder
         self._open = connect
         self._clock = clock
         self._unfit = ""
-        self._rival = ""
         self._boot_id = worker.boot_id
-        self._since_unix_ms = 0
         self._status_came_back = False
+        device = about.device
         self._home_assistant = (
             Announcement(home_assistant, topics, node, model=f"edge node, {device.profile if device else 'unknown'}")
             if home_assistant
             else None
         )
-        self._rows_before = (0, clock.monotonic_s())
         self._telemetry = TelemetryProcess(node, self._boot_id, address.host, address.port) if telemetry else None
 
     def run(self, stop: threading.Event, *, on_ready: Callable[[], None] | None = None) -> None:
@@ -155,16 +131,14 @@ class NodeAgent:
             transport = reconnected
 
     def _connect(self) -> Transport:
-        will = LastWill(
-            self._topics.status(self._node), status.encode_status(self._status("offline", "connection lost"))
-        )
+        will = LastWill(self._topics.status(self._node), status.encode_status(self._about.offline("connection lost")))
         client_id = f"wdmoe-{self._topics.cluster}-{self._node}-{self._boot_id}"
         transport = self._open(self._address, client_id, will=will)
         try:
             transport.subscribe(self._topics.status(self._node), qos=1)
             self._refuse_if_taken(transport)
             transport.subscribe(self._topics.work(self._node))
-            self._since_unix_ms = self._clock.unix_ns() // 1_000_000
+            self._about.since_unix_ms = self._clock.unix_ns() // 1_000_000
             self._announce(transport, confirm=True)
             self._show_at_home(transport)
         except BrokerError:
@@ -178,7 +152,7 @@ class NodeAgent:
     def _publish_refusal(self, transport: Transport) -> None:
         """Tell the process that has our id. It logs this where operators look, unlike the log of this process."""
         with suppress(BrokerError):
-            document = msgspec.structs.replace(self._status("offline", "its id is in use"), refused=True)
+            document = msgspec.structs.replace(self._about.offline("its id is in use"), refused=True)
             topic = self._topics.status(self._node)
             transport.publish_confirmed(topic, status.encode_status(document), retain=False, timeout_s=2.0)
         transport.close()
@@ -244,7 +218,7 @@ class NodeAgent:
         elif other := self._other_status(message):
             if other.refused:
                 at = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self._clock.unix_ns() / 1e9))
-                self._rival = f"{_where(other)} at {at}"
+                self._about.rival = f"{_where(other)} at {at}"
                 log.error("another process on %s tried to use our id '%s'", _where(other), self._node)
             elif other.online:
                 self._yield_if_later(other)
@@ -260,7 +234,7 @@ class NodeAgent:
 
     def _yield_if_later(self, other: NodeStatus) -> None:
         """Raise DuplicateNodeError if another process with our id was announced before this one."""
-        if (other.since_unix_ms, other.boot_id) < (self._since_unix_ms, self._boot_id):
+        if (other.since_unix_ms, other.boot_id) < (self._about.since_unix_ms, self._boot_id):
             raise self._taken(other)
         log.error("another process on %s tries to use our id '%s'", _where(other), self._node)
 
@@ -282,9 +256,10 @@ class NodeAgent:
 
     def _announce(self, transport: Transport, *, confirm: bool) -> None:
         topic = self._topics.status(self._node)
-        state = "offline" if self._unfit else "online"
+        about, uplink = self._about, transport.socket_facts()
+        work = about.work()
         payload = status.encode_status(
-            self._status(state, self._unfit, uplink=transport.socket_facts(), work=self._work())
+            about.offline(self._unfit, uplink, work) if self._unfit else about.online(uplink, work)
         )
         if confirm:
             transport.publish_confirmed(topic, payload, retain=True)
@@ -297,7 +272,7 @@ class NodeAgent:
             transport.publish(self._home_assistant.topic, self._home_assistant.document(), qos=1, retain=True)
 
     def _leave(self, transport: Transport) -> None:
-        payload = status.encode_status(self._status("offline", "stopped"))
+        payload = status.encode_status(self._about.offline("stopped"))
         transport.publish_confirmed(self._topics.status(self._node), payload, retain=True, timeout_s=2.0)
         transport.close()
 
@@ -315,68 +290,6 @@ class NodeAgent:
             log.info("connected to %s again", self._address)
             return transport
         return None
-
-    def _work(self) -> Work:
-        """What was computed so far, and how fast since the last call."""
-        rows, now_s = self._worker.rows, self._clock.monotonic_s()
-        rows_before, before_s = self._rows_before
-        self._rows_before = rows, now_s
-        elapsed_s = now_s - before_s
-        return Work(
-            requests=self._worker.counts["answered"],
-            rows=rows,
-            rows_per_s=round((rows - rows_before) / elapsed_s, 2) if elapsed_s > 0 else 0.0,
-        )
-
-    def _status(
-        self, state: str, reason: str = "", uplink: SocketFacts | None = None, work: Work | None = None
-    ) -> NodeStatus:
-        online = state == "online"
-        return NodeStatus(
-            schema=status.SCHEMA,
-            node=self._node,
-            boot_id=self._boot_id,
-            state="online" if online else "offline",
-            since_unix_ms=self._since_unix_ms,
-            reason=reason,
-            holding=self._holding if online else None,
-            machine=self._machine(),
-            uplink=uplink,
-            device=self._device,
-            residency=self._residency() if online else None,
-            work=work,
-            rival=self._rival,
-            frame_tags=status.FRAME_TAGS if self._worker.tagged else 0,
-        )
-
-    def _machine(self) -> Machine:
-        memory = psutil.virtual_memory()
-        return Machine(
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            arch=platform.machine(),
-            cpus=os.cpu_count() or 1,
-            threads=self._threads,
-            ram_bytes=memory.total,
-            available_bytes=memory.available,
-            wdmoe=__version__,
-            onnxruntime=onnxruntime.__version__,
-            disk_free_bytes=shutil.disk_usage(self._folder).free,
-        )
-
-
-def residency_status(runtime: ExpertRuntime) -> Residency | None:
-    """Which experts a runtime has in memory, for the status; None if it keeps all of them there."""
-    if runtime.most_loaded is None:
-        return None
-    loads = runtime.loads
-    return Residency(
-        loaded=format_selector(runtime.loaded, runtime.manifest.dims.slices),
-        most_loaded=runtime.most_loaded,
-        loads=loads.count,
-        load_ms=loads.ns / max(1, loads.count) / 1e6,
-        evictions=loads.evictions,
-    )
 
 
 def _raise_if_final(error: BrokerError) -> None:

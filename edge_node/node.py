@@ -12,7 +12,7 @@ from common import real_time
 from common.config import ConfigError
 from common.cpu_idle import cpu_idle_disabled
 from edge_node import devices
-from edge_node.agent import NodeAgent, residency_status
+from edge_node.agent import NodeAgent
 from edge_node.config import HoldingConfig, NodeConfig
 from edge_node.devices import DetectedDevice
 from edge_node.experts.memory import check_memory, fitting, largest, needed_bytes, room_bytes
@@ -20,6 +20,7 @@ from edge_node.experts.providers import ChosenProvider, first_that_proves
 from edge_node.experts.runtime import ExpertRuntime
 from edge_node.failure import failure_published
 from edge_node.limits import DeviceLimits
+from edge_node.node_status import StatusSource, residency_status
 from edge_node.tuning.tune import Variants
 from edge_node.worker import Worker
 from wire.broker_address import BrokerAddress
@@ -139,14 +140,17 @@ def build_node(config: NodeConfig) -> Node:
         runtime, chosen = _load(config, manifest, held, threads, _providers(config, device))
     worker = Worker(runtime, node_key=node_key)
     raises = _raises_priority(config)
-    agent = NodeAgent(
-        node=config.node,
-        topics=topics,
-        address=address,
-        worker=worker,
+    about = StatusSource(
+        config.node,
+        worker,
+        Holding(
+            experts=held.selector,
+            model_sha256=manifest.model_sha256,
+            dims=manifest.dims,
+            quantisation=str(manifest.quantisation),
+            resident_bytes=held.resident_bytes,
+        ),
         threads=threads,
-        telemetry=config.telemetry,
-        home_assistant=config.home_assistant,
         device=DeviceFacts(
             profile=device.name,
             because=device.because,
@@ -155,16 +159,17 @@ def build_node(config: NodeConfig) -> Node:
             batch_invariant=runtime.same_in_batch,
             real_time=raises,
         ),
-        folder=bundle,
-        limits=DeviceLimits(max_celsius=config.max_celsius, min_available_bytes=config.min_free_bytes),
-        holding=Holding(
-            experts=held.selector,
-            model_sha256=manifest.model_sha256,
-            dims=manifest.dims,
-            quantisation=str(manifest.quantisation),
-            resident_bytes=held.resident_bytes,
-        ),
         residency=lambda: residency_status(runtime),
+        folder=bundle,
+    )
+    agent = NodeAgent(
+        about=about,
+        topics=topics,
+        address=address,
+        worker=worker,
+        limits=DeviceLimits(max_celsius=config.max_celsius, min_available_bytes=config.min_free_bytes),
+        telemetry=config.telemetry,
+        home_assistant=config.home_assistant,
     )
     return Node(config, address, worker, agent, held.selector, raises)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from edge_node.agent import NodeAgent
 from edge_node.experts.runtime import ExpertRuntime
+from edge_node.node_status import StatusSource
 from edge_node.worker import Worker
 from wire.broker_address import BrokerAddress
 from wire.experts import parse_selector
@@ -41,9 +42,8 @@ def node_thread(bundle: Path, address: BrokerAddress, node: str, selector: str) 
         quantisation=str(manifest.quantisation),
         resident_bytes=0,
     )
-    agent = NodeAgent(
-        node=node, topics=Topics("default"), address=address, worker=worker, holding=holding, threads=1, folder=bundle
-    )
+    about = StatusSource(node, worker, holding, threads=1, folder=bundle)
+    agent = NodeAgent(about=about, topics=Topics("default"), address=address, worker=worker)
     stop = threading.Event()
     thread = threading.Thread(target=agent.run, args=(stop,))
     thread.start()

@@ -34,9 +34,10 @@ from bs_coordinator.http.openai_responses import (
     error_document,
     server_sent_event,
 )
-from bs_coordinator.http.openai_schema import Chat, Completion, Options, parse_request
+from bs_coordinator.http.openai_schema import Chat, Completion, Options
 from bs_coordinator.http.openapi_document import openapi_document
 from bs_coordinator.http.prompts import PromptEncoder
+from bs_coordinator.http.request_json import parse_request
 from bs_coordinator.http.request_log import LogLine, RequestTracking, TrackedRequest
 from bs_coordinator.http.request_policy import NamedPolicy, RequestPolicies
 from bs_coordinator.http.stop_strings import StopText

@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 
 from bs_coordinator.http.neutral_options import WITHOUT_EFFECT
-from bs_coordinator.http.openai_schema import NEUTRAL_OPTIONS, Chat, Completion
+from bs_coordinator.http.openai_schema import Chat, Completion
+from bs_coordinator.http.request_json import NEUTRAL_OPTIONS
 from bs_coordinator.http.tokenizer_api import Detokenize, Tokenize
 from wire import __version__
 

@@ -12,8 +12,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from bs_coordinator.engine.tokenizer import Tokenizer
-from bs_coordinator.http.openai_schema import parse_plain
 from bs_coordinator.http.prompts import PromptEncoder
+from bs_coordinator.http.request_json import parse_plain
 
 
 class Tokenize(Struct, forbid_unknown_fields=True):

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
-from bs_coordinator.http.openai_schema import Chat, Completion, Options, parse_request
+from bs_coordinator.http.openai_schema import Chat, Completion, Options
+from bs_coordinator.http.request_json import parse_request
 
 ROOT = Path(__file__).parents[3]
 CHECKS = ("chat", "completions", "stream", "stop", "seed", "logprobs", "n")

@@ -14,7 +14,8 @@ from bs_coordinator.config import ServeConfig
 from bs_coordinator.errors import ServeError
 from bs_coordinator.http.access import ApiKey, allowed_hosts, read_keys
 from bs_coordinator.http.openai_api import http_app
-from bs_coordinator.http.openai_schema import Chat, Completion, parse_request
+from bs_coordinator.http.openai_schema import Chat, Completion
+from bs_coordinator.http.request_json import parse_request
 from bs_coordinator.http.request_log import request_log
 from common.config import ConfigError
 from common.errors import KeyFileError

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bs_coordinator.config import SamplingConfig
-from bs_coordinator.http.openai_schema import Chat, Completion, parse_request
+from bs_coordinator.http.openai_schema import Chat, Completion
+from bs_coordinator.http.request_json import parse_request
 from bs_coordinator.http.stop_strings import StopText
 
 

@@ -16,7 +16,8 @@ from bs_coordinator.engine.step_records import StepRecord
 from bs_coordinator.http.answer_server import AnswerServer
 from bs_coordinator.http.observers import AnswerObserver
 from bs_coordinator.http.openai_api import http_app
-from bs_coordinator.http.openai_schema import Chat, parse_request
+from bs_coordinator.http.openai_schema import Chat
+from bs_coordinator.http.request_json import parse_request
 from bs_coordinator.http.request_policy import NamedPolicy, RequestPolicies
 from bs_coordinator.http.requests import Request
 from bs_coordinator.selection import TopK

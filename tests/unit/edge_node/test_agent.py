@@ -11,6 +11,7 @@ from edge_node.agent import NodeAgent
 from edge_node.errors import DuplicateNodeError
 from edge_node.experts import ExpertRuntime
 from edge_node.limits import DeviceLimits
+from edge_node.node_status import StatusSource
 from edge_node.worker import Worker
 from wire import status
 from wire.broker_address import BrokerAddress
@@ -45,9 +46,10 @@ class Site:
         self.refusals = 0
         dims = runtime.manifest.dims
         self.holding = Holding(experts="L0:E0", model_sha256="m", dims=dims, quantisation="int8", resident_bytes=0)
+        worker = Worker(runtime, clock=clock)
         self.agent = NodeAgent(
-            node="n", topics=TOPICS, address=broker.address, worker=Worker(runtime, clock=clock),
-            holding=self.holding, threads=1, clock=clock, connect=self._connect,
+            about=StatusSource("n", worker, self.holding, threads=1, clock=clock),
+            topics=TOPICS, address=broker.address, worker=worker, clock=clock, connect=self._connect,
             limits=DeviceLimits(
                 max_celsius=80, read_celsius=lambda: self.celsius, read_available_bytes=lambda: 1 << 30,
             ),

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bs_coordinator.links import LinkMonitor, LinkSample
-from edge_node.agent import residency_status
 from edge_node.experts.memory import fitting, largest, needed_bytes
 from edge_node.experts.runtime import ExpertRuntime
+from edge_node.node_status import residency_status
 from edge_node.worker import Worker
 from wire import frames
 from wire.errors import BundleError
