@@ -181,6 +181,11 @@ def test_other_encodings_than_utf_8_are_refused_as_such(encoding: str) -> None:
     assert parse_request('{"prompt": "Grüße"}'.encode("utf-8-sig"), Completion).prompts == ["Grüße"]
 
 
+def test_the_last_of_two_values_counts() -> None:
+    raw = b'{"prompt": "Hello", "max_tokens": 3, "stream_options": {"include_usage": false}, "max_tokens": 5}'
+    assert parse_request(raw, Completion).most_tokens == 5
+
+
 def test_limits_are_taken_as_they_are() -> None:
     asked = _completion(max_tokens=3, max_completion_tokens=5, temperature=2, top_p=0.5, seed=-(2**63))
     assert asked.sampling == SamplingConfig(5, 2.0, 0.5, -(2**63))
