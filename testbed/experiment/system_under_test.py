@@ -28,6 +28,7 @@ from testbed.demo_assets import demo_draft
 from testbed.evaluation.local_experts import LocalExperts
 from testbed.experiment.churn import EmitEvent, churning
 from testbed.experiment.networks import Network
+from testbed.experiment.plan_files import named_demo_bundle
 from testbed.local_nodes import local_nodes
 from testbed.plan.schema import Plan
 from testbed.run_directory.directory import BundleFacts
@@ -132,7 +133,7 @@ def distributed_system(
         draft=plan.draft,
         stay_awake=plan.stay_awake,
         priority=plan.priority,
-        draft_model=demo_draft() if plan.draft in ("dense", "auto") and "/" not in bundle.name else None,
+        draft_model=_draft_model(plan, bundle),
     )
     with ExitStack() as stack:
         if outside:
@@ -180,3 +181,10 @@ def broker_of(plan: Plan) -> str:
     if plan.broker == "auto":
         return "mosquitto" if mosquitto_path() else "embedded"
     return plan.broker
+
+
+def _draft_model(plan: Plan, bundle: BundleFacts) -> Path | None:
+    """The draft model of a demo model's bundle, if the plan drafts with one; other bundles have their own."""
+    if plan.draft not in ("dense", "auto") or "/" in bundle.name:
+        return None
+    return demo_draft(model=named_demo_bundle(bundle.name).model)

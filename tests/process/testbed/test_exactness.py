@@ -94,7 +94,7 @@ def test_two_layers_of_the_second_model_are_exact_and_drafts_change_nothing(
         plain = [event.id for event in station.new_sequence().generate(ids, config)]
         # The dense model that both demo models were made from has their tokens.
         draft = load_draft_model(
-            bundle, load_manifest(bundle), station.tokenizer.ids, folder=demo_draft(), device="cpu"
+            bundle, load_manifest(bundle), station.tokenizer.ids, folder=demo_draft(model="qwen3-moe"), device="cpu"
         )
         drafting = Sequence(station.model, station.tokenizer, speculation=Speculation("dense", draft))
         events = list(drafting.generate(ids, config))

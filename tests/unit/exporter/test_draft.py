@@ -12,16 +12,19 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bs_coordinator.engine.speculation import load_draft_model
+from bs_coordinator.engine.speculation.draft_graph import DraftGraph
 from bs_coordinator.engine.speculation.drafts import Drafter
 from bs_coordinator.engine.speculation.model_drafter import MOST_READ, Choice
 from bs_coordinator.engine.tokenizer import Tokenizer
 from exporter.draft.draft import export_draft
 from exporter.draft.draft_graph import QUANTISATION
+from exporter.draft.expert_mean import ExpertMean
 from exporter.errors import CheckpointError
 from exporter.expert.encoders import make_encoder
+from tests.checkpoints import INTERMEDIATE, VOCABULARY, save_mixtral
 from tests.drafts import greedy
 from wire.errors import BundleError
-from wire.manifest import Scheme, load_manifest
+from wire.manifest import Quantisation, Scheme, load_manifest
 
 Run = Callable[..., Any]
 
@@ -193,3 +196,47 @@ def test_transformers_runs_any_other_model(base: Path, bundle: Path) -> None:
         expected = int(reference(torch.tensor([prompt])).logits[0, -1].argmax())
     assert guesses[0] == expected
     assert [g.id for g in greedy(drafter, [*prompt, guesses[0]], 2)] == guesses[1:]
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int8", "fp32"])
+def test_a_mixtral_drafts_as_the_mean_of_its_experts(tmp_path: Path, scheme: Scheme) -> None:
+    """Each expert is rounded first, as nodes have it; the reference rounds block by block."""
+    model = save_mixtral(tmp_path, "float32")
+    block = 32 if scheme != "fp32" else 0
+    mean = ExpertMean(tmp_path, Quantisation(scheme=scheme, block=block))
+    experts_of_layer = model.model.layers[1].mlp.experts
+    both, downs = (experts_of_layer.gate_up_proj.detach().numpy(), experts_of_layer.down_proj.detach().numpy())
+    gates, ups = both[:, :INTERMEDIATE], both[:, INTERMEDIATE:]
+    for name, experts in (("gate", gates), ("up", ups), ("down", downs)):
+        rounded = [_rounded(expert, {"int4": 4, "int8": 8}[scheme]) if block else expert for expert in experts]
+        found = mean.tensor(f"model.layers.1.mlp.{name}_proj.weight").numpy()
+        # Where a value lies between two codes, both are right.
+        off = np.abs(found - np.mean(rounded, axis=0))
+        assert np.mean(off > 1e-6) < 0.01, (scheme, name)
+        assert off.max() < 0.02
+    weight = model.model.layers[1].self_attn.q_proj.weight
+    assert torch.equal(mean.tensor("model.layers.1.self_attn.q_proj.weight"), weight)
+    assert (mean.shape.layers, mean.shape.vocab_size) == (len(model.model.layers), VOCABULARY)
+
+
+def _rounded(matrix: np.ndarray[Any, np.dtype[np.float32]], bits: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Blocks of 32 columns, each with as many equal steps from its lowest to its highest value as there are codes."""
+    rounded = matrix.copy()
+    top = 2**bits - 1
+    for row in rounded:
+        for start in range(0, len(row), 32):
+            part = row[start : start + 32].astype(np.float32)
+            low, high = min(part.min(), np.float32(0)), max(part.max(), np.float32(0))
+            scale = np.float32((high - low) / np.float32(top))
+            zero = np.floor(-low / scale + np.float32(0.5))
+            row[start : start + 32] = (np.clip(np.rint(part / scale) + zero, 0, top) - zero) * scale
+    return rounded
+
+
+def test_a_mixtral_is_exported_as_a_draft_model(tmp_path: Path, run: Run) -> None:
+    save_mixtral(tmp_path / "model", "bfloat16")
+    found = run("exporter", "draft", tmp_path / "draft", "--base", tmp_path / "model")
+    assert found.returncode == 0, found.stderr
+    ids = Tokenizer(tmp_path / "model").ids
+    drafter = DraftGraph(tmp_path / "draft").drafter()
+    assert all(token.id in ids.values() for token in greedy(drafter, [1, 2, 3], 4))
