@@ -15,6 +15,7 @@ from bs_coordinator.commands import chat as command
 from bs_coordinator.commands import generate as generate_command
 from bs_coordinator.commands.answers import print_answer
 from bs_coordinator.config import SamplingConfig
+from bs_coordinator.engine.sequence import TokenEvent
 from bs_coordinator.errors import ChatTemplateError, DispatchError
 from wire.errors import BrokerError
 
@@ -39,7 +40,7 @@ class _Station:
     def generate(self, ids: list[int], sampling: object, **kwargs: object) -> Iterator[Any]:
         if "interrupt" in self.asked[-1][-1]:
             signal.raise_signal(signal.SIGINT)
-        yield SimpleNamespace(text="yes", steps=())
+        yield TokenEvent(1, "yes", (), None)
         if "interrupt" in self.asked[-1][-1]:
             pytest.fail("a token after Ctrl-C")
         if "fail" in self.asked[-1][-1]:
@@ -141,7 +142,7 @@ def test_a_models_control_characters_do_not_reach_a_terminal(
     terminal: bool, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """They would set its title here; pipes and files get the text as it is."""
-    answer = SimpleNamespace(text="\x1b]0;own\x07é\n\t", steps=())
+    answer = TokenEvent(1, "\x1b]0;own\x07é\n\t", (), None)
     sequence: Any = SimpleNamespace(generate=lambda *_args, **_options: iter([answer]))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     assert print_answer(sequence, [1], SamplingConfig(), stats=False) == answer.text
