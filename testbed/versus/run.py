@@ -212,7 +212,7 @@ class _Channel:
             # inherit this thread's network and cores.
             pool = stack.enter_context(ThreadPoolExecutor(len(others)))
             made = [self._made(arm, stack) for arm in others]
-            # They send the whole model to their workers, which would take hours over the links.
+            # They send the whole model to their workers, which the links would make the longest part of a run.
             with bypass(self._network.spec):
                 started |= zip((arm.name for arm in others), pool.map(self._start_one, made), strict=True)
         running = {}
