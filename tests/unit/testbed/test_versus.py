@@ -1,6 +1,5 @@
 """Arms and their arguments, floors, what follows from answers, and what the command refuses."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +26,6 @@ LLAMA = Peers(llama_server=Path("/l/server"), llama_rpc=Path("/l/rpc"), gguf=Pat
 DLLAMA = Peers(
     dllama=Path("/d/dllama"), dllama_api=Path("/d/api"), dllama_model=Path("/m.m"), dllama_tokenizer=Path("/m.t")
 )
-CORES = len(os.sched_getaffinity(0))
 ADDRESSES = {f"node{k}": f"10.77.0.{k + 2}" for k in range(8)}
 PLACE = Place(
     bundle=Path("/bundle"), draft_model=Path("/draft"), shape=DEMO, dims=DIMS, addresses=ADDRESSES,
@@ -226,7 +224,6 @@ def test_the_plot_has_a_panel_for_each_channel_and_only_arms_that_answered(tmp_p
         (("--gguf", __file__), "is not a GGUF file"),
         (("--arm", "llama-2"), "the arm 'llama-2' needs --llama-server and --gguf and --llama-rpc"),
         (("--arm", "dllama-3"), "the arm 'dllama-3' needs --dllama and --dllama-api"),
-        (("--cores", "--devices", str(CORES)), f"a core for each of {CORES} devices and one more, there are {CORES}"),
         (("--dtype", "fp64"), "'fp64' is not one of 'fp32', 'bf16', 'fp16'"),
         (("--arm", "exo"), "'exo' is no arm: use ours, ours-drafts"),
         (("--arm", "llama-0"), "'llama-0' is no arm"),
@@ -236,6 +233,14 @@ def test_what_can_not_be_run_is_one_line_and_a_malformed_command(arguments: tupl
     done = run_in_process("testbed", "versus", *arguments)
     assert done.returncode == 2
     assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_too_few_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("testbed.node_shares.read_siblings", lambda: [[0, 2], [1, 3]])
+    done = run_in_process("testbed", "versus", "--cores", "--devices", "4")
+    assert done.returncode == 2
+    assert "--cores needs a core for each of 4 devices and one more, there are 4" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
