@@ -17,6 +17,7 @@ from wire.experts import UnitId, unit_name
 from wire.frame_auth import FrameAuthenticator, ReplayGuard
 from wire.frames import ErrorFrame, NodeDurations, PingFrame, PongFrame, ResultFrame, Status, WorkFrame
 from wire.pong_stamps import stamped_payload
+from wire.tensors import Array, all_finite
 
 log = logging.getLogger(__name__)
 
@@ -97,19 +98,15 @@ class Worker:
             return self._refuse(frame, Status.UNKNOWN_EXPERT, f"does not hold {name}")
         decoded_ns = self._clock.perf_ns()
         load_ns = -self._runtime.loads.ns
-        output = np.zeros(frame.hidden.shape, np.float32)
         try:
             with real_time.lowered() if len(frame.hidden) > real_time.MOST_TOKENS else nullcontext():
-                for part in frame.experts:
-                    x = frame.hidden[part.tokens]
-                    y = self._runtime.run(UnitId(frame.layer, part.expert), x)
-                    output[part.tokens] += y * part.weights[:, None]
+                output = self._compute(frame)
         except WdmoeError as error:  # an expert's files were changed or removed since the start
             log.error("%s", error)
             return self._refuse(frame, Status.INTERNAL, "an expert can't be loaded any more: see the node's log")
         computed_ns = self._clock.perf_ns()
         load_ns += self._runtime.loads.ns
-        if not np.isfinite(output).all():
+        if not all_finite(output):
             return self._refuse(frame, Status.NOT_FINITE, "an expert's output is not finite")
         compute_ns = computed_ns - decoded_ns - load_ns
         durations = NodeDurations(queue_ns, decoded_ns - begun_ns, compute_ns, load_ns=load_ns)
@@ -118,6 +115,18 @@ class Worker:
         self.counts["answered"] += 1
         self.rows += len(frame.hidden)
         return reply
+
+    def _compute(self, frame: WorkFrame) -> Array:
+        """Per token the sum over experts of gate weight × output."""
+        if len(frame.hidden) == len(frame.experts) == len(frame.experts[0].tokens) == 1:
+            # As below, for decoding: with cold caches each call of numpy takes 10 to 30 µs.
+            (part,) = frame.experts
+            return self._runtime.run(UnitId(frame.layer, part.expert), frame.hidden) * part.weights[:, None]
+        output = np.zeros(frame.hidden.shape, np.float32)
+        for part in frame.experts:
+            y = self._runtime.run(UnitId(frame.layer, part.expert), frame.hidden[part.tokens])
+            output[part.tokens] += y * part.weights[:, None]
+        return output
 
     def _refuse(self, frame: WorkFrame, status: Status, why: str) -> bytes:
         self.counts[f"refused:{status.name.lower()}"] += 1

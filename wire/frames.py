@@ -15,6 +15,7 @@ that can be counted. Three fields of the header mean different things in differe
 """
 
 import enum
+import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ _TAGGED = 1  # flag: the frame ends with a tag
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CRC.size
 _ROW = struct.Struct("<HHI")  # expert, zero, count
+_FEW = 16
 _DURATIONS = struct.Struct("<QQQQ")
 _MOST_LOAD_US = 2**32 - 1
 _MOST_NS = 2**60
@@ -416,7 +418,7 @@ def _expert_table(body: memoryview, n: int, tokens: int) -> tuple[list[ExpertRow
         raise FrameError("length", "work frame ends within its token lists")
     index = np.frombuffer(body[table_bytes:middle], "<u4")
     weight = np.frombuffer(body[middle:end], "<f4")
-    if index.max(initial=0) >= tokens or not np.isfinite(weight).all():
+    if _largest(index) >= tokens or not _all_finite(weight):
         raise FrameError("table", "a token index is out of range or a gate weight is not finite")
     experts, start = [], 0
     for expert, _, count in rows:
@@ -427,6 +429,17 @@ def _expert_table(body: memoryview, n: int, tokens: int) -> tuple[list[ExpertRow
     if any(_repeats(s.tokens) for s in experts):
         raise FrameError("table", "a token is listed twice for one expert")
     return experts, body[end:]
+
+
+# Of few values Python looks at each in a fraction of the time of a numpy call whose code has left the core's caches.
+
+
+def _largest(index: NDArray[np.uint32]) -> int:
+    return max(index.tolist(), default=0) if len(index) <= _FEW else int(index.max())
+
+
+def _all_finite(weight: Array) -> bool:
+    return all(map(math.isfinite, weight.tolist())) if len(weight) <= _FEW else bool(np.isfinite(weight).all())
 
 
 def _repeats(index: NDArray[np.uint32]) -> bool:

@@ -145,4 +145,4 @@ def _norm_below(x: Array, limit: float) -> bool:
 
 
 def _raw(array: NDArray[np.generic]) -> memoryview:
-    return np.ascontiguousarray(array).data.cast("B")
+    return (array if array.flags.c_contiguous else np.ascontiguousarray(array)).data.cast("B")

@@ -159,7 +159,8 @@ class ExpertRuntime:
         if rows > len(self._x):
             self._reserve(rows)
         self._x[:n] = x
-        self._x[n:rows] = 0.0
+        if rows > n:
+            self._x[n:rows] = 0.0
         session.run(self._x, self._y, rows)
         return self._y[:n]
 
