@@ -23,7 +23,7 @@ from exporter.errors import CheckpointError
 # The limit of the reference implementation: a longer header is not a safetensors file.
 MAX_HEADER_BYTES = 100_000_000
 COPY_BYTES = 1 << 20
-_FORGET_BYTES = 4 << 20
+_FORGET_BYTES = 8 << 20
 _MAX_OFFSET = 1 << 63
 
 ITEM_BYTES = {
@@ -169,7 +169,8 @@ class TensorReader:
     def __init__(self) -> None:
         self._path: Path | None = None
         self._fd = -1
-        self._read_once = range(0)  # bytes of the file that are still to be dropped
+        self._read_once = range(0)  # the latest bytes of the file that are read once
+        self._forgotten = 0  # before this byte, they are dropped
 
     def __enter__(self) -> "TensorReader":
         return self
@@ -181,7 +182,7 @@ class TensorReader:
         if self._fd >= 0:
             self._forget()
             os.close(self._fd)
-        self._fd, self._path = -1, None
+        self._fd, self._path, self._read_once = -1, None, range(0)
 
     def read_into(self, tensor: TensorRef, begin: int, buffer: memoryview, *, once: bool = False) -> None:
         """Fill `buffer` with the bytes of `tensor` from its byte `begin` on.
@@ -211,17 +212,21 @@ class TensorReader:
     def _note_once(self, begin: int, length: int) -> None:
         if begin != self._read_once.stop:
             self._forget()
-            self._read_once = range(begin, begin)
+            self._read_once, self._forgotten = range(begin, begin), begin
         self._read_once = range(self._read_once.start, begin + length)
-        if len(self._read_once) >= _FORGET_BYTES:
+        if self._read_once.stop - self._forgotten >= _FORGET_BYTES:
             self._forget()
 
     def _forget(self) -> None:
-        """Drop from the page cache what was read once."""
+        """Drop from the page cache what was read once.
+
+        That is repeated from the first byte on, because the kernel keeps a group of pages (a folio, up to megabytes) of
+        which a part is not to be dropped.
+        """
         if self._read_once:
             with suppress(OSError):  # advice, which some file systems do not take
                 os.posix_fadvise(self._fd, self._read_once.start, len(self._read_once), os.POSIX_FADV_DONTNEED)
-        self._read_once = range(self._read_once.stop, self._read_once.stop)
+        self._forgotten = self._read_once.stop
 
     def chunks(self, tensor: TensorRef) -> Iterator[memoryview]:
         """The tensor's bytes in order, in one reused buffer of at most `COPY_BYTES`.
