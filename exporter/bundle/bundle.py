@@ -1,10 +1,11 @@
-"""Exports a checkpoint to a bundle: copies the trunk, exports experts in several processes, writes the manifest last.
+"""Exports a checkpoint to a bundle: trunk and experts in several processes, the manifest last.
 
 An export that was interrupted goes on where it stopped: every finished expert leaves a row in a journal,
 and is kept when its files still match. `manifest.json` is written last, so a folder with one is complete; where a
 bundle is repaired, the one before waits beside the journal until then.
 """
 
+import dataclasses
 import importlib.metadata
 import logging
 import shutil
@@ -29,10 +30,11 @@ from exporter.bundle.journal import (
     start_journal,
 )
 from exporter.bundle.trial import try_trunk
-from exporter.bundle.trunk import check_tokenizer, copy_trunk, texts_current, trunk_bytes
-from exporter.bundle.workers import export_all, processes_that_fit
+from exporter.bundle.trunk import TrunkJob, check_tokenizer, copy_tensors, copy_texts, texts_current, trunk_bytes
+from exporter.bundle.workers import Job, export_all, processes_that_fit
 from exporter.calibration.text import CalibrationText, cut_windows
 from exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from exporter.errors import CheckpointError
 from exporter.expert.calibrated import METHOD, calibration_bytes
 from exporter.expert.expert import ExpertJob, hash_source, slice_bounds, slice_of
 from exporter.expert.graph import SILU, plan_layout
@@ -169,6 +171,7 @@ class _Export:
         whole = plan_layout(source.dims, quantisation, source.architecture.expert).bytes
         self._file_bytes = whole // slices
         self._done: dict[UnitId, ExpertEntry] = {}
+        self._tensors: tuple[FileEntry, ...] = ()  # the trunk's file of tensors, once it is copied
         self._header = JournalHeader(
             source=source.source,
             quantisation=quantisation,
@@ -180,8 +183,11 @@ class _Export:
 
     @contextmanager
     def folder(self) -> Iterator[None]:
-        """Make and lock the folder. If an export fails in a new folder before its first expert, the folder is
-        removed."""
+        """Make and lock the folder.
+
+        A new folder is removed if the export fails before its first expert, or if the checkpoint turns out to be
+        damaged before the trunk is copied.
+        """
         new = not self._out.exists()
         if new:
             self._check_space(len(self._ids))
@@ -195,8 +201,9 @@ class _Export:
                     yield
                 finally:
                     remove_temporary_files(self._out)
-        except BaseException:
-            if new and not self._done:
+        except BaseException as error:
+            damaged = isinstance(error, CheckpointError) and not self._tensors
+            if new and (damaged or not self._done):
                 shutil.rmtree(self._out, ignore_errors=True)
             raise
 
@@ -218,20 +225,30 @@ class _Export:
         start_journal(self._out, self._header, self._done)
         if (self._out / MANIFEST_NAME).exists():
             (self._out / MANIFEST_NAME).replace(self._out / _BEFORE_NAME)
-        trunk = tuple(copy_trunk(source, self._out))
-        refused = self._try_trunk()
-        calibration = self._capture(calibration_progress) if self._windows and todo else None
+        texts = tuple(copy_texts(source, self._out))
+        trunk = TrunkJob(dataclasses.replace(source, experts={}), self._out)
+        calibration = None
+        if self._windows and todo:  # transformers reads the trunk for it
+            self._tensors = (copy_tensors(trunk),)
+            calibration = self._capture(calibration_progress)
         more = calibration_bytes(source.dims, self._tokens) if calibration else 0
         processes = processes_that_fit(jobs, self._file_bytes, available_bytes(), more_bytes=more)
         if processes < min(jobs, len(todo)):
             log.warning("exporting with %d of %d processes: there is not enough RAM for more", processes, jobs)
-        report = progress or (lambda _done, _all: None)
-        report(kept, len(self._ids))
-        for entry in export_all([self._job(unit, calibration) for unit in todo], processes):
-            append_entry(self._out, entry)
-            self._done[entry.id] = entry
-            report(len(self._done), len(self._ids))
-        manifest, lost = self._complete(trunk)
+        work: list[Job] = [] if self._tensors else [trunk]
+        work += [self._job(unit, calibration) for unit in todo]
+        with export_all(work, processes) as results:
+            refused = self._try_trunk()  # while the first jobs are done
+            report = progress or (lambda _done, _all: None)
+            report(kept, len(self._ids))
+            for result in results:
+                if isinstance(result, FileEntry):
+                    self._tensors = (result,)
+                else:
+                    append_entry(self._out, result)
+                    self._done[result.id] = result
+                    report(len(self._done), len(self._ids))
+        manifest, lost = self._complete((*self._tensors, *texts))
         if unknown := source.unknown:
             shown = f"{unknown[0]}, …" if len(unknown) > 1 else unknown[0]
             lost.insert(0, f"left out {len(unknown)} tensors that the model of this config.json does not have: {shown}")

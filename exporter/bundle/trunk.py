@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,23 +24,45 @@ _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges
 _EXPONENTS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)}
 
 
-def copy_trunk(source: Checkpoint, out: Path) -> Iterator[FileEntry]:
-    """Write `out/trunk/`; yields an entry per file.
+@dataclass(frozen=True)
+class TrunkJob:
+    """The inputs of copying the trunk's tensors.
+
+    Attributes:
+        out: the bundle folder.
+    """
+
+    source: Checkpoint
+    out: Path
+
+
+def copy_tensors(job: TrunkJob) -> FileEntry:
+    """Write `out/trunk/model.safetensors`.
 
     Tensors keep their names and bytes, except that FP8 with scales becomes BF16, as when transformers dequantises it.
 
     Raises:
         CheckpointError: a tensor is not finite or can't be read.
-        StorageError: a file could not be written.
+        StorageError: the file could not be written.
     """
-    with open_writer(out, "trunk/model.safetensors") as writer, TensorReader() as reader:
+    source = job.source
+    with open_writer(job.out, "trunk/model.safetensors") as writer, TensorReader() as reader:
         writer.write(encode_header(map(_stored, source.trunk)))
         for tensor in source.trunk:
             chunks = _dequantised(reader, source, tensor) if tensor.dtype == FP8 else reader.chunks(tensor)
             for chunk in chunks:
                 _check_finite(_stored(tensor), chunk)
                 writer.write(chunk)
-    yield writer.entry()
+    return writer.entry()
+
+
+def copy_texts(source: Checkpoint, out: Path) -> Iterator[FileEntry]:
+    """Write the trunk's other files, config and tokenizer; yields an entry per file.
+
+    Raises:
+        CheckpointError: a file can't be read.
+        StorageError: a file could not be written.
+    """
     for path, data in _texts(source):
         with open_writer(out, path) as writer:
             writer.write(data)
@@ -71,7 +94,7 @@ def texts_current(source: Checkpoint, trunk: Iterable[FileEntry]) -> bool:
 
 
 def trunk_bytes(source: Checkpoint) -> int:
-    """Roughly the number of bytes that `copy_trunk` writes."""
+    """Roughly the number of bytes of all files of the trunk."""
     files = (source.folder / name for name in TEXT_FILES)
     return sum(_stored(ref).bytes for ref in source.trunk) + sum(p.stat().st_size for p in files if p.exists())
 

@@ -1,4 +1,4 @@
-"""Exports experts in several processes, which end when their parent ends, whatever the reason.
+"""Exports trunk and experts in several processes, which end when their parent ends, whatever the reason.
 
 The standard library's pool waits for running jobs at its end, which would delay Ctrl-C by seconds with large experts.
 Here workers are ended at once, and a worker that dies (out of memory, killed) is reported instead of waited for.
@@ -15,9 +15,13 @@ from multiprocessing.context import SpawnProcess
 
 from common.errors import WdmoeError
 from common.parent_death import end_with_parent
+from exporter.bundle.trunk import TrunkJob, copy_tensors
 from exporter.expert.expert import ExpertJob, export_expert
-from wire.experts import ExpertId
-from wire.manifest import ExpertEntry
+from wire.manifest import ExpertEntry, FileEntry
+
+Job = ExpertJob | TrunkJob
+Result = ExpertEntry | FileEntry
+"""Of an expert, or of the trunk's tensors."""
 
 _PROCESS_BYTES = 160 << 20
 """RAM of a process with its libraries, before it exports anything."""
@@ -39,16 +43,18 @@ def processes_that_fit(processes: int, file_bytes: int, available_bytes: int, *,
     return max(1, min(processes, available_bytes // each))
 
 
-def export_all(work: Sequence[ExpertJob], processes: int) -> Iterator[ExpertEntry]:
-    """Entries of finished experts, in the order in which they finish.
+@contextmanager
+def export_all(work: Sequence[Job], processes: int) -> Iterator[Iterator[Result]]:
+    """Results of finished jobs, in the order in which they finish.
 
-    With `processes` 1, this process does all the work.
+    Processes begin at once, and end with the context. With `processes` 1, this process does all the work, each job when
+    its result is asked for.
 
     Raises:
-        WdmoeError: `export_expert` failed, or a worker died.
+        WdmoeError: a job failed, or a worker died.
     """
     if processes == 1 or len(work) <= 1:
-        yield from map(_export, work)
+        yield map(_export, work)
         return
     todo = list(reversed(work))
     workers: dict[Connection, _Worker] = {}
@@ -57,21 +63,28 @@ def export_all(work: Sequence[ExpertJob], processes: int) -> Iterator[ExpertEntr
             worker = _Worker()
             workers[worker.pipe] = worker
             worker.give(todo.pop())
-        while workers:
-            for pipe in wait(list(workers)):
-                worker = workers[pipe]  # type: ignore[index]
-                yield worker.take()
-                if todo:
-                    worker.give(todo.pop())
-                else:
-                    del workers[worker.pipe]
-                    worker.end()
+        yield _results(workers, todo)
     finally:
         for worker in workers.values():
             worker.end()
 
 
-def _export(job: ExpertJob) -> ExpertEntry:
+def _results(workers: dict[Connection, "_Worker"], todo: list[Job]) -> Iterator[Result]:
+    """Results of busy workers, which are given what is still to do, the last first, and ended after that."""
+    while workers:
+        for pipe in wait(list(workers)):
+            worker = workers[pipe]  # type: ignore[index]
+            yield worker.take()
+            if todo:
+                worker.give(todo.pop())
+            else:
+                del workers[worker.pipe]
+                worker.end()
+
+
+def _export(job: Job) -> Result:
+    if isinstance(job, TrunkJob):
+        return copy_tensors(job)
     if job.quantisation.backend == "optimum":
         from exporter.expert.optimum_backend import export_expert_with_optimum
 
@@ -86,32 +99,32 @@ class _Worker:
         # spawn, because a fork would inherit onnxruntime's and BLAS's threads in an undefined state.
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self._busy: ExpertId | None = None
+        self._busy = ""
         self._process: SpawnProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
         with _sigint_ignored():
             self._process.start()
         theirs.close()
 
-    def give(self, job: ExpertJob) -> None:
-        self._busy = job.id
+    def give(self, job: Job) -> None:
+        self._busy = "the trunk" if isinstance(job, TrunkJob) else f"expert {job.id}"
         with suppress(BrokenPipeError):  # the worker died: `take` reports it
             self.pipe.send(job)
 
-    def take(self) -> ExpertEntry:
+    def take(self) -> Result:
         """The result of the worker's last job."""
         try:
             answer = self.pipe.recv()
         except (EOFError, ConnectionResetError):
             self._process.join(_JOIN_S)
             raise WdmoeError(
-                f"the process that exported expert {self._busy} ended unexpectedly (exit code "
+                f"the process that exported {self._busy} ended unexpectedly (exit code "
                 f"{self._process.exitcode}, -9 usually means out of memory): try --jobs 1"
             ) from None
-        if isinstance(answer, ExpertEntry):
+        if isinstance(answer, ExpertEntry | FileEntry):
             return answer
         if isinstance(answer, BaseException):
             raise answer
-        raise WdmoeError(f"exporting expert {self._busy} failed: {answer}")
+        raise WdmoeError(f"exporting {self._busy} failed: {answer}")
 
     def end(self) -> None:
         self.pipe.close()
@@ -137,11 +150,11 @@ def _sigint_ignored() -> Iterator[None]:
 
 
 def _serve(pipe: Connection) -> None:
-    """Run a worker process: receive jobs, send entries or errors, until the pipe closes."""
+    """Run a worker process: receive jobs, send results or errors, until the pipe closes."""
     end_with_parent()
     with suppress(EOFError, BrokenPipeError):
         while True:
-            job: ExpertJob = pipe.recv()
+            job: Job = pipe.recv()
             try:
                 answer: object = _export(job)
             except WdmoeError as error:

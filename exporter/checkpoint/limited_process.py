@@ -18,14 +18,6 @@ LOAD_S = 300.0
 _CPU_S = 400
 _MEMORY_BYTES = 4 << 30
 _MAX_REASON = 300
-# What takes seconds to import is imported once, by the process from which the others are forked.
-_IMPORTED_ONCE = [
-    "transformers.core_model_loading",
-    "transformers.models.mixtral.modeling_mixtral",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
-]
-
 T = TypeVar("T")
 
 
@@ -63,7 +55,8 @@ def run_limited(work: Callable[..., T], *args: object, stage: str, checkpoint: P
         CheckpointError: `work` raised `RefusedError`, did not end in time, or needed too much memory.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_IMPORTED_ONCE)
+    # What takes seconds to import is imported once, by the process from which the others are forked.
+    context.set_forkserver_preload(["exporter.checkpoint.imported_once"])
     pipe, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_serve, args=(theirs, work, args), daemon=True)
     process.start()

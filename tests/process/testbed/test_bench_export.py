@@ -29,15 +29,15 @@ def test_an_export_is_compared_with_its_parts(tmp_path: Path) -> None:
     checkpoint, folder = tmp_path / "checkpoint", tmp_path / "bench"
     write_checkpoint(checkpoint, SMALL, seed=0, progress=lambda _done, _all: None)
     settings = Settings("embedded", 10, folder, Console(quiet=True), checkpoint=checkpoint)
-    whole, experts = export.measure(settings)
+    whole, copied = export.measure(settings)
     assert isinstance(whole, Row)
-    assert isinstance(experts, Row)
-    for row in (whole, experts):
+    assert isinstance(copied, Row)
+    for row in (whole, copied):
         assert len(row.ours_ms) == len(row.floor_ms) == 2
         assert min(row.floor_ms) > 0
         assert all(ms > 0 for ms in row.parts.values())
-    # The experts are a part of the same exports.
-    assert all(part < all_ for part, all_ in zip(experts.ours_ms, whole.ours_ms, strict=True))
+    # Trunk and experts are a part of the same exports.
+    assert all(part < all_ for part, all_ in zip(copied.ours_ms, whole.ours_ms, strict=True))
     assert whole.parameters["memory_bytes"] > 0
     # As many bytes are read and written as in an export, except its documents.
     (weights,) = checkpoint.glob("*.safetensors")

@@ -166,7 +166,6 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
         "generation_config.json: eos_token_id is -1, ids from 0 to 47 expected",
     ),
     "architectures": (config(model_type="bert", architectures="x"), "holds a model (model_type 'bert')"),
-    "nan in trunk": (lambda f: poke(f / SINGLE, GATE, BF16_NAN), f"'{GATE}' holds NaN"),
 }
 
 
@@ -180,6 +179,18 @@ def test_broken_checkpoint(kind: str, mixtral: Callable[..., Path], tmp_path: Pa
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert len(result.stderr) < 500
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_nothing_is_left_of_experts_exported_beside_a_damaged_trunk(
+    jobs: int, mixtral: Callable[..., Path], tmp_path: Path, run: Run
+) -> None:
+    source = copy_checkpoint(mixtral(), tmp_path / "checkpoint")
+    poke(source / SINGLE, GATE, BF16_NAN)
+    result = run("exporter", "bundle", source, tmp_path / "out", "--jobs", jobs)
+    assert result.returncode == 10, result.stderr
+    assert f"'{GATE}' holds NaN" in result.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
