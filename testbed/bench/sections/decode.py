@@ -65,14 +65,15 @@ def decode(system: System, prompt: str, *, tokens: int, core_ms: dict[str, float
     Args:
         system: running system.
         prompt: user message.
-        tokens: maximum length of the answer.
+        tokens: length of the answer.
         core_ms: `System.core_ms` of the returned steps is added to it.
     """
     station = system.station
     ids = station.tokenizer.encode_chat([{"role": "user", "content": prompt}])
     steps: list[StepRecord] = []
     before: dict[str, float] = {}
-    for event in station.new_sequence().generate(ids, SamplingConfig(max_tokens=tokens)):
+    # Short answers would leave few steps.
+    for event in station.new_sequence().generate(ids, SamplingConfig(max_tokens=tokens, ignore_eos=True)):
         steps += [step for step in event.steps if step.phase == "decode"]
         if len(steps) == _WARM_UP and not before:
             before = system.core_ms()
