@@ -9,6 +9,7 @@ from common.user_folders import user_folder, user_path
 from exporter.bundle.bundle import export_bundle
 from exporter.config import ExportConfig
 from exporter.demo_model.assembly import DEFAULT_MODEL, DEMO_MODELS, assemble_demo_model, demo_model_path
+from exporter.demo_model.base import exclusive
 from exporter.draft.draft import export_draft
 from exporter.draft.draft_graph import CHOICES, QUANTISATION
 from exporter.draft.expert_mean import ExpertMean
@@ -70,8 +71,11 @@ def demo_bundle_path(scheme: Scheme, *, model: str = DEFAULT_MODEL, block: int =
 def export_demo_bundle(
     model: Path, out: Path, scheme: Scheme, *, block: int = DEFAULT_BLOCK, console: Console | None = None
 ) -> None:
-    """Export the checkpoint `model` to `out`, unless it is there already."""
-    with show_progress(f"{scheme} bundle", console or _quiet()) as show:
+    """Export the checkpoint `model` to `out`, unless it is there already. Waits while another process does the same."""
+    with (
+        show_progress(f"{scheme} bundle", console or _quiet()) as show,
+        exclusive(out.parent, lambda: show("waiting for another export", 0.0)),
+    ):
         export_bundle(
             model,
             out,
