@@ -23,6 +23,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from common.tcp_info import read_tcp_info
 from wire.broker_address import BrokerAddress
 from wire.errors import BrokerAuthError, BrokerError
+from wire.mqtt_client import ShortcutClient
 from wire.status import SocketFacts
 from wire.tls_errors import alert_in, handshake_error, refused_by_alert
 from wire.transport import WILL_DELAY_S, LastWill, Message, Scheme, Transport
@@ -64,9 +65,10 @@ class MqttTransport(Transport):
         self._polled: tuple[Any, int] | None = None
         self._next_misc_s = 0.0
         keep_large_buffers()
-        self._client = client = Client(
-            CallbackAPIVersion.VERSION2, client_id=client_id, protocol=MQTTv311, reconnect_on_failure=False
-        )
+        self._client = client = ShortcutClient(
+            CallbackAPIVersion.VERSION2, client_id=client_id, protocol=MQTTv311, reconnect_on_failure=False,
+            deliver=self._on_short_message,
+        )  # fmt: skip
         client.connect_timeout = timeout_s
         client.max_inflight_messages_set(1000)
         client.max_queued_messages_set(_QUEUE_LIMIT)
@@ -172,7 +174,10 @@ class MqttTransport(Transport):
 
     def publish(self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False) -> None:
         """Write a message to the socket, or queue what the socket does not take at once."""
-        self._check(self._client.publish(topic, payload, qos, retain).rc)
+        if qos or retain:
+            self._check(self._client.publish(topic, payload, qos, retain).rc)
+        else:
+            self._check(self._client.send(topic, payload))
 
     def publish_confirmed(self, topic: str, payload: bytes, *, retain: bool, timeout_s: float = 10.0) -> None:
         """Publish with QoS 1 and wait for the broker's acknowledgement."""
@@ -249,7 +254,7 @@ class MqttTransport(Transport):
         found = self._poll.poll(timeout_s * 1000)
         events = found[0][1] if found else 0
         if events & ~select.POLLOUT or getattr(sock, "pending", int)():
-            self._check(client.loop_read())
+            self._check(client.read())
         if events & select.POLLOUT:
             self._check(client.loop_write())
         now_s = time.monotonic()
@@ -277,15 +282,24 @@ class MqttTransport(Transport):
         self._subscribed[mid] = not any(r.is_failure for r in reasons)
 
     def _on_message(self, client: Client, userdata: Any, message: MQTTMessage) -> None:
-        if len(self._inbox) >= _QUEUE_LIMIT:
-            self._inbox.popleft()
-            self.dropped += 1
         try:
             topic = message.topic
         except UnicodeDecodeError:
             self.dropped += 1
             return
-        self._inbox.append(Message(topic, bytes(message.payload), time.perf_counter_ns(), bool(message.retain)))
+        self._put(topic, bytes(message.payload), retained=bool(message.retain))
+
+    def _on_short_message(self, topic: bytes, payload: bytes) -> None:
+        try:
+            self._put(topic.decode(), payload)
+        except UnicodeDecodeError:
+            self.dropped += 1
+
+    def _put(self, topic: str, payload: bytes, *, retained: bool = False) -> None:
+        if len(self._inbox) >= _QUEUE_LIMIT:
+            self._inbox.popleft()
+            self.dropped += 1
+        self._inbox.append(Message(topic, payload, time.perf_counter_ns(), retained))
 
 
 @functools.cache

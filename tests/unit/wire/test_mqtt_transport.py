@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
+from paho.mqtt.client import Client
+from paho.mqtt.enums import MQTTErrorCode
 
-from wire import transports
+from wire import mqtt_client, transports
 from wire.broker_address import BrokerAddress
 from wire.broker_url import parse_broker_url
 from wire.errors import BrokerError
@@ -51,6 +53,33 @@ def _scripted(script: Callable[[socket.socket], None]) -> Iterator[BrokerAddress
         assert not thread.is_alive()
 
 
+def test_the_installed_paho_fits() -> None:
+    # If this fails, paho has changed and messages take the long way: compare `ShortcutClient` with paho's new code.
+    assert mqtt_client.paho_fits()
+
+
+def test_a_paho_with_other_methods_does_not_fit() -> None:
+    class OtherParameters(Client):
+        def _sock_recv(self, bufsize: int, flags: int = 0) -> bytes:
+            raise NotImplementedError
+
+    class ReadsOtherwise(Client):
+        def _packet_read(self) -> MQTTErrorCode:
+            raise NotImplementedError
+
+    for other in (OtherParameters, ReadsOtherwise):
+        assert not mqtt_client.paho_fits(other)
+
+
+@pytest.fixture(params=["short way", "paho alone"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The way of messages of QoS 0 through the client."""
+    if request.param == "paho alone":
+        monkeypatch.setattr(mqtt_client, "paho_fits", lambda: False)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("way")
 def test_messages_of_all_sizes_arrive_in_order_whatever_their_qos(broker: BrokerAddress) -> None:
     sender, receiver = (transports.connect(broker, f"mqtt-test-{name}") for name in ("sender", "receiver"))
     receiver.subscribe("mqtt-test/+", qos=1)
@@ -72,6 +101,7 @@ def test_messages_of_all_sizes_arrive_in_order_whatever_their_qos(broker: Broker
         transport.close()
 
 
+@pytest.mark.usefixtures("way")
 def test_packets_may_arrive_in_any_pieces() -> None:
     messages = [(f"t/{number}", bytes(number % 251 for _ in range(number))) for number in (0, 3, 130, 900, 5)]
     packets = [_publish_packet(topic.encode(), payload) for topic, payload in messages]
@@ -90,6 +120,7 @@ def test_packets_may_arrive_in_any_pieces() -> None:
         transport.close()
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     "rubbish",
     [b"", bytes([0x30, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF]), b"\x30\x04\0\x09ab", b"\x30\x01\0"],
@@ -112,6 +143,7 @@ def test_what_breaks_the_connection_is_an_error(rubbish: bytes) -> None:
         transport.close()
 
 
+@pytest.mark.usefixtures("way")
 def test_a_topic_with_a_wildcard_is_refused(broker: BrokerAddress) -> None:
     transport = transports.connect(broker, "mqtt-test-wildcard")
     for topic in ("", "a/+", "#"):
@@ -120,6 +152,7 @@ def test_a_topic_with_a_wildcard_is_refused(broker: BrokerAddress) -> None:
     transport.close()
 
 
+@pytest.mark.usefixtures("way")
 def test_a_connection_lost_within_one_segment_is_a_broker_error() -> None:
     def publish_all() -> None:
         with transport.in_one_segment():
