@@ -7,7 +7,7 @@ the same: in a window, a link carries window / time per byte.
 
 On a busy host, an estimated rate may be too fast by any factor. So no rate counts that was not seen: the budget takes
 the slower one of the estimate and of what has passed. That is never faster than the link, however late messages are.
-While tokens flow, bytes are limited as well, because noise makes the chooser of probes want more of them.
+While tokens flow, bytes are limited as well: 2 % of a fast link are far more than its estimate needs.
 """
 
 import math
@@ -19,11 +19,11 @@ WINDOW_S = 10.0
 IDLE_SHARE, WORKING_SHARE = 0.05, 0.02
 """Of the window, while no work is done, and from the first answer to a request until a window after the last one."""
 WORKING_BYTES = 400_000
-"""Sent while tokens flow, in each direction of a link and window, in addition to `WORKING_SHARE` of the requests'
-bytes. Nine packet trains at 50 Mbit/s, or five where jitter makes them longer: three of them must agree before a jump
-is believed."""
-FIRST_BYTES = 64 << 10
-"""Bytes in each direction of a new link that don't count: without a rate their air time is not known."""
+"""The most in each direction of a link and window while tokens flow, even where `WORKING_SHARE` is more. Nine packet
+trains at 50 Mbit/s, or four where jitter makes them longer: three of them must agree before a jump is believed."""
+FIRST_BYTES = 20 << 10
+"""Bytes in each direction of a new link that don't count: without a rate their air time is not known. The shortest
+train and some pings."""
 UNMEASURED_S_PER_BYTE = 8e-6
 """What a direction is assumed to carry unless its estimate is slower: 1 Mbit/s. Without it, a link through which only
 pings have passed would never get a train."""
@@ -85,9 +85,9 @@ class ProbeBudget:
     def __init__(self) -> None:
         """Nothing was sent yet, and no link was measured."""
         self._air_ns: dict[_Channel, _Window] = {}
-        self._probe_bytes: dict[_Channel, _Window] = {}
-        self._request_bytes: dict[_Channel, _Window] = {}
+        self._working_bytes: dict[_Channel, _Window] = {}
         self._first_bytes: dict[_Channel, int] = {}
+        self._counted_ns: dict[_Channel, int] = {}
         self._now_ns = 0
         self._worked_ns = -_WINDOW_NS
 
@@ -95,11 +95,9 @@ class ProbeBudget:
         """Take in that all estimates were dropped, so that every link is new again. What was sent still counts."""
         self._first_bytes.clear()
 
-    def worked(self, node: str, down_bytes: int, up_bytes: int, time_s: float) -> None:
-        """Take in that a node answered a request."""
+    def worked(self, time_s: float) -> None:
+        """Take in that a request was answered."""
         self._worked_ns = max(self._worked_ns, int(time_s * _NS))
-        for way, n_bytes in (("down", down_bytes), ("up", up_bytes)):
-            _window(self._request_bytes, (node, way)).add(self._worked_ns, n_bytes)
 
     def spend(
         self, uses: Sequence[Use], now_s: float, *, shared_air: bool, part: float = 1.0, anyway: bool = False
@@ -134,7 +132,7 @@ class ProbeBudget:
         )
         if working:
             fits = fits and all(
-                _window(self._probe_bytes, link).sum(now_ns) + n <= part * self._working_bytes(link)
+                _window(self._working_bytes, link).sum(now_ns) + n <= part * WORKING_BYTES
                 for link, n in n_bytes.items()
             )
         if fits or anyway:
@@ -142,14 +140,18 @@ class ProbeBudget:
                 self._first_bytes[link] = self._first_bytes.get(link, FIRST_BYTES) - n
             for channel, ns in air_ns.items():
                 _window(self._air_ns, channel).add(now_ns, ns)
+            self._counted_ns |= air_ns
             if working:
                 for link, n in n_bytes.items():
-                    _window(self._probe_bytes, link).add(now_ns, n)
+                    _window(self._working_bytes, link).add(now_ns, n)
         return fits
 
-    def _working_bytes(self, link: _Channel) -> float:
-        """What probes of a direction of a link may take while tokens flow, in the window that ends now."""
-        return WORKING_BYTES + WORKING_SHARE * _window(self._request_bytes, link).sum(self._now_ns)
+    def took(self, link: _Channel, seconds: float) -> None:
+        """Take in that the last train of a link and direction took longer than counted: the link has become slower."""
+        counted_ns = self._counted_ns.pop(link, None)
+        if counted_ns is not None and (more_ns := math.ceil(seconds * _NS) - counted_ns) > 0:
+            for channel in (link, _SHARED):
+                _window(self._air_ns, channel).add(self._now_ns, more_ns)
 
 
 def _window(windows: dict[_Channel, _Window], channel: _Channel) -> _Window:

@@ -35,6 +35,8 @@ KNOWN_SAMPLES = 3
 """With fewer samples, a link counts as unknown."""
 _SILENCE_S = 15.0
 _UNSURE_RATE = 0.12
+_RTT_TURN_S, _PASSED_TURN_S = 10.0, 300.0
+"""How long the quickest messages are remembered, once to twice (`RecentLeast`)."""
 _PLAUSIBLE_S = 600.0
 
 _RTT_ABOVE_TCP_MS = 0.4
@@ -134,8 +136,8 @@ class LinkEstimator:
 
     def __init__(self) -> None:
         self.rejected = 0
-        self._least_rtt = RecentLeast()
-        self._passed = RecentLeast(), RecentLeast()
+        self._least_rtt = RecentLeast(_RTT_TURN_S)
+        self._passed = RecentLeast(_PASSED_TURN_S), RecentLeast(_PASSED_TURN_S)
         self.down_trains, self.up_trains = RateWindow(), RateWindow()
         self._time_s = self._sampled_s = -math.inf
         self._filter = RobustFilter(
@@ -269,16 +271,6 @@ class LinkEstimator:
         return 1e-6 * self._filter.x[2]
 
     @property
-    def down_mbps(self) -> float:
-        """Goodput to the node, 10⁶ bit/s."""
-        return 8 / self._filter.x[1]
-
-    @property
-    def up_mbps(self) -> float:
-        """Goodput from the node, 10⁶ bit/s."""
-        return 8 / self._filter.x[2]
-
-    @property
     def noise_s(self) -> float:
         """Jitter: standard deviation of one round trip."""
         return 1e-3 * self._filter.noise
@@ -315,15 +307,16 @@ class LinkEstimator:
         """The estimate in everyday units."""
         filter = self._filter
         _, down, up = self.relative_std()
+        down_mbps, up_mbps = 8 / filter.x[1], 8 / filter.x[2]
         return LinkEstimate(
             time_s=self._sampled_s,
             samples=filter.count,
             rtt_s=self.rtt_s,
             rtt_std_s=1e-3 * filter.std(0),
-            down_mbps=self.down_mbps,
-            down_std_mbps=self.down_mbps * down,
-            up_mbps=self.up_mbps,
-            up_std_mbps=self.up_mbps * up,
+            down_mbps=down_mbps,
+            down_std_mbps=down_mbps * down,
+            up_mbps=up_mbps,
+            up_std_mbps=up_mbps * up,
             noise_s=self.noise_s,
         )
 

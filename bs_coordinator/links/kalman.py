@@ -94,16 +94,13 @@ class RobustFilter:
             mean += hi * xi
         return mean
 
-    def update(self, h: Sequence[float], z: float, *, extra_std: float = 0.0) -> float:
+    def update(self, h: Sequence[float], z: float, *, extra_std: float = 0.0) -> None:
         """Take in a measurement.
 
         Args:
             h: coefficients of the states.
             z: the measured value.
             extra_std: standard deviation of known noise, in addition to the learnt one.
-
-        Returns:
-            The innovation in predicted standard deviations.
         """
         x, p = self.x, self._p
         ph = []
@@ -125,7 +122,6 @@ class RobustFilter:
         self.count += 1
         self._learn_noise(size, self.noise * self.noise / total)
         self._watch_for_jumps(ratio)
-        return ratio
 
     def anchor(self, i: int, value: float, std: float) -> None:
         """Take in a value of state i from another source.

@@ -172,8 +172,10 @@ class LinkMonitor:
     def _observe_link(self, link: LinkEstimator, sample: LinkSample) -> None:
         """Update the link, and plan probes if the sample is unusual."""
         alarms = link.alarms
-        if not sample.queued:
-            link.observe(sample)
+        if not sample.queued and link.observe(sample) and sample.train:
+            n_bytes = sample.down_bytes or sample.up_bytes
+            way = "down" if sample.down_bytes else "up"
+            self._budget.took((sample.node, way), sample.network_s / n_bytes * sample.train_bytes)
         if link.alarms > alarms:
             self._probes.jumped(sample)
         elif sample.train and (link.down_trains if sample.down_bytes else link.up_trains).odd:
@@ -183,7 +185,7 @@ class LinkMonitor:
         """Update the node's own times from a request."""
         self._probes.worked(sample.node, sample.time_s)
         if sample.node != LOCAL_NODE:
-            self._budget.worked(sample.node, sample.down_bytes, sample.up_bytes, sample.time_s)
+            self._budget.worked(sample.time_s)
         node.most_rows = max(node.most_rows, sample.rows)
         computing_s = sample.node_s - sample.load_s
         node.compute.observe(sample.time_s, experts=sample.experts, rows=sample.rows, node_s=computing_s)

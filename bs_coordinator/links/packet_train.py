@@ -8,10 +8,12 @@ train's two ends, however long it is.
 Pure: plans and evaluates trains, but sends nothing.
 """
 
+import bisect
+import itertools
 import math
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,13 +34,15 @@ _TWO_WINDOWS_BYTES = 3 * _FIRST_WINDOW_BYTES
 _HELD_UP, _HANDLING_S = 8.0, 5e-4
 """A train was held up if it took longer than its round trips, this many times its bytes at the rate that its spacing
 shows, and this long for hosts to handle its messages."""
-_WINDOW_TRAINS, _WINDOW_S, _MIN_TRAINS = 15, 8.0, 2
+_WINDOW_TRAINS, _WINDOW_S, _MIN_TRAINS = 15, 20.0, 3
 """A rate is the median of this many trains, not older than this unless fewer than the last number would remain."""
-_ODD, _ODD_STDS = 0.15, 1.5
-"""A train is odd if its rate differs by more than this share, and by this many standard deviations."""
+_ODD, _ODD_STDS = 0.15, 2.0
+"""A train is odd if its time differs by more than this share, and by this many standard deviations."""
 _ALIKE, _CONVINCING = 0.25, 3
 """This many odd trains in a row whose rates differ by less than this share mean that the link has changed."""
-_FIRST_STD, _MIN_STD = 0.3, 0.04
+_FIRST_NOISE_S, _FIRST_NOISE, _MIN_STD = 1e-3, 0.3, 0.04
+"""Noise of a direction's first train, before others show more or less: so many seconds, or this share of its time. And
+the least relative error of a rate."""
 _WAITED_NS = 200_000
 """Reading a message that is already there takes less than this."""
 _ACCURATE_NS = 300_000
@@ -57,6 +61,9 @@ class PacketTrain:
     message_bytes: int
     count: int
     lead: int
+
+
+SHORTEST = PacketTrain(_MIN_SEGMENTS * _SEGMENT_BYTES - _HEADER_BYTES, GAPS + 1, 0)
 
 
 def plan_train(s_per_byte: float, rtt_s: float, noise_s: float) -> PacketTrain:
@@ -114,16 +121,22 @@ def held_up(train_s: float, n_bytes: int, s_per_byte: float, least_rtt_s: float)
     return train_s > round_trips * least_rtt_s + _HELD_UP * n_bytes * s_per_byte + _HANDLING_S
 
 
-class _TrainRate(NamedTuple):
+class _Train(NamedTuple):
     time_s: float
-    s_per_byte: float
+    took_s: float
+    n_bytes: int
+
+    @property
+    def s_per_byte(self) -> float:
+        return self.took_s / self.n_bytes
 
 
 class RateWindow:
     """The rate of one direction by its last trains.
 
-    On a busy host, or with jitter, single trains are off by any factor, so their median counts. Three odd trains in a
-    row that agree with each other mean that the link has changed, and earlier ones are dropped.
+    On a busy host, or with jitter, the time of a single train is off by any amount, which matters less for longer
+    trains. So their median counts, weighted by bytes. Three odd trains in a row that agree with each other mean that
+    the link has changed, and earlier ones are dropped.
 
     Attributes:
         s_per_byte: 1 / goodput; 0 before the first train.
@@ -135,8 +148,8 @@ class RateWindow:
     __slots__ = ("_odd_ones", "_trains", "held_up", "noise_s", "s_per_byte", "std")
 
     def __init__(self) -> None:
-        self._trains: deque[_TrainRate] = deque(maxlen=_WINDOW_TRAINS)
-        self._odd_ones: list[_TrainRate] = []
+        self._trains: deque[_Train] = deque(maxlen=_WINDOW_TRAINS)
+        self._odd_ones: list[_Train] = []
         self.s_per_byte = self.noise_s = 0.0
         self.std = 1.0
         self.held_up = 0
@@ -160,10 +173,10 @@ class RateWindow:
             n_bytes: that arrived in this time.
         """
         self.held_up = 0
-        train, trains = _TrainRate(time_s, took_s / n_bytes), self._trains
+        train, trains = _Train(time_s, took_s, n_bytes), self._trains
         while trains and time_s - trains[0].time_s > _WINDOW_S and len(trains) > _MIN_TRAINS:
             trains.popleft()
-        odd = bool(trains) and abs(train.s_per_byte / self.s_per_byte - 1) > max(_ODD, _ODD_STDS * self._spread())
+        odd = self._is_odd(train)
         if not (odd and self._odd_ones and abs(train.s_per_byte / self._odd_ones[-1].s_per_byte - 1) < _ALIKE):
             # Earlier odd trains were odd by chance.
             trains.extend(self._odd_ones)
@@ -174,16 +187,32 @@ class RateWindow:
             trains.clear()
             trains.extend(self._odd_ones)
             self._odd_ones = []
-        self.s_per_byte = statistics.median(t.s_per_byte for t in trains)
-        spread = self._spread()
-        # The spread of few values says little. 1.25 σ/√n is the standard error of a median.
-        self.std = max(_MIN_STD, 1.25 * max(spread, _FIRST_STD / len(trains)) / math.sqrt(len(trains)))
-        self.noise_s = spread * self.s_per_byte * n_bytes
+        self.s_per_byte = _median_s_per_byte(trains)
+        self.noise_s = 1.48 * statistics.median(abs(t.took_s - self.s_per_byte * t.n_bytes) for t in trains)
+        # 1.25 σ/√n is the standard error of a median; a train says as much as its bytes squared.
+        certain_s = self.s_per_byte * math.sqrt(sum(t.n_bytes**2 for t in trains))
+        self.std = max(_MIN_STD, 1.25 * self._train_noise_s() / certain_s)
         return changed
 
-    def _spread(self) -> float:
-        """Relative standard deviation of one train, from the median absolute deviation."""
-        return 1.48 * statistics.median(abs(t.s_per_byte / self.s_per_byte - 1) for t in self._trains)
+    def _is_odd(self, train: _Train) -> bool:
+        if len(self._trains) < _CONVINCING:
+            return False  # Nothing is known well enough yet.
+        expected_s = self.s_per_byte * train.n_bytes
+        return abs(train.took_s - expected_s) > max(_ODD * expected_s, _ODD_STDS * self._train_noise_s())
+
+    def _train_noise_s(self) -> float:
+        """Of one train. The spread of few trains says little about it."""
+        first_s = max(_FIRST_NOISE_S, _FIRST_NOISE * max(train.took_s for train in self._trains))
+        return max(self.noise_s, first_s / len(self._trains))
+
+
+def _median_s_per_byte(trains: Collection[_Train]) -> float:
+    """The median, weighted by bytes."""
+    ordered = sorted(trains, key=lambda train: train.s_per_byte)
+    passed = list(itertools.accumulate(train.n_bytes for train in ordered))
+    half = passed[-1] / 2
+    lower, upper = ordered[bisect.bisect_left(passed, half)], ordered[bisect.bisect_right(passed, half)]
+    return (lower.s_per_byte + upper.s_per_byte) / 2
 
 
 class ArrivalTiming:

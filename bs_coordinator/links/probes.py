@@ -8,33 +8,33 @@ from enum import Enum
 
 from bs_coordinator.links.budget import ProbeBudget, Use
 from bs_coordinator.links.estimator import LinkEstimator, LinkSample
-from bs_coordinator.links.packet_train import RateWindow, plan_train
+from bs_coordinator.links.packet_train import SHORTEST, plan_train
 
 PROBE_EVERY_S = 0.1
 """Between two probes of any nodes, in normal operation."""
 _HURRIED_EVERY_S = 0.02
 """The same while probes are wanted, at the start or after a jump."""
-_TRAIN_EVERY_S, _SURE_EVERY_S = 0.5, 2.0
-"""Between two trains on a link that is in use, in alternating directions; and once both rates are well known, or stand
-on as many trains as are worth sending in noise."""
-_SURE_RATE = 0.08
-"""Relative standard deviation up to which a rate is well known."""
-_ENOUGH_TRAINS = 3
-"""Recent trains in each direction after which more of them are sent slowly, however much they differ: on a busy host
-they would go on to differ."""
+_TRAIN_EVERY_S, _UNSURE_EVERY_S, _SURE_EVERY_S = 0.5, 2.0, 6.0
+"""Between two trains on a link that is in use, in alternating directions; with `_ENOUGH_TRAINS` each way; and once both
+rates are known, if trains found no change for `_CHANGED_S`."""
+_ENOUGH_TRAINS, _CHANGED_S = 3, 30.0
 _TRAIN_SHARE, _HURRIED_SHARE = 0.02, 0.25
 """Share of the time that a train may be on the way on shared air in normal operation, and in a hurry: others must have
 time for answers."""
 _FLEET_SHARE = 0.05
 """The same on separate links in normal operation: all probes pass the base station's own connection."""
-_REGULAR_PART, _TRAIN_PART = 0.55, 0.95
+_REGULAR_PART, _TRAIN_PART = 0.7, 0.95
 """Of the budget: trains on links that are only in use leave some to urgent trains, and these some to pings."""
-_HELD_UP_TRAINS, _HELD_UP_EVERY_S = 2, 5.0
-"""Between two trains on a link, after so many in a row that hosts held up: more of them would be held up as well."""
+_HELD_UP_TRAINS = 2
+"""After so many trains in a row that hosts held up, there are no more than where rates are known."""
 _AGAIN_S = 0.1
 """After a probe did not fit into the budget, until the next attempt at the same link."""
-_FIRST_S_PER_BYTE = 3.2e-7
-"""A direction without a rate gets a train for at most 25 Mbit/s, which fits into what it may take at first."""
+_FIRST_S_PER_BYTE = 1.6e-7
+"""A direction's first trains, until there are `_ENOUGH_TRAINS`, are planned for 50 Mbit/s, so that none of them decides
+how long the others are. The very first one is the shortest, because the budget can't tell what it takes."""
+_MOST_AIR_S = 0.1
+"""If the budget counts more than this for a train, half of what a channel may take while tokens flow, the shortest one
+is tried as well: if only small messages passed lately, the budget takes the link for as slow as these."""
 _OVERHEAD_BYTES = 256
 """Of a message without payload: our frame, MQTT's topic, headers of TCP, IP and link, and its acknowledgement."""
 _ACK_SHARE = 0.03
@@ -90,6 +90,7 @@ class _NodeProbes:
         "_hurries",
         "_new",
         "again_s",
+        "changed_s",
         "last_train",
         "next_train_s",
         "probed_s",
@@ -104,7 +105,7 @@ class _NodeProbes:
         self.refused = False
         self._new = True
         self._hurries, self._hurried_s = _HURRIES, 0.0
-        self.probed_s = self.next_train_s = self.again_s = self.worked_s = -math.inf
+        self.probed_s = self.next_train_s = self.again_s = self.changed_s = self.worked_s = -math.inf
 
     def urgency(self, link: LinkEstimator, now_s: float) -> int:
         """0 if no probe is needed; otherwise the smaller, the more urgent."""
@@ -124,9 +125,9 @@ class _NodeProbes:
         """How many trains may be sent at once now, rather than at the normal pace."""
         return min(_HURRIES, self._hurries + (now_s - self._hurried_s) / _HURRY_EVERY_S)
 
-    def changed(self) -> None:
+    def changed(self, time_s: float) -> None:
         """Take in that trains agree that the link has changed, so hurrying was right."""
-        self._hurries = _HURRIES
+        self._hurries, self.changed_s = _HURRIES, time_s
 
     def kinds(self, link: LinkEstimator, now_s: float) -> Iterator[_Kind]:
         """The kind of probe to send now, then what to send instead if that is too much."""
@@ -209,13 +210,13 @@ class ProbeChooser:
     ) -> Probe | None:
         """The probe of a node that fits into the budget, if any. It counts as sent."""
         node = self._nodes[name]
-        for kind in node.kinds(link, now_s):
-            probe, air_s = _make_probe(name, link, kind)
+        for kind, probe, air_s in _probes(name, link, node.kinds(link, now_s)):
             part = 1.0 if kind is _Kind.PING else _REGULAR_PART if regular else _TRAIN_PART
             if self._budget.spend(uses(probe, link), now_s, shared_air=shared_air, part=part):
                 self._last_air_s = air_s
                 # The directions alternate, so each has twice that time.
-                node.sent(kind, now_s, now_s + max(_every_s(link), 0.5 * air_s / _TRAIN_SHARE))
+                pause_s = max(_every_s(link, now_s - node.changed_s), 0.5 * air_s / _TRAIN_SHARE)
+                node.sent(kind, now_s, now_s + pause_s)
                 return probe
             if not node.refused:
                 node.refused = True
@@ -239,7 +240,7 @@ class ProbeChooser:
         node.wanted = list(_AFTER_JUMP)
         if sample.train:
             node.wanted = [_Kind.UP if sample.down_bytes else _Kind.DOWN]
-            node.changed()
+            node.changed(sample.time_s)
         if sample.train and sample.time_s - self._checked_s > _CHECK_EVERY_S:
             self._checked_s = sample.time_s
             for other in self._nodes.values():
@@ -270,34 +271,32 @@ def uses(probe: Probe, link: LinkEstimator) -> tuple[Use, Use]:
     )
 
 
-def _every_s(link: LinkEstimator) -> float:
+def _every_s(link: LinkEstimator, since_change_s: float) -> float:
     """Time between two trains on a link in use."""
     if max(link.down_trains.held_up, link.up_trains.held_up) >= _HELD_UP_TRAINS:
-        return _HELD_UP_EVERY_S
-    return _SURE_EVERY_S if _known_enough(link) else _TRAIN_EVERY_S
+        return _SURE_EVERY_S
+    if not link.unsure_of_rates():
+        return _SURE_EVERY_S if since_change_s > _CHANGED_S else _UNSURE_EVERY_S
+    enough = min(link.down_trains.recent, link.up_trains.recent) >= _ENOUGH_TRAINS
+    return _UNSURE_EVERY_S if enough else _TRAIN_EVERY_S
 
 
-def _trains(link: LinkEstimator, kind: _Kind) -> RateWindow:
-    return link.down_trains if kind is _Kind.DOWN else link.up_trains
-
-
-def _known_enough(link: LinkEstimator) -> bool:
-    if max(link.relative_std()[1:]) < _SURE_RATE:
-        return True
-    return min(link.down_trains.recent, link.up_trains.recent) >= _ENOUGH_TRAINS
-
-
-def _make_probe(name: str, link: LinkEstimator, kind: _Kind) -> tuple[Probe, float]:
-    """The probe of this kind, and its estimated time on the air in seconds."""
-    if kind is _Kind.PING:
-        return Probe(name, 0, 0), 0.0
-    down = kind is _Kind.DOWN
-    # Assume a slow link: a train that is too short has to be repeated, one that is too long delays other messages.
-    s_per_byte = (link.down_s_per_byte if down else link.up_s_per_byte) * (
-        1 + min(link.relative_std()[kind.value], 1.0)
-    )
-    if link.measured_s_per_byte(down=down) is None:
-        s_per_byte = max(s_per_byte, _FIRST_S_PER_BYTE)
-    train = plan_train(s_per_byte, link.rtt_s, _trains(link, kind).noise_s)
-    sizes = (train.message_bytes, 0) if down else (0, train.message_bytes)
-    return Probe(name, *sizes, train.count, train.lead), train.count * train.message_bytes * s_per_byte
+def _probes(name: str, link: LinkEstimator, kinds: Iterable[_Kind]) -> Iterator[tuple[_Kind, Probe, float]]:
+    """Probes of these kinds, each with its estimated time on the air in seconds."""
+    for kind in kinds:
+        if kind is _Kind.PING:
+            yield kind, Probe(name, 0, 0), 0.0
+            continue
+        down = kind is _Kind.DOWN
+        trains = link.down_trains if down else link.up_trains
+        s_per_byte, measured = _FIRST_S_PER_BYTE, link.measured_s_per_byte(down=down)
+        if measured and trains.recent >= _ENOUGH_TRAINS:
+            # If it may be slower, assume so: a train that is too short is repeated, one too long delays other messages.
+            s_per_byte = measured * (1 + min(link.relative_std()[kind.value], 1.0))
+        planned = plan_train(s_per_byte, link.rtt_s, max(trains.noise_s, link.noise_s))
+        for train in (planned, SHORTEST) if measured else (SHORTEST,):
+            sizes = (train.message_bytes, 0) if down else (0, train.message_bytes)
+            probe = Probe(name, *sizes, train.count, train.lead)
+            yield kind, probe, train.count * train.message_bytes * s_per_byte
+            if max(use.air_ns for use in uses(probe, link)) <= 1e9 * _MOST_AIR_S:
+                break

@@ -2,15 +2,19 @@
 
 import math
 
-_TURN_S = 10.0
-
 
 class RecentLeast:
-    """The least value of the last 10 to 20 s: of this turn and of the one before."""
+    """The least value of this turn and of the one before."""
 
-    __slots__ = ("_began_s", "_last", "_this")
+    __slots__ = ("_began_s", "_last", "_this", "_turn_s")
 
-    def __init__(self) -> None:
+    def __init__(self, turn_s: float) -> None:
+        """No value yet.
+
+        Args:
+            turn_s: how long a turn lasts; a value is forgotten after once to twice that time.
+        """
+        self._turn_s = turn_s
         self._began_s = -math.inf
         self._last = self._this = math.inf
 
@@ -26,7 +30,7 @@ class RecentLeast:
 
     def _turn(self, now_s: float) -> None:
         since_s = now_s - self._began_s
-        if since_s > _TURN_S:
-            self._last = self._this if since_s <= 2 * _TURN_S else math.inf
+        if since_s > self._turn_s:
+            self._last = self._this if since_s <= 2 * self._turn_s else math.inf
             self._this = math.inf
             self._began_s = now_s

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bs_coordinator.links import LinkMonitor, LinkSample, NodeEstimate, Probe
+from bs_coordinator.links import LinkMonitor, LinkSample, NodeEstimate, Probe, Probing
 from bs_coordinator.links.broker_sockets import parse_ss
 from bs_coordinator.links.log import link_log, read_link_log
-from bs_coordinator.links.packet_train import ArrivalTiming, dispersion_s, plan_train
+from bs_coordinator.links.packet_train import ArrivalTiming, RateWindow, dispersion_s, plan_train
 from bs_coordinator.links.replay import replay
 from bs_coordinator.selection.forecast import LayerForecast
 from common.errors import StorageError
@@ -355,7 +355,9 @@ def test_a_log_replays_to_the_same_estimates(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes() + b'{"time_s":1')  # cut off by a crash
     replayed = replay(read_link_log(path))
     last_s = max(s.time_s for s in read_link_log(path))
-    assert [r.estimate for r in replayed] == world.monitor.estimates(last_s)
+    # A log contains samples, not what probes took.
+    estimates = [replace(estimate, probing=Probing()) for estimate in world.monitor.estimates(last_s)]
+    assert [r.estimate for r in replayed] == estimates
     assert all(r.error < 0.05 for r in replayed)
 
 
@@ -415,6 +417,26 @@ def test_a_trains_rate_is_that_between_its_arrivals(gap_s: float, lead: list[flo
     assert found is not None
     assert found[0] == 4
     assert found[1] == pytest.approx(4 * gap_s, rel=1e-6)
+
+
+@given(st.lists(st.floats(-0.9, 9.0), min_size=1, max_size=2))
+def test_a_long_train_counts_for_more_than_short_ones(late: list[float]) -> None:
+    """Of trains of 20 kB whose times are off, and one of 100 kB at 50 Mbit/s."""
+    window = RateWindow()
+    for i, off in enumerate(late):
+        window.observe(100.0 + i, 20e3 * 1.6e-7 * (1 + off), 20_000)
+    assert not window.observe(110.0, 100e3 * 1.6e-7, 100_000)
+    assert window.s_per_byte == pytest.approx(1.6e-7)
+    assert not window.odd
+
+
+def test_three_trains_that_agree_replace_longer_ones() -> None:
+    window = RateWindow()
+    for i in range(5):
+        window.observe(100.0 + i, 100e3 * 1.6e-7, 100_000)
+    changed = [window.observe(110.0 + i, 20e3 * 4e-7, 20_000) for i in range(3)]
+    assert changed == [False, False, True]
+    assert window.s_per_byte == pytest.approx(4e-7)
 
 
 def test_arrivals_that_are_not_sure_do_not_count() -> None:
