@@ -61,6 +61,8 @@ class ProfileAccuracy(Struct, frozen=True, kw_only=True):
         iperf_down_mbps, iperf_up_mbps: measured with iperf3 at that time.
         step_messages: after a step of the links, messages on each link until the estimated goodput of both directions
             was within 15 % of the new one; −1 for never. Empty without a step.
+        probe_bytes: frames of probes per message meanwhile, to the nodes and from them.
+        message_bytes: frames of a message, to the node and from it.
     """
 
     profile: str
@@ -76,11 +78,18 @@ class ProfileAccuracy(Struct, frozen=True, kw_only=True):
     iperf_down_mbps: float
     iperf_up_mbps: float
     step_messages: list[int]
+    probe_bytes: tuple[float, float]
+    message_bytes: tuple[int, int]
 
     @property
     def iperf_errors(self) -> tuple[float, float]:
         """|estimated − iperf3| / iperf3, for down and up."""
         return abs(self.down_mbps / self.iperf_down_mbps - 1), abs(self.up_mbps / self.iperf_up_mbps - 1)
+
+    @property
+    def probe_share(self) -> float:
+        """The share of all frames' bytes that were probes."""
+        return sum(self.probe_bytes) / (sum(self.probe_bytes) + sum(self.message_bytes))
 
 
 class _Trace:
@@ -162,7 +171,7 @@ def _measure_profile(network: EmulatedNetwork, dispatcher: Dispatcher, profile: 
     network.set_profile(profile)
     dispatcher.measure_links(1.0)
     traces: dict[str, _Trace] = defaultdict(_Trace)
-    began = time.monotonic()
+    probed, began = dispatcher.links.probing(), time.monotonic()
     while time.monotonic() - began < seconds:
         at_s = time.monotonic() - began + 1.0
         predicted, records = _exchange(network, dispatcher, rng)
@@ -174,11 +183,15 @@ def _measure_profile(network: EmulatedNetwork, dispatcher: Dispatcher, profile: 
             trace.measured_s.append(record.network_ns / 1e9)
             trace.estimated.append((estimate.down_mbps, estimate.up_mbps))
             trace.true.append((truth.down_mbps, truth.up_mbps))
+    messages, now_probed = sum(len(trace.measured_s) for trace in traces.values()), dispatcher.links.probing()
+    probe_bytes = (
+        (now_probed.down_bytes - probed.down_bytes) / messages, (now_probed.up_bytes - probed.up_bytes) / messages,
+    )  # fmt: skip
     network.hold(network.status().at_s)
     carried: Counter[str] = Counter()
     while any(carried[node] < _WARM_UP for node in network.nodes):
         carried.update(record.node for record in _exchange(network, dispatcher, rng)[1])
-    return _summary(network, dispatcher, profile, traces)
+    return _summary(network, dispatcher, profile, traces, probe_bytes)
 
 
 def _exchange(
@@ -186,8 +199,7 @@ def _exchange(
 ) -> tuple[dict[str, float], Sequence[DispatchRecord]]:
     """Send one hidden state to two nodes; return the predicted network times in seconds, and the records."""
     dims, nodes = dispatcher.registry.dims, network.nodes
-    row_bytes = WireDtype.FP16.codec.row_bytes(dims.hidden)
-    down_bytes, up_bytes = frames.HEADER_BYTES + 2 * frames.ROW_BYTES + row_bytes, frames.RESULT_BYTES + row_bytes
+    down_bytes, up_bytes = _message_bytes(dispatcher)
     chosen = rng.choice(len(nodes), 2, replace=False)
     gate = np.zeros((1, dims.experts), np.float32)
     gate[0, chosen] = 0.5
@@ -199,8 +211,17 @@ def _exchange(
     return predicted, records
 
 
+def _message_bytes(dispatcher: Dispatcher) -> tuple[int, int]:
+    row_bytes = WireDtype.FP16.codec.row_bytes(dispatcher.registry.dims.hidden)
+    return frames.HEADER_BYTES + 2 * frames.ROW_BYTES + row_bytes, frames.RESULT_BYTES + row_bytes
+
+
 def _summary(
-    network: EmulatedNetwork, dispatcher: Dispatcher, profile: str, traces: dict[str, _Trace]
+    network: EmulatedNetwork,
+    dispatcher: Dispatcher,
+    profile: str,
+    traces: dict[str, _Trace],
+    probe_bytes: tuple[float, float],
 ) -> ProfileAccuracy:
     node = network.nodes[0]
     estimate = next(e.link for e in dispatcher.links.estimates(time.perf_counter()) if e.node == node)
@@ -230,6 +251,8 @@ def _summary(
         iperf_down_mbps=iperf.down.measured_mbps,
         iperf_up_mbps=iperf.up.measured_mbps,
         step_messages=steps,
+        probe_bytes=probe_bytes,
+        message_bytes=_message_bytes(dispatcher),
     )
 
 
@@ -237,12 +260,14 @@ def _print(results: Sequence[ProfileAccuracy], console: Console) -> None:
     table = Table(title="errors of estimates, medians in %")
     for column in (
         "profile", "mes-\nsages", "round\ntrip", "each\none", "their\nspread", "down", "up", "iperf3\ndown",
-        "iperf3\nup", "step,\nmessages",
+        "iperf3\nup", "step,\nmessages", "probes,\n% of bytes",
     ):  # fmt: skip
         table.add_column(column, justify="left" if column == "profile" else "right")
     for r in results:
         shares = (r.error, r.single_error, r.spread, r.down_error, r.up_error, *r.iperf_errors)
         followed = [count if count >= 0 else math.inf for count in r.step_messages]
         step = f"{statistics.median(followed):.0f}" if followed else "–"
-        table.add_row(r.profile, str(r.messages), *(f"{100 * share:.1f}" for share in shares), step)
+        table.add_row(
+            r.profile, str(r.messages), *(f"{100 * share:.1f}" for share in shares), step, f"{100 * r.probe_share:.0f}"
+        )
     console.print(table)
