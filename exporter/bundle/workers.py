@@ -152,7 +152,7 @@ def _sigint_ignored() -> Iterator[None]:
 def _serve(pipe: Connection) -> None:
     """Run a worker process: receive jobs, send results or errors, until the pipe closes."""
     end_with_parent()
-    with suppress(EOFError, BrokenPipeError):
+    with suppress(EOFError, ConnectionError):  # reset, if the parent has left an answer unread
         while True:
             job: Job = pipe.recv()
             try:
