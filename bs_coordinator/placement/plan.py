@@ -63,27 +63,30 @@ def plan_fleet(shape: ModelShape, boards: Sequence[Board], routing: Routing, wan
             if options:
                 return _describe(shape, boards, routing, wanted, options)
     smallest = min((variant(shape, q, 1) for q in wanted.quantisations), key=lambda v: v.unit_bytes)
-    raise FleetTooSmallError(f"{shape.name} does not fit into these boards: {missing(shape, boards, smallest, 1)}")
+    raise FleetTooSmallError(
+        f"{shape.name} does not fit into these boards: it needs {missing(shape, boards, smallest, 1)}"
+    )
 
 
 def missing(shape: ModelShape, boards: Sequence[Board], whole: Variant, replicas: int) -> str:
-    """What devices lack to hold so many copies, such as `21.4 GB more RAM at int4 b128: 3 more pi5-8g`.
+    """What devices lack to hold so many copies, such as `21.4 GB more RAM at int4 b128, which 3 more pi5-8g have`.
 
     Args:
         whole: the variant with whole experts.
     """
     units = shape.layers * shape.experts * whole.slices
     if len(boards) < replicas:
-        return f"{replicas} copies need as many boards, there are {len(boards)}"
+        return f"{replicas} boards or more: no board holds two copies"
     lacking = max(1, replicas * units - sum(min(board.fits(whole), units) for board in boards))
     on_disk = any(board.fits(whole) < replace(board, disk_bytes=None).fits(whole) for board in boards)
     unit_bytes = whole.unit_bytes if on_disk else loaded_bytes(whole.unit_bytes, whole.quantisation.scheme)
     each = {board.kind: min(board.fits(whole), units) for board in boards}
-    more = [f"{-(-lacking // fits)} more {kind}" for kind, fits in sorted(each.items()) if fits]
-    return (
-        f"{1e-9 * lacking * unit_bytes:.1f} GB more {'disk' if on_disk else 'RAM'} at {whole.quantisation}: "
-        f"{' or '.join(more) or 'boards that hold at least one expert'}"
-    )
+    counts = {kind: -(-lacking // fits) for kind, fits in sorted(each.items()) if fits}
+    what = f"{1e-9 * lacking * unit_bytes:.1f} GB more {'disk' if on_disk else 'RAM'} at {whole.quantisation}"
+    if not counts:
+        return f"{what}, on boards that hold at least one expert each"
+    more = " or ".join(f"{count} more {kind}" for kind, count in counts.items())
+    return f"{what}, which {more} {'has' if list(counts.values())[-1] == 1 else 'have'}"
 
 
 def _options(

@@ -182,13 +182,31 @@ def test_boards_with_the_reported_shortfall_hold_the_model() -> None:
     missing = 256 - 3 * boards(1)[0].fits(variant(shape, b128, 1))
     with pytest.raises(FleetTooSmallError) as refused:
         plan_fleet(shape, boards(3), even(shape), wanted)
-    assert f"{1e-9 * missing * each:.1f} GB more RAM at int4 b128: 3 more pi5-8g" in str(refused.value)
+    assert str(refused.value) == (
+        f"{shape.name} does not fit into these boards: it needs {1e-9 * missing * each:.1f} GB more RAM at int4 b128, "
+        "which 3 more pi5-8g have"
+    )
     plan = plan_fleet(shape, boards(6), even(shape), wanted)
     assert plan.quantisation == "int4 b128"  # with blocks of 32, seven boards are needed
     assert plan_fleet(shape, boards(7), even(shape), wanted).quantisation == "int4 b32"
     small = [replace(one, disk_bytes=10**9) for one in boards(8)]
     with pytest.raises(FleetTooSmallError, match="GB more disk at int4 b128"):
         plan_fleet(shape, small, even(shape), wanted)
+
+
+def test_what_is_missing_is_one_sentence_with_any_number_of_boards() -> None:
+    def refusal(held: int) -> str:
+        """With one board that holds so many of the eight experts."""
+        ram = board("a").ram_of(variant(SMALL, INT4, 1), held)
+        with pytest.raises(FleetTooSmallError) as refused:
+            plan_fleet(SMALL, [board("a", ram=ram)], even(SMALL), replace(WANTED, slices=(1,), replicas=1))
+        return str(refused.value).partition("at int4 b32")[2]
+
+    assert refusal(5) == ", which 1 more plain has"
+    assert refusal(2) == ", which 3 more plain have"
+    assert refusal(0) == ", on boards that hold at least one expert each"
+    alone = plan_fleet(SMALL, [board("a")], even(SMALL), WANTED)
+    assert alone.missing_for_next_copy == "2 boards or more: no board holds two copies"
 
 
 def test_slices_are_chosen_by_predicted_time() -> None:
@@ -277,10 +295,10 @@ def test_the_command_on_paper(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "placement.json").read_text())) == 8
     plan = json.loads(run(*command, "--slices", 1, "--json").stdout)["plan"]
     assert (plan["slices"], plan["replicas"], len(plan["boards"])) == (1, 1, 8)
-    assert plan["missing_for_next_copy"].endswith("5 more pi5-8g")
+    assert plan["missing_for_next_copy"].endswith(", which 5 more pi5-8g have")
     small = run("bs_coordinator", "place", "--model", "mixtral-8x7b", "--board", "pi5-8g*2")
     assert small.returncode == 49
-    assert "GB more RAM at int4 b128: 4 more pi5-8g" in small.stderr
+    assert "GB more RAM at int4 b128, which 4 more pi5-8g have" in small.stderr
 
 
 def test_the_command_with_measurements(tmp_path: Path, random_bundle: Path) -> None:
