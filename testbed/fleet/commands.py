@@ -185,6 +185,7 @@ def _deploy(inventory: Path, limit: str | None, timeout_s: float, variables: Map
     from testbed.fleet.prepare import prepare_bundles, prepare_keys
 
     read = read_inventory(inventory)
+    prepare_bundles(read, check=True)  # before any key is made: a bundle may be missing or wrong
     for line in (*prepare_keys(read, check=check), *prepare_bundles(read, check=check)):
         click.echo(line)
     _run("site", inventory, variables, limit=limit, timeout_s=timeout_s, check=check)

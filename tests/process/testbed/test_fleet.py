@@ -531,6 +531,14 @@ class TestPrepare:
         with pytest.raises(FleetError, match=re.escape("is for 10.0.0.9")):
             prepare_keys(self.read(tmp_path, bundle, address="10.0.0.8", a="L*:E*"))
 
+    def test_no_keys_are_made_where_a_bundle_is_missing(self, tmp_path: Path, run: Run) -> None:
+        path = inventory(tmp_path, tmp_path / "no-bundle", a="L*:E*")
+        for command in ("up", "update"):
+            refused = run("testbed", "fleet", command, "-i", path)
+            assert refused.returncode == BundleError.exit_code, refused.stderr
+            assert "no-bundle" in refused.stderr
+            assert [found.name for found in tmp_path.iterdir()] == ["fleet.yaml"]
+
     def test_home_assistant_gets_keys_if_the_inventory_asks_for_them(self, tiny_bundle: Bundle, tmp_path: Path) -> None:
         read = self.read(tmp_path, tiny_bundle("int4"), a="L*:E*")
         prepare_keys(read)
