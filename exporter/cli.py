@@ -262,8 +262,9 @@ def _summary(manifest: "Manifest", source_bytes: int | None, seconds: float | No
     if source_bytes:
         rows.append(("in the checkpoint", f"{source_bytes / 2**20:.1f} MiB, {source_bytes / total:.1f} times as large"))
     worst = max(manifest.experts, key=lambda entry: entry.error)
-    largest = f"{worst.error:.2g} ({worst.name})"
-    rows.append(("output error", f"median {median(errors):.2g}, largest {largest}, against fp32"))
+    if worst.error:  # none was measured where weights were drawn as they are stored
+        largest = f"{worst.error:.2g} ({worst.name})"
+        rows.append(("output error", f"median {median(errors):.2g}, largest {largest}, against fp32"))
     if seconds is not None:
         rows.append(("time", f"{seconds:.1f} s"))
     for name, value in rows:

@@ -214,6 +214,9 @@ def test_verify_and_inspect(mixtral: Callable[..., Path], tmp_path: Path, run: R
     inspected = run("exporter", "inspect", out)
     assert inspected.returncode == 0
     assert "L1:E0,2" in inspected.stdout
+    assert re.search(
+        r"^output error +median 0\.\d+, largest 0\.\d+ \(L01:E\d\), against fp32$", inspected.stdout, re.MULTILINE
+    )
 
 
 def test_refusals(mixtral: Callable[..., Path], tmp_path: Path, run: Run) -> None:

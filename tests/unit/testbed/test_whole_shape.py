@@ -106,6 +106,13 @@ def test_a_bundle_without_checkpoint_is_whole_and_computes_the_same_in_slices(bu
         _write(out, 3, layers=1)
 
 
+def test_a_bundle_of_drawn_weights_has_no_output_error_to_show(bundle: Path, run: Run) -> None:
+    shown = run("exporter", "inspect", bundle)
+    assert shown.returncode == 0, shown.stderr
+    assert "int4 b32" in shown.stdout
+    assert "output error" not in shown.stdout
+
+
 def test_routing_of_random_weights_is_about_even(bundle: Path) -> None:
     trunk = load_trunk(bundle / "trunk")
     asked: Counter[int] = Counter()
