@@ -75,10 +75,15 @@ def twin(
 
 @contextmanager
 def _bar(*, by_bytes: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar for the duration of the context; yields what is called with the amount done and the whole."""
+    """A progress bar on a terminal for the duration of the context; yields what is called with the amount done and the
+    whole."""
+    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     amount = DownloadColumn() if by_bytes else MofNCompleteColumn()
-    with Progress(TextColumn("weights"), BarColumn(), amount, TimeRemainingColumn(), transient=True) as bar:
+    console = Console(stderr=True)
+    columns = (TextColumn("weights"), BarColumn(), amount, TimeRemainingColumn())
+    # Without a terminal a bar that is removed still leaves an empty line.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("weights", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -4,6 +4,7 @@ Types are those that `llama-quantize` gives such a model for q4_0: the head in q
 q8_0, gates and norms in fp32. Codes are random, and not those of the twin's bundle: same shape, another model.
 """
 
+import logging
 import math
 import multiprocessing
 import os
@@ -125,6 +126,7 @@ def _kind(name: str, shape: tuple[int, ...], experts: int) -> GGMLQuantizationTy
 
 def _write_header(path: Path, name: TwinName, config: dict[str, Any], tensors: list[GgufTensor]) -> list[int]:
     """Write all but the weights; returns where each tensor begins."""
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # it reports the temporary file
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[config["model_type"]]])
     heads = config["num_attention_heads"]
     head = config.get("head_dim", config["hidden_size"] // heads)

@@ -1,6 +1,7 @@
 """Twins for llama.cpp, read back with the reader of gguf."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ def test_a_file_is_read_back_with_the_twins_shapes_and_finite_weights(
     out = tmp_path / "twin.gguf"
     made = run("testbed", "twin", name, out, "--format", "gguf", "--layers", 2, "--jobs", 1)
     assert made.returncode == 0, made.stderr
+    assert made.stderr == ""
+    assert re.fullmatch(rf"{name}: .+ of weights in {re.escape(str(out))}\n", made.stdout)
     reader = gguf.GGUFReader(out)
     fields = {key: field.contents() for key, field in reader.fields.items()}
     architecture = "llama" if name == "mixtral-8x7b" else "qwen3moe"
