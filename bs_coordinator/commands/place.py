@@ -92,7 +92,8 @@ wdmoe-bs place --model mixtral-8x7b --board 'pi5-8g*8' --link 100,2""",
     "draft",
     callback=options.parse_draft,
     metavar="ROWS,TOKENS",
-    help="Predict also with drafts: rows of a step, and tokens that it yields on average, such as 5,3.2.",
+    help="Predict also with drafts, and choose slices by that time: rows of a step, and tokens that it yields on "
+    "average, such as 5,3.2.",
 )
 @click.option("--prompt", type=click.IntRange(1, 1 << 20), default=512, show_default=True, help="Tokens of the prompt.")
 @click.option(

@@ -50,16 +50,19 @@ def print_plan(plan: "FleetPlan", assumed: Sequence[str]) -> None:
 
 
 def why(plan: "FleetPlan") -> str:
-    """Why this number of slices: the chosen one against the best other one, and against whole experts."""
+    """Why this number of slices: the chosen one against the best other one, and against whole experts.
+
+    With drafts, all times and numbers are those with drafts.
+    """
     chosen = next(option for option in plan.options if option.slices == plan.slices)
     others = [option for option in plan.options if option is not chosen]
     if not others:
         return f"{_reading(chosen)}; no other number of slices was asked for, or is possible"
-    rivals = {min(others, key=lambda option: option.ms_per_token).slices, 1} - {plan.slices}
+    rivals = {min(others, key=_decisive_ms).slices, 1} - {plan.slices}
     parts = [f"{_reading(chosen)}"]
     for option in others:
         if option.slices in rivals:
-            slower = option.ms_per_token - chosen.ms_per_token
+            slower = _decisive_ms(option) - _decisive_ms(chosen)
             verdict = f"{slower:.0f} ms slower" if slower > 0 else "no gain that counts"
             parts.append(f"{_reading(option)}: {verdict}")
     return "; ".join(parts)
@@ -69,14 +72,22 @@ def _reading(option: "SliceOption") -> str:
     slices = "1 slice" if option.slices == 1 else f"{option.slices} slices"
     return (
         f"{slices}: a layer asks {option.boards_asked:.1f} boards, which read up to {option.read_mb:.0f} MB and use "
-        f"{option.air_ms:.1f} ms of air, {option.ms_per_token:.0f} ms per token"
+        f"{option.air_ms:.1f} ms of air, {_decisive_ms(option):.0f} ms per token"
+        f"{'' if option.draft_ms_per_token is None else ' with drafts'}"
     )
 
 
+def _decisive_ms(predicted: "FleetPlan | SliceOption | OneMore") -> float:
+    """Per token, with drafts if there are any: the time by which plans are chosen."""
+    return predicted.ms_per_token if predicted.draft_ms_per_token is None else predicted.draft_ms_per_token
+
+
 def _gain(plan: "FleetPlan", more: "OneMore") -> str:
-    saved_ms = plan.ms_per_token - more.ms_per_token
+    more_ms = _decisive_ms(more)
+    saved_ms = _decisive_ms(plan) - more_ms
     copies = f", room for {more.replicas} copies" if more.replicas > plan.replicas else ""
     if saved_ms < _WORTH_MS:
         return f"no faster{copies}"
     cut = "" if more.slices == plan.slices else f" in {more.slices} slices"
-    return f"{more.ms_per_token:.0f} ms per token{cut}, {saved_ms:.0f} less{copies}"
+    drafts = "" if more.draft_ms_per_token is None else " with drafts"
+    return f"{more_ms:.0f} ms per token{drafts}{cut}, {saved_ms:.0f} less{copies}"

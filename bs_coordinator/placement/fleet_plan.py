@@ -19,7 +19,8 @@ class Wanted:
         station: times of the base station.
         shared_air: whether all links share one channel.
         prompt_tokens: length of the prompt whose time is predicted.
-        draft: rows of a step with drafts, and the mean number of tokens that it yields; None for no drafts.
+        draft: rows of a step with drafts, and the mean number of tokens that it yields; None for no drafts. With
+            drafts, the time with drafts decides.
         resident_bytes: RAM of the base station for experts.
         resident_bytes_per_s: memory bandwidth with which it computes them.
         exported: a variant whose exact size is known.
@@ -66,13 +67,15 @@ class SliceOption:
 
     Attributes:
         ms_per_token: predicted, without drafts.
-        boards_asked: mean number of devices that a layer asks.
+        draft_ms_per_token: with drafts; None without.
+        boards_asked: mean number of devices that a layer asks, here and below in a step with drafts if there are any.
         read_mb: what the device with most work reads per layer, in 10⁶ bytes.
         air_ms: what a layer's messages take on the air, all together.
     """
 
     slices: int
     ms_per_token: float
+    draft_ms_per_token: float | None
     boards_asked: float
     read_mb: float
     air_ms: float
@@ -87,12 +90,14 @@ class OneMore:
         replicas: copies that fit then, at most those that are wanted.
         slices: best number of slices then, with as many copies as without it.
         ms_per_token: predicted then, without drafts.
+        draft_ms_per_token: with drafts; None without.
     """
 
     kind: str
     replicas: int
     slices: int
     ms_per_token: float
+    draft_ms_per_token: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,12 @@ GAIN = 0.03
 
 @dataclass(frozen=True, slots=True)
 class _Option:
-    """A variant that fits, placed, with its prediction."""
+    """A variant that fits, placed, with its predictions.
+
+    Attributes:
+        step: of one token.
+        draft: a step with drafts, and the mean number of tokens that it yields; None without drafts.
+    """
 
     costs: Costs
     replicas: int
@@ -34,13 +39,25 @@ class _Option:
     resident: frozenset[ExpertId]
     station: Station
     step: Step
+    draft: tuple[Step, float] | None
+
+    @property
+    def draft_ms(self) -> float | None:
+        """Per token, with drafts."""
+        return None if self.draft is None else 1e3 * self.draft[0].seconds / self.draft[1]
+
+    @property
+    def decisive_ms(self) -> float:
+        """Per token, as answers will be decoded: with drafts if there are any."""
+        return 1e3 * self.step.seconds if self.draft_ms is None else self.draft_ms
 
     @property
     def summary(self) -> SliceOption:
-        step = self.step
+        step = self.step if self.draft is None else self.draft[0]
         return SliceOption(
-            self.costs.variant.slices, 1e3 * step.seconds, step.asked, 1e-6 * step.read_bytes, 1e3 * step.air_s
-        )
+            self.costs.variant.slices, 1e3 * self.step.seconds, self.draft_ms, step.asked, 1e-6 * step.read_bytes,
+            1e3 * step.air_s,
+        )  # fmt: skip
 
 
 def plan_fleet(shape: ModelShape, boards: Sequence[Board], routing: Routing, wanted: Wanted) -> FleetPlan:
@@ -110,7 +127,7 @@ def _options(
 
 
 def _predicted(costs: Costs, replicas: int, placement: Placement, routing: Routing, wanted: Wanted) -> _Option:
-    """Add who is asked, what the base station keeps, and the time of a token."""
+    """Add who is asked, what the base station keeps, and the time of a token and of a step with drafts."""
     shape, cut = costs.shape, costs.variant
     holders = asked_holders(costs, placement.experts)
     each = loaded_bytes(cut.unit_bytes, cut.quantisation.scheme)
@@ -124,7 +141,11 @@ def _predicted(costs: Costs, replicas: int, placement: Placement, routing: Routi
         for layer, expert in resident:
             holders[layer, expert * cut.slices : (expert + 1) * cut.slices] = LOCAL
     step = predict_step(costs, holders, routing, 1, station)
-    return _Option(costs, replicas, placement, holders, resident, station, step)
+    draft = None
+    if wanted.draft is not None:
+        rows, tokens = wanted.draft
+        draft = predict_step(costs, holders, routing, rows, station), tokens
+    return _Option(costs, replicas, placement, holders, resident, station, step, draft)
 
 
 def asked_holders(costs: Costs, held: Mapping[str, Sequence[UnitId]]) -> Index:
@@ -157,7 +178,7 @@ def _best(options: Sequence[_Option]) -> _Option:
     """The fastest; fewer slices if more do not gain `GAIN`."""
     best = options[0]
     for option in options[1:]:
-        if option.step.seconds < (1 - GAIN) * best.step.seconds:
+        if option.decisive_ms < (1 - GAIN) * best.decisive_ms:
             best = option
     return best
 
@@ -168,10 +189,6 @@ def _describe(
     best = _best(options)
     cut, station = best.costs.variant, best.station
     quantisation = cut.quantisation
-    draft_ms = None
-    if wanted.draft is not None:
-        rows, tokens = wanted.draft
-        draft_ms = 1e3 * predict_step(best.costs, best.holders, routing, rows, station).seconds / tokens
     next_copy = ""
     if best.replicas < wanted.replicas:
         next_copy = missing(shape, boards, variant(shape, quantisation, 1), best.replicas + 1)
@@ -182,7 +199,7 @@ def _describe(
         replicas=best.replicas,
         shared_air=wanted.shared_air,
         ms_per_token=1e3 * best.step.seconds,
-        draft_ms_per_token=draft_ms,
+        draft_ms_per_token=best.draft_ms,
         prompt_tokens=wanted.prompt_tokens,
         prompt_s=predict_prompt_s(best.costs, best.holders, routing, wanted.prompt_tokens, station),
         boards=[_board_plan(board, best.placement, cut) for board in boards],
@@ -218,4 +235,4 @@ def _one_more(
         found, copies = _best(options), best.replicas
         if copies < wanted.replicas and any(_options(shape, larger, routing, wanted, quantisation, copies + 1)):
             copies += 1
-        yield OneMore(kind, copies, found.costs.variant.slices, 1e3 * found.step.seconds)
+        yield OneMore(kind, copies, found.costs.variant.slices, 1e3 * found.step.seconds, found.draft_ms)

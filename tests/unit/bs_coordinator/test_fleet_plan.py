@@ -220,6 +220,24 @@ def test_slices_are_chosen_by_predicted_time() -> None:
     assert plan_fleet(shape, slow, even(shape), replace(WANTED, shared_air=True)).slices == 1
 
 
+def test_with_drafts_their_time_decides() -> None:
+    """On shared air, halves of experts are faster for one row; the rows of a step with drafts fill the channel."""
+    shape = SMALL._replace(hidden=4096, intermediate=14336, experts=8)
+    boards = [board(f"b{k}", ram=2**31) for k in range(8)]
+    wanted = replace(WANTED, shared_air=True, replicas=1)
+    alone = plan_fleet(shape, boards, even(shape), wanted)
+    drafted = plan_fleet(shape, boards, even(shape), replace(wanted, draft=(6, 3.4)))
+    assert (alone.slices, alone.draft_ms_per_token) == (2, None)
+    assert (drafted.slices, drafted.ms_per_token > alone.ms_per_token) == (1, True)
+    times = {option.slices: option.draft_ms_per_token for option in drafted.options}
+    assert times[1] == drafted.draft_ms_per_token == min(filter(None, times.values()))
+    (halves,) = plan_fleet(shape, boards, even(shape), replace(wanted, draft=(6, 3.4), slices=(2,))).options
+    assert halves.draft_ms_per_token == times[2]
+    (more,) = drafted.more
+    assert more.draft_ms_per_token is not None
+    assert more.draft_ms_per_token <= (drafted.draft_ms_per_token or 0) * (1 + 1e-9)
+
+
 def test_the_base_station_keeps_what_fits_and_saves_time() -> None:
     boards = [board(f"b{k}", rtt_ms=20) for k in range(3)]
     without = plan_fleet(SMALL, boards, even(SMALL), WANTED)
@@ -290,6 +308,7 @@ def test_the_command_on_paper(tmp_path: Path) -> None:
     done = run(*command, "--draft-steps", "5,3.2", "--slices", 1, "--slices", 8, "--out", tmp_path / "placement.json")
     assert done.returncode == 0, done.stderr
     assert "mixtral-8x7b: int4 b32 on all boards, 8 slices per expert, one copy" in done.stdout
+    assert "ms per token with drafts" in " ".join(done.stdout.split())
     assert "wdmoe-node --id pi5-8g-8 --experts 'L0-31:E0-7/7'" in done.stdout
     assert "assumed: pi5-8g: 10 GB/s" in done.stderr
     assert len(json.loads((tmp_path / "placement.json").read_text())) == 8
