@@ -150,7 +150,7 @@ def place(
     )
     routing = Routing(inputs.read_traffic(traffic, shape.layers, shape.experts), shape.top_k)
     plan = plan_fleet(shape, found, routing, wanted)
-    assumed = _assumed(found, wanted, trunk_ms, links_known=bool(stated) or links is not None, traffic=traffic)
+    assumed = _assumed(found, wanted, trunk_ms, traffic=traffic)
     if as_json:
         print_json({"plan": plan, "assumed": assumed})
     else:
@@ -200,11 +200,9 @@ def _wanted(
     )  # fmt: skip
 
 
-def _assumed(
-    boards: "list[Board]", wanted: "Wanted", trunk_ms: float | None, *, links_known: bool, traffic: Path | None
-) -> list[str]:
+def _assumed(boards: "list[Board]", wanted: "Wanted", trunk_ms: float | None, *, traffic: Path | None) -> list[str]:
     """What was not measured or stated, for people."""
-    from bs_coordinator.commands.place_inputs import DEFAULT_LINK
+    from bs_coordinator.commands.place_report import assumed_links
     from bs_coordinator.placement.predict import TRUNK_BYTES_PER_S
 
     lines = []
@@ -213,8 +211,7 @@ def _assumed(
             f"trunk: {1e3 * wanted.station.trunk_s.first:.1f} ms per token, its weights in bf16 read at "
             f"{1e-9 * TRUNK_BYTES_PER_S:.0f} GB/s; --trunk-ms states what was measured"
         )
-    if not links_known:
-        lines.append(f"links: {DEFAULT_LINK[0]:.0f} Mbit/s and {DEFAULT_LINK[1]:.0f} ms; see --link and --links")
+    lines += assumed_links(boards)
     if traffic is None:
         lines.append("routing: all experts are asked equally often; --traffic takes a run's latency.csv")
     for kind, facts in {board.kind: board.facts for board in boards if not board.byte_s}.items():

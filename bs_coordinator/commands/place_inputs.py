@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 DEFAULT_LINK = (100.0, 2.0)
 """Mbit/s and ms of links that were neither measured nor stated."""
+_LINK = frozenset({"rtt", "down", "up"})
+"""All of a link, of a board that no measurement or statement is known of."""
 _MOST_TOKENS = 1 << 20
 """Tokens of a request in a latency.csv."""
 _BATCH_ROWS = 16
@@ -41,7 +43,9 @@ class _Nodes(Struct, frozen=True):
 class _Link(Struct, frozen=True):
     rtt_s: float
     down_mbps: float
+    down_std_mbps: float
     up_mbps: float
+    up_std_mbps: float
 
     def __post_init__(self) -> None:
         if not (self.rtt_s >= 0 and self.down_mbps > 0 and self.up_mbps > 0):
@@ -87,9 +91,12 @@ def stated_boards(kinds: Mapping[str, str]) -> "list[Board]":
     from bs_coordinator.placement.boards import KINDS, Board
 
     return [
-        Board(name=name, kind=kind, facts=KINDS[kind], ram_bytes=KINDS[kind].ram_bytes, link=_link(*DEFAULT_LINK))
+        Board(
+            name=name, kind=kind, facts=KINDS[kind], ram_bytes=KINDS[kind].ram_bytes, link=_link(*DEFAULT_LINK),
+            link_assumed=_LINK,
+        )
         for name, kind in kinds.items()
-    ]
+    ]  # fmt: skip
 
 
 def live_boards(path: Path) -> "list[Board]":
@@ -113,7 +120,7 @@ def live_boards(path: Path) -> "list[Board]":
         held_bytes = int(holding.resident_bytes / factors.get(holding.quantisation.split(" ")[0], 1.0))
         boards.append(
             Board(
-                name=status.node, kind=kind, facts=facts, link=_link(*DEFAULT_LINK),
+                name=status.node, kind=kind, facts=facts, link=_link(*DEFAULT_LINK), link_assumed=_LINK,
                 ram_bytes=holding.resident_bytes + machine.available_bytes,
                 disk_bytes=None if disk is None else disk + held_bytes,
             )
@@ -133,8 +140,9 @@ def with_links(boards: "Iterable[Board]", stated: Sequence[StatedLink]) -> "list
     for link in stated:
         if link.name and not any(link.name in (board.name, board.kind) for board in boards):
             raise click.BadParameter(f"--link {link.name}=… names no board and no kind of board in this fleet")
+        found = _link(link.mbps, link.rtt_ms)
         boards = [
-            replace(b, link=_link(link.mbps, link.rtt_ms)) if link.name in ("", b.name, b.kind) else b for b in boards
+            replace(b, link=found, link_assumed=frozenset()) if link.name in ("", b.name, b.kind) else b for b in boards
         ]
     return boards
 
@@ -142,24 +150,35 @@ def with_links(boards: "Iterable[Board]", stated: Sequence[StatedLink]) -> "list
 def with_measured_links(boards: "Iterable[Board]", path: Path, held: "Variant | None") -> "list[Board]":
     """The boards with links, and speeds where requests were timed, from the output of `wdmoe-bs links --json`.
 
+    A rate of which only a lower bound is known stays as it is, stated or assumed.
+
     Args:
         held: the variant that nodes hold now; None if it is not known, then speeds are not taken over.
 
     Raises:
         StorageError: the file is not such an output.
     """
-    from bs_coordinator.placement.boards import BoardLink
-
     measured = {one.node: one for one in _read(path, list[_Links], "wdmoe-bs links --json")}
     found = []
     for board in boards:
         if one := measured.get(board.name):
-            board = replace(board, link=BoardLink(one.link.rtt_s, one.link.down_mbps, one.link.up_mbps))
+            board = _with_measured_link(board, one.link)
             if held is not None and one.requests:
                 rate = _rate(held.unit_bytes, one.expert_s + one.row_s, one.row_s)
                 board = replace(board, node_s=one.fixed_s, byte_s={**board.byte_s, str(held.quantisation): rate})
         found.append(board)
     return found
+
+
+def _with_measured_link(board: "Board", measured: _Link) -> "Board":
+    from bs_coordinator.links.estimator import rate_known
+
+    link, known = board.link._replace(rtt_s=measured.rtt_s), {"rtt"}
+    if rate_known(measured.down_mbps, measured.down_std_mbps):
+        link, known = link._replace(down_mbps=measured.down_mbps), known | {"down"}
+    if rate_known(measured.up_mbps, measured.up_std_mbps):
+        link, known = link._replace(up_mbps=measured.up_mbps), known | {"up"}
+    return replace(board, link=link, link_assumed=board.link_assumed - known)
 
 
 def with_tuning(boards: "Iterable[Board]", tuned: Mapping[str, Path], shape: "ModelShape") -> "list[Board]":

@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bs_coordinator.commands.place_inputs import DEFAULT_LINK
 from bs_coordinator.commands.tables import compact_table, print_table
 
 if TYPE_CHECKING:
+    from bs_coordinator.placement.boards import Board
     from bs_coordinator.placement.fleet_plan import FleetPlan, OneMore, SliceOption
 
 _WORTH_MS = 0.05
@@ -47,6 +49,24 @@ def print_plan(plan: "FleetPlan", assumed: Sequence[str]) -> None:
             click.echo(f"wdmoe-node --id {board.name} --experts '{board.experts}' …")
     for line in assumed:
         click.echo(f"assumed: {line}", err=True)
+
+
+def assumed_links(boards: "Sequence[Board]") -> list[str]:
+    """What of the links was neither measured nor stated: a line for all boards of which the same is assumed."""
+    mbps, rtt_ms = DEFAULT_LINK
+    words = {"down": f"{mbps:.0f} Mbit/s to the board", "up": f"{mbps:.0f} Mbit/s from the board"}
+    names: dict[frozenset[str], list[str]] = {}
+    for board in boards:
+        names.setdefault(board.link_assumed, []).append(board.name)
+    lines = []
+    for what, some in names.items():
+        which = "links" if len(some) == len(boards) else f"links of {', '.join(some)}"
+        if "rtt" in what:
+            lines.append(f"{which}: {mbps:.0f} Mbit/s and {rtt_ms:.0f} ms; see --link and --links")
+        elif what:
+            rates = " and ".join(words[way] for way in ("down", "up") if way in what)
+            lines.append(f"{which}: {rates}, because only a lower bound was measured; --link states a rate")
+    return lines
 
 
 def why(plan: "FleetPlan") -> str:

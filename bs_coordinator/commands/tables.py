@@ -52,7 +52,8 @@ def print_links(estimates: "list[NodeEstimate]") -> None:
 
 
 def _rate(mbps: float, std_mbps: float) -> str:
-    if std_mbps < 0.5 * mbps:
+    from bs_coordinator.links.estimator import rate_known
+
+    if rate_known(mbps, std_mbps):
         return f"{mbps:.1f}±{std_mbps:.1f}"
-    # Messages take no measurable time beyond the round trip, which leaves a lower bound only.
     return f"> {mbps / (1 + 2 * std_mbps / mbps):.0f}"

@@ -115,6 +115,11 @@ class LinkEstimate:
     noise_s: float
 
 
+def rate_known(mbps: float, std_mbps: float) -> bool:
+    """Whether a rate is more than a lower bound: messages take measurable time beyond the round trip."""
+    return std_mbps < 0.5 * mbps
+
+
 class LinkEstimator:
     """Estimates one link.
 

@@ -86,7 +86,8 @@ class Board:
         kind: name of a `BoardKind`, or what else it is, for messages.
         facts: assumptions for what was not measured.
         ram_bytes: RAM for experts.
-        link: measured or stated.
+        link: to the base station.
+        link_assumed: what of the link was neither measured nor stated, of `rtt`, `down` and `up`.
         disk_bytes: disk space for experts; None if there is enough.
         node_s: time of a request in the node beyond its experts.
         byte_s: measured seconds per byte of a unit's files, by the rows that go through it, for each quantisation as
@@ -98,6 +99,7 @@ class Board:
     facts: BoardKind
     ram_bytes: int
     link: BoardLink
+    link_assumed: frozenset[str] = frozenset()
     disk_bytes: int | None = None
     node_s: float = NODE_S
     byte_s: Mapping[str, RowCurve] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -321,7 +322,7 @@ def test_the_command_on_paper(tmp_path: Path) -> None:
 
 
 def test_the_command_with_measurements(tmp_path: Path, random_bundle: Path) -> None:
-    """What `wdmoe-bs nodes --json` and `links --json` print is taken over."""
+    """What `wdmoe-bs nodes --json` and `links --json` print is taken over, and what they do not know is assumed."""
     names = ["a", "b"]
     machine = {
         "host": "h", "pid": 1, "arch": "aarch64", "cpus": 4, "threads": 4, "ram_bytes": 8 << 30,
@@ -338,8 +339,8 @@ def test_the_command_with_measurements(tmp_path: Path, random_bundle: Path) -> N
         }
         for name in names
     ]  # fmt: skip
-    link = {"rtt_s": 0.004, "down_mbps": 50.0, "up_mbps": 40.0}
-    links = [
+    link = {"rtt_s": 0.004, "down_mbps": 50.0, "down_std_mbps": 5.0, "up_mbps": 40.0, "up_std_mbps": 4.0}
+    links: list[dict[str, Any]] = [
         {"node": name, "link": link, "fixed_s": 0.001, "expert_s": 0.002, "row_s": 0.001, "requests": 9}
         for name in names
     ]
@@ -353,6 +354,27 @@ def test_the_command_with_measurements(tmp_path: Path, random_bundle: Path) -> N
     assert [one["kind"] for one in document["plan"]["boards"]] == ["pi5-8g"] * 2
     assert document["plan"]["boards"][0]["ram_limit_bytes"] == 5 << 30
     assert [line.partition(":")[0] for line in document["assumed"]] == ["routing"]
+
+    def planned(*options: object) -> tuple[float, list[str]]:
+        """The time per token, and what is assumed of links."""
+        (tmp_path / "links.json").write_text(json.dumps(links))
+        done = run(*command, "--links", tmp_path / "links.json", "--trunk-ms", 5, "--replicas", 1, *options)
+        found = json.loads(done.stdout)
+        return found["plan"]["ms_per_token"], [line for line in found["assumed"] if line.startswith("links")]
+
+    links[1]["link"] = {**link, "up_mbps": 100.0}
+    as_assumed_ms, lines = planned()
+    assert lines == []
+    links[1]["link"] = {**link, "up_mbps": 34_308.0, "up_std_mbps": 8e7}  # shown as "> 7"
+    ms, (line,) = planned()
+    assert line.startswith("links of b: 100 Mbit/s from the board, because only a lower bound was measured")
+    assert ms == as_assumed_ms
+    slow_ms, lines = planned("--link", "b=0.1,2")
+    assert slow_ms > ms  # stated, so not assumed
+    assert lines == []
+    del links[1]
+    assert planned()[1] == ["links of b: 100 Mbit/s and 2 ms; see --link and --links"]
+    assert planned("--link", "100,2")[1] == []
     (tmp_path / "links.json").write_text("[1]")
     wrong = run(*command, "--links", tmp_path / "links.json")
     assert wrong.returncode == 12
