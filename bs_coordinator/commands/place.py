@@ -150,7 +150,7 @@ def place(
     )
     routing = Routing(inputs.read_traffic(traffic, shape.layers, shape.experts), shape.top_k)
     plan = plan_fleet(shape, found, routing, wanted)
-    assumed = _assumed(found, wanted, trunk_ms, traffic=traffic)
+    assumed = _assumed(found, wanted, plan.quantisation, trunk_ms, traffic=traffic)
     if as_json:
         print_json({"plan": plan, "assumed": assumed})
     else:
@@ -200,7 +200,9 @@ def _wanted(
     )  # fmt: skip
 
 
-def _assumed(boards: "list[Board]", wanted: "Wanted", trunk_ms: float | None, *, traffic: Path | None) -> list[str]:
+def _assumed(
+    boards: "list[Board]", wanted: "Wanted", quantisation: str, trunk_ms: float | None, *, traffic: Path | None
+) -> list[str]:
     """What was not measured or stated, for people."""
     from bs_coordinator.commands.place_report import assumed_links
     from bs_coordinator.placement.predict import TRUNK_BYTES_PER_S
@@ -214,7 +216,13 @@ def _assumed(boards: "list[Board]", wanted: "Wanted", trunk_ms: float | None, *,
     lines += assumed_links(boards)
     if traffic is None:
         lines.append("routing: all experts are asked equally often; --traffic takes a run's latency.csv")
-    for kind, facts in {board.kind: board.facts for board in boards if not board.byte_s}.items():
+    if wanted.draft is not None:
+        lines.append("drafts: making them takes no time")
+    if wanted.resident_bytes:
+        lines.append(f"experts on the base station: read at {1e-9 * wanted.resident_bytes_per_s:.0f} GB/s")
+    # A speed that was measured with another quantisation says nothing of this one.
+    unmeasured = [board for board in boards if quantisation not in board.byte_s]
+    for kind, facts in {board.kind: board.facts for board in unmeasured}.items():
         lines.append(
             f"{kind}: {1e-9 * facts.memory_bytes_per_s:.0f} GB/s ({facts.source}); --tuned states measurements"
         )

@@ -355,6 +355,11 @@ def test_the_command_with_measurements(tmp_path: Path, random_bundle: Path) -> N
     assert document["plan"]["boards"][0]["ram_limit_bytes"] == 5 << 30
     assert [line.partition(":")[0] for line in document["assumed"]] == ["routing"]
 
+    more = ("--quant", "int8", "--draft-steps", "5,3.2", "--resident", "1M")
+    other = run(*command, "--links", tmp_path / "links.json", "--trunk-ms", 5, *more)
+    about = [line.partition(":")[0] for line in json.loads(other.stdout)["assumed"]]
+    assert about == ["routing", "drafts", "experts on the base station", "pi5-8g"]
+
     def planned(*options: object) -> tuple[float, list[str]]:
         """The time per token, and what is assumed of links."""
         (tmp_path / "links.json").write_text(json.dumps(links))
