@@ -1,6 +1,7 @@
 """A command that a test interrupts, and what must not be left of it."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,14 +15,16 @@ from tests.waiting import PATIENCE_S
 
 @contextmanager
 def running_command(folder: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """A command of `wdmoe-testbed` whose temporary files are in `folder`."""
+    """A command of `wdmoe-testbed` whose temporary files are in `folder`. It does not ignore SIGHUP if the tests do."""
     temporary = folder / "tmp"
     temporary.mkdir()
+    ours = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     process = subprocess.Popen(
         [sys.executable, "-m", "testbed", *map(str, arguments)],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         start_new_session=True, env={**os.environ, "TMPDIR": str(temporary)},
     )  # fmt: skip
+    signal.signal(signal.SIGHUP, ours)
     try:
         yield process
     finally:

@@ -16,7 +16,8 @@ def test_preflight_asks_running_nodes(run: Run, fleet: LocalNodes, tmp_path: Pat
     plan_path = tmp_path / "plan.yaml"
     plan_path.write_text(
         f"{{name: outside, network: {{external: {{broker: '{fleet.address}', cluster: {fleet.cluster}}}}}, "
-        f"bundles: [{fleet.bundle}], nodes: {{pi1: '', pi2: ''}}, policies: [topk], workloads: [{{kind: generate}}]}}"
+        f"bundles: [{fleet.bundle}], nodes: {{pi1: 'L*:E0-3', pi2: 'L*:E4-7'}}, policies: [topk], "
+        "workloads: [{kind: generate}]}"
     )
 
     def ask_until(text: str) -> subprocess.CompletedProcess[str]:
