@@ -1,7 +1,7 @@
 """Decoding the demo model on dedicated links, token by token, compared with the floor."""
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.step_records import StepRecord
@@ -18,7 +18,7 @@ NODES = {f"node{k}": f"L*:E{k}" for k in range(8)}
 TARGET = 1.15
 _ROUNDS = 4
 _TOKENS = 20
-_WARM_UP = 4
+WARM_UP = 4
 
 
 def measure(settings: Settings) -> Iterator[Result]:
@@ -59,14 +59,18 @@ def measure(settings: Settings) -> Iterator[Result]:
         )  # fmt: skip
 
 
-def decode(system: System, prompt: str, *, tokens: int, core_ms: dict[str, float] | None = None) -> list[StepRecord]:
-    """Generate an answer, and return its decode steps without the first `_WARM_UP`.
+def decode(
+    system: System, prompt: str, *, tokens: int, core_ms: dict[str, float] | None = None,
+    after_step: Callable[[], None] = lambda: None,
+) -> list[StepRecord]:  # fmt: skip
+    """Generate an answer, and return its decode steps without the first `WARM_UP`.
 
     Args:
         system: running system.
         prompt: user message.
         tokens: length of the answer.
         core_ms: `System.core_ms` of the returned steps is added to it.
+        after_step: called after each step.
     """
     station = system.station
     ids = station.tokenizer.encode_chat([{"role": "user", "content": prompt}])
@@ -74,10 +78,11 @@ def decode(system: System, prompt: str, *, tokens: int, core_ms: dict[str, float
     before: dict[str, float] = {}
     # Short answers would leave few steps.
     for event in station.new_sequence().generate(ids, SamplingConfig(max_tokens=tokens, ignore_eos=True)):
+        after_step()
         steps += [step for step in event.steps if step.phase == "decode"]
-        if len(steps) == _WARM_UP and not before:
+        if core_ms is not None and len(steps) == WARM_UP and not before:
             before = system.core_ms()
     if core_ms is not None and before:
         for what, ms in system.core_ms().items():
             core_ms[what] += ms - before[what]
-    return steps[_WARM_UP:]
+    return steps[WARM_UP:]

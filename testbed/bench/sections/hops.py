@@ -7,16 +7,15 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from bs_coordinator.config import SamplingConfig
 from bs_coordinator.engine.step_records import StepRecord
 from common.errors import WdmoeError
 from testbed.bench.alone import Parts
 from testbed.bench.floor import FloorLink
 from testbed.bench.hops import BROKER, LOOPBACK, NODE, Hops, Passages
-from testbed.bench.packets import PacketLog, packet_log
+from testbed.bench.packets import packet_log
 from testbed.bench.rows import Result, Row, Settings, Skipped
-from testbed.bench.sections.decode import NODES
-from testbed.bench.system import System, running, why_not
+from testbed.bench.sections.decode import NODES, WARM_UP, decode
+from testbed.bench.system import running, why_not
 from testbed.demo_assets import demo_bundle
 from testbed.network.emulated import EmulatedNetwork
 from testbed.network.uniform import DEDICATED_MBPS, Links
@@ -25,8 +24,7 @@ from testbed.prompts import PROMPTS
 RTT_MS = 5.0
 _MOST_STEPS = 64
 _STEPS = 16
-"""Steps of each answer that count, after the first `_WARM_UP`."""
-_WARM_UP = 4
+"""Steps of each answer that count, after the first `WARM_UP`."""
 _CLOCK_STEP_NS = 100_000
 
 
@@ -48,7 +46,9 @@ def trace(settings: Settings, bundle: Path, *, steps: int) -> Iterator[Result]:
         with packet_log(_interfaces(system.network)) as log:
             for i in range(-(-steps // _STEPS)):
                 system.station.dispatcher.measure_links(0.5)
-                kept += _decode(system, PROMPTS[i % len(PROMPTS)], log, steps=min(_STEPS, steps - len(kept)))
+                # The prompt gives the first token. Packets are taken in between steps.
+                tokens = 1 + WARM_UP + min(_STEPS, steps - len(kept))
+                kept += decode(system, PROMPTS[i % len(PROMPTS)], tokens=tokens, after_step=log.drain)
                 parts.measure()
         if abs(_wall_minus_monotonic_ns() - clock_ns) > _CLOCK_STEP_NS:
             raise WdmoeError("the wall clock was set during the measurement: repeat it")
@@ -75,18 +75,6 @@ def trace(settings: Settings, bundle: Path, *, steps: int) -> Iterator[Result]:
         },
         {name: float(np.mean([one.ms[name] - one.alone_ms.get(name, 0.0) for one in hops])) for name in names},
     )  # fmt: skip
-
-
-def _decode(system: System, prompt: str, log: PacketLog, *, steps: int) -> list[StepRecord]:
-    """Generate an answer, and return the steps that count. Packets are taken in between steps."""
-    station = system.station
-    ids = station.tokenizer.encode_chat([{"role": "user", "content": prompt}])
-    sampling = SamplingConfig(max_tokens=_WARM_UP + steps + 1, ignore_eos=True)
-    decoded: list[StepRecord] = []
-    for event in station.new_sequence().generate(ids, sampling):
-        log.drain()
-        decoded += [step for step in event.steps if step.phase == "decode"]
-    return decoded[_WARM_UP:]
 
 
 def _interfaces(network: EmulatedNetwork) -> list[tuple[str, str, str]]:
