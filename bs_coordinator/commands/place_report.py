@@ -98,8 +98,9 @@ def _reading(option: "SliceOption") -> str:
 
 
 def _decisive_ms(predicted: "FleetPlan | SliceOption | OneMore") -> float:
-    """Per token, with drafts if there are any: the time by which plans are chosen."""
-    return predicted.ms_per_token if predicted.draft_ms_per_token is None else predicted.draft_ms_per_token
+    from bs_coordinator.placement.fleet_plan import decisive_ms
+
+    return decisive_ms(predicted.ms_per_token, predicted.draft_ms_per_token)
 
 
 def _gain(plan: "FleetPlan", more: "OneMore") -> str:

@@ -132,3 +132,8 @@ class FleetPlan:
     options: list[SliceOption]
     more: list[OneMore] = field(default_factory=list)
     missing_for_next_copy: str = ""
+
+
+def decisive_ms(ms_per_token: float, draft_ms_per_token: float | None) -> float:
+    """Per token, as answers will be decoded: with drafts if there are any. By this time plans are chosen."""
+    return ms_per_token if draft_ms_per_token is None else draft_ms_per_token

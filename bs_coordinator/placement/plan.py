@@ -8,7 +8,7 @@ import numpy as np
 from bs_coordinator.dispatch.assignment import assign
 from bs_coordinator.errors import FleetTooSmallError, PlacementError
 from bs_coordinator.placement.boards import KERNEL_FACTOR, Board
-from bs_coordinator.placement.fleet_plan import BoardPlan, FleetPlan, OneMore, SliceOption, Wanted
+from bs_coordinator.placement.fleet_plan import BoardPlan, FleetPlan, OneMore, SliceOption, Wanted, decisive_ms
 from bs_coordinator.placement.predict import LOCAL, Costs, Routing, Station, Step, predict_prompt_s, predict_step
 from bs_coordinator.placement.row_curve import RowCurve
 from bs_coordinator.placement.shapes import ModelShape, Variant, possible_slices, variant
@@ -48,8 +48,8 @@ class _Option:
 
     @property
     def decisive_ms(self) -> float:
-        """Per token, as answers will be decoded: with drafts if there are any."""
-        return 1e3 * self.step.seconds if self.draft_ms is None else self.draft_ms
+        """Per token: the time by which plans are chosen."""
+        return decisive_ms(1e3 * self.step.seconds, self.draft_ms)
 
     @property
     def summary(self) -> SliceOption:
