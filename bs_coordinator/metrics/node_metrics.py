@@ -133,6 +133,9 @@ class NodeMetrics(Collector):
             return
         snapshot, absent = self._shown
         yield GaugeMetricFamily("wdmoe_experts", "Experts of the model, or their slices.", snapshot.experts)
+        yield GaugeMetricFamily(
+            "wdmoe_experts_local", "Experts, or slices, that the base station keeps.", snapshot.local
+        )
         yield GaugeMetricFamily("wdmoe_experts_missing", "Experts, or slices, that no node holds.", snapshot.missing)
         yield GaugeMetricFamily(
             "wdmoe_experts_lost", "1 if experts can't be asked: missing, or all holders are left out.", snapshot.lost

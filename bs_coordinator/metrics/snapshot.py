@@ -24,7 +24,8 @@ class Snapshot:
         telemetry: newest samples of nodes online, by name, without old ones.
         dropped: messages that were of no use, by reason.
         resent: requests that were sent again, by reason.
-        experts, missing: of the model, counted by slices if it has some, and those of them without a holder.
+        experts, local, missing: of the model, those of them that the base station keeps, and those without a holder;
+            all counted by slices if experts are cut.
         lost: whether some expert can't be asked.
     """
 
@@ -36,6 +37,7 @@ class Snapshot:
     dropped: Mapping[str, int]
     resent: Mapping[str, int]
     experts: int
+    local: int
     missing: int
     lost: bool
 
@@ -58,6 +60,7 @@ def take_snapshot(dispatcher: Dispatcher) -> Snapshot:
         dropped=dispatcher.dropped,
         resent=dispatcher.resent,
         experts=registry.dims.layers * registry.dims.units,
+        local=len(registry.local_experts),
         missing=len(registry.missing()),
         lost=bool(dispatcher.describe_lost()),
     )

@@ -31,8 +31,6 @@ OURS: Mapping[str, tuple[str, ...]] = {
 """Options of `wdmoe-bs serve`, by arm."""
 
 _OTHERS = re.compile(r"(llama|dllama)-([1-9]\d?)|llama")
-_LOCAL = re.compile(r"room for (\d+) of (\d+) experts here")
-"""As `wdmoe-bs` logs it when it keeps experts itself."""
 _CONTEXT_TOKENS = 2048
 _HEAD_PORT, _WORKER_PORT = 20000, 20100
 _LOOPBACK = "127.0.0.1"
@@ -164,12 +162,6 @@ def make_arm(name: str, number: int, place: Place, peers: Peers) -> Arm:
         return _ours(name, head_port, place)
     make = _llama if name.startswith("llama") else _dllama
     return make(name, devices, reached, head_port, port, place, peers)
-
-
-def local_experts(head_log: str) -> tuple[int, int]:
-    """How many experts the base station of an arm of ours keeps, of how many, by its log; zeros if it keeps none."""
-    said = _LOCAL.search(head_log)
-    return (int(said[1]), int(said[2])) if said else (0, 0)
 
 
 def _workers(name: str) -> int:

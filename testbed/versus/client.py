@@ -1,4 +1,7 @@
-"""One answer from any head, as a stream of an OpenAI-style chat completion; every wait has a deadline."""
+"""What heads are asked over HTTP; every wait has a deadline.
+
+Any head gives answers, as streams of OpenAI-style chat completions. A base station also says how many experts it keeps.
+"""
 
 import json
 import time
@@ -7,6 +10,7 @@ from http.client import HTTPConnection, HTTPException
 from typing import Any
 
 from msgspec import Struct
+from prometheus_client.parser import text_string_to_metric_families
 
 from common.errors import one_line
 
@@ -53,14 +57,34 @@ class Account(Struct):
 
 def is_ready(port: int, path: str) -> bool:
     """Whether a head on this host answers a GET of `path` with status 200."""
-    connection = HTTPConnection("127.0.0.1", port, timeout=_CONNECT_S)
     try:
-        connection.request("GET", path)
-        return connection.getresponse().status == 200
-    except (OSError, HTTPException):
+        _get(port, path, _CONNECT_S)
+    except (OSError, HTTPException, AnswerEndedError):
         return False
-    finally:
-        connection.close()
+    return True
+
+
+def local_experts(port: int, slices: int, *, deadline_s: float) -> tuple[int, int]:
+    """How many experts a base station on this host keeps, and how many there are, by its metrics.
+
+    Args:
+        slices: of each expert.
+        deadline_s: longest wait for the metrics.
+
+    Raises:
+        AnswerEndedError: the head does not serve these metrics.
+    """
+    try:
+        text = _get(port, "/metrics", deadline_s).decode()
+        found = {family.name: family.samples for family in text_string_to_metric_families(text)}
+        local, every = (int(found[name][0].value) // slices for name in ("wdmoe_experts_local", "wdmoe_experts"))
+    except TimeoutError:
+        raise AnswerEndedError("hung", f"no metrics after {deadline_s:g} s") from None
+    except (OSError, HTTPException) as error:
+        raise AnswerEndedError("aborted", f"no metrics: {one_line(error)}") from None
+    except (ValueError, LookupError):
+        raise AnswerEndedError("refused", "its metrics don't say how many experts it keeps") from None
+    return local, every
 
 
 def chat_request(prompt: str, tokens: int, *, ignore_eos: bool = False) -> dict[str, Any]:
@@ -118,6 +142,24 @@ def stream_answer(port: int, request: Mapping[str, Any], account: Account, *, de
         connection.close()
     if not ended:
         raise AnswerEndedError("aborted", "the stream ended before the answer did")
+
+
+def _get(port: int, path: str, timeout_s: float) -> bytes:
+    """Body of a head's answer to a GET.
+
+    Raises:
+        AnswerEndedError: its status is not 200.
+        OSError, HTTPException: there is no answer.
+    """
+    connection = HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        if response.status != 200:
+            raise AnswerEndedError("refused", f"status {response.status}: {_one_line(response.read(_PART_BYTES))}")
+        return response.read()
+    finally:
+        connection.close()
 
 
 def _read(line: bytes, account: Account) -> tuple[str, bool]:

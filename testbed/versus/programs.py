@@ -91,10 +91,6 @@ class RunningArm:
             process.wait(wait_s)
         return self._describe(head, process)
 
-    def head_log(self) -> str:
-        """All that the head has written so far."""
-        return self._log(self.arm.head).read_text(encoding="utf-8", errors="replace")
-
     def memory(self) -> list[Memory]:
         """Memory by device, the base station first."""
         found: dict[str, Memory] = {}

@@ -102,7 +102,7 @@ class Results(Struct):
         floors_ms: by profile, then arm; None where an arm has no floor.
         memory: by arm.
         rest_bytes_per_s: traffic of all arms together at rest, by profile.
-        local_experts: how many experts the base station keeps, of how many, by arm of ours; zeros if none.
+        local_experts: how many experts the base station keeps, and how many there are, by arm of ours.
     """
 
     parameters: dict[str, Any]

@@ -22,8 +22,8 @@ from testbed.network.bypass import bypass
 from testbed.network.emulated import EmulatedNetwork, emulated
 from testbed.network.uniform import Links, write_network
 from testbed.node_shares import Cores
-from testbed.versus.arms import OURS, Arm, Peers, Place, local_experts, make_arm
-from testbed.versus.client import Account, AnswerEndedError, Piece, chat_request, stream_answer
+from testbed.versus.arms import OURS, Arm, Peers, Place, make_arm
+from testbed.versus.client import Account, AnswerEndedError, Piece, chat_request, local_experts, stream_answer
 from testbed.versus.floors import Shape
 from testbed.versus.plot import draw_tpot
 from testbed.versus.programs import RunningArm
@@ -220,8 +220,6 @@ class _Channel:
             one = started[name]
             if isinstance(one, RunningArm):
                 running[name] = one
-                if name in OURS:
-                    self._results.local_experts.setdefault(name, local_experts(one.head_log()))
             else:
                 self._give_up(name, self._links[0], one)
         return running
@@ -242,6 +240,10 @@ class _Channel:
             one.start(self._settings.start_s)
             ready_s = time.monotonic() - began_s
             list(self._stream(one, 0, min(_WARM_UP_TOKENS, self._settings.tokens), Account()))
+            if name in OURS:
+                self._results.local_experts[name] = local_experts(
+                    one.arm.port, self._settings.shape.slices, deadline_s=self._settings.deadline_s
+                )
         except AnswerEndedError as error:
             why = f"{error.outcome}: {_why(error, one)}"
             one.stop()

@@ -10,7 +10,7 @@ import pytest
 from bs_coordinator.broker.processes import free_port
 from common.errors import WdmoeError
 from testbed.versus.arms import Arm, Program
-from testbed.versus.client import Account, AnswerEndedError, Piece, chat_request, stream_answer
+from testbed.versus.client import Account, AnswerEndedError, Piece, chat_request, local_experts, stream_answer
 from testbed.versus.programs import RunningArm, last_line
 from tests.waiting import PATIENCE_S
 
@@ -74,6 +74,12 @@ def test_what_a_head_says_of_its_failure_is_passed_on(start: Start, behaviour: s
     with pytest.raises(AnswerEndedError, match=why) as ended:
         _ask(start(behaviour), Account())
     assert ended.value.outcome == outcome
+
+
+def test_a_head_that_does_not_say_how_many_experts_it_keeps_is_not_taken_for_ours(start: Start) -> None:
+    with pytest.raises(AnswerEndedError, match="don't say how many experts") as ended:
+        local_experts(start("finish").arm.port, 1, deadline_s=PATIENCE_S)
+    assert ended.value.outcome == "refused"
 
 
 def test_memory_is_by_device_and_a_killed_device_has_none(start: Start) -> None:

@@ -45,7 +45,7 @@ def test_arms_take_turns_and_a_killed_device_degrades_the_answer(
     assert killed["prompt"] == near["prompt"]
     assert killed["outcome"] == "degraded"
     assert {one["device"] for one in document["memory"]["ours"]} == {"bs", "node0", "node1"}
-    assert document["local_experts"] == {"ours": [0, 0]}
+    assert document["local_experts"] == {"ours": [0, 16]}
     assert "| ours |" in (out / "versus.md").read_text()
     assert "a link for each device" in (out / "tpot.svg").read_text()
 

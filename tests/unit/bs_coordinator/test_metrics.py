@@ -36,6 +36,7 @@ from tests.needs import needs
 from tests.node_threads import node_thread
 from tests.waiting import PATIENCE_S
 from wire import status
+from wire.experts import UnitId
 from wire.frames import NodeDurations
 from wire.manifest import Dims
 from wire.status import DeviceFacts, Holding, Machine, NodeStatus
@@ -175,6 +176,7 @@ def test_an_exposition_adds_up_to_the_records_of_the_steps(scraped: tuple[str, s
         assert value(samples, "wdmoe_link_probe_up_bytes_total", node=node) > 0
         assert value(samples, "wdmoe_link_probes_refused_total", node=node) >= 0
     assert value(samples, "wdmoe_experts") == 8
+    assert value(samples, "wdmoe_experts_local") == 0
     assert value(samples, "wdmoe_experts_missing") == value(samples, "wdmoe_experts_lost") == 0
     assert value(samples, "wdmoe_prompt_tokens_total") == records.prompt_tokens == 8
     assert value(samples, "wdmoe_generated_tokens_total") == records.tokens
@@ -390,6 +392,14 @@ def test_the_fleet_is_described_by_statuses_estimates_and_telemetry() -> None:
     assert not any("supply" in name and dict(labels) for name, labels in samples)
     assert not any("home" in dict(labels).values() for _, labels in samples)
     assert ("wdmoe_node_temperature_celsius", frozenset({("node", "a")})) not in station.look(31.0), "it is too old"
+
+
+def test_experts_on_the_base_station_are_counted() -> None:
+    station = _Station()
+    station.dispatcher.registry.hold_locally(frozenset(UnitId(1, expert) for expert in range(3)))
+    samples = station.look()
+    assert value(samples, "wdmoe_experts_local") == 3
+    assert value(samples, "wdmoe_experts_missing") == 5
 
 
 def test_a_node_that_left_is_shown_as_such_and_then_forgotten() -> None:

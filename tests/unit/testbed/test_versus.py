@@ -168,7 +168,7 @@ def test_tokens_are_counted_as_the_head_counts_them_where_it_does() -> None:
 
 def test_an_arm_that_needs_no_network_is_not_taken_for_a_distributed_one() -> None:
     arms = ["ours", "ours-fast", "some", "llama-2"]
-    local = {"ours": (0, 0), "ours-fast": (240, 240), "some": (60, 240)}
+    local = {"ours": (0, 240), "ours-fast": (240, 240), "some": (60, 240)}
     results = Results({}, arms, {"p": {}}, local_experts=local, rest_bytes_per_s={"p": 1500})
     rows = tables(results).splitlines()
     titles = ["| ours", "| ours-fast (all experts local)", "| some", "| llama-2"]
