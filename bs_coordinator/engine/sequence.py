@@ -317,8 +317,8 @@ class GeneratedAnswer:
         """What the drafter proposes after the text so far; nothing after the end of the sequence."""
         eos_ids = self._sequence.tokenizer.eos_ids
         return Proposals(
-            lambda path: () if path and path[-1] in eos_ids else drafter.choices(self._ids, path),
-            lambda path: drafter.knows(self._ids, path),
+            lambda path: () if path and path[-1] in eos_ids else drafter.known(self._ids, path),
+            lambda path: drafter.find(self._ids, path),
         )
 
     def _score_prompt(self, logits: Tensor) -> Tensor:

@@ -46,12 +46,12 @@ class Proposals(NamedTuple):
     """What a drafter proposes after a text.
 
     Attributes:
-        choices: what may follow a branch, best first.
-        knows: whether that takes no time.
+        known: what may follow a branch, best first; None if finding that takes time.
+        find: the same where it is not known.
     """
 
-    choices: Callable[[Path], Choices]
-    knows: Callable[[Path], bool]
+    known: Callable[[Path], Choices | None]
+    find: Callable[[Path], Choices]
 
 
 def grow(proposals: Proposals, share: Share, rule: StoppingRule, *, branching: bool) -> Draft:
@@ -76,8 +76,10 @@ def grow(proposals: Proposals, share: Share, rule: StoppingRule, *, branching: b
                 break
             chances[branch] = chance
             heappush(open_, (-chance, next(order), branch, False))
-        elif rule.asks(branch, chance, known=proposals.knows(branch)):
-            choices[branch] = found = proposals.choices(branch)
+            continue
+        known = proposals.known(branch)
+        if rule.asks(branch, chance, known=known is not None):
+            choices[branch] = found = proposals.find(branch) if known is None else known
             for token in found if branching else found[:1]:
                 heappush(open_, (-chance * share(token), next(order), (*branch, token.id), True))
     return Draft(_by_branch(chances), choices)

@@ -83,11 +83,11 @@ class Drafter(Protocol):
         Slow preparations begin in the background.
         """
 
-    def choices(self, ids: Sequence[int], path: Path) -> Choices:
-        """What may follow `ids` and `path`; empty if there is no proposal."""
+    def known(self, ids: Sequence[int], path: Path) -> Choices | None:
+        """What may follow `ids` and `path`, empty if there is no proposal; None if finding that takes time."""
 
-    def knows(self, ids: Sequence[int], path: Path) -> bool:
-        """Whether `choices` takes no time."""
+    def find(self, ids: Sequence[int], path: Path) -> Choices:
+        """The same where it is not known. May take milliseconds."""
 
     def read_ahead(self, ids: Sequence[int], draft: Draft, share: Share, spare: SpareTime) -> Ahead | None:
         """Prepare the next proposals during a step whose result they depend on, while answers of nodes are awaited.
@@ -126,7 +126,7 @@ class NgramDrafter:
     def read_ahead(self, ids: Sequence[int], draft: Draft, share: Share, spare: SpareTime) -> None:
         """Nothing to prepare either."""
 
-    def choices(self, ids: Sequence[int], path: Path) -> Choices:
+    def known(self, ids: Sequence[int], path: Path) -> Choices:
         """What followed the longest n-gram at the end of the text that occurred before; empty if none did."""
         self._learn(ids)
         end = (*ids[-self._lengths[0] :], *path)
@@ -136,9 +136,9 @@ class NgramDrafter:
                 return (DraftToken(ids[position], f"{length}-gram", length / (length + 1)),)
         return ()
 
-    def knows(self, ids: Sequence[int], path: Path) -> bool:
-        """Always."""
-        return True
+    def find(self, ids: Sequence[int], path: Path) -> Choices:
+        """The same: everything is known."""
+        return self.known(ids, path)
 
     def _learn(self, ids: Sequence[int]) -> None:
         if list(ids[: len(self._known)]) != self._known:
@@ -180,14 +180,11 @@ class FirstOf:
         """Let the other drafter prepare: it is the one that takes time."""
         return self._other.read_ahead(ids, draft, share, spare)
 
-    def choices(self, ids: Sequence[int], path: Path) -> Choices:
-        """The lookup's token if it is likely, otherwise the other drafter's."""
-        return self._likely(ids, path) or self._other.choices(ids, path)
+    def known(self, ids: Sequence[int], path: Path) -> Choices | None:
+        """The lookup's token if it is likely, otherwise the other drafter's if it knows some."""
+        found = self._lookup.known(ids, path)
+        return found if found and self._share(found[0]) >= _LIKELY else self._other.known(ids, path)
 
-    def knows(self, ids: Sequence[int], path: Path) -> bool:
-        """Whether the lookup has a likely token, or the other drafter knows its own."""
-        return bool(self._likely(ids, path)) or self._other.knows(ids, path)
-
-    def _likely(self, ids: Sequence[int], path: Path) -> Choices:
-        found = self._lookup.choices(ids, path)
-        return found if found and self._share(found[0]) >= _LIKELY else ()
+    def find(self, ids: Sequence[int], path: Path) -> Choices:
+        """The other drafter's: the lookup's would be known."""
+        return self._other.find(ids, path)

@@ -71,16 +71,16 @@ class DraftLength:
             return Draft()
         began_s = self._clock()
 
-        def ask(branch: Path) -> Choices:
-            known, asked_s = proposals.knows(branch), self._clock()
-            choices = proposals.choices(branch)
+        def find(branch: Path) -> Choices:
+            asked_s = self._clock()
+            choices = proposals.find(branch)
             # A sequence's first draft token may include reading a whole prompt: the next one will not take as long.
-            if not known and (branch or self._taken_s > 0.0):
+            if branch or self._taken_s > 0.0:
                 self._making_s.add(self._clock() - asked_s)
             return choices
 
         rule = StoppingRule(price, self._cost.row_s, self._making_s.value, self._most(sequences), longest)
-        draft = grow(proposals._replace(choices=ask), self._acceptance.share, rule, branching=branching)
+        draft = grow(proposals._replace(find=find), self._acceptance.share, rule, branching=branching)
         return draft._replace(seconds=self._clock() - began_s)
 
     def observe(self, draft: Draft, chosen: Sequence[int], step_s: float, *, rows: int, sequences: int = 1) -> None:

@@ -70,20 +70,17 @@ class ModelDrafter:
             self._wait()
             self._reading = self._background.submit(self._next, list(ids))
 
-    def choices(self, ids: Sequence[int], path: Path) -> Choices:
-        """What the model finds likely after `ids` and `path`."""
+    def known(self, ids: Sequence[int], path: Path) -> Choices | None:
+        """What the model found likely after `ids` and `path`; None if it has not read them."""
+        self._continuations.rebase(ids)
+        return self._continuations.get(path)
+
+    def find(self, ids: Sequence[int], path: Path) -> Choices:
+        """Read `ids` and `path`, unless they were just read in the background."""
         base = list(ids)
         self._continuations.rebase(base)
-        if (choices := self._continuations.get(path)) is None:
-            self._wait()
-            # The background may just have read it.
-            choices = self._continuations.get(path) or self._read_text(base, path)
-        return choices
-
-    def knows(self, ids: Sequence[int], path: Path) -> bool:
-        """Whether that was read."""
-        self._continuations.rebase(ids)
-        return self._continuations.get(path) is not None
+        self._wait()
+        return self._continuations.get(path) or self._read_text(base, path)
 
     def read_ahead(self, ids: Sequence[int], draft: Draft, share: Share, spare: SpareTime) -> ReadAhead | None:
         """Read what may follow the step in the background during its waits; None if there is no background."""

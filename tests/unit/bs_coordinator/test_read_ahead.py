@@ -27,7 +27,7 @@ from bs_coordinator.selection import TopK
 from bs_coordinator.trunk.load import load_trunk
 from testbed.evaluation.local_experts import LocalExperts
 from tests.checkpoints import VOCABULARY
-from tests.drafts import greedy
+from tests.drafts import choices_of, greedy
 from wire.tensors import WireDtype
 
 
@@ -51,7 +51,7 @@ def _tree(rng: random.Random, most: int) -> tuple[Draft, Callable[[Path], Choice
 
     # Some branches of the draft are known to the drafter, and what follows others was not asked.
     rule = StoppingRule(price=1.0, row_s=0.05, making_s=0.3, most=most, longest=6)
-    known = Proposals(choices, lambda path: hash((seed, path)) % 2 == 0)
+    known = Proposals(lambda path: choices(path) if hash((seed, path)) % 2 == 0 else None, choices)
     return grow(known, _share, rule, branching=True), choices
 
 
@@ -215,7 +215,7 @@ def test_proposals_are_the_same_and_need_no_more_reading(ends: list[tuple[int, i
         for accepted, rank in ends:
             draft = greedy(drafter, text, 4)
             assert draft == greedy(ModelDrafter(_Reader()), text, 4)
-            tried = _chain(*(drafter.choices(text, tuple(t.id for t in draft[:i])) for i in range(4)))
+            tried = _chain(*(choices_of(drafter, text, tuple(t.id for t in draft[:i])) for i in range(4)))
             assert tried.ids == [token.id for token in draft]
             ahead = drafter.read_ahead(text, tried, _share, spare)
             assert ahead is not None
@@ -242,7 +242,7 @@ def test_reading_that_does_not_pay_is_tried_now_and_then() -> None:
         for number in range(80):
             text, reads = [number, number + 1], 0
             if spare.uses_next():
-                draft = _chain(drafter.choices(text, ()))
+                draft = _chain(choices_of(drafter, text, ()))
                 ahead = drafter.read_ahead(text, draft, _share, spare)
                 assert ahead is not None
                 spare.observe_wait(1e9)

@@ -20,7 +20,7 @@ from bs_coordinator.engine.speculation import Draft, DraftLength, NgramDrafter, 
 from bs_coordinator.engine.speculation.acceptance import Acceptance
 from bs_coordinator.engine.speculation.cost import StepCost
 from bs_coordinator.engine.speculation.draft_tree import StoppingRule, grow
-from bs_coordinator.engine.speculation.drafts import Choices, DraftToken, Path, Share
+from bs_coordinator.engine.speculation.drafts import Choices, DraftToken, FirstOf, Path, Share
 from bs_coordinator.engine.speculation.spare_time import SpareTime
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import TopK
@@ -45,10 +45,10 @@ class _Hindsight:
     def read_ahead(self, ids: Sequence[int], draft: Draft, share: Share, spare: SpareTime) -> None:
         pass
 
-    def knows(self, ids: Sequence[int], path: Path) -> bool:
-        return True
+    def find(self, ids: Sequence[int], path: Path) -> Choices:
+        return self.known(ids, path) or ()
 
-    def choices(self, ids: Sequence[int], path: Path) -> Choices:
+    def known(self, ids: Sequence[int], path: Path) -> Choices | None:
         position = len(ids) + len(path)
         if position >= len(self._text):
             return ()
@@ -70,6 +70,11 @@ class _Model:
 
     def drafter(self) -> _Hindsight:
         return _Hindsight(self.text, self._wrong)
+
+
+def _unknown(path: Path) -> Choices | None:
+    """Of a drafter that knows nothing beforehand."""
+    return None
 
 
 class _Eager(DraftLength):
@@ -221,7 +226,7 @@ def test_any_tree_of_guesses_gives_the_same_tokens(
         def __init__(self, text: Sequence[int]) -> None:
             self._text = text
 
-        def choices(self, ids: Sequence[int], path: Path) -> Choices:
+        def known(self, ids: Sequence[int], path: Path) -> Choices:
             position = len(ids) + len(path)
             found = luck.sample(range(VOCABULARY), luck.randrange(5))
             if position < len(self._text) and luck.random() < 0.7:
@@ -250,7 +255,7 @@ def test_a_draft_has_the_likeliest_tokens_that_are_worth_their_rows(
         return tuple(DraftToken(i, "any", rng.random() / 2) for i in range(rng.randrange(4)))
 
     rule = StoppingRule(price=1.0, row_s=row, making_s=0.0, most=most, longest=longest)
-    draft = grow(Proposals(choices, lambda path: True), lambda token: token.prior, rule, branching=True)
+    draft = grow(Proposals(choices, choices), lambda token: token.prior, rule, branching=True)
     every: dict[Path, float] = {}
     last: dict[Path, float] = {(): 1.0}
     for _ in range(longest):
@@ -272,12 +277,12 @@ def test_a_drafter_is_not_asked_where_that_costs_more_than_it_can_bring() -> Non
         return (DraftToken(1, "any", 0.6), DraftToken(2, "any", 0.3))
 
     rule = StoppingRule(price=1.0, row_s=0.2, making_s=0.3, most=15, longest=15)
-    slow = grow(Proposals(choices, lambda path: False), lambda token: token.prior, rule, branching=True)
+    slow = grow(Proposals(_unknown, choices), lambda token: token.prior, rule, branching=True)
     assert asked == [(), (1,)]
     assert list(slow.chances) == [(1,), (1, 1), (2,)]
-    quick = grow(Proposals(choices, lambda path: True), lambda token: token.prior, rule, branching=True)
+    quick = grow(Proposals(choices, choices), lambda token: token.prior, rule, branching=True)
     assert list(quick.chances) == [(1,), (1, 1), (1, 1, 1), (2,)]
-    alone = grow(Proposals(choices, lambda path: True), lambda token: token.prior, rule, branching=False)
+    alone = grow(Proposals(choices, choices), lambda token: token.prior, rule, branching=False)
     assert list(alone.chances) == [(1,), (1, 1), (1, 1, 1)]
     assert alone.parents is None
 
@@ -361,7 +366,7 @@ def _answer_in_virtual_time(
 
     made = 0
     while made < tokens:
-        draft = length.draft(Proposals(choices, lambda path: False), tokens - made - 1)
+        draft = length.draft(Proposals(_unknown, choices), tokens - made - 1)
         drafted = draft.ids
         draws += bool(drafted)
         took_s = step_s + row_s * len(drafted)
@@ -389,7 +394,7 @@ def test_drafts_get_shorter_where_more_sequences_share_a_step() -> None:
     cost, shares = StepCost(), Acceptance()
     for i in range(40):
         cost.observe(1 + i % 8, 0.2 + 0.01 * (i % 8))
-    certain = Proposals(lambda path: (DraftToken(1, "any", 0.7),), lambda path: False)
+    certain = Proposals(_unknown, lambda path: (DraftToken(1, "any", 0.7),))
     lengths = [
         len(DraftLength(cost, shares, clock=lambda: 0.0).draft(certain, 15, sequences=n).ids) for n in (1, 4, 16)
     ]
@@ -401,7 +406,36 @@ def test_a_look_up_finds_what_followed_the_longest_match_last() -> None:
     text = [1, 2, 3, 4, 9, 9, 2, 3, 5, 6, 7, 1, 2, 3]
     assert [g.id for g in greedy(drafter, text, 3)] == [4, 9, 9]
     assert [g.id for g in greedy(drafter, [*text[:-3], 2, 3], 2)] == [5, 6]
-    assert drafter.choices([1, 2, 3], ()) == ()
+    assert drafter.known([1, 2, 3], ()) == ()
+
+
+def test_a_look_up_is_asked_once_per_branch_and_the_draft_model_only_where_it_finds_nothing() -> None:
+    asked: list[Path] = []
+
+    class Lookup(NgramDrafter):
+        def known(self, ids: Sequence[int], path: Path) -> Choices:
+            asked.append(path)
+            return super().known(ids, path)
+
+    class Model(_Hindsight):
+        def known(self, ids: Sequence[int], path: Path) -> None:
+            return None
+
+        def find(self, ids: Sequence[int], path: Path) -> Choices:
+            return (DraftToken(100 + len(path), "model", 0.9),)
+
+    text = [1, 2, 3, 4, 5, 9, 1, 2, 3]
+    drafter = FirstOf(Lookup(), Model(text, 1), share=lambda token: 1.0)
+    proposals = Proposals(lambda path: drafter.known(text, path), lambda path: drafter.find(text, path))
+    rule = StoppingRule(price=0.0, row_s=0.0, making_s=0.0, most=4, longest=4)
+    draft = grow(proposals, lambda token: token.prior, rule, branching=False)
+    # What followed 1 2 3 before.
+    assert draft.ids == [4, 5, 9, 1]
+    assert asked == [(), (4,), (4, 5), (4, 5, 9)]
+    asked.clear()
+    text[:] = [1, 2, 3, 4, 5]
+    assert grow(proposals, lambda token: token.prior, rule, branching=False).ids == [100, 101, 102, 103]
+    assert asked == [(), (100,), (100, 101), (100, 101, 102)]
 
 
 def test_sampled_tokens_are_distributed_as_without_drafts() -> None:
