@@ -19,11 +19,8 @@ from wire.pong_stamps import STAMP_BYTES, read_stamps
 from wire.transport import Message
 
 _PING_EVERY_S = 0.1
-"""Between two pings of a node while links are measured on purpose."""
-_PING_TIMEOUT_S = 10.0
-_PROOF_BYTES = 64
-_CHECK_EVERY_S = 0.2
 """At least this long between two pings of all nodes."""
+_PING_TIMEOUT_S = 10.0
 _MOST_CLOCK_SAMPLES = 1 << 16
 
 
@@ -32,7 +29,6 @@ class _Ping:
     """One ping or packet train under way.
 
     Attributes:
-        proves: its answer proves that the node can be used again.
         for_clock: only the node's clock is of interest.
         first_sent_ns, sent_ns: when its first and its last message were sent.
         down_bytes: length of the frame.
@@ -41,7 +37,6 @@ class _Ping:
 
     probe: Probe
     expires_s: float
-    proves: bool
     for_clock: bool
     first_sent_ns: int = 0
     sent_ns: int = 0
@@ -75,39 +70,31 @@ class Prober:
         self._clock = clock
         self._pings: dict[RequestId, _Ping] = {}
         self._clocks: deque[ClockSample] = deque(maxlen=_MOST_CLOCK_SAMPLES)
-        self._next_check_s = self._next_ping_s = 0.0
+        self._next_ping_s = 0.0
 
     def probe(self, nodes: Collection[str], now_s: float) -> None:
         """Send the pings that are due to `nodes`. Cheap when none is."""
         self.prove(nodes, now_s)
         probe = self._links.next_probe([node for node in nodes if self._health.usable(node)], now_s)
         if probe is not None:
-            self._ping(probe, now_s)
+            self._start(probe, now_s)
 
     def ping(self, nodes: Iterable[str], now_s: float) -> None:
-        """Ping all `nodes` that are usable, whatever the budget says. Cheap if just done."""
-        if now_s < self._next_ping_s:
-            return
-        self._next_ping_s = now_s + _PING_EVERY_S
-        for node in nodes:
-            if self._health.usable(node):
-                probe = Probe(node, 0, 0)
-                self._links.spend(probe, now_s, anyway=True)
-                self._ping(probe, now_s)
+        """Ping all `nodes` that are usable, whatever the budget says. Cheap if just done.
+
+        The answers show the links as they are now, and whether the network works at all.
+        """
+        if now_s >= self._next_ping_s:
+            self._next_ping_s = now_s + _PING_EVERY_S
+            for node in nodes:
+                if self._health.usable(node):
+                    self._ping(node, now_s)
 
     def prove(self, nodes: Collection[str], now_s: float) -> None:
         """Ping those of `nodes` that are left out and whose pause is over. Cheap when there are none."""
         for node in self._health.to_prove(now_s):
             if node in nodes:
-                self._prove(node, now_s)
-
-    def check_network(self, nodes: Collection[str], now_s: float) -> None:
-        """Ping all `nodes` that are usable, to learn whether the network works at all. Cheap if just done."""
-        if now_s >= self._next_check_s:
-            self._next_check_s = now_s + _CHECK_EVERY_S
-            for node in nodes:
-                if self._health.usable(node):
-                    self._prove(node, now_s)
+                self._ping(node, now_s)
 
     def ask_clocks(self, nodes: Iterable[str], now_s: float) -> None:
         """Ask nodes for the time, as far as the budget of probes allows it.
@@ -117,7 +104,7 @@ class Prober:
         for node in nodes:
             probe = Probe(node, 0, STAMP_BYTES)
             if self._links.spend(probe, now_s):
-                self._ping(probe, now_s, for_clock=True)
+                self._start(probe, now_s, for_clock=True)
 
     def take_clocks(self) -> list[ClockSample]:
         """What nodes' clocks showed since the last call: one sample per single ping with room for time stamps."""
@@ -135,8 +122,7 @@ class Prober:
             return False
         del self._pings[frame.id]
         self._links.count_probe(node, up_bytes=len(message.payload))
-        if ping.proves:
-            self._health.proven(node, ping.sent_ns / 1e9)
+        self._health.proven(node, ping.sent_ns / 1e9)
         if ping.probe.count == 1 and (stamps := read_stamps(frame.payload)) is not None:
             # The wall clock may be set meanwhile, so the round trip is measured by the monotonic one.
             arrived_unix_ns = ping.sent_unix_ns + message.arrived_ns - ping.sent_ns
@@ -152,16 +138,16 @@ class Prober:
                 self._links.answered(node)
         return True
 
-    def _prove(self, node: str, now_s: float) -> None:
+    def _ping(self, node: str, now_s: float) -> None:
         # Whether a node may be used must not wait for the budget. These pings are few, and others make room for them.
-        probe = Probe(node, _PROOF_BYTES, _PROOF_BYTES)
+        probe = Probe(node, 0, 0)
         self._links.spend(probe, now_s, anyway=True)
-        self._ping(probe, now_s, proves=True)
+        self._start(probe, now_s)
 
-    def _ping(self, probe: Probe, now_s: float, *, proves: bool = False, for_clock: bool = False) -> None:
+    def _start(self, probe: Probe, now_s: float, *, for_clock: bool = False) -> None:
         for id in [id for id, ping in self._pings.items() if ping.expires_s < now_s]:
             del self._pings[id]
-        ping = _Ping(probe, now_s + _PING_TIMEOUT_S, proves, for_clock)
+        ping = _Ping(probe, now_s + _PING_TIMEOUT_S, for_clock)
         for _ in range(probe.count):
             id = self._new_id()
             frame = PingFrame(id, bytes(probe.down_bytes), probe.up_bytes)

@@ -352,7 +352,7 @@ class RequestLoop:
             case Doubt(node, why):
                 self._health.doubt(node, self._now_s(), why)
             case CheckNetwork():
-                self._prober.check_network(self._registry.nodes, self._now_s())
+                self._prober.ping(self._registry.nodes, self._now_s())
             case CountDropped(reason):
                 self._router.dropped[reason] += 1
             case StopLocal(why):
