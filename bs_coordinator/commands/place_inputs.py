@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 DEFAULT_LINK = (100.0, 2.0)
 """Mbit/s and ms of links that were neither measured nor stated."""
-_LINK = frozenset({"rtt", "down", "up"})
+_LINK = frozenset({"rtt_s", "down_mbps", "up_mbps"})
 """All of a link, of a board that no measurement or statement is known of."""
 _MOST_TOKENS = 1 << 20
 """Tokens of a request in a latency.csv."""
@@ -42,6 +42,7 @@ class _Nodes(Struct, frozen=True):
 
 class _Link(Struct, frozen=True):
     rtt_s: float
+    rtt_std_s: float
     down_mbps: float
     down_std_mbps: float
     up_mbps: float
@@ -150,7 +151,7 @@ def with_links(boards: "Iterable[Board]", stated: Sequence[StatedLink]) -> "list
 def with_measured_links(boards: "Iterable[Board]", path: Path, held: "Variant | None") -> "list[Board]":
     """The boards with links, and speeds where requests were timed, from the output of `wdmoe-bs links --json`.
 
-    A rate of which only a lower bound is known stays as it is, stated or assumed.
+    A round trip or a rate that is not known well enough stays as it is, stated or assumed.
 
     Args:
         held: the variant that nodes hold now; None if it is not known, then speeds are not taken over.
@@ -171,14 +172,16 @@ def with_measured_links(boards: "Iterable[Board]", path: Path, held: "Variant | 
 
 
 def _with_measured_link(board: "Board", measured: _Link) -> "Board":
-    from bs_coordinator.links.estimator import rate_known
+    from bs_coordinator.links.estimator import rate_known, rtt_known
 
-    link, known = board.link._replace(rtt_s=measured.rtt_s), {"rtt"}
+    known = {}
+    if rtt_known(measured.rtt_s, measured.rtt_std_s):
+        known["rtt_s"] = measured.rtt_s
     if rate_known(measured.down_mbps, measured.down_std_mbps):
-        link, known = link._replace(down_mbps=measured.down_mbps), known | {"down"}
+        known["down_mbps"] = measured.down_mbps
     if rate_known(measured.up_mbps, measured.up_std_mbps):
-        link, known = link._replace(up_mbps=measured.up_mbps), known | {"up"}
-    return replace(board, link=link, link_assumed=board.link_assumed - known)
+        known["up_mbps"] = measured.up_mbps
+    return replace(board, link=board.link._replace(**known), link_assumed=board.link_assumed.difference(known))
 
 
 def with_tuning(boards: "Iterable[Board]", tuned: Mapping[str, Path], shape: "ModelShape") -> "list[Board]":

@@ -54,18 +54,21 @@ def print_plan(plan: "FleetPlan", assumed: Sequence[str]) -> None:
 def assumed_links(boards: "Sequence[Board]") -> list[str]:
     """What of the links was neither measured nor stated: a line for all boards of which the same is assumed."""
     mbps, rtt_ms = DEFAULT_LINK
-    words = {"down": f"{mbps:.0f} Mbit/s to the board", "up": f"{mbps:.0f} Mbit/s from the board"}
+    words = {
+        "rtt_s": f"a round trip of {rtt_ms:.0f} ms", "down_mbps": f"{mbps:.0f} Mbit/s to the board",
+        "up_mbps": f"{mbps:.0f} Mbit/s from the board",
+    }  # fmt: skip
     names: dict[frozenset[str], list[str]] = {}
     for board in boards:
         names.setdefault(board.link_assumed, []).append(board.name)
     lines = []
     for what, some in names.items():
         which = "links" if len(some) == len(boards) else f"links of {', '.join(some)}"
-        if "rtt" in what:
-            lines.append(f"{which}: {mbps:.0f} Mbit/s and {rtt_ms:.0f} ms; see --link and --links")
+        if what == words.keys():
+            lines.append(f"{which}: {mbps:.0f} Mbit/s and {rtt_ms:.0f} ms, not measured; see --link and --links")
         elif what:
-            rates = " and ".join(words[way] for way in ("down", "up") if way in what)
-            lines.append(f"{which}: {rates}, because only a lower bound was measured; --link states a rate")
+            assumed = " and ".join(word for field, word in words.items() if field in what)
+            lines.append(f"{which}: {assumed}, because the measurement is too uncertain; --link states a link")
     return lines
 
 

@@ -33,6 +33,10 @@ _TRANSFER_ERROR = 0.06
 """Relative error of the linear model for large messages: slow start, pacing, acknowledgements on shared air."""
 KNOWN_SAMPLES = 3
 """With fewer samples, a link counts as unknown."""
+_KNOWN_ERROR = 0.5
+"""Standard deviation of a round trip or a rate, as a share of it, from which it counts as not measured."""
+_NEGLIGIBLE_S = 1e-4
+"""A round trip that is known up to this is known well enough, however short it is: handling a message takes longer."""
 _SILENCE_S = 15.0
 _UNSURE_RATE = 0.12
 _RTT_TURN_S, _PASSED_TURN_S = 10.0, 300.0
@@ -115,9 +119,14 @@ class LinkEstimate:
     noise_s: float
 
 
+def rtt_known(rtt_s: float, std_s: float) -> bool:
+    """Whether a round trip is known well enough to decide by."""
+    return std_s < max(_KNOWN_ERROR * rtt_s, _NEGLIGIBLE_S)
+
+
 def rate_known(mbps: float, std_mbps: float) -> bool:
     """Whether a rate is more than a lower bound: messages take measurable time beyond the round trip."""
-    return std_mbps < 0.5 * mbps
+    return std_mbps < _KNOWN_ERROR * mbps
 
 
 class LinkEstimator:

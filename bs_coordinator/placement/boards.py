@@ -87,7 +87,7 @@ class Board:
         facts: assumptions for what was not measured.
         ram_bytes: RAM for experts.
         link: to the base station.
-        link_assumed: what of the link was neither measured nor stated, of `rtt`, `down` and `up`.
+        link_assumed: fields of the link that were neither measured nor stated.
         disk_bytes: disk space for experts; None if there is enough.
         node_s: time of a request in the node beyond its experts.
         byte_s: measured seconds per byte of a unit's files, by the rows that go through it, for each quantisation as

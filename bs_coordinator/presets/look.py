@@ -8,7 +8,7 @@ from collections.abc import Callable
 from bs_coordinator.config import BaseStationConfig
 from bs_coordinator.dispatch.dispatcher import Dispatcher
 from bs_coordinator.dispatch.readiness import wait_for_experts
-from bs_coordinator.links.estimator import KNOWN_SAMPLES
+from bs_coordinator.links.estimator import KNOWN_SAMPLES, rate_known, rtt_known
 from bs_coordinator.presets.facts import Facts, Link
 from bs_coordinator.resident.room import needed_room
 from common.memory import available_bytes
@@ -22,8 +22,6 @@ _PROBED_S = 1.0
 _LONGEST_S = 5.0
 """And at most, if some link is not known by then."""
 _MORE_S = 0.25
-_MOST_RATE_ERROR = 0.5
-"""Standard deviation of a rate, as a share of it, beyond which the rate is not known."""
 
 
 def look(
@@ -66,7 +64,7 @@ def look(
 
 
 def _measured_links(dispatcher: Dispatcher) -> tuple[Link, ...]:
-    """The links of all nodes that have answered often enough; a rate that is not known yet counts as unlimited."""
+    """The links whose round trips are known by then; a rate that is not known yet counts as unlimited."""
     until_s = dispatcher.clock.monotonic_s() + _LONGEST_S
     dispatcher.measure_links(_PROBED_S)
     while len(known := _known_links(dispatcher)) < len(dispatcher.registry.nodes):
@@ -81,12 +79,12 @@ def _known_links(dispatcher: Dispatcher) -> tuple[Link, ...]:
     return tuple(
         Link(1e3 * link.rtt_s, _rate(link.down_mbps, link.down_std_mbps), _rate(link.up_mbps, link.up_std_mbps))
         for link in estimates
-        if link.samples >= KNOWN_SAMPLES
+        if link.samples >= KNOWN_SAMPLES and rtt_known(link.rtt_s, link.rtt_std_s)
     )
 
 
 def _rate(mbps: float, std_mbps: float) -> float:
-    return mbps if std_mbps <= _MOST_RATE_ERROR * mbps else math.inf
+    return mbps if rate_known(mbps, std_mbps) else math.inf
 
 
 def _several(units: tuple[UnitId, ...]) -> bool:

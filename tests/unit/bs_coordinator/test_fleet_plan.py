@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bs_coordinator.errors import FleetTooSmallError
-from bs_coordinator.placement.boards import KINDS, Board, BoardKind, BoardLink
+from bs_coordinator.placement.boards import BROKER_S, KINDS, Board, BoardKind, BoardLink
 from bs_coordinator.placement.fleet_plan import FleetPlan, Wanted
 from bs_coordinator.placement.known_fleet import predict_known
 from bs_coordinator.placement.plan import plan_fleet
@@ -339,7 +339,10 @@ def test_the_command_with_measurements(tmp_path: Path, random_bundle: Path) -> N
         }
         for name in names
     ]  # fmt: skip
-    link = {"rtt_s": 0.004, "down_mbps": 50.0, "down_std_mbps": 5.0, "up_mbps": 40.0, "up_std_mbps": 4.0}
+    link = {
+        "rtt_s": 0.004, "rtt_std_s": 0.001, "down_mbps": 50.0, "down_std_mbps": 5.0, "up_mbps": 40.0,
+        "up_std_mbps": 4.0,
+    }  # fmt: skip
     links: list[dict[str, Any]] = [
         {"node": name, "link": link, "fixed_s": 0.001, "expert_s": 0.002, "row_s": 0.001, "requests": 9}
         for name in names
@@ -372,13 +375,22 @@ def test_the_command_with_measurements(tmp_path: Path, random_bundle: Path) -> N
     assert lines == []
     links[1]["link"] = {**link, "up_mbps": 34_308.0, "up_std_mbps": 8e7}  # shown as "> 7"
     ms, (line,) = planned()
-    assert line.startswith("links of b: 100 Mbit/s from the board, because only a lower bound was measured")
+    assert line.startswith("links of b: 100 Mbit/s from the board, because the measurement is too uncertain")
     assert ms == as_assumed_ms
     slow_ms, lines = planned("--link", "b=0.1,2")
     assert slow_ms > ms  # stated, so not assumed
     assert lines == []
+    links[1]["link"] = {**link, "rtt_s": 0.002 + BROKER_S}
+    as_assumed_ms, lines = planned()
+    assert lines == []
+    links[1]["link"] = {**link, "rtt_s": 0.9, "rtt_std_s": 0.5}
+    ms, (line,) = planned()
+    assert line.startswith("links of b: a round trip of 2 ms, because the measurement is too uncertain")
+    assert ms == as_assumed_ms
+    links[1]["link"] = {**link, "rtt_s": 1e-4, "rtt_std_s": 9e-5}
+    assert planned()[1] == [], "too short to matter"
     del links[1]
-    assert planned()[1] == ["links of b: 100 Mbit/s and 2 ms; see --link and --links"]
+    assert planned()[1] == ["links of b: 100 Mbit/s and 2 ms, not measured; see --link and --links"]
     assert planned("--link", "100,2")[1] == []
     (tmp_path / "links.json").write_text("[1]")
     wrong = run(*command, "--links", tmp_path / "links.json")
