@@ -7,7 +7,7 @@ from bs_coordinator.commands.chat import chat
 from bs_coordinator.commands.generate import generate
 from bs_coordinator.commands.links import links
 from bs_coordinator.commands.nodes import nodes
-from bs_coordinator.commands.place import place
+from bs_coordinator.commands.place.command import place
 from bs_coordinator.commands.replay import replay
 from bs_coordinator.commands.serve import serve
 from bs_coordinator.commands.shape import shape

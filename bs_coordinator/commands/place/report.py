@@ -5,11 +5,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bs_coordinator.commands.place_inputs import DEFAULT_LINK
 from bs_coordinator.commands.tables import compact_table, print_table
 
 if TYPE_CHECKING:
-    from bs_coordinator.placement.boards import Board
     from bs_coordinator.placement.fleet_plan import FleetPlan, OneMore, SliceOption
 
 _WORTH_MS = 0.05
@@ -49,27 +47,6 @@ def print_plan(plan: "FleetPlan", assumed: Sequence[str]) -> None:
             click.echo(f"wdmoe-node --id {board.name} --experts '{board.experts}' …")
     for line in assumed:
         click.echo(f"assumed: {line}", err=True)
-
-
-def assumed_links(boards: "Sequence[Board]") -> list[str]:
-    """What of the links was neither measured nor stated: a line for all boards of which the same is assumed."""
-    mbps, rtt_ms = DEFAULT_LINK
-    words = {
-        "rtt_s": f"a round trip of {rtt_ms:.0f} ms", "down_mbps": f"{mbps:.0f} Mbit/s to the board",
-        "up_mbps": f"{mbps:.0f} Mbit/s from the board",
-    }  # fmt: skip
-    names: dict[frozenset[str], list[str]] = {}
-    for board in boards:
-        names.setdefault(board.link_assumed, []).append(board.name)
-    lines = []
-    for what, some in names.items():
-        which = "links" if len(some) == len(boards) else f"links of {', '.join(some)}"
-        if what == words.keys():
-            lines.append(f"{which}: {mbps:.0f} Mbit/s and {rtt_ms:.0f} ms, not measured; see --link and --links")
-        elif what:
-            assumed = " and ".join(word for field, word in words.items() if field in what)
-            lines.append(f"{which}: {assumed}, because the measurement is too uncertain; --link states a link")
-    return lines
 
 
 def why(plan: "FleetPlan") -> str:
