@@ -1,41 +1,28 @@
-"""The node on the network: announces itself, answers frames, leaves cleanly.
-
-Two processes with the same id would answer each other's requests and hide each other's death. A node therefore looks
-for its own id before it announces itself, and keeps looking: of two processes, the one that was announced first stays.
-"""
+"""The node on the network: announces itself, answers frames, leaves cleanly."""
 
 import logging
 import random
 import threading
-import time
 from collections.abc import Callable
-from contextlib import suppress
-
-import msgspec
 
 from common.clock import SYSTEM_CLOCK, Clock
 from common.systemd import notify
 from edge_node.errors import DuplicateNodeError
 from edge_node.home_assistant import Announcement
 from edge_node.limits import DeviceLimits
-from edge_node.node_status import StatusSource
+from edge_node.node_id import NodeId
+from edge_node.node_status import HEARTBEAT_S, StatusSource
 from edge_node.telemetry.process import EVERY_S as TELEMETRY_S
 from edge_node.telemetry.process import TelemetryProcess
 from edge_node.worker import Worker
 from wire import status, transports
 from wire.broker_address import BrokerAddress
-from wire.errors import BrokerAuthError, BrokerError, FrameError
-from wire.status import NodeStatus
+from wire.errors import BrokerAuthError, BrokerError
 from wire.topics import Topics
-from wire.transport import WILL_DELAY_S, Connect, LastWill, Message, Transport
+from wire.transport import Connect, LastWill, Message, Transport
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_S = 3.0
-"""How often the retained status is renewed: it shows operators the free memory, and a second process with the same id
-that this one is alive."""
-_CLAIM_S = 0.5
-"""How long to wait for another process's status when two nodes start at once."""
 _CONFIRMED_HEARTBEATS = 2
 """Statuses that a broker acknowledges but does not pass on to us, before we take that for a refusal."""
 _RECONNECT_FIRST_S = 0.5
@@ -80,6 +67,7 @@ class NodeAgent:
         self._clock = clock
         self._unfit = ""
         self._boot_id = worker.boot_id
+        self._id = NodeId(about, topics.status(node), worker.boot_id, worker.counts, clock=clock)
         self._status_came_back = False
         device = about.device
         self._home_assistant = (
@@ -119,7 +107,8 @@ class NodeAgent:
                 return
             except DuplicateNodeError:
                 # The retained status belongs to the other process: leave it as it is.
-                self._publish_refusal(transport)
+                self._id.report_refusal(transport)
+                transport.close()
                 raise
             except BrokerError as error:
                 _raise_if_final(error)
@@ -136,7 +125,7 @@ class NodeAgent:
         transport = self._open(self._address, client_id, will=will)
         try:
             transport.subscribe(self._topics.status(self._node), qos=1)
-            self._refuse_if_taken(transport)
+            self._id.claim(transport)
             transport.subscribe(self._topics.work(self._node))
             self._about.since_unix_ms = self._clock.unix_ns() // 1_000_000
             self._announce(transport, confirm=True)
@@ -145,37 +134,10 @@ class NodeAgent:
             transport.close()
             raise
         except DuplicateNodeError:
-            self._publish_refusal(transport)
+            self._id.report_refusal(transport)
+            transport.close()
             raise
         return transport
-
-    def _publish_refusal(self, transport: Transport) -> None:
-        """Tell the process that has our id. It logs this where operators look, unlike the log of this process."""
-        with suppress(BrokerError):
-            document = msgspec.structs.replace(self._about.offline("its id is in use"), refused=True)
-            topic = self._topics.status(self._node)
-            transport.publish_confirmed(topic, status.encode_status(document), retain=False, timeout_s=2.0)
-        transport.close()
-
-    def _refuse_if_taken(self, transport: Transport) -> None:
-        """Raise DuplicateNodeError if another process with our id is alive: its status is online, and is renewed."""
-        clock = self._clock
-        deadline = clock.monotonic_s() + _CLAIM_S
-        other: NodeStatus | None = None
-        while (remaining := deadline - clock.monotonic_s()) > 0:
-            message = transport.receive(remaining)
-            seen = self._other_status(message) if message else None
-            if seen is None or seen.refused:
-                continue
-            if not seen.online:
-                other, deadline = None, clock.monotonic_s() + _CLAIM_S
-            elif message and not message.retained:
-                raise self._taken(seen)
-            elif other is None:
-                # Alive, or dead for so short a time that its last will is still to come: the next heartbeat or the
-                # will decides.
-                other, deadline = seen, clock.monotonic_s() + WILL_DELAY_S + HEARTBEAT_S
-                log.info("id '%s' was last used on %s; making sure that it is gone", self._node, _where(seen))
 
     def _serve(self, transport: Transport, stop: threading.Event) -> None:
         clock = self._clock
@@ -215,14 +177,11 @@ class NodeAgent:
                 self._worker.counts["dropped:retained"] += 1
             elif (reply := self._worker.answer(message.payload, message.arrived_ns)) is not None:
                 transport.publish(self._topics.results(self._node), reply)
-        elif other := self._other_status(message):
-            if other.refused:
-                at = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self._clock.unix_ns() / 1e9))
-                self._about.rival = f"{_where(other)} at {at}"
-                log.error("another process on %s tried to use our id '%s'", _where(other), self._node)
-            elif other.online:
-                self._yield_if_later(other)
-        elif message.topic == self._topics.status(self._node) and self._boot_id.encode() in message.payload:
+        elif (
+            not self._id.watch(message)
+            and message.topic == self._topics.status(self._node)
+            and self._boot_id.encode() in message.payload
+        ):
             self._status_came_back = True
 
     def _check_limits(self) -> None:
@@ -231,28 +190,6 @@ class NodeAgent:
             log.warning("%s: taking no work until that has passed", self._unfit)
         elif before and not self._unfit:
             log.info("taking work again")
-
-    def _yield_if_later(self, other: NodeStatus) -> None:
-        """Raise DuplicateNodeError if another process with our id was announced before this one."""
-        if (other.since_unix_ms, other.boot_id) < (self._about.since_unix_ms, self._boot_id):
-            raise self._taken(other)
-        log.error("another process on %s tries to use our id '%s'", _where(other), self._node)
-
-    def _other_status(self, message: Message) -> NodeStatus | None:
-        """The status in `message`, if another process with our id published it."""
-        if message.topic != self._topics.status(self._node) or not message.payload:
-            return None
-        try:
-            seen = status.decode_status(message.payload, self._node)
-        except FrameError as error:
-            self._worker.counts[f"dropped:{error.reason}"] += 1
-            return None
-        return seen if seen.boot_id != self._boot_id else None
-
-    def _taken(self, other: NodeStatus) -> DuplicateNodeError:
-        return DuplicateNodeError(
-            f"node id '{self._node}' is in use on {_where(other)}: choose another --id or stop that one"
-        )
 
     def _announce(self, transport: Transport, *, confirm: bool) -> None:
         topic = self._topics.status(self._node)
@@ -295,8 +232,3 @@ class NodeAgent:
 def _raise_if_final(error: BrokerError) -> None:
     if isinstance(error, BrokerAuthError) and error.final:
         raise error
-
-
-def _where(other: NodeStatus) -> str:
-    machine = other.machine
-    return f"{machine.host} (process {machine.pid})" if machine else "another host"

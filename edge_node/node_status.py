@@ -18,6 +18,10 @@ from wire import __version__, status
 from wire.experts import format_selector
 from wire.status import DeviceFacts, Holding, Machine, NodeStatus, Residency, SocketFacts, Work
 
+HEARTBEAT_S = 3.0
+"""How often the retained status is renewed: it shows operators the free memory, and a second process with the same id
+that this one is alive."""
+
 
 class StatusSource:
     """Makes the statuses of one node.
