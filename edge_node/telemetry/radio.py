@@ -44,6 +44,8 @@ class Radio:
     def read_settings(self, route: str | None) -> None:
         """Read what stays the same during an association: interface, network, channel, power saving.
 
+        What a tool does not answer in time stays as it was: a busy device is not a disconnected one.
+
         Args:
             route: the interface that traffic goes over; it is taken if it is wireless, else the first wireless one.
         """
@@ -51,13 +53,15 @@ class Radio:
         names = sorted(path.parent.name for path in net.glob("*/phy80211")) or sorted(
             path.parent.name for path in net.glob("*/wireless")
         )
-        self._name = name = route if route in names else next(iter(names), None)
+        name = route if route in names else next(iter(names), None)
+        if name != self._name:
+            self._name, self._info, self._link, self._power_save = name, Interface(), WifiLink(), None
         if name is None:
             return
-        self._info = self._facts(name, "info", wifi.parse_info, Interface())
-        self._link = self._facts(name, "link", wifi.parse_link, WifiLink())
+        self._info = self._facts(name, "info", wifi.parse_info, self._info)
+        self._link = self._facts(name, "link", wifi.parse_link, self._link)
         self._power_save = self._commands.facts(
-            "iw power_save", wifi.parse_power_save, None, "iw", "dev", name, "get", "power_save"
+            "iw power_save", wifi.parse_power_save, self._power_save, "iw", "dev", name, "get", "power_save"
         )
 
     def sample(self) -> Wifi | None:
@@ -65,14 +69,14 @@ class Radio:
         name = self._name
         if name is None or self._info.kind not in (None, "managed"):
             return None
-        station = self._commands.facts(
-            "iw station", wifi.parse_station, WifiStation(), "iw", "dev", name, "station", "dump"
-        )
+        answer = self._commands.ask("iw station", "iw", "dev", name, "station", "dump")
+        station = WifiStation() if answer is None else self._commands.kept("iw station", wifi.parse_station(answer))
         if station.bssid is not None and station.bssid != self._link.bssid:
+            self._info, self._link = Interface(), WifiLink(bssid=station.bssid)
             self.read_settings(name)
-        has_iw = self._commands.find("iw") is not None
-        wireless = Wireless() if has_iw else self._wireless(name)
-        bssid = station.bssid or (None if has_iw else self._link.bssid)
+        # Without an answer it counts as associated as it was.
+        wireless = self._wireless(name) if answer is None else Wireless()
+        bssid = station.bssid or (self._link.bssid if answer is None else None)
         connected = bssid is not None or wireless.rssi_dbm is not None
         self._count(bssid, connected=connected)
         facts = _facts_of(station, wireless, self._link, self._info) if connected else {}

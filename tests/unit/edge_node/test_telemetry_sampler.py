@@ -150,6 +150,20 @@ def test_roaming_and_losing_the_association(device: Device) -> None:
             assert (radio.ssid, radio.frequency_mhz, radio.channel, radio.band_ghz) == ("bench 6", 6135, 37, 6.0)
 
 
+def test_a_device_too_busy_to_run_its_tools_is_not_disconnected(device: Device) -> None:
+    _iw(device, link="brcmfmac-pi4", info="brcmfmac-pi4-5ghz", station="brcmfmac-pi5", power_save="on")
+    sampler = device.sampler()
+    before = _valid(sampler.sample()).wifi
+    assert before is not None
+    device.tool("iw", "exit 1")
+    for _ in range(5):  # also while it is not asked any more
+        later = _valid(sampler.sample()).wifi
+        assert later is not None
+        assert (later.connected, later.bssid, later.ssid) == (True, before.bssid, before.ssid)
+        assert (later.power_save, later.disconnects, later.roams) == (True, 0, 0)
+        assert later.rssi_dbm is None, "what changes fast is not repeated"
+
+
 def test_an_access_point_is_no_client(device: Device) -> None:
     _iw(device, link="not-connected", info="access-point", station="brcmfmac-pi5", power_save="off")
     assert device.sampler().sample().wifi is None
