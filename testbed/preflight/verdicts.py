@@ -9,6 +9,7 @@ from datetime import datetime
 from statistics import median
 from typing import Literal
 
+from bs_coordinator.links.estimator import rate_known
 from bs_coordinator.nodes.clock_offsets import Offset
 from testbed.keys.validity import RENEWAL_DAYS
 from testbed.plan.limits import RunLimits
@@ -96,7 +97,8 @@ class NodeFacts:
 
 def judge(facts: Sequence[NodeFacts], limits: RunLimits) -> list[Check]:
     """All checks of all nodes."""
-    rates = [f.rate.worse[0] for f in facts if f.rate]
+    # What is not known of a quick link would be a median that no link reaches.
+    rates = [f.rate.worse[0] for f in facts if f.rate and rate_known(*f.rate.worse)]
     typical_mbps = median(rates) if rates else 0.0
     checks = []
     for node in facts:
