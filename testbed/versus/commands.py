@@ -119,7 +119,8 @@ def versus(
     from testbed.node_shares import choose_cores, read_siblings
     from testbed.versus.arms import Peers, check_arm, default_arms
     from testbed.versus.floors import Shape
-    from testbed.versus.run import Settings, run_versus
+    from testbed.versus.run import run_versus
+    from testbed.versus.settings import Settings
     from wire.manifest import load_manifest
 
     peers = Peers(**files)
