@@ -1,7 +1,6 @@
 """Assembly of a base station: connect, load the model, prove the nodes. Used by the commands and by the testbed."""
 
 import logging
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from bs_coordinator.trunk.interface import Trunk
 from bs_coordinator.trunk.load import check_device, load_trunk
 from common import real_time
 from common.config import ConfigError
+from common.cores import usable_cores
 from common.cpu_idle import cpu_idle_disabled
 from wire.broker_address import BrokerAddress
 from wire.errors import BundleError
@@ -278,7 +278,7 @@ def _residents(config: BaseStationConfig, budget_bytes: int, manifest: Manifest)
         manifest,
         budget_bytes=budget_bytes,
         wire=config.wire,
-        threads=max(1, min(_MOST_RESIDENT_THREADS, (os.cpu_count() or 1) // 2)),
+        threads=max(1, min(_MOST_RESIDENT_THREADS, usable_cores() // 2)),
         traffic=traffic,
         traffic_path=resident.traffic,
         prepacked=resident.prepacked,

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Literal
 
+from common.cores import usable_cores
+
 Priority = Literal["auto", "normal"]
 """Of threads that a token waits for: real-time priority wherever that is permitted, or that of any other thread."""
 
@@ -27,7 +29,7 @@ def why_not() -> str:
     # Some C libraries have the functions, but only to refuse them (musl).
     if not hasattr(os, "sched_setscheduler") or (policy := _scheduler(0)) is None:
         return "this system has no real-time priorities"
-    if len(os.sched_getaffinity(0)) < 2:
+    if usable_cores() < 2:
         return "a single core would have no time for anything else"
     if (niceness := os.getpriority(os.PRIO_PROCESS, 0)) > 0:
         return f"started with niceness {niceness}, so that others come first"

@@ -1,11 +1,11 @@
 """How a checkpoint is exported. The options of `wdmoe-export bundle` are made from this class."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from common.config import Config, Option
+from common.cores import usable_cores
 from wire.device_profiles import DeviceName
 from wire.manifest import Scheme
 
@@ -48,5 +48,5 @@ class ExportConfig(Config):
                maximum=64),
     ] = 1  # fmt: skip
     jobs: Annotated[int, Option("Processes to use, at most; fewer if RAM is short.", minimum=1, maximum=64)] = field(
-        default_factory=lambda: min(_MOST_JOBS, os.cpu_count() or 1)
+        default_factory=lambda: min(_MOST_JOBS, usable_cores())
     )

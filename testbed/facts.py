@@ -16,6 +16,7 @@ import psutil
 
 from bs_coordinator.broker.processes import mosquitto_path
 from common.child_output import run_parsed
+from common.cores import usable_cores
 from wire import __version__
 from wire.broker_url import without_credentials
 
@@ -60,7 +61,7 @@ def machine() -> dict[str, Any]:
         "host": platform.node(),
         "cpu": model[1] if model else platform.machine(),
         "arch": platform.machine(),
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": usable_cores(),
         "ram_bytes": psutil.virtual_memory().total,
         "system": platform.platform(),
         "load_1min": os.getloadavg()[0],

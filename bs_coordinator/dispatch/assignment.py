@@ -1,23 +1,43 @@
 """Which holder is asked for each expert. Pure."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 HYSTERESIS = 0.25
 """How much faster another holder must be predicted before an expert moves to it: estimates vary, and a node has the
 weights that it used last in its caches."""
 
 
+class RequestCost(NamedTuple):
+    """Predicted seconds of a request to a node: `fixed_s + experts · expert_s`, with one hidden state per expert.
+
+    Attributes:
+        fixed_s: of any request: round trip, decoding, encoding. A layer sends a node one request for all its experts.
+        expert_s: for each expert: its hidden state there and back, and computing it.
+    """
+
+    fixed_s: float
+    expert_s: float
+
+    def seconds(self, experts: int) -> float:
+        """Of a request for so many experts."""
+        return self.fixed_s + experts * self.expert_s
+
+
+_UNKNOWN = RequestCost(0.0, 0.0)
+
+
 def assign(
-    holders: Sequence[Sequence[str]], cost_s: Mapping[str, float], previous: Sequence[str | None] | None = None
+    holders: Sequence[Sequence[str]], costs: Mapping[str, RequestCost], previous: Sequence[str | None] | None = None
 ) -> list[str | None]:
-    """Choose a holder for each of a layer's experts, such that work is spread by speed.
+    """Choose a holder for each of a layer's experts, such that a step that asks all of them is over soon.
 
     Greedy: experts with the fewest holders come first; each goes to the holder that would be done first with all that
     it was given so far, or stays with its previous holder if that is not much slower.
 
     Args:
         holders: by expert, the nodes that may be asked; the first one wins a tie.
-        cost_s: predicted seconds for one hidden state, by node.
+        costs: by node.
         previous: the assignment before, if any.
 
     Returns:
@@ -27,7 +47,7 @@ def assign(
     load: dict[str, int] = {}
 
     def done_s(node: str) -> float:
-        return (load.get(node, 0) + 1) * cost_s.get(node, 0.0)
+        return costs.get(node, _UNKNOWN).seconds(load.get(node, 0) + 1)
 
     for expert in sorted(range(len(holders)), key=lambda e: len(holders[e])):
         nodes = holders[expert]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from bs_coordinator.dispatch.assignment import assign
+from bs_coordinator.dispatch.assignment import RequestCost, assign
 from bs_coordinator.dispatch.health import Health
 from bs_coordinator.links import LinkMonitor
 from bs_coordinator.nodes.registry import LOCAL_NODE, NodeRegistry
@@ -72,7 +72,7 @@ class Holders:
     def others(self, layer: int, experts: Sequence[int], tried: frozenset[str]) -> dict[int, str] | None:
         """By expert a usable holder that is not in `tried`; None if one of `experts` has no such holder."""
         free = [[n for n in self._usable(UnitId(layer, e)) if n not in tried] for e in experts]
-        found = assign(free, self._costs_s())
+        found = assign(free, self._costs())
         named = {e: node for e, node in zip(experts, found, strict=True) if node is not None}
         return named if len(named) == len(experts) else None
 
@@ -93,7 +93,7 @@ class Holders:
         """float64 [layers, experts]: predicted seconds for one hidden state to an expert's fastest usable node and
         back; the longest of its slices' where it has some; inf where there is none."""
         dims = self._registry.dims
-        costs_s = self._costs_s()
+        costs_s = {node: self._request_s(node, 1) for node in self._registry.nodes}
         remote_s = np.full((dims.layers, dims.units), np.inf)
         for layer, unit in np.ndindex(remote_s.shape):
             nodes = (node for node in self._usable(UnitId(layer, unit)) if node != LOCAL_NODE)
@@ -103,7 +103,7 @@ class Holders:
 
     def local_s(self) -> float:
         """Predicted seconds for one hidden state through an expert on the base station."""
-        return self._links.predict_s(LOCAL_NODE, down_bytes=0, up_bytes=0, experts=1, rows=1)
+        return self._request_s(LOCAL_NODE, 1)
 
     def _usable(self, id: UnitId) -> list[str]:
         return [node for node in self._registry.holders(id) if self._health.usable(node)]
@@ -125,15 +125,21 @@ class Holders:
         left_out = [node for node in holders if not health.quarantined(node)]
         return [node for node in left_out if health.doubted(node)] or (left_out if last_resort else [])
 
-    def _costs_s(self) -> dict[str, float]:
-        size = self._message_bytes
-        predict = self._links.predict_s
-        costs_s = {n: predict(n, down_bytes=size, up_bytes=size, experts=1, rows=1) for n in self._registry.nodes}
-        return costs_s | {LOCAL_NODE: self.local_s()}
+    def _costs(self) -> dict[str, RequestCost]:
+        costs = {}
+        for node in (*self._registry.nodes, LOCAL_NODE):
+            one_s, two_s = self._request_s(node, 1), self._request_s(node, 2)
+            costs[node] = RequestCost(fixed_s=2 * one_s - two_s, expert_s=two_s - one_s)
+        return costs
+
+    def _request_s(self, node: str, experts: int) -> float:
+        """Predicted seconds of a request for so many experts, with a hidden state for each."""
+        size = 0 if node == LOCAL_NODE else experts * self._message_bytes
+        return self._links.predict_s(node, down_bytes=size, up_bytes=size, experts=experts, rows=experts)
 
     def _assign(self, now_s: float) -> None:
         dims = self._registry.dims
-        costs_s = self._costs_s()
+        costs = self._costs()
         before = self._assigned
         self._assigned, self._replicated = [], False
         for layer in range(dims.layers):
@@ -142,7 +148,7 @@ class Holders:
             if not any(askable):  # there is nothing to lose
                 askable = self._askable(holders, last_resort=True)
             self._replicated |= any(len(nodes) > 1 for nodes in askable)
-            self._assigned.append(assign(askable, costs_s, before[layer] if before else None))
+            self._assigned.append(assign(askable, costs, before[layer] if before else None))
         self._names = sorted({name for row in self._assigned for name in row if name is not None}) or [""]
         index = {name: i for i, name in enumerate(self._names)}
         self._index = [np.array([index.get(name or "", 0) for name in row], np.intp) for row in self._assigned]

@@ -156,14 +156,14 @@ def asked_holders(costs: Costs, held: Mapping[str, Sequence[UnitId]]) -> Index:
         held: units by device; each unit is held at least once.
     """
     names = [board.name for board in costs.boards]
-    cost_s = dict(zip(names, costs.row_ms(), strict=True))
+    cost = dict(zip(names, costs.requests, strict=True))
     units = costs.shape.experts * costs.variant.slices
     holding: list[list[list[str]]] = [[[] for _ in range(units)] for _ in range(costs.shape.layers)]
     for name in names:
         for layer, unit in held[name]:
             holding[layer][unit].append(name)
     index = {name: i for i, name in enumerate(names)}
-    return np.array([[index[name or ""] for name in assign(layer, cost_s)] for layer in holding], np.intp)
+    return np.array([[index[name or ""] for name in assign(layer, cost)] for layer in holding], np.intp)
 
 
 def _pairs(routing: Routing, shape: ModelShape) -> Float:

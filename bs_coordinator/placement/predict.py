@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bs_coordinator.dispatch.assignment import RequestCost
 from bs_coordinator.placement.boards import Board
 from bs_coordinator.placement.row_curve import RowCurve
 from bs_coordinator.placement.shapes import ModelShape, Variant
@@ -187,9 +188,16 @@ class Costs:
 
     def row_ms(self) -> list[float]:
         """By device, ms of one hidden state there, through a unit and back."""
+        return [1e3 * cost.seconds(1) for cost in self.requests]
+
+    @cached_property
+    def requests(self) -> list[RequestCost]:
+        """By device, what requests cost."""
         one = np.ones(len(self.boards), np.intp)
+        one_s, two_s = self.air_s(one, one), self.air_s(2 * one, 2 * one)
         first_s = np.array([curve.first for curve in self.units_s])
-        return [float(s) for s in 1e3 * (self.waits_s + first_s + self.air_s(one, one))]
+        fixed_s, unit_s = self.waits_s + 2 * one_s - two_s, first_s + two_s - one_s
+        return [RequestCost(*pair) for pair in zip(fixed_s.tolist(), unit_s.tolist(), strict=True)]
 
 
 def predict_step(costs: Costs, holders: Index, routing: Routing, rows: int, station: Station) -> Step:

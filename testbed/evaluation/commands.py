@@ -1,13 +1,13 @@
 """`wdmoe-testbed quality` and `differences`."""
 
 import itertools
-import os
 from pathlib import Path
 from typing import get_args
 
 import click
 
 from bs_coordinator.selection.survivors import Survivors
+from common.cores import usable_cores
 from common.options import Command
 from exporter.demo_model.assembly import DEFAULT_MODEL, DEMO_MODELS
 from testbed.evaluation.variants import VARIANTS
@@ -66,7 +66,7 @@ def register(group: click.Group) -> None:
     help="Round hidden states as if they were sent to nodes and back in this format.",
 )  # fmt: skip
 @click.option(
-    "--threads", type=click.IntRange(1), default=os.cpu_count() or 1, show_default="all cores",
+    "--threads", type=click.IntRange(1), default=usable_cores(), show_default="all cores",
     help="Threads per expert.",
 )  # fmt: skip
 @click.option("--gpu", "device", flag_value="cuda", help="Compute the experts on the GPU, with activations in float32.")
@@ -126,7 +126,7 @@ def differences(bundle: Path, text: Path, tokens: int, chunk: int, out: Path) ->
     from wire.experts import ExpertId
 
     document = measure_differences(
-        bundle, text, tokens=tokens, chunk=chunk, threads=os.cpu_count() or 1,
+        bundle, text, tokens=tokens, chunk=chunk, threads=usable_cores(),
         progress=lambda done: click.echo(f"{done} of {tokens} tokens", err=True),
     )  # fmt: skip
     write_differences(document, out)

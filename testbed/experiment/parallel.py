@@ -16,6 +16,7 @@ from typing import IO
 
 import torch
 
+from common.cores import usable_cores
 from testbed.local_nodes import blas_threads
 from testbed.plan.cells import Cell
 from testbed.run_directory.directory import RunDir
@@ -72,7 +73,7 @@ def run_parallel(
     todo = [(cell, 1) for cell in reversed(cells)]
     running: list[_Child] = []
     failed = 0
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, usable_cores() // jobs)
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     devices = cycle(gpus if device == "cuda" and gpus else [device])
     try:

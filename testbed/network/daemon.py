@@ -18,6 +18,7 @@ from types import FrameType
 import msgspec
 
 from common import real_time
+from common.cores import usable_cores
 from common.errors import WdmoeError
 from common.files import append_all
 from testbed.network import namespaces
@@ -54,7 +55,7 @@ class Daemon:
         self._spec_sha256 = hashlib.sha256(state.spec.read_bytes()).hexdigest()
         self._model = AirModel(len(spec.node_ids), queue_s=spec.queue_ms / 1e3, seed=spec.seed)
         # A core for each node, the base station, the broker, and the relay.
-        self.own_core = len(os.sched_getaffinity(0)) >= len(spec.node_ids) + 3
+        self.own_core = usable_cores() >= len(spec.node_ids) + 3
         self._relay = Relay(_open_taps(spec), self._model, own_core=self.own_core)
         self._control = ControlServer(state.control, self._answer)
         self._truth = os.open(state.truth, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)

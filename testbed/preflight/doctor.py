@@ -4,12 +4,12 @@ It also runs where no extra is installed, and then says only that: modules that 
 """
 
 import importlib.metadata
-import os
 import re
 import shutil
 import sys
 from collections.abc import Iterator
 
+from common.cores import usable_cores
 from testbed.preflight.verdicts import Check, Level
 
 _DISTRIBUTION = "wdmoe"
@@ -122,7 +122,7 @@ def _namespaces() -> Check:
 
 
 def _cores() -> Check:
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     if cores <= _DEMO_CORES:
         return Check(
             "cores", "warn", f"{cores}: nodes, network and trunk wait for each other; a core for each is faster"

@@ -5,6 +5,7 @@ import subprocess
 
 from common import real_time
 from common.child_output import run_parsed
+from common.cores import usable_cores
 from testbed import facts
 from testbed.preflight.verdicts import Check, Level
 
@@ -49,7 +50,7 @@ def priority() -> Check:
 
 def load() -> Check:
     """Whether other work keeps this machine busy."""
-    busy, cpus = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    busy, cpus = os.getloadavg()[0], usable_cores()
     level: Level = "warn" if busy > 0.5 * cpus else "pass"
     return Check(
         "load", level, f"{busy:.1f} on {cpus} CPUs" + (": other work will disturb the measurement" * (level != "pass"))

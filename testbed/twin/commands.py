@@ -1,6 +1,5 @@
 """`wdmoe-testbed twin`."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import get_args
 
 import click
 
+from common.cores import usable_cores
 from common.options import Command
 from testbed.twin.shapes import TwinName
 
@@ -51,7 +51,7 @@ def twin(
 
     if slices and format_ != "bundle":
         raise click.UsageError("--slices is for --format bundle")
-    jobs = jobs or len(os.sched_getaffinity(0))
+    jobs = jobs or usable_cores()
     try:
         with _bar(by_bytes=format_ != "bundle") as progress:
             if format_ == "bundle":

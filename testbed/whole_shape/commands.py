@@ -1,11 +1,11 @@
 """`wdmoe-testbed whole-shape`."""
 
-import os
 from pathlib import Path
 from typing import get_args
 
 import click
 
+from common.cores import usable_cores
 from common.options import Command
 from testbed.twin.shapes import TwinName
 
@@ -49,7 +49,7 @@ def whole_shape(
     try:
         run_whole_shape(
             model, out, scratch or out / "bundle", layers=layers, nodes=nodes, slices=slices, steps=steps,
-            jobs=jobs or len(os.sched_getaffinity(0)), device=device, on_progress=click.echo,
+            jobs=jobs or usable_cores(), device=device, on_progress=click.echo,
         )  # fmt: skip
     except ValueError as error:
         raise click.UsageError(str(error)) from None

@@ -1,6 +1,5 @@
 """A dense draft model as one quantised ONNX graph (`wdmoe-export draft`): a few milliseconds per token."""
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bs_coordinator.engine.speculation.model_drafter import Choice, ModelDrafter
+from common.cores import usable_cores
 from wire.draft import DraftManifest, load_draft
 from wire.errors import BundleError
 from wire.onnx_session import open_session, session_options
@@ -32,7 +32,7 @@ class DraftGraph:
             BundleError: there is no draft model in the folder, or it is damaged.
         """
         self.manifest: DraftManifest = load_draft(folder)
-        cores = os.cpu_count() or 1
+        cores = usable_cores()
         options = session_options(min(cores, max(_FEW_CORES, cores // 2), _MOST_THREADS))
         # A draft consists of hundreds of matrix products of about 10 µs each: threads that sleep between them make it a
         # third slower. Between drafts they must not spin, because the trunk (and local nodes) need the cores.

@@ -1,7 +1,6 @@
 """transformers' own model as the trunk against the blocks written for it, on the demo model and this CPU, in turns."""
 
 import itertools
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from bs_coordinator.trunk.generic import GenericTrunk
 from bs_coordinator.trunk.inputs import SequenceInput
 from bs_coordinator.trunk.interface import Trunk
 from bs_coordinator.trunk.llama import LlamaTrunk
+from common.cores import usable_cores
 from testbed.bench.instant_experts import InstantExperts
 from testbed.bench.rows import Result, Row, Settings, in_turns
 from testbed.demo_assets import demo_bundle
@@ -78,7 +78,7 @@ def _answers(bundle: Path, generic: Trunk, own: Trunk, parameters: dict[str, Any
     Experts are fp32: quantised ones round activations, which makes differences in the last bit as large as the
     quantisation's own error.
     """
-    experts, tokenizer = LocalExperts(bundle, threads=os.cpu_count() or 1), Tokenizer(bundle / "trunk")
+    experts, tokenizer = LocalExperts(bundle, threads=usable_cores()), Tokenizer(bundle / "trunk")
     top_k = load_manifest(bundle).dims.top_k
     models = [DistributedModel(trunk, experts, TopK(top_k)) for trunk in (generic, own)]
     times: tuple[list[float], list[float]] = ([], [])

@@ -21,6 +21,7 @@ from bs_coordinator.presets.look import look
 from bs_coordinator.resident.choice import choose_resident
 from bs_coordinator.resident.room import needed_room
 from bs_coordinator.selection import parse_policy
+from common.cores import usable_cores
 from exporter.bundle.bundle import export_bundle
 from testbed.bench.chat_prompts import CHAT_PROMPTS
 from testbed.bench.rows import Result, Row, Settings, Skipped
@@ -196,9 +197,7 @@ class _Bench:
 def _fleets(settings: Settings) -> AbstractContextManager[TwoFleets]:
     bundle, model = demo_bundle("int4", console=settings.console), demo_model(console=settings.console)
     cut = settings.folder / f"sliced-{SLICES}"
-    export_bundle(
-        model, cut, demo_quantisation("int4"), jobs=min(_MOST_JOBS, len(os.sched_getaffinity(0))), slices=SLICES
-    )
+    export_bundle(model, cut, demo_quantisation("int4"), jobs=min(_MOST_JOBS, usable_cores()), slices=SLICES)
     return two_fleets(
         settings, Holding(bundle, WHOLE), Holding(cut, SLICED), draft_model=demo_draft(console=settings.console),
         spec=network_spec(f"bench{os.getpid()}"),

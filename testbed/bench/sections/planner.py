@@ -7,7 +7,6 @@ Every finished measurement is a line of a `sample_log` with all samples; an inte
 missing there.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from bs_coordinator.placement.boards import BoardLink
 from bs_coordinator.placement.known_fleet import predict_known
 from bs_coordinator.placement.predict import Routing, Step
 from bs_coordinator.placement.row_curve import RowCurve
+from common.cores import usable_cores
 from common.files import atomic_write
 from exporter.bundle.bundle import export_bundle
 from testbed.bench.alone import Parts
@@ -110,7 +110,7 @@ def measure(settings: Settings) -> Iterator[Result]:
         return
     whole = demo_bundle("int4", console=settings.console)
     sliced = settings.folder / f"sliced-{SLICES}"
-    jobs = min(_MOST_JOBS, len(os.sched_getaffinity(0)))
+    jobs = min(_MOST_JOBS, usable_cores())
     export_bundle(demo_model(console=settings.console), sliced, demo_quantisation("int4"), jobs=jobs, slices=SLICES)
     counts = settings.folder / "planner-traffic.npy"
     with sample_log(settings.folder, f"planner-{settings.device}", Compared) as log:

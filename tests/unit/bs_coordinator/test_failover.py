@@ -2,13 +2,14 @@
 
 from collections import Counter
 from dataclasses import replace
+from itertools import combinations_with_replacement
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bs_coordinator.dispatch.assignment import HYSTERESIS, assign
+from bs_coordinator.dispatch.assignment import HYSTERESIS, RequestCost, assign
 from bs_coordinator.dispatch.health import FIRST_PAUSE_S, MOST_PAUSE_S, PING_TIMEOUT_S, QUARANTINE_S, Health
 from bs_coordinator.dispatch.join_watch import WINDOW, JoinWatch
 from bs_coordinator.errors import ExpertsLostError
@@ -20,36 +21,55 @@ from wire.tensors import Array
 
 NODES = ["a", "b", "c", "d"]
 holders_lists = st.lists(st.lists(st.sampled_from(NODES), unique=True, max_size=4), min_size=1, max_size=8)
-costs = st.fixed_dictionaries({n: st.floats(1e-3, 1.0) for n in NODES})
+seconds = st.floats(1e-3, 1.0)
+costs = st.fixed_dictionaries({n: st.builds(RequestCost, seconds, seconds) for n in NODES})
 
 
 @given(holders_lists, costs)
-def test_experts_are_assigned_to_their_holders(holders: list[list[str]], cost_s: dict[str, float]) -> None:
-    for nodes, chosen in zip(holders, assign(holders, cost_s), strict=True):
+def test_experts_are_assigned_to_their_holders(holders: list[list[str]], cost: dict[str, RequestCost]) -> None:
+    for nodes, chosen in zip(holders, assign(holders, cost), strict=True):
         assert chosen in nodes if nodes else chosen is None
 
 
 @given(holders_lists, costs)
-def test_an_assignment_stays_while_nothing_changes(holders: list[list[str]], cost_s: dict[str, float]) -> None:
-    first = assign(holders, cost_s)
-    again = assign(holders, cost_s, first)
-    assert assign(holders, cost_s, again) == again
+def test_an_assignment_stays_while_nothing_changes(holders: list[list[str]], cost: dict[str, RequestCost]) -> None:
+    first = assign(holders, cost)
+    again = assign(holders, cost, first)
+    assert assign(holders, cost, again) == again
 
 
 def test_replicas_share_the_work() -> None:
     ring = [[NODES[e % 4], NODES[(e + 1) % 4]] for e in range(8)]
-    assert set(Counter(assign(ring, dict.fromkeys(NODES, 0.01))).values()) == {2}
+    assert set(Counter(assign(ring, dict.fromkeys(NODES, RequestCost(0.005, 0.01)))).values()) == {2}
 
 
 def test_a_slow_holder_gets_less() -> None:
     everywhere = [["a", "b"]] * 6
-    assert Counter(assign(everywhere, {"a": 0.02, "b": 0.01})) == {"a": 2, "b": 4}
+    assert Counter(assign(everywhere, {"a": RequestCost(0.0, 0.02), "b": RequestCost(0.0, 0.01)})) == {"a": 2, "b": 4}
+
+
+@given(st.integers(1, 6), costs)
+def test_a_step_that_asks_every_expert_is_over_as_soon_as_it_can_be(experts: int, cost: dict[str, RequestCost]) -> None:
+    def over_s(counts: Counter[str | None]) -> float:
+        return max(cost[node].seconds(n) for node, n in counts.items() if node is not None)
+
+    all_ways = combinations_with_replacement(NODES, experts)
+    assert over_s(Counter(assign([NODES] * experts, cost))) == min(over_s(Counter(way)) for way in all_ways)
+
+
+def test_a_round_trip_counts_once_however_many_experts_a_node_is_asked_for() -> None:
+    link, here = RequestCost(fixed_s=0.005, expert_s=0.001), RequestCost(fixed_s=0.0, expert_s=0.0007)
+    assert assign([["here", "node"]] * 8, {"here": here, "node": link}) == ["here"] * 8
 
 
 def test_an_expert_moves_only_for_a_clear_gain() -> None:
     little, much = 1 / (1 + 0.9 * HYSTERESIS), 1 / (1 + 1.1 * HYSTERESIS)
-    assert assign([["a", "b"]], {"a": 1.0, "b": little}, ["a"]) == ["a"]
-    assert assign([["a", "b"]], {"a": 1.0, "b": much}, ["a"]) == ["b"]
+
+    def cost(b_s: float) -> dict[str, RequestCost]:
+        return {"a": RequestCost(0.0, 1.0), "b": RequestCost(0.0, b_s)}
+
+    assert assign([["a", "b"]], cost(little), ["a"]) == ["a"]
+    assert assign([["a", "b"]], cost(much), ["a"]) == ["b"]
 
 
 def test_pauses_double_up_to_a_limit_and_end_with_a_proof() -> None:
