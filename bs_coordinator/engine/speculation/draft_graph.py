@@ -33,7 +33,8 @@ class DraftGraph:
         """
         self.manifest: DraftManifest = load_draft(folder)
         cores = usable_cores()
-        options = session_options(min(cores, max(_FEW_CORES, cores // 2), _MOST_THREADS))
+        threads = min(cores, max(_FEW_CORES, cores // 2), _MOST_THREADS)
+        options = session_options(threads)
         # A draft consists of hundreds of matrix products of about 10 µs each: threads that sleep between them make it a
         # third slower. Between drafts they must not spin, because the trunk (and local nodes) need the cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "1")
@@ -44,12 +45,13 @@ class DraftGraph:
         except Exception as error:  # noqa: BLE001
             # onnxruntime raises a dozen unrelated exception classes for a model that can't be loaded.
             raise BundleError(f"{path} can't be loaded: {str(error).partition(chr(10))[0]}") from None
-        # Reads one text at a time, while the base station waits for the nodes.
+        # Reads one text at a time, during the steps of the model that it drafts for.
         self._background = ThreadPoolExecutor(1, thread_name_prefix="draft")
+        self._spare_cores = threads <= cores // 2
 
     def drafter(self) -> ModelDrafter:
         """A drafter for one sequence."""
-        return ModelDrafter(_GraphReader(self), background=self._background)
+        return ModelDrafter(_GraphReader(self), background=self._background, spare_cores=self._spare_cores)
 
 
 class _GraphReader:

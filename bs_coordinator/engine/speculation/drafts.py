@@ -90,7 +90,7 @@ class Drafter(Protocol):
         """The same where it is not known. May take milliseconds."""
 
     def read_ahead(self, ids: Sequence[int], draft: Draft, share: Share, spare: SpareTime) -> Ahead | None:
-        """Prepare the next proposals during a step whose result they depend on, while answers of nodes are awaited.
+        """Prepare the next proposals during a step whose result they depend on.
 
         Args:
             ids: before the step.

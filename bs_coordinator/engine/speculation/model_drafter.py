@@ -49,15 +49,17 @@ class Reader(Protocol):
 class ModelDrafter:
     """Proposes what a model finds likely. Tokens that were read once are not read again."""
 
-    def __init__(self, reader: Reader, *, background: Executor | None = None) -> None:
+    def __init__(self, reader: Reader, *, background: Executor | None = None, spare_cores: bool = False) -> None:
         """A drafter that has read nothing.
 
         Args:
             reader: the model.
             background: where texts are read ahead of time; None if the model must not run beside other work.
+            spare_cores: whether the trunk has cores of its own meanwhile.
         """
         self._reader = reader
         self._background = background
+        self._spare_cores = spare_cores
         self._reading: Future[object] | None = None
         self._continuations = Continuations()
         self._spare = SpareTime()
@@ -83,7 +85,7 @@ class ModelDrafter:
         return self._continuations.get(path) or self._read_text(base, path)
 
     def read_ahead(self, ids: Sequence[int], draft: Draft, share: Share, spare: SpareTime) -> ReadAhead | None:
-        """Read what may follow the step in the background during its waits; None if there is no background."""
+        """Read what may follow the step in the background; None if there is no background."""
         if (background := self._background) is None:
             return None
         self._wait()
@@ -103,7 +105,7 @@ class ModelDrafter:
         def start(run: Callable[[], None]) -> None:
             self._reading = background.submit(run)
 
-        return ReadAhead(read, start, spare)
+        return ReadAhead(read, start, spare, spare_cores=self._spare_cores)
 
     def _wait(self) -> None:
         """Wait until only this thread uses the reader."""

@@ -1,4 +1,4 @@
-"""When a draft model should read while nodes are awaited: learnt from the steps of all sequences of a model. Pure.
+"""When a draft model should read during steps: learnt from the steps of all sequences of a model. Pure.
 
 Reading saves the time that the same draft tokens would take after the step. It costs something where no core is free:
 answers or the trunk's next layer come later. How much is measured, by steps with reading and steps without.

@@ -21,6 +21,7 @@ from bs_coordinator.engine.speculation.draft_tree import StoppingRule, grow
 from bs_coordinator.engine.speculation.drafts import Choices, DraftToken, Path
 from bs_coordinator.engine.speculation.model_drafter import Choice, ModelDrafter
 from bs_coordinator.engine.speculation.outlook import Outlook
+from bs_coordinator.engine.speculation.read_ahead import ReadAhead
 from bs_coordinator.engine.speculation.spare_time import SpareTime
 from bs_coordinator.engine.tokenizer import Tokenizer
 from bs_coordinator.selection import TopK
@@ -232,6 +233,40 @@ def test_proposals_are_the_same_and_need_no_more_reading(ends: list[tuple[int, i
             if rank == 0 or (rank == 1 and accepted < 2):
                 assert reader.reads == before
             assert first.id == _choices(text)[0].id
+
+
+@pytest.mark.parametrize("spare_cores", [True, False])
+def test_only_with_cores_to_spare_texts_are_read_beside_the_trunk(spare_cores: bool) -> None:
+    spare = SpareTime()
+    for count in (1, 0) * 4:
+        spare.observe_step(0.3, 0.3, count)
+    reads: list[int] = []
+    over = threading.Event()
+
+    def read() -> bool:
+        reads.append(len(reads))
+        return len(reads) < 10
+
+    threads: list[threading.Thread] = []
+
+    def start(run: Callable[[], None]) -> None:
+        def wait_and_run() -> None:
+            over.wait(60)
+            run()
+
+        threads.append(threading.Thread(target=wait_and_run))
+        threads[-1].start()
+
+    ahead = ReadAhead(read, start, spare, spare_cores=spare_cores)
+    ahead.wait_begins()
+    ahead.wait_ends()  # before the thread has read anything: the trunk computes again
+    over.set()
+    if spare_cores:
+        threads[0].join()
+        assert ahead.reads == 9  # the tenth text is the last one
+    ahead.step_ends()
+    threads[0].join()
+    assert ahead.reads == (9 if spare_cores else 0)
 
 
 def test_reading_that_does_not_pay_is_tried_now_and_then() -> None:
