@@ -26,11 +26,12 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
 from bs_coordinator.config import TrunkDtype, TrunkQuantisation
 from bs_coordinator.selection.routing import Routing, softmax_routing
+from bs_coordinator.trunk import packed
 from bs_coordinator.trunk.dtypes import TORCH_DTYPE
 from bs_coordinator.trunk.inputs import Packing, SequenceInput
 from bs_coordinator.trunk.interface import CacheMark, Trunk, TrunkPass
 from bs_coordinator.trunk.passes import BlocksPass, GraphsPass, JointPass, RowsPass
-from bs_coordinator.trunk.quantised import QuantisedLinear, quantise_linears, rows_are_independent
+from bs_coordinator.trunk.quantised import QuantisedLinear, quantise_linears
 from bs_coordinator.trunk.rotary import depends_on_length, rotate
 from bs_coordinator.trunk.rows import MAX_ROWS, Rows
 from wire.errors import BundleError
@@ -113,16 +114,20 @@ class LlamaTrunk(Trunk):
         with torch.device("meta"):
             self._modules = _TrunkModules(self.config, family.attention)
         quantise_linears(self._modules, quantisation)
+        self._fp32_on_cpu = self.device.type == "cpu" and self.dtype == torch.float32
+        packs = self._fp32_on_cpu and quantisation == "none" and packed.available()
+        if packs:
+            packed.pack_linears(self._modules)
         self._load(folder, family)
         self._modules.requires_grad_(False).eval()
         self._rotary = MixtralRotaryEmbedding(self.config).to(self.device)
         self._window: int | None = getattr(self.config, "sliding_window", None)
         self._graphed = _graphed(self._modules, self._rotary, self.config, self.device, self.dtype) if graphs else None
         self._create_mask = create_sliding_window_causal_mask if self._window else create_causal_mask
-        quantised = [module for module in self._modules.modules() if isinstance(module, QuantisedLinear)]
-        self._batch_invariant = (
-            self.device.type == "cpu" and self.dtype == torch.float32 and rows_are_independent(quantised, MAX_ROWS)
-        )
+        self._independent: dict[int, bool] = {}
+        if packs and not self.batch_invariant:
+            packed.unpack_linears(self._modules)
+            self._independent.clear()
 
     def _load(self, folder: Path, family: _Family) -> None:
         """Move tensors one by one from the file to the modules, which may quantise them at once."""
@@ -195,7 +200,14 @@ class LlamaTrunk(Trunk):
     @property
     def batch_invariant(self) -> bool:
         """Whether a token's results are bitwise independent of the tokens computed with it (`trunk.rows`)."""
-        return self._batch_invariant
+        if not self._fp32_on_cpu:
+            return False
+        # A kernel may divide its work among more threads in another order.
+        threads = torch.get_num_threads()
+        if threads not in self._independent:
+            layers = [m for m in self._modules.modules() if isinstance(m, packed.PackedLinear | QuantisedLinear)]
+            self._independent[threads] = packed.rows_are_independent(layers, MAX_ROWS)
+        return self._independent[threads]
 
     @property
     def packs(self) -> bool:

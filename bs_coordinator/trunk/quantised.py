@@ -206,14 +206,3 @@ def quantise_linears(model: nn.Module, quantisation: TrunkQuantisation) -> None:
                 f"of {_MULTIPLE[bits]}; use {'none' if module.in_features % _MULTIPLE[8] else 'int8'}"
             )
         model.set_submodule(name, QuantisedLinear(module, bits))
-
-
-def rows_are_independent(layers: list[QuantisedLinear], most_rows: int) -> bool:
-    """Whether each row's product is bitwise the same among others as alone, by a trial on this processor."""
-    generator = torch.Generator().manual_seed(0)
-    for layer in {(layer.in_features, layer.out_features): layer for layer in layers}.values():
-        x = torch.randn(most_rows, layer.in_features, generator=generator)
-        whole = layer(x)
-        if not all(torch.equal(layer(x[:count]), whole[:count]) for count in range(1, most_rows)):
-            return False
-    return True

@@ -1,9 +1,10 @@
 """A few tokens through the trunk on a CPU, with results that do not depend on which tokens are computed together.
 
-A matrix product chooses its kernel by its shape, and each kernel adds up in its own order. Here every product has the
-same shape, eight rows, and every token attends alone. A token therefore gets bitwise the same hidden states whether it
-is decoded by itself, verified as a draft token or batched with other sequences. Batching still pays, because the
-weights are read once for many sequences.
+A matrix product chooses its kernel by its shape, and each kernel adds up in its own order. Here layers have kernels
+whose order does not depend on the number of rows (`packed`, `quantised`). Where there are none, every product has the
+same shape, eight rows. Every token attends alone. A token therefore gets bitwise the same hidden states whether it is
+decoded by itself, verified as a draft token or batched with other sequences. Batching still pays, because the weights
+are read once for many sequences.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from torch.nn import functional
 from transformers.cache_utils import DynamicCache
 from transformers.models.mixtral.modeling_mixtral import apply_rotary_pos_emb
 
+from bs_coordinator.trunk.packed import PackedLinear
 from bs_coordinator.trunk.quantised import QuantisedLinear
 from bs_coordinator.trunk.rotary import rotate
 
@@ -26,8 +28,10 @@ _PRODUCT_ROWS = 8
 
 def product(x: Tensor, layer: nn.Linear) -> Tensor:
     """The layer's product, [rows, out] from [rows, in]; each row as if it were computed alone."""
+    # These kernels compute each row by itself (`packed.rows_are_independent`).
+    if isinstance(layer, PackedLinear):
+        return layer.product(x)
     if isinstance(layer, QuantisedLinear):
-        # Its kernel computes each row by itself (`quantised.rows_are_independent`).
         result: Tensor = layer(x)
         return result
     weight, rows = layer.weight, x.shape[0]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bs_coordinator.config import TrunkQuantisation
-from bs_coordinator.trunk import cuda_graph, llama, quantised
+from bs_coordinator.trunk import cuda_graph, llama, packed, quantised
 from bs_coordinator.trunk.graph_kernels import Tuning
 from bs_coordinator.trunk.inputs import SequenceInput
 from bs_coordinator.trunk.passes import BlocksPass, GraphsPass
@@ -81,11 +81,12 @@ def main() -> None:
     folder, quantisation = Path(sys.argv[1]), cast(TrunkQuantisation, sys.argv[2])
     # The layout that the kernels read, and no pass by rows, which is for CPUs.
     quantised.by_torch = lambda device: False
+    packed.available = lambda: False
     results = []
     for kind, decoder in ((GraphsPass, _decoder), (BlocksPass, lambda *_: None)):
         llama._graphed = decoder
         trunk = llama.LlamaTrunk(folder, quantisation=quantisation)
-        trunk._batch_invariant = False
+        trunk._fp32_on_cpu = False
         results.append(_logits(trunk, kind))
     found, expected = results
     print(json.dumps([float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]))
