@@ -101,8 +101,11 @@ class RunningArm:
         return list(found.values())
 
     def stop(self) -> None:
-        """End all programs, the head first; another thread that starts them then fails."""
-        for _, process in reversed(self._processes):
+        """End all programs at once, and wait until they have ended; another thread that starts them then fails."""
+        processes = [process for _, process in reversed(self._processes)]  # the head first
+        for process in processes:
+            process.terminate()
+        for process in processes:
             stop_child(process)
 
     def _start(self, program: Program) -> None:
