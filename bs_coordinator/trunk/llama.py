@@ -33,7 +33,7 @@ from bs_coordinator.trunk.interface import CacheMark, Trunk, TrunkPass
 from bs_coordinator.trunk.passes import BlocksPass, GraphsPass, JointPass, RowsPass
 from bs_coordinator.trunk.quantised import QuantisedLinear, quantise_linears
 from bs_coordinator.trunk.rotary import depends_on_length, rotate
-from bs_coordinator.trunk.rows import MAX_ROWS, Rows
+from bs_coordinator.trunk.rows import MAX_ROWS, Rows, rows_are_independent
 from wire.errors import BundleError
 from wire.tensors import Array
 
@@ -206,7 +206,7 @@ class LlamaTrunk(Trunk):
         threads = torch.get_num_threads()
         if threads not in self._independent:
             layers = [m for m in self._modules.modules() if isinstance(m, packed.PackedLinear | QuantisedLinear)]
-            self._independent[threads] = packed.rows_are_independent(layers, MAX_ROWS)
+            self._independent[threads] = rows_are_independent(layers)
         return self._independent[threads]
 
     @property

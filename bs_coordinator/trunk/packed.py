@@ -2,13 +2,12 @@
 
 For a few rows they take a third to two thirds of the time of torch's own product (MKL's), and a row's result does not
 depend on how many rows there are, from two rows on. Both hold on processors with AVX2 and with AVX-512;
-`rows_are_independent` tries the second one out.
+`rows.rows_are_independent` tries the second one out.
 
-torch has these kernels for models that it compiles, under names that are not public (2.6 to 2.13): without them the
-layers stay as they are.
+torch has these kernels for models that it compiles, under names that are not public (seen in 2.11 and 2.13): without them
+the layers stay as they are.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,11 +18,14 @@ _ROWS = 8
 
 
 def available() -> bool:
-    """Whether this torch has the kernels."""
-    ops = torch.ops.mkldnn
-    return torch.backends.mkldnn.is_available() and all(  # type: ignore[no-untyped-call]
-        hasattr(ops, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
-    )
+    """Whether this torch has the kernels, and they work on this processor."""
+    weight, x = torch.eye(16), torch.ones(2, 16)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+        product = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    except (AttributeError, RuntimeError):  # not there, or not for this processor
+        return False
+    return torch.equal(product, x)
 
 
 class PackedLinear(nn.Linear):
@@ -87,18 +89,3 @@ def unpack_linears(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
             model.set_submodule(name, module.unpacked())
-
-
-def rows_are_independent(layers: Sequence[nn.Linear], most_rows: int) -> bool:
-    """Whether each row's product is bitwise the same among others as alone, by a trial with this number of threads.
-
-    One layer of each kind and shape is tried.
-    """
-    generator = torch.Generator().manual_seed(0)
-    by_shape = {(type(layer), layer.in_features, layer.out_features): layer for layer in layers}
-    for layer in by_shape.values():
-        x = torch.randn(most_rows, layer.in_features, generator=generator)
-        whole = layer(x)
-        if not all(torch.equal(layer(x[:count]), whole[:count]) for count in range(1, most_rows)):
-            return False
-    return True

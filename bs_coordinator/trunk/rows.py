@@ -28,7 +28,7 @@ _PRODUCT_ROWS = 8
 
 def product(x: Tensor, layer: nn.Linear) -> Tensor:
     """The layer's product, [rows, out] from [rows, in]; each row as if it were computed alone."""
-    # These kernels compute each row by itself (`packed.rows_are_independent`).
+    # These kernels compute each row by itself (`rows_are_independent`).
     if isinstance(layer, PackedLinear):
         return layer.product(x)
     if isinstance(layer, QuantisedLinear):
@@ -40,6 +40,21 @@ def product(x: Tensor, layer: nn.Linear) -> Tensor:
     if rows <= _PRODUCT_ROWS:
         return _piece(x, weight)
     return torch.cat([_piece(piece, weight) for piece in torch.split(x, _PRODUCT_ROWS)])
+
+
+def rows_are_independent(layers: Sequence[nn.Linear]) -> bool:
+    """Whether each row's product is bitwise the same among others as alone, by a trial with this number of threads.
+
+    One layer of each kind and shape is tried, with up to `MAX_ROWS` rows.
+    """
+    generator = torch.Generator().manual_seed(0)
+    by_shape = {(type(layer), layer.in_features, layer.out_features): layer for layer in layers}
+    for layer in by_shape.values():
+        x = torch.randn(MAX_ROWS, layer.in_features, generator=generator)
+        whole = product(x, layer)
+        if not all(torch.equal(product(x[:count], layer), whole[:count]) for count in range(1, MAX_ROWS)):
+            return False
+    return True
 
 
 def _piece(x: Tensor, weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from bs_coordinator.engine.model import DistributedModel
 from bs_coordinator.selection import TopK
+from bs_coordinator.trunk import llama
 from bs_coordinator.trunk import packed as packed_weights
 from bs_coordinator.trunk.inputs import SequenceInput
 from bs_coordinator.trunk.load import load_trunk
@@ -69,7 +70,7 @@ def test_where_packed_rows_depend_on_each_other_weights_are_not_packed(
 
     trials = iter([False, True])
     with monkeypatch.context() as patch:
-        patch.setattr(packed_weights, "rows_are_independent", lambda layers, most_rows: next(trials))
+        patch.setattr(llama, "rows_are_independent", lambda layers: next(trials))
         unpacked = logits()
     monkeypatch.setattr(packed_weights, "available", lambda: False)
     assert torch.equal(unpacked, logits())
