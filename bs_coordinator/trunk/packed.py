@@ -4,8 +4,8 @@ For a few rows they take a third to two thirds of the time of torch's own produc
 depend on how many rows there are, from two rows on. Both hold on processors with AVX2 and with AVX-512;
 `rows.rows_are_independent` tries the second one out.
 
-torch has these kernels for models that it compiles, under names that are not public (seen in 2.11 and 2.13): without them
-the layers stay as they are.
+torch has these kernels for models that it compiles, under names that are not public (seen in 2.11 and 2.13). Without
+them the layers stay as they are.
 """
 
 from typing import Any
