@@ -47,7 +47,8 @@ def assign(
     load: dict[str, int] = {}
 
     def done_s(node: str) -> float:
-        return costs.get(node, _UNKNOWN).seconds(load.get(node, 0) + 1)
+        fixed_s, expert_s = costs.get(node, _UNKNOWN)
+        return fixed_s + (load.get(node, 0) + 1) * expert_s
 
     for expert in sorted(range(len(holders)), key=lambda e: len(holders[e])):
         nodes = holders[expert]
