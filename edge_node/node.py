@@ -35,6 +35,8 @@ from wire.topics import Topics
 
 log = logging.getLogger("wdmoe-node")
 
+_COUNTED = {"answered": "requests answered", "pings": "pings answered"}
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
@@ -64,7 +66,7 @@ class Node:
             real_time.raised() if self.real_time else nullcontext(),
         ):
             self.agent.run(stop, on_ready=lambda: log.info("'%s' serves %s at %s", name, self.selector, self.address))
-        counts = ", ".join(f"{what} {n}" for what, n in self.worker.counts.items())
+        counts = ", ".join(f"{_COUNTED.get(what, what)} {n}" for what, n in self.worker.counts.items())
         log.info("'%s' stopped; %s", name, counts or "no work came")
 
 

@@ -22,6 +22,8 @@ LEAST_SAVED_AIR = 0.01
 UNEVEN = 1.5
 """How many times as long as the median the slowest link must take for a policy to have something to avoid. The links on
 which policies were measured have 3."""
+WORTH_MS = 1.0
+"""How many ms more than the median it must take as well: less may be noise, and is little beside a layer's own work."""
 _MIB = 1 << 20
 
 
@@ -82,24 +84,28 @@ def choose(preset: PresetName, config: BaseStationConfig, facts: Facts) -> Choic
     if preset == "field":
         chosen = _reproducible()
     else:
-        chosen["draft"] = Lever("draft", "auto", "drafts only where answers stay the same")
-        chosen["wire"], chosen["policy"] = _AS_SENT, Lever("policy", "topk", "the experts that the model chooses")
-        if preset == "fast":
-            # Most policies choose by what else is in a step, so that `auto` does not draft beside them.
-            drafts = own.get("draft", chosen["draft"]).value != "none" and facts.draft_model and not facts.why_no_drafts
-            chosen["policy"] = _policy(facts, drafts=drafts)
-            chosen["wire"] = _wire(facts)
+        chosen["wire"] = _wire(facts) if preset == "fast" else _AS_SENT
         wire = own.get("wire", chosen["wire"]).value
         chosen["resident"] = _resident(facts, exactly=preset == "exact", wire=wire)
+        chosen["policy"] = Lever("policy", "topk", "the experts that the model chooses")
+        if preset == "fast":
+            wanted = "draft" not in own or own["draft"].value != "none"
+            drafts = wanted and facts.draft_model and not facts.why_no_drafts
+            room = own.get("resident", chosen["resident"]).value
+            all_here = room != "none" and parse_bytes(room) >= facts.all_experts_bytes
+            chosen["policy"] = _policy(facts, drafts=drafts, all_here=all_here)
+        chosen["draft"] = _draft(facts, own.get("policy", chosen["policy"]).value)
         chosen["degrade"] = (
             Lever("degrade", "no", "an answer without one of its experts would be another one, so it ends in an error")
             if preset == "exact"
             else Lever("degrade", "yes", "an answer goes on without a lost expert, and is marked")
         )
-    levers = chosen | own
+    levers = {name: lever for name in _ORDER if (lever := own.get(name, chosen[name]))}
     return Choice(preset, _applied(config, levers, given), tuple(levers.values()))
 
 
+_ORDER = ("draft", "wire", "policy", "resident", "degrade")
+"""In which the choices are told."""
 _AS_SENT = Lever("wire", "fp16", "as without a preset; its rounding costs no perplexity that we could measure")
 
 
@@ -114,7 +120,18 @@ def _reproducible() -> dict[str, Lever]:
     return {lever.name: lever for lever in levers}
 
 
-def _policy(facts: Facts, *, drafts: bool) -> Lever:
+def _draft(facts: Facts, policy: str) -> Lever:
+    why = "with the draft model; answers stay the same"
+    if facts.why_no_drafts:
+        why = f"none: {facts.why_no_drafts}, so they could change answers"
+    elif policy.partition(":")[0] != "topk":  # others choose by what else is in a step
+        why = f"none beside the policy {policy}: they could change answers"
+    elif not facts.draft_model:
+        why = "look-ups only, as there is no draft model: 'wdmoe-export draft' adds one"
+    return Lever("draft", "auto", why)
+
+
+def _policy(facts: Facts, *, drafts: bool, all_here: bool) -> Lever:
     """The policy that saves most waiting within the limit of quality."""
 
     def topk(why: str) -> Lever:
@@ -123,6 +140,8 @@ def _policy(facts: Facts, *, drafts: bool) -> Lever:
     scores = POLICIES.get(facts.model_sha256)
     if drafts:
         return topk("drafts save more, and are checked exactly with topk only")
+    if all_here:
+        return topk("all experts are here, so there is no link to avoid")
     if not facts.scored:
         return topk("how this model scores its experts is not known")
     if scores is None:
@@ -135,6 +154,8 @@ def _policy(facts: Facts, *, drafts: bool) -> Lever:
         return topk("no link was measured, so there is nothing to choose by")
     if (uneven := facts.unevenness) < UNEVEN:
         return topk(f"the links are alike: the slowest takes {uneven:.1f} times as long as the median")
+    if (more_ms := facts.slowest_more_ms) < WORTH_MS:
+        return topk(f"the slowest link takes only {more_ms:.1f} ms more than the median")
     air = int(facts.shared_air)
     best = max(within, key=lambda score: score.waits_less[air])
     return Lever(

@@ -58,5 +58,13 @@ class Facts:
     @property
     def unevenness(self) -> float:
         """How many times as long as on the median link a hidden state takes on the slowest, to the node and back."""
-        times_ms = [link.rtt_ms + link.row_ms(2 * self.hidden) for link in self.links]
-        return max(times_ms) / statistics.median(times_ms)
+        return max(self._times_ms) / statistics.median(self._times_ms)
+
+    @property
+    def slowest_more_ms(self) -> float:
+        """How many ms longer it takes on the slowest link than on the median one."""
+        return max(self._times_ms) - statistics.median(self._times_ms)
+
+    @property
+    def _times_ms(self) -> list[float]:
+        return [link.rtt_ms + link.row_ms(2 * self.hidden) for link in self.links]

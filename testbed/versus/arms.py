@@ -39,6 +39,9 @@ _BY_LINE = ("stdbuf", "-oL")
 _HEAD_HERE = "^(output|token_embd)=CPU"
 _NO_BACKTRACE: Mapping[str, str] = MappingProxyType({"GGML_NO_BACKTRACE": "1"})
 """Leaves the reason why llama.cpp aborts as the last line of its log."""
+_NO_SAVED_PROMPTS: Mapping[str, str] = MappingProxyType({"LLAMA_ARG_CACHE_RAM": "0"})
+"""llama-server otherwise fetches the keys and values of the last prompt from its workers before it reads another one,
+which is a part of TTFT. Its option --cache-ram is not known to earlier versions; the variable does not disturb them."""
 _ZEROED: Mapping[str, str] = MappingProxyType({"MALLOC_PERTURB_": "255"})
 """Makes glibc fill new memory with zeros: dllama-api takes the token behind the prompt's last for the first to decode,
 which is whatever lay there before, and ends with a segmentation fault if that is no token."""
@@ -238,8 +241,8 @@ def _llama(
         *(("--tensor-split", ",".join("1" for _ in workers)) if workers else ()),
     )
     floor = floors.pipeline(place.shape, len(workers)) if workers else floors.no_network
-    program = Program(BASE_STATION, head, environment={**_NO_BACKTRACE, **blas_threads(place.head_threads)})
-    return Arm(name, workers, program, head_port, "/health", floor)
+    environment = {**_NO_BACKTRACE, **_NO_SAVED_PROMPTS, **blas_threads(place.head_threads)}
+    return Arm(name, workers, Program(BASE_STATION, head, environment=environment), head_port, "/health", floor)
 
 
 def _dllama(

@@ -73,7 +73,7 @@ class Asker:
         if account.degraded_tokens:
             outcome, why = (
                 ("degraded" if outcome == "finished" else outcome),
-                why or f"{account.degraded_tokens} tokens",
+                why or f"{account.degraded_tokens} of {account.tokens or len(pieces)} tokens",
             )
         answer = Answer(
             arm=running.arm.name, profile=links.profile, prompt=prompt, outcome=outcome, why=why,

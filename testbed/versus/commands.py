@@ -119,6 +119,7 @@ def versus(
     from testbed.node_shares import choose_cores, read_siblings
     from testbed.versus.arms import Peers, check_arm, default_arms
     from testbed.versus.floors import Shape
+    from testbed.versus.results import RESULTS
     from testbed.versus.run import run_versus
     from testbed.versus.settings import Settings
     from wire.manifest import load_manifest
@@ -134,6 +135,11 @@ def versus(
     if own is not None and len(set(own.station) | set(own.nodes)) <= devices:
         here = len(own.station)
         raise click.UsageError(f"--cores needs a core for each of {devices} devices and one more, there are {here}")
+    if (out / RESULTS).exists():
+        raise click.BadParameter(
+            f"'{out}' has the results of another run, which may still be going: name another folder, or remove it",
+            param_hint="--out",
+        )
     if why := why_not():
         raise PrivilegeError(why)
     console = Console()

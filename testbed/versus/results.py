@@ -15,6 +15,7 @@ from testbed import facts
 from testbed.versus.programs import Memory
 
 SCHEMA = 1
+RESULTS = "versus.json"
 
 
 class Traffic(Struct, frozen=True):
@@ -133,7 +134,7 @@ class Results(Struct):
 def write_results(results: Results, folder: Path) -> None:
     """Write `versus.json` with every sample and `versus.md` with the tables."""
     document = {**facts.result_header(SCHEMA), **msgspec.to_builtins(results)}
-    with atomic_write(folder / "versus.json") as file:
+    with atomic_write(folder / RESULTS) as file:
         file.write(json.dumps(document).encode())
     with atomic_write(folder / "versus.md") as file:
         file.write(tables(results).encode())
@@ -226,6 +227,8 @@ def _megabytes(memory: Iterable[Memory]) -> list[str]:
 
 
 def _outcome(answer: Answer) -> str:
+    if answer.outcome == "degraded":
+        return f"degraded: {answer.why}"
     return f"{answer.outcome} after {answer.tokens} tokens" + (f": {answer.why}" if answer.why else "")
 
 

@@ -34,6 +34,7 @@ def run_versus(settings: Settings, peers: Peers) -> None:
     settings.folder.mkdir(parents=True, exist_ok=True)
     with cpu_idle_disabled() as stays_awake, _on_cores(settings.cores):
         results = Results(settings.as_results(stays_awake=stays_awake), list(settings.arms))
+        write_results(results, settings.folder)  # so that no other run takes the folder
         kill = settings.kill
         for _, links in itertools.groupby(settings.links, key=lambda one: one.shared_air):
             _measure(settings, peers, results, list(links), kill=kill)
@@ -44,7 +45,7 @@ def run_versus(settings: Settings, peers: Peers) -> None:
     if not any(answer.complete for answer in results.answers):
         first = next(iter(results.failures), None)
         why = f"{first.arm}: {first.why}" if first else "each ended before its second token"
-        raise WdmoeError(f"no arm made an answer that can be measured: {why}")
+        raise WdmoeError(f"no arm made an answer that can be measured: {why} (logs: {settings.folder / 'logs'})")
 
 
 @contextmanager

@@ -138,6 +138,8 @@ def test_fast_stays_within_its_limits_of_quality_and_memory(known: Facts) -> Non
         ({"shared_air": True}, "subset", "32% less waiting"),
         ({"links": EVEN}, "topk", "the links are alike"),
         ({"links": ()}, "topk", "no link was measured"),
+        ({"links": (*(Link(0.4, 1e4, 1e4),) * 7, Link(0.8, 1e4, 1e4))}, "topk", "only 0.4 ms more than the median"),
+        ({"free_bytes": 2 << 30}, "topk", "all experts are here"),
         ({"draft_model": True}, "topk", "drafts save more"),
         ({"draft_model": True, "why_no_drafts": "the trunk runs on cuda"}, "subset", "the slowest link"),
         ({"model_sha256": MODELS["smol-qwen3moe-16x"]}, "topk", "subset loses 5.3 points of accuracy"),
@@ -153,6 +155,22 @@ def test_fast_takes_a_policy_where_its_cost_is_known_and_small(
     (lever,) = [lever for lever in choice.levers if lever.name == "policy"]
     assert lever.value == choice.config.policy == policy
     assert why in lever.why
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "why"),
+    [
+        ({"draft_model": True}, ASKED, "with the draft model"),
+        ({"links": EVEN}, ASKED, "look-ups only"),
+        ({}, ASKED, "none beside the policy subset"),
+        ({"draft_model": True}, replace(ASKED, policy="top1"), "none beside the policy top1"),
+        ({"draft_model": True, "why_no_drafts": "the trunk runs on cuda"}, ASKED, "none: the trunk runs on cuda"),
+    ],
+)
+def test_it_is_said_what_drafts_there_will_be(changes: dict[str, object], config: BaseStationConfig, why: str) -> None:
+    (lever,) = [lever for lever in choose("fast", config, facts(**changes)).levers if lever.name == "draft"]
+    assert lever.value == "auto"
+    assert lever.why.startswith(why)
 
 
 def test_drafts_that_are_refused_leave_room_for_a_policy() -> None:

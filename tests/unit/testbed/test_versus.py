@@ -189,14 +189,14 @@ def test_texts_are_compared_by_what_they_begin_with_however_they_are_cut() -> No
 def test_arms_that_fail_or_lose_a_device_are_rows_that_say_so() -> None:
     answers = [
         answer("ours", ["a", "b"], [1, 2]),
-        answer("ours", ["a", "b"], [1, 9], killed="node0", outcome="degraded", why="1 tokens"),
+        answer("ours", ["a", "b"], [1, 9], killed="node0", outcome="degraded", why="1 of 2 tokens"),
         answer("llama-2", ["a"], [1], killed="node0", outcome="aborted", why="connection lost"),
     ]
     memory = {"ours": [Memory("bs", 3_000_000, 2_000_000), Memory("n", 1_000_000, 0), Memory("m", 4_000_000, 1)]}
     failures = [Failure("llama-8", "p", "bs: ended with exit code 1; last line: a | b")]
     arms = ["ours", "llama-2", "llama-8"]
     text = tables(Results({}, arms, {"p": dict.fromkeys(arms)}, answers, failures, memory))
-    assert "| ours | 3 | 2 | 4 | 0 |  | degraded after 2 tokens: 1 tokens |" in text
+    assert "| ours | 3 | 2 | 4 | 0 |  | degraded: 1 of 2 tokens |" in text
     assert "| llama-2 |  |  |  |  |  | aborted after 1 tokens: connection lost |" in text
     assert "failed: bs: ended with exit code 1; last line: a \\| b |" in text
     # The answer during which a device was killed counts for no time.
