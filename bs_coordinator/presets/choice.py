@@ -100,7 +100,7 @@ def choose(preset: PresetName, config: BaseStationConfig, facts: Facts) -> Choic
             if preset == "exact"
             else Lever("degrade", "yes", "an answer goes on without a lost expert, and is marked")
         )
-    levers = {name: lever for name in _ORDER if (lever := own.get(name, chosen[name]))}
+    levers = {name: own.get(name, chosen[name]) for name in _ORDER}
     return Choice(preset, _applied(config, levers, given), tuple(levers.values()))
 
 
