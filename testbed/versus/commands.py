@@ -3,12 +3,15 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
 from bs_coordinator.config import TrunkDtype
 from common.options import Command
+
+if TYPE_CHECKING:
+    from wire.manifest import Dims
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _CHANNELS = ("dedicated", "shared")
@@ -125,7 +128,10 @@ def versus(
     from wire.manifest import load_manifest
 
     peers = Peers(**files)
-    _check_gguf(peers.gguf)
+    if not all(text.strip() for text in texts):
+        raise click.BadParameter("it is empty: give a text to answer", param_hint="--prompt")
+    if peers.gguf is not None:
+        _check_gguf(peers.gguf)
     for name in arms:
         try:
             check_arm(name, peers, devices)
@@ -149,6 +155,8 @@ def versus(
     manifest = load_manifest(bundle)
     config = json.loads((bundle / "trunk" / "config.json").read_text(encoding="utf-8"))
     dims = manifest.dims
+    if peers.gguf is not None:
+        _check_gguf(peers.gguf, dims)
     shape = Shape(dims.hidden, dims.layers, dims.top_k, config.get("num_key_value_heads", 1), dims.slices)
     settings = Settings(
         bundle=bundle, draft_model=draft_model, shape=shape, dims=dims,
@@ -166,8 +174,14 @@ def versus(
     run_versus(settings, peers)
 
 
-def _check_gguf(path: Path | None) -> None:
-    if path is not None:
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise click.BadParameter(f"'{path}' is not a GGUF file", param_hint="--gguf")
+def _check_gguf(path: Path, dims: "Dims | None" = None) -> None:
+    """Refuse a file that is damaged, or has another shape than `dims`."""
+    from testbed.versus.gguf_file import check_fields, other_shape
+
+    try:
+        check_fields(path)
+        difference = other_shape(path, dims) if dims else ""
+    except (ValueError, OSError) as error:
+        raise click.BadParameter(f"'{path}' is no GGUF file, or is damaged: {error}", param_hint="--gguf") from None
+    if difference:
+        raise click.BadParameter(f"'{path}' is another model than the bundle's: {difference}", param_hint="--gguf")

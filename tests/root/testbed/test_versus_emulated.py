@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Run
+from tests.gguf_models import write_gguf
 from tests.needs import needs
 from wire.experts import format_ranges
-from wire.manifest import Scheme
+from wire.manifest import Scheme, load_manifest
 
 pytestmark = needs("mosquitto", network=True)
 
@@ -76,11 +77,16 @@ def _stand_in(path: Path, tokens: int) -> Path:
     return path
 
 
+def _write_model(path: Path, bundle: Path) -> None:
+    dims = load_manifest(bundle).dims
+    write_gguf(path, hidden=dims.hidden, experts=dims.experts, top_k=dims.top_k)
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a core for the device and one more")
 def test_a_device_has_a_core_of_its_own(run: Run, tiny_bundle: Callable[[Scheme], Path], tmp_path: Path) -> None:
     server, rpc = (_stand_in(tmp_path / name, 4) for name in ("server", "rpc"))
     model, out = tmp_path / "model.gguf", tmp_path / "out"
-    model.write_bytes(b"GGUF")
+    _write_model(model, tiny_bundle("int4"))
     before = os.sched_getaffinity(0)
     done = run(
         "testbed", "versus", "--bundle", tiny_bundle("int4"), "--arm", "llama-1", "--llama-server", server,
@@ -101,7 +107,7 @@ def test_answers_too_short_to_measure_are_one_line(
     run: Run, tiny_bundle: Callable[[Scheme], Path], tmp_path: Path
 ) -> None:
     server, model = _stand_in(tmp_path / "server", 1), tmp_path / "model.gguf"
-    model.write_bytes(b"GGUF")
+    _write_model(model, tiny_bundle("int4"))
     done = run(
         "testbed", "versus", "--bundle", tiny_bundle("int4"), "--arm", "llama", "--llama-server", server,
         "--gguf", model, "--channel", "dedicated", "--rtt-ms", "10", "--devices", "1", "--prompts", "1",
@@ -109,5 +115,9 @@ def test_answers_too_short_to_measure_are_one_line(
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.strip().endswith(
-        "no arm made an answer that can be measured: each ended before its second token"
+        "no arm made an answer that can be measured: each ended before its second token "
+        f"(logs: {tmp_path / 'out' / 'logs'})"
     )
+    again = run("testbed", "versus", "--arm", "ours", "--out", tmp_path / "out")
+    assert again.returncode == 2
+    assert "has the results of another run" in again.stderr

@@ -12,9 +12,11 @@ from testbed.versus import floors
 from testbed.versus.arms import Peers, Place, check_arm, default_arms, make_arm
 from testbed.versus.client import chat_request
 from testbed.versus.floors import Shape
+from testbed.versus.gguf_file import other_shape
 from testbed.versus.plot import draw_tpot
 from testbed.versus.programs import Memory
 from testbed.versus.results import Answer, Failure, Results, Traffic, common_pieces, tables
+from tests.gguf_models import write_gguf
 from tests.in_process import run_in_process
 from wire.broker_address import BrokerAddress
 from wire.experts import parse_selector
@@ -221,9 +223,10 @@ def test_the_plot_has_a_panel_for_each_channel_and_only_arms_that_answered(tmp_p
         (("--llama-server", "no/such/file"), "File 'no/such/file' does not exist"),
         (("--llama-server", __file__), "is not executable"),
         (("--gguf", "no.gguf"), "File 'no.gguf' does not exist"),
-        (("--gguf", __file__), "is not a GGUF file"),
+        (("--gguf", __file__), "is no GGUF file, or is damaged: it does not begin with GGUF"),
         (("--arm", "llama-2"), "the arm 'llama-2' needs --llama-server and --gguf and --llama-rpc"),
         (("--arm", "dllama-3"), "the arm 'dllama-3' needs --dllama and --dllama-api"),
+        (("--prompt", " "), "--prompt: it is empty"),
         (("--dtype", "fp64"), "'fp64' is not one of 'fp32', 'bf16', 'fp16'"),
         (("--arm", "exo"), "'exo' is no arm: use ours, ours-drafts"),
         (("--arm", "llama-0"), "'llama-0' is no arm"),
@@ -234,6 +237,20 @@ def test_what_can_not_be_run_is_one_line_and_a_malformed_command(arguments: tupl
     assert done.returncode == 2
     assert says in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_gguf_file_of_another_shape_is_found(tmp_path: Path) -> None:
+    for number, (hidden, experts, top_k, difference) in enumerate(
+        (
+            (64, 8, 2, ""),
+            (32, 8, 2, "32 values per hidden state instead of 64"),
+            (64, 16, 2, "16 experts per layer instead of 8"),
+            (64, 8, 4, "4 experts per token instead of 2"),
+        )
+    ):
+        path = tmp_path / f"{number}.gguf"
+        write_gguf(path, hidden=hidden, experts=experts, top_k=top_k)
+        assert other_shape(path, msgspec.structs.replace(DIMS, hidden=64)) == difference
 
 
 def test_too_few_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
