@@ -79,4 +79,7 @@ def _only(routing: Routing, available: NDArray[np.bool_]) -> Routing:
     scores = np.where(none_left & available, np.float32(_TINY), scores)
     if routing.order is None:
         return Routing(weights, scores)
-    return Routing(weights, scores, np.where(available, routing.order, np.float32(-np.inf)))
+    order = np.where(available, routing.order, np.float32(-np.inf))
+    # A router that chooses groups first excludes experts as well. Where only those are left, their scores decide.
+    excluded = np.isneginf(order).all(axis=1, keepdims=True)
+    return Routing(weights, scores, np.where(excluded & available, scores, order))

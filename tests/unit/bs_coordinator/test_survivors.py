@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -99,6 +99,8 @@ cases = st.tuples(
 
 @settings(max_examples=60, deadline=None)
 @given(cases, st.sampled_from(RULES), st.booleans(), st.booleans())
+@example(("grouped", (8, 2), 1, 1854), "total", False, True)  # only experts of other groups are left
+@example(("grouped", (8, 2), 7, 1854), "mass", True, True)
 def test_every_policy_with_every_router(
     case: tuple[str, tuple[int, int], int, int], rule: Survivors, keeps: bool, losses: bool
 ) -> None:
