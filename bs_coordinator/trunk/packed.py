@@ -8,10 +8,10 @@ torch has these kernels for models that it compiles, under names that are not pu
 them the layers stay as they are.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+
+from bs_coordinator.trunk.assigned_linear import AssignedLinear
 
 _ROWS = 8
 """Rows that the order of the weights is chosen for."""
@@ -28,7 +28,7 @@ def available() -> bool:
     return torch.equal(product, x)
 
 
-class PackedLinear(nn.Linear):
+class PackedLinear(AssignedLinear):
     """A linear layer that keeps its weight in oneDNN's order.
 
     Attributes:
@@ -36,25 +36,13 @@ class PackedLinear(nn.Linear):
     """
 
     def __init__(self, like: nn.Linear) -> None:
-        """A layer whose weight is assigned later.
-
-        Args:
-            like: gives shape and bias.
-        """
-        # First: assignments go through `__setattr__` below.
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = like.in_features, like.out_features
+        """A layer whose weight is assigned later; `like` gives shape and bias."""
+        super().__init__(like)
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
         self.register_buffer("packed", None, persistent=False)
-        self.register_parameter("weight", nn.Parameter(like.weight.to("meta"), requires_grad=False))
-        self.register_parameter("bias", like.bias)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and isinstance(value, Tensor) and not value.is_meta:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(value.detach(), _ROWS)
-            self._parameters.pop("weight", None)
-        else:
-            super().__setattr__(name, value)
+    def _take(self, weight: Tensor) -> None:
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
 
     def forward(self, x: Tensor) -> Tensor:
         """x · weightᵀ + bias."""

@@ -8,7 +8,7 @@ A layer is quantised when its weight is assigned, which is what loaders do, so a
   their own copy of the weights, because its layout suits its own kernel only.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from bs_coordinator.config import TrunkQuantisation
 from bs_coordinator.errors import TrunkError
+from bs_coordinator.trunk.assigned_linear import AssignedLinear
 
 GROUP = 32
 """Inputs that share scale and offset in int4."""
@@ -106,7 +107,7 @@ def by_torch(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-class QuantisedLinear(nn.Linear):
+class QuantisedLinear(AssignedLinear):
     """A linear layer that keeps codes instead of its weight.
 
     Attributes:
@@ -121,19 +122,10 @@ class QuantisedLinear(nn.Linear):
             like: gives shape, dtype and bias.
             bits: 8 or 4.
         """
-        # First: assignments go through `__setattr__` below.
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bits = like.in_features, like.out_features, bits
+        super().__init__(like)
+        self.bits = bits
         self.register_buffer("codes", None, persistent=False)
         self.register_buffer("scales", None, persistent=False)
-        self.register_parameter("weight", nn.Parameter(like.weight.to("meta"), requires_grad=False))
-        self.register_parameter("bias", like.bias)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and isinstance(value, Tensor) and not value.is_meta:
-            self._take(value.detach())
-        else:
-            super().__setattr__(name, value)
 
     def _take(self, weight: Tensor) -> None:
         on_cpu = by_torch(weight.device)
@@ -142,7 +134,6 @@ class QuantisedLinear(nn.Linear):
             codes = _packed_for_cpu(codes) if on_cpu else pack_nibbles(codes)
             scales = _scales_for_cpu(scales) if on_cpu else scales
         self.codes, self.scales = codes, scales
-        self._parameters.pop("weight", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x · weightᵀ + bias, in the dtype of x."""
