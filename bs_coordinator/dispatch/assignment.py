@@ -19,6 +19,11 @@ class RequestCost(NamedTuple):
     fixed_s: float
     expert_s: float
 
+    @classmethod
+    def of(cls, one_s: float, two_s: float) -> "RequestCost":
+        """From the seconds of requests for one expert and for two."""
+        return cls(fixed_s=2 * one_s - two_s, expert_s=two_s - one_s)
+
     def seconds(self, experts: int) -> float:
         """Of a request for so many experts."""
         return self.fixed_s + experts * self.expert_s

@@ -126,11 +126,8 @@ class Holders:
         return [node for node in left_out if health.doubted(node)] or (left_out if last_resort else [])
 
     def _costs(self) -> dict[str, RequestCost]:
-        costs = {}
-        for node in (*self._registry.nodes, LOCAL_NODE):
-            one_s, two_s = self._request_s(node, 1), self._request_s(node, 2)
-            costs[node] = RequestCost(fixed_s=2 * one_s - two_s, expert_s=two_s - one_s)
-        return costs
+        nodes = (*self._registry.nodes, LOCAL_NODE)
+        return {node: RequestCost.of(self._request_s(node, 1), self._request_s(node, 2)) for node in nodes}
 
     def _request_s(self, node: str, experts: int) -> float:
         """Predicted seconds of a request for so many experts, with a hidden state for each."""

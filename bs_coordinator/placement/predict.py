@@ -194,10 +194,9 @@ class Costs:
     def requests(self) -> list[RequestCost]:
         """By device, what requests cost."""
         one = np.ones(len(self.boards), np.intp)
-        one_s, two_s = self.air_s(one, one), self.air_s(2 * one, 2 * one)
         first_s = np.array([curve.first for curve in self.units_s])
-        fixed_s, unit_s = self.waits_s + 2 * one_s - two_s, first_s + two_s - one_s
-        return [RequestCost(*pair) for pair in zip(fixed_s.tolist(), unit_s.tolist(), strict=True)]
+        one_s, two_s = (self.waits_s + n * first_s + self.air_s(n * one, n * one) for n in (1, 2))
+        return [RequestCost.of(*pair) for pair in zip(one_s.tolist(), two_s.tolist(), strict=True)]
 
 
 def predict_step(costs: Costs, holders: Index, routing: Routing, rows: int, station: Station) -> Step:
