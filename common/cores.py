@@ -1,10 +1,13 @@
-"""How many processor cores this process may use."""
+"""The processor cores that this process may use."""
 
 import os
 
 
+def usable_cpus() -> set[int]:
+    """Numbers of the cores that this process may run on: all, or those that `taskset` or a cpuset leaves it."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
 def usable_cores() -> int:
-    """Cores that this process may run on: all of the machine's, or those that `taskset` or a cpuset leaves it."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """How many these are."""
+    return len(usable_cpus())

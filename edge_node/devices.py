@@ -1,6 +1,5 @@
 """Recognises the kind of device from its kernel's and system's files, and says how many threads suit it."""
 
-import os
 import platform
 import re
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 
+from common.cores import usable_cpus
 from wire.device_profiles import PROFILES, DeviceName, DeviceProfile
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def threads_for(device: DetectedDevice, root: Path = Path("/")) -> int:
 
     Slow cores are left out if there are faster ones; on x86, only physical cores count.
     """
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    allowed = usable_cpus()
     cores = len(allowed)
     if device.name == "x86":
         cores = min(cores, psutil.cpu_count(logical=False) or cores)

@@ -175,12 +175,16 @@ def versus(
 
 
 def _check_gguf(path: Path, dims: "Dims | None" = None) -> None:
-    """Refuse a file that is damaged, or has another shape than `dims`."""
-    from testbed.versus.gguf_file import check_fields, other_shape
+    """Refuse a file with a damaged header, or one of another shape than `dims`."""
+    from exporter.demo_model.gguf_header import check_fields
+    from testbed.versus.gguf_file import other_shape
 
+    difference = ""
     try:
-        check_fields(path)
-        difference = other_shape(path, dims) if dims else ""
+        if dims is None:
+            check_fields(path)
+        else:
+            difference = other_shape(path, dims)
     except (ValueError, OSError) as error:
         raise click.BadParameter(f"'{path}' is no GGUF file, or is damaged: {error}", param_hint="--gguf") from None
     if difference:

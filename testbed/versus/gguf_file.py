@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from exporter.demo_model.gguf_header import check_fields as check_fields
 from wire.manifest import Dims
 
 
@@ -10,7 +9,7 @@ def other_shape(path: Path, dims: Dims) -> str:
     """How the model of a GGUF file differs from the bundle's, such as `16 experts instead of 8`; empty if it does not.
 
     Args:
-        path: of a file that `check_fields` accepts.
+        path: of a file that `exporter.demo_model.gguf_header.check_fields` accepts.
 
     Raises:
         ValueError: the file is damaged.
